@@ -1,0 +1,51 @@
+"""Packaging: `srcfast` and, from kernels/, `srcfast_kernels` (kernels/ itself is no package: see tests/packaging)."""
+
+import os
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "report": ["matplotlib>=3.8"],
+    "data": ["easy-vqa>=1.0"],
+    "gpu": ["flash-attn>=2.8", "xformers>=0.0.35", "bitsandbytes>=0.49"],
+    "track": ["tensorboard>=2.16"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "peft>=0.15",
+        "trl>=1.0",
+        "easy-vqa>=1.0",
+        "matplotlib>=3.8",
+    ],
+}
+
+setup(
+    name="srcfast",
+    version="0.1.0",
+    description="Self-Rationale Calibration of vision-language models on one machine, fast and lean",
+    long_description=open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["srcfast", "srcfast.*"]), "srcfast_kernels"],
+    package_dir={"srcfast": "srcfast", "srcfast_kernels": "kernels/srcfast_kernels"},
+    package_data={"srcfast": ["world/*.yaml", "world/assets/*/*"]},
+    install_requires=[
+        "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA
+        'triton>=3.6,<3.10; sys_platform == "linux"',
+        "transformers>=5,<6",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pillow>=11",
+        "pydantic>=2.8",
+        "typer>=0.12",
+        "rich>=13",
+        "pyyaml>=6",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["srcfast = srcfast.cli:app"]},
+)

@@ -1,0 +1,5 @@
+"""`python -m srcfast`."""
+
+from srcfast.cli import app
+
+app()

@@ -1,0 +1,404 @@
+"""Self-Rationale Calibration on one page: rationale fine-tuning, then rounds of candidates, scores, curation and DPO.
+
+Every stage reads files of the run directory and writes files there. A stage that is finished is never run again: the same
+command continues a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from srcfast.config import Config
+from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
+from srcfast.data.rationale_format import parse_response
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.errors import InputError
+from srcfast.loading import EvaluationSet, Policy, load_judge, read_evaluation_sets, read_training_samples
+from srcfast.models.lora import save_adapter
+from srcfast.report.page import write_report
+from srcfast.runtime.run_directory import RunDirectory
+from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
+from srcfast.runtime.training import num_steps
+from srcfast.stages.candidates import diversity, generate_candidates
+from srcfast.stages.curation import curate
+from srcfast.stages.evaluation import answer_greedily, summarise
+from srcfast.stages.headroom import measure_headroom, recovered
+from srcfast.stages.preference import reference_logprobs, train_preference
+from srcfast.stages.rationale import build_raps, fine_tune_rationale, read_teacher
+from srcfast.stages.scoring import group_by_sample, score_candidates
+from srcfast.world.oracle import judge_sample
+
+GALLERY = 12  # samples shown on the page
+
+
+def calibrate(config: Config) -> Path:
+    """Run, or continue, a whole calibration; returns the page that shows it.
+
+    Raises:
+        ConfigError: the run directory holds a stage that was finished with other settings.
+        InputError: data that can't be used, by file, line and field.
+    """
+    run = Calibration(config)
+    run.evaluate("base", None)
+    run.rationale()
+    run.evaluate("rationale", run.directory.rationale_adapter)
+    for iteration in range(1, config.iterations + 1):
+        run.candidates(iteration)
+        run.headroom(iteration)
+        run.scores(iteration)
+        run.preferences(iteration)
+        run.preference_tuning(iteration)
+        run.evaluate(f"iteration-{iteration}", run.directory.adapter(iteration))
+    run.write_summary()
+    return write_report(run.directory.path)
+
+
+class Calibration:
+    """One run: its settings, its directory, its data, and the policy in memory."""
+
+    def __init__(self, config: Config) -> None:
+        self.began = time.perf_counter()
+        self.config = config
+        self.directory = RunDirectory(config.run_path)
+        self.directory.write_config(config)
+        self.images = Path(config.output) / "images"
+        rejected: list[dict[str, Any]] = []
+        self.rationale_samples = read_training_samples(config, "rationale", self.images, rejected)
+        self.calibration_samples = read_training_samples(config, "calibration", self.images, rejected)
+        self.evaluation_sets = read_evaluation_sets(config, self.images, rejected)
+        write_jsonl(self.directory.rejected_file, rejected)
+        self.rejected = len(rejected)
+        self.samples = {
+            sample.id: sample
+            for group in (self.rationale_samples, self.calibration_samples, *(e.samples for e in self.evaluation_sets))
+            for sample in group
+        }
+        self.policy = Policy(config, list(self.samples.values()))
+
+    # Stages -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: str, adapter: Path | None) -> None:
+        """Greedy answers to every evaluation set: predictions and the entry of the summary."""
+
+        def work(progress: Track) -> dict[str, Any]:
+            lvlm = self.policy.use(adapter)
+            entries = []
+            for one in self.evaluation_sets:
+                predictions = answer_greedily(
+                    lvlm,
+                    one.samples,
+                    self.policy.features,
+                    self.config.evaluation.max_new_tokens,
+                    self.config.evaluation.batch_size,
+                    progress,
+                )
+                write_jsonl(self._predictions(model, one), (p.to_json() for p in predictions))
+                entries.append(
+                    summarise(
+                        predictions,
+                        model=model,
+                        dataset=one.name,
+                        split=one.split,
+                        resamples=self.config.evaluation.bootstrap_resamples,
+                        seed=self.config.seed,
+                    )
+                )
+            return {"entries": entries}
+
+        total = sum(len(one.samples) for one in self.evaluation_sets)
+        self._stage(f"{model}/evaluation", ("data", "evaluation"), total, work)
+
+    def rationale(self) -> None:
+        """Stage 1: LoRA on rationale-answer pairs."""
+        section = self.config.rationale
+        teacher = None if section.teacher is None else read_teacher(section.teacher)
+        samples = _draw(self.rationale_samples, section.samples, f"rationale/{self.config.seed}")
+        raps, dropped = build_raps(samples, section.format, teacher)
+        if not raps:
+            raise InputError(
+                field="rationale",
+                expected="samples with facts or a rationale",
+                found=f"dropped: {dict(dropped)}",
+                mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
+            )
+        loop = section.training_settings(self.config.seed)
+
+        def work(progress: Track) -> dict[str, Any]:
+            lvlm = self.policy.fresh()
+            step = self._step("rationale", progress)
+            fine_tune_rationale(lvlm, raps, loop, features=self.policy.features, on_step=step)
+            self._keep_adapter(self.directory.rationale_adapter)
+            return {"pairs": len(raps), "dropped": dict(dropped)}
+
+        self._stage("rationale", ("lora", "rationale"), num_steps(len(raps), loop), work, unit="steps")
+
+    def candidates(self, iteration: int) -> None:
+        """Stage 2: diverse candidates of this round's samples."""
+        samples = self._round(iteration)
+
+        def work(progress: Track) -> dict[str, Any]:
+            found = self._search(samples, iteration, progress)
+            write_shards(self._shards(iteration, "candidates"), (c.to_json() for own in found for c in own))
+            return {"diversity": diversity(found)}
+
+        self._stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
+
+    def headroom(self, iteration: int) -> None:
+        """What the round's starting model could reach on held-out samples: candidates and the R-Scorer's pick."""
+        chosen = self._headroom_samples()
+
+        def work(progress: Track) -> dict[str, Any]:
+            judge = load_judge(self.config)
+            entries = []
+            for one, samples in chosen:
+                found = {s.id: own for s, own in zip(samples, self._search(samples, iteration, progress), strict=True)}
+                rows = score_candidates(judge, samples, found, self.config.scorer.token_budget, self.config.scorer.mode)
+                good = self._greedy_aligned(self._model_before(iteration), one)
+                entry = measure_headroom(samples, [good[s.id] for s in samples], found, rows)
+                entries.append({"iteration": iteration, "dataset": one.name, "split": one.split} | entry)
+            return {"entries": entries}
+
+        total = sum(len(samples) for _, samples in chosen)
+        self._stage(f"iteration-{iteration}/headroom", ("candidates", "scorer", "evaluation"), total, work)
+
+    def scores(self, iteration: int) -> None:
+        """Stage 3: the R-Scorer compares every sample's candidates."""
+        samples = self._round(iteration)
+
+        def work(progress: Track) -> dict[str, Any]:
+            score_candidates(
+                load_judge(self.config),
+                samples,
+                self._candidates(iteration),
+                self.config.scorer.token_budget,
+                self.config.scorer.mode,
+                progress,
+                self._shards(iteration, "scores"),
+            )
+            return {}
+
+        self._stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
+
+    def preferences(self, iteration: int) -> None:
+        """Stage 4, first half: pairs, their confidences, and the reference's log-probabilities."""
+        samples = self._round(iteration)
+
+        def work(progress: Track) -> dict[str, Any]:
+            rows = [row for _, _, row in read_shards(self._shards(iteration, "scores"))]
+            pairs, funnel = curate(
+                samples, self._candidates(iteration), rows, self.config.curation.settings(), self.config.seed
+            )
+            if not pairs:
+                raise InputError(
+                    field="curation",
+                    expected="at least one preference pair",
+                    found=f"dropped: {funnel['dropped']}",
+                    mend="lower curation.min_margin or curation.min_confidence, or raise candidates.temperature",
+                )
+            adapter = self.directory.adapter(iteration - 1)
+            done = reference_logprobs(
+                self.policy.use(adapter),
+                pairs,
+                reference_hash=self.policy.hash(),
+                features=self.policy.features,
+                token_budget=self.config.dpo.token_budget,
+                on_forest=lambda forest: progress.advance(0, tokens=forest.num_tokens),
+            )
+            progress.advance(len(samples))
+            write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
+            self._write_gallery(iteration, done, rows)
+            return {"funnel": funnel}
+
+        self._stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)
+
+    def preference_tuning(self, iteration: int) -> None:
+        """Stage 4, second half: confidence-weighted DPO from the round's starting policy, which is the reference."""
+        pairs = list(self._preferences(iteration))
+        loop = self.config.dpo.training_settings(self.config.seed + iteration)
+
+        def work(progress: Track) -> dict[str, Any]:
+            lvlm = self.policy.use(self.directory.adapter(iteration - 1))
+            train_preference(
+                lvlm,
+                pairs,
+                self.config.dpo.preference_settings(self.config.curation.weighting),
+                loop,
+                expected_reference_hash=self.policy.hash(),
+                features=self.policy.features,
+                on_step=self._step(f"iteration-{iteration}/dpo", progress),
+            )
+            self._keep_adapter(self.directory.adapter(iteration))
+            return {"pairs": len(pairs)}
+
+        self._stage(f"iteration-{iteration}/dpo", ("dpo",), num_steps(len(pairs), loop), work, unit="steps")
+
+    # The summary ------------------------------------------------------------------------------------------
+
+    def write_summary(self) -> None:
+        """`summary.json` from the manifest: what every stage found, how long it took, and the headroom recovered."""
+        manifest = self.directory.manifest()
+        headroom = [dict(e) for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
+        for entry in headroom:
+            one = next(s for s in self.evaluation_sets if (s.name, s.split) == (entry["dataset"], entry["split"]))
+            after = self._greedy_aligned(f"iteration-{entry['iteration']}", one)
+            chosen = next(samples for other, samples in self._headroom_samples() if other is one)
+            entry["next_pass_at_1"] = sum(after[s.id] for s in chosen) / len(chosen)
+            entry["recovered"] = recovered(entry, entry["next_pass_at_1"])
+        summary = {
+            "evaluations": [e for name, s in manifest.items() if name.endswith("/evaluation") for e in s["entries"]],
+            "headroom": headroom,
+            "funnel": {
+                name.partition("/")[0]: stage["funnel"]
+                for name, stage in manifest.items()
+                if name.endswith("/preferences")
+            },
+            "diversity": {
+                name.partition("/")[0]: stage["diversity"]
+                for name, stage in manifest.items()
+                if name.endswith("/candidates")
+            },
+            "rejected": self.rejected,
+            "stages": [
+                {"name": name, "seconds": s["seconds"], "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)}
+                for name, s in manifest.items()
+            ],
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seconds": sum(stage["seconds"] for stage in manifest.values()),
+        }
+        write_json(self.directory.summary_file, summary)
+
+    def _write_gallery(self, iteration: int, pairs: list[Preference], rows: list[dict[str, Any]]) -> None:
+        """`gallery.json`: some of the last round's samples with all candidates, scores and the oracle's judgement."""
+        candidates = self._candidates(iteration)
+        scores = {row["sample_id"]: row["scores"] for row in rows}
+        shown: list[dict[str, Any]] = []
+        for pair in pairs:
+            sample, own = self.samples[pair.sample_id], candidates[pair.sample_id]
+            if len(shown) == GALLERY or any(entry["sample_id"] == sample.id for entry in shown):
+                continue
+            places = {candidate.id: index for index, candidate in enumerate(own)}
+            shown.append(
+                {
+                    "sample_id": sample.id,
+                    "iteration": iteration,
+                    "image": str((sample.image_root / sample.images[0]).resolve()) if sample.images else None,
+                    "question": sample.question,
+                    "gold": sample.answer,
+                    "candidates": [
+                        self._shown_candidate(sample, c, score) for c, score in zip(own, scores[sample.id], strict=True)
+                    ],
+                    "chosen": places[pair.extra["chosen_id"]],
+                    "rejected": places[pair.extra["rejected_id"]],
+                    "confidence": pair.confidence,
+                }
+            )
+        write_json(self.directory.path / "gallery.json", shown)
+
+    @staticmethod
+    def _shown_candidate(sample: Sample, candidate: Candidate, score: float) -> dict[str, Any]:
+        judgement = judge_sample(sample, parse_response(candidate.text))
+        shown: dict[str, Any] = {"text": candidate.text, "answer": candidate.answer, "score": score}
+        if judgement is not None:
+            shown["case"] = judgement.case
+            shown["claims"] = [[c[0], c[1], c[2]] for c in judgement.claims]
+        return shown
+
+    # Helpers ----------------------------------------------------------------------------------------------
+
+    def _stage(
+        self,
+        name: str,
+        sections: tuple[str, ...],
+        total: int,
+        work: Callable[[Track], dict[str, Any]],
+        unit: str = "samples",
+    ) -> None:
+        """Run a stage unless the manifest has it, with a progress bar, and enter it when all it wrote is on disk."""
+        resolved = self.config.model_dump(mode="json")
+        shared = ("seed", "model", "data")
+        settings = {key: resolved[key] for key in dict.fromkeys((*shared, *sections))}
+        if self.directory.stage_done(name, settings):
+            return
+        with track(name, total, unit, quiet=self.config.quiet) as progress:
+            found = work(progress)
+        self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
+
+    def _step(self, stage: str, progress: Track) -> Callable[[dict[str, Any]], None]:
+        def on_step(metrics: dict[str, Any]) -> None:
+            with self.directory.metrics() as writer:
+                writer.write({"stage": stage} | metrics)
+            progress.advance(1, tokens=metrics["tokens"])
+
+        return on_step
+
+    def _keep_adapter(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.policy.model, directory)
+        self.policy.adapter = directory
+
+    def _search(self, samples: list[Sample], iteration: int, progress: Track) -> list[list[Candidate]]:
+        section = self.config.candidates
+        return generate_candidates(
+            self.policy.use(self.directory.adapter(iteration - 1)),
+            samples,
+            section.settings(),
+            features=self.policy.features,
+            seed=self.config.seed + iteration,
+            batch_size=section.batch_size,
+            progress=progress,
+        )
+
+    def _round(self, iteration: int) -> list[Sample]:
+        """Fresh samples each round, from one shuffle; they begin anew once all had their turn."""
+        shuffled = _draw(self.calibration_samples, 0, f"calibration/{self.config.seed}")
+        count = min(self.config.candidates.samples or len(shuffled), len(shuffled))
+        start = (iteration - 1) * count
+        return [shuffled[i % len(shuffled)] for i in range(start, start + count)]
+
+    def _headroom_samples(self) -> list[tuple[EvaluationSet, list[Sample]]]:
+        """The first samples of each evaluation set that the oracle can judge."""
+        most = self.config.evaluation.headroom_samples
+        found = []
+        for one in self.evaluation_sets:
+            judged = [s for s in one.samples if "program" in s.extra and "scene" in s.extra][:most]
+            if judged:
+                found.append((one, judged))
+        return found
+
+    def _greedy_aligned(self, model: str, one: EvaluationSet) -> dict[str, bool]:
+        """Sample id -> whether the model's greedy answer is right and aligned, from its predictions."""
+        return {
+            row["id"]: row["case"] == "both_right" and row["aligned"]
+            for _, row in read_jsonl(self._predictions(model, one))
+        }
+
+    def _predictions(self, model: str, one: EvaluationSet) -> Path:
+        return self.directory.path / "predictions" / model / f"{one.name}-{one.split}.jsonl"
+
+    def _model_before(self, iteration: int) -> str:
+        return f"iteration-{iteration - 1}" if iteration > 1 else "rationale"
+
+    def _shards(self, iteration: int, kind: str) -> Path:
+        return self.directory.iteration(iteration) / kind
+
+    def _candidates(self, iteration: int) -> dict[str, list[Candidate]]:
+        rows = read_shards(self._shards(iteration, "candidates"))
+        return group_by_sample(
+            Candidate.from_json(row, file=file, line=line, image_root=self.images) for file, line, row in rows
+        )
+
+    def _preferences(self, iteration: int) -> list[Preference]:
+        return [
+            Preference.from_json(row, file=file, line=line, image_root=self.samples[str(row["sample_id"])].image_root)
+            for file, line, row in read_shards(self._shards(iteration, "preferences"))
+        ]
+
+
+def _draw(samples: list[Sample], count: int, seed: str) -> list[Sample]:
+    """`count` of the samples in an order drawn by the seed; 0 for all."""
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    return shuffled[: count or len(shuffled)]

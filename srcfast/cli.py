@@ -1,0 +1,293 @@
+"""The command line: what may be said. `commands` and `tools` do it; nothing heavy is imported before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from srcfast.errors import ConfigError, InputError, SrcfastError
+
+
+class Commands(TyperGroup):
+    """Shows srcfast's own errors as text: exit status 2 for settings and input, 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SrcfastError as error:
+            typer.echo(f"srcfast: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError | InputError) else 1) from None
+
+
+app = typer.Typer(
+    name="srcfast",
+    cls=Commands,
+    help="Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...", help="settings: a file, then single ones", show_default=False
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded'")]
+Adapter = Annotated[Path | None, typer.Option(help="LoRA adapter directory, as PEFT writes it")]
+ScorerPath = Annotated[str | None, typer.Option("--scorer", help="R-Scorer directory, or 'embedded'")]
+Data = Annotated[Path | None, typer.Option(help="file of records instead of the config's datasets")]
+Format = Annotated[
+    str | None,
+    typer.Option(help="of --data: jsonl, llava, vlmeval_tsv, trl, easy_vqa; default: by its ending"),
+]
+ImageRoot = Annotated[Path | None, typer.Option(help="folder that image paths are relative to; default: the file's")]
+Output = Annotated[Path | None, typer.Option(help="file or folder to write")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
+Candidates = Annotated[Path | None, typer.Option(help="folder that `srcfast candidates` wrote")]
+AsJSON = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
+
+
+@app.command()
+def calibrate(
+    words: Words = None,
+    model: Model = None,
+    scorer: ScorerPath = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
+    from srcfast import commands
+
+    commands.calibrate(commands.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet))
+
+
+@app.command()
+def rationale(
+    words: Words = None,
+    model: Model = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
+    from srcfast import commands
+
+    config = commands.settings(words, "rationale", model=model, quiet=quiet)
+    commands.rationale(config, commands.Source(data, format, image_root), output)
+
+
+@app.command()
+def candidates(
+    words: Words = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 2: sentence-level beam search for diverse candidates."""
+    from srcfast import commands
+
+    config = commands.settings(words, "candidates", model=model, quiet=quiet)
+    commands.candidates(config, commands.Source(data, format, image_root), adapter, output)
+
+
+@app.command()
+def score(
+    words: Words = None,
+    scorer: ScorerPath = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    candidates: Candidates = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 3: the R-Scorer judges the candidates pairwise."""
+    from srcfast import commands
+
+    config = commands.settings(words, "scorer", scorer=scorer, quiet=quiet)
+    commands.score(config, commands.Source(data, format, image_root), candidates, output)
+
+
+@app.command()
+def curate(
+    words: Words = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    candidates: Candidates = None,
+    scores: Annotated[Path | None, typer.Option(help="folder that `srcfast score` wrote")] = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 4a: preference pairs from judged candidates, with a funnel of what was dropped and why."""
+    from srcfast import commands
+
+    config = commands.settings(words, "curation", quiet=quiet)
+    commands.curate(config, commands.Source(data, format, image_root), candidates, scores, output)
+
+
+@app.command()
+def dpo(
+    words: Words = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 4b: confidence-weighted DPO on preference pairs; writes a LoRA adapter."""
+    from srcfast import commands
+
+    config = commands.settings(words, "dpo", model=model, quiet=quiet)
+    commands.dpo(config, commands.Source(data, format, image_root), adapter, output)
+
+
+@app.command()
+def evaluate(
+    words: Words = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
+    from srcfast import commands
+
+    config = commands.settings(words, "evaluation", model=model, quiet=quiet)
+    commands.evaluate(config, commands.Source(data, format, image_root), adapter, output)
+
+
+@app.command()
+def logprob(
+    words: Words = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Log-probabilities: {images, prompt, response} a line in, {logprob, tokens} out, in the same order."""
+    from srcfast import commands
+
+    config = commands.settings(words, "dpo", model=model, quiet=quiet)
+    commands.logprob(config, commands.Source(data, "jsonl", image_root), adapter, output)
+
+
+@app.command()
+def estimate(
+    words: Words = None,
+    model: Model = None,
+    memory: Annotated[str | None, typer.Option(help="to fit into, such as 12GiB")] = None,
+    json: AsJSON = False,
+) -> None:
+    """Forecast parameters, memory and the largest token budget, from file headers alone."""
+    from srcfast import commands, tools
+
+    tools.estimate(commands.settings(words, None, model=model), memory, json)
+
+
+@app.command()
+def inspect(
+    words: Words = None,
+    model: Model = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    index: Annotated[int, typer.Option(min=0, help="which sample, from 0")] = 0,
+) -> None:
+    """One sample as the model sees it: decoded, counted, its loss mask coloured."""
+    from srcfast import commands, tools
+
+    config = commands.settings(words, "rationale", model=model)
+    tools.inspect(config, commands.Source(data, format, image_root), index)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="file to read")],
+    target: Annotated[Path, typer.Argument(help="file to write")],
+    from_format: Annotated[str | None, typer.Option("--from", help="jsonl, llava, trl, vlmeval_tsv")] = None,
+    to_format: Annotated[str | None, typer.Option("--to", help="jsonl, llava, trl, vlmeval_tsv")] = None,
+    image_root: ImageRoot = None,
+) -> None:
+    """Among JSON lines, LLaVA JSON, TRL preference JSON and VLMEvalKit TSV."""
+    from srcfast import tools
+
+    tools.convert(source, target, from_format, to_format, image_root)
+
+
+@app.command()
+def merge(
+    words: Words = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    output: Output = None,
+) -> None:
+    """Add an adapter into its base and write a whole checkpoint that transformers reads."""
+    from srcfast import commands, tools
+
+    tools.merge(commands.settings(words, None, model=model), adapter, output)
+
+
+@app.command()
+def scorer(
+    words: Words = None,
+    scorer: ScorerPath = None,
+    data: Data = None,
+    format: Format = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an R-Scorer on rationale-answer pairs and their corruptions; reports its held-out accuracy."""
+    from srcfast import commands
+
+    config = commands.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
+    commands.scorer(config, commands.Source(data, format, image_root), output)
+
+
+@app.command()
+def doctor(json: AsJSON = False) -> None:
+    """What is installed, which backends are live, what is missing and would bring what."""
+    from srcfast import tools
+
+    tools.doctor(json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")]) -> None:
+    """Draw a run's page anew."""
+    from srcfast import tools
+
+    tools.report(run)
+
+
+@app.command()
+def world(
+    output: Output = None,
+    split: Annotated[str, typer.Option(help="train, calibration, validation, test or generalisation")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="how many")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="of the draw")] = 0,
+) -> None:
+    """Write samples of the embedded world: SPLIT.jsonl and its pictures in images/."""
+    from srcfast import tools
+
+    tools.world(output, split, samples, seed)

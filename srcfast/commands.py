@@ -1,0 +1,445 @@
+"""What each command does, from its settings to its files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srcfast.config import Config, DatasetConfig, load_config
+from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
+from srcfast.data.readers import check_rejected
+from srcfast.data.records import Candidate, Fields, Preference, Sample
+from srcfast.errors import ConfigError, InputError
+from srcfast.loading import features_of, load_judge, load_model, policy_hash, read_dataset
+from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
+
+if TYPE_CHECKING:
+    from srcfast.runtime.training import TrainingSettings
+
+ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file named on the command line, if any."""
+
+    data: Path | None
+    format: str | None
+    image_root: Path | None
+
+
+# Settings ---------------------------------------------------------------------------------------------------
+
+
+def settings(
+    words: Sequence[str] | None,
+    section: str | None,
+    *,
+    model: str | None = None,
+    scorer: str | None = None,
+    output: Path | None = None,
+    quiet: bool = False,
+) -> Config:
+    """The settings of a command line: its file, then its single settings, then its options."""
+    files = [word for word in words or () if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"expected one CONFIG.yaml and key=value settings, found {' and '.join(files)}")
+    named = {"model.path": model, "scorer.path": scorer, "output": output}
+    single = [word for word in words or () if "=" in word]
+    config = load_config(files[0] if files else None, single, section)
+    # An option comes last and wins. Its full name is in no section, so it is read from the root.
+    single += [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
+    single += ["quiet=true"] if quiet else []
+    config = load_config(files[0] if files else None, single, section)
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    return config
+
+
+def need(value: Path | None, option: str, what: str) -> Path:
+    """An option's value. Raises ConfigError where it is not given."""
+    if value is None:
+        raise ConfigError(f"{option}: expected {what}, found nothing. Mend: name it")
+    return value
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, ...]:
+    """The dataset named on the command line, else the config's for rationale, calibration or evaluation."""
+    if source.data is not None or source.format == "easy_vqa":
+        format = source.format or ENDINGS.get("" if source.data is None else source.data.suffix.lower(), "jsonl")
+        path = None if source.data is None else str(source.data)
+        root = None if source.image_root is None else str(source.image_root)
+        values = {
+            "name": source.data.stem if source.data else format,
+            "format": format,
+            "path": path,
+            "image_root": root,
+        }
+        if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
+            raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
+        return (DatasetConfig.model_validate(values | {"split": "test" if use == "evaluation" else "train"}),)
+    found = config.data.evaluation
+    if use != "evaluation":
+        found = tuple(one for one in config.data.train if use in one.use)
+    if not found:
+        where = "data.evaluation" if use == "evaluation" else "data.train"
+        raise ConfigError(f"no data: expected --data FILE, or datasets under {where} in the config. Mend: name one")
+    return found
+
+
+def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sample]:
+    """The samples of all datasets for a use; what was rejected lies beside the output."""
+    rejected: list[dict[str, Any]] = []
+    samples = [
+        sample
+        for dataset in datasets(config, source, use)
+        for sample in read_dataset(dataset, Path(config.output) / "images", rejected)
+    ]
+    set_aside(rejected, len(samples), config.max_rejected, output)
+    return samples
+
+
+def set_aside(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float, output: Path) -> None:
+    """Write `rejected.jsonl` into the folder `output`, if anything was rejected.
+
+    Raises:
+        InputError: more was rejected than `max_rejected` allows, or nothing is left.
+    """
+    if not rejected and kept:
+        return
+    file = output / "rejected.jsonl"
+    if rejected:
+        write_jsonl(file, rejected)
+    check_rejected(rejected, len(rejected) + kept, limit)
+    if not kept:
+        raise InputError(expected="at least one sample", found="none", mend="name data that holds some")
+
+
+def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
+    """Preferences from a file (JSON lines, or TRL's JSON) or from a folder of shards."""
+    path = need(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
+    root = source.image_root or path.parent
+    if path.is_dir():
+        return [
+            Preference.from_json(row, file=file, line=line, image_root=Path(row.pop("image_root", root)))
+            for file, line, row in read_shards(path)
+        ]
+    from srcfast.data.readers import read_preferences
+
+    rejected: list[dict[str, Any]] = []
+    format = source.format or ("trl" if path.suffix == ".json" else "jsonl")
+    preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
+    set_aside(rejected, len(preferences), config.max_rejected, output)
+    return preferences
+
+
+def _read_candidates(directory: Path | None) -> dict[str, list[Candidate]]:
+    from srcfast.stages.scoring import group_by_sample
+
+    place = need(directory, "--candidates", "the folder that `srcfast candidates` wrote")
+    rows = read_shards(place)
+    return group_by_sample(Candidate.from_json(row, file=file, line=line, image_root=place) for file, line, row in rows)
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def calibrate(config: Config) -> None:
+    """Run everything and say where the page is."""
+    from srcfast.calibrate import calibrate as run
+
+    print(run(config))
+
+
+def rationale(config: Config, source: Source, output: Path | None) -> None:
+    """Train an adapter on RAPs into `output`."""
+    from srcfast.models.lora import save_adapter
+    from srcfast.stages.rationale import build_raps, fine_tune_rationale, read_teacher
+
+    output = need(output, "--output", "a folder for the adapter")
+    samples = read_all(config, source, "rationale", output)
+    if config.rationale.samples:
+        count = min(config.rationale.samples, len(samples))
+        samples = random.Random(f"rationale/{config.seed}").sample(samples, count)
+    teacher = None if config.rationale.teacher is None else read_teacher(config.rationale.teacher)
+    raps, dropped = build_raps(samples, config.rationale.format, teacher)
+    if not raps:
+        raise InputError(
+            field="rationale",
+            expected="samples with facts or a rationale",
+            found=f"dropped: {dict(dropped)}",
+            mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
+        )
+    model = load_model(config, config.lora.lora_config(config.seed))
+    features = features_of(model, [sample for sample, _ in raps])
+    loop = config.rationale.training_settings(config.seed)
+    with TrainingRun("rationale", len(raps), loop, output, config.quiet) as run:
+        fine_tune_rationale(model, raps, loop, features=features, on_step=run.step)
+    save_adapter(model, output)
+    run.write_summary(model=str(model.path), samples=len(samples), pairs=len(raps), dropped=dict(dropped))
+
+
+def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+    """Search candidates of every sample into shards under `output`."""
+    from srcfast.stages.candidates import generate_candidates
+
+    output = need(output, "--output", "a folder for the candidates")
+    samples = read_all(config, source, "calibration", output)
+    if config.candidates.samples:
+        count = min(config.candidates.samples, len(samples))
+        samples = random.Random(f"candidates/{config.seed}").sample(samples, count)
+    model = load_model(config, adapter)
+    with track("candidates", len(samples), quiet=config.quiet) as progress:
+        found = generate_candidates(
+            model,
+            samples,
+            config.candidates.settings(),
+            features=features_of(model, samples),
+            seed=config.seed,
+            batch_size=config.candidates.batch_size,
+            progress=progress,
+        )
+    write_shards(output, (candidate.to_json() for own in found for candidate in own))
+
+
+def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
+    """Judge candidates into shards under `output`."""
+    from srcfast.stages.scoring import score_candidates
+
+    output = need(output, "--output", "a folder for the scores")
+    samples = read_all(config, source, "calibration", output)
+    own = _read_candidates(candidates)
+    judge, total = load_judge(config), sum(bool(own.get(sample.id)) for sample in samples)
+    with track("score", total, quiet=config.quiet) as progress:
+        score_candidates(judge, samples, own, config.scorer.token_budget, config.scorer.mode, progress, output)
+
+
+def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
+    """Choose pairs into shards under `output`, with `funnel.json` beside them."""
+    from srcfast.stages.curation import curate as choose
+
+    output = need(output, "--output", "a folder for the preferences")
+    samples = read_all(config, source, "calibration", output)
+    rows = [] if scores is None else [row for _, _, row in read_shards(scores)]
+    if not rows and config.curation.pairing == "score":
+        raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Mend: name it")
+    pairs, funnel = choose(samples, _read_candidates(candidates), rows, config.curation.settings(), config.seed)
+    # The absolute root travels with the pair: the shards may be read from anywhere.
+    write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
+    write_json(output / "funnel.json", funnel)
+    if not config.quiet:
+        print(json.dumps({"pairs": len(pairs), "dropped": funnel["dropped"]}))
+
+
+def dpo(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+    """Preference-tune an adapter (a given one, or a new one) into `output`."""
+    from srcfast.models.lora import save_adapter
+    from srcfast.stages.preference import reference_logprobs, train_preference
+
+    output = need(output, "--output", "a folder for the adapter")
+    preferences = read_preference_file(config, source, output)
+    model = load_model(config, adapter or config.lora.lora_config(config.seed))
+    features = features_of(model, preferences)
+    name = policy_hash(config, model, adapter)
+    # A reference that came without a hash is taken at its word; training's first step checks it.
+    preferences = [replace(pair, extra={"reference_hash": name} | pair.extra) for pair in preferences]
+    missing = [
+        index
+        for index, pair in enumerate(preferences)
+        if pair.reference_chosen_logprob is None or pair.reference_rejected_logprob is None
+    ]
+    if missing:
+        with track("reference", len(missing), "pairs", config.quiet) as progress:
+            done = reference_logprobs(
+                model,
+                [preferences[index] for index in missing],
+                reference_hash=name,
+                token_budget=config.dpo.token_budget,
+                features=features,
+                on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
+            )
+        for index, pair in zip(missing, done, strict=True):
+            preferences[index] = pair
+    loop = config.dpo.training_settings(config.seed)
+    loss = config.dpo.preference_settings(config.curation.weighting)
+    with TrainingRun("dpo", len(preferences), loop, output, config.quiet) as run:
+        train_preference(
+            model, preferences, loss, loop, expected_reference_hash=name, features=features, on_step=run.step
+        )
+    save_adapter(model, output)
+    run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
+
+
+class TrainingRun:
+    """A training stage's progress bar, `metrics.jsonl` and `summary.json`."""
+
+    def __init__(self, name: str, items: int, loop: TrainingSettings, output: Path, quiet: bool) -> None:
+        from srcfast.runtime.training import num_steps
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+        self.output = output
+        self.history: list[dict[str, Any]] = []
+        self.writer = MetricsWriter(output / "metrics.jsonl")
+        self.progress = Track(name, num_steps(items, loop), "steps", quiet)
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.close()
+        self.writer.close()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        self.history.append(metrics)
+        self.writer.write(metrics)
+        self.progress.advance(1, tokens=metrics["tokens"])
+
+    def write_summary(self, **more: Any) -> None:
+        summary = {
+            **more,
+            "steps": len(self.history),
+            "tokens": self.progress.tokens,
+            "seconds": self.progress.seconds,
+            "tokens_per_second": self.progress.tokens_per_second,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "first_step": self.history[0],
+            "last_step": self.history[-1],
+        }
+        write_json(self.output / "summary.json", summary)
+
+
+def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+    """Greedy answers to every evaluation dataset: `predictions/` and `summary.json` under `output`."""
+    from srcfast.stages.evaluation import answer_greedily, summarise
+
+    output = need(output, "--output", "a folder for predictions and summary")
+    model = load_model(config, adapter)
+    entries: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    settings = config.evaluation
+    for dataset in datasets(config, source, "evaluation"):
+        samples = read_dataset(dataset, Path(config.output) / "images", rejected)
+        set_aside(rejected, len(samples), config.max_rejected, output)
+        with track(f"evaluate {dataset.name} {dataset.split}", len(samples), quiet=config.quiet) as progress:
+            predictions = answer_greedily(
+                model, samples, features_of(model, samples), settings.max_new_tokens, settings.batch_size, progress
+            )
+        name = f"{dataset.name}-{dataset.split}.jsonl"
+        write_jsonl(output / "predictions" / name, (prediction.to_json() for prediction in predictions))
+        entries.append(
+            summarise(
+                predictions,
+                model="base" if adapter is None else str(adapter),
+                dataset=dataset.name,
+                split=dataset.split,
+                resamples=settings.bootstrap_resamples,
+                seed=config.seed,
+            )
+        )
+    write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
+    if not config.quiet:
+        print(json.dumps(entries, indent=2))
+
+
+def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+    """{images, prompt, response} in, {logprob, tokens} out, line for line; a bad line stops it at once."""
+    from srcfast.stages.preference import response_logprobs
+    from srcfast.stages.rationale import PromptEncoder, image_keys
+
+    path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
+    output = need(output, "--output", "a file for the log-probabilities")
+    rows = _read_logprob_rows(path, source.image_root or path.parent)
+    model = load_model(config, adapter)
+    encode = PromptEncoder(model)
+    items = [(encode(row, row.question, row.id), image_keys(row), model.encode_response(row.answer)) for row in rows]
+    with track("logprob", len({prompt.tobytes() for prompt, _, _ in items}), "prompts", config.quiet) as progress:
+        found = response_logprobs(
+            model,
+            items,
+            token_budget=config.dpo.token_budget,
+            features=features_of(model, rows),
+            on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
+        )
+    write_jsonl(output, ({"logprob": value, "tokens": tokens} for value, tokens in found))
+
+
+def _read_logprob_rows(path: Path, image_root: Path) -> list[Sample]:
+    rows = []
+    for line, row in read_jsonl(path):
+        fields = Fields(row, path, line)
+        images, prompt, response = fields.images(), fields.text("prompt"), fields.text("response")
+        rows.append(Sample(f"line {line}", images, prompt, response, image_root=image_root))
+    return rows
+
+
+def scorer(config: Config, source: Source, output: Path | None) -> None:
+    """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
+    from srcfast.data.rationale_format import parse_response
+    from srcfast.models.text_model import save_text_model
+    from srcfast.stages.rationale import build_raps
+    from srcfast.stages.scorer_training import evaluate_scorer, judged_examples, scorer_examples, train_scorer
+
+    output = need(output, "--output", "a folder for the R-Scorer")
+    samples = read_all(config, source, "rationale", output)
+    form, own = config.rationale.format, config.scorer_training
+    parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, form)[0]]
+    raps = [(s, p.perception, p.reasoning, p.answer) for s, p in parsed if p.answer is not None]
+    rng = random.Random(f"scorer/{config.seed}")
+    rng.shuffle(raps)
+    cut = max(1, round(own.held_out * len(raps)))
+    words = _vocabulary(own.vocabulary)
+    held_out, train = (
+        scorer_examples(part, rng, words, variants=own.variants, format=form, is_faulty=_may_be_faulty)
+        for part in (raps[:cut], raps[cut:])
+    )
+    if not held_out or not train:
+        raise InputError(
+            field="rationale",
+            expected="enough samples with rationales in which faults can be made",
+            found=f"{len(train)} to train on and {len(held_out)} held out",
+            mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
+        )
+    judge, loop = load_judge(config), own.training_settings(config.seed)
+    trees = sum(1 for _ in judged_examples(judge, train))
+    with TrainingRun("scorer", trees, loop, output, config.quiet) as run:
+        train_scorer(judge, train, loop, run.step)
+    save_text_model(judge.text_model, output)
+    result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
+    run.write_summary(model=config.scorer.path, examples=len(train), held_out=result)
+    if not config.quiet:
+        print(json.dumps(result, indent=2))
+
+
+def _may_be_faulty(sample: Sample, parts: tuple[tuple[str, ...], tuple[str, ...], str]) -> bool:
+    """Where an oracle can check the corruption, whether it finds it faulty; True where none can."""
+    from srcfast.data.rationale_format import ParsedResponse
+    from srcfast.world.oracle import judge_sample
+
+    judgement = judge_sample(sample, ParsedResponse(*parts))
+    return judgement is None or not judgement.aligned
+
+
+def _vocabulary(path: str | None) -> dict[str, Sequence[str]]:
+    if path is None:
+        from srcfast.stages.embedded_scorer import VOCABULARY
+
+        return dict(VOCABULARY)
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"scorer_training.vocabulary: {path}: expected readable YAML, found {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(words, list) and len(words) > 1 for words in found.values()):
+        raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}")
+    return {str(name): tuple(str(word) for word in words) for name, words in found.items()}

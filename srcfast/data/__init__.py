@@ -1,0 +1,1 @@
+"""Records, readers, images, and the packed prefix forest."""

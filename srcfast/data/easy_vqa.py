@@ -1,0 +1,181 @@
+"""easy-VQA (Victor Zhou, 2019): 5,000 images of one shape and 48,248 questions, from its installed package.
+
+It brings no rationales. What is known of an image is derived from the package's own questions about that
+image, of the same split, and a rationale is built from that and nothing else; so some rationales name a
+shape but no color.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srcfast.data.records import Sample
+from srcfast.errors import InputError, SrcfastError
+from srcfast.world.programs import Program, matches
+from srcfast.world.questions import noun, predicate, with_article
+from srcfast.world.rationales import facts
+from srcfast.world.scenes import COLORS, Object, Scene
+
+SPLITS = ("train", "test")
+SHAPES = ("circle", "rectangle", "triangle")
+
+_WHAT = f"(?P<color>{'|'.join(COLORS)}) shape|(?P<shape>{'|'.join(SHAPES)})"
+_EXISTS = re.compile(rf"(?:is there an? (?:{_WHAT})(?: in the image)?)\?")
+_CONTAINS = re.compile(rf"does the image contain an? (?:{_WHAT})\?")
+_PRESENT = re.compile(rf"is an? (?:{_WHAT}) present\?")
+_NOT_THERE = re.compile(rf"is there not an? (?:{_WHAT})(?: in the image)?\?")
+_NOT_CONTAINED = re.compile(rf"does the image not contain an? (?:{_WHAT})\?")
+_NOT_PRESENT = re.compile(rf"is no (?:{_WHAT}) present\?")
+_COLOR = re.compile(rf"what (?:color is|is the color of) the (?:(?P<shape>{'|'.join(SHAPES)})|shape)\?")
+_SHAPE = re.compile(rf"what is the (?P<color>{'|'.join(COLORS)}) shape\?")
+_ANY_SHAPE = re.compile(r"what shape (?:is in the image|does the image contain|is present)\?")
+
+
+def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
+    """Read the split "train" or "test", all of it or `limit` questions drawn by `seed`.
+
+    The images are read where the package keeps them (`image_root` is its data folder). Each sample carries
+    facts, a rationale in the grammar that the oracle reads, and in `extra` ability, program, scene (with
+    `None` for what the questions don't tell), `see` and `think`.
+
+    Raises:
+        SrcfastError: the package is not installed.
+        InputError: the split is unknown, or the package's file is not what it was.
+    """
+    if split not in SPLITS:
+        raise InputError(field="split", expected="train or test", found=split)
+    root = data_folder()
+    file = root / split / "questions.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        questions = [(str(text), str(answer), int(image)) for text, answer, image in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            file=file,
+            expected="a JSON list of [question, answer, image number]",
+            found=error,
+            mend="reinstall it: pip install --force-reinstall easy-vqa",
+        ) from error
+    programs = [parse_question(text) for text, _, _ in questions]
+    told: dict[int, list[tuple[Program, str]]] = {}
+    for (_, answer, image), program in zip(questions, programs, strict=True):
+        if program is not None:
+            told.setdefault(image, []).append((program, answer))
+    scenes = {image: derive_scene(answers) for image, answers in told.items()}
+    chosen: Sequence[int] = range(len(questions))
+    if limit is not None and limit < len(questions):
+        chosen = sorted(random.Random(f"easy-vqa/{split}/{seed}").sample(chosen, limit))
+    return [_sample(split, index, *questions[index], programs[index], scenes, root) for index in chosen]
+
+
+def data_folder() -> Path:
+    """Where the installed package keeps its data. Raises SrcfastError where it is not installed."""
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise SrcfastError("the data set easy_vqa needs the package of that name. Mend: pip install easy-vqa")
+    return Path(spec.origin).parent / "data"
+
+
+def parse_question(text: str) -> Program | None:
+    """The program of one of the package's questions; None for a question of another form.
+
+    "shape" stands for any object in its questions ("is there a red shape?").
+    """
+    text = " ".join(text.lower().split())
+    for pattern, op in (
+        (_EXISTS, "exists"),
+        (_CONTAINS, "exists"),
+        (_PRESENT, "exists"),
+        (_NOT_THERE, "none"),
+        (_NOT_CONTAINED, "none"),
+        (_NOT_PRESENT, "none"),
+    ):
+        if found := pattern.fullmatch(text):
+            return {"op": op, "of": _given(found)}
+    if found := _COLOR.fullmatch(text):
+        return {"op": "query", "attribute": "color", "of": _given(found)}
+    if found := _SHAPE.fullmatch(text):
+        return {"op": "query", "attribute": "shape", "of": _given(found)}
+    if _ANY_SHAPE.fullmatch(text):
+        return {"op": "query", "attribute": "shape", "of": {}}
+    return None
+
+
+def _given(found: re.Match[str]) -> dict[str, str]:
+    return {name: value for name, value in found.groupdict().items() if value is not None}
+
+
+def derive_scene(answers: list[tuple[Program, str]]) -> Scene:
+    """What the questions about one image tell of its one object, and what they rule out.
+
+    An attribute is known from a look-up, from what another question presumes ("what is the blue shape?"),
+    from a yes to its existence, or because every other value is ruled out.
+    """
+    known: dict[str, str] = {}
+    ruled_out: dict[tuple[str, str], None] = {}
+    for program, answer in answers:
+        op = program["op"]
+        if op == "query":
+            known |= {**program["of"], program["attribute"]: answer}
+        elif (op == "exists") == (answer == "yes"):
+            known |= program["of"]
+        else:
+            [(name, value)] = program["of"].items()
+            ruled_out[name, value] = None
+    for name, values in (("shape", SHAPES), ("color", COLORS)):
+        left = [value for value in values if (name, value) not in ruled_out]
+        if name not in known and len(left) == 1:
+            known[name] = left[0]
+    absent = [Object(**{name: value}) for name, value in ruled_out if name not in known]
+    return Scene((Object(**known),), None, tuple(absent))
+
+
+def _sample(
+    split: str,
+    index: int,
+    text: str,
+    answer: str,
+    image: int,
+    program: Program | None,
+    scenes: dict[int, Scene],
+    root: Path,
+) -> Sample:
+    extra: dict[str, Any] = {"dataset": "easy_vqa", "split": split, "ability": "fine_grained_perception"}
+    told: tuple[str, ...] = ()
+    rationale = None
+    if program is not None:
+        scene = scenes[image]
+        see, think = rationale_of(scene, program, answer)
+        told = facts(scene)
+        rationale = " ".join((*see, *think))
+        ability = "logical_reasoning" if program["op"] == "none" else "fine_grained_perception"
+        extra |= {"ability": ability, "kind": program["op"], "program": program, "scene": scene.to_json()}
+        extra |= {"see": list(see), "think": list(think)}
+    return Sample(
+        id=f"easy-vqa-{split}-{index:05d}",
+        images=(f"{split}/images/{image}.png",),
+        question=text,
+        answer=answer,
+        rationale=rationale,
+        facts=told,
+        extra=extra,
+        image_root=root,
+    )
+
+
+def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is seen (the object, as far as it is known) and what follows for the question."""
+    [o] = scene.objects
+    see = (f"There is {with_article(noun(o))}.",)
+    of = program["of"]
+    if program["op"] == "query":
+        return see, (f"The {noun(of)} is {predicate({program['attribute']: answer})}.",)
+    if matches(o, of):
+        return see, ()
+    return see, (f"There is no {noun(of)}.",)

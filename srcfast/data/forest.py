@@ -1,0 +1,259 @@
+"""The packed prefix forest: texts that share beginnings, laid end to end without padding.
+
+A segment is a run of tokens. Segments form trees: a segment sees all of its ancestors and, causally, itself,
+never a sibling; its positions start where its parent's end. A forest is many trees in one row of `T` tokens.
+What defines it: every root-to-leaf path, run alone as an ordinary sequence, gives the same result.
+
+    prompt -> {chosen, rejected}                    tokens   p p p p c c c r r
+                                                    position 0 1 2 3 4 5 6 4 5
+
+Attention over it is one variable-length call (see `srcfast.runtime.attention`): queries are one block a
+segment, keys are gathered through `kv_index` (the ancestors, then the segment itself), causal and aligned
+bottom-right.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srcfast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens below its parent.
+
+    Args:
+        tokens: `[n]` int64 token ids, n >= 1. Image placeholders are ordinary ids here.
+        parent: index of the parent segment within the tree; -1 for the root.
+    """
+
+    tokens: np.ndarray
+    parent: int = -1
+
+    def __post_init__(self) -> None:
+        tokens = np.asarray(self.tokens, dtype=np.int64)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise InputError(
+                field="tokens", expected="a flat, non-empty row of token ids", found=f"shape {tokens.shape}"
+            )
+        object.__setattr__(self, "tokens", tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Segments in an order in which parents come before their children; the first is the root.
+
+    Args:
+        segments: at least one.
+        images: keys of the images whose placeholders the segments hold, in order of appearance.
+        key: whatever names this tree to its owner (a sample's id, say); it appears in error messages.
+    """
+
+    segments: tuple[Segment, ...]
+    images: tuple[str, ...] = ()
+    key: Any = None
+
+    def __post_init__(self) -> None:
+        parents = [segment.parent for segment in self.segments]
+        if not parents or parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(parents) if i > 0):
+            raise InputError(
+                field="parent",
+                sample_id=None if self.key is None else str(self.key),
+                expected="one root (parent -1) first, and every other segment after its parent",
+                found=parents,
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.tokens.size for segment in self.segments)
+
+
+@dataclass
+class Forest:
+    """Trees packed end to end; `T` tokens, `S` segments, `K` gathered keys.
+
+    `token_ids` and `positions` are `[T]` int64. `cu_seqlens_q` and `cu_seqlens_k` are `[S + 1]` int32:
+    segment s has the queries `cu_seqlens_q[s]:cu_seqlens_q[s + 1]` and the keys
+    `kv_index[cu_seqlens_k[s]:cu_seqlens_k[s + 1]]`, which are the rows of its whole root-to-itself path.
+    `predictor` is `[T]` int64: the row whose hidden state predicts each token (the one before it; the
+    parent's last row for a segment's first token; -1 for the root's first). `segment_start[tree][segment]` is
+    the row where a segment begins. `indices` says which of the trees handed in each tree is.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    kv_index: Tensor
+    predictor: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    trees: tuple[Tree, ...]
+    indices: tuple[int, ...]
+    images: tuple[str, ...]
+    segment_start: list[list[int]]
+    num_tokens: int
+    token_budget: int
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # attention's index maps and masks
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Tokens of the budget that no tree fills."""
+        return self.token_budget - self.num_tokens
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> Forest:
+        """One forest with exactly these trees, in this order."""
+        return cls._build(trees, range(len(trees)), token_budget=sum(tree.num_tokens for tree in trees))
+
+    @classmethod
+    def pack(cls, trees: Sequence[Tree], token_budget: int, max_trees: int | None = None) -> list[Forest]:
+        """Best-fit decreasing: few forests, each of at most `token_budget` tokens and `max_trees` trees.
+
+        Deterministic. Trees within a forest keep the order of `trees`; `indices` tells which they are.
+
+        Raises:
+            InputError: a single tree is larger than the budget; it names the tree's key.
+        """
+        sizes = [tree.num_tokens for tree in trees]
+        bins = pack_sizes(sizes, token_budget, max_trees, keys=[tree.key for tree in trees])
+        return [cls._build([trees[i] for i in members], members, token_budget) for members in bins]
+
+    @classmethod
+    def _build(cls, trees: Sequence[Tree], indices: Sequence[int], token_budget: int) -> Forest:
+        if not trees:
+            raise InputError(field="trees", expected="at least one tree", found="none")
+        segments = [segment for tree in trees for segment in tree.segments]
+        counts = [len(tree.segments) for tree in trees]
+        lengths = np.array([segment.tokens.size for segment in segments], dtype=np.int64)  # [S]
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # [S] each segment's tree's first segment
+        parents = np.array([segment.parent for segment in segments], dtype=np.int64)  # [S]
+        parents = np.where(parents < 0, -1, parents + first)
+        starts = np.cumsum(lengths) - lengths  # [S]
+
+        # Ancestor lists, root first: column by column, each segment's parent, its parent's parent, ...
+        chain = [np.arange(len(segments))]
+        while (chain[-1] >= 0).any():
+            chain.append(np.where(chain[-1] >= 0, parents[chain[-1]], -1))
+        ancestors = np.stack(chain[-2::-1], axis=1)  # [S, depth], -1 where the path is shorter
+        present = ancestors >= 0
+        path_lengths = np.where(present, lengths[ancestors], 0).sum(axis=1)  # [S] keys a segment sees
+        flat = ancestors[present]
+        kv_index = _ranges(starts[flat], lengths[flat])  # [K]
+
+        within = _ranges(np.zeros_like(lengths), lengths)  # [T] offset of each token within its segment
+        rows = np.arange(within.size)
+        parent_last = np.where(parents < 0, -1, starts[parents] + lengths[parents] - 1)  # [S]
+        predictor = np.where(within > 0, rows - 1, np.repeat(parent_last, lengths))
+        offsets = np.cumsum(counts)[:-1]
+        return cls(
+            token_ids=torch.from_numpy(np.concatenate([segment.tokens for segment in segments])),  # [T]
+            positions=torch.from_numpy(within + np.repeat(path_lengths - lengths, lengths)),  # [T]
+            cu_seqlens_q=torch.from_numpy(_cumulative(lengths)),  # [S + 1]
+            cu_seqlens_k=torch.from_numpy(_cumulative(path_lengths)),  # [S + 1]
+            kv_index=torch.from_numpy(kv_index),  # [K]
+            predictor=torch.from_numpy(predictor),  # [T]
+            max_seqlen_q=int(lengths.max()),
+            max_seqlen_k=int(path_lengths.max()),
+            trees=tuple(trees),
+            indices=tuple(indices),
+            images=tuple(image for tree in trees for image in tree.images),
+            segment_start=[part.tolist() for part in np.split(starts, offsets)],
+            num_tokens=int(within.size),
+            token_budget=token_budget,
+        )
+
+    def paths(self) -> list[Tensor]:
+        """For each leaf, tree by tree: the rows `[n]` int64 of its whole root-to-leaf path."""
+        found, segment = [], 0
+        bounds = self.cu_seqlens_k.tolist()
+        for tree in self.trees:
+            inner = {child.parent for child in tree.segments}
+            for local in range(len(tree.segments)):
+                if local not in inner:
+                    found.append(self.kv_index[bounds[segment + local] : bounds[segment + local + 1]])
+            segment += len(tree.segments)
+        return found
+
+    def target_rows(self, tree: int, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows that predict each token of the named segments, and those tokens.
+
+        A segment's first token is predicted by its parent's last row, which siblings therefore share: a row
+        may occur more than once over several calls, and its gradients add up. The root's first token has no
+        predictor and is left out.
+
+        Returns:
+            `(rows [n], targets [n])`, both int64, in the order of `segments`.
+        """
+        rows, targets = [], []
+        for segment in segments:
+            start = self.segment_start[tree][segment]
+            end = start + self.trees[tree].segments[segment].tokens.size
+            start += segment == 0
+            rows.append(self.predictor[start:end])
+            targets.append(self.token_ids[start:end])
+        return torch.cat(rows), torch.cat(targets)
+
+    def to(self, device: torch.device | str) -> Forest:
+        """The same forest with its tensors on `device`."""
+        device = torch.device(device)
+        if device == self.token_ids.device:
+            return self
+        names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, cache={})
+
+
+def pack_sizes(
+    sizes: Sequence[int], budget: int, max_items: int | None = None, keys: Sequence[Any] | None = None
+) -> list[list[int]]:
+    """Best-fit decreasing bin packing; each bin lists its items in ascending order.
+
+    Args:
+        sizes: one number an item.
+        budget: what a bin holds.
+        max_items: most items in a bin; None for no limit.
+        keys: names of the items for the error message.
+
+    Raises:
+        InputError: an item is larger than the budget.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending: the first that is large enough fits best
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if sizes[item] > budget:
+            raise InputError(
+                sample_id=str(keys[item]) if keys is not None else f"number {item}",
+                field="token_budget",
+                expected=f"at most {budget} tokens in one tree",
+                found=f"{sizes[item]} tokens",
+                mend="raise token_budget or leave this sample out",
+            )
+        place = bisect_left(room, (sizes[item], -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        else:
+            left, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(item)
+        if max_items is None or len(bins[number]) < max_items:
+            insort(room, (left - sizes[item], number))
+    return [sorted(members) for members in bins]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ranges start, start + 1, ..., start + length - 1, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

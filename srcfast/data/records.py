@@ -1,0 +1,243 @@
+"""The records that stages hand on, one JSON object a line: samples, candidates, preferences. Unknown keys are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srcfast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about images. `images` are paths relative to `image_root`; `facts` are sentences known to be true."""
+
+    id: str
+    images: tuple[str, ...]
+    question: str
+    answer: str
+    rationale: str | None = None
+    facts: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    image_root: Path = Path(".")
+
+    def to_json(self) -> dict[str, Any]:
+        """The record `{id, images, question, answer, rationale?, facts?}` and whatever else was read with it."""
+        row: dict[str, Any] = {
+            "id": self.id,
+            "images": list(self.images),
+            "question": self.question,
+            "answer": self.answer,
+        }
+        if self.rationale is not None:
+            row["rationale"] = self.rationale
+        if self.facts:
+            row["facts"] = list(self.facts)
+        return row | self.extra
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Sample:
+        """Read a record. Raises InputError naming file, line and field."""
+        reader = Fields(row, file, line)
+        return cls(
+            id=reader.identifier("id"),
+            images=reader.images(),
+            question=reader.text("question"),
+            answer=reader.answer("answer"),
+            rationale=reader.optional_text("rationale"),
+            facts=reader.sentences("facts"),
+            extra=reader.rest(),
+            image_root=image_root,
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response that the model proposed for a sample; `logprob` is the model's own, summed over `token_ids`."""
+
+    id: str
+    sample_id: str
+    text: str
+    rationale: str
+    answer: str
+    logprob: float
+    token_ids: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record `{id, sample_id, text, rationale, answer, logprob, token_ids}` and its extra keys."""
+        return {
+            "id": self.id,
+            "sample_id": self.sample_id,
+            "text": self.text,
+            "rationale": self.rationale,
+            "answer": self.answer,
+            "logprob": self.logprob,
+            "token_ids": list(self.token_ids),
+        } | self.extra
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Candidate:
+        """Read a record. Raises InputError naming file, line and field."""
+        reader = Fields(row, file, line)
+        return cls(
+            id=reader.identifier("id"),
+            sample_id=reader.identifier("sample_id"),
+            text=reader.text("text"),
+            rationale=reader.optional_text("rationale") or "",
+            answer=reader.optional_text("answer") or "",
+            logprob=reader.number("logprob"),
+            token_ids=reader.integers("token_ids"),
+            extra=reader.rest(),
+        )
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A chosen and a rejected response with the pair's confidence and, once computed, the reference's log-probabilities."""
+
+    sample_id: str
+    images: tuple[str, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    confidence: float = 1.0
+    reference_chosen_logprob: float | None = None
+    reference_rejected_logprob: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    image_root: Path = Path(".")
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as the design fixes it, and its extra keys."""
+        return {
+            "sample_id": self.sample_id,
+            "images": list(self.images),
+            "prompt": self.prompt,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+            "confidence": self.confidence,
+            "reference_chosen_logprob": self.reference_chosen_logprob,
+            "reference_rejected_logprob": self.reference_rejected_logprob,
+        } | self.extra
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Preference:
+        """Read a record. Raises InputError naming file, line and field."""
+        reader = Fields(row, file, line)
+        confidence = reader.number("confidence", default=1.0)
+        if not 0.0 < confidence <= 1.0:
+            raise reader.error("confidence", "a number in (0, 1]", confidence, "leave pairs of no confidence out")
+        return cls(
+            sample_id=reader.identifier("sample_id", default="" if line is None else f"line-{line}"),
+            images=reader.images(),
+            prompt=reader.text("prompt"),
+            chosen=reader.text("chosen"),
+            rejected=reader.text("rejected"),
+            confidence=confidence,
+            reference_chosen_logprob=reader.optional_number("reference_chosen_logprob"),
+            reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
+            extra=reader.rest(),
+            image_root=image_root,
+        )
+
+
+class Fields:
+    """Takes typed fields out of one JSON object; what is left over is `rest()`. Errors name file, line, field and sample."""
+
+    def __init__(self, row: Mapping[str, Any], file: str | Path, line: int | None) -> None:
+        self.file, self.line = file, line
+        self.sample_id: str | None = None
+        if not isinstance(row, Mapping):
+            raise InputError(file=file, line=line, expected="a JSON object", found=row)
+        self.left = dict(row)
+        name = row.get("id", row.get("sample_id"))
+        self.sample_id = None if name is None else str(name)
+
+    def error(self, name: str, expected: str, found: Any, mend: str | None = None) -> InputError:
+        return InputError(
+            file=self.file,
+            line=self.line,
+            field=name,
+            sample_id=self.sample_id,
+            expected=expected,
+            found=repr(found),
+            mend=mend,
+        )
+
+    def take(self, name: str, expected: str) -> Any:
+        if name not in self.left:
+            raise self.error(name, expected, "no such key", f"add {name!r} to the record")
+        return self.left.pop(name)
+
+    def identifier(self, name: str, default: str | None = None) -> str:
+        if default and name not in self.left:
+            return default
+        value = self.take(name, "an id (string or integer)")
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise self.error(name, "an id (string or integer)", value)
+        return str(value)
+
+    def text(self, name: str) -> str:
+        value = self.take(name, "a non-empty string")
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(name, "a non-empty string", value)
+        return value
+
+    def answer(self, name: str) -> str:
+        if isinstance(self.left.get(name), int | float) and not isinstance(self.left[name], bool):
+            self.left[name] = str(self.left[name])
+        return self.text(name)
+
+    def optional_text(self, name: str) -> str | None:
+        value = self.left.pop(name, None)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, "a string", value)
+        return value
+
+    def sentences(self, name: str) -> tuple[str, ...]:
+        value = self.left.pop(name, None)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or any(not isinstance(sentence, str) for sentence in value):
+            raise self.error(name, "a list of sentences", value)
+        return tuple(value)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        value = self.left.pop(name, [])
+        if not isinstance(value, list) or any(not isinstance(x, int) or isinstance(x, bool) for x in value):
+            raise self.error(name, "a list of integers", value)
+        return tuple(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        if default is not None and self.left.get(name) is None:
+            self.left.pop(name, None)
+            return default
+        value = self.take(name, "a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(name, "a finite number", value)
+        return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        if self.left.get(name) is None:
+            self.left.pop(name, None)
+            return None
+        return self.number(name)
+
+    def images(self) -> tuple[str, ...]:
+        if "image" in self.left and "images" in self.left:
+            raise self.error("images", "either 'image' or 'images'", "both")
+        value = self.left.pop("image", None)
+        if value is None:
+            value = self.left.pop("images", [])
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or any(not isinstance(path, str) or not path for path in value):
+            raise self.error("images", "an image path or a list of image paths", value)
+        return tuple(value)
+
+    def rest(self) -> dict[str, Any]:
+        return self.left

@@ -1,0 +1,76 @@
+"""Errors that a user can act on: each says where, what was expected, what was found, and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class SrcfastError(Exception):
+    """Base of every error that srcfast raises on purpose; the command line shows its text without a trace."""
+
+
+class ConfigError(SrcfastError):
+    """A setting that is unknown, malformed or out of bounds."""
+
+
+class InputError(SrcfastError):
+    """A file, record or tensor that is not what it must be.
+
+    Args:
+        file: the file in question.
+        line: 1-based line within it.
+        field: the record's field or the tensor's name.
+        expected: what should have been there.
+        found: what was there; long values are shortened.
+        mend: what the user can do about it.
+        sample_id: the sample's id, where one is known.
+    """
+
+    def __init__(
+        self,
+        *,
+        expected: str,
+        found: Any,
+        file: str | Path | None = None,
+        line: int | None = None,
+        field: str | None = None,
+        mend: str | None = None,
+        sample_id: str | None = None,
+    ) -> None:
+        self.file = None if file is None else str(file)
+        self.line = line
+        self.field = field
+        self.expected = expected
+        self.found = _shorten(str(found))
+        self.mend = mend
+        self.sample_id = sample_id
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        places = [
+            self.file,
+            None if self.line is None else f"line {self.line}",
+            None if self.sample_id is None else f"sample {self.sample_id!r}",
+            None if self.field is None else f"field {self.field!r}",
+        ]
+        where = ", ".join(place for place in places if place)
+        text = f"{where}: " if where else ""
+        text += f"expected {self.expected}, found {self.found}"
+        return text if self.mend is None else f"{text}. Mend: {self.mend}"
+
+    def as_record(self) -> dict[str, Any]:
+        """The row that `rejected.jsonl` keeps of this error."""
+        return {
+            "file": self.file,
+            "line": self.line,
+            "field": self.field,
+            "expected": self.expected,
+            "found": self.found,
+            "sample_id": self.sample_id,
+            "reason": str(self),
+        }
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -1,0 +1,155 @@
+"""From settings to what they name: datasets, the policy in memory, the R-Scorer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srcfast.config import Config, DatasetConfig
+from srcfast.data.easy_vqa import read_easy_vqa
+from srcfast.data.readers import check_rejected, read_samples
+from srcfast.data.records import Preference, Sample
+from srcfast.errors import ConfigError, InputError
+from srcfast.models import LVLM, ImageFeatures, load_lvlm
+from srcfast.models.checkpoint import model_hash
+from srcfast.models.lora import LoRAConfig, adapter_hash
+from srcfast.models.scorer import Scorer, load_scorer
+from srcfast.stages.rationale import image_loader
+from srcfast.world.samples import world_samples
+
+IMAGE_CACHE = 1 << 30  # bytes of encoded images kept
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Samples held out from all else."""
+
+    name: str
+    split: str
+    samples: list[Sample]
+
+
+def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
+    """A dataset's samples; bad records go to `rejected`. The world's images are drawn into `image_dir`."""
+    if dataset.format == "world":
+        return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
+    if dataset.format == "easy_vqa":
+        return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
+    path = Path(dataset.path or "")
+    root = path.parent if dataset.image_root is None else Path(dataset.image_root)
+    samples = read_samples(path, format=dataset.format, image_root=root, rejected=rejected)
+    if 0 < dataset.limit < len(samples):
+        samples = random.Random(f"{dataset.name}/{dataset.seed}").sample(samples, dataset.limit)
+    return samples
+
+
+def read_training_samples(config: Config, use: str, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
+    """The samples of all training sets that take part in `use` ("rationale" or "calibration").
+
+    Raises:
+        ConfigError: no training set takes part.
+        InputError: more bad samples than `max_rejected`, or none left, or an id that two sets share.
+    """
+    sets = [one for one in config.data.train if use in one.use]
+    if not sets:
+        raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Mend: name one")
+    own: list[dict[str, Any]] = []
+    samples = [sample for one in sets for sample in read_dataset(one, image_dir, own)]
+    check_rejected(own, len(own) + len(samples), config.max_rejected)
+    known = {(row["file"], row["line"]) for row in rejected}
+    rejected += [row for row in own if (row["file"], row["line"]) not in known]
+    refuse_shared_ids(samples)
+    return samples
+
+
+def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[str, Any]]) -> list[EvaluationSet]:
+    """The evaluation sets, in the config's order."""
+    found = []
+    for one in config.data.evaluation:
+        own: list[dict[str, Any]] = []
+        samples = read_dataset(one, image_dir, own)
+        check_rejected(own, len(own) + len(samples), config.max_rejected)
+        rejected += own
+        found.append(EvaluationSet(one.name, one.split, samples))
+    return found
+
+
+def refuse_shared_ids(samples: Sequence[Sample]) -> None:
+    """Raises InputError where two samples have one id: their candidates would be mixed."""
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise InputError(
+                sample_id=sample.id,
+                field="id",
+                expected="an id that no other sample of the run has",
+                found=sample.id,
+                mend="give the samples of all datasets ids of their own",
+            )
+        seen.add(sample.id)
+
+
+class Policy:
+    """The LVLM in memory with one adapter at a time, and the records' encoded images."""
+
+    def __init__(self, config: Config, records: Sequence[Sample | Preference]) -> None:
+        self.config = config
+        self.adapter: Path | None = None
+        self.model = load_model(config, None)
+        self.features = features_of(self.model, records)
+
+    def use(self, adapter: Path | None) -> LVLM:
+        """The model with this adapter, trainable, or the bare base."""
+        if adapter != self.adapter:
+            self._replace(adapter)
+            self.adapter = adapter
+        return self.model
+
+    def fresh(self) -> LVLM:
+        """The model with a new adapter, drawn by the config's seed."""
+        self._replace(self.config.lora.lora_config(self.config.seed))
+        self.adapter = None
+        return self.model
+
+    def hash(self) -> str:
+        """Names base and adapter, and how they are computed with: whose log-probabilities these are."""
+        return policy_hash(self.config, self.model, self.adapter)
+
+    def _replace(self, lora: Path | LoRAConfig | None) -> None:
+        self.model = load_model(self.config, lora)
+        self.features.model = self.model  # the vision part is the same: what was encoded stays
+
+
+def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
+    """The LVLM of the settings."""
+    return load_lvlm(
+        config.model.path,
+        quantize=None if config.model.quantize == "none" else config.model.quantize,
+        dtype=getattr(torch, config.model.dtype),
+        device=config.model.device,
+        lora=lora,
+    )
+
+
+def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:
+    """The records' encoded images, kept in memory up to a limit."""
+    return ImageFeatures(model, image_loader(records), IMAGE_CACHE)
+
+
+def load_judge(config: Config, lora: LoRAConfig | None = None) -> Scorer:
+    """The R-Scorer of the settings."""
+    dtype = getattr(torch, config.scorer.dtype)
+    return load_scorer(
+        config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device, lora=lora
+    )
+
+
+def policy_hash(config: Config, model: LVLM, adapter: Path | None) -> str:
+    """Names base and adapter, and how they are computed with: whose log-probabilities these are."""
+    added = "none" if adapter is None else adapter_hash(adapter)
+    return f"base:{model_hash(model.path)} adapter:{added} {config.model.dtype} {config.model.quantize}"

@@ -1,0 +1,218 @@
+"""The hand-written decoder: Llama, Mistral, Qwen2 and Qwen3 shapes.
+
+It knows nothing of masks, caches or packing: `attend` is handed the queries, keys and values of each layer and returns
+what they attend to. Parameters are named as Hugging Face names them below `model.`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srcfast.errors import InputError
+from srcfast.runtime.attention import Attend
+from srcfast_kernels import rms_norm, rope, swiglu
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shapes and constants of a decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int = 2048
+
+    @classmethod
+    def from_huggingface(cls, config: Any) -> DecoderConfig:
+        """From a transformers text config. Raises InputError for an architecture that is not one of the four."""
+        kind = config.model_type
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise InputError(
+                field="model_type",
+                expected="llama, mistral, qwen2 or qwen3",
+                found=kind,
+                mend="choose a checkpoint of one of these families",
+            )
+        if config.hidden_act != "silu":
+            raise InputError(field="hidden_act", expected="silu", found=config.hidden_act)
+        window = getattr(config, "sliding_window", None)
+        windowed = window is not None and getattr(config, "use_sliding_window", kind == "mistral")
+        if windowed and window < config.max_position_embeddings:
+            raise InputError(
+                field="sliding_window",
+                expected="full attention",
+                found=f"a window of {window} of {config.max_position_embeddings} positions",
+                mend="set sliding_window to null in config.json if the sequences fit into the window",
+            )
+        scaling = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+        theta = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=float(theta),
+            rope_scaling=scaling or None,
+            tie_embeddings=bool(config.tie_word_embeddings),
+            qkv_bias=kind == "qwen2" or attention_bias,
+            output_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            max_positions=config.max_position_embeddings,
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a weight [D]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections, optional norms of queries and keys, and rotary embedding; attention itself is the caller's."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        rows = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(rows, -1, self.head_dim))  # [T, H, d]
+        k = self.k_norm(self.k_proj(x).view(rows, -1, self.head_dim))  # [T, Hkv, d]
+        v = self.v_proj(x).view(rows, -1, self.head_dim)  # [T, Hkv, d]
+        return self.o_proj(attend(layer, rope(q, cos, sin), rope(k, cos, sin), v).reshape(rows, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm block."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head, over a flat row of T positions."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.set_frequencies()
+
+    def set_frequencies(self) -> None:
+        """(Re)compute the rotary frequencies [d/2], which checkpoints do not hold."""
+        frequencies, self.rope_factor = rotary_frequencies(self.config)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the embedding itself where the two are tied."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, D]."""
+        return self.embed_tokens(token_ids)
+
+    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T]."""
+        cos, sin = self.rotary(positions, embeddings.dtype)
+        x = embeddings
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, index, attend)
+        return self.norm(x)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, d] each; angles in fp32 (fp64 for an fp64 model) whatever the model's dtype."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = positions.to(exact)[:, None] * self.inverse_frequencies.to(exact)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
+
+
+def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [d/2] and the factor on cos and sin, under the config's scaling.
+
+    Scalings: default, linear, and llama3 (Llama 3.1's interpolation by wavelength).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / scaling["factor"], 1.0
+    if kind != "llama3":
+        raise InputError(
+            field="rope_scaling", expected="default, linear or llama3", found=kind, mend="choose another checkpoint"
+        )
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * math.pi / frequencies
+    share = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * share + frequencies / factor * (1.0 - share), 1.0

@@ -1,0 +1,255 @@
+"""LoRA on the decoder's linear layers (Hu et al., 2021), read and written as PEFT does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from srcfast.errors import InputError
+from srcfast.models.checkpoint import save_tensors
+from srcfast_kernels import lora_linear
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """A new adapter: rank, scaling numerator (scaling = alpha / r), dropout on the adapter's input, target layers, seed."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = TARGETS
+    seed: int = 0
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with an adapter beside it."""
+
+    def __init__(self, base: nn.Module, in_features: int, out_features: int, config: LoRAConfig) -> None:
+        super().__init__()
+        self.base = base
+        weight = next(base.parameters(), None)
+        options: dict[str, Any] = {} if weight is None else {"device": weight.device}
+        dtype = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=dtype, **options))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, **options))
+        self.scaling = config.alpha / config.r
+        self.dropout = config.dropout
+        self.active = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return self.base(x)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        plain = isinstance(self.base, nn.Linear)
+        if plain and not (self.training and self.dropout):
+            return lora_linear(x, self.base.weight, self.base.bias, a, b, self.scaling)
+        dropped = F.dropout(x, self.dropout, self.training)
+        return torch.addmm(self.base(x), dropped @ a.T, b.T, alpha=self.scaling)
+
+
+def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
+    """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none."""
+    if isinstance(lora, LoRAConfig):
+        add_lora(model, lora)
+    elif lora is not None:
+        load_adapter(model, lora)
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> None:
+    """Add a trainable adapter to the decoder's target layers; A is drawn as PEFT draws it, B is zero.
+
+    Raises:
+        InputError: no layer of that name, or a rank below 1.
+    """
+    if config.r < 1:
+        raise InputError(field="r", expected="a rank of at least 1", found=config.r)
+    generator = torch.Generator().manual_seed(config.seed)
+    found = set()
+    for parent, name, linear in list(_linears(model.decoder)):
+        if name not in config.target_modules:
+            continue
+        found.add(name)
+        adapted = LoRALinear(linear, linear.in_features, linear.out_features, config)
+        bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
+        drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
+        setattr(parent, name, adapted)
+    if missing := set(config.target_modules) - found:
+        raise InputError(
+            field="target_modules", expected=f"layers among {', '.join(TARGETS)}", found=", ".join(sorted(missing))
+        )
+    model.lora_config = config  # type: ignore[assignment]
+
+
+def _linears(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        for part in (layer.self_attn, layer.mlp):
+            for name in TARGETS:
+                if hasattr(part, name):
+                    yield part, name, getattr(part, name)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by their name within the decoder."""
+    return {name: part for name, part in model.decoder.named_modules() if isinstance(part, LoRALinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters."""
+    return [parameter for layer in adapters(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Within: the base model's outputs."""
+    layers = adapters(model).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> int:
+    """Add the adapter into the base weights and remove it; returns the number of merged matrices."""
+    count = 0
+    for name, layer in adapters(model).items():
+        if not isinstance(layer.base, nn.Linear):
+            raise InputError(field=name, expected="a base weight in 16 or 32 bits", found=type(layer.base).__name__)
+        merged = layer.base.weight.float() + layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
+        layer.base.weight.copy_(merged)
+        path, _, last = name.rpartition(".")
+        setattr(model.decoder.get_submodule(path), last, layer.base)  # type: ignore[union-attr,operator]
+        count += 1
+    return count
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, each atomically, the config last."""
+    directory = Path(directory)
+    config: LoRAConfig = model.lora_config  # type: ignore[assignment]
+    prefix = _peft_prefix(model)
+    tensors = {}
+    for name, layer in adapters(model).items():
+        tensors[f"{prefix}.{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{prefix}.{name}.lora_B.weight"] = layer.lora_B
+    save_tensors(directory / ADAPTER_WEIGHTS, tensors)
+    # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
+    scope = r".*language_model\..*" if ".language_model" in prefix else r".*\."
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.path),
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": rf"{scope}({'|'.join(config.target_modules)})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+    }
+    temporary = directory / f".{ADAPTER_CONFIG}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / ADAPTER_CONFIG)
+
+
+def _peft_prefix(model: nn.Module) -> str:
+    return "base_model.model.model.language_model" if hasattr(model, "vision") else "base_model.model.model"
+
+
+def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True) -> None:
+    """Read a PEFT LoRA adapter into a model that has none yet.
+
+    Raises:
+        InputError: a file is missing or damaged, or the adapter does not fit the model; the tensor is named.
+    """
+    directory = Path(directory)
+    file = directory / ADAPTER_CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        tensors = load_file(directory / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
+        ) from error
+    for key, needed in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
+        if settings.get(key, needed) != needed:
+            raise InputError(file=file, field=key, expected=str(needed), found=settings[key])
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".lora_")
+        position = name.find("layers.")
+        if position < 0 or part not in ("A.weight", "B.weight"):
+            raise InputError(
+                file=directory / ADAPTER_WEIGHTS, field=key, expected="lora_A or lora_B of a decoder layer", found=key
+            )
+        if "vision_tower" in name:
+            raise InputError(
+                file=directory / ADAPTER_WEIGHTS, field=key, expected="layers of the decoder only", found=key
+            )
+        modules.setdefault(name[position:], {})[part[0]] = tensor
+    if not modules:
+        raise InputError(file=directory / ADAPTER_WEIGHTS, expected="an adapter's tensors", found="none")
+    targets = tuple(sorted({name.rpartition(".")[2] for name in modules}))
+    config = LoRAConfig(
+        int(settings["r"]), float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0.0)), targets
+    )
+    add_lora(model, config)
+    layers = adapters(model)
+    if missing := sorted(set(layers) ^ set(modules)):
+        raise InputError(
+            file=directory / ADAPTER_WEIGHTS,
+            field=missing[0],
+            expected="one adapter for each target layer of this model",
+            found=f"{len(modules)} adapted layers, the model has {len(layers)}",
+            mend="this adapter belongs to another base",
+        )
+    for name, layer in layers.items():
+        for part, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
+            tensor = modules[name].get(part)
+            if tensor is None or tensor.shape != parameter.shape:
+                raise InputError(
+                    file=directory / ADAPTER_WEIGHTS,
+                    field=f"{name}.lora_{part}",
+                    expected=f"shape {list(parameter.shape)}",
+                    found="none" if tensor is None else list(tensor.shape),
+                    mend="this adapter belongs to another base",
+                )
+            with torch.no_grad():
+                parameter.copy_(tensor)
+            parameter.requires_grad_(trainable)
+
+
+def adapter_hash(directory: str | Path) -> str:
+    """SHA-256 over an adapter's weights and the settings that matter."""
+    directory = Path(directory)
+    settings = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    kept = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    digest.update((directory / ADAPTER_WEIGHTS).read_bytes())
+    return digest.hexdigest()

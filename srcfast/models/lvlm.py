@@ -1,0 +1,226 @@
+"""The LVLM: a hand-written decoder with a LLaVA checkpoint's vision tower, tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from srcfast.data.forest import Forest
+from srcfast.errors import InputError
+from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
+from srcfast.models.decoder import Decoder
+from srcfast.models.lora import LoRAConfig, apply_lora
+from srcfast.models.text_model import build_decoder, copy_companions, fill_decoder, load_tokenizer
+from srcfast.models.vision import Vision
+from srcfast.runtime.attention import forest_attend
+
+EMBEDDED = Path(__file__).parents[1] / "world" / "assets" / "base"
+# LLaVA-1.5's own template, for checkpoints that come without one.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:"
+)
+
+
+class LVLM(nn.Module):
+    """Decoder, vision, tokenizer; `path` is the checkpoint's directory."""
+
+    def __init__(self, decoder: Decoder, vision: Vision, tokenizer: Any, path: Path) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.vision = vision
+        self.tokenizer = tokenizer
+        self.path = path
+        self.image_token_id = int(vision.config.image_token_id)
+        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.end_token_id = int(tokenizer.eos_token_id)
+        self.max_positions = decoder.config.max_positions
+
+    def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
+        """Tokens [n] of the user's turn and the generation prompt; each image's placeholder at its full length.
+
+        Raises:
+            InputError: the question holds the image token itself, or the prompt leaves no room for a response.
+        """
+        if self.image_token in question:
+            raise InputError(
+                sample_id=sample_id,
+                field="question",
+                expected=f"text without {self.image_token}",
+                found=question,
+                mend="name images under 'images' only",
+            )
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=None if self.tokenizer.chat_template else LLAVA_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = np.array(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        places = np.flatnonzero(ids == self.image_token_id)
+        if len(places) != len(images):
+            raise InputError(
+                sample_id=sample_id,
+                field="chat_template",
+                expected=f"{len(images)} image placeholders in the prompt",
+                found=len(places),
+                mend="the checkpoint's chat template must show each image once",
+            )
+        repeats[places] = [self.vision.num_tokens(image) for image in images]
+        prompt = np.repeat(ids, repeats)
+        if len(prompt) >= self.max_positions:
+            raise InputError(
+                sample_id=sample_id,
+                field="question",
+                expected=f"fewer than {self.max_positions} prompt tokens, images included",
+                found=f"{len(prompt)} tokens",
+                mend="leave this sample out: image tokens are never truncated",
+            )
+        return prompt
+
+    def _adds_bos(self, text: str) -> bool:
+        """Whether the tokenizer's own special tokens are wanted: not where the template wrote the beginning itself."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def encode_response(self, text: str) -> np.ndarray:
+        """Tokens [n] of a response on its own, no special tokens added, then the end token."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+        return np.array([*ids, self.end_token_id])
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of tokens, without special ones."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Embeddings [n_i, D] of each image, without gradient."""
+        return self.vision(images)
+
+    def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings [T, D]: tokens, and the images' embeddings at their placeholders.
+
+        Raises:
+            InputError: an image's length differs from its placeholders.
+        """
+        embeddings = self.decoder.embed(forest.token_ids)
+        if not forest.images:
+            return embeddings
+        places = (forest.token_ids == self.image_token_id).nonzero()[:, 0]
+        values = torch.cat([features[key] for key in forest.images]).to(embeddings.dtype)
+        if len(values) != len(places):
+            raise InputError(
+                field="images",
+                expected=f"{len(places)} image positions",
+                found=f"{len(values)} image embeddings",
+                mend="the processor's image size and the model's config.json disagree",
+            )
+        return embeddings.index_put((places,), values)
+
+    def forward(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [T, D] of a forest; `features` holds each distinct image's embeddings by its key."""
+        return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest))
+
+
+class ImageFeatures:
+    """Embeddings of images by key; each distinct image is encoded once while it stays in memory (least recent out)."""
+
+    def __init__(self, model: LVLM, load: Callable[[str], Image.Image], max_bytes: int = 1 << 30, batch_size: int = 64):
+        self.model, self.load, self.max_bytes, self.batch_size = model, load, max_bytes, batch_size
+        self.encoded = 0  # images encoded so far
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Embeddings [n, D] of each key."""
+        wanted = list(dict.fromkeys(keys))
+        missing = [key for key in wanted if key not in self._kept]
+        fresh: dict[str, Tensor] = {}
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            fresh.update(zip(batch, self.model.encode_images([self.load(key) for key in batch]), strict=True))
+        self.encoded += len(missing)
+        found = {key: fresh[key] if key in fresh else self._kept[key] for key in wanted}
+        for key, value in found.items():
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = value
+                self._bytes += value.nbytes
+        while self._bytes > self.max_bytes and self._kept:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return found
+
+
+def load_lvlm(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora: str | Path | LoRAConfig | None = None,
+) -> LVLM:
+    """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint from a Hugging Face directory, frozen but for a new adapter.
+
+    Args:
+        path: directory with config.json, safetensors (single or sharded), tokenizer and image processor; "embedded" for
+            the small one that comes with the package.
+        quantize: None, or "nf4" for a 4-bit decoder.
+        lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
+
+    Raises:
+        InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
+    """
+    path = EMBEDDED if str(path) == "embedded" else Path(path)
+    config = read_config(path)
+    vision = Vision(config, path)
+    config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
+    decoder = build_decoder(config.text_config, path, device, dtype)
+    language: dict[str, Tensor] = {}
+    sight: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(path):
+        part, short = _place(name)
+        (language if part == "language" else sight)[short] = tensor
+    fill_decoder(decoder, language, path)
+    fill(vision.model, sight, path)
+    model = LVLM(decoder, vision.to(device=device, dtype=dtype), load_tokenizer(path), path).to(device)
+    model.requires_grad_(False)
+    model.eval()
+    if quantize is not None:
+        from srcfast.models.quantised import quantise_decoder
+
+        quantise_decoder(model.decoder, quantize)
+    apply_lora(model, lora)
+    return model
+
+
+def _place(name: str) -> tuple[str, str]:
+    """("language" or "sight", name within the decoder or the vision model), for both layouts of LLaVA checkpoints."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return "language", name.removeprefix(prefix)
+    if name.endswith("lm_head.weight"):
+        return "language", "lm_head.weight"
+    return "sight", name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a directory that transformers' `from_pretrained` reads, in `dtype` or the model's own.
+
+    An adapter must be merged first (`merge_lora`).
+    """
+    directory = Path(directory)
+    tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
+    for name, tensor in model.decoder.state_dict().items():
+        tensors[name if name.startswith("lm_head") else f"model.language_model.{name}"] = tensor
+    save_tensors(directory / WEIGHTS, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+    copy_companions(model.path, directory)

@@ -1,0 +1,291 @@
+"""The R-Scorer: a text LLM that compares two rationale-answer candidates and answers with one verdict token.
+
+All ordered pairs of a sample's N candidates are one tree: question and reference, then each candidate as the
+first, then under it each other candidate as the second, ended by the verdict slot. The slot's hidden state
+alone meets the head, and of the head only the rows of the verdict tokens. "None" may stand as the second
+candidate: the verdict on a candidate rated on its own (independent scoring, the baseline).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.errors import InputError
+from srcfast.models.text_model import TextModel, load_text_model
+
+VerdictForm = Literal["choice", "graded"]
+
+# What p_ij counts for each verdict token: the first candidate's share of the win.
+VERDICT_VALUES: dict[str, tuple[float, ...]] = {
+    "choice": (1.0, 0.5, 0.0),
+    "graded": (1.0, 0.75, 0.5, 0.25, 0.0),
+}
+
+# The spellings tried, in order, and how an instruction names them: each verdict must be one token of the
+# tokenizer. After a chat template the reply starts without a space, after "Better:" with one.
+_SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    "choice": (
+        (("first", "tie", "second"), "first, tie or second"),
+        (("A", "C", "B"), "A for the first, B for the second, C for a tie"),
+    ),
+    "graded": ((("1", "2", "3", "4", "5"), "1 (the first is far better) to 5 (the second is), 3 for a tie"),),
+}
+_INSTRUCTION = "Which response has the better rationale and answer? Reply {}.\n"  # chat models need one
+NOTHING = "none"  # stands for the second candidate where one is rated on its own
+ALONE = -1  # the index that says so
+
+
+@dataclass(frozen=True)
+class JudgeTree:
+    """Comparisons of one sample: the tree, and per verdict slot the candidates and the slot's segment.
+
+    `first`, `second` and `slots` are int64 [slots]; `second` is -1 where a candidate is rated on its own.
+    """
+
+    tree: Tree
+    first: np.ndarray
+    second: np.ndarray
+    slots: np.ndarray
+
+
+class Scorer(nn.Module):
+    """A text model with the verdict tokens that its tokenizer allows.
+
+    Attributes:
+        verdict_words: the tokens' text, from "first is better" to "second is better".
+        verdict_token_ids: [K] int64.
+        verdict_values: [K] fp32, the first candidate's share of the win, see VERDICT_VALUES.
+    """
+
+    verdict_token_ids: Tensor
+    verdict_values: Tensor
+
+    def __init__(self, text_model: TextModel, verdict_form: VerdictForm = "choice") -> None:
+        super().__init__()
+        if verdict_form not in VERDICT_VALUES:
+            raise InputError(field="verdict_form", expected="choice or graded", found=repr(verdict_form))
+        self.text_model = text_model
+        self.verdict_form = verdict_form
+        tokenizer = text_model.tokenizer
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        self.verdict_words, ids, replies = _verdict_tokens(tokenizer, verdict_form, chat)
+        self.register_buffer("verdict_token_ids", torch.tensor(ids), persistent=False)
+        self.register_buffer("verdict_values", torch.tensor(VERDICT_VALUES[verdict_form]), persistent=False)
+        self.opening, self.closing = (
+            _frame(tokenizer, _INSTRUCTION.format(replies)) if chat else _plain_frame(tokenizer)
+        )
+        self._encoded: dict[str, np.ndarray] = {}
+
+    def forward(self, forest: Forest) -> Tensor:
+        """Hidden states [T, D] of a forest of judge trees."""
+        return self.text_model(forest)
+
+    @property
+    def verdict_weight(self) -> Tensor:
+        """The head's rows of the verdict tokens, [K, D]."""
+        return self.text_model.decoder.head_weight[self.verdict_token_ids]
+
+    def verdict_logits(self, slots: Tensor) -> Tensor:
+        """Logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
+        return slots.float() @ self.verdict_weight.float().T
+
+    @torch.no_grad()
+    def win_and_verdict(self, slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """From the slots' hidden states [M, D]: p [M], and the value [M] of the likeliest verdict."""
+        logits = self.verdict_logits(slots)
+        wins = logits.double().softmax(-1) @ self.verdict_values.double()
+        return wins.cpu().numpy(), self.verdict_values[logits.argmax(-1)].cpu().numpy()
+
+    def judge_tree(
+        self,
+        reference: str,
+        texts: Sequence[str],
+        pairs: Sequence[tuple[int, int]] | None = None,
+        key: Any = None,
+    ) -> JudgeTree:
+        """The tree root -> A_i -> {B_j + verdict slot} of one sample.
+
+        Args:
+            reference: the root's text, as `reference_text` writes it.
+            texts: candidates' texts.
+            pairs: (first, second) indices into texts, second -1 for "rated on its own"; default: all ordered
+                pairs.
+            key: the tree's key, which errors name: the sample's id.
+        """
+        pairs = sorted(all_pairs(len(texts)) if pairs is None else pairs)
+        root = np.concatenate([self.opening, self.encode(reference)])
+        segments = [Segment(root)]
+        node_of: dict[int, int] = {}
+        slots = np.empty(len(pairs), dtype=np.int64)
+        for slot, (first, second) in enumerate(pairs):
+            if first not in node_of:
+                node_of[first] = len(segments)
+                segments.append(Segment(self.encode(f"First: {texts[first]}\n"), 0))
+            slots[slot] = len(segments)
+            shown = NOTHING if second == ALONE else texts[second]
+            tokens = self.encode(f"Second: {shown}\nBetter:")
+            if len(self.closing):
+                tokens = np.concatenate([tokens, self.closing])
+            segments.append(Segment(tokens, node_of[first]))
+        order = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        tree = Tree(tuple(segments), key=key)
+        return JudgeTree(tree, order[:, 0], order[:, 1], slots)
+
+    def judge_trees(
+        self,
+        reference: str,
+        texts: Sequence[str],
+        pairs: Sequence[tuple[int, int]] | None = None,
+        key: Any = None,
+    ) -> list[JudgeTree]:
+        """`judge_tree`, cut into one tree for each first candidate where that is the faster way.
+
+        A variable-length kernel reads each segment's ancestors only, so one tree is best. On the CPU a tree's
+        attention is padded and quadratic in its length: repeating the root costs less (4 candidates: 1.6
+        times as fast a layer; 8: 3.3).
+        """
+        if self.verdict_values.is_cuda:
+            return [self.judge_tree(reference, texts, pairs, key)]
+        own = all_pairs(len(texts)) if pairs is None else pairs
+        firsts = sorted({first for first, _ in own})
+        return [self.judge_tree(reference, texts, [p for p in own if p[0] == first], key) for first in firsts]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens of one segment, remembered: a candidate is the second N - 1 times."""
+        found = self._encoded.get(text)
+        if found is None:
+            if len(self._encoded) >= 200_000:
+                self._encoded.clear()
+            # Text of a model or a data set never becomes a control token.
+            tokenizer = self.text_model.tokenizer
+            encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            found = np.asarray(encoded["input_ids"], dtype=np.int64)
+            self._encoded[text] = found
+        return found
+
+
+def all_pairs(count: int) -> list[tuple[int, int]]:
+    """The ordered pairs of `count` candidates."""
+    return [(i, j) for i in range(count) for j in range(count) if i != j]
+
+
+def reference_text(question: str, answer: str, facts: Sequence[str] = (), rationale: str | None = None) -> str:
+    """The root's text: the question and what the sample has to judge by.
+
+    Facts where there are any, else the reference rationale: a rationale says nothing that complete facts
+    don't, and a judge that is shown one learns to compare wordings.
+    """
+    lines = [f"Question: {question}"]
+    if facts:
+        lines.append(f"Facts: {' '.join(facts)}")
+    elif rationale:
+        lines.append(f"Rationale: {rationale}")
+    lines.append(f"Answer: {answer}")
+    return "\n".join(lines) + "\n"
+
+
+def slot_rows(forest: Forest, judged: Sequence[JudgeTree]) -> Tensor:
+    """The verdict slots' rows [M] in the forest: the last position of each slot's segment.
+
+    Args:
+        forest: whose trees are those of `judged`, in this order.
+    """
+    rows = [
+        starts[slot] + one.tree.segments[slot].tokens.size - 1
+        for starts, one in zip(forest.segment_start, judged, strict=True)
+        for slot in one.slots.tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+@torch.no_grad()
+def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) -> Tensor:
+    """Hidden states [M, D] at the verdict slots of all trees, in the order of `judged`, whatever the packing.
+
+    Raises:
+        InputError: a tree doesn't fit into the token budget; it names the tree's key.
+    """
+    found: dict[int, Tensor] = {}
+    for forest in Forest.pack([one.tree for one in judged], token_budget):
+        inside = [judged[index] for index in forest.indices]
+        rows = slot_rows(forest, inside).to(scorer.verdict_values.device)
+        hidden = scorer(forest.to(rows.device))[rows]
+        parts = hidden.split([len(one.slots) for one in inside])
+        found.update(zip(forest.indices, parts, strict=True))
+    return torch.cat([found[index] for index in range(len(judged))])
+
+
+def load_scorer(
+    path: str | Path,
+    *,
+    verdict_form: VerdictForm = "choice",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora: Any = None,
+) -> Scorer:
+    """An R-Scorer from a Hugging Face directory of a text LLM, with an adapter if one is named.
+
+    Args:
+        path: directory, or "embedded" for the small one that comes with the package.
+        verdict_form: "choice" (first, tie, second) or "graded" (1 to 5).
+        lora: an adapter's directory, or a LoRAConfig for a new adapter.
+    """
+    if str(path) == "embedded":
+        path = Path(__file__).parents[1] / "world" / "assets" / "scorer"
+    return Scorer(load_text_model(path, dtype=dtype, device=device, lora=lora), verdict_form).to(device)
+
+
+def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, ...], list[int], str]:
+    """The first spelling of which every verdict is one token: words, token ids, name in an instruction."""
+    leads = ("", " ") if chat else (" ", "")
+    tried = []
+    for spelling, replies in _SPELLINGS[form]:
+        for lead in leads:
+            words = tuple(lead + word for word in spelling)
+            encoded = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+            ids = [tokens[0] for tokens in encoded if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id]
+            if len(set(ids)) == len(words):
+                return words, ids, replies
+            tried.append(", ".join(repr(word) for word in words))
+    raise InputError(
+        field="tokenizer",
+        expected=f"a tokenizer in which each verdict of the form {form!r} is one token",
+        found=f"none of these spellings: {'; '.join(tried)}",
+        mend="choose another verdict_form, or another scorer",
+    )
+
+
+def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens before and after the user's turn, by the tokenizer's own chat template."""
+    mark = "\u0001"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+    )
+    before, found, after = text.partition(mark)
+    if not found:
+        raise InputError(
+            field="chat_template",
+            expected="a template that shows the user's turn",
+            found=text,
+            mend="repair tokenizer_config.json's chat_template, or remove it",
+        )
+    opening, closing = (
+        np.asarray(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        for part in (before + instruction, after)
+    )
+    return opening, closing
+
+
+def _plain_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Without a chat template: the beginning-of-text token where the tokenizer itself would set one."""
+    bos = tokenizer.bos_token_id
+    opening = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    return np.asarray(opening, dtype=np.int64), np.zeros(0, dtype=np.int64)

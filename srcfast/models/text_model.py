@@ -1,0 +1,105 @@
+"""A text-only decoder with its tokenizer: what an R-Scorer is made of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from srcfast.data.forest import Forest
+from srcfast.errors import InputError
+from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
+from srcfast.models.decoder import Decoder, DecoderConfig
+from srcfast.models.lora import LoRAConfig, apply_lora
+from srcfast.runtime.attention import forest_attend
+
+
+class TextModel(nn.Module):
+    """Decoder and tokenizer of a Llama, Mistral, Qwen2 or Qwen3 checkpoint."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, path: Path) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.path = path
+
+    def forward(self, forest: Forest) -> Tensor:
+        """Hidden states [T, D] of a forest."""
+        return self.decoder(self.decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
+
+
+def load_text_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora: str | Path | LoRAConfig | None = None,
+) -> TextModel:
+    """Read a Hugging Face directory of a causal LM.
+
+    Args:
+        path: directory with config.json, safetensors (single or sharded) and tokenizer.
+        lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
+
+    Raises:
+        InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
+    """
+    decoder = build_decoder(read_config(path), path, device, dtype)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path)}
+    fill_decoder(decoder, tensors, path)
+    model = TextModel(decoder, load_tokenizer(path), Path(path)).to(device)
+    model.requires_grad_(False)
+    apply_lora(model, lora)
+    return model
+
+
+def save_text_model(model: TextModel, directory: str | Path) -> None:
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` reads. An adapter must be merged first."""
+    directory = Path(directory)
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor
+        for name, tensor in model.decoder.state_dict().items()
+    }
+    save_tensors(directory / WEIGHTS, tensors)
+    copy_companions(model.path, directory)
+
+
+def build_decoder(config: Any, path: str | Path, device: str | torch.device, dtype: torch.dtype) -> Decoder:
+    """An unfilled decoder of a transformers text config; InputError names the file where it does not fit."""
+    try:
+        settings = DecoderConfig.from_huggingface(config)
+        return Decoder(settings).to(device=device, dtype=dtype)
+    except InputError as error:
+        raise InputError(
+            file=Path(path) / "config.json",
+            field=error.field,
+            expected=error.expected,
+            found=error.found,
+            mend=error.mend,
+        ) from error
+
+
+def fill_decoder(decoder: Decoder, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Fill a decoder from tensors named as below `model.`, plus `lm_head.weight`."""
+    if decoder.config.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    fill(decoder, kept, path)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer, without remote code."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy config, tokenizer, processor and template files: everything in JSON, Jinja or text but the weights' index."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        companion = file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name
+        if file.is_file() and companion and file.resolve() != (target / file.name).resolve():
+            shutil.copyfile(file, target / file.name)

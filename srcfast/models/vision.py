@@ -1,0 +1,69 @@
+"""From images to embeddings: transformers' own vision towers, projectors and processors, language model left out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, LlavaModel, LlavaNextModel
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from srcfast.errors import InputError
+
+FAMILIES = {"llava": LlavaModel, "llava_next": LlavaNextModel}
+
+
+class Vision(nn.Module):
+    """Tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint; never trained, never in a gradient."""
+
+    def __init__(self, config: Any, path: str | Path) -> None:
+        super().__init__()
+        if config.model_type not in FAMILIES:
+            raise InputError(
+                file=path,
+                field="model_type",
+                expected=" or ".join(FAMILIES),
+                found=config.model_type,
+                mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
+            )
+        self.config = config
+        self.processor = load_image_processor(path)
+        bare = copy.deepcopy(config)
+        bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 1, 2  # built by transformers, then dropped
+        bare.text_config.pad_token_id = None
+        self.model = FAMILIES[config.model_type](bare)
+        del self.model.language_model
+
+    def num_tokens(self, image: Image.Image) -> int:
+        """How many positions the image takes in the decoder."""
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        has_class_token = vision.model_type == "clip_vision_model"
+        dropped = self.config.vision_feature_select_strategy == "default"
+        base = side * side + has_class_token - dropped
+        if self.config.model_type == "llava":
+            return base
+        size = (image.height, image.width)
+        rows, columns = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, vision.image_size)
+        grid = torch.empty(1, rows * side, columns * side, device="meta")
+        _, height, width = unpad_image(grid, size).shape
+        return base + height * (width + 1)  # a newline embedding ends each row
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Embeddings [n_i, D] of each image."""
+        parameter = next(self.model.parameters())
+        inputs = self.processor(images=list(images), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
+        sizes = {"image_sizes": inputs["image_sizes"]} if self.config.model_type == "llava_next" else {}
+        return list(self.model.get_image_features(pixels, **sizes).pooler_output)
+
+
+def load_image_processor(path: str | Path) -> Any:
+    """The checkpoint's image processor, in the backend that needs Pillow and numpy alone."""
+    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)

@@ -1,0 +1,1 @@
+"""What runs the models: attention, generation, training, the run directory."""

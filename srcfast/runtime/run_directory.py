@@ -1,0 +1,173 @@
+"""A run's directory: its settings, its surroundings, and which stages are done with which settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srcfast.data.jsonl import write_json, write_text
+from srcfast.errors import ConfigError, InputError
+from srcfast.runtime.telemetry import MetricsWriter
+
+
+class RunDirectory:
+    """Where everything of a run lies; the manifest says what is finished.
+
+    `manifest.json`: stage -> {settings, seconds, tokens, finished (UTC), ...}. A stage is entered when all it
+    wrote is on disk.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.manifest_file = self.path / "manifest.json"
+        self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.rejected_file = self.path / "rejected.jsonl"
+        self.report_file = self.path / "report" / "index.html"
+        self.rationale_adapter = self.path / "rationale" / "adapter"
+
+    def iteration(self, number: int) -> Path:
+        """`iteration-K`, K from 1: holds candidates/, scores/, preferences/ and adapter/."""
+        return self.path / f"iteration-{number}"
+
+    def adapter(self, iteration: int) -> Path:
+        """The adapter after an iteration; 0 is the rationale-fine-tuned one."""
+        return self.iteration(iteration) / "adapter" if iteration else self.rationale_adapter
+
+    def metrics(self) -> MetricsWriter:
+        """Appends to `metrics.jsonl`."""
+        return MetricsWriter(self.metrics_file)
+
+    def write_config(self, config: Any) -> None:
+        """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.config_file, text)
+        write_json(self.environment_file, environment())
+
+    def manifest(self) -> dict[str, Any]:
+        """Entries of the finished stages, in the order in which they finished."""
+        if not self.manifest_file.is_file():
+            return {}
+        try:
+            entries = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            entries = error
+        if not isinstance(entries, dict):
+            raise InputError(
+                file=self.manifest_file,
+                expected="a JSON object of finished stages",
+                found=entries,
+                mend="take another output directory",
+            )
+        return entries
+
+    def stage_done(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The manifest's entry if the stage finished with these settings, None if it did not finish.
+
+        Raises:
+            ConfigError: it finished with other settings; the first changed one is named.
+        """
+        entry = self.manifest().get(name)
+        if entry is None:
+            return None
+        wanted, stored = _flat(_plain(settings)), _flat(entry["settings"])
+        changed = [key for key in wanted | stored if wanted.get(key) != stored.get(key)]
+        if changed:
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{self.manifest_file}: stage {name!r} finished with {key} = {stored.get(key)!r}, "
+                f"this run asks for {wanted.get(key)!r}{more}. "
+                f"Mend: set {key} back, or take another name or output directory"
+            )
+        return entry
+
+    def finish_stage(
+        self, name: str, settings: dict[str, Any], seconds: float, tokens: int = 0, **more: Any
+    ) -> dict[str, Any]:
+        """Enter a stage as finished; what it wrote must be on disk. Returns its entry."""
+        entries = self.manifest()
+        entries[name] = {
+            "settings": _plain(settings),
+            "seconds": seconds,
+            "tokens": tokens,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
+        }
+        write_json(self.manifest_file, entries)
+        return entries[name]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists, paths are strings."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names to leaves."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What this machine and installation are: for `environment.json` and `doctor`."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "srcfast": version("srcfast"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": _git_commit(),
+    }
+
+
+def version(distribution: str) -> str | None:
+    """Version of an installed distribution, None where there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the sources, where they lie in a git work tree."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed elsewhere: a work tree around it would not be ours
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--verify", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,29 @@
+"""Where a sentence ends in text that is still being written."""
+
+from __future__ import annotations
+
+import re
+
+_CLOSERS = r"[\"'\u201d\u2019)\]]*"
+# A full stop after a digit may be a decimal point, and after a short word an abbreviation: the next character tells.
+_ENDED = re.compile(rf"(?:[!?\u2026]{_CLOSERS}|(?<![\d.])\.{_CLOSERS}|\.\.\.{_CLOSERS}|\n)\s*$")
+_ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Z](?:\.[A-Z])*)\.\s*$")
+_AFTER_NUMBER = re.compile(r"\d\.(?:\s+|\s*<)\S*$")
+
+TERMINATORS = ".!?\u2026\n"
+
+
+def sentence_ended(text: str) -> bool:
+    """Whether the text written so far closes a sentence.
+
+    "It is 3." is still open, for "5" may follow; "It is 3. The" is closed. Abbreviations ("e.g.", "Dr.", "U.S.") do not
+    close a sentence.
+    """
+    if _AFTER_NUMBER.search(text):
+        return True
+    return _ENDED.search(text) is not None and _ABBREVIATED.search(text) is None
+
+
+def needs_next(text: str) -> bool:
+    """Whether only the next character can tell if a sentence has ended: a full stop after a digit."""
+    return text.rstrip().endswith(".") and not sentence_ended(text)

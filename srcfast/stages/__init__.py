@@ -1,0 +1,1 @@
+"""The stages of a calibration: each reads files and writes files."""

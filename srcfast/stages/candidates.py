@@ -1,0 +1,97 @@
+"""Stage 2: diverse rationale-answer candidates of every sample, by sentence-level beam search over the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from srcfast.data.rationale_format import parse_response
+from srcfast.data.records import Candidate, Sample
+from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
+from srcfast.runtime.generation import Features, Generated, Prompt
+from srcfast.stages.rationale import PromptEncoder, image_keys
+
+
+class Progress(Protocol):
+    """What `runtime.telemetry.track` gives."""
+
+    def advance(self, n: int = 1, tokens: int = 0) -> None: ...
+
+
+def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
+    """Each sample's prompt, image placeholders expanded, keyed by the sample's id."""
+    encode = PromptEncoder(model)
+    return [Prompt(encode(s, s.question, s.id), image_keys(s), s.id) for s in samples]
+
+
+def generate_candidates(
+    model: Any,
+    samples: Sequence[Sample],
+    settings: BeamSettings,
+    *,
+    features: Features,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[list[Candidate]]:
+    """Up to `settings.num_candidates` distinct candidates a sample, best score first.
+
+    Args:
+        model: an LVLM.
+        samples: what to answer.
+        features: image keys to embeddings.
+        seed: with a sample's id it decides the sample's draws.
+        batch_size: samples searched together.
+        progress: told of samples done and tokens run.
+    """
+    prompts = prompts_of(model, samples)
+    order = sorted(range(len(samples)), key=lambda i: len(prompts[i].token_ids))  # like lengths together: less padding
+    found: list[list[Candidate]] = [[] for _ in samples]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        results, tokens = sentence_beam_search(model, [prompts[i] for i in batch], features, settings, seed)
+        for i, generated in zip(batch, results, strict=True):
+            found[i] = [_candidate(model, samples[i], k, one) for k, one in enumerate(generated)]
+        if progress is not None:
+            progress.advance(len(batch), tokens=tokens)
+    return found
+
+
+def _candidate(model: Any, sample: Sample, number: int, generated: Generated) -> Candidate:
+    text = model.decode(generated.token_ids)
+    parsed = parse_response(text)
+    return Candidate(
+        id=f"{sample.id}#{number}",
+        sample_id=sample.id,
+        text=text,
+        rationale=parsed.rationale,
+        answer=parsed.answer or "",
+        logprob=generated.logprob,
+        token_ids=generated.token_ids,
+    )
+
+
+def diversity(candidates: Sequence[Sequence[Candidate]]) -> dict[str, float]:
+    """How much the candidates of a sample differ, on average over samples with at least two.
+
+    `distinct_texts` and `distinct_answers` are shares of a sample's candidates; `bigram_overlap` is the mean Jaccard overlap of
+    two candidates' token bigrams.
+    """
+    texts, answers, overlaps = [], [], []
+    for own in candidates:
+        if len(own) < 2:
+            continue
+        texts.append(len({c.text for c in own}) / len(own))
+        answers.append(len({c.answer for c in own}) / len(own))
+        bigrams = [set(zip(c.token_ids, c.token_ids[1:], strict=False)) for c in own]
+        pairs = [(a, b) for i, a in enumerate(bigrams) for b in bigrams[i + 1 :]]
+        overlaps.append(float(np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs])))
+    if not texts:
+        return {}
+    return {
+        "distinct_texts": float(np.mean(texts)),
+        "distinct_answers": float(np.mean(answers)),
+        "bigram_overlap": float(np.mean(overlaps)),
+    }

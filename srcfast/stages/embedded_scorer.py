@@ -1,0 +1,188 @@
+"""Train the embedded R-Scorer from nothing, on the world's own split of scenes and easy-VQA's training questions.
+
+    python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
+
+First it learns, as a language model, to write true rationales from a question, its facts and its answer; then to give
+verdicts on true rationales against corrupted ones. A corruption counts as a fault only if the oracle finds it faulty.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from srcfast.data.corruptions import Parts
+from srcfast.data.easy_vqa import read_easy_vqa
+from srcfast.data.forest import Segment, Tree
+from srcfast.data.rationale_format import ParsedResponse, format_response
+from srcfast.data.records import Sample
+from srcfast.models.scorer import Scorer, load_scorer
+from srcfast.models.text_model import save_text_model
+from srcfast.runtime.training import TrainingItem, TrainingSettings, train
+from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.stages.scorer_training import Rap, evaluate_scorer, sample_reference, scorer_examples, train_scorer
+from srcfast.world.checkpoints import new_text_model, train_tokenizer
+from srcfast.world.oracle import judge_sample
+from srcfast.world.questions import ask
+from srcfast.world.rationales import facts, true_rationale
+from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, sample_scenes
+
+VOCABULARY = {
+    "color": COLORS,
+    "shape": SHAPES,
+    "shapes": ("circles", "rectangles", "triangles", "stars", "crosses"),
+    "size": SIZES,
+    "place": PLACES,
+    "background": BACKGROUNDS,
+    "number": tuple("012345"),
+    "relation": ("left of", "right of", "above", "below"),
+    "side": ("leftmost", "rightmost", "topmost", "bottommost"),
+    "quantity": ("all", "not all"),
+    "answer": ("yes", "no"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the embedded R-Scorer."""
+
+    seed: int = 0
+    hidden_size: int = 128
+    num_layers: int = 4
+    vocabulary_size: int = 640
+    samples: int = 9_000
+    easy_vqa_samples: int = 1_500
+    held_out_samples: int = 600
+    language_epochs: int = 2
+    language_learning_rate: float = 2e-3
+    verdict_epochs: int = 1
+    verdict_learning_rate: float = 1e-3
+
+
+def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
+    """True rationale-answer pairs of the world, text alone: (sample, seen, concluded, answer)."""
+    rng = random.Random(f"raps/{seed}")
+    raps: list[Rap] = []
+    for scene in sample_scenes(split, count // 2, seed):
+        for question in ask(scene, rng, n=2):
+            see, think = true_rationale(scene, question)
+            sample = Sample(
+                id=f"{split}-{len(raps)}",
+                images=(),
+                question=question.text,
+                answer=question.answer,
+                facts=facts(scene),
+                extra={"program": question.program, "scene": scene.to_json()},
+            )
+            raps.append((sample, see, think, question.answer))
+    return raps
+
+
+def easy_vqa_raps(count: int, seed: int) -> tuple[list[Rap], list[Rap]]:
+    """The same of easy-VQA's training questions: for training, and those of held-out images (one in ten)."""
+    training: list[Rap] = []
+    held_out: list[Rap] = []
+    for sample in read_easy_vqa("train", limit=count, seed=seed):
+        if sample.rationale:
+            side = held_out if int(Path(sample.images[0]).stem) % 10 == 0 else training
+            side.append((sample, sample.extra["see"], sample.extra["think"], sample.answer))
+    return training, held_out
+
+
+def is_faulty(sample: Sample, parts: Parts) -> bool:
+    """The oracle's word on a corruption."""
+    see, think, answer = parts
+    judgement = judge_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
+    return judgement is not None and not judgement.aligned
+
+
+def language_items(scorer: Scorer, raps: Sequence[Rap]) -> list[TrainingItem]:
+    """Trees reference -> true rationale and answer."""
+    items = []
+    for sample, see, think, answer in raps:
+        text = f"First: {format_response(see, think, answer, 'tagged')}\n"
+        segments = (Segment(scorer.encode(sample_reference(sample))), Segment(scorer.encode(text), 0))
+        items.append(TrainingItem(Tree(segments, key=sample.id)))
+    return items
+
+
+def settings(epochs: int, learning_rate: float, micro_batch_size: int, seed: int) -> TrainingSettings:
+    """Of either stage."""
+    return TrainingSettings(
+        epochs=epochs,
+        micro_batch_size=micro_batch_size,
+        token_budget=32_768,
+        learning_rate=learning_rate,
+        warmup_ratio=0.1,
+        weight_decay=0.02,
+        seed=seed,
+    )
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Train the embedded R-Scorer and write it with the record of how it was made."""
+    torch.set_num_threads(threads)
+    recipe = Recipe()
+    started = time.monotonic()
+
+    def log(metrics: dict[str, float]) -> None:
+        if metrics["step"] % 20 == 0:
+            kept = {key: round(metrics[key], 4) for key in ("step", "loss", "accuracy") if key in metrics}
+            print(f"{kept} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    rng = random.Random(f"scorer/{recipe.seed}")
+    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
+    raps = world_raps(recipe.samples, recipe.seed) + easy
+    words = [text for sample, see, think, answer in raps for text in (sample_reference(sample), *see, *think, answer)]
+    tokenizer = train_tokenizer([*words, "First:\nSecond:\nBetter: first tie second none\n"], recipe.vocabulary_size)
+    new_text_model(output, tokenizer, hidden_size=recipe.hidden_size, num_layers=recipe.num_layers, seed=recipe.seed)
+    scorer = load_scorer(output)
+    scorer.requires_grad_(True)
+    held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
+        train(
+            scorer.text_model,
+            language_items(scorer, raps),
+            loss=rationale_loss,
+            denominator=response_tokens,
+            settings=settings(recipe.language_epochs, recipe.language_learning_rate, 64, recipe.seed),
+            on_step=log,
+        )
+        examples = scorer_examples(raps, rng, VOCABULARY, variants=3, is_faulty=is_faulty)
+        train_scorer(
+            scorer,
+            examples,
+            settings(recipe.verdict_epochs, recipe.verdict_learning_rate, 64, recipe.seed),
+            on_step=log,
+        )
+    save_text_model(scorer.text_model.to(torch.bfloat16), output)
+    shipped = load_scorer(output)
+    scores = {
+        "world": evaluate_scorer(shipped, scorer_examples(held_out, rng, VOCABULARY, is_faulty=is_faulty)),
+        "easy_vqa": evaluate_scorer(shipped, scorer_examples(easy_held_out, rng, VOCABULARY, is_faulty=is_faulty)),
+    }
+    record = {
+        "command": "python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer",
+        "recipe": asdict(recipe),
+        "held_out": scores,
+        "torch": torch.__version__,
+        "seconds": round(time.monotonic() - started),
+    }
+    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(scores, indent=2), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,406 @@
+"""Stage 4's training: confidence-weighted DPO over shared-prefix trees, and log-probabilities of responses.
+
+The tree of a pair is prompt -> {chosen, rejected}; what the two responses have in common at their beginning
+is a segment of its own between them, run once. With c the confidence, and log pi the sum over a response's
+tokens, the end token included,
+
+    Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
+    L = sum_k c_k [ loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
+
+over the global batch. The reference is the policy as it was before the round: its log-probabilities are
+computed once and stored with the pair, beside a hash of base and adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.records import Preference
+from srcfast.errors import InputError, SrcfastError
+from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.stages.rationale import PromptEncoder, image_keys
+from srcfast_kernels import linear_logprob, weighted_dpo_loss
+
+# How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
+# its size: packing differently changes rounding, nothing else.
+_SAME_MODEL = {torch.float64: 1e-9, torch.float32: 1e-4}
+_SAME_MODEL_HALF = 2e-2
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """The loss.
+
+    Args:
+        beta: how strongly the policy is held to the reference.
+        label_smoothing: probability that a pair is the wrong way round (sigmoid only), in [0, 0.5);
+            "confidence" takes (1 - c) / 2 of each pair, c its confidence.
+        loss_type: of Delta: -log sigmoid, IPO's square, or SLiC's hinge.
+        sft_weight: of the mean negative log-likelihood of the chosen response's tokens.
+        weighting: "confidence" weighs a pair by its confidence, "none" weighs all alike.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float | Literal["confidence"] = 0.0
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    sft_weight: float = 0.0
+    weighting: Literal["confidence", "none"] = "confidence"
+
+
+@dataclass(frozen=True)
+class PairMeta:
+    """What the loss needs of a pair beside its tree."""
+
+    weight: float
+    confidence: float
+    reference_chosen_logprob: float
+    reference_rejected_logprob: float
+
+
+@dataclass(frozen=True)
+class PairDenominator:
+    """Over a global batch: the sum of weights, and the number of pairs."""
+
+    weight: float
+    pairs: int
+
+
+def preference_tree(
+    prompt: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    images: tuple[str, ...] = (),
+    key: Any = None,
+) -> Tree:
+    """prompt -> {chosen, rejected}, or prompt -> shared beginning -> {chosen, rejected}.
+
+    Args:
+        prompt, chosen, rejected: token ids; responses with their end token. Each keeps at least one token of
+            its own.
+
+    Raises:
+        InputError: the two responses are the same.
+    """
+    if np.array_equal(chosen, rejected):
+        raise InputError(
+            sample_id=None if key is None else str(key),
+            field="rejected",
+            expected="a response other than the chosen one",
+            found="the same tokens",
+            mend="drop this pair: it prefers nothing to nothing",
+        )
+    most = min(len(chosen), len(rejected)) - 1
+    differs = np.flatnonzero(chosen[:most] != rejected[:most])
+    shared = int(differs[0]) if differs.size else most
+    middle = (Segment(chosen[:shared], 0),) if shared else ()
+    parent = len(middle)
+    leaves = (Segment(chosen[shared:], parent), Segment(rejected[shared:], parent))
+    return Tree((Segment(prompt), *middle, *leaves), images, key)
+
+
+def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen and the rejected response of each preference tree, summed over their
+    whole paths.
+
+    Args:
+        hidden: `[T, D]`.
+        forest: of P preference trees.
+        head_weight: `[V, D]`.
+
+    Returns:
+        (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
+    """
+    rows, targets, slots = [], [], []
+    for number, tree in enumerate(forest.trees):
+        last = len(tree.segments) - 1
+        # Slots of a pair: 0 shared, 1 chosen, 2 rejected.
+        for slot, segments in ((0, range(1, last - 1)), (1, [last - 1]), (2, [last])):
+            if segments:
+                found = forest.target_rows(number, segments)
+                rows.append(found[0])
+                targets.append(found[1])
+                slots.append(torch.full_like(found[0], 3 * number + slot))
+    logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), head_weight, torch.cat(targets))  # [n]
+    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, torch.cat(slots), logps).view(-1, 3)  # [P, 3]
+    return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
+
+
+def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
+    """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
+    prompt = PromptEncoder(model)
+    return [
+        preference_tree(
+            prompt(preference, preference.prompt, preference.sample_id),
+            model.encode_response(preference.chosen),
+            model.encode_response(preference.rejected),
+            image_keys(preference),
+            key=preference.sample_id,
+        )
+        for preference in preferences
+    ]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Any,
+    preferences: Sequence[Preference],
+    *,
+    reference_hash: str,
+    token_budget: int,
+    features: Features | None = None,
+    on_forest: Callable[[Forest], None] | None = None,
+) -> list[Preference]:
+    """The preferences with the model's log-probabilities as their reference.
+
+    Args:
+        model: base with the adapter as it is before the round.
+        preferences: pairs.
+        reference_hash: of base and adapter; stored in `extra["reference_hash"]`, and asked for when training.
+        token_budget: most tokens in a forest.
+        features: image keys to embeddings.
+        on_forest: called after each forest, for progress.
+    """
+    trees = preference_trees(model, preferences)
+    done = list(preferences)
+    for forest, hidden in _run(model, trees, token_budget, features, on_forest):
+        chosen, rejected = pair_logprobs(hidden, forest, model.decoder.head_weight)
+        for index, one, other in zip(forest.indices, chosen.tolist(), rejected.tolist(), strict=True):
+            done[index] = replace(
+                preferences[index],
+                reference_chosen_logprob=one,
+                reference_rejected_logprob=other,
+                extra={**preferences[index].extra, "reference_hash": reference_hash},
+            )
+    return done
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: Any,
+    items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]],
+    *,
+    token_budget: int,
+    features: Features | None = None,
+    on_forest: Callable[[Forest], None] | None = None,
+) -> list[tuple[float, int]]:
+    """Summed log-probability and number of tokens of each response after its prompt.
+
+    Args:
+        items: (prompt token ids, image keys, response token ids with the end token). Responses to the same
+            prompt share it.
+
+    Returns:
+        (log-probability, tokens) in the order of `items`.
+    """
+    trees: list[Tree] = []
+    members: list[list[int]] = []
+    for indices in _same_prompt(items):
+        prompt_size, room = len(items[indices[0]][0]), 0
+        part: list[int] = []
+        for index in indices:
+            size = len(items[index][2])
+            if not part or size > room:
+                room, part = token_budget - prompt_size, []
+                members.append(part)
+            room -= size
+            part.append(index)
+    for part in members:
+        prompt, images, _ = items[part[0]]
+        leaves = (Segment(items[index][2], 0) for index in part)
+        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
+    for forest, hidden in _run(model, trees, token_budget, features, on_forest):
+        rows, targets, sizes, order = [], [], [], []
+        for number, tree_index in enumerate(forest.indices):
+            for leaf, index in enumerate(members[tree_index], start=1):
+                row, target = forest.target_rows(number, [leaf])
+                rows.append(row)
+                targets.append(target)
+                sizes.append(len(row))
+                order.append(index)
+        logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), model.decoder.head_weight, torch.cat(targets))
+        sums = torch.stack([part_logps.sum() for part_logps in logps.split(sizes)]).tolist()
+        for index, total, size in zip(order, sums, sizes, strict=True):
+            found[index] = (total, size)
+    return found
+
+
+def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]) -> list[list[int]]:
+    groups: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
+    for index, (prompt, images, _) in enumerate(items):
+        groups.setdefault((np.asarray(prompt, dtype=np.int64).tobytes(), tuple(images)), []).append(index)
+    return list(groups.values())
+
+
+def _run(
+    model: Any,
+    trees: Sequence[Tree],
+    token_budget: int,
+    features: Features | None,
+    on_forest: Callable[[Forest], None] | None,
+) -> Iterator[tuple[Forest, Tensor]]:
+    """(forest, hidden [T, D]) of the trees packed into forests, in evaluation mode."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    for forest in Forest.pack(trees, token_budget):
+        forest = forest.to(device)
+        inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
+        yield forest, model(forest, *inputs)
+        if on_forest is not None:
+            on_forest(forest)
+    model.train(was_training)
+
+
+def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The loss function that `train` calls: the formula at the top of this file, and what to watch.
+
+    Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
+    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob; and max_drift, the greatest |log pi -
+    log pi_ref| as a share of 1 + |log pi_ref|.
+    """
+
+    def loss(
+        hidden: Tensor,
+        forest: Forest,
+        head_weight: Tensor,
+        items: Sequence[TrainingItem],
+        denominator: PairDenominator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [P] each
+        metas = [item.meta for item in items]
+        reference_chosen = chosen.new_tensor([meta.reference_chosen_logprob for meta in metas])
+        reference_rejected = chosen.new_tensor([meta.reference_rejected_logprob for meta in metas])
+        weight = chosen.new_tensor([meta.weight for meta in metas])
+        smoothing: float | Tensor
+        if settings.label_smoothing == "confidence":
+            smoothing = 0.5 - 0.5 * chosen.new_tensor([meta.confidence for meta in metas])
+        else:
+            smoothing = settings.label_smoothing
+        output = weighted_dpo_loss(
+            chosen,
+            rejected,
+            reference_chosen,
+            reference_rejected,
+            weight,
+            beta=settings.beta,
+            label_smoothing=smoothing,
+            loss_type=settings.loss_type,
+            normalizer=denominator.weight,
+        )
+        total = output.loss
+        if settings.sft_weight:
+            lengths = chosen.new_tensor([_chosen_length(tree) for tree in forest.trees])
+            total = total + settings.sft_weight * (weight * -chosen / lengths).sum() / denominator.weight
+        with torch.no_grad():
+            margins = output.chosen_rewards - output.rejected_rewards
+            sums = {
+                "margin": margins,
+                "reward_accuracy": (margins > 0).to(margins.dtype),
+                "chosen_reward": output.chosen_rewards,
+                "rejected_reward": output.rejected_rewards,
+                "chosen_logprob": chosen,
+                "rejected_logprob": rejected,
+            }
+            metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
+            policy, reference = (
+                torch.cat([chosen, rejected]),
+                torch.cat([reference_chosen, reference_rejected]),
+            )
+            metrics["max_drift"] = ((policy - reference).abs() / (1 + reference.abs())).max()
+        return total, metrics
+
+    return loss
+
+
+def _chosen_length(tree: Tree) -> int:
+    return sum(segment.tokens.size for segment in tree.segments[1:-1])
+
+
+def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
+    """The global batch's sum of weights and number of pairs."""
+    return PairDenominator(sum(item.meta.weight for item in items), len(items))
+
+
+def train_preference(
+    model: Any,
+    preferences: Sequence[Preference],
+    preference_settings: PreferenceSettings,
+    settings: TrainingSettings,
+    *,
+    expected_reference_hash: str,
+    features: Features | None = None,
+    on_step: Callable[[Metrics], None] | None = None,
+) -> list[Metrics]:
+    """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
+
+    Args:
+        model: the policy, which before the first step is the reference.
+        preferences: with reference log-probabilities, see `reference_logprobs`.
+        preference_settings: the loss.
+        settings: the loop.
+        expected_reference_hash: of base and adapter as they are now.
+
+    Raises:
+        InputError: a pair whose responses are the same, or that has no reference, or another one's.
+        SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
+            the hash fits.
+    """
+    for preference in preferences:
+        _check_reference(preference, expected_reference_hash)
+    weighted = preference_settings.weighting == "confidence"
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                preference.confidence if weighted else 1.0,
+                preference.confidence,
+                float(preference.reference_chosen_logprob or 0.0),
+                float(preference.reference_rejected_logprob or 0.0),
+            ),
+        )
+        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    dropout = getattr(getattr(model, "lora_config", None), "dropout", 0.0) > 0  # then the start is noisy
+    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+
+    def check_start(metrics: Metrics) -> None:
+        if metrics["step"] == 0 and not dropout and metrics["max_drift"] > tolerance:
+            raise SrcfastError(
+                "before the first update the policy must equal its reference, but a stored log-probability "
+                f"is off by {metrics['max_drift']:.2e} of its size (mean margin {metrics['margin']:.2e}; "
+                f"rounding makes at most {tolerance:.0e}). Mend: compute the reference again with this base "
+                "and adapter"
+            )
+
+    return train(
+        model,
+        items,
+        loss=preference_loss(preference_settings),
+        denominator=pair_denominator,
+        settings=settings,
+        features=features,
+        on_step=on_step,
+        before_update=check_start,
+    )
+
+
+def _check_reference(preference: Preference, expected_hash: str) -> None:
+    found = preference.extra.get("reference_hash")
+    if preference.reference_chosen_logprob is None or preference.reference_rejected_logprob is None:
+        found = None
+    if found != expected_hash:
+        raise InputError(
+            sample_id=preference.sample_id,
+            field="reference_hash",
+            expected=f"reference log-probabilities of {expected_hash}",
+            found="none" if found is None else f"those of {found}",
+            mend="compute the reference again with the base and adapter that training starts from",
+        )

@@ -1,0 +1,223 @@
+"""Stage 1, rationale fine-tuning: from samples to rationale-answer pairs (RAPs), and LoRA on them.
+
+The tree of a RAP is prompt -> response. The loss is the mean negative log-likelihood of the response's
+tokens, the end token included, over the whole global batch; the prompt has none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.images import load_image
+from srcfast.data.jsonl import read_jsonl
+from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
+from srcfast.data.records import Preference, Sample
+from srcfast.errors import InputError
+from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast_kernels import linear_logprob
+
+Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
+
+
+@dataclass(frozen=True)
+class TeacherRationale:
+    """What a teacher wrote for a sample; `answer` None where it gave none of its own."""
+
+    rationale: str
+    answer: str | None = None
+
+
+def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
+    """A teacher's file by sample id: JSON lines of `{id, rationale, answer?}`.
+
+    Raises:
+        InputError: a malformed line, a field that is missing or no text, or an id that occurs twice.
+    """
+    entries: dict[str, TeacherRationale] = {}
+    for line, row in read_jsonl(path):
+        for field, needed in (("id", True), ("rationale", True), ("answer", False)):
+            value = row.get(field)
+            if value is None and not needed:
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(file=path, line=line, field=field, expected="a non-empty text", found=repr(value))
+        if row["id"] in entries:
+            raise InputError(file=path, line=line, field="id", expected="an id of its own", found=row["id"])
+        entries[row["id"]] = TeacherRationale(row["rationale"], row.get("answer"))
+    return entries
+
+
+def build_raps(
+    samples: Sequence[Sample],
+    format: Literal["tagged", "plain"] = "tagged",
+    teacher: Mapping[str, TeacherRationale] | None = None,
+) -> tuple[list[Rap], Counter[str]]:
+    """Rationale-answer pairs from the teacher's entry, else the sample's rationale, else its facts.
+
+    Facts become what is seen, with nothing concluded. A rationale without tags counts as seen but for its
+    last sentence, which is the conclusion.
+
+    Returns:
+        The pairs in the samples' order, and how many samples were dropped for which reason: "no_answer",
+        "no_rationale_or_facts", "unreadable_rationale", "answer_contradicts_rationale" (the rationale or the
+        teacher states another answer).
+    """
+    raps: list[Rap] = []
+    dropped: Counter[str] = Counter()
+    for sample in samples:
+        response, reason = _response(sample, (teacher or {}).get(sample.id), format)
+        if response is None:
+            dropped[reason] += 1
+        else:
+            raps.append((sample, response))
+    return raps, dropped
+
+
+def _response(
+    sample: Sample, entry: TeacherRationale | None, format: Literal["tagged", "plain"]
+) -> tuple[str | None, str]:
+    """(response, "") or (None, why there is none)."""
+    rationale = (sample.rationale if entry is None else entry.rationale) or ""
+    if not sample.answer.strip():
+        return None, "no_answer"
+    stated = [] if entry is None else [entry.answer]
+    if rationale.strip():
+        see, think, answer = _read_rationale(rationale)
+        stated.append(answer)
+    else:
+        see, think = tuple(map(_as_sentence, sample.facts)), ()
+    if not see and not think:
+        return None, "unreadable_rationale" if rationale.strip() else "no_rationale_or_facts"
+    if any(other is not None and normalise_answer(other) != normalise_answer(sample.answer) for other in stated):
+        return None, "answer_contradicts_rationale"
+    try:
+        return format_response(see, think, sample.answer, format), ""
+    except InputError:
+        return None, "unreadable_rationale"
+
+
+def _read_rationale(text: str) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
+    """(seen, concluded, the answer if it states one) of a rationale with or without tags and answer."""
+    parsed = parse_response(text)
+    answer = parsed.answer if parsed.has_rationale else None
+    if not parsed.has_rationale:  # a rationale alone; the one parser reads it once an answer stands behind it
+        tagged = "<see>" in text or "<think>" in text
+        parsed = parse_response(f"{text} <answer> unknown </answer>" if tagged else f"{text} Answer: unknown")
+    see, think = parsed.perception, parsed.reasoning
+    if not see and len(think) > 1:
+        see, think = think[:-1], think[-1:]
+    return see, think, answer
+
+
+def _as_sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+# Prompts and images -----------------------------------------------------------------------------------------
+
+
+def image_keys(record: Sample | Preference) -> tuple[str, ...]:
+    """Names of a record's images that are unique across data sets."""
+    return tuple(str(record.image_root / image) for image in record.images)
+
+
+def image_loader(records: Iterable[Sample | Preference]) -> Callable[[str], Image.Image]:
+    """The function that opens the records' images by `image_keys`, for `srcfast.models.ImageFeatures`."""
+    places = {
+        key: (record.image_root, image)
+        for record in records
+        for key, image in zip(image_keys(record), record.images, strict=True)
+    }
+    return lambda key: load_image(*places[key])
+
+
+class PromptEncoder:
+    """Prompt tokens of records, each distinct (text, images) encoded once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+
+    def __call__(self, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
+        """`[n]` int64: the chat template's generation prompt with the image placeholders expanded.
+
+        Raises:
+            InputError: the prompt does not fit the model; it names the sample.
+        """
+        key = (text, image_keys(record))
+        if key not in self.known:
+            images = [load_image(record.image_root, image) for image in record.images]
+            self.known[key] = self.model.encode_prompt(text, images, sample_id)
+        return self.known[key]
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+def rationale_trees(model: Any, raps: Sequence[Rap]) -> list[TrainingItem]:
+    """One tree a RAP: prompt -> response with the end token.
+
+    Args:
+        model: `encode_prompt` and `encode_response` of an `LVLM`.
+        raps: as `build_raps` gives them.
+    """
+    prompt = PromptEncoder(model)
+    return [
+        TrainingItem(
+            Tree(
+                (
+                    Segment(prompt(sample, sample.question, sample.id)),
+                    Segment(model.encode_response(response), 0),
+                ),
+                image_keys(sample),
+                key=sample.id,
+            )
+        )
+        for sample, response in raps
+    ]
+
+
+def response_tokens(items: Sequence[TrainingItem]) -> int:
+    """The denominator: tokens that carry loss."""
+    return sum(item.tree.segments[1].tokens.size for item in items)
+
+
+def rationale_loss(
+    hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], denominator: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of -log p over the responses' tokens, divided by the global batch's number of them."""
+    rows, targets = zip(*(forest.target_rows(tree, [1]) for tree in range(len(forest.trees))), strict=True)
+    logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), head_weight, torch.cat(targets))  # [n]
+    count = torch.tensor(float(len(logps)), device=logps.device)
+    return -logps.sum() / denominator, {"response_tokens": count}
+
+
+def fine_tune_rationale(
+    model: Any,
+    raps: Sequence[Rap],
+    settings: TrainingSettings,
+    *,
+    features: Features | None = None,
+    on_step: Callable[[Metrics], None] | None = None,
+) -> list[Metrics]:
+    """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step."""
+    return train(
+        model,
+        rationale_trees(model, raps),
+        loss=rationale_loss,
+        denominator=response_tokens,
+        settings=settings,
+        features=features,
+        on_step=on_step,
+    )

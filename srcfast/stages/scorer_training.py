@@ -1,0 +1,274 @@
+"""Training the R-Scorer: true rationale-answer pairs against their corruptions, in all ordered pairs.
+
+What is better is decided by counting faults: a candidate has one for each part (perception, reasoning,
+answer) that is not the true one's. Fewer faults win; equal numbers tie, none at all as well as one each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
+from srcfast.data.forest import Forest
+from srcfast.data.rationale_format import Format, format_response
+from srcfast.data.records import Sample
+from srcfast.errors import InputError
+from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
+from srcfast.runtime.training import Metrics, TrainingItem, TrainingSettings, train
+from srcfast.stages.scoring import sample_reference
+
+Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A candidate whose number of faults is known; `kind` names the first one, "none" where there is none."""
+
+    text: str
+    faults: int
+    kind: str = "none"
+
+
+@dataclass(frozen=True)
+class ScorerExample:
+    """One sample's comparisons before tokenising: its reference, variants, and the ordered pairs to judge.
+
+    `pairs` are indices (first, second) into `variants`; second -1: the first on its own, a win if faultless.
+    """
+
+    key: str
+    reference: str
+    variants: tuple[Variant, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+def scorer_example(sample: Sample, variants: Sequence[Variant]) -> ScorerExample:
+    """All ordered pairs of the variants, and each variant on its own.
+
+    The variants may come from `corrupted_variants` or be a model's candidates whose faults a stronger judge
+    has counted.
+    """
+    places = range(len(variants))
+    pairs = tuple((i, j) for i in places for j in (*places, ALONE) if i != j)
+    return ScorerExample(sample.id, sample_reference(sample), tuple(variants), pairs)
+
+
+def scorer_examples(
+    raps: Iterable[Rap],
+    rng: Random,
+    vocabulary: Vocabulary,
+    *,
+    variants: int = 4,
+    format: Format = "tagged",
+    is_faulty: Callable[[Sample, Parts], bool] | None = None,
+) -> list[ScorerExample]:
+    """One training tree for each true rationale-answer pair in which a fault can be made.
+
+    Args:
+        raps: (sample, perception sentences, reasoning sentences, answer), all true.
+        rng: decides corruptions and order.
+        vocabulary: interchangeable words, see `corrupt`.
+        variants: candidates a tree: the true one, now and then (one in four) the true one retold in another
+            order, the rest corrupted.
+        format: of the candidates' texts, "tagged" or "plain".
+        is_faulty: a stronger judge's word on whether a corruption is a fault indeed (a swapped word may
+            happen to be true as well); those that it doesn't find faulty are made anew.
+    """
+    examples = []
+    for sample, see, think, answer in raps:
+        truth: Parts = (tuple(see), tuple(think), answer)
+        own = _true_variants(truth, rng, variants, format)
+        own += corrupted_variants(sample, truth, variants - len(own), rng, vocabulary, format, is_faulty)
+        if any(variant.faults for variant in own):
+            rng.shuffle(own)
+            examples.append(scorer_example(sample, own))
+    return examples
+
+
+def corrupted_variants(
+    sample: Sample,
+    truth: Parts,
+    count: int,
+    rng: Random,
+    vocabulary: Vocabulary,
+    format: Format = "tagged",
+    is_faulty: Callable[[Sample, Parts], bool] | None = None,
+) -> list[Variant]:
+    """Up to `count` distinct corruptions of a true rationale-answer pair, their kinds as different as can be.
+
+    Now and then (one in four) a second fault is added to the first, so that bad is told from worse.
+    """
+    made: dict[str, Variant] = {}
+    kinds = rng.sample(KINDS, len(KINDS))
+    for attempt in range(4 * count):
+        if len(made) >= count:
+            break
+        kind = kinds[attempt % len(kinds)]
+        try:
+            parts = corrupt(*truth, kind, rng, vocabulary)
+            if rng.random() < 0.25:
+                parts = corrupt(*parts, rng.choice(KINDS), rng, vocabulary)
+        except InputError:
+            continue
+        faults = sum(part != true for part, true in zip(parts, truth, strict=True))
+        if faults == 0 or not any(parts[:2]) or (is_faulty is not None and not is_faulty(sample, parts)):
+            continue
+        text = format_response(*parts, format)
+        made.setdefault(text, Variant(text, faults, kind))
+    return list(made.values())
+
+
+def _true_variants(truth: Parts, rng: Random, variants: int, format: Format) -> list[Variant]:
+    see, think, answer = truth
+    own = [Variant(format_response(see, think, answer, format), 0)]
+    if variants >= 3 and len(see) >= 2 and rng.random() < 0.25:
+        retold = tuple(rng.sample(see, len(see)))
+        if retold != see:
+            own.append(Variant(format_response(retold, think, answer, format), 0))
+    return own
+
+
+def target_verdict(example: ScorerExample, first: int, second: int, num_verdicts: int) -> int:
+    """Index of the right verdict on an ordered pair: 0 the first is better, ..., num_verdicts - 1 the second.
+
+    The middle one is a tie. Of five verdicts the outer ones ask for a difference of two faults or more.
+    """
+    faults = example.variants[first].faults
+    if second == ALONE:
+        lead = -2 if faults else 2
+    else:
+        lead = example.variants[second].faults - faults
+    middle = num_verdicts // 2
+    return middle - max(-middle, min(middle, lead))
+
+
+def fault_name(example: ScorerExample, first: int, second: int) -> str:
+    """What a pair tests: the kind of the one fault there is, or "tie", "bad_or_worse", "alone"."""
+    if second == ALONE:
+        return "alone"
+    one, other = example.variants[first], example.variants[second]
+    if one.faults == other.faults:
+        return "tie"
+    if one.faults and other.faults:
+        return "bad_or_worse"
+    return one.kind if one.faults else other.kind
+
+
+def judged_examples(scorer: Scorer, examples: Sequence[ScorerExample]) -> Iterator[tuple[JudgeTree, ScorerExample]]:
+    """The examples tokenised, each tree with the example that it is of."""
+    for example in examples:
+        texts = [variant.text for variant in example.variants]
+        for one in scorer.judge_trees(example.reference, texts, example.pairs, example.key):
+            yield one, example
+
+
+def train_scorer(
+    scorer: Scorer,
+    examples: Sequence[ScorerExample],
+    settings: TrainingSettings,
+    on_step: Callable[[Metrics], None] | None = None,
+) -> list[Metrics]:
+    """Cross entropy over the verdict tokens alone, at the verdict slots alone.
+
+    The adapter is trained where there is one, else the whole model. The loss is the mean over the slots of
+    the global batch, however it is cut. A tree of `settings` is one of `Scorer.judge_trees`: on the CPU an
+    example is as many trees as it has variants.
+
+    Returns:
+        The steps' metrics, `accuracy` over the step's slots among them.
+    """
+    if not any(parameter.requires_grad for parameter in scorer.parameters()):
+        scorer.requires_grad_(True)
+    num_verdicts = len(scorer.verdict_values)
+    items = []
+    for one, example in judged_examples(scorer, examples):
+        pairs = zip(one.first.tolist(), one.second.tolist(), strict=True)
+        targets = [target_verdict(example, *pair, num_verdicts) for pair in pairs]
+        items.append(TrainingItem(one.tree, (one, torch.tensor(targets))))
+
+    def loss(
+        hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], slots: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = slot_rows(forest, [item.meta[0] for item in inside]).to(hidden.device)
+        targets = torch.cat([item.meta[1] for item in inside]).to(hidden.device)  # [M]
+        logits = hidden[rows].float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
+        hits = (logits.argmax(-1) == targets).sum()
+        return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
+
+    return train(
+        scorer.text_model,
+        items,
+        loss=loss,
+        denominator=lambda batch: sum(len(item.meta[1]) for item in batch),
+        settings=settings,
+        on_step=on_step,
+    )
+
+
+def evaluate_scorer(
+    scorer: Scorer, examples: Sequence[ScorerExample], token_budget: int = 8192, seed: int = 0
+) -> dict[str, Any]:
+    """How often the scorer says what it should, on held-out examples.
+
+    Returns:
+        accuracy: share of ordered pairs whose verdict (first, tie or second is better) is right; ci95: its
+            bootstrap
+        interval, resampled by example; by_fault: the same share by what the pair tests (`fault_name`);
+        preference_accuracy: share of unordered pairs of unequal quality in which q_ij, the order's bias
+            cancelled, is on
+        the right side; alone_accuracy: share of candidates rated on their own that are told right from
+        faulty;
+        order_flip_rate: share of unordered pairs whose verdict names the same place in both orders; n:
+            ordered pairs.
+    """
+    scorer.eval()
+    judged = list(judged_examples(scorer, examples))
+    wins, said = scorer.win_and_verdict(slot_hidden(scorer, [one for one, _ in judged], token_budget))  # [M] each
+    values = scorer.verdict_values.tolist()
+    number = {id(example): index for index, example in enumerate(examples)}
+    hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
+    by_fault: dict[str, list[bool]] = defaultdict(list)
+    leans: dict[tuple[int, int, int], tuple[float, float, float]] = {}  # by example and pair: p, said, target less 1/2
+    slot = 0
+    for one, example in judged:
+        for pair in zip(one.first.tolist(), one.second.tolist(), strict=True):
+            target = values[target_verdict(example, *pair, len(values))]
+            lean = (wins[slot] - 0.5, said[slot] - 0.5, target - 0.5)
+            slot += 1
+            right = bool(np.sign(lean[1]) == np.sign(lean[2]))
+            by_fault[fault_name(example, *pair)].append(right)
+            if pair[1] != ALONE:
+                hits[number[id(example)]] += right, 1
+                leans[(number[id(example)], *pair)] = lean
+    both = [(lean, leans[k, j, i]) for (k, i, j), lean in leans.items() if i < j and (k, j, i) in leans]
+    alone = by_fault.pop("alone", [])
+    return {
+        "accuracy": _mean(hits[:, 0].sum() / np.maximum(hits[:, 1].sum(), 1.0)),
+        "ci95": _bootstrap(hits, seed),
+        "by_fault": {name: _mean(by_fault[name]) for name in sorted(by_fault)},
+        "preference_accuracy": _mean([(a[0] - b[0]) * a[2] > 0.0 for a, b in both if a[2] != 0.0]),
+        "alone_accuracy": _mean(alone),
+        "order_flip_rate": _mean([a[1] * b[1] > 0.0 for a, b in both]),
+        "n": int(hits[:, 1].sum()),
+    }
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if np.size(values) else None
+
+
+def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float]:
+    """95 % interval of the share hits[:, 0] / hits[:, 1], resampled by row."""
+    picks = np.random.default_rng(seed).integers(0, len(hits), (resamples, len(hits)))
+    totals = hits[picks].sum(1)  # [resamples, 2]
+    low, high = np.quantile(totals[:, 0] / np.maximum(totals[:, 1], 1.0), (0.025, 0.975))
+    return [float(low), float(high)]

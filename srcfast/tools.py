@@ -1,0 +1,197 @@
+"""What the commands that aid the stages do: merge, convert, estimate, inspect, doctor, report, world."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srcfast.commands import ENDINGS, Source, need, read_all, set_aside
+from srcfast.config import Config
+from srcfast.errors import ConfigError
+from srcfast.loading import load_model
+
+if TYPE_CHECKING:
+    from srcfast.models import LVLM
+
+ASSETS = Path(__file__).parent / "world" / "assets"
+
+
+def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
+    """Write base and adapter as one checkpoint."""
+    from srcfast.models.lora import merge_lora
+    from srcfast.models.lvlm import save_lvlm
+
+    output = need(output, "--output", "a folder for the checkpoint")
+    adapter = need(adapter, "--adapter", "the adapter to merge")
+    if config.model.quantize != "none":
+        raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
+    model = load_model(config, adapter)
+    if output.resolve() == Path(model.path).resolve():
+        raise ConfigError(f"--output: expected a folder other than the base's, found {output}")
+    count = merge_lora(model)
+    save_lvlm(model, output)
+    print(f"{output}: {count} matrices merged")
+
+
+def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
+    """Records from one format to another; the bad ones are named on stderr and in `rejected.jsonl`."""
+    from srcfast.data.convert import convert as run
+
+    formats = [
+        named or ENDINGS.get(path.suffix.lower()) for named, path in ((from_format, source), (to_format, target))
+    ]
+    for format, path, option in zip(formats, (source, target), ("--from", "--to"), strict=True):
+        if format is None:
+            raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
+    rejected: list[dict[str, Any]] = []
+    count = run(
+        source,
+        target,
+        source_format=formats[0],
+        target_format=formats[1],
+        image_root=root or source.parent,
+        rejected=rejected,
+    )
+    set_aside(rejected, count, len(rejected), target.parent)
+    print(f"{target}: {count} records, {len(rejected)} rejected")
+
+
+def estimate(config: Config, memory: str | None, as_json: bool) -> None:
+    """Print the forecast."""
+    from srcfast.runtime import memory as plan
+
+    embedded = config.model.path == "embedded"
+    found = plan.estimate(
+        ASSETS / "base" if embedded else config.model.path,
+        dtype=config.model.dtype,
+        quantize=config.model.quantize,
+        lora_r=config.lora.r,
+        target_modules=config.lora.target_modules,
+        memory=None if memory is None else plan.parse_bytes(memory),
+    )
+    values = found.to_json()
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    total = values["total_parameters"]
+    rows = [(f"parameters: {part}", f"{count:,}") for part, count in found.parameters.items()]
+    rows += [("parameters", f"{total:,}"), ("adapter's parameters", f"{found.adapter_parameters:,}")]
+    weights = f"weights ({config.model.dtype}, quantize {config.model.quantize})"
+    rows += [
+        (weights, plan.show_bytes(found.weight_bytes)),
+        ("adapter", plan.show_bytes(found.adapter_bytes)),
+    ]
+    rows.append(("gradients and optimizer", plan.show_bytes(found.optimizer_bytes)))
+    rows.append(("activations, a token trained on", plan.show_bytes(found.activation_bytes_per_token)))
+    rows.append(("keys and values, a token decoded", plan.show_bytes(found.kv_bytes_per_token)))
+    if found.largest_token_budget is not None:
+        rows.append((f"largest token budget in {memory}", f"{found.largest_token_budget:,} tokens"))
+    _table(str(config.model.path), rows)
+
+
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def inspect(config: Config, source: Source, index: int) -> None:
+    """Print one sample decoded: no loss on the prompt (dim), loss on the response (green)."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from srcfast.data.images import load_image
+    from srcfast.stages.rationale import build_raps, read_teacher
+
+    samples = read_all(config, source, "rationale", Path(config.output))
+    if index >= len(samples):
+        raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
+    sample, teacher = samples[index], config.rationale.teacher
+    raps, dropped = build_raps([sample], config.rationale.format, None if teacher is None else read_teacher(teacher))
+    response = raps[0][1] if raps else sample.answer
+    model = load_model(config, None)
+    images = [load_image(sample.image_root, image) for image in sample.images]
+    prompt, target = model.encode_prompt(sample.question, images, sample.id), model.encode_response(response)
+    show = Console(highlight=False, soft_wrap=True).print  # every cell is Text: markup in a record stays text
+    show(Text(f"sample {sample.id}", style="bold"))
+    for name, image in zip(sample.images, images, strict=True):
+        tokens = model.vision.num_tokens(image)
+        show(Text(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens"))
+    image_tokens = int((prompt == model.image_token_id).sum())
+    show(Text(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss"))
+    show(Text(_condensed(model, prompt), style="dim"))
+    what = "response" if raps else f"bare answer (no rationale: {', '.join(dropped)})"
+    show(Text(f"{what}: {len(target)} tokens; loss on each"))
+    show(Text(model.tokenizer.decode(target, skip_special_tokens=False), style="green"))
+
+
+def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
+    """The prompt's text, a run of image tokens as `<image> x 576`."""
+    parts = []
+    for is_image, run in groupby([int(token) for token in prompt], key=lambda token: token == model.image_token_id):
+        tokens = list(run)
+        text = model.tokenizer.decode(tokens, skip_special_tokens=False)
+        parts.append(f"[{model.image_token} x {len(tokens)}]" if is_image else text)
+    return "".join(parts)
+
+
+# What is not required, and what each brings.
+OPTIONAL = {
+    "flash-attn": "the fastest forest attention on NVIDIA GPUs (pip install 'srcfast[gpu]')",
+    "xformers": "forest attention on GPUs that flash-attn doesn't serve (pip install 'srcfast[gpu]')",
+    "triton": "fused GPU kernels (comes with torch for CUDA)",
+    "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
+    "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
+    "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
+}
+
+
+def doctor(as_json: bool) -> None:
+    """Print versions, backends, what is missing, and whether the embedded models are here."""
+    from srcfast.runtime.attention import available_backends
+    from srcfast.runtime.run_directory import environment, version
+
+    found: dict[str, Any] = environment()
+    found["attention_backends"] = available_backends()
+    found["optional"] = {name: version(name) for name in OPTIONAL}
+    found["embedded"] = {name: (ASSETS / name / "config.json").is_file() for name in ("base", "scorer")}
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        (name, "none" if value is None else str(value))
+        for name, value in found.items()
+        if isinstance(value, str | int | None)
+    ]
+    rows.append(("attention backends", ", ".join(found["attention_backends"])))
+    rows += [(name, held or f"missing: {OPTIONAL[name]}") for name, held in found["optional"].items()]
+    rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
+    _table("srcfast doctor", rows)
+
+
+def report(run: Path) -> None:
+    """Draw the page of a run directory."""
+    from srcfast.report.page import write_report
+
+    print(write_report(run))
+
+
+def world(output: Path | None, split: str, count: int, seed: int) -> None:
+    """Samples of the embedded world as JSON lines, their pictures beside them."""
+    from srcfast.data.jsonl import write_jsonl
+    from srcfast.world.samples import world_samples
+
+    output = need(output, "--output", "a folder for the samples")
+    samples = world_samples(split, count, seed, image_dir=output / "images")
+    file = output / f"{split}.jsonl"
+    write_jsonl(file, (replace(s, images=tuple(f"images/{name}" for name in s.images)).to_json() for s in samples))
+    print(f"{file}: {len(samples)} samples")

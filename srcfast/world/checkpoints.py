@@ -1,0 +1,121 @@
+"""New small Hugging Face checkpoints: the embedded LVLM and R-Scorer before any training, and their tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+IMAGE_SIZE = 72  # pixels a side: the world's 3 x 3 places of 24 pixels each
+PATCH_SIZE = 12  # pixels: 2 x 2 patches a place, so 36 image tokens
+TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
+# Neither a space nor a newline stands at the image: each would cost a token of its own in byte-level BPE.
+LVLM_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER:"
+    "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %} "
+    "{% else %}ASSISTANT: {{ message['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learnt from `texts`: the world's words become single tokens, any other text still encodes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # A tag swallows the space before it, so that each costs one token; it is no special token: decoding keeps it.
+    tokenizer.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=2048,
+    )
+
+
+def decoder_config(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int) -> LlamaConfig:
+    """A small Llama: heads of 32, an MLP three times as wide as the hidden state."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def new_lvlm(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    vision_layers: int,
+    seed: int,
+) -> None:
+    """Write a randomly initialised `LlavaForConditionalGeneration` with processor and tokenizer to `directory`."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        ),
+        text_config=decoder_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        tie_word_embeddings=False,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(directory)
+    tokenizer.chat_template = LVLM_CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessorPil(size=size, crop_size=size, resample=3).save_pretrained(directory)
+
+
+def new_text_model(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    seed: int,
+) -> None:
+    """Write a randomly initialised `LlamaForCausalLM` with its tokenizer to `directory`."""
+    torch.manual_seed(seed)
+    LlamaForCausalLM(decoder_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers)).save_pretrained(
+        directory
+    )
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,460 @@
+"""The oracle: reads a rationale as claims, checks each against the scene, and the whole against the answer.
+
+Perception claims ("There is ...", "There is no ...", "The background is ...") are checked against the
+scene. Reasoning claims are checked twice: they must follow from the *claimed* world (what the rationale
+says it sees), and not be false of the scene. A rationale is right when all of its sentences are claims,
+none is false, and together they suffice: the claimed world gives the gold answer, and leaves nothing open
+that would change it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from srcfast.data.rationale_format import normalise_answer
+from srcfast.data.records import Sample
+from srcfast.world.programs import (
+    RELATIONS,
+    SIDES,
+    Description,
+    Program,
+    evaluate,
+    implied_absent,
+    matches,
+    must_cover,
+    on_side,
+    relevant,
+)
+from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Object, Scene
+
+CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
+
+
+class Response(Protocol):
+    """What the oracle needs of a parsed response (`srcfast.data.rationale_format.ParsedResponse`)."""
+
+    @property
+    def perception(self) -> tuple[str, ...]: ...
+    @property
+    def reasoning(self) -> tuple[str, ...]: ...
+    @property
+    def answer(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence, read: perception fills `present`, `absent` or `background`, reasoning the rest."""
+
+    kind: str  # "perception" or "reasoning"
+    present: Object | None = None
+    absent: tuple[Object, ...] = ()
+    background: str | None = None
+    checks: tuple[tuple[Program, str], ...] = ()  # programs and the answers that the claim gives them
+    about_seen: bool = False  # about "both" or "one" of what was claimed: the scene alone can't tell
+    sum_of: tuple[int, int, int] | None = None  # a minus b is c
+    sizes: tuple[str, str, bool] | None = None  # the first size is larger than the second, or (False) is not
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the oracle finds of one response."""
+
+    claims: tuple[tuple[str, str, str], ...]  # sentence, kind (or unknown), true | false | unverifiable
+    perception_right: bool  # something is claimed to be seen, and nothing of it is false
+    reasoning_right: bool  # there are claims, and all conclusions follow from what is claimed to be seen
+    rationale_right: bool  # no sentence is false or unreadable, and they suffice for the gold answer
+    answer_right: bool
+    leads_to_answer: bool  # the claimed world gives the answer that was stated
+    aligned: bool  # a right rationale that leads to a right answer
+    case: str  # one of CASES
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+
+
+_NAMES = {name: name for name in (*SHAPES, "object")}
+_NAMES |= {"crosses" if name == "cross" else name + "s": name for name in (*SHAPES, "object")}
+_PHRASES = {phrase: side for side, (_, _, phrase) in SIDES.items()}
+_DESCRIPTION = re.compile(
+    rf"(?:(?P<size>{_one_of(SIZES)}) )?(?:(?P<color>{_one_of(COLORS)}) )?"
+    rf"(?P<shape>{_one_of(list(_NAMES))})(?: at the (?P<place>{_one_of(PLACES)}))?"
+)
+_D, _SIDE, _RELATION, _WORD = (
+    r"([a-z ]+?)",
+    f"({_one_of(list(_PHRASES))})",
+    f"({_one_of(RELATIONS)})",
+    r"([a-z ]+)",
+)
+_ABSENT = re.compile(rf"there (?:is|are) no {_D}")
+_NOTHING = re.compile(rf"there is nothing (?:at the ({_one_of(PLACES)})|{_SIDE})")
+_COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) {_D}")
+_SIDE_COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) objects? {_SIDE}(?: and (\d{{1,3}}) {_SIDE})?")
+_PRESENT = re.compile(rf"there is an? {_D}")
+_BACKGROUND = re.compile(rf"the background is ({_one_of(BACKGROUNDS)})")
+_ALL = re.compile(rf"(not )?all {_D} are {_D}(?: or {_WORD})?")
+_COUNT_EITHER = re.compile(rf"(\d{{1,3}}) objects? (?:is|are) {_D} or {_WORD}")
+_BOTH = re.compile(rf"both are {_WORD}")
+_ONE_EACH = re.compile(rf"one is {_D} and one is {_WORD}")
+_MINUS = re.compile(r"(\d{1,3}) minus (\d{1,3}) is (\d{1,3})")
+_LARGER = re.compile(rf"({_one_of(SIZES)}) is (not )?larger than ({_one_of(SIZES)})")
+_MOST_COMMON = re.compile(r"the most common (shape|color) is ([a-z]+)")
+_BEYOND_ALL = re.compile(rf"the {_D} is (not )?{_RELATION} all other objects")
+_BETWEEN = re.compile(rf"the {_D} is (not |directly )?{_RELATION} the {_D}")
+_EXTREME = re.compile(rf"the {_D} is the ({_one_of(tuple(SIDES))})most object")
+_QUERY = re.compile(rf"the {_D} is {_WORD}")
+
+
+@lru_cache(maxsize=65536)
+def parse_claim(sentence: str) -> Claim | None:
+    """Read one sentence of the rationale grammar; None for anything else. No text makes it raise."""
+    text = " ".join(sentence.split()).lower().removesuffix(".")
+    if len(text) > 160 or not text.isascii():
+        return None
+    return _parse_perception(text) or _parse_count(text) or _parse_conclusion(text) or _parse_relation(text)
+
+
+def _parse_perception(text: str) -> Claim | None:
+    if found := _BACKGROUND.fullmatch(text):
+        return Claim("perception", background=found[1])
+    if found := _NOTHING.fullmatch(text):
+        line, index, _ = SIDES[_PHRASES[found[2]]] if found[2] else (dict.fromkeys([found[1]], 0), 0, "")
+        return Claim("perception", absent=tuple(Object(place=p) for p in PLACES if line.get(p) == index))
+    if found := _ABSENT.fullmatch(text):
+        of = _description(found[1])
+        return None if of is None else Claim("perception", absent=(Object(**of),))
+    if found := _PRESENT.fullmatch(text):
+        of = _description(found[1])
+        return None if of is None else Claim("perception", present=Object(**of))
+    return None
+
+
+def _parse_count(text: str) -> Claim | None:
+    if found := _SIDE_COUNT.fullmatch(text):
+        counts = [(found[1], found[2])] + ([(found[3], found[4])] if found[3] else [])
+        return _concludes(*[({"op": "count_side", "side": _PHRASES[side]}, n) for n, side in counts])
+    if found := _COUNT.fullmatch(text):
+        of = _description(found[2])
+        return None if of is None else _concludes(({"op": "count", "of": of}, found[1]))
+    if found := _COUNT_EITHER.fullmatch(text):
+        first, second = _predicate(found[2]), _predicate(found[3])
+        if first is None or second is None:
+            return None
+        return _concludes(({"op": "count_either", "either": [first, second]}, found[1]))
+    if found := _MINUS.fullmatch(text):
+        return Claim("reasoning", sum_of=(int(found[1]), int(found[2]), int(found[3])))
+    return None
+
+
+def _parse_conclusion(text: str) -> Claim | None:
+    if found := _ALL.fullmatch(text):
+        of, are = _description(found[2]), _predicate(found[3])
+        answer = "no" if found[1] else "yes"
+        other = None if found[4] is None else _predicate(found[4])
+        if of is None or are is None or (other is None and found[4] is not None):
+            return None
+        if other is None:
+            return _concludes(({"op": "all", "of": of, "are": are}, answer))
+        return _concludes(({"op": "all_either", "of": of, "either": [are, other]}, answer))
+    if found := _BOTH.fullmatch(text):
+        are = _predicate(found[1])
+        return None if are is None else _about_seen({"op": "both", "of": are})
+    if found := _ONE_EACH.fullmatch(text):
+        first, second = _predicate(found[1]), _predicate(found[2])
+        if first is None or second is None:
+            return None
+        return _about_seen({"op": "one_each", "each": [first, second]})
+    if found := _LARGER.fullmatch(text):
+        return Claim("reasoning", sizes=(found[1], found[3], not found[2]))
+    if (found := _MOST_COMMON.fullmatch(text)) and found[2] in (SHAPES if found[1] == "shape" else COLORS):
+        return _concludes(({"op": "most_common", "attribute": found[1]}, found[2]))
+    return None
+
+
+def _parse_relation(text: str) -> Claim | None:
+    if found := _BEYOND_ALL.fullmatch(text):
+        of = _description(found[1])
+        program: Program = {"op": "beyond_all", "relation": found[3], "of": of}
+        return None if of is None else _concludes((program, "no" if found[2] else "yes"))
+    if found := _BETWEEN.fullmatch(text):
+        a, b = _description(found[1]), _description(found[4])
+        if a is None or b is None:
+            return None
+        if found[2] == "directly ":
+            program = {"op": "neighbor", "relation": found[3], "of": b}
+            return _names(program, a)
+        program = {"op": "relation", "relation": found[3], "a": a, "b": b}
+        return _concludes((program, "no" if found[2] else "yes"))
+    if found := _EXTREME.fullmatch(text):
+        of = _description(found[1])
+        return None if of is None else _names({"op": "extreme", "side": found[2]}, of)
+    if found := _QUERY.fullmatch(text):
+        of, value = _description(found[1]), _predicate(found[2])
+        return None if of is None or value is None else _names({"op": "query", "of": of}, value)
+    return None
+
+
+def _concludes(*checks: tuple[Program, str]) -> Claim:
+    return Claim("reasoning", checks=checks)
+
+
+def _about_seen(program: Program) -> Claim:
+    return Claim("reasoning", checks=((program, "yes"),), about_seen=True)
+
+
+def _names(program: Program, of: Description) -> Claim | None:
+    """The claim that the object which a program finds has each attribute of a description."""
+    return _concludes(*[({**program, "attribute": name}, value) for name, value in of.items()]) if of else None
+
+
+def _description(phrase: str) -> Description | None:
+    found = _DESCRIPTION.fullmatch(phrase)
+    if found is None:
+        return None
+    of = {name: value for name, value in found.groupdict().items() if value is not None}
+    of["shape"] = _NAMES[of["shape"]]
+    if of["shape"] == "object":
+        del of["shape"]
+    return of
+
+
+def _predicate(phrase: str) -> Description | None:
+    """One attribute: "red", "large", "a circle", "circles"; None for anything else."""
+    if phrase in COLORS:
+        return {"color": phrase}
+    if phrase in SIZES:
+        return {"size": phrase}
+    shape = _NAMES.get(phrase.removeprefix("a "))
+    return {"shape": shape} if shape in SHAPES else None
+
+
+# --- Judging ------------------------------------------------------------------------------------------------
+
+
+def judge_sample(sample: Sample, response: Response) -> Judgement | None:
+    """Judge a response to a sample that carries its scene and program; None for one that doesn't."""
+    scene, program = sample.extra.get("scene"), sample.extra.get("program")
+    return None if scene is None or program is None else judge(response, program, scene, sample.answer)
+
+
+def judge(response: Response, program: Program, scene: Scene | dict[str, Any], gold: str) -> Judgement:
+    """Judge one response to a question.
+
+    Args:
+        response: sentences of perception and of reasoning (it does not matter in which list a claim stands),
+            and the stated answer; None for a response that did not parse.
+        program: the question's program.
+        scene: the truth, as `Scene` or its JSON; attributes that it does not know make claims about them
+            unverifiable, which is not held against the rationale.
+        gold: the right answer.
+
+    Raises:
+        InputError: the program or the scene is malformed. No response text raises.
+    """
+    scene = scene if isinstance(scene, Scene) else Scene.from_json(scene)
+    read = [(sentence, parse_claim(sentence)) for sentence in (*response.perception, *response.reasoning)]
+    claims = [claim for _, claim in read if claim is not None]
+    world = claimed_world(claims, one_object=len(scene.objects) == 1)
+    counts = {int(n) for claim in claims for check, n in claim.checks if check["op"].startswith("count")}
+
+    rows = []
+    perception_right = any(claim.kind == "perception" for claim in claims)
+    reasoning_right = bool(claims)
+    for index, (sentence, claim) in enumerate(read):
+        if claim is None:
+            rows.append((sentence, "unknown", "unverifiable"))
+            if index < len(response.perception):
+                perception_right = False
+            else:
+                reasoning_right = False
+        elif claim.kind == "perception":
+            verdict = _seen(claim, scene)
+            perception_right &= verdict != "false"
+            rows.append((sentence, "perception", verdict))
+        else:
+            follows = _follows(claim, world, counts)
+            reasoning_right &= follows
+            rows.append((sentence, "reasoning", _in_scene(claim, scene) if follows else "false"))
+
+    sound = bool(claims) and len(claims) == len(read) and all(verdict != "false" for _, _, verdict in rows)
+    led_to = evaluate(program, world.objects, world.background, world.absent) if claims else None
+    gold = normalise_answer(gold)
+    answer = None if response.answer is None else normalise_answer(response.answer)
+    rationale_right = sound and led_to is not None and normalise_answer(led_to) == gold
+    rationale_right = rationale_right and _suffices(program, world, claims, scene, str(led_to))
+    answer_right = answer is not None and answer == gold
+    leads_to_answer = answer is not None and led_to is not None and normalise_answer(led_to) == answer
+    return Judgement(
+        claims=tuple(rows),
+        perception_right=perception_right,
+        reasoning_right=reasoning_right,
+        rationale_right=rationale_right,
+        answer_right=answer_right,
+        leads_to_answer=leads_to_answer,
+        aligned=rationale_right and answer_right and leads_to_answer,
+        case=CASES[(0 if rationale_right else 1) if answer_right else (2 if rationale_right else 3)],
+    )
+
+
+def claimed_world(claims: Sequence[Claim], one_object: bool = False) -> Scene:
+    """The world as the claims tell it. Two claims that must mean the same object are merged into one.
+
+    That is so where they agree and name the same shape and color, or one says no more than the other; and,
+    in a picture of one object, wherever they agree.
+    """
+    objects: list[Object] = []
+    absent: list[Object] = []
+    background = None
+    for claim in claims:
+        background = claim.background or background
+        absent += claim.absent
+        if claim.present is not None:
+            new = claim.present
+            index = next((i for i, old in enumerate(objects) if _same_object(old, new, one_object)), None)
+            if index is None:
+                objects.append(new)
+            else:
+                known = {name: value for name, value in objects[index].to_json().items() if value is not None}
+                objects[index] = Object(**{**new.to_json(), **known})
+    return Scene(tuple(objects), background, tuple(absent))
+
+
+def _same_object(a: Object, b: Object, one_object: bool) -> bool:
+    first, second = _description_of(a), _description_of(b)
+    shared = first.keys() & second.keys()
+    if any(first[name] != second[name] for name in shared):
+        return False
+    return one_object or {"shape", "color"} <= shared or len(shared) == min(len(first), len(second))
+
+
+def _description_of(o: Object) -> Description:
+    return {name: value for name, value in o.to_json().items() if value is not None}
+
+
+def _seen(claim: Claim, scene: Scene) -> str:
+    """The verdict of a perception claim."""
+    if claim.background is not None:
+        if scene.background is None:
+            return "unverifiable"
+        return "true" if claim.background == scene.background else "false"
+    if claim.present is not None:
+        return _exists(_description_of(claim.present), scene)
+    verdicts = [_exists(_description_of(o), scene) for o in claim.absent]
+    return "false" if "true" in verdicts else "unverifiable" if "unverifiable" in verdicts else "true"
+
+
+def _exists(of: Description, scene: Scene) -> str:
+    found = [matches(o, of) for o in scene.objects]
+    if True in found:
+        return "true"
+    return "unverifiable" if None in found and not implied_absent(of, scene.absent) else "false"
+
+
+def _follows(claim: Claim, world: Scene, counts: set[int]) -> bool:
+    """Whether a reasoning claim follows from the claimed world, taken as all that there is."""
+    if claim.sum_of is not None:
+        a, b, difference = claim.sum_of
+        return a - b == difference and {a, b} <= counts
+    if claim.sizes is not None:
+        first, second, larger = claim.sizes
+        sizes = [o.size for o in world.objects]
+        there = sizes.count(first) >= (2 if first == second else 1) and second in sizes
+        return there and larger == ((first, second) == ("large", "small"))
+    return all(
+        evaluate(check, world.objects, world.background, world.absent) == expected for check, expected in claim.checks
+    )
+
+
+def _in_scene(claim: Claim, scene: Scene) -> str:
+    """The verdict of a reasoning claim that follows from what was claimed: is it so in the scene, too?"""
+    if claim.about_seen or not claim.checks:
+        return "true"
+    answers = [evaluate(check, scene.objects, scene.background, scene.absent) for check, _ in claim.checks]
+    if all(answer == expected for answer, (_, expected) in zip(answers, claim.checks, strict=True)):
+        return "true"
+    return "unverifiable" if None in answers and not _fully_known(scene) else "false"
+
+
+def _fully_known(scene: Scene) -> bool:
+    return all(None not in (o.shape, o.color, o.size, o.place) for o in scene.objects)
+
+
+# --- Sufficiency --------------------------------------------------------------------------------------------
+
+_COMPARISONS = frozenset(["most_common", "more_side"])
+_COUNTS = frozenset(["count", "count_either", "count_side", "difference"])
+_UNIVERSALS = frozenset(["all", "some_not", "all_either"])
+# These presume objects that are the only ones of their description: one more can't change the answer.
+_PRESUMING = frozenset(["background", "query", "same", "larger", "query_same", "relation", "neighbor"])
+
+
+def _suffices(program: Program, world: Scene, claims: Sequence[Claim], scene: Scene, answer: str) -> bool:
+    """Whether true claims whose world gives the gold answer leave nothing open that would change it.
+
+    Counting and comparing need every relevant object; universals need every relevant object or a closing
+    claim; the rest must rule out any further object that would give another answer ("There is no red
+    star.").
+    """
+    op = program["op"]
+    if op in _PRESUMING or not _fully_known(scene) or len(scene.objects) == 1:
+        return True
+    named = {(o.shape, o.color) for o in world.objects}
+    needed = relevant(program, scene.objects)
+    covered = all((o.shape, o.color) in named for o in needed)
+    if op in _COMPARISONS:
+        return covered
+    if op in _COUNTS:
+        groups = [any(matches(o, of) for o in scene.objects) for of in must_cover(program)]
+        if op == "count_side":
+            groups = [bool(on_side(program["side"], scene.objects))]
+        return covered and (all(groups) or _closed(program, world, claims, answer))
+    return (op in _UNIVERSALS and covered) or _closed(program, world, claims, answer)
+
+
+def _closed(program: Program, world: Scene, claims: Sequence[Claim], answer: str) -> bool:
+    """Whether no single further object that the claims allow would change the answer.
+
+    Objects of attributes that neither program nor claims mention are alike: one such shape and color stand
+    for all.
+    """
+    mentioned = set(re.findall(r"[a-z]+", f"{program} {claims}"))
+    taken = {o.place for o in world.objects}
+    named = {(o.shape, o.color) for o in world.objects}
+    for shape in _representatives(SHAPES, mentioned):
+        for color in _representatives(COLORS, mentioned):
+            if (shape, color) in named:
+                continue
+            for size in SIZES:
+                for place in PLACES:
+                    if place in taken:
+                        continue
+                    extra = Object(shape, color, size, place)
+                    changed = evaluate(program, (*world.objects, extra), world.background)
+                    if changed not in (None, answer) and _allowed(extra, world, claims):
+                        return False
+    return True
+
+
+def _representatives(values: Sequence[str], mentioned: set[str]) -> list[str]:
+    unmentioned = [value for value in values if value not in mentioned]
+    return [value for value in values if value in mentioned] + unmentioned[:1]
+
+
+def _allowed(extra: Object, world: Scene, claims: Sequence[Claim]) -> bool:
+    """Whether every claim still holds with one object more."""
+    if any(matches(extra, _description_of(pattern)) for pattern in world.absent):
+        return False
+    objects = (*world.objects, extra)
+    return all(
+        evaluate(check, objects, world.background) == expected
+        for claim in claims
+        if not claim.about_seen
+        for check, expected in claim.checks
+    )

@@ -1,0 +1,173 @@
+"""True rationales: what one must see to answer a question and what follows from it, in short sentences.
+
+The grammar is small on purpose: `oracle.parse_claim` reads every sentence back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from srcfast.errors import InputError
+from srcfast.world.programs import (
+    SIDES,
+    Description,
+    Program,
+    evaluate,
+    matches,
+    must_cover,
+    on_side,
+    relevant,
+)
+from srcfast.world.questions import Question, noun, predicate, with_article
+from srcfast.world.scenes import PLACES, Object, Scene
+
+
+def true_rationale(scene: Scene, question: Question) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sentences of what is seen and of what is concluded: minimal, but sufficient for the answer."""
+    return rationale_of(scene, question.program, question.answer)
+
+
+def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`true_rationale` for a program and its answer over the scene."""
+    seen = relevant(program, scene.objects)
+    see = [f"There is {with_article(noun(o))}." for o in seen]
+    if program["op"] == "background":
+        see = [f"The background is {scene.background}."]
+    for of in must_cover(program):
+        if not any(matches(o, of) for o in scene.objects):
+            see.append(f"There is no {noun(of)}.")
+    if program["op"] == "count_side" and not seen:
+        see = [f"There is nothing {SIDES[program['side']][2]}."]
+    return tuple(see), tuple(_conclusions(scene, program, answer, seen))
+
+
+def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Object]) -> list[str]:
+    op, p = program["op"], program
+    yes = answer == "yes"
+    if op in ("background", "exists", "none"):
+        return []
+    if op == "query":
+        return [f"The {noun(p['of'])} is {predicate({p['attribute']: answer})}."]
+    if op == "most_common":
+        return [
+            _count_sentence(scene, {p["attribute"]: answer}),
+            f"The most common {p['attribute']} is {answer}.",
+        ]
+    if op == "more_side":
+        first, second = p["sides"]
+        return [f"{_side_sentence(scene, first)} {len(on_side(second, scene.objects))} {SIDES[second][2]}."]
+    if op == "same":
+        a, b = (getattr(o, p["attribute"]) for o in seen)
+        if yes:
+            return [f"Both are {predicate({p['attribute']: a}, plural=True)}."]
+        first, second = (predicate({p["attribute"]: value}) for value in (a, b))
+        return [f"One is {first} and one is {second}."]
+    if op == "larger":
+        a, b = (str(o.size) for o in seen)
+        return [f"{a.capitalize()} is {'' if yes else 'not '}larger than {b}."]
+    if op == "query_same":
+        return [f"Both are {predicate({p['same']: getattr(seen[0], p['same'])}, plural=True)}."]
+    if op in ("all", "some_not"):
+        every = yes if op == "all" else not yes
+        of, are = noun(p["of"], plural=True), predicate(p["are"], plural=True)
+        return [f"{'All' if every else 'Not all'} {of} are {are}."]
+    if op == "all_either":
+        first, second = (predicate(of, plural=True) for of in p["either"])
+        return [f"{'All' if yes else 'Not all'} {noun(p['of'], plural=True)} are {first} or {second}."]
+    if op == "and_not":
+        return [
+            _count_sentence(scene, p["present"]),
+            _count_sentence(scene, p["absent"]),
+        ]
+    if op == "count":
+        return [_count_sentence(scene, p["of"])]
+    if op == "count_side":
+        return [f"There {_amount(int(answer), {})} {SIDES[p['side']][2]}."]
+    if op == "difference":
+        a, b = (evaluate({"op": "count", "of": p[name]}, scene.objects) for name in ("a", "b"))
+        counts = [_count_sentence(scene, p["a"]), _count_sentence(scene, p["b"])]
+        return [*counts, f"{a} minus {b} is {answer}."]
+    if op == "count_either":
+        one = answer == "1"
+        first, second = (predicate(of, plural=not one) for of in p["either"])
+        return [f"{answer} {'object is' if one else 'objects are'} {first} or {second}."]
+    if op == "relation":
+        return [f"The {noun(p['a'])} is {'' if yes else 'not '}{p['relation']} the {noun(p['b'])}."]
+    if op == "neighbor":
+        reference, other = (noun({"shape": str(o.shape), "color": str(o.color)}) for o in seen)
+        return [f"The {other} is directly {p['relation']} the {reference}."]
+    if op == "extreme":
+        [o] = seen
+        return [f"The {noun({'shape': str(o.shape), 'color': str(o.color)})} is the {p['side']}most object."]
+    if op == "beyond_all":
+        return [f"The {noun(p['of'])} is {'' if yes else 'not '}{p['relation']} all other objects."]
+    raise InputError(field="program", expected="a known operation", found=op)
+
+
+def _amount(count: int, of: Description) -> str:
+    return f"{'is' if count == 1 else 'are'} {count} {noun(of, plural=count != 1)}"
+
+
+def _count_sentence(scene: Scene, of: Description) -> str:
+    return f"There {_amount(sum(matches(o, of) is True for o in scene.objects), of)}."
+
+
+def _side_sentence(scene: Scene, side: str) -> str:
+    return f"There {_amount(len(on_side(side, scene.objects)), {})} {SIDES[side][2]} and"
+
+
+def facts(scene: Scene) -> tuple[str, ...]:
+    """Everything known of the scene: objects in reading order, absences, background and number of objects."""
+    sentences = [f"There is {with_article(noun(o))}." for o in scene.objects]
+    sentences += [f"There is no {noun(o)}." for o in scene.absent]
+    if scene.background is not None:
+        sentences += [
+            f"The background is {scene.background}.",
+            _count_sentence(scene, {}),
+        ]
+    return tuple(sentences)
+
+
+def describe(scene: Scene) -> str:
+    """A dense caption: the facts in one text."""
+    return " ".join(facts(scene))
+
+
+def perception_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """`n` questions with dense answers that teach a base model to see: what is where, and where is what."""
+    at = {o.place: o for o in scene.objects}
+    pairs = []
+    for _ in range(n):
+        draw = rng.random()
+        if draw < 0.45:
+            place = rng.choice(list(at)) if rng.random() < 0.7 else rng.choice(PLACES)
+            found = at.get(place)
+            pairs.append(
+                (
+                    f"What is at the {place}?",
+                    _listing([found] if found else [], place=False),
+                )
+            )
+        elif draw < 0.7:
+            o = rng.choice(scene.objects)
+            name = noun({"shape": str(o.shape), "color": str(o.color)})
+            pairs.append((f"Where is the {name}?", f"At the {o.place}."))
+        elif draw < 0.95:
+            side = rng.choice(tuple(SIDES))
+            pairs.append(
+                (
+                    f"What is {SIDES[side][2]}?",
+                    _listing(on_side(side, scene.objects), place=True),
+                )
+            )
+        else:
+            pairs.append(("What is the background?", f"The background is {scene.background}."))
+    return pairs
+
+
+def _listing(objects: Sequence[Object], place: bool) -> str:
+    if not objects:
+        return "Nothing."
+    kept = [o if place else Object(o.shape, o.color, o.size) for o in objects]
+    return " ".join(f"{with_article(noun(o)).capitalize()}." for o in kept)

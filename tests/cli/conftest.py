@@ -1,0 +1,48 @@
+"""A tiny random LLaVA checkpoint, some images, and the command line run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from made_rows import WORDS
+from PIL import Image
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `LlavaForConditionalGeneration` directory with random weights."""
+    from srcfast.world.checkpoints import new_lvlm, train_tokenizer
+
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([WORDS] * 4, 320)
+    new_lvlm(directory, tokenizer, hidden_size=64, num_layers=2, vision_layers=1, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images of odd sizes: a.png, b.png, c.png."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(11)
+    for name, size in (("a", (72, 72)), ("b", (91, 50)), ("c", (33, 120))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"{name}.png")
+    return root
+
+
+@pytest.fixture
+def srcfast() -> Callable[..., Result]:
+    """`srcfast(*words)`: the command line; `.output` holds stdout and stderr."""
+    from srcfast.cli import app
+
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])

@@ -1,0 +1,412 @@
+"""The commands through the command line, on a tiny random LLaVA checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from made_rows import sentence, write_rows
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+Srcfast = Callable[..., Result]
+
+
+def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {
+            "sample_id": f"p{index}",
+            "images": [rng.choice(("a.png", "b.png", "c.png"))],
+            "prompt": sentence(rng, rng.randint(3, 9)),
+            "chosen": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> two </answer>",
+            "rejected": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> three </answer>",
+            "confidence": rng.uniform(0.2, 1.0),
+        }
+        for index in range(count)
+    ]
+
+
+def test_help_is_quick() -> None:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "srcfast", "--help"], capture_output=True, text=True, check=True)
+    assert "calibrate" in done.stdout and "doctor" in done.stdout
+    assert time.perf_counter() - began < 2.0  # 0.2 s on an idle machine; importing torch alone would take longer
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'pydantic', 'numpy'}"
+    code = f"import sys, srcfast.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_logprob_is_what_transformers_computes(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    transformers = importlib.import_module("transformers")
+    rng = random.Random(5)
+    rows = [
+        {"images": [name], "prompt": prompt, "response": sentence(rng, rng.randint(1, 11))}
+        for name, prompt in (
+            ("a.png", "what color"),
+            ("b.png", "how many"),
+            ("a.png", "what color"),
+            ("c.png", "is it red"),
+        )
+    ]
+    rows.append({"images": [], "prompt": "no image here", "response": "yes"})
+    out = tmp_path / "out.jsonl"
+    data = write_rows(tmp_path / "in.jsonl", rows)
+    result = srcfast(
+        "logprob",
+        "--model",
+        model_dir,
+        "--data",
+        data,
+        "--image-root",
+        image_root,
+        "--output",
+        out,
+        "token_budget=128",
+    )
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(model_dir).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    processor = transformers.AutoImageProcessor.from_pretrained(model_dir, backend="pil")
+    for row, mine in zip(rows, found, strict=True):
+        content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": row["prompt"]}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        prompt = tokenizer(text.replace("<image>", "<image>" * 36)).input_ids  # (72 / 12)^2 patches
+        response = [*tokenizer(row["response"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids = torch.tensor([[*prompt, *response]])
+        pixels = {}
+        if row["images"]:
+            image = Image.open(image_root / row["images"][0]).convert("RGB")
+            pixels = {"pixel_values": processor(images=image, return_tensors="pt")["pixel_values"]}
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0].log_softmax(-1)
+        start = len(prompt)
+        expected = sum(float(logits[start + n - 1, token]) for n, token in enumerate(response))
+        assert mine["tokens"] == len(response)
+        assert mine["logprob"] == pytest.approx(expected, rel=1e-4)  # fp32, another order of summation
+
+
+def run_dpo(srcfast: Srcfast, model: Path, data: Path, images: Path, out: Path, *words: str) -> dict[str, torch.Tensor]:
+    common = ("beta=0.2", "lora.r=4", "lora.alpha=8", "learning_rate=3e-3", "epochs=2", "seed=7", "--quiet")
+    result = srcfast("dpo", "--model", model, "--data", data, "--image-root", images, "--output", out, *common, *words)
+    assert result.exit_code == 0, result.output
+    return load_file(out / "adapter_model.safetensors")
+
+
+def test_dpo_gives_the_same_adapter_however_the_batch_is_cut(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(7, seed=1))
+    cuts = ((4, 1, 4096), (1, 4, 121), (2, 2, 300), (4, 1, 130))
+    adapters = [
+        run_dpo(
+            srcfast, model_dir, data, image_root, tmp_path / f"out{n}",
+            f"micro_batch_size={micro}", f"gradient_accumulation_steps={steps}", f"token_budget={budget}",
+        )
+        for n, (micro, steps, budget) in enumerate(cuts)
+    ]  # fmt: skip
+    moved = max(float(tensor.abs().max()) for name, tensor in adapters[0].items() if "lora_B" in name)
+    assert moved > 1e-3  # B begins at zero: the training did something
+    for other in adapters[1:]:
+        assert other.keys() == adapters[0].keys()
+        for name, tensor in adapters[0].items():
+            # fp32 rounding through AdamW, which scales small gradients up: far below a step of 3e-3
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=5e-5)
+
+
+def test_dpo_writes_adapter_metrics_and_summary_and_starts_at_ln_2(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(5, seed=2))
+    run_dpo(
+        srcfast,
+        model_dir,
+        data,
+        image_root,
+        out,
+        "sft_weight=0",
+        "micro_batch_size=5",
+        "gradient_accumulation_steps=1",
+    )
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    assert metrics[0]["loss"] == pytest.approx(0.6931472, rel=1e-5)
+    assert metrics[1]["loss"] < metrics[0]["loss"]
+    assert (summary["pairs"], summary["references_computed"], summary["steps"]) == (5, 5, len(metrics))
+
+
+def test_dpo_refuses_a_reference_that_is_not_the_policy(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    rows = [
+        row | {"reference_chosen_logprob": -1.0, "reference_rejected_logprob": -2.0}
+        for row in preference_rows(3, seed=3)
+    ]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    words = (
+        "dpo",
+        "--model",
+        model_dir,
+        "--data",
+        data,
+        "--image-root",
+        image_root,
+        "--output",
+        tmp_path / "out",
+        "--quiet",
+    )
+    result = srcfast(*words)
+    assert result.exit_code == 1
+    assert "policy must equal its reference" in result.output
+    write_rows(data, [row | {"reference_hash": "another"} for row in rows])
+    result = srcfast(*words)
+    assert result.exit_code == 2
+    assert "'reference_hash'" in result.output and "those of another" in result.output
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_merged_checkpoint_answers_as_base_and_adapter_do(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", preference_rows(4, seed=4))
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    run_dpo(srcfast, model_dir, pairs, image_root, adapter)
+    assert srcfast("merge", "--model", model_dir, "--adapter", adapter, "--output", merged).exit_code == 0
+    rows = [{"images": ["b.png"], "prompt": "what is it", "response": "the red circle"}]
+    data = write_rows(tmp_path / "in.jsonl", rows)
+    found = []
+    for name, words in (("both", ("--model", model_dir, "--adapter", adapter)), ("one", ("--model", merged))):
+        out = tmp_path / f"{name}.jsonl"
+        result = srcfast("logprob", *words, "--data", data, "--image-root", image_root, "--output", out, "--quiet")
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(out.read_text())["logprob"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # fp32 rounding of the merged weights
+
+
+def test_bad_logprob_line_is_named_and_nothing_is_written(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    rows = [{"images": [], "prompt": "a", "response": "b"}, {"images": [], "prompt": "a"}]
+    data, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    result = srcfast("logprob", "--model", model_dir, "--data", data, "--image-root", image_root, "--output", out)
+    assert result.exit_code == 2
+    for word in ("in.jsonl", "line 2", "'response'", "expected", "found"):
+        assert word in result.output
+    assert "Traceback" not in result.output and not out.exists()
+
+
+def test_unknown_setting_ends_with_status_2_and_the_nearest_known(srcfast: Srcfast, tmp_path: Path) -> None:
+    result = srcfast("dpo", "--data", tmp_path / "x.jsonl", "--output", tmp_path, "betta=1")
+    assert result.exit_code == 2
+    assert "'dpo.beta'" in result.output and "Traceback" not in result.output
+
+
+def test_two_config_files_are_refused(srcfast: Srcfast) -> None:
+    result = srcfast("calibrate", "a.yaml", "b.yaml")
+    assert result.exit_code == 2
+    assert "a.yaml and b.yaml" in result.output
+
+
+def test_estimate_counts_what_the_checkpoint_holds(srcfast: Srcfast, model_dir: Path) -> None:
+    tensors = load_file(model_dir / "model.safetensors")
+    values = {}
+    for quantize in ("none", "nf4"):
+        words = (
+            "lora.r=4",
+            "lora.target_modules=[q_proj, down_proj]",
+            f"model.quantize={quantize}",
+            "--json",
+        )
+        result = srcfast("estimate", "--model", model_dir, "--memory", "64MiB", *words)
+        assert result.exit_code == 0, result.output
+        values[quantize] = json.loads(result.stdout)
+    plain = values["none"]
+    assert plain["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert plain["weight_bytes"] == 4 * plain["total_parameters"]
+    assert plain["adapter_parameters"] == 2 * (
+        4 * (64 + 64) + 4 * (64 + 192)
+    )  # two layers; q: 64 -> 64, down: 192 -> 64
+    assert plain["kv_bytes_per_token"] == 2 * 2 * 64 * 4
+    linear = sum(t.numel() for n, t in tensors.items() if "language_model" in n and n.endswith("_proj.weight"))
+    saved = plain["weight_bytes"] - values["nf4"]["weight_bytes"]
+    assert saved == pytest.approx(linear * (4 - 0.5159), rel=1e-4)  # 4.127 bits a weight, as the QLoRA paper has it
+    used = plain["fixed_bytes"] + plain["largest_token_budget"] * plain["activation_bytes_per_token"]
+    assert 0.99 < used / (0.9 * 64 * 1024**2) <= 1.0
+
+
+def test_estimates_activations_are_near_what_training_keeps(model_dir: Path) -> None:
+    from srcfast.data.forest import Forest, Segment, Tree
+    from srcfast.models import load_lvlm
+    from srcfast.models.lora import LoRAConfig
+    from srcfast.runtime.memory import estimate
+
+    lora = LoRAConfig(r=4)
+    model = load_lvlm(model_dir, lora=lora)
+    tokens = torch.randint(5, 300, (211,)).numpy()
+    forest = Forest.of([Tree((Segment(tokens),))])
+    kept: dict[int, int] = {}
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in frozen:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(forest, {})
+    assert hidden.requires_grad
+    expected = estimate(model_dir, lora_r=4, target_modules=lora.target_modules).activation_bytes_per_token
+    # Masks, angles and norms' statistics come on top, and weigh much at so small a size.
+    assert sum(kept.values()) / len(tokens) == pytest.approx(expected, rel=0.35)
+
+
+def test_estimate_reads_no_weights(srcfast: Srcfast, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = srcfast("estimate", "--model", tmp_path)
+    assert result.exit_code == 2 and "safetensors" in result.output
+    shapes = {
+        "embed_tokens": (50, 8),
+        "layers.0.self_attn.q_proj": (8, 8),
+        "layers.0.self_attn.k_proj": (4, 8),
+    }
+    shapes["layers.0.mlp.gate_proj"] = (24, 8)
+    save_file(
+        {f"model.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()},
+        tmp_path / "model.safetensors",
+    )
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: 8 + int.from_bytes(whole[:8], "little")])  # the header alone
+    assert (
+        json.loads(srcfast("estimate", "--model", tmp_path, "--json").stdout)["total_parameters"]
+        == 50 * 8 + 64 + 32 + 192
+    )
+    (tmp_path / "model.safetensors").write_bytes(whole[:20])
+    assert "model.safetensors" in srcfast("estimate", "--model", tmp_path).output
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GiB", 12 * 1024**3), ("80 GB", 80 * 10**9), ("1.5k", 1500), ("500000", 500000)]
+)
+def test_sizes_are_read_in_both_systems(text: str, size: int) -> None:
+    from srcfast.runtime.memory import parse_bytes
+
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["12 apples", "", "-1GiB", "0"])
+def test_a_size_that_is_none_is_refused(srcfast: Srcfast, model_dir: Path, text: str) -> None:
+    result = srcfast("estimate", "--model", model_dir, f"--memory={text}")
+    assert result.exit_code == 2 and "--memory" in result.output
+
+
+def test_inspect_shows_prompt_response_and_counts(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    from srcfast.models import load_lvlm
+
+    row = {
+        "id": "s1",
+        "images": ["b.png"],
+        "question": "what color is [red]it[/red]",
+        "answer": "red",
+        "facts": ["It is red."],
+    }
+    data = write_rows(tmp_path / "in.jsonl", [row, row | {"id": "s2"}])
+    words = ("inspect", "--model", model_dir, "--data", data, "--image-root", image_root)
+    result = srcfast(*words, "--index", 1)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "sample s2" in text and "50 x 91 pixels, 36 tokens" in text and "[<image> x 36]" in text
+    assert "[red]it[/red]" in text  # a record's markup is text
+    response = "<see> It is red. </see> <answer> red </answer>"
+    count = len(load_lvlm(model_dir).encode_response(response))
+    assert f"response: {count} tokens; loss on each" in text
+    assert srcfast(*words, "--index", 2).exit_code == 2
+
+
+def test_doctor_tells_versions_backends_and_what_is_missing(srcfast: Srcfast) -> None:
+    result = srcfast("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["torch"] == torch.__version__
+    assert {"blocks", "reference"} <= set(found["attention_backends"])
+    table = srcfast("doctor").output
+    for name, version in found["optional"].items():
+        assert name in table and (version or "missing") in table
+
+
+def test_stages_hand_their_files_on(srcfast: Srcfast, model_dir: Path, tmp_path: Path) -> None:
+    from srcfast.world.samples import world_samples
+
+    images = tmp_path / "images"
+    samples = world_samples("train", 9, 5, image_dir=images)
+    data = write_rows(tmp_path / "samples.jsonl", [sample.to_json() for sample in samples])
+    common = ("--data", data, "--image-root", images, "--quiet")
+
+    def run(name: str, *words: object) -> None:
+        result = srcfast(name, *common, *words)
+        assert result.exit_code == 0, result.output
+
+    adapter, results = tmp_path / "adapter", tmp_path / "results"
+    run("rationale", "--model", model_dir, "--output", adapter, "lora.r=2", "epochs=8", "learning_rate=3e-3")
+    metrics = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    run("evaluate", "--model", model_dir, "--adapter", adapter, "--output", results, "max_new_tokens=3")
+    (entry,) = json.loads((results / "summary.json").read_text())["evaluations"]
+    assert (entry["n"], entry["dataset"], entry["split"]) == (9, "samples", "test")
+    rows = [json.loads(line) for line in (results / "predictions" / "samples-test.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [sample.id for sample in samples]
+    assert sum(row["right"] for row in rows) / 9 == pytest.approx(entry["accuracy"])
+
+    found, pairs = tmp_path / "candidates" / "00000.jsonl", tmp_path / "pairs"
+    found.parent.mkdir()
+    answers = (sample.answer if number else "nothing" for sample in samples for number in range(2))
+    write_rows(
+        found,
+        [
+            {"id": f"c{n}", "sample_id": samples[n // 2].id, "logprob": -1.0}
+            | {"text": f"<see> It is {n}. </see> <answer> {answer} </answer>"}
+            for n, answer in enumerate(answers)
+        ],
+    )
+    (found.parent / "COMPLETE").write_text('{"rows": 18, "shards": 1}')
+    run("curate", "--candidates", found.parent, "--output", pairs, "pairing=answer")
+    chosen = [json.loads(line) for line in (pairs / "00000.jsonl").read_text().splitlines()]
+    assert [row["chosen"].split()[-2] for row in chosen] != ["nothing"] * len(chosen)
+    assert all("nothing" in row["rejected"] for row in chosen) and len(chosen) == 9
+    out = tmp_path / "tuned"
+    words = (
+        "--model",
+        model_dir,
+        "--adapter",
+        adapter,
+        "--data",
+        pairs,
+        "--output",
+        out,
+        "--quiet",
+        "learning_rate=1e-3",
+    )
+    assert srcfast("dpo", *words).exit_code == 0
+    assert json.loads((out / "summary.json").read_text())["pairs"] == 9

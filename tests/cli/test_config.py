@@ -1,0 +1,141 @@
+"""Settings: files, single values, sections, and errors that say where and what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srcfast.config import Config, known_keys, load_config
+from srcfast.errors import ConfigError
+
+
+def in_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_defaults_need_no_file() -> None:
+    assert load_config(None, []) == Config()
+
+
+def test_single_values_win_over_the_file_and_leave_its_others(tmp_path: Path) -> None:
+    file = in_file(tmp_path, "dpo: {beta: 0.2, epochs: 3}\nlora:\n  r: 4\n")
+    config = load_config(file, ["dpo.beta=0.5", "lora={alpha: 7}", "seed=9"])
+    assert (config.dpo.beta, config.dpo.epochs, config.lora.r, config.lora.alpha, config.seed) == (
+        0.5,
+        3,
+        4,
+        7.0,
+        9,
+    )
+
+
+def test_a_key_is_looked_up_in_the_stages_section_before_the_root() -> None:
+    config = load_config(None, ["learning_rate=3e-4", "lora.r=8", "seed=2", "rationale.learning_rate=1e-2"], "dpo")
+    assert config.dpo.learning_rate == 3e-4  # YAML 1.1 reads 3e-4 as a string: it is a number all the same
+    assert config.rationale.learning_rate == 1e-2
+    assert (config.lora.r, config.seed) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "nearest"),
+    [
+        ("name: x\n\ndpo:\n  epochs: 1\n  bta: 0.1\n", 5, "dpo.beta"),
+        ("itterations: 2\n", 1, "iterations"),
+        ("seed: 1\nrationale: {beta: 1}\n", 2, "dpo.beta"),
+        (
+            "data:\n  train:\n  - name: a\n    fromat: world\n    format: world\n    limit: 3\n",
+            4,
+            "data.train.0.format",
+        ),
+    ],
+)
+def test_unknown_setting_names_file_line_and_the_nearest(tmp_path: Path, text: str, line: int, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(in_file(tmp_path, text))
+    assert f"settings.yaml, line {line}:" in str(error.value)
+    assert f"the nearest known one is {nearest!r}" in str(error.value)
+
+
+def test_unknown_single_setting_names_the_nearest_of_the_section() -> None:
+    with pytest.raises(ConfigError, match=r"override 'betta=1'.*nearest known one is 'dpo.beta'"):
+        load_config(None, ["betta=1"], "dpo")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lora: {r: 0}", ["line 1", "lora.r", ">= 1 and <= 4096", "found 0"]),
+        ("curation:\n  min_margin: 1.5", ["line 2", "curation.min_margin", ">= 0 and <= 1", "found 1.5"]),
+        ("dpo: {beta: .nan}", ["dpo.beta", "> 0", "found nan"]),
+        ("dpo: {beta: lots}", ["dpo.beta", "a number > 0", "found 'lots'"]),
+        ("dpo: {label_smoothing: 0.5}", ["label_smoothing", "[0, 0.5)", "found 0.5"]),
+        ("seed: true", ["seed", "found true"]),
+        ("model: {dtype: float8}", ["model.dtype", "'float32', 'bfloat16' or 'float16'", "found 'float8'"]),
+        ("max_rejected: 5.5", ["max_rejected", "a share of at most 1", "found 5.5"]),
+        ("name: ../up", ["line 1", "name", "found '../up'"]),
+        ("data: {train: [{name: a, format: world}]}", ["data.train.0", "set its limit"]),
+        ("data: {train: [{name: a, format: world, limit: -1}]}", ["data.train.0.limit", ">= 0", "found -1"]),
+        ("seed: 1\nseed: 2", ["line 2", "seed is set twice", "line 1"]),
+        ("dpo: 3", ["line 1", "dpo", "found 3"]),
+        ("- 1", ["settings.yaml", "found list"]),
+        ("a: [", ["settings.yaml", "expected YAML"]),
+    ],
+)
+def test_bad_value_names_setting_bounds_and_what_was_found(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(in_file(tmp_path, text))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_errors_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(in_file(tmp_path, "lora: {r: 0, alpha: -1}\n"))
+    assert "lora.r" in str(error.value) and "lora.alpha" in str(error.value)
+
+
+def test_a_heading_with_nothing_under_it_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(in_file(tmp_path, "dpo:\nlora:\n")) == Config()
+
+
+@pytest.mark.parametrize("value", [3, 0.25])
+def test_max_rejected_is_a_count_or_a_share(tmp_path: Path, value: float) -> None:
+    found = load_config(in_file(tmp_path, f"max_rejected: {value}")).max_rejected
+    assert found == value and type(found) is type(value)
+
+
+def test_resolved_settings_written_as_yaml_read_back_the_same(tmp_path: Path) -> None:
+    data = "data.train=[{name: shapes, format: world, limit: 12, use: [rationale]}]"
+    config = load_config(None, [data, "dpo.label_smoothing=confidence", "lora.target_modules=[q_proj]"])
+    file = in_file(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(file) == config
+
+
+def test_every_setting_is_described() -> None:
+    def undescribed(model: type, prefix: str = "") -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            if hasattr(field.annotation, "model_fields"):
+                found += undescribed(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                found.append(prefix + name)
+        return found
+
+    assert undescribed(Config) == []
+    assert "dpo.min_learning_rate_ratio" in known_keys()
+
+
+def test_stages_get_their_settings() -> None:
+    config = load_config(
+        None, ["dpo.epochs=3", "dpo.beta=0.3", "curation.min_margin=0.4", "lora.r=5", "candidates.top_p=0.7"]
+    )
+    assert config.dpo.training_settings(seed=8).epochs == 3
+    assert config.dpo.training_settings(seed=8).seed == 8
+    assert config.dpo.preference_settings("none").beta == 0.3
+    assert config.curation.settings().min_margin == 0.4
+    assert config.candidates.settings().top_p == 0.7
+    assert config.lora.lora_config(seed=4).r == 5

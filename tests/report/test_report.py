@@ -1,0 +1,240 @@
+"""The page: self-contained, escaped, complete where a run is, and honest where something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up_run import MODELS, make_run
+from PIL import Image
+
+from srcfast.errors import InputError
+from srcfast.report import plots
+from srcfast.report.page import write_report
+from srcfast.report.run_files import read_run
+
+SECTIONS = (
+    "results",
+    "the-four-cases",
+    "abilities",
+    "headroom",
+    "training",
+    "scores-and-confidences",
+    "time",
+    "gallery",
+)
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and whether every element was closed in order."""
+
+    VOID = ("meta", "img", "br", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def ids(self) -> list[str]:
+        return [held for _, attributes in self.found if (held := attributes.get("id"))]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path_factory.mktemp("runs") / "made-up", seed=3, gallery=3)
+    written = write_report(run)
+    assert written == run / "report" / "index.html"
+    return written.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    elements = Elements(page)
+    assert elements.open == []
+    for tag, attributes in elements.found:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/", "#")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), "no scripts in attributes"
+    assert "http" not in page and "url(" not in page.replace("url(#", "")
+
+
+def test_every_part_and_picture_is_there(page: str) -> None:
+    elements = Elements(page)
+    assert set(SECTIONS) <= set(elements.ids)
+    assert len(elements.ids) == len(set(elements.ids)), "ids of different pictures must not collide"
+    pictures = [attributes["aria-label"] for tag, attributes in elements.found if tag == "svg"]
+    assert len(pictures) == 6 and "headroom" in pictures
+    for link in re.findall(r'href="#([^"]+)"', page):
+        assert link in elements.ids, "every inner link leads somewhere"
+    text = " ".join(elements.text)
+    for model in MODELS:
+        assert model in text
+    assert "Chosen rewards may fall" in text
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has nothing to do with the pictures, which take most of the time."""
+    monkeypatch.setattr(plots, "can_plot", lambda: False)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_headline_shows_the_summary_and_its_intervals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", seed=11, gallery=1)
+    row = json.loads((run / "summary.json").read_text())["evaluations"][-1]
+    html = write_report(run).read_text(encoding="utf-8")
+    low, high = (100 * bound for bound in row["alignment_ci95"])
+    assert f"{100 * row['alignment']:.1f} <small>[{low:.1f}, {high:.1f}]</small>" in html
+    assert f"{100 * row['accuracy']:.1f} <small>[" in html
+
+
+def test_text_from_files_is_escaped_everywhere(tmp_path: Path) -> None:
+    evil = '<img src=x onerror="alert(1)">&\'"$\\frac{'
+    run = make_run(tmp_path / "run", gallery=1)
+    summary = json.loads((run / "summary.json").read_text())
+    for row in summary["evaluations"]:
+        row["dataset"] = row["split"] = evil
+        row["by_ability"] = {
+            evil: {"n": 1, "accuracy": 1.0, "alignment": None},
+            "b": {"n": 1, "accuracy": 0.0},
+        }
+    for row in summary["headroom"]:
+        row["dataset"] = row["split"] = evil
+    summary["funnel"] = {evil: summary["funnel"]["iteration-1"] | {"dropped": {evil: 3}}}
+    for stage in summary["stages"]:
+        stage["name"] = evil
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"stage": f"{evil}/dpo", "step": 0, "loss": 0.69, "margin": 0.0}) + "\n"
+    )
+    gallery = json.loads((run / "gallery.json").read_text())
+    for key in ("question", "gold", "sample_id"):
+        gallery[0][key] = evil
+    for candidate, text in zip(
+        gallery[0]["candidates"], (evil, f"{evil} Answer: {evil}", f"Answer: {evil}"), strict=False
+    ):
+        candidate |= {"text": text, "case": evil, "claims": [[evil, evil, evil]]}
+    (run / "gallery.json").write_text(json.dumps(gallery))
+    (run / "config.yaml").write_text(json.dumps({"name": evil, "model": {"path": evil}, "seed": evil}))
+    (run / "environment.json").write_text(json.dumps({"cpu": evil, evil: evil}))
+    elements = Elements(write_report(run).read_text(encoding="utf-8"))
+    assert elements.open == []
+    assert not any("onerror" in attributes for _, attributes in elements.found)
+    assert sum(evil in text for text in elements.text) > 20
+
+
+def test_without_matplotlib_the_page_says_so_and_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import of it now raises ImportError
+    assert not plots.can_plot()
+    html = write_report(make_run(tmp_path / "run", gallery=1)).read_text(encoding="utf-8")
+    assert "<svg" not in html and "matplotlib is not installed" in html
+    assert "right answer, wrong rationale" in html, "the four cases are a table then"
+
+
+def test_a_run_that_was_only_evaluated_gives_a_page(tmp_path: Path) -> None:
+    row = {
+        "model": "base",
+        "dataset": "mine",
+        "split": "test",
+        "n": 7,
+        "accuracy": 3 / 7,
+        "accuracy_ci95": [0.0, 0.9],
+    }
+    row |= {
+        "rationale_accuracy": None,
+        "right_answer_wrong_rationale": None,
+        "alignment": None,
+        "unparsed": 1,
+        "by_ability": {},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluations": [row], "seconds": 4.0}))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "42.9" in html and html.count("did not measure") >= 5
+    assert Elements(html).open == []
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_picture_that_is_gone_or_broken_leaves_a_note(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=3)
+    gallery = json.loads((run / "gallery.json").read_text())
+    for entry in gallery:
+        entry["image"] = f"images/{entry['sample_id']}.png"
+    (run / "images" / f"{gallery[1]['sample_id']}.png").write_bytes(b"not a picture")
+    Image.new("RGB", (900, 450), "teal").save(run / "images" / f"{gallery[2]['sample_id']}.png")
+    (run / "gallery.json").write_text(json.dumps(gallery))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert html.count("image not available") == 2
+    assert html.count('src="data:image/jpeg;base64,') == 1, "a photograph is scaled down and embedded"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_metrics_line_cut_short_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=1)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"stage": "rationale", "st')
+    write_report(run)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line \d+: expected JSON"):
+        write_report(run)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_directory_without_a_summary_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"summary\.json: expected the summary of a run"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("[1]")
+    with pytest.raises(InputError, match="expected a JSON dict, found list"):
+        write_report(tmp_path)
+
+
+def test_the_same_run_gives_the_same_picture(page: str, tmp_path: Path) -> None:
+    with plots.page_style():
+        again = plots.headroom_plot(read_run(make_run(tmp_path / "made-up", seed=3, gallery=1)))
+    assert again and again in page
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_stage_that_was_stopped_and_begun_anew_is_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=1)
+    file = run / "metrics.jsonl"
+    rows = [{"stage": "rationale", "step": step, "loss": 9.0} for step in range(7)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + file.read_text())
+    assert [row["step"] for row in read_run(run).training("rationale")] == list(range(150))
+    assert "<td>150</td>" in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_sample_without_an_image_has_its_card(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=1)
+    entries = json.loads((run / "gallery.json").read_text())
+    entries[0]["image"] = None
+    (run / "gallery.json").write_text(json.dumps(entries))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "<img" not in html and "not available" not in html and html.count('<article class="card">') == 1

@@ -1,0 +1,218 @@
+"""Curation: which pair is chosen, what is dropped and why, and the rates of the funnel."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srcfast.data.records import Candidate, Sample
+from srcfast.errors import ConfigError, InputError
+from srcfast.stages.curation import CurationSettings, curate
+
+LOOSE = CurationSettings(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
+
+
+def sample(name="s", answer="red"):
+    return Sample(
+        id=name,
+        images=("a.png",),
+        question="Which colour?",
+        answer=answer,
+        rationale=None,
+        facts=(),
+        extra={},
+        image_root=Path("images"),
+    )
+
+
+def candidate(index, answer="red", text=None, tokens=10, sample_id="s"):
+    if text is None:
+        text = f"<see> Thing {index} is {answer}. </see> <think> So it is. </think> <answer> {answer} </answer>"
+    return Candidate(
+        id=f"{sample_id}/{index}",
+        sample_id=sample_id,
+        text=text,
+        rationale="",
+        answer=answer,
+        logprob=-1.0,
+        token_ids=tuple(range(tokens)),
+        extra={},
+    )
+
+
+def row(candidates, scores, confidence=0.8, **changes):
+    n = len(candidates)
+    grid = np.full((n, n), confidence) if np.isscalar(confidence) else np.asarray(confidence, dtype=float)
+    return {
+        "sample_id": candidates[0].sample_id,
+        "candidate_ids": [c.id for c in candidates],
+        "scores": list(scores),
+        "win_probability": np.full((n, n), 0.5).tolist(),
+        "confidence": grid.tolist(),
+        "raw": np.full((n, n), 0.5).tolist(),
+        "flip_rate": 0.25,
+        "tie_rate": 0.5,
+        "pairs": n * (n - 1) // 2,
+        "verdicts": n * (n - 1),
+    } | changes
+
+
+def run(candidates, rows, settings=LOOSE, seed=0, samples=None):
+    return curate(samples or [sample()], {"s": candidates}, rows, settings, seed)
+
+
+def test_best_against_worst_by_score_weighted_by_the_pairs_confidence():
+    own = [candidate(i, answer) for i, answer in enumerate(["blue", "red", "green", "red"])]
+    confidence = np.arange(16).reshape(4, 4) / 16
+    pairs, funnel = run(own, [row(own, [0.3, 0.9, 0.1, 0.6], confidence)])
+    (pair,) = pairs
+    assert (pair.chosen, pair.rejected) == (own[1].text, own[2].text)
+    assert pair.confidence == confidence[1, 2] == 6 / 16
+    assert (pair.prompt, pair.images, pair.image_root) == ("Which colour?", ("a.png",), Path("images"))
+    assert pair.reference_chosen_logprob is None and pair.reference_rejected_logprob is None
+    assert pair.extra["chosen_right"] and not pair.extra["rejected_right"]
+    assert funnel["pair_correctness"]["right_over_wrong"] == 1.0
+    assert [funnel[k] for k in ("samples", "with_two_parsed_distinct", "pairs_proposed", "kept")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert not any(funnel["dropped"].values())
+
+
+def test_without_weighting_every_pair_has_weight_one_and_the_confidence_is_kept_beside():
+    own = [candidate(0), candidate(1, "blue")]
+    (pair,), _ = run(own, [row(own, [0.9, 0.1], 0.3)], CurationSettings(weighting="none"))
+    assert pair.confidence == 1.0 and pair.extra["judge_confidence"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("reason", "scores", "confidence", "tokens"),
+    [
+        ("margin", [0.60, 0.41], 0.8, [10, 10]),
+        ("confidence", [0.9, 0.1], 0.29, [10, 10]),
+        ("length", [0.9, 0.1], 0.8, [10, 21]),
+        ("length", [0.9, 0.1], 0.8, [21, 10]),
+        (None, [0.61, 0.4], 0.3, [10, 20]),
+    ],
+)
+def test_each_threshold_drops_by_its_own_reason_and_bounds_are_inclusive(reason, scores, confidence, tokens):
+    settings = CurationSettings(min_margin=0.2, min_confidence=0.3, max_length_ratio=2.0)
+    own = [candidate(i, tokens=n) for i, n in enumerate(tokens)]
+    pairs, funnel = run(own, [row(own, scores, confidence)], settings)
+    dropped = {name: count for name, count in funnel["dropped"].items() if count}
+    assert dropped == ({} if reason is None else {reason: 1})
+    assert len(pairs) == funnel["kept"] == (reason is None)
+    assert funnel["within_margin"] == (reason != "margin")
+    assert funnel["within_confidence"] == (reason not in ("margin", "confidence"))
+
+
+def test_a_pair_without_confidence_is_dropped_even_without_a_threshold():
+    own = [candidate(0), candidate(1)]
+    pairs, funnel = run(own, [row(own, [0.5, 0.5], 0.0)])
+    assert not pairs and funnel["dropped"]["confidence"] == 1
+
+
+def test_only_parsed_distinct_candidates_are_paired():
+    unparsed = candidate(1, text="I think that one can not really tell what is in this picture.")
+    bare = candidate(2, text="red")  # an answer without a rationale
+    twin = candidate(3, text=candidate(0).text)
+    own = [candidate(0), unparsed, bare, twin]
+    pairs, funnel = run(own, [row(own, [0.5, 0.1, 0.9, 0.5])])
+    assert not pairs and funnel["dropped"]["fewer_than_two_parsed"] == 1
+    own.append(candidate(4, "blue"))
+    (pair,), _ = run(own, [row(own, [0.5, 0.1, 0.9, 0.5, 0.3])])
+    assert (pair.extra["chosen_id"], pair.extra["rejected_id"]) == ("s/0", "s/4")
+
+
+def test_samples_without_candidates_or_scores_are_counted_by_reason():
+    own = [candidate(0), candidate(1)]
+    samples = [sample(), sample("none")]
+    pairs, funnel = run(own, [], samples=samples)
+    assert not pairs
+    assert funnel["dropped"]["not_scored"] == 1 and funnel["dropped"]["fewer_than_two_candidates"] == 1
+    assert funnel["order_flip_rate"] is None and funnel["mean_confidence"] is None
+
+
+def test_several_pairs_best_against_worst_or_disjoint():
+    own = [candidate(i) for i in range(5)]
+    scores = [0.5, 0.9, 0.1, 0.7, 0.3]
+
+    def ids(choice, count):
+        settings = CurationSettings(pairs_per_sample=count, pair_choice=choice, min_margin=0.3)
+        pairs, funnel = run(own, [row(own, scores)], settings)
+        return [(p.chosen, p.rejected) for p in pairs], funnel
+
+    def texts(*indices):
+        return [(own[a].text, own[b].text) for a, b in indices]
+
+    assert ids("best_against_worst", 3)[0] == texts((1, 2), (1, 4), (1, 0))
+    assert ids("disjoint", 3)[0] == texts((1, 2), (3, 4))
+    kept, funnel = ids("best_against_worst", 9)
+    assert kept == texts((1, 2), (1, 4), (1, 0)) and funnel["pairs_proposed"] == 4
+    assert funnel["dropped"]["margin"] == 1
+
+
+def test_pairing_by_answer_sets_a_right_against_a_wrong_answer_whatever_the_scores():
+    own = [candidate(0, "blue"), candidate(1, "Red."), candidate(2, "green"), candidate(3, "red")]
+    settings = CurationSettings(pairing="answer", pairs_per_sample=4)
+    pairs, funnel = run(own, [row(own, [0.9, 0.1, 0.8, 0.2], 0.0)], settings)
+    got = {(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs}
+    assert got == {(f"s/{a}", f"s/{b}") for a, b in itertools.product((1, 3), (0, 2))}
+    assert {p.confidence for p in pairs} == {1.0} and funnel["pair_correctness"]["right_over_wrong"] == 1.0
+    pairs, funnel = run(own[1::2], [], settings)
+    assert not pairs and funnel["dropped"]["same_correctness"] == 1
+
+
+def test_random_pairing_depends_on_seed_and_sample_alone():
+    own = [candidate(i) for i in range(6)]
+    settings = CurationSettings(pairing="random")
+
+    def draw(seed, samples=None):
+        pairs, _ = run(own, [], settings, seed, samples)
+        return pairs[0].extra["chosen_id"], pairs[0].extra["rejected_id"]
+
+    assert draw(1) == draw(1) == draw(1, [sample("other"), sample()])
+    assert len({draw(seed) for seed in range(40)}) > 10
+    assert all(a != b for a, b in (draw(seed) for seed in range(40)))
+
+
+def test_rates_are_weighted_by_pairs_and_histograms_count_everything():
+    a = [candidate(i, sample_id="a") for i in range(3)]
+    b = [candidate(i, sample_id="b") for i in range(2)]
+    rows = [
+        row(a, [0.0, 0.5, 1.0], 0.5, flip_rate=1 / 3, tie_rate=0.5),
+        row(b, [0.2, 0.8], 1.0, flip_rate=1.0, tie_rate=0.0),
+    ]
+    _, funnel = curate([sample("a"), sample("b")], {"a": a, "b": b}, rows, LOOSE)
+    assert funnel["order_flip_rate"] == pytest.approx((1 + 1) / 4)
+    assert funnel["tie_rate"] == pytest.approx(3 / 8)
+    assert funnel["mean_confidence"] == pytest.approx((3 * 0.5 + 1.0) / 4)
+    assert len(funnel["score_histogram"]["counts"]) == 20 and len(funnel["score_histogram"]["edges"]) == 21
+    assert sum(funnel["score_histogram"]["counts"]) == 5 and sum(funnel["confidence_histogram"]["counts"]) == 4
+    assert funnel["confidence_histogram"]["counts"][19] == 1  # a confidence of exactly 1 is in the last bin
+    assert funnel["length_correlation"] is None  # all of one length
+
+
+def test_length_correlation_looks_within_samples():
+    a = [candidate(i, sample_id="a", tokens=n) for i, n in enumerate((10, 20, 30))]
+    b = [candidate(i, sample_id="b", tokens=n) for i, n in enumerate((110, 120))]
+    rows = [row(a, [0.7, 0.8, 0.9]), row(b, [0.1, 0.2])]  # longer is better within each, worse across the two
+    _, funnel = curate([sample("a"), sample("b")], {"a": a, "b": b}, rows, LOOSE)
+    assert funnel["length_correlation"] == pytest.approx(1.0)
+
+
+def test_scores_of_other_candidates_are_refused():
+    own = [candidate(0), candidate(1)]
+    with pytest.raises(InputError, match="candidate_ids"):
+        run(own, [row(own, [0.1, 0.9]) | {"candidate_ids": ["x", "y"]}])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_margin": -0.1}, {"pairs_per_sample": 0}, {"max_length_ratio": 0.5}, {"pairing": "best"}]
+)
+def test_settings_out_of_bounds_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        CurationSettings(**wrong)

@@ -1,0 +1,216 @@
+"""Preference training: log-probabilities, the start, weights, refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_model import SmallModel, path_logprob, random_preferences
+
+from srcfast.data.forest import Forest
+from srcfast.errors import InputError, SrcfastError
+from srcfast.models.lora import LoRAConfig
+from srcfast.runtime.training import TrainingItem, TrainingSettings
+from srcfast.stages.preference import (
+    PairMeta,
+    PreferenceSettings,
+    pair_denominator,
+    pair_logprobs,
+    preference_loss,
+    preference_tree,
+    preference_trees,
+    reference_logprobs,
+    response_logprobs,
+    train_preference,
+)
+
+SETTINGS = TrainingSettings(micro_batch_size=8, token_budget=4096, learning_rate=3e-3, warmup_ratio=0.0, seed=1)
+
+
+def referenced(model: SmallModel, count: int, seed: int = 0) -> list:
+    return reference_logprobs(model, random_preferences(count, seed), reference_hash="abc", token_budget=150)
+
+
+def trained(model: SmallModel, preferences: list, loss: PreferenceSettings, settings: TrainingSettings) -> list[dict]:
+    return train_preference(model, preferences, loss, settings, expected_reference_hash="abc")
+
+
+def test_reference_log_probabilities_are_those_of_each_sequence_alone() -> None:
+    model, plain = SmallModel(), random_preferences(7)
+    for before, after in zip(plain, referenced(model, 7), strict=True):
+        prompt = model.encode_prompt(before.prompt, [])
+        for text, found in (
+            (before.chosen, after.reference_chosen_logprob),
+            (before.rejected, after.reference_rejected_logprob),
+        ):
+            expected = path_logprob(model, prompt, model.encode_response(text)).item()
+            assert found == pytest.approx(expected, rel=1e-10)
+        assert after.extra == {**before.extra, "reference_hash": "abc"}
+
+
+def test_a_shared_beginning_changes_neither_log_probabilities_nor_gradients() -> None:
+    model = SmallModel()
+    prompt, common = np.array([5, 6, 7]), np.array([8, 9, 10, 11])
+    chosen, rejected = np.append(common, [12, 2]), np.append(common, [13, 14, 15, 2])
+    tree = preference_tree(prompt, chosen, rejected)
+    assert [segment.tokens.size for segment in tree.segments] == [3, 4, 2, 4]
+    forest = Forest.of([tree])
+    found = pair_logprobs(model(forest), forest, model.decoder.head_weight)
+    expected = path_logprob(model, prompt, chosen), path_logprob(model, prompt, rejected)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = (0.7, -1.9)  # unlike ones, so that what is shared doesn't cancel
+    ours = torch.autograd.grad(sum(w * x.sum() for w, x in zip(weights, found, strict=True)), parameters)
+    theirs = torch.autograd.grad(sum(w * x for w, x in zip(weights, expected, strict=True)), parameters)
+    torch.testing.assert_close(torch.cat(found), torch.stack(expected), rtol=1e-11, atol=1e-11)
+    for mine, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+def test_a_response_that_begins_with_the_other_keeps_a_token_of_its_own() -> None:
+    tree = preference_tree(np.array([5]), np.array([6, 7]), np.array([6, 7, 8]))
+    assert [(segment.tokens.tolist(), segment.parent) for segment in tree.segments] == [
+        ([5], -1),
+        ([6], 0),
+        ([7], 1),
+        ([7, 8], 1),
+    ]
+
+
+def test_responses_to_one_prompt_are_scored_together_as_if_alone() -> None:
+    model, rng = SmallModel(), np.random.default_rng(2)
+    prompts = [rng.integers(4, 40, n) for n in (11, 3)]
+    items = [(prompts[i % 2], (), rng.integers(4, 40, rng.integers(1, 9))) for i in range(9)]
+    found = response_logprobs(model, items, token_budget=30)
+    for (prompt, _, response), (logprob, tokens) in zip(items, found, strict=True):
+        assert tokens == len(response)
+        assert logprob == pytest.approx(path_logprob(model, prompt, response).item(), rel=1e-10)
+    with pytest.raises(InputError, match="at most 10 tokens"):
+        response_logprobs(model, items, token_budget=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_before_the_first_update_margins_are_nought_and_the_loss_is_ln_2(dtype: torch.dtype) -> None:
+    model = SmallModel(dtype=dtype)
+    preferences = referenced(model, 16)
+    history = trained(model, preferences, PreferenceSettings(beta=0.3), replace(SETTINGS, epochs=6))
+    start, end = history[0], history[-1]
+    assert start["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(start["margin"]) < 1e-5 and start["max_drift"] < 1e-5
+    assert end["loss"] < start["loss"] - 0.02 and end["margin"] > 0.05 and end["reward_accuracy"] > 0.5
+    assert end["margin"] == pytest.approx(end["chosen_reward"] - end["rejected_reward"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_training_is_the_same_however_the_batch_is_split(dtype: torch.dtype, tolerance: float) -> None:
+    def weights(settings: TrainingSettings) -> torch.Tensor:
+        model = SmallModel(dtype=dtype, lora=LoRAConfig(r=3, alpha=12.0))
+        loss = PreferenceSettings(sft_weight=0.4, label_smoothing=0.1)
+        assert len(trained(model, referenced(model, 24), loss, settings)) == 3
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    whole = weights(SETTINGS)
+    for change in (
+        {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"token_budget": 70},
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "token_budget": 100},
+    ):
+        # fp32: sums of some hundred terms in another order, enlarged where AdamW divides by small gradients.
+        torch.testing.assert_close(weights(replace(SETTINGS, **change)), whole, rtol=tolerance, atol=tolerance)
+
+
+def loss_by_hand(model: SmallModel, preferences: list, settings: PreferenceSettings) -> float:
+    total = weight_sum = 0.0
+    for pair in preferences:
+        prompt = model.encode_prompt(pair.prompt, [])
+        texts = (model.encode_response(pair.chosen), model.encode_response(pair.rejected))
+        chosen, rejected = (float(path_logprob(model, prompt, text)) for text in texts)
+        margin = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
+        weight = pair.confidence if settings.weighting == "confidence" else 1.0
+        epsilon = settings.label_smoothing
+        epsilon = (1 - pair.confidence) / 2 if epsilon == "confidence" else epsilon
+        delta = settings.beta * margin
+        loss = (1 - epsilon) * math.log1p(math.exp(-delta)) + epsilon * math.log1p(math.exp(delta))
+        total += weight * (loss - settings.sft_weight * chosen / len(texts[0]))
+        weight_sum += weight
+    return total / weight_sum
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PreferenceSettings(beta=0.4),
+        PreferenceSettings(beta=0.4, weighting="none"),
+        PreferenceSettings(beta=0.2, sft_weight=0.7, label_smoothing=0.15),
+        PreferenceSettings(beta=0.2, label_smoothing="confidence"),
+    ],
+)
+def test_the_loss_is_the_formula_s(settings: PreferenceSettings) -> None:
+    model = SmallModel(seed=1)
+    preferences = referenced(SmallModel(seed=2), 9)  # another model's: margins are far from nought
+    weighted = settings.weighting == "confidence"
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                pair.confidence if weighted else 1.0,
+                pair.confidence,
+                pair.reference_chosen_logprob,
+                pair.reference_rejected_logprob,
+            ),
+        )
+        for tree, pair in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    total = 0.0
+    for part in (items[:4], items[4:]):
+        forest = Forest.of([item.tree for item in part])
+        loss, _ = preference_loss(settings)(
+            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
+        )
+        total += loss.item()
+    assert total == pytest.approx(loss_by_hand(model, preferences, settings), rel=1e-9)
+
+
+def test_a_pair_of_little_confidence_weighs_little() -> None:
+    def chosen_gain(confidence: float) -> float:
+        model = SmallModel()
+        first, second = referenced(model, 2)
+        pairs = [replace(first, confidence=confidence), replace(second, confidence=1.0)]
+        trained(model, pairs, PreferenceSettings(), replace(SETTINGS, epochs=3))
+        prompt = model.encode_prompt(first.prompt, [])
+        margins = [float(path_logprob(model, prompt, model.encode_response(t))) for t in (first.chosen, first.rejected)]
+        return (margins[0] - margins[1]) - (first.reference_chosen_logprob - first.reference_rejected_logprob)
+
+    assert chosen_gain(1.0) > 2 * abs(chosen_gain(1e-3))
+
+
+def test_a_reference_of_another_model_is_refused_by_name() -> None:
+    model = SmallModel()
+    preferences = referenced(model, 3)
+    for wrong, found in (
+        ({"extra": {"reference_hash": "xyz"}}, "those of xyz"),
+        ({"extra": {}}, "none"),
+        ({"reference_rejected_logprob": None}, "none"),
+    ):
+        pairs = [*preferences[:2], replace(preferences[2], **wrong)]
+        with pytest.raises(InputError, match=f"sample-2.*reference_hash.*of abc, found {found}"):
+            trained(model, pairs, PreferenceSettings(), SETTINGS)
+
+
+def test_a_stored_log_probability_that_is_not_the_policy_s_is_refused_before_the_update() -> None:
+    model = SmallModel()
+    preferences = referenced(model, 8)
+    wrong = replace(preferences[3], reference_chosen_logprob=preferences[3].reference_chosen_logprob + 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(SrcfastError, match="before the first update"):
+        trained(model, [*preferences[:3], wrong, *preferences[4:]], PreferenceSettings(), SETTINGS)
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_a_pair_of_identical_responses_is_refused_by_name() -> None:
+    model = SmallModel()
+    pair = referenced(model, 1)[0]
+    with pytest.raises(InputError, match="sample-0.*the same tokens"):
+        trained(model, [replace(pair, rejected=pair.chosen)], PreferenceSettings(), SETTINGS)
