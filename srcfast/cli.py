@@ -283,7 +283,7 @@ def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs
 @app.command()
 def world(
     output: Output = None,
-    split: Annotated[str, typer.Option(help="train, calibration, validation, test or generalisation")] = "train",
+    split: Annotated[str, typer.Option(help="train, validation, test, generalisation, base or scorer")] = "train",
     samples: Annotated[int, typer.Option(min=1, help="how many")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="of the draw")] = 0,
 ) -> None:

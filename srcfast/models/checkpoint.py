@@ -40,7 +40,12 @@ def weight_files(path: str | Path) -> list[Path]:
     """The checkpoint's safetensors files, single or sharded. Raises InputError by name for anything else."""
     path = Path(path)
     if (path / INDEX).is_file():
-        shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                file=path / INDEX, field="weight_map", expected="tensor names and their shards, in JSON", found=error
+            ) from error
         for shard in shards:
             if Path(shard).name != shard or not (path / shard).is_file():
                 raise InputError(

@@ -7,6 +7,7 @@ what they attend to. Parameters are named as Hugging Face names them below `mode
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class DecoderConfig:
         if config.hidden_act != "silu":
             raise InputError(field="hidden_act", expected="silu", found=config.hidden_act)
         window = getattr(config, "sliding_window", None)
-        windowed = window is not None and getattr(config, "use_sliding_window", kind == "mistral")
+        windowed = window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
         if windowed and window < config.max_position_embeddings:
             raise InputError(
                 field="sliding_window",
@@ -167,7 +168,13 @@ class Decoder(nn.Module):
     def set_frequencies(self) -> None:
         """(Re)compute the rotary frequencies [d/2], which checkpoints do not hold."""
         frequencies, self.rope_factor = rotary_frequencies(self.config)
-        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        self.register_buffer("inverse_frequencies", frequencies.to(self.embed_tokens.weight.device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Move or cast, but leave the frequencies in fp32: rounded to bf16 they would turn far positions by radians."""
+        super()._apply(fn, recurse)
+        self.set_frequencies()
+        return self
 
     @property
     def head_weight(self) -> Tensor:
@@ -200,7 +207,7 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     Scalings: default, linear, and llama3 (Llama 3.1's interpolation by wavelength).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = config.rope_theta**-exponents
+    frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":

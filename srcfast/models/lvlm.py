@@ -41,22 +41,25 @@ class LVLM(nn.Module):
         self.image_token_id = int(vision.config.image_token_id)
         self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_token_id = int(tokenizer.eos_token_id)
+        self.control_tokens = (self.image_token, *tokenizer.all_special_tokens)
         self.max_positions = decoder.config.max_positions
 
     def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
         """Tokens [n] of the user's turn and the generation prompt; each image's placeholder at its full length.
 
         Raises:
-            InputError: the question holds the image token itself, or the prompt leaves no room for a response.
+            InputError: the question holds the image token or another control token, or the prompt leaves no room for a
+                response.
         """
-        if self.image_token in question:
-            raise InputError(
-                sample_id=sample_id,
-                field="question",
-                expected=f"text without {self.image_token}",
-                found=question,
-                mend="name images under 'images' only",
-            )
+        for token in self.control_tokens:
+            if token in question:
+                raise InputError(
+                    sample_id=sample_id,
+                    field="question",
+                    expected=f"text without {token}",
+                    found=question,
+                    mend="name images under 'images' only, and leave out the tokenizer's control tokens",
+                )
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -94,7 +97,8 @@ class LVLM(nn.Module):
 
     def encode_response(self, text: str) -> np.ndarray:
         """Tokens [n] of a response on its own, no special tokens added, then the end token."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+        # Text of a data set never becomes a control token, least of all an image's placeholder.
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return np.array([*ids, self.end_token_id])
 
     def decode(self, token_ids: Iterable[int]) -> str:

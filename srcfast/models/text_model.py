@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,12 @@ def fill_decoder(decoder: Decoder, tensors: dict[str, Tensor], path: str | Path)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The checkpoint's tokenizer, without remote code."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    """The checkpoint's tokenizer, without remote code, and with the chat template wherever it lies."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    beside = Path(path) / "chat_template.json"  # where processors of transformers 4 kept it
+    if tokenizer.chat_template is None and beside.is_file():
+        tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
 
 
 def copy_companions(source: Path, target: Path) -> None:

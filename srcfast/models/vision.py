@@ -34,8 +34,9 @@ class Vision(nn.Module):
         self.config = config
         self.processor = load_image_processor(path)
         bare = copy.deepcopy(config)
-        bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 1, 2  # built by transformers, then dropped
-        bare.text_config.pad_token_id = None
+        # transformers builds the language model too; it is made next to nothing, then dropped.
+        bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 0, 1
+        bare.text_config.pad_token_id = bare.text_config.bos_token_id = bare.text_config.eos_token_id = None
         self.model = FAMILIES[config.model_type](bare)
         del self.model.language_model
 
@@ -65,5 +66,8 @@ class Vision(nn.Module):
 
 
 def load_image_processor(path: str | Path) -> Any:
-    """The checkpoint's image processor, in the backend that needs Pillow and numpy alone."""
-    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    """The checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(file=path, expected="an image processor's preprocessor_config.json", found=error) from error

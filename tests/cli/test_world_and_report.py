@@ -18,15 +18,11 @@ def test_written_samples_read_back_as_those_drawn(srcfast: Srcfast, tmp_path: Pa
     done = srcfast("world", "--output", tmp_path, "--split", "validation", "--samples", 7, "--seed", 5)
     assert done.exit_code == 0, done.output
     rejected: list[dict[str, object]] = []
-    read = read_samples(
-        tmp_path / "validation.jsonl", format="jsonl", image_root=tmp_path, rejected=rejected
-    )
+    read = read_samples(tmp_path / "validation.jsonl", format="jsonl", image_root=tmp_path, rejected=rejected)
     drawn = world_samples("validation", 7, 5, image_dir=tmp_path / "again")
     assert not rejected
     same = ("id", "question", "answer", "rationale", "facts")
-    assert [[getattr(s, name) for name in same] for s in read] == [
-        [getattr(s, name) for name in same] for s in drawn
-    ]
+    assert [[getattr(s, name) for name in same] for s in read] == [[getattr(s, name) for name in same] for s in drawn]
     assert [s.extra["scene"] for s in read] == [json.loads(json.dumps(s.extra["scene"])) for s in drawn]
 
 
