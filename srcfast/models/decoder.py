@@ -54,7 +54,7 @@ class DecoderConfig:
         if config.hidden_act != "silu":
             raise InputError(field="hidden_act", expected="silu", found=config.hidden_act)
         window = getattr(config, "sliding_window", None)
-        windowed = window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+        windowed = window is not None and getattr(config, "use_sliding_window", kind == "mistral")
         if windowed and window < config.max_position_embeddings:
             raise InputError(
                 field="sliding_window",

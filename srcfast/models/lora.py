@@ -76,8 +76,9 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     """Add a trainable adapter to the decoder's target layers; A is drawn as PEFT draws it, B is zero.
 
     Raises:
-        InputError: no layer of that name, or a rank below 1.
+        InputError: no layer of that name, a rank below 1, or an adapter is there already.
     """
+    refuse_adapter(model)
     if config.r < 1:
         raise InputError(field="r", expected="a rank of at least 1", found=config.r)
     generator = torch.Generator().manual_seed(config.seed)
@@ -91,6 +92,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
+        adapted.train(linear.training)
         setattr(parent, name, adapted)
     if missing := set(config.target_modules) - found:
         raise InputError(
@@ -110,6 +112,17 @@ def _linears(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by their name within the decoder."""
     return {name: part for name, part in model.decoder.named_modules() if isinstance(part, LoRALinear)}
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Raises InputError where the model has an adapter."""
+    if found := adapters(model):
+        raise InputError(
+            field=next(iter(found)),
+            expected="a model without an adapter",
+            found=f"{len(found)} adapted layers",
+            mend="merge the adapter first (merge_lora)",
+        )
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -137,8 +150,9 @@ def merge_lora(model: nn.Module) -> int:
     for name, layer in adapters(model).items():
         if not isinstance(layer.base, nn.Linear):
             raise InputError(field=name, expected="a base weight in 16 or 32 bits", found=type(layer.base).__name__)
-        merged = layer.base.weight.float() + layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
-        layer.base.weight.copy_(merged)
+        exact = torch.promote_types(layer.base.weight.dtype, torch.float32)
+        change = layer.scaling * (layer.lora_B.to(exact) @ layer.lora_A.to(exact))
+        layer.base.weight.copy_(layer.base.weight.to(exact) + change)
         path, _, last = name.rpartition(".")
         setattr(model.decoder.get_submodule(path), last, layer.base)  # type: ignore[union-attr,operator]
         count += 1
@@ -146,16 +160,24 @@ def merge_lora(model: nn.Module) -> int:
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, each atomically, the config last."""
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, each atomically, the config last.
+
+    Raises:
+        InputError: the model has no adapter.
+    """
     directory = Path(directory)
+    layers = adapters(model)
+    if not layers:
+        raise InputError(file=directory, expected="a model with an adapter", found="none")
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = _peft_prefix(model)
     tensors = {}
-    for name, layer in adapters(model).items():
+    for name, layer in layers.items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{prefix}.{name}.lora_B.weight"] = layer.lora_B
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
+    targets = "|".join(name for name in TARGETS if name in config.target_modules)
     scope = r".*language_model\..*" if ".language_model" in prefix else r".*\."
     settings = {
         "peft_type": "LORA",
@@ -164,7 +186,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": rf"{scope}({'|'.join(config.target_modules)})",
+        "target_modules": rf"{scope}({targets})",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -197,9 +219,13 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
         raise InputError(
             file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
-    for key, needed in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
-        if settings.get(key, needed) != needed:
+    for key, needed in PLAIN.items():
+        if (settings.get(key) or needed) != needed:
             raise InputError(file=file, field=key, expected=str(needed), found=settings[key])
+    try:
+        rank, alpha, dropout = int(settings["r"]), float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(file=file, expected="numbers for r, lora_alpha and lora_dropout", found=repr(error)) from error
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".lora_")
@@ -216,10 +242,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
     if not modules:
         raise InputError(file=directory / ADAPTER_WEIGHTS, expected="an adapter's tensors", found="none")
     targets = tuple(sorted({name.rpartition(".")[2] for name in modules}))
-    config = LoRAConfig(
-        int(settings["r"]), float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0.0)), targets
-    )
-    add_lora(model, config)
+    add_lora(model, LoRAConfig(rank, alpha, dropout, targets))
     layers = adapters(model)
     if missing := sorted(set(layers) ^ set(modules)):
         raise InputError(

@@ -16,7 +16,7 @@ from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder
-from srcfast.models.lora import LoRAConfig, apply_lora
+from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.text_model import build_decoder, copy_companions, fill_decoder, load_tokenizer
 from srcfast.models.vision import Vision
 from srcfast.runtime.attention import forest_attend
@@ -178,12 +178,19 @@ def load_lvlm(
     Args:
         path: directory with config.json, safetensors (single or sharded), tokenizer and image processor; "embedded" for
             the small one that comes with the package.
-        quantize: None, or "nf4" for a 4-bit decoder.
+        quantize: None; "nf4", a decoder in 4 bits, is refused: its kernels are not there.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
 
     Raises:
-        InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
+        InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
     """
+    if quantize is not None:
+        raise InputError(
+            field="quantize",
+            expected="none: this build has no 4-bit kernels",
+            found=quantize,
+            mend="load the model in bfloat16",
+        )
     path = EMBEDDED if str(path) == "embedded" else Path(path)
     config = read_config(path)
     vision = Vision(config, path)
@@ -199,10 +206,6 @@ def load_lvlm(
     model = LVLM(decoder, vision.to(device=device, dtype=dtype), load_tokenizer(path), path).to(device)
     model.requires_grad_(False)
     model.eval()
-    if quantize is not None:
-        from srcfast.models.quantised import quantise_decoder
-
-        quantise_decoder(model.decoder, quantize)
     apply_lora(model, lora)
     return model
 
@@ -220,8 +223,10 @@ def _place(name: str) -> tuple[str, str]:
 def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a directory that transformers' `from_pretrained` reads, in `dtype` or the model's own.
 
-    An adapter must be merged first (`merge_lora`).
+    Raises:
+        InputError: the model has an adapter that is not merged.
     """
+    refuse_adapter(model)
     directory = Path(directory)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():

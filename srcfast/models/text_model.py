@@ -15,7 +15,7 @@ from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import LoRAConfig, apply_lora
+from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.runtime.attention import forest_attend
 
 
@@ -54,12 +54,18 @@ def load_text_model(
     fill_decoder(decoder, tensors, path)
     model = TextModel(decoder, load_tokenizer(path), Path(path)).to(device)
     model.requires_grad_(False)
+    model.eval()
     apply_lora(model, lora)
     return model
 
 
 def save_text_model(model: TextModel, directory: str | Path) -> None:
-    """Write a directory that `AutoModelForCausalLM.from_pretrained` reads. An adapter must be merged first."""
+    """Write a directory that `AutoModelForCausalLM.from_pretrained` reads.
+
+    Raises:
+        InputError: the model has an adapter that is not merged.
+    """
+    refuse_adapter(model)
     directory = Path(directory)
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": tensor
@@ -70,10 +76,15 @@ def save_text_model(model: TextModel, directory: str | Path) -> None:
 
 
 def build_decoder(config: Any, path: str | Path, device: str | torch.device, dtype: torch.dtype) -> Decoder:
-    """An unfilled decoder of a transformers text config; InputError names the file where it does not fit."""
+    """A decoder of a transformers text config, memory allocated but not set (`fill_decoder` sets all of it).
+
+    Raises:
+        InputError: another architecture; the config's file and field are named.
+    """
     try:
-        settings = DecoderConfig.from_huggingface(config)
-        return Decoder(settings).to(device=device, dtype=dtype)
+        with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
+            decoder = Decoder(DecoderConfig.from_huggingface(config))
+        return decoder.to(dtype=dtype).to_empty(device=device)
     except InputError as error:
         raise InputError(
             file=Path(path) / "config.json",
@@ -85,18 +96,30 @@ def build_decoder(config: Any, path: str | Path, device: str | torch.device, dty
 
 
 def fill_decoder(decoder: Decoder, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Fill a decoder from tensors named as below `model.`, plus `lm_head.weight`."""
+    """Fill a decoder from tensors named as below `model.`, plus `lm_head.weight`. Raises InputError."""
     if decoder.config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
+        head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise InputError(
+                file=path,
+                field="lm_head.weight",
+                expected="the embedding itself, as config.json ties the two",
+                found="other values",
+                mend="set tie_word_embeddings to false in config.json",
+            )
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     fill(decoder, kept, path)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The checkpoint's tokenizer, without remote code, and with the chat template wherever it lies."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    beside = Path(path) / "chat_template.json"  # where processors of transformers 4 kept it
-    if tokenizer.chat_template is None and beside.is_file():
+    """The checkpoint's tokenizer, without remote code, and with the chat template wherever it lies. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(file=path, expected="a tokenizer beside the model", found=error) from error
+    # Where processors of transformers 4 kept it; the tokenizer may have the text model's template, which shows no image.
+    beside = Path(path) / "chat_template.json"
+    if beside.is_file() and not (Path(path) / "chat_template.jinja").is_file():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
 

@@ -1,11 +1,11 @@
-"""Train the embedded R-Scorer from nothing, on the world's own split of scenes and easy-VQA's training questions.
+"""Train the embedded R-Scorer on the world's own split of scenes and easy-VQA's training questions.
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-In three steps, each resting on the one before: as a language model it learns to write true rationales from a question,
-its facts and its answer; then to say after each sentence of a rationale whether it is true, and at the end whether all is
-well (the oracle knows); then to give verdicts on true rationales against corrupted ones. Verdicts alone, one label for
-sixty tokens, take far longer to teach a model of this size to look things up in the facts.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two steps:
+to say after each sentence of a rationale whether it is true, and at the end whether all is well (the oracle knows); then to
+give verdicts on true rationales against corrupted ones. Verdicts alone, one label for sixty tokens, take far longer to
+teach a model of this size to look things up in the facts.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
+from srcfast.models import load_lvlm
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.runtime.training import Loss, TrainingItem, TrainingSettings, train
-from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.stages.scorer_training import Rap, corrupted_variants, evaluate_scorer, scorer_examples, train_scorer
 from srcfast.stages.scoring import sample_reference
-from srcfast.world.checkpoints import new_text_model, train_tokenizer
+from srcfast.world.checkpoints import decoder_as_text_model
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ask
 from srcfast.world.rationales import facts, true_rationale
@@ -62,18 +62,13 @@ class Recipe:
     """Everything that determines the embedded R-Scorer."""
 
     seed: int = 0
-    hidden_size: int = 128
-    num_layers: int = 4
-    vocabulary_size: int = 640
     samples: int = 9_000
     easy_vqa_samples: int = 1_500
     held_out_samples: int = 600
-    language_epochs: int = 1
-    language_learning_rate: float = 2e-3
     claim_epochs: int = 2
-    claim_learning_rate: float = 1.5e-3
+    claim_learning_rate: float = 1e-3
     verdict_epochs: int = 1
-    verdict_learning_rate: float = 1e-3
+    verdict_learning_rate: float = 5e-4
 
 
 def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
@@ -111,16 +106,6 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
     see, think, answer = parts
     judgement = judge_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
     return judgement is not None and not judgement.aligned
-
-
-def language_items(scorer: Scorer, raps: Sequence[Rap]) -> list[TrainingItem]:
-    """Trees reference -> true rationale and answer."""
-    items = []
-    for sample, see, think, answer in raps:
-        text = f"First: {format_response(see, think, answer, 'tagged')}\n"
-        segments = (Segment(scorer.encode(sample_reference(sample))), Segment(scorer.encode(text), 0))
-        items.append(TrainingItem(Tree(segments, key=sample.id)))
-    return items
 
 
 def claim_items(scorer: Scorer, raps: Sequence[Rap], rng: random.Random) -> list[TrainingItem]:
@@ -199,21 +184,11 @@ def main(
     rng = random.Random(f"scorer/{recipe.seed}")
     easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
     raps = world_raps(recipe.samples, recipe.seed) + easy
-    words = [text for sample, see, think, answer in raps for text in (sample_reference(sample), *see, *think, answer)]
-    tokenizer = train_tokenizer([*words, "First:\nSecond:\nBetter: first tie second none\n"], recipe.vocabulary_size)
-    new_text_model(output, tokenizer, hidden_size=recipe.hidden_size, num_layers=recipe.num_layers, seed=recipe.seed)
+    decoder_as_text_model(load_lvlm("embedded"), output)
     scorer = load_scorer(output)
     scorer.requires_grad_(True)
     held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
     with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
-        train(
-            scorer.text_model,
-            language_items(scorer, raps),
-            loss=rationale_loss,
-            denominator=response_tokens,
-            settings=settings(recipe.language_epochs, recipe.language_learning_rate, 64, recipe.seed),
-            on_step=log,
-        )
         train(
             scorer.text_model,
             claim_items(scorer, raps, rng),

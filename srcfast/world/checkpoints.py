@@ -11,11 +11,13 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+
+from srcfast.models import LVLM, TextModel
+from srcfast.models.text_model import load_tokenizer, save_text_model
 
 IMAGE_SIZE = 72  # pixels a side: the world's 3 x 3 places of 24 pixels each
 PATCH_SIZE = 12  # pixels: 2 x 2 patches a place, so 36 image tokens
@@ -105,17 +107,12 @@ def new_lvlm(
     CLIPImageProcessorPil(size=size, crop_size=size, resample=3).save_pretrained(directory)
 
 
-def new_text_model(
-    directory: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    hidden_size: int,
-    num_layers: int,
-    seed: int,
-) -> None:
-    """Write a randomly initialised `LlamaForCausalLM` with its tokenizer to `directory`."""
-    torch.manual_seed(seed)
-    LlamaForCausalLM(decoder_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers)).save_pretrained(
-        directory
-    )
+def decoder_as_text_model(model: LVLM, directory: Path) -> None:
+    """Write an LVLM's decoder and tokenizer as a `LlamaForCausalLM` directory of its own."""
+    config = model.vision.config.text_config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    tokenizer = load_tokenizer(model.path)
+    tokenizer.chat_template = None  # the R-Scorer's prompts are plain text
     tokenizer.save_pretrained(directory)
+    save_text_model(TextModel(model.decoder, tokenizer, directory), directory)

@@ -64,7 +64,9 @@ def test_the_images_change_the_logits(tmp_path: Path) -> None:
     assert float((one - other).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("size", [(24, 24), (25, 24), (301, 7), (7, 301), (1, 1), (48, 47), (200, 199), (33, 70), (500, 3)])
+@pytest.mark.parametrize(
+    "size", [(24, 24), (25, 24), (301, 7), (7, 301), (1, 1), (48, 47), (200, 199), (33, 70), (500, 3)]
+)
 @pytest.mark.parametrize("shape", ["LLaVA-NeXT", "LLaVA-NeXT, SigLIP"])
 def test_the_placeholders_are_as_many_as_the_embeddings(
     shape: str, size: tuple[int, int], tmp_path_factory: pytest.TempPathFactory, loaded: dict[str, Any]

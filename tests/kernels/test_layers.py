@@ -1,0 +1,124 @@
+"""The decoder's small operations against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from srcfast_kernels import lora_linear, rms_norm, rope, swiglu
+from srcfast_kernels.layers import lora_linear_reference, rms_norm_reference, rope_reference, swiglu_reference
+
+SHAPES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
+    "rms_norm": (rms_norm, rms_norm_reference, [(5, 3, 7), (7,)]),
+    "swiglu": (swiglu, swiglu_reference, [(5, 11), (5, 11)]),
+    "lora_linear": (
+        lambda x, w, b, down, up: lora_linear(x, w, b, down, up, 1.7),
+        lambda x, w, b, down, up: lora_linear_reference(x, w, b, down, up, 1.7),
+        [(5, 7), (3, 7), (3,), (2, 7), (3, 2)],
+    ),
+    "lora_linear without bias": (
+        lambda x, w, down, up: lora_linear(x, w, None, down, up, 0.3),
+        lambda x, w, down, up: lora_linear_reference(x, w, None, down, up, 0.3),
+        [(1, 7), (3, 7), (1, 7), (3, 1)],
+    ),
+}
+
+
+def tensors(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_values_equal_the_definition_and_gradients_finite_differences(name: str) -> None:
+    function, reference, shapes = SHAPES[name]
+    inputs = tensors(shapes, len(name))
+    torch.testing.assert_close(function(*inputs), reference(*inputs), rtol=1e-12, atol=1e-12)  # fp64
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_rows_are_no_rows(name: str) -> None:
+    function, _, shapes = SHAPES[name]
+    inputs = tensors(shapes)
+    rows = 2 if name == "swiglu" else 1
+    out = function(*[x[:0] for x in inputs[:rows]], *inputs[rows:])
+    assert out.shape[0] == 0
+    out.sum().backward()
+
+
+def angles(rows: int, size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    values = torch.rand(rows, size // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 99
+    values = torch.cat((values, values), dim=-1)
+    return values.cos(), values.sin()
+
+
+def test_rope_is_a_rotation() -> None:
+    (x,) = tensors([(5, 3, 8)])
+    cos, sin = angles(5, 8)
+    turned = rope(x, cos, sin)
+    torch.testing.assert_close(turned, rope_reference(x, cos, sin), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rope(turned, cos, -sin), x)
+    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), (x,))
+
+
+def test_rope_makes_scores_depend_on_distance_alone() -> None:
+    (x,) = tensors([(2, 1, 6)])
+    frequencies = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
+    scores = []
+    for shift in (0, 17):
+        turns = (torch.tensor([3.0 + shift, 8.0 + shift], dtype=torch.float64)[:, None] * frequencies).repeat(1, 2)
+        q, k = rope(x, turns.cos(), turns.sin())[:, 0]
+        scores.append(q @ k)
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_sections_take_their_own_axis_as_transformers_does() -> None:
+    qwen = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    if not hasattr(qwen, "apply_multimodal_rotary_pos_emb"):
+        pytest.skip("this transformers has no apply_multimodal_rotary_pos_emb")
+    q, k = tensors([(5, 3, 12), (5, 2, 12)])
+    sets = [angles(5, 12, seed) for seed in range(3)]
+    cos, sin = (torch.stack([one[i] for one in sets]) for i in (0, 1))  # [3, T, d]
+    theirs = qwen.apply_multimodal_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[:, None], sin[:, None], [1, 2, 3]
+    )
+    for x, expected in zip((q, k), theirs, strict=True):
+        torch.testing.assert_close(rope(x, cos, sin, (1, 2, 3)), expected[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_equal_axes_are_ordinary_rope() -> None:
+    (x,) = tensors([(4, 2, 8)])
+    cos, sin = angles(4, 8)
+    both = rope(x, cos.expand(3, -1, -1), sin.expand(3, -1, -1), (1, 1, 2)), rope(x, cos, sin)
+    assert torch.equal(both[0], both[1])
+
+
+def test_swiglu_keeps_its_inputs() -> None:
+    gate, up = tensors([(3, 4), (3, 4)])
+    before = gate.detach().clone(), up.detach().clone()
+    swiglu(gate, up).sum().backward()
+    assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight, bias, down, up = tensors([(5, 7), (3, 7), (3,), (2, 7), (3, 2)])
+    weight.requires_grad_(False), bias.requires_grad_(False)
+    lora_linear(x, weight, bias, down, up, 1.0).sum().backward()
+    assert weight.grad is None and bias.grad is None
+    assert all(part.grad is not None for part in (x, down, up))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_bf16_is_close_to_fp64(name: str) -> None:
+    function, reference, shapes = SHAPES[name]
+    inputs = [x.detach().bfloat16() for x in tensors(shapes)]
+    exact = reference(*[x.double() for x in inputs])
+    out = function(*inputs)
+    assert out.dtype == torch.bfloat16
+    # bf16 has 8 bits: a rounding is 2^-9 relative; a handful of them over sums of 7 terms.
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
