@@ -46,6 +46,13 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
+def image_suffix(data: bytes, name: str | Path) -> str:
+    """The file ending of image bytes that decode, such as ".png". Raises InputError as `load_image` does."""
+    with _opened(data, name) as image:
+        image.load()
+        return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}.get(image.format or "", f".{image.format}".lower())
+
+
 def resolve(root: Path, name: str) -> Path:
     """The file `name` below `root`. Raises InputError where it is missing or lies outside."""
     base = Path(root).resolve()

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from srcfast.errors import InputError
 
 COMPLETE = "COMPLETE"  # marker of a finished directory of shards, written last
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+def is_unicode(text: str, value: Any) -> bool:
+    """Whether a value read from this JSON text can be written as UTF-8: no half of a surrogate pair, escaped or not."""
+    try:
+        text.encode("utf-8")
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -24,39 +47,51 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Like `read_jsonl`, but a malformed line is yielded as its InputError, so that the reader can go on."""
     try:
-        file = open(path, encoding="utf-8", errors="surrogateescape")
+        file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except OSError as error:
         raise InputError(file=path, expected="a readable file", found=error.strerror or error) from error
     with file:
         for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                text.encode("utf-8")
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield (
-                    line,
-                    InputError(
-                        file=path, line=line, expected="one JSON object in UTF-8", found=f"{text.strip()!r} ({error})"
-                    ),
-                )
-                continue
-            if not isinstance(row, dict):
-                row = InputError(file=path, line=line, expected="one JSON object", found=repr(row))
-            yield line, row
+            text = text.strip()
+            if text:
+                yield line, _parse_line(path, line, text)
+
+
+def _parse_line(path: str | Path, line: int, text: str) -> dict[str, Any] | InputError:
+    problem: object = "not UTF-8"
+    try:
+        row = DECODER.decode(text)
+        if is_unicode(text, row):
+            if isinstance(row, dict):
+                return row
+            problem = f"{type(row).__name__} instead of an object"
+    except (ValueError, RecursionError) as error:
+        problem = error
+    found = f"{problem}: {text[:200]!r}"
+    return InputError(file=path, line=line, field="record", expected="one JSON object in UTF-8", found=found)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when all is written; nothing changes, and nothing stays, if writing fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Replace `path` atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -66,9 +101,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Replace `path` atomically by one object a line; returns how many."""
-    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
-    write_text(path, "".join(lines))
-    return len(lines)
+    count = 0
+    with replacing(path) as file:
+        for row in rows:
+            count += 1
+            file.write(json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n")
+    return count
 
 
 def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_size: int = 1000) -> int:
@@ -105,6 +143,26 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
         raise InputError(
             file=directory, expected=f"a finished stage ({COMPLETE} marker)", found="none", mend="run the stage before"
         )
-    for path in sorted(directory.glob("[0-9]*.jsonl")):
+    try:
+        marker = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
+        shards, rows = int(marker["shards"]), int(marker["rows"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            file=directory / COMPLETE,
+            expected='{"rows": n, "shards": k}',
+            found=repr(error),
+            mend="run the stage again",
+        ) from error
+    count = 0
+    for shard in range(shards):
+        path = directory / f"{shard:05d}.jsonl"
         for line, row in read_jsonl(path):
+            count += 1
             yield path, line, row
+    if count != rows:
+        raise InputError(
+            file=directory,
+            expected=f"{rows} rows, as {COMPLETE} says",
+            found=count,
+            mend="remove the directory and run the stage again",
+        )

@@ -18,11 +18,13 @@ from srcfast.errors import InputError
 Format = Literal["tagged", "plain"]
 BARE_ANSWER_WORDS = 5  # a response without marks is an answer if it is this short
 
-_TAGGED = re.compile(
-    r"\s*<see>(?P<see>[^<]*)</see>\s*(?:<think>(?P<think>[^<]*)</think>\s*)?<answer>(?P<answer>[^<]*)</answer>\s*"
+_ANY_TAG = re.compile(r"(</?(?:see|think|answer)>)")
+_TAGS = (
+    ["<see>", "</see>", "<answer>", "</answer>"],
+    ["<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>"],
 )
-_ANSWER_MARK = re.compile(r"\bAnswer:", re.IGNORECASE)
-_ANY_TAG = re.compile(r"</?(?:see|think|answer)>")
+_ANSWER_MARK = re.compile(r"(?:\*\*)?\bAnswer:(?:\*\*)?", re.IGNORECASE)  # models like to print it bold
+_LIST_MARKER = re.compile(r"\(?(?:\d{1,3}|[A-Za-z])[.)]")
 _BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Z](?:\.[A-Z])*)\.$")
 _NUMBER_WORDS = {
@@ -53,16 +55,26 @@ UNPARSED = ParsedResponse((), (), None)
 
 
 def format_response(see: Sequence[str], think: Sequence[str], answer: str, format: Format) -> str:
-    """Write a response. Raises InputError where a part would not be read back (tags in a sentence, an empty answer)."""
-    for part in (*see, *think, answer):
-        if _ANY_TAG.search(part) or not part.strip():
-            raise InputError(field="rationale", expected="non-empty sentences without response tags", found=repr(part))
+    """Write a response. Raises InputError where it would not be read back as what it says.
+
+    Such are: an empty sentence or answer, a response tag within one, in plain format also a second "Answer:" and an
+    answer of several lines.
+    """
     if format == "plain":
-        return " ".join((*see, *think, f"Answer: {answer}"))
-    parts = ["<see>", *see, "</see>"]
-    if think:
-        parts += ["<think>", *think, "</think>"]
-    return " ".join((*parts, "<answer>", answer, "</answer>"))
+        text = " ".join((*see, *think, f"Answer: {answer}"))
+    else:
+        concluded = ("<think>", *think, "</think>") if think else ()
+        text = " ".join(("<see>", *see, "</see>", *concluded, "<answer>", answer, "</answer>"))
+    sentences = (*see, *think)
+    read = parse_response(text)
+    whole = read.rationale.split() == " ".join(sentences).split() and read.answer == answer.strip()
+    if not whole or not all(sentence.strip() for sentence in sentences):
+        raise InputError(
+            field="rationale",
+            expected=f"sentences and an answer that a {format} response can hold: not empty, without tags",
+            found=repr(text),
+        )
+    return text
 
 
 def parse_response(text: str) -> ParsedResponse:
@@ -71,12 +83,13 @@ def parse_response(text: str) -> ParsedResponse:
     A tagged response has each block at most once, in order, the answer last and nothing after it. A plain one has one
     `Answer:` and a single line behind it. A bare one is a single line of at most five words.
     """
-    if _ANY_TAG.search(text):
-        match = _TAGGED.fullmatch(text)
-        if match is None or not match["answer"].strip():
+    between = _ANY_TAG.split(text)  # text, tag, text, tag, ..., text
+    if len(between) > 1:
+        texts, tags = between[::2], between[1::2]
+        if tags not in _TAGS or any(part.strip() for part in texts[::2]) or not texts[-2].strip():
             return UNPARSED
-        think = split_sentences(match["think"] or "")
-        return ParsedResponse(tuple(split_sentences(match["see"])), tuple(think), match["answer"].strip())
+        think = split_sentences(texts[3]) if len(tags) == 6 else []
+        return ParsedResponse(tuple(split_sentences(texts[1])), tuple(think), texts[-2].strip())
     marks = list(_ANSWER_MARK.finditer(text))
     if marks:
         answer = text[marks[0].end() :].strip()
@@ -90,15 +103,20 @@ def parse_response(text: str) -> ParsedResponse:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text; decimals ("3.5") and abbreviations ("e.g.", "Dr.") do not end one."""
+    """Sentences of a text; decimals ("3.5"), abbreviations ("e.g.", "Dr.") and list markers ("2.") do not end one."""
     sentences: list[str] = []
     start = 0
     for boundary in _BOUNDARY.finditer(text):
-        piece = text[start : boundary.start()]
-        if "\n" not in boundary.group() and _ABBREVIATION.search(piece[-16:]):
-            continue
-        if piece.strip():
-            sentences.append(piece.strip())
+        end = boundary.start()
+        if "\n" not in boundary.group():
+            if _ABBREVIATION.search(text[max(start, end - 8) : end]):
+                continue
+            if end - start < 8 and _LIST_MARKER.fullmatch(text[start:end].strip()):
+                continue
+        # What closes a quotation or bracket belongs to the sentence.
+        closed = end + len(boundary.group().rstrip())
+        if text[start:closed].strip():
+            sentences.append(text[start:closed].strip())
         start = boundary.end()
     if text[start:].strip():
         sentences.append(text[start:].strip())
@@ -106,8 +124,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def normalise_answer(text: str) -> str:
-    """Answers are equal if these are: case, final period, articles, number words and "grey" do not matter."""
-    words = text.strip().lower().strip(" .!\"'").split()
+    """Answers are equal if these are: case, final period, articles, number words, "grey" and bold print do not matter."""
+    words = text.strip().lower().strip(" .!*\"'").split()
     words = [_NUMBER_WORDS.get(word, "gray" if word == "grey" else word) for word in words]
     while len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]

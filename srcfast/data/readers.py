@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srcfast.data.images import decode_image, from_base64, load_image
-from srcfast.data.jsonl import read_lines
+from srcfast.data.images import check_image
+from srcfast.data.jsonl import DECODER, is_unicode, read_jsonl, read_lines
 from srcfast.data.records import Fields, Preference, Sample
+from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
 
 IMAGE_MARK = "<image>"
-OPTIONS = "ABCDEFGHIJ"
 
 Record = TypeVar("Record", Sample, Preference)
+Row = tuple[int, dict[str, Any] | InputError]  # 1-based line, and what stands there
+
+
+@dataclass(frozen=True)
+class LogprobRow:
+    """A response whose log-probability is asked for."""
+
+    images: tuple[str, ...]
+    prompt: str
+    response: str
+    image_root: Path
 
 
 def read_samples(
@@ -43,18 +51,19 @@ def read_samples(
     Raises:
         InputError: the file as a whole can't be read, or the format is unknown.
     """
-    if format == "easy_vqa":
+    if format == "jsonl":
+        found = _each(_jsonl_sample, read_lines(path), path, image_root)
+    elif format == "llava":
+        found = _llava_samples(path, image_root)
+    elif format == "vlmeval_tsv":
+        found = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
+    elif format == "easy_vqa":
         from srcfast.data.easy_vqa import read_easy_vqa
 
         return read_easy_vqa(str(path))
-    readers: dict[str, Callable[[], Iterator[Sample | InputError]]] = {
-        "jsonl": lambda: _jsonl_samples(path, image_root),
-        "llava": lambda: _llava_samples(path, image_root),
-        "vlmeval_tsv": lambda: _tsv_samples(path, image_output or Path(path).with_suffix(".images")),
-    }
-    if format not in readers:
-        raise InputError(file=path, field="format", expected=", ".join((*readers, "easy_vqa")), found=format)
-    return _keep_good(readers[format](), path, rejected, check_images, key=lambda sample: sample.id)
+    else:
+        raise InputError(file=path, field="format", expected="jsonl, llava, vlmeval_tsv or easy_vqa", found=format)
+    return _keep_good(_with_unique_ids(found, path), path, rejected, check_images and format != "vlmeval_tsv")
 
 
 def read_preferences(
@@ -65,97 +74,44 @@ def read_preferences(
     rejected: list[dict[str, Any]],
     check_images: bool = True,
 ) -> list[Preference]:
-    """Read preference pairs: `jsonl` (ours) or `trl` (conversational rows, as JSON lines or one JSON list).
+    """Read preference pairs: `jsonl` (ours) or `trl` (conversational rows or strings, as JSON lines or one JSON list).
 
     Raises:
         InputError: the file as a whole can't be read, or the format is unknown.
     """
-    if format not in ("jsonl", "trl"):
+    if format == "jsonl":
+        found = _each(_preference, read_lines(path), path, image_root)
+    elif format == "trl":
+        found = _each(_trl_preference, _json_items(path, "sample_id"), path, image_root)
+    else:
         raise InputError(file=path, field="format", expected="jsonl or trl", found=format)
-
-    def rows() -> Iterator[Preference | InputError]:
-        source = _json_list(path) if format == "trl" else read_lines(path)
-        for line, row in source:
-            try:
-                if isinstance(row, InputError):
-                    raise row
-                ours = trl_to_ours(row, path, line) if format == "trl" else row
-                pair = Preference.from_json(ours, file=path, line=line, image_root=image_root)
-                if pair.chosen == pair.rejected:
-                    raise InputError(
-                        file=path,
-                        line=line,
-                        sample_id=pair.sample_id,
-                        field="rejected",
-                        expected="a response other than the chosen one",
-                        found=repr(pair.rejected),
-                    )
-                yield pair
-            except InputError as error:
-                yield error
-
-    return _keep_good(rows(), path, rejected, check_images, key=None)
+    return _keep_good(found, path, rejected, check_images)
 
 
-def _keep_good(
-    found: Iterable[Record | InputError],
-    path: str | Path,
-    rejected: list[dict[str, Any]],
-    check_images: bool,
-    key: Callable[[Record], str] | None,
-) -> list[Record]:
-    """The good records; ids (by `key`) must differ and images must decode."""
-    good: list[Record] = []
-    seen: set[str] = set()
-    sound: dict[tuple[Path, str], InputError | None] = {}
-    for record in found:
-        if isinstance(record, InputError):
-            rejected.append(record.as_record())
-            continue
-        name = key(record) if key is not None else record.sample_id  # type: ignore[attr-defined]
-        line = record.extra.pop("_line", None)
-        try:
-            if key is not None and name in seen:
-                raise InputError(expected="an id that occurs once", found=name, field="id")
-            for image in record.images if check_images else ():
-                place = (record.image_root, image)
-                if place not in sound:
-                    sound[place] = _problem(*place)
-                if (problem := sound[place]) is not None:
-                    raise problem
-        except InputError as error:
-            found_file = f"{error.found} ({error.file})" if error.file else error.found
-            rejected.append(
-                InputError(
-                    file=path,
-                    line=line,
-                    sample_id=name,
-                    field=error.field,
-                    expected=error.expected,
-                    found=found_file,
-                    mend=error.mend,
-                ).as_record()
-            )
-            continue
-        seen.add(name)
-        good.append(record)
-    return good
-
-
-def _problem(root: Path, image: str) -> InputError | None:
-    try:
-        load_image(root, image)
-    except InputError as error:
-        return error
-    return None
+def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
+    """Read `{images, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
+    rows = []
+    sound: dict[str, InputError | None] = {}
+    for line, row in read_jsonl(path):
+        fields = Fields(row, path, line)
+        images, prompt, response = fields.images(), fields.text("prompt"), fields.text("response")
+        prompt = _without_marks(prompt, len(images), fields, "prompt")
+        for image in images:
+            if (problem := _problem(sound, image_root, image)) is not None:
+                raise _at(problem, path, line, fields.sample_id)
+        rows.append(LogprobRow(images, prompt, response, image_root))
+    return rows
 
 
 def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected: int | float) -> None:
-    """Raises InputError, with the counts by field, if more was set aside than allowed: a count, or a share (float)."""
+    """Raises InputError, with counts by reason, if more was set aside than allowed: a count, or a share (float).
+
+    That every record is bad is never allowed.
+    """
     over = len(rejected) > max_rejected * total if isinstance(max_rejected, float) else len(rejected) > max_rejected
     if over or (rejected and len(rejected) == total):
-        fields = Counter(str(row["field"] or "record") for row in rejected)
-        counts = ", ".join(f"{count} by {field!r}" for field, count in fields.most_common())
+        reasons = Counter(f"{row['field'] or 'record'!r}: expected {row['expected']}" for row in rejected)
+        counts = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
         raise InputError(
             file=rejected[0]["file"],
             expected=f"at most max_rejected = {max_rejected} bad records of {total}",
@@ -164,182 +120,242 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
         )
 
 
+# What all formats share -----------------------------------------------------------------------------------------------
+
+
+def _each(
+    read: Callable[[dict[str, Any], str | Path, int, Path], Record],
+    rows: Iterable[Row],
+    path: str | Path,
+    image_root: Path,
+) -> Iterator[tuple[int, Record | InputError]]:
+    for line, row in rows:
+        try:
+            yield line, row if isinstance(row, InputError) else read(row, path, line, image_root)
+        except InputError as error:
+            yield line, error
+
+
+def _with_unique_ids(
+    found: Iterable[tuple[int, Sample | InputError]], path: str | Path
+) -> Iterator[tuple[int, Sample | InputError]]:
+    first: dict[str, int] = {}
+    for line, sample in found:
+        if not isinstance(sample, InputError) and sample.id in first:
+            yield (
+                line,
+                InputError(
+                    file=path,
+                    line=line,
+                    sample_id=sample.id,
+                    field="id",
+                    expected="an id that occurs once",
+                    found=f"that of line {first[sample.id]}",
+                    mend="give each sample an id of its own",
+                ),
+            )
+            continue
+        if not isinstance(sample, InputError):
+            first[sample.id] = line
+        yield line, sample
+
+
+def _keep_good(
+    found: Iterable[tuple[int, Record | InputError]],
+    path: str | Path,
+    rejected: list[dict[str, Any]],
+    check_images: bool,
+) -> list[Record]:
+    """The good records, each image decoded once; the others' errors go to `rejected`."""
+    good: list[Record] = []
+    sound: dict[str, InputError | None] = {}
+    for line, record in found:
+        if isinstance(record, InputError):
+            rejected.append(record.as_record())
+            continue
+        problems = (_problem(sound, record.image_root, image) for image in record.images if check_images)
+        problem = next((one for one in problems if one is not None), None)
+        if problem is None:
+            good.append(record)
+        else:
+            name = record.id if isinstance(record, Sample) else record.sample_id
+            rejected.append(_at(problem, path, line, name).as_record())
+    return good
+
+
+def _problem(sound: dict[str, InputError | None], root: Path, image: str) -> InputError | None:
+    """What is wrong with an image below `root`, remembered in `sound`."""
+    if image not in sound:
+        sound[image] = None
+        try:
+            check_image(root, image)
+        except InputError as error:
+            sound[image] = error
+    return sound[image]
+
+
+def _at(problem: InputError, path: str | Path, line: int, sample_id: str | None) -> InputError:
+    """An image's error, told of the record that names the image."""
+    return InputError(
+        file=path,
+        line=line,
+        sample_id=sample_id,
+        field="image",
+        expected=problem.expected,
+        found=f"{problem.found} ({problem.file})",
+        mend=problem.mend,
+    )
+
+
+def _without_marks(text: str, num_images: int, fields: Fields, name: str) -> str:
+    """The text without image marks, of which there must be as many as images, or none."""
+    marks = text.count(IMAGE_MARK)
+    if marks not in (0, num_images):
+        raise _count_error(fields, marks, num_images)
+    bare = text.replace(IMAGE_MARK, "").strip() if marks else text
+    if not bare.strip():
+        raise fields.error(name, "text beside the image marks", text)
+    return bare
+
+
+def _count_error(fields: Fields, marks: int, num_images: int) -> InputError:
+    expected = f"{marks} images, as many as are marked in the text"
+    return fields.error("images", expected, num_images, f"give each image one {IMAGE_MARK}")
+
+
+def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
+    """The items of one JSON list, each with the line it begins on, or JSON lines; unnamed ones are called record-N."""
+    for number, (line, row) in enumerate(_json_list_or_lines(path), start=1):
+        yield line, row if isinstance(row, InputError) else {id_key: f"record-{number}"} | row
+
+
+def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
+    at = _skip_space(text, 0)
+    if text[at : at + 1] != "[":
+        yield from read_lines(path)
+        return
+    line, counted = 1, 0
+    at = _skip_space(text, at + 1)
+    while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise InputError(file=path, line=line, expected="a JSON list of records", found=error) from error
+        if not isinstance(row, dict) or not is_unicode(text[at:end], row):
+            found = repr(row) if not isinstance(row, dict) else "half of a surrogate pair"
+            expected = "one JSON object in UTF-8"
+            yield line, InputError(file=path, line=line, field="record", expected=expected, found=found)
+        else:
+            yield line, row
+        at = _skip_space(text, end)
+        if text[at : at + 1] == ",":
+            at = _skip_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            line += text.count("\n", counted, at)
+            found = repr(text[at : at + 20]) if at < len(text) else "the end of the file"
+            raise InputError(file=path, line=line, expected="',' or ']' in a JSON list of records", found=found)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
 # JSON lines -----------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_samples(path: str | Path, image_root: Path) -> Iterator[Sample | InputError]:
-    for line, row in read_lines(path):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            sample = Sample.from_json(row, file=path, line=line, image_root=image_root)
-            yield replace(sample, question=_without_marks(sample, path, line), extra=sample.extra | {"_line": line})
-        except InputError as error:
-            yield error
+def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Sample:
+    sample = Sample.from_json(row, file=path, line=line, image_root=image_root)
+    question = _without_marks(sample.question, len(sample.images), Fields(row, path, line), "question")
+    return replace(sample, question=question)
 
 
-def _without_marks(sample: Sample, path: str | Path, line: int | None) -> str:
-    """The question without image marks, of which there must be as many as images, or none."""
-    marks = sample.question.count(IMAGE_MARK)
-    if marks and marks != len(sample.images):
-        raise InputError(
-            file=path,
-            line=line,
-            sample_id=sample.id,
-            field="images",
-            expected=f"{marks} images, as the question marks",
-            found=len(sample.images),
-            mend=f"make the number of {IMAGE_MARK} and of images the same",
-        )
-    question = sample.question.replace(IMAGE_MARK, "").strip()
-    if not question:
-        raise InputError(
-            file=path, line=line, sample_id=sample.id, field="question", expected="a question", found=sample.question
-        )
-    return question
+def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
+    pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
+    fields = Fields(row, path, line)
+    if pair.chosen == pair.rejected:
+        raise fields.error("rejected", "a response other than the chosen one", pair.rejected, "leave the pair out")
+    return replace(pair, prompt=_without_marks(pair.prompt, len(pair.images), fields, "prompt"))
 
 
 # LLaVA conversations --------------------------------------------------------------------------------------------------
 
 
-def _json_list(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Items of one JSON list (numbered from 1), or of JSON lines."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
-    if not text.lstrip().startswith("["):
-        yield from read_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        raise InputError(file=path, line=line, expected="a JSON list of records", found=error) from error
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            yield number, InputError(file=path, line=number, expected="a JSON object", found=repr(row))
-
-
-def _llava_samples(path: str | Path, image_root: Path) -> Iterator[Sample | InputError]:
+def _llava_samples(path: str | Path, image_root: Path) -> Iterator[tuple[int, Sample | InputError]]:
     """One sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
-    for line, row in _json_list(path):
+    for line, row in _json_items(path, "id"):
         try:
             if isinstance(row, InputError):
                 raise row
-            yield from _conversation(row, path, line, image_root)
+            for sample in _conversation(row, path, line, image_root):
+                yield line, sample
         except InputError as error:
-            yield error
+            yield line, error
 
 
-def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample]:
+def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
     fields = Fields(row, path, line)
-    name = fields.identifier("id", default=f"line-{line}")
-    images = fields.images()
+    name, images = fields.identifier("id"), fields.images()
     turns = fields.take("conversations", "a list of turns")
     expected = "pairs of turns {from: human, value} and {from: gpt, value}"
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise fields.error("conversations", expected, turns)
-    rest = fields.rest()
-    samples = []
-    marks = 0
-    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
-        for turn, speakers in ((asked, ("human", "user")), (answered, ("gpt", "assistant"))):
-            if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
-                raise fields.error("conversations", expected, turn)
-        marks += asked["value"].count(IMAGE_MARK)
-        question, answer = asked["value"].replace(IMAGE_MARK, "").strip(), answered["value"].strip()
-        if not question or not answer:
-            empty = "question" if not question else "answer"
-            raise fields.error("conversations", f"a non-empty {empty} in turn {number}", "", "fill it in")
-        own = f"{name}-{number}" if number else name
-        rationale = rest.get("rationale") if number == 0 else None
-        extra = {key: value for key, value in rest.items() if key not in ("rationale", "facts")}
-        facts = tuple(rest.get("facts") or ()) if number == 0 else ()
-        samples.append(Sample(own, images, question, answer, rationale, facts, extra | {"_line": line}, image_root))
+    for turn, speakers in zip(turns, (("human", "user"), ("gpt", "assistant")) * (len(turns) // 2), strict=True):
+        if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
+            raise fields.error("conversations", expected, turn)
+    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2])
     if marks not in (0, len(images)):
-        raise fields.error("images", f"{marks} images, as the turns mark", len(images), "make the two numbers the same")
+        raise _count_error(fields, marks, len(images))
+    rationale, facts, extra = fields.optional_text("rationale"), fields.sentences("facts"), fields.rest()
+    samples: list[Sample | InputError] = []
+    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        question, answer = asked["value"].replace(IMAGE_MARK, "").strip(), answered["value"].strip()
+        fields.sample_id = f"{name}-{number}" if number else name
+        if question and answer:
+            own = (rationale, facts) if number == 0 else (None, ())
+            samples.append(Sample(fields.sample_id, images, question, answer, *own, dict(extra), image_root))
+        else:
+            empty = "answer" if question else "question"
+            samples.append(fields.error(empty, f"a non-empty {empty} in turn {number}", "", "fill it in"))
     return samples
 
 
-# VLMEvalKit TSV -------------------------------------------------------------------------------------------------------
+# TRL's preferences ----------------------------------------------------------------------------------------------------
 
 
-def _tsv_samples(path: str | Path, image_output: Path) -> Iterator[Sample | InputError]:
-    """Rows of `index, image, question, A.., answer, category, l2-category, split`; images are written to files."""
-    csv.field_size_limit(sys.maxsize)
-    written: dict[str, str] = {}
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            if not {"index", "image", "question", "answer"} <= set(reader.fieldnames or ()):
-                raise InputError(
-                    file=path, line=1, expected="columns index, image, question, answer", found=reader.fieldnames
-                )
-            for row in reader:
-                try:
-                    yield _tsv_row(row, path, reader.line_num, image_output, written)
-                except InputError as error:
-                    yield error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(file=path, expected="a readable TSV in UTF-8", found=error) from error
-
-
-def _tsv_row(row: dict[str, Any], path: str | Path, line: int, image_output: Path, written: dict[str, str]) -> Sample:
-    kept = {key: value for key, value in row.items() if key is not None and value not in (None, "")}
-    fields = Fields(kept, path, line)
-    fields.sample_id = kept.get("index")
-    index = fields.identifier("index")
-    image = fields.text("image").strip()
-    if len(image) <= 64:  # another row's index
-        if image not in written:
-            raise fields.error("image", "base64, or the index of an earlier row", image)
-    else:
-        data = from_base64(image, f"{path}, line {line}")
-        decoded = decode_image(data, f"{path}, line {line}")
-        image_output.mkdir(parents=True, exist_ok=True)
-        name = f"{index.replace('/', '_')}.png"
-        decoded.save(image_output / name)
-        written[index] = name
-        image = index
-    question = fields.text("question")
-    options = {letter: str(kept[letter]) for letter in OPTIONS if letter in kept}
-    if options:
-        question += "\nOptions:\n" + "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    answer = fields.answer("answer")
-    extra = {key: value for key, value in fields.rest().items() if key not in options}
-    if "category" in extra:
-        extra["ability"] = extra["category"]
-    if options:
-        extra["options"] = options
-    return Sample(index, (written[image],), question, answer, None, (), extra | {"_line": line}, image_output)
-
-
-# TRL's conversational preferences -------------------------------------------------------------------------------------
-
-
-def trl_to_ours(row: dict[str, Any], path: str | Path, line: int) -> dict[str, Any]:
-    """A TRL row {images, prompt, chosen, rejected} with message lists or strings as our preference record."""
+def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
+    """A TRL row {images, prompt, chosen, rejected} of message lists or strings."""
     fields = Fields(row, path, line)
-    ours = {"sample_id": f"line-{line}"} | {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
+    num_images = len(Fields(row, path, line).images())
+    ours = dict(row)
     for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        ours[name] = _message_text(fields, name, fields.take(name, "messages or a string"), role)
-    return ours
+        ours[name], marks = _message(fields, name, role)
+        if marks not in ((0, num_images) if name == "prompt" else (0,)):
+            raise _count_error(fields, marks, num_images)
+    return _preference(ours, path, line, image_root)
 
 
-def _message_text(fields: Fields, name: str, value: Any, role: str) -> str:
+def _message(fields: Fields, name: str, role: str) -> tuple[str, int]:
+    """The text of a string or of a single message, and how many images are marked by parts of it."""
+    expected = f"a string, or one message of role {role!r} with text"
+    value = fields.take(name, expected)
     if isinstance(value, str):
-        return value.replace(IMAGE_MARK, "").strip()
-    expected = f"one message of role {role!r} with text"
+        return value, 0
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
         raise fields.error(name, expected, value, "split several turns into rows of one turn")
     content = value[0].get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or any(not isinstance(part, dict) for part in parts):
+    if isinstance(content, str):
+        return content, 0
+    if not isinstance(content, list) or any(not isinstance(part, dict) for part in content):
         raise fields.error(name, expected, value)
-    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
     if any(not isinstance(text, str) for text in texts):
         raise fields.error(name, expected, value)
-    return " ".join(texts).replace(IMAGE_MARK, "").strip()
+    return " ".join(texts), sum(part.get("type") == "image" for part in content)

@@ -229,11 +229,10 @@ class Fields:
         return self.number(name)
 
     def images(self) -> tuple[str, ...]:
-        if "image" in self.left and "images" in self.left:
+        one, several = self.left.pop("image", None), self.left.pop("images", None)
+        if one is not None and several is not None:
             raise self.error("images", "either 'image' or 'images'", "both")
-        value = self.left.pop("image", None)
-        if value is None:
-            value = self.left.pop("images", [])
+        value = one if one is not None else [] if several is None else several
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or any(not isinstance(path, str) or not path for path in value):
             raise self.error("images", "an image path or a list of image paths", value)

@@ -25,6 +25,17 @@ from srcfast_kernels import lora_linear
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# Settings of PEFT's that change what an adapter computes, and the one value of each that is computed here.
+UNDERSTOOD: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": [],
+}
 
 
 @dataclass(frozen=True)
@@ -219,7 +230,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
         raise InputError(
             file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
-    for key, needed in PLAIN.items():
+    for key, needed in UNDERSTOOD.items():
         if (settings.get(key) or needed) != needed:
             raise InputError(file=file, field=key, expected=str(needed), found=settings[key])
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,17 +117,16 @@ def sentence_beam_search(
     searches = [Search(prompt, _generator(seed, prompt.key), [Beam(row=i)]) for i, prompt in enumerate(prompts)]
     images: Mapping[str, Tensor] = features([key for prompt in prompts for key in prompt.images])
     state, hidden = prefill(model, prompts, images)
-    endings = _ending_tokens(model)
+    endings = _ending_tokens(model.tokenizer, model.decoder.head_weight.shape[0])
     tokens_run = sum(len(prompt.token_ids) for prompt in prompts)
     active = searches
     for _ in range(settings.max_sentences):
         parents = [beam for search in active for beam in _parents(search, settings)]
-        rows = torch.tensor([beam.row for beam in parents])
+        rows = torch.tensor([beam.row for beam in parents], device=hidden.device)
         state.select_rows(rows, settings.width)
         uniform = np.stack([s.random.random((settings.width, settings.max_sentence_tokens)) for s in active])
-        children, hidden, steps = _write_sentence(
-            model, state, hidden[rows], torch.from_numpy(uniform).flatten(0, 1), parents, settings, endings
-        )
+        draws = torch.from_numpy(uniform).flatten(0, 1).to(hidden.device)  # [R, max_sentence_tokens]
+        children, hidden, steps = _write_sentence(model, state, hidden[rows], draws, parents, settings, endings)
         tokens_run += steps
         for index, search in enumerate(active):
             own = children[index * settings.width : (index + 1) * settings.width]
@@ -136,7 +136,7 @@ def sentence_beam_search(
             break
         if len(going) < len(active):
             # rows of a sample move up by the samples that left before it
-            state.select_samples(torch.tensor(going))
+            state.select_samples(torch.tensor(going, device=hidden.device))
             hidden = hidden.view(len(active), settings.width, -1)[going].flatten(0, 1)
             for index, i in enumerate(going):
                 for beam in active[i].live:
@@ -150,10 +150,9 @@ def _generator(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
 
 
-def _ending_tokens(model: Any) -> np.ndarray:
+@lru_cache(maxsize=4)
+def _ending_tokens(tokenizer: Any, vocabulary: int) -> np.ndarray:
     """[V] bool: tokens after which a sentence may have ended, so that only then its text is looked at."""
-    tokenizer = model.tokenizer
-    vocabulary = model.decoder.head_weight.shape[0]
     found = np.zeros(vocabulary, dtype=bool)
     for token in range(min(vocabulary, len(tokenizer))):
         found[token] = any(mark in tokenizer.decode([token]) for mark in TERMINATORS)
@@ -177,7 +176,7 @@ def _write_sentence(
     """Continue every row by one sentence: the children, the hidden states [R, D] after their last tokens, tokens run."""
     count = len(parents)
     written: list[list[int]] = [[] for _ in range(count)]
-    logprobs = torch.zeros(count, dtype=hidden.dtype)
+    logprobs = torch.zeros(count, dtype=torch.float64, device=hidden.device)
     ended = np.zeros(count, dtype=bool)
     waiting = np.zeros(count, dtype=bool)
     last_hidden = hidden.clone()
@@ -189,9 +188,9 @@ def _write_sentence(
         tokens = sample_tokens(logits, uniform[:, step], settings.temperature, settings.top_p)
         going = ~ended
         own = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        mask = torch.from_numpy(going)
-        logprobs += own.to(logprobs.dtype) * mask
-        picked = tokens.numpy()
+        mask = torch.from_numpy(going).to(hidden.device)
+        logprobs += own.double() * mask
+        picked = tokens.cpu().numpy()
         for row in np.flatnonzero(going).tolist():
             written[row].append(int(picked[row]))
         hidden = state.step(model, tokens)
@@ -206,11 +205,12 @@ def _write_sentence(
         if ended.all():
             break
     state.lengths = lengths  # an ended row went on only to keep the batch whole; what it wrote there is forgotten
+    summed = logprobs.tolist()
     children = []
     for row, parent in enumerate(parents):
         tokens_so_far = (*parent.tokens, *written[row])
         bigrams = frozenset(zip(tokens_so_far, tokens_so_far[1:], strict=False))
-        children.append(Beam(tokens_so_far, parent.logprob + float(logprobs[row]), row, bigrams))
+        children.append(Beam(tokens_so_far, parent.logprob + summed[row], row, bigrams))
     return children, last_hidden, steps
 
 

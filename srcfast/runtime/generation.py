@@ -163,7 +163,9 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(-1)
-    threshold = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
+    # A draw that rounds to 1 would fall behind the last token that can be drawn.
+    below_one = uniform.to(cumulative.dtype).clamp(max=1.0 - torch.finfo(cumulative.dtype).eps / 2)
+    threshold = below_one[:, None] * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
     return (picked if order is None else order.gather(-1, picked))[:, 0]
 

@@ -6,9 +6,13 @@ import re
 
 _CLOSERS = r"[\"'\u201d\u2019)\]]*"
 # A full stop after a digit may be a decimal point, and after a short word an abbreviation: the next character tells.
-_ENDED = re.compile(rf"(?:[!?\u2026]{_CLOSERS}|(?<![\d.])\.{_CLOSERS}|\.\.\.{_CLOSERS}|\n)\s*$")
-_ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Z](?:\.[A-Z])*)\.\s*$")
-_AFTER_NUMBER = re.compile(r"\d\.(?:\s+|\s*<)\S*$")
+_ENDED = re.compile(
+    rf"(?:[!?\u2026]{_CLOSERS}|(?<![\d.])\.{_CLOSERS}|\d\.(?:{_CLOSERS[:-1]}+)|\.\.\.{_CLOSERS}|\n)\s*$"
+)
+_ABBREVIATED = re.compile(
+    r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Za-z](?:\.[A-Za-z])*)\.\s*$"  # the letters of e.g., U.S.
+)
+_AFTER_NUMBER = re.compile(r"(?:\d|(?<![\w.])[a-z])\.(?:\s+|\s*<)\S*$")  # or a lone letter: "It is b. Then"
 
 TERMINATORS = ".!?\u2026\n"
 

@@ -77,18 +77,16 @@ def test_rope_makes_scores_depend_on_distance_alone() -> None:
     torch.testing.assert_close(scores[0], scores[1])
 
 
-def test_sections_take_their_own_axis_as_transformers_does() -> None:
-    qwen = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
-    if not hasattr(qwen, "apply_multimodal_rotary_pos_emb"):
-        pytest.skip("this transformers has no apply_multimodal_rotary_pos_emb")
-    q, k = tensors([(5, 3, 12), (5, 2, 12)])
+def test_each_frequency_turns_by_its_own_section_s_axis() -> None:
+    """Qwen2-VL's multimodal RoPE: of six frequencies one turns by time, two by height, three by width."""
+    (x,) = tensors([(5, 3, 12)])
     sets = [angles(5, 12, seed) for seed in range(3)]
-    cos, sin = (torch.stack([one[i] for one in sets]) for i in (0, 1))  # [3, T, d]
-    theirs = qwen.apply_multimodal_rotary_pos_emb(
-        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[:, None], sin[:, None], [1, 2, 3]
-    )
-    for x, expected in zip((q, k), theirs, strict=True):
-        torch.testing.assert_close(rope(x, cos, sin, (1, 2, 3)), expected[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+    turned = rope(x, *(torch.stack([one[i] for one in sets]) for i in (0, 1)), (1, 2, 3))
+    for frequency, axis in enumerate([0, 1, 1, 2, 2, 2]):
+        cos, sin = (part[:, None, frequency] for part in sets[axis])  # [T, 1]
+        first, second = x[..., frequency], x[..., frequency + 6]
+        torch.testing.assert_close(turned[..., frequency], first * cos - second * sin, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(turned[..., frequency + 6], second * cos + first * sin, rtol=1e-12, atol=1e-12)
 
 
 def test_equal_axes_are_ordinary_rope() -> None:

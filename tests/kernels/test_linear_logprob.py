@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srcfast_kernels import linear_logprob
-from srcfast_kernels import linear_logprob as exported
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -39,8 +39,6 @@ def options(head: str, bias: Tensor) -> dict[str, Any]:
 
 @pytest.fixture(params=[1 << 22, 40], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setattr(sys.modules["srcfast_kernels.linear_logprob"], "CHUNK_ELEMENTS", request.param)
 
 
@@ -54,7 +52,7 @@ def test_gradients_equal_finite_differences(head: str, trained: str, chunk: None
     own = options(head, bias)
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return exported(hidden, weight, targets, **{**own, **({"bias": bias} if "bias" in own else {})})
+        return linear_logprob(hidden, weight, targets, **{**own, **({"bias": bias} if "bias" in own else {})})
 
     assert torch.autograd.gradcheck(call, (hidden, weight, bias))
 
@@ -108,11 +106,11 @@ def test_ignored_rows_count_for_nothing_whatever_they_hold() -> None:
     assert torch.equal(other[~ignored & (targets != 3)], logps[~ignored & (targets != 3)])
 
 
-def test_a_certain_token_is_never_above_zero_nor_its_gradient_noise() -> None:
+def test_a_certain_token_is_never_above_zero_and_large_logits_stay_finite() -> None:
     hidden = torch.full((3, 1), 50.0, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.999]])
     logps = linear_logprob(hidden, weight, torch.tensor([0, 1, 2]))
-    assert bool((logps <= 0).all()) and logps[1].item() == pytest.approx(-100.05, abs=0.05)
+    assert bool((logps <= 0).all()) and logps[1].item() == pytest.approx(-100.6684, abs=1e-3)
     large = linear_logprob(torch.full((2, 1), 3e4), weight, torch.tensor([0, 1]))
     assert large[0].item() == 0.0 and bool(torch.isfinite(large).all())
 

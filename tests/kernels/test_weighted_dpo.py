@@ -36,9 +36,7 @@ def by_hand(values: list[Tensor], loss_type: str, smoothing: float) -> float:
     return total / sum(values[4].tolist())
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
-)
+@pytest.mark.parametrize(("loss_type", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)])
 def test_the_loss_is_its_formula_and_its_gradient_that_of_the_formula(loss_type: str, smoothing: float) -> None:
     values = pairs(7)
     for value in values[:2]:
@@ -124,9 +122,13 @@ def test_an_unknown_loss_and_smoothing_of_another_loss_are_refused() -> None:
 def test_from_hidden_states_it_equals_the_reference(trained_head: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     rows, size, vocabulary, count = 29, 6, 19, 3
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, size), (vocabulary, size))]
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, size), (vocabulary, size))
+    ]
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    sequence_ids = torch.cat([torch.arange(2 * count), torch.randint(2 * count, (rows - 2 * count,), generator=generator)])
+    sequence_ids = torch.cat(
+        [torch.arange(2 * count), torch.randint(2 * count, (rows - 2 * count,), generator=generator)]
+    )
     ref_chosen, ref_rejected, confidence = pairs(count)[2:]
     results = []
     for function in (linear_weighted_dpo, linear_weighted_dpo_reference):

@@ -15,7 +15,6 @@ from small_checkpoints import (
     random_image,
     random_tokens,
     text_config,
-    text_logits,
     tokenizer,
     write_lvlm,
     write_text_model,
@@ -41,17 +40,9 @@ def test_far_positions_keep_their_angle_in_any_dtype(dtype: torch.dtype, tmp_pat
             decoder.rotary(positions, dtype), exact.rotary(positions, torch.float32), strict=True
         ):
             # cos and sin themselves are rounded: half a unit of bf16; fp32 angles of 4,095 carry 2.4e-4
-            torch.testing.assert_close(found.float(), expected, rtol=0.0, atol=5e-3 if dtype == torch.bfloat16 else 5e-4)
-
-
-def test_bf16_logits_stay_near_fp32_far_into_a_sequence(tmp_path: Path) -> None:
-    write_text_model(tmp_path, text_config())
-    tokens = [random_tokens(np.random.default_rng(3), 401)]
-    narrow, wide = (text_logits(load_text_model(tmp_path, dtype=d), tokens)[0] for d in (torch.bfloat16, torch.float32))
-    # bf16 keeps 8 bits: some per cent after two layers, of which the last positions must not have more than the first
-    errors = (narrow.float() - wide).norm(dim=1) / wide.norm(dim=1)
-    assert float(errors.median()) < 0.05
-    assert float(errors[-100:].median()) < 2.0 * float(errors[:100].median())
+            torch.testing.assert_close(
+                found.float(), expected, rtol=0.0, atol=5e-3 if dtype == torch.bfloat16 else 5e-4
+            )
 
 
 def test_the_adapter_of_a_loaded_model_drops_nothing_out(tmp_path: Path) -> None:

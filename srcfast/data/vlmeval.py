@@ -1,0 +1,203 @@
+"""VLMEvalKit's tables: tab-separated, images in base64 within them, read into samples and written from them."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srcfast.data.images import from_base64, image_suffix, resolve
+from srcfast.data.jsonl import replacing
+from srcfast.data.records import Fields, Sample
+from srcfast.errors import InputError
+
+REFERENCE_CHARACTERS = 64  # an image cell no longer than this is the index of the row that holds the image
+OPTION_LETTERS = string.ascii_uppercase
+QUESTION_KEY = "vlmeval_question"  # the question as it stood in the table, before the options were written into it
+_COLUMNS = ("index", "image", "question", "answer")
+
+
+def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int, Sample | InputError]]:
+    """Yield (line, sample or what is wrong with it); images are written into `image_output`, each once.
+
+    Columns: index, image, question, answer; optional: hint, A, B, ..., category, l2-category, split, rationale.
+    Options are written into the question as VLMEvalKit's multiple-choice prompt has them.
+
+    Raises:
+        InputError: the file can't be read, or a column is missing.
+    """
+    images: dict[str, list[str] | InputError] = {}
+    for line, row in _rows(path):  # first all images: a row may name the image of a later one
+        cell = "" if isinstance(row, InputError) else row["image"].strip()
+        if not isinstance(row, InputError) and len(cell) > REFERENCE_CHARACTERS and row["index"] not in images:
+            images[row["index"]] = _write_images(cell, row["index"], f"{path}, line {line}", image_output)
+    for line, row in _rows(path):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            yield line, _sample(row, path, line, images, image_output)
+        except InputError as error:
+            yield line, error
+
+
+def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]:
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            header = next(reader, [])
+            if not set(_COLUMNS) <= set(header) or len(set(header)) < len(header):
+                expected = f"columns {', '.join(_COLUMNS)}, each once"
+                raise InputError(file=path, line=1, field="header", expected=expected, found=", ".join(header)[:200])
+            while True:
+                line = reader.line_num + 1
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:
+                    yield line, InputError(file=path, line=line, field="record", expected="a table row", found=error)
+                    continue
+                if cells is None:
+                    return
+                if cells:
+                    yield line, _row(header, cells, path, line)
+    except (OSError, csv.Error) as error:
+        raise InputError(file=path, expected="a readable table", found=error) from error
+
+
+def _row(header: Sequence[str], cells: Sequence[str], path: str | Path, line: int) -> dict[str, str] | InputError:
+    if len(cells) != len(header):
+        expected, found = f"{len(header)} cells, as the header has", str(len(cells))
+        return InputError(file=path, line=line, sample_id=cells[0], field="record", expected=expected, found=found)
+    row = dict(zip(header, cells, strict=True))
+    for name, cell in row.items():
+        if not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell):
+            return InputError(file=path, line=line, field=name, expected="text in UTF-8", found=ascii(cell[:100]))
+    return row
+
+
+def _write_images(cell: str, index: str, place: str, image_output: Path) -> list[str] | InputError:
+    """The names of a cell's images: one in base64, or several as a list literal of such."""
+    codes = re.findall(r"[^\s'\",\[\]]+", cell) if cell.startswith("[") else [cell]
+    names = []
+    try:
+        for number, code in enumerate(codes):
+            data = from_base64(code, place)
+            stem = re.sub(r"[^\w.-]", "_", index, flags=re.ASCII)[:100].lstrip(".")
+            if stem != index:  # two indexes must not share a name
+                stem += "-" + hashlib.sha256(index.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            name = f"{stem}{f'-{number}' if number else ''}{image_suffix(data, place)}"
+            with replacing(image_output / name) as file:
+                file.write(data)
+            names.append(name)
+    except InputError as error:
+        return error
+    return names
+
+
+def _sample(
+    row: dict[str, str],
+    path: str | Path,
+    line: int,
+    images: Mapping[str, list[str] | InputError],
+    image_output: Path,
+) -> Sample:
+    fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
+    fields.sample_id = row["index"] or None
+    index, cell = fields.identifier("index"), fields.text("image").strip()
+    named = images.get(index if len(cell) > REFERENCE_CHARACTERS else cell)
+    if named is None:
+        raise fields.error("image", "base64, or the index of a row that has it", cell)
+    if isinstance(named, InputError):
+        raise fields.error("image", named.expected, named.found, named.mend)
+    question, answer, rationale = fields.text("question"), fields.answer("answer"), fields.optional_text("rationale")
+    extra = fields.rest()
+    options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}
+    if "category" in extra:
+        extra.setdefault("ability", extra["category"])
+    if options:
+        extra |= {"options": options, QUESTION_KEY: question}
+    full = _with_options(question, extra.get("hint"), options)
+    return Sample(index, tuple(named), full, answer, rationale, (), extra, image_output)
+
+
+def _with_options(question: str, hint: str | None, options: Mapping[str, str]) -> str:
+    """The prompt of VLMEvalKit's ImageMCQDataset.build_prompt; without options, the question alone."""
+    if not options:
+        return question
+    lines = [] if hint is None else [f"Hint: {hint}"]
+    lines += [f"Question: {question}", "Options:", *(f"{letter}. {text}" for letter, text in options.items())]
+    return "\n".join((*lines, "Please select the correct answer from the options above."))
+
+
+def write_vlmeval_tsv(path: str | Path, samples: Sequence[Sample], lost: Counter[str]) -> int:
+    """Write samples with their images in base64, an image that occurs again as the index of its first row.
+
+    `lost` counts, by name, the fields that a table can't carry: nested ones, and `facts`. Returns the rows written.
+
+    Raises:
+        InputError: an image can't be read, or an extra field bears the name of a column.
+    """
+    extra_columns = {name: None for sample in samples for name in _cells(sample, Counter())}
+    return write_table(path, (*_COLUMNS, *extra_columns), _table_rows(samples, lost))
+
+
+def _table_rows(samples: Iterable[Sample], lost: Counter[str]) -> Iterator[dict[str, str]]:
+    first: dict[tuple[Path, tuple[str, ...]], str] = {}
+    for sample in samples:
+        if not sample.images:
+            raise InputError(
+                sample_id=sample.id, field="images", expected="an image, as each row has one", found="none"
+            )
+        place = (sample.image_root, sample.images)
+        image = first.setdefault(place, sample.id)
+        if image == sample.id or len(image) > REFERENCE_CHARACTERS:
+            codes = [base64.b64encode(resolve(place[0], name).read_bytes()).decode("ascii") for name in sample.images]
+            image = codes[0] if len(codes) == 1 else str(codes)
+        question = sample.extra.get(QUESTION_KEY, sample.question)
+        yield {
+            "index": sample.id,
+            "image": image,
+            "question": question,
+            "answer": sample.answer,
+            **_cells(sample, lost),
+        }
+
+
+def _cells(sample: Sample, lost: Counter[str]) -> dict[str, str]:
+    """What a sample holds beside the four columns that every table has."""
+    cells: dict[str, str] = {} if sample.rationale is None else {"rationale": sample.rationale}
+    lost.update(["facts"] if sample.facts else [])
+    for name, value in sample.extra.items():
+        if name == "options" and QUESTION_KEY in sample.extra:
+            cells |= value
+        elif name == QUESTION_KEY or (name == "ability" and value == sample.extra.get("category")):
+            continue
+        elif name in _COLUMNS:
+            raise InputError(sample_id=sample.id, field=name, expected="no extra field of a column's name", found=value)
+        elif isinstance(value, str | int | float):
+            cells["category" if name == "ability" and "category" not in sample.extra else name] = str(value)
+        else:
+            lost[name] += 1
+    return cells
+
+
+def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Replace `path` atomically by a tab-separated table; returns how many rows it has."""
+    count = 0
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, columns, restval="", delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            count += 1
+        text.detach()  # flushes, and leaves the file to be synchronised
+    return count

@@ -1,0 +1,143 @@
+"""What is written as a response is read back; whatever else a model writes is read in linear time or left unparsed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srcfast.data.rationale_format import (
+    UNPARSED,
+    ParsedResponse,
+    format_response,
+    normalise_answer,
+    parse_response,
+    split_sentences,
+)
+from srcfast.errors import InputError
+
+WORD = st.one_of(
+    st.text("abcdefghijklmnopqrstuvwxyz", min_size=2, max_size=9).filter(
+        lambda word: word not in ("dr", "mr", "mrs", "ms", "prof", "st", "vs", "etc", "approx", "fig", "no", "cf")
+    ),
+    st.sampled_from(["3.5", "e.g. this", "Dr. Who", "<", "x<y", "(so)", '"red"', "U.S. ball", "1,000"]),
+)
+SENTENCE = st.builds(
+    lambda words, last, end: " ".join((*words, last)) + end,
+    st.lists(WORD, max_size=6),
+    st.text("abcdefghijklmnopqrstuvwxyz", min_size=8, max_size=9),
+    st.sampled_from([".", "?", "!", '."', "...", ".)"]),
+)
+SENTENCES = st.lists(SENTENCE, max_size=4)
+ANSWER = st.lists(WORD, min_size=1, max_size=3).map(" ".join)
+PIECE = st.sampled_from(
+    ["<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>", "Answer:", "a. ", "e.g. ", "\n", " ", "1. ", ".", '"', "<", "x"]
+)
+
+
+@given(SENTENCES, SENTENCES, ANSWER)
+def test_tagged_responses_read_back(see: list[str], think: list[str], answer: str) -> None:
+    parsed = parse_response(format_response(see, think, answer, "tagged"))
+    assert parsed == ParsedResponse(tuple(see), tuple(think), answer)
+    assert parsed.has_rationale == bool(see or think)
+
+
+@given(SENTENCES, SENTENCES, ANSWER)
+def test_plain_responses_read_back(see: list[str], think: list[str], answer: str) -> None:
+    parsed = parse_response(format_response(see, think, answer, "plain"))
+    assert parsed == ParsedResponse((), (*see, *think), answer)
+    assert parsed.rationale == " ".join((*see, *think))
+
+
+@settings(max_examples=300)
+@given(st.one_of(st.text(), st.lists(PIECE, max_size=30).map("".join)))
+def test_any_text_is_read_or_left_unparsed(text: str) -> None:
+    parsed = parse_response(text)
+    assert parsed.answer is None or parsed.answer.strip() == parsed.answer != ""
+    assert parsed.answer is not None or parsed == UNPARSED
+    kept = "".join((*parsed.perception, *parsed.reasoning, parsed.answer or ""))
+    assert len(kept) <= len(text)
+
+
+@given(SENTENCES, SENTENCES, st.text(max_size=12), st.sampled_from(["tagged", "plain"]))
+def test_what_would_not_read_back_is_refused(see: list[str], think: list[str], answer: str, form: str) -> None:
+    try:
+        text = format_response(see, think, answer, form)
+    except InputError:
+        return
+    assert parse_response(text).answer == answer.strip() != ""
+
+
+@pytest.mark.parametrize("unit", ["<see>", "a. ", "A. ", "e.g. ", "1. ", ". ", " ", "\n", '."', "<", "Answer: ", "</answer> "])
+@pytest.mark.parametrize("around", [("", ""), ("<see> ", "</see> <answer> red </answer>"), ("", "Answer: red")])
+def test_a_megabyte_is_read_in_linear_time(unit: str, around: tuple[str, str]) -> None:
+    def seconds(size: int) -> float:
+        text = around[0] + unit * (size // len(unit)) + around[1]
+        start = time.process_time()
+        parse_response(text)
+        return time.process_time() - start
+
+    # Quadratic time would take 100 times as long for 10 times the text; the machine may be busy.
+    small, large = min(seconds(50_000) for _ in range(3)), seconds(500_000)
+    assert large < 40 * small + 0.1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   \n",
+        "one two three four five six",
+        "red\nblue",
+        "It is red. Answer: red\nAnswer: blue",
+        "Answer: red Answer: blue",
+        "Answer:",
+        "Answer: red\nbecause it is",
+        "<see> A. </see> <answer> red </answer> <answer> blue </answer>",
+        "<see> A. </see> <answer> red </answer> and more",
+        "<see> A. </see> and <answer> red </answer>",
+        "<answer> red </answer> <see> A. </see>",
+        "<see> A. <think> B. </think> </see> <answer> red </answer>",
+        "<see> A. </see> <answer>  </answer>",
+        "<see> A. </see> <think> B.",
+    ],
+)
+def test_what_gives_no_single_answer_is_unparsed(text: str) -> None:
+    assert parse_response(text) == UNPARSED
+
+
+def test_bare_short_answers_have_no_rationale() -> None:
+    parsed = parse_response("  two red balls \n")
+    assert parsed.answer == "two red balls" and not parsed.has_rationale
+
+
+def test_a_list_keeps_its_items_whole() -> None:
+    text = "1. There is a ball.\n2. It is red. It shines.\n- The box (see Fig. 2) is 3.5 m wide, e.g. here.\na) so it goes\n\n**Answer:** red"
+    parsed = parse_response(text)
+    assert parsed.answer == "red"
+    assert parsed.reasoning == (
+        "1. There is a ball.",
+        "2. It is red.",
+        "It shines.",
+        "- The box (see Fig. 2) is 3.5 m wide, e.g. here.",
+        "a) so it goes",
+    )
+
+
+@given(st.text())
+def test_splitting_loses_nothing_but_space(text: str) -> None:
+    assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("Two.", "2"), ("the Red ball", "red ball"), ("A grey cube!", "gray cube"), ("**yes**", "Yes"), ("an apple", "apple")],
+)
+def test_answers_that_mean_the_same_are_equal(one: str, other: str) -> None:
+    assert normalise_answer(one) == normalise_answer(other)
+
+
+def test_a_lone_article_is_an_answer() -> None:
+    assert normalise_answer("A") == "a" and normalise_answer("no") != normalise_answer("yes")
