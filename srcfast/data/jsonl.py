@@ -73,7 +73,7 @@ def _parse_line(path: str | Path, line: int, text: str) -> dict[str, Any] | Inpu
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written; nothing changes, and nothing stays, if writing fails."""
+    """A file that takes the place of `path` once all is written; if writing fails, nothing changes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,7 +110,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_size: int = 1000) -> int:
-    """Write `00000.jsonl`, `00001.jsonl`, ... and last the marker that says the directory is whole; returns the rows."""
+    """Write `00000.jsonl`, `00001.jsonl`, ... and last the marker of a whole directory; returns the rows."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / COMPLETE).unlink(missing_ok=True)

@@ -90,12 +90,12 @@ def parse_response(text: str) -> ParsedResponse:
             return UNPARSED
         think = split_sentences(texts[3]) if len(tags) == 6 else []
         return ParsedResponse(tuple(split_sentences(texts[1])), tuple(think), texts[-2].strip())
-    marks = list(_ANSWER_MARK.finditer(text))
-    if marks:
-        answer = text[marks[0].end() :].strip()
-        if len(marks) > 1 or not answer or "\n" in answer:
+    mark = _ANSWER_MARK.search(text)
+    if mark:
+        answer = text[mark.end() :].strip()
+        if not answer or "\n" in answer or _ANSWER_MARK.search(answer):
             return UNPARSED
-        return ParsedResponse((), tuple(split_sentences(text[: marks[0].start()])), answer)
+        return ParsedResponse((), tuple(split_sentences(text[: mark.start()])), answer)
     bare = text.strip()
     if bare and "\n" not in bare and len(bare.split()) <= BARE_ANSWER_WORDS:
         return ParsedResponse((), (), bare)
@@ -103,7 +103,7 @@ def parse_response(text: str) -> ParsedResponse:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text; decimals ("3.5"), abbreviations ("e.g.", "Dr.") and list markers ("2.") do not end one."""
+    """Sentences of a text; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
     sentences: list[str] = []
     start = 0
     for boundary in _BOUNDARY.finditer(text):

@@ -97,7 +97,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Preference:
-    """A chosen and a rejected response with the pair's confidence and, once computed, the reference's log-probabilities."""
+    """A chosen and a rejected response, their confidence and, once computed, the reference's log-probabilities."""
 
     sample_id: str
     images: tuple[str, ...]
@@ -145,7 +145,7 @@ class Preference:
 
 
 class Fields:
-    """Takes typed fields out of one JSON object; what is left over is `rest()`. Errors name file, line, field and sample."""
+    """Takes typed fields out of one JSON object; the others are `rest()`. Errors name file, line, field, sample."""
 
     def __init__(self, row: Mapping[str, Any], file: str | Path, line: int | None) -> None:
         self.file, self.line = file, line

@@ -173,16 +173,19 @@ def _table_rows(samples: Iterable[Sample], lost: Counter[str]) -> Iterator[dict[
 
 def _cells(sample: Sample, lost: Counter[str]) -> dict[str, str]:
     """What a sample holds beside the four columns that every table has."""
-    cells: dict[str, str] = {} if sample.rationale is None else {"rationale": sample.rationale}
+    options = sample.extra.get("options") if QUESTION_KEY in sample.extra else None
+    cells: dict[str, str] = dict(options) if isinstance(options, dict) else {}
+    if sample.rationale is not None:
+        cells["rationale"] = sample.rationale
     lost.update(["facts"] if sample.facts else [])
     for name, value in sample.extra.items():
-        if name == "options" and QUESTION_KEY in sample.extra:
-            cells |= value
-        elif name == QUESTION_KEY or (name == "ability" and value == sample.extra.get("category")):
+        if name in (QUESTION_KEY, "options") and options:
             continue
-        elif name in _COLUMNS:
+        if name == "ability" and value == sample.extra.get("category"):
+            continue
+        if name in _COLUMNS:
             raise InputError(sample_id=sample.id, field=name, expected="no extra field of a column's name", found=value)
-        elif isinstance(value, str | int | float):
+        if isinstance(value, str | int | float):
             cells["category" if name == "ability" and "category" not in sample.extra else name] = str(value)
         else:
             lost[name] += 1

@@ -3,7 +3,7 @@
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
 It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two steps:
-to say after each sentence of a rationale whether it is true, and at the end whether all is well (the oracle knows); then to
+to say, token by token and sentence by sentence, whether what a rationale claims is true; then to
 give verdicts on true rationales against corrupted ones. Verdicts alone, one label for sixty tokens, take far longer to
 teach a model of this size to look things up in the facts.
 """
@@ -62,12 +62,12 @@ class Recipe:
     """Everything that determines the embedded R-Scorer."""
 
     seed: int = 0
-    samples: int = 9_000
+    samples: int = 7_000
     easy_vqa_samples: int = 1_500
     held_out_samples: int = 600
-    claim_epochs: int = 2
-    claim_learning_rate: float = 1e-3
-    verdict_epochs: int = 1
+    claim_epochs: int = 1
+    claim_learning_rate: float = 1.2e-3
+    verdict_samples: int = 4_500
     verdict_learning_rate: float = 5e-4
 
 
@@ -109,9 +109,11 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
 
 
 def claim_items(scorer: Scorer, raps: Sequence[Rap], rng: random.Random) -> list[TrainingItem]:
-    """Trees reference -> {true and corrupted candidates}, with the oracle's word after each sentence and at the end.
+    """Trees reference -> {true and corrupted candidates}, with a word on what was said so far.
 
-    `meta` is (segment [n], offset [n] within it, verdict [n]): 0, the first verdict, for true, and the last for false.
+    After each token of "There is a ..." it is whether some fact begins so; after each other sentence the oracle's word on
+    it; after the answer, whether all is well. `meta` is [3, n]: segment, offset within it, and verdict: 0, the first, for
+    true, and the last for false.
     """
     bad = len(scorer.verdict_values) - 1
     items = []
@@ -120,16 +122,29 @@ def claim_items(scorer: Scorer, raps: Sequence[Rap], rng: random.Random) -> list
         texts = [format_response(*truth, "tagged")]
         texts += [v.text for v in corrupted_variants(sample, truth, 4, rng, VOCABULARY, "tagged", is_faulty)]
         segments = [Segment(scorer.encode(sample_reference(sample)))]
+        known = {
+            tuple(tokens[:n])
+            for fact in sample.facts
+            for tokens in [scorer.encode(fact)]
+            for n in range(len(tokens) + 1)
+        }
         slots: list[tuple[int, int, int]] = []
         for text in texts:
-            parsed = parse_response(text)
-            judgement = judge_sample(sample, parsed)
+            judgement = judge_sample(sample, parse_response(text))
             assert judgement is not None
             shown = f"First: {text}\n"
             tokens, place = scorer.encode(shown), 0
             for sentence, _, verdict in judgement.claims:
                 place = shown.index(sentence, place) + len(sentence)
-                slots.append((len(segments), len(scorer.encode(shown[:place])) - 1, bad if verdict == "false" else 0))
+                end = len(scorer.encode(shown[:place])) - 1
+                if sentence.startswith("There is a"):
+                    own = scorer.encode(sentence)
+                    begin = end + 1 - len(own)
+                    slots += [
+                        (len(segments), begin + n, 0 if tuple(own[: n + 1]) in known else bad)
+                        for n in range(3, len(own) - 1)
+                    ]
+                slots.append((len(segments), end, bad if verdict == "false" else 0))
             slots.append((len(segments), len(tokens) - 1, 0 if judgement.aligned else bad))
             segments.append(Segment(tokens, 0))
         items.append(TrainingItem(Tree(tuple(segments), key=sample.id), np.array(slots).T))
@@ -197,11 +212,12 @@ def main(
             settings=settings(recipe.claim_epochs, recipe.claim_learning_rate, 40, recipe.seed),
             on_step=log,
         )
-        examples = scorer_examples(raps, rng, VOCABULARY, variants=3, is_faulty=is_faulty)
+        some = rng.sample(raps, recipe.verdict_samples)
+        examples = scorer_examples(some, rng, VOCABULARY, variants=3, is_faulty=is_faulty)
         train_scorer(
             scorer,
             examples,
-            settings(recipe.verdict_epochs, recipe.verdict_learning_rate, 64, recipe.seed),
+            settings(1, recipe.verdict_learning_rate, 64, recipe.seed),
             on_step=log,
         )
     save_text_model(scorer.text_model.to(torch.bfloat16), output)

@@ -56,10 +56,10 @@ class Recipe:
     tower_epochs: int = 6
     tower_batch_size: int = 128
     tower_learning_rate: float = 1.5e-3
-    scenes: int = 30_000
-    steps: int = 1_000
+    scenes: int = 34_000
+    steps: int = 1_400
     scenes_per_step: int = 24
-    text_trees_per_step: int = 8
+    text_trees_per_step: int = 6
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
 
@@ -87,10 +87,10 @@ class Writer:
         return Exchange(self.encode(f"{question} ASSISTANT:"), (*self.encode(answer), self.end))
 
     def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
-        """The image, a caption half of the time, three perception questions, six short answers."""
-        pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.5 else []
-        pairs += perception_questions(scene, rng, 3)
-        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=6)]
+        """The image, a caption one time in four, five perception questions, four short answers."""
+        pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
+        pairs += perception_questions(scene, rng, 5)
+        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=4)]
         return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
 
     def text_tree(self, scene: Scene, rng: random.Random) -> tuple[Tree, list[int]]:
@@ -230,6 +230,7 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
 def main(
     output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    tower: Annotated[Path | None, typer.Option(help="take this checkpoint's tower instead of training one")] = None,
 ) -> None:
     """Train the embedded base LVLM and write it with the record of how it was made."""
     torch.set_num_threads(threads)
@@ -251,23 +252,29 @@ def main(
     )
     model = load_lvlm(output)
     model.requires_grad_(True)
-    perception = teach_tower(
-        model.vision.model.vision_tower,
-        pictures=recipe.tower_pictures,
-        epochs=recipe.tower_epochs,
-        batch_size=recipe.tower_batch_size,
-        learning_rate=recipe.tower_learning_rate,
-        seed=recipe.seed,
-        on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
-    )
-    log(f"tower {perception}")
+    if tower is None:
+        perception = teach_tower(
+            model.vision.model.vision_tower,
+            pictures=recipe.tower_pictures,
+            epochs=recipe.tower_epochs,
+            batch_size=recipe.tower_batch_size,
+            learning_rate=recipe.tower_learning_rate,
+            seed=recipe.seed,
+            on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
+        )
+        log(f"tower {perception}")
+    else:
+        trained = load_lvlm(tower).vision.model.vision_tower
+        model.vision.model.vision_tower.load_state_dict(trained.state_dict())
+        perception = json.loads((tower / "TRAINING.json").read_text(encoding="utf-8"))["tower_accuracy"]
     save_lvlm(model, output)  # the tower is kept should the next stage be stopped
     writer = Writer(tokenizer)
     train_language(model, writer, recipe, log)
     save_lvlm(model, output, dtype=torch.bfloat16)
     shipped = load_lvlm(output)
     record = {
-        "command": "python -m srcfast.world.pretrain --output srcfast/world/assets/base",
+        "command": "python -m srcfast.world.pretrain --output srcfast/world/assets/base"
+        + (" --tower TOWER (a checkpoint whose tower an earlier run of this command trained)" if tower else ""),
         "recipe": asdict(recipe),
         "tower_accuracy": perception,
         "short_answer_accuracy": {

@@ -20,7 +20,7 @@ from srcfast.world.programs import (
     relevant,
 )
 from srcfast.world.questions import Question, noun, predicate, with_article
-from srcfast.world.scenes import PLACES, Object, Scene
+from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Object, Scene
 
 
 def true_rationale(scene: Scene, question: Question) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -136,38 +136,32 @@ def describe(scene: Scene) -> str:
 
 def perception_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
     """`n` questions with dense answers that teach a base model to see: what is where, and where is what."""
-    at = {o.place: o for o in scene.objects}
-    pairs = []
-    for _ in range(n):
-        draw = rng.random()
-        if draw < 0.45:
-            place = rng.choice(list(at)) if rng.random() < 0.7 else rng.choice(PLACES)
-            found = at.get(place)
-            pairs.append(
-                (
-                    f"What is at the {place}?",
-                    _listing([found] if found else [], place=False),
-                )
-            )
-        elif draw < 0.7:
-            o = rng.choice(scene.objects)
-            name = noun({"shape": str(o.shape), "color": str(o.color)})
-            pairs.append((f"Where is the {name}?", f"At the {o.place}."))
-        elif draw < 0.95:
-            side = rng.choice(tuple(SIDES))
-            pairs.append(
-                (
-                    f"What is {SIDES[side][2]}?",
-                    _listing(on_side(side, scene.objects), place=True),
-                )
-            )
-        else:
-            pairs.append(("What is the background?", f"The background is {scene.background}."))
-    return pairs
+    return [_perception_question(scene, rng) for _ in range(n)]
 
 
-def _listing(objects: Sequence[Object], place: bool) -> str:
+def _perception_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    draw = rng.random()
+    if draw < 0.6:  # all objects of a description: what every rationale begins with
+        names = rng.choice(
+            (("shape",), ("color",), ("size",), ("shape", "color"), ("size", "shape"), ("size", "color"))
+        )
+        attributes = rng.choice(scene.objects).to_json()
+        of = {name: str(attributes[name]) for name in names}
+        if rng.random() < 0.15:  # perhaps there is none
+            of[names[0]] = rng.choice({"shape": SHAPES, "color": COLORS, "size": SIZES}[names[0]])
+        return f"List the {noun(of, plural=True)}.", _listing([o for o in scene.objects if matches(o, of)], noun(of))
+    if draw < 0.75:
+        side = rng.choice(tuple(SIDES))
+        return f"What is {SIDES[side][2]}?", _listing(on_side(side, scene.objects), "object")
+    if draw < 0.9:
+        place = rng.choice(scene.objects).place if rng.random() < 0.7 else rng.choice(PLACES)
+        return f"What is at the {place}?", _listing([o for o in scene.objects if o.place == place], "object")
+    o = rng.choice(scene.objects)
+    return f"Where is the {noun({'shape': str(o.shape), 'color': str(o.color)})}?", f"At the {o.place}."
+
+
+def _listing(objects: Sequence[Object], name: str) -> str:
+    """The objects in the rationales' words; none: "There is no red circle."."""
     if not objects:
-        return "Nothing."
-    kept = [o if place else Object(o.shape, o.color, o.size) for o in objects]
-    return " ".join(f"{with_article(noun(o)).capitalize()}." for o in kept)
+        return f"There is no {name}."
+    return " ".join(f"There is {with_article(noun(o))}." for o in objects)

@@ -49,7 +49,9 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", LOADERS)
-@pytest.mark.parametrize("name", ["../secret.png", "below/../../secret.png", "link.png", "linked/secret.png", "ABSOLUTE"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "below/../../secret.png", "link.png", "linked/secret.png", "ABSOLUTE"]
+)
 def test_paths_out_of_the_root_are_refused(tmp_path: Path, load, name: str) -> None:
     root = tmp_path / "root"
     (root / "below").mkdir(parents=True)
@@ -88,7 +90,9 @@ def test_truncated_images_are_refused(tmp_path: Path, load, ending: str) -> None
 
 
 @pytest.mark.parametrize("load", LOADERS)
-@pytest.mark.parametrize("data", [b"", b"plain text", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize(
+    "data", [b"", b"plain text", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+)
 def test_what_is_no_image_is_refused(tmp_path: Path, load, data: bytes) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError):

@@ -53,7 +53,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_malformed_lines_are_named_and_the_others_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    bad = [b"{", b"[1]", b"{} {}", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"9" * 5000, b"[" * 99999]
+    bad = [
+        b"{",
+        b"[1]",
+        b"{} {}",
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud800"}',
+        b"9" * 5000,
+        b"[" * 99999,
+    ]
     lines = [b'{"good": 1}'] + [line for one in bad for line in (one, b"", b'{"good": 2}')]
     file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     read = list(read_lines(file))

@@ -25,7 +25,7 @@ from srcfast.world.checkpoints import LVLM_CHAT_TEMPLATE, train_tokenizer
 
 TEXTS = ["USER: What is left of the red square? ASSISTANT: a blue circle. It is 3. There are 2.5 rings! No."]
 IMAGES = {f"image-{number}": (17 + 5 * number, 40 - 6 * number) for number in range(4)}  # width, height
-LIKED = {"</s>": 5.5, ".": 7.0, "3": 3.0, "!": 2.0}  # added to the logits, more or less
+LIKED = {"</s>": 5.0, ".": 6.5, "3": 3.0, "!": 2.0}  # added to the logits, more or less
 
 
 def write_small_lvlm(directory: Path) -> Any:
@@ -64,13 +64,17 @@ def write_small_lvlm(directory: Path) -> Any:
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1.0 + 0.1 * drawn if "norm" in name and name.endswith("weight") else 0.35 * drawn)
         language = model.model.language_model
-        language.embed_tokens.weight[:, 0] = 4.0  # a channel that no layer changes: what the head adds there is a bias
+        # A channel that no layer reads or changes: what the head gives to it is a bias.
+        language.embed_tokens.weight *= 4.0
+        language.embed_tokens.weight[:, 0] = 20.0
         for layer in language.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight *= 3.0
+                norm.weight[0] = 0.0
         model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight *= 1.5
         for word, bias in LIKED.items():
-            model.lm_head.weight[tokenizer.convert_tokens_to_ids(word), 0] = bias / 3.0
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(word), 0] = bias / 2.5
         model.lm_head.weight[[0, 1, 3], 0] = -9.0  # padding, beginning, image: never said
     model.save_pretrained(directory)
     tokenizer.chat_template = LVLM_CHAT_TEMPLATE
