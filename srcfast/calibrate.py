@@ -371,10 +371,7 @@ class Calibration:
 
     def _greedy_aligned(self, model: str, one: EvaluationSet) -> dict[str, bool]:
         """Sample id -> whether the model's greedy answer is right and aligned, from its predictions."""
-        return {
-            row["id"]: row["case"] == "both_right" and row["aligned"]
-            for _, row in read_jsonl(self._predictions(model, one))
-        }
+        return {row["id"]: bool(row["aligned"]) for _, row in read_jsonl(self._predictions(model, one))}
 
     def _predictions(self, model: str, one: EvaluationSet) -> Path:
         return self.directory.path / "predictions" / model / f"{one.name}-{one.split}.jsonl"
