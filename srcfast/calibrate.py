@@ -25,7 +25,7 @@ from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
 from srcfast.runtime.training import num_steps
 from srcfast.stages.candidates import diversity, generate_candidates
 from srcfast.stages.curation import curate
-from srcfast.stages.evaluation import answer_greedily, summarise
+from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom, recovered
 from srcfast.stages.preference import reference_logprobs, train_preference
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, read_teacher
@@ -96,7 +96,7 @@ class Calibration:
                     self.config.evaluation.batch_size,
                     progress,
                 )
-                write_jsonl(self._predictions(model, one), (p.to_json() for p in predictions))
+                write_predictions(self._predictions(model, one), predictions)
                 entries.append(
                     summarise(
                         predictions,
@@ -371,10 +371,10 @@ class Calibration:
 
     def _greedy_aligned(self, model: str, one: EvaluationSet) -> dict[str, bool]:
         """Sample id -> whether the model's greedy answer is right and aligned, from its predictions."""
-        return {row["id"]: bool(row["aligned"]) for _, row in read_jsonl(self._predictions(model, one))}
+        return {row["id"]: bool(row["aligned"]) for _, row in read_jsonl(f"{self._predictions(model, one)}.jsonl")}
 
     def _predictions(self, model: str, one: EvaluationSet) -> Path:
-        return self.directory.path / "predictions" / model / f"{one.name}-{one.split}.jsonl"
+        return self.directory.path / "predictions" / model / f"{one.name}-{one.split}"
 
     def _model_before(self, iteration: int) -> str:
         return f"iteration-{iteration - 1}" if iteration > 1 else "rationale"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srcfast.config import Config, DatasetConfig, load_config
-from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
-from srcfast.data.readers import check_rejected
-from srcfast.data.records import Candidate, Fields, Preference, Sample
+from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
+from srcfast.data.readers import check_rejected, read_logprob_rows
+from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.loading import features_of, load_judge, load_model, policy_hash, read_dataset
 from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
@@ -320,7 +320,7 @@ class TrainingRun:
 
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Greedy answers to every evaluation dataset: `predictions/` and `summary.json` under `output`."""
-    from srcfast.stages.evaluation import answer_greedily, summarise
+    from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
 
     output = need(output, "--output", "a folder for predictions and summary")
     model = load_model(config, adapter)
@@ -334,8 +334,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             predictions = answer_greedily(
                 model, samples, features_of(model, samples), settings.max_new_tokens, settings.batch_size, progress
             )
-        name = f"{dataset.name}-{dataset.split}.jsonl"
-        write_jsonl(output / "predictions" / name, (prediction.to_json() for prediction in predictions))
+        write_predictions(output / "predictions" / f"{dataset.name}-{dataset.split}", predictions)
         entries.append(
             summarise(
                 predictions,
@@ -358,7 +357,10 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
-    rows = _read_logprob_rows(path, source.image_root or path.parent)
+    rows = [
+        Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root)
+        for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
+    ]
     model = load_model(config, adapter)
     encode = PromptEncoder(model)
     items = [(encode(row, row.question, row.id), image_keys(row), model.encode_response(row.answer)) for row in rows]
@@ -371,15 +373,6 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
             on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
         )
     write_jsonl(output, ({"logprob": value, "tokens": tokens} for value, tokens in found))
-
-
-def _read_logprob_rows(path: Path, image_root: Path) -> list[Sample]:
-    rows = []
-    for line, row in read_jsonl(path):
-        fields = Fields(row, path, line)
-        images, prompt, response = fields.images(), fields.text("prompt"), fields.text("response")
-        rows.append(Sample(f"line {line}", images, prompt, response, image_root=image_root))
-    return rows
 
 
 def scorer(config: Config, source: Source, output: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -48,6 +49,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         if format is None:
             raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
     rejected: list[dict[str, Any]] = []
+    lost: Counter[str] = Counter()
     count = run(
         source,
         target,
@@ -55,9 +57,13 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         target_format=formats[1],
         image_root=root or source.parent,
         rejected=rejected,
+        lost=lost,
     )
     set_aside(rejected, count, len(rejected), target.parent)
     print(f"{target}: {count} records, {len(rejected)} rejected")
+    if lost:
+        names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
+        print(f"fields that {formats[1]} can't carry and that were left out: {names}")
 
 
 def estimate(config: Config, memory: str | None, as_json: bool) -> None:

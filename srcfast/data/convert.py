@@ -48,6 +48,10 @@ def convert(
     """
     lost = Counter() if lost is None else lost
     target = Path(target)
+    if target.resolve() == Path(source).resolve():
+        raise InputError(
+            file=target, field="target", expected="another file than the source", found="the source itself"
+        )
     formats = {source_format, target_format}
     if "trl" in formats and formats <= set(PREFERENCE_FORMATS):
         pairs = read_preferences(source, format=source_format, image_root=image_root, rejected=rejected)

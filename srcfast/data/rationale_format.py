@@ -124,7 +124,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def normalise_answer(text: str) -> str:
-    """Answers are equal if these are: case, final period, articles, number words, "grey" and bold print do not matter."""
+    """Answers are equal if these are: case, final period, articles, number words, "grey", bold print do not count."""
     words = text.strip().lower().strip(" .!*\"'").split()
     words = [_NUMBER_WORDS.get(word, "gray" if word == "grey" else word) for word in words]
     while len(words) > 1 and words[0] in ("a", "an", "the"):

@@ -260,6 +260,10 @@ def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
             line += text.count("\n", counted, at)
             found = repr(text[at : at + 20]) if at < len(text) else "the end of the file"
             raise InputError(file=path, line=line, expected="',' or ']' in a JSON list of records", found=found)
+    rest = _skip_space(text, at + 1)
+    if rest < len(text):
+        line = text.count("\n", 0, rest) + 1
+        raise InputError(file=path, line=line, expected="nothing after the list", found=repr(text[rest : rest + 40]))
 
 
 def _skip_space(text: str, at: int) -> int:

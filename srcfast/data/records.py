@@ -203,8 +203,8 @@ class Fields:
             return ()
         if isinstance(value, str):
             value = [value]
-        if not isinstance(value, list) or any(not isinstance(sentence, str) for sentence in value):
-            raise self.error(name, "a list of sentences", value)
+        if not isinstance(value, list) or any(not isinstance(one, str) or not one.strip() for one in value):
+            raise self.error(name, "a list of sentences, none of them empty", value)
         return tuple(value)
 
     def integers(self, name: str) -> tuple[int, ...]:

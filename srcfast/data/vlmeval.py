@@ -197,7 +197,7 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping
     count = 0
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, columns, restval="", delimiter="\t", lineterminator="\n")
+        writer = csv.DictWriter(text, columns, restval="", delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         for row in rows:
             writer.writerow(row)

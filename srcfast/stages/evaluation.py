@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from srcfast.data.convert import write_predictions_tsv
+from srcfast.data.jsonl import write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.runtime.generation import Features, generate_greedy
@@ -60,6 +63,13 @@ def answer_greedily(
         None if progress is None else progress.advance,
     )
     return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write `path`.jsonl with everything, and `path`.tsv as VLMEvalKit scores it (the bare answer in `prediction`)."""
+    rows = [prediction.to_json() for prediction in predictions]
+    write_jsonl(f"{path}.jsonl", rows)
+    write_predictions_tsv(f"{path}.tsv", rows)
 
 
 def predict(sample: Sample, text: str) -> Prediction:
