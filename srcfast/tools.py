@@ -43,11 +43,9 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     from srcfast.data.convert import convert as run
 
     formats = [
-        named or ENDINGS.get(path.suffix.lower()) for named, path in ((from_format, source), (to_format, target))
+        _format_of(named, path, option)
+        for named, path, option in ((from_format, source, "--from"), (to_format, target, "--to"))
     ]
-    for format, path, option in zip(formats, (source, target), ("--from", "--to"), strict=True):
-        if format is None:
-            raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
     rejected: list[dict[str, Any]] = []
     lost: Counter[str] = Counter()
     count = run(
@@ -64,6 +62,14 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
         print(f"fields that {formats[1]} can't carry and that were left out: {names}")
+
+
+def _format_of(named: str | None, path: Path, option: str) -> str:
+    """The format as named, or as the file's ending tells."""
+    found = named or ENDINGS.get(path.suffix.lower())
+    if found is None:
+        raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
+    return found
 
 
 def estimate(config: Config, memory: str | None, as_json: bool) -> None:
