@@ -154,10 +154,17 @@ def _read_candidates(directory: Path | None) -> dict[str, list[Candidate]]:
 
 
 def calibrate(config: Config) -> None:
-    """Run everything and say where the page is."""
-    from srcfast.calibrate import calibrate as run
+    """Run everything; show the results and say where the page is."""
+    from rich.console import Console
 
-    print(run(config))
+    from srcfast.calibrate import calibrate as run
+    from srcfast.report.table import results_table
+
+    page = run(config)
+    if not config.quiet:
+        summary = json.loads((config.run_path / "summary.json").read_text(encoding="utf-8"))
+        Console().print(results_table(summary))
+    print(f"page: {page}")
 
 
 def rationale(config: Config, source: Source, output: Path | None) -> None:
