@@ -1,4 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Each installs into .venv first, if need be.
+# Another Python: `make test PYTHON=python3.12`. Without a GPU, PyTorch's CPU build saves gigabytes:
+# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 $(STAMP): setup.py pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'srcfast needs Python 3.11 or newer: make PYTHON=...')"
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test,report,data]"
 	touch $(STAMP)

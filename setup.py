@@ -1,6 +1,6 @@
 """Packaging: `srcfast` and, from kernels/, `srcfast_kernels` (kernels/ itself is no package: see tests/packaging)."""
 
-import os
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -20,6 +20,7 @@ EXTRAS = {
         "trl>=1.0",
         "easy-vqa>=1.0",
         "matplotlib>=3.8",
+        "setuptools>=77",  # a test builds the wheel
     ],
 }
 
@@ -27,7 +28,7 @@ setup(
     name="srcfast",
     version="0.1.0",
     description="Self-Rationale Calibration of vision-language models on one machine, fast and lean",
-    long_description=open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8").read(),
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

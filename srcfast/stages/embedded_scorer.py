@@ -2,10 +2,10 @@
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two steps:
-to say, token by token and sentence by sentence, whether what a rationale claims is true; then to
-give verdicts on true rationales against corrupted ones. Verdicts alone, one label for sixty tokens, take far longer to
-teach a model of this size to look things up in the facts.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text. It learns to give verdicts
+on true rationales against corrupted ones, and at the same time to say, token by token and sentence by sentence, whether what
+a candidate claims is true (the oracle knows). Verdicts alone, one label for sixty tokens, take far longer to teach a
+model of this size to look things up in the facts. A corruption counts as a fault only if the oracle finds it faulty.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from torch import Tensor
 
 from srcfast.data.corruptions import Parts
 from srcfast.data.easy_vqa import read_easy_vqa
-from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.rationale_format import ParsedResponse, format_response, parse_response
+from srcfast.data.forest import Forest
+from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
 from srcfast.models import load_lvlm
-from srcfast.models.scorer import Scorer, load_scorer
+from srcfast.models.scorer import ALONE, Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.runtime.training import Loss, TrainingItem, TrainingSettings, train
-from srcfast.stages.scorer_training import Rap, corrupted_variants, evaluate_scorer, scorer_examples, train_scorer
-from srcfast.stages.scoring import sample_reference
+from srcfast.stages.scorer_training import Rap, evaluate_scorer, judged_examples, scorer_examples, target_verdict
 from srcfast.world.checkpoints import decoder_as_text_model
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, sample_scenes
 
+VERDICT_WEIGHT = 5.0
 VOCABULARY = {
     "color": COLORS,
     "shape": SHAPES,
@@ -62,13 +62,13 @@ class Recipe:
     """Everything that determines the embedded R-Scorer."""
 
     seed: int = 0
-    samples: int = 7_000
+    samples: int = 10_000
     easy_vqa_samples: int = 1_500
     held_out_samples: int = 600
-    claim_epochs: int = 1
-    claim_learning_rate: float = 1.2e-3
-    verdict_samples: int = 4_500
-    verdict_learning_rate: float = 5e-4
+    variants: int = 3
+    epochs: int = 1
+    trees_per_step: int = 64
+    learning_rate: float = 1e-3
 
 
 def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
@@ -108,78 +108,93 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
     return judgement is not None and not judgement.aligned
 
 
-def claim_items(scorer: Scorer, raps: Sequence[Rap], rng: random.Random) -> list[TrainingItem]:
-    """Trees reference -> {true and corrupted candidates}, with a word on what was said so far.
+@dataclass(frozen=True)
+class Lesson:
+    """Places of one judge tree where a verdict token is to be said, [n] each.
 
-    After each token of "There is a ..." it is whether some fact begins so; after each other sentence the oracle's word on
-    it; after the answer, whether all is well. `meta` is [3, n]: segment, offset within it, and verdict: 0, the first, for
-    true, and the last for false.
+    `verdict` is True at the verdict slots, False where it is said of what a candidate has claimed so far: 0, the first
+    verdict, for true, the last for false.
     """
-    bad = len(scorer.verdict_values) - 1
+
+    segment: np.ndarray
+    offset: np.ndarray
+    target: np.ndarray
+    verdict: np.ndarray
+
+
+def lesson_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
+    """Judge trees of true and corrupted candidates, with a word on each claim as well as the verdicts."""
+    samples = {sample.id: sample for sample, *_ in raps}
+    examples = scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty)
     items = []
-    for sample, see, think, answer in raps:
-        truth: Parts = (tuple(see), tuple(think), answer)
-        texts = [format_response(*truth, "tagged")]
-        texts += [v.text for v in corrupted_variants(sample, truth, 4, rng, VOCABULARY, "tagged", is_faulty)]
-        segments = [Segment(scorer.encode(sample_reference(sample)))]
-        known = {
-            tuple(tokens[:n])
-            for fact in sample.facts
-            for tokens in [scorer.encode(fact)]
-            for n in range(len(tokens) + 1)
-        }
-        slots: list[tuple[int, int, int]] = []
-        for text in texts:
-            judgement = judge_sample(sample, parse_response(text))
-            assert judgement is not None
-            shown = f"First: {text}\n"
-            tokens, place = scorer.encode(shown), 0
-            for sentence, _, verdict in judgement.claims:
-                place = shown.index(sentence, place) + len(sentence)
-                end = len(scorer.encode(shown[:place])) - 1
-                if sentence.startswith("There is a"):
-                    own = scorer.encode(sentence)
-                    begin = end + 1 - len(own)
-                    slots += [
-                        (len(segments), begin + n, 0 if tuple(own[: n + 1]) in known else bad)
-                        for n in range(3, len(own) - 1)
-                    ]
-                slots.append((len(segments), end, bad if verdict == "false" else 0))
-            slots.append((len(segments), len(tokens) - 1, 0 if judgement.aligned else bad))
-            segments.append(Segment(tokens, 0))
-        items.append(TrainingItem(Tree(tuple(segments), key=sample.id), np.array(slots).T))
+    for judged, example in judged_examples(scorer, examples):
+        sample, texts = samples[example.key], [variant.text for variant in example.variants]
+        pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
+        places = claims(scorer, sample, 1, f"First: {texts[judged.first[0]]}\n")
+        for _, second, slot in pairs:
+            if second != ALONE:
+                places += claims(scorer, sample, slot, f"Second: {texts[second]}\nBetter:")
+        told = len(places)
+        for first, second, slot in pairs:
+            verdict = target_verdict(example, first, second, len(scorer.verdict_values))
+            places.append((slot, judged.tree.segments[slot].tokens.size - 1, verdict))
+        segment, offset, target = np.array(places).T
+        items.append(TrainingItem(judged.tree, Lesson(segment, offset, target, np.arange(len(places)) >= told)))
     return items
 
 
-def claim_loss(scorer: Scorer) -> Loss:
-    """Cross entropy over the verdict tokens after each sentence."""
+def claims(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[tuple[int, int, int]]:
+    """(segment, offset, verdict) of what a candidate claims.
+
+    After each token of "There is a ..." it is whether some fact begins so; after each other sentence the oracle's word on
+    it; after the answer, whether all is well.
+    """
+    bad = len(scorer.verdict_values) - 1
+    judgement = judge_sample(sample, parse_response(shown[shown.index("<see>") : shown.rindex("\n")]))
+    assert judgement is not None
+    known = {tuple(tokens[:n]) for tokens in map(scorer.encode, sample.facts) for n in range(len(tokens) + 1)}
+    places = []
+    at = 0
+    for sentence, _, verdict in judgement.claims:
+        at = shown.index(sentence, at) + len(sentence)
+        end = len(scorer.encode(shown[:at])) - 1
+        if sentence.startswith("There is a"):
+            own = scorer.encode(sentence)
+            begin = end + 1 - len(own)
+            places += [(segment, begin + n, 0 if tuple(own[: n + 1]) in known else bad) for n in range(3, len(own) - 1)]
+        places.append((segment, end, bad if verdict == "false" else 0))
+    end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
+    return [*places, (segment, end, 0 if judgement.aligned else bad)]
+
+
+def lesson_loss(scorer: Scorer) -> Loss:
+    """Cross entropy over the verdict tokens; a verdict counts as much as `VERDICT_WEIGHT` claims."""
 
     def loss(
-        hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], total: int
+        hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], total: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = [
-            np.array(starts)[item.meta[0]] + item.meta[1]
-            for starts, item in zip(forest.segment_start, inside, strict=True)
-        ]
-        targets = torch.from_numpy(np.concatenate([item.meta[2] for item in inside]))  # [n]
-        logits = hidden[torch.from_numpy(np.concatenate(rows))].float() @ head[scorer.verdict_token_ids].float().T
-        hits = (logits.argmax(-1) == targets).sum()
-        return F.cross_entropy(logits, targets, reduction="sum") / total, {"accuracy": hits / total}
+        lessons: list[Lesson] = [item.meta for item in inside]
+        starts = [np.array(own)[one.segment] for own, one in zip(forest.segment_start, lessons, strict=True)]
+        rows = np.concatenate([start + one.offset for start, one in zip(starts, lessons, strict=True)])
+        targets = torch.from_numpy(np.concatenate([one.target for one in lessons]))  # [n]
+        verdict = torch.from_numpy(np.concatenate([one.verdict for one in lessons]))
+        logits = hidden[torch.from_numpy(rows)].float() @ head[scorer.verdict_token_ids].float().T  # [n, K]
+        weights = torch.where(verdict, VERDICT_WEIGHT, 1.0)
+        right = (logits.argmax(-1) == targets).float()
+        metrics = {
+            "right_verdicts": right[verdict].sum(),
+            "verdicts": verdict.sum(),
+            "right_claims": right[~verdict].sum(),
+            "claims": (~verdict).sum(),
+        }
+        return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / total, metrics
 
     return loss
 
 
-def settings(epochs: int, learning_rate: float, micro_batch_size: int, seed: int) -> TrainingSettings:
-    """Of either stage."""
-    return TrainingSettings(
-        epochs=epochs,
-        micro_batch_size=micro_batch_size,
-        token_budget=32_768,
-        learning_rate=learning_rate,
-        warmup_ratio=0.1,
-        weight_decay=0.02,
-        seed=seed,
-    )
+def lesson_weight(items: Sequence[TrainingItem]) -> float:
+    """The denominator: verdicts by their weight, claims by 1."""
+    return float(sum(np.where(item.meta.verdict, VERDICT_WEIGHT, 1.0).sum() for item in items))
 
 
 def main(
@@ -193,8 +208,9 @@ def main(
 
     def log(metrics: dict[str, float]) -> None:
         if metrics["step"] % 20 == 0:
-            kept = {key: round(metrics[key], 4) for key in ("step", "loss", "accuracy") if key in metrics}
-            print(f"{kept} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            shares = {name: round(metrics[f"right_{name}"] / metrics[name], 3) for name in ("verdicts", "claims")}
+            line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
+            print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     rng = random.Random(f"scorer/{recipe.seed}")
     easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
@@ -206,18 +222,18 @@ def main(
     with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
         train(
             scorer.text_model,
-            claim_items(scorer, raps, rng),
-            loss=claim_loss(scorer),
-            denominator=lambda batch: sum(item.meta.shape[1] for item in batch),
-            settings=settings(recipe.claim_epochs, recipe.claim_learning_rate, 40, recipe.seed),
-            on_step=log,
-        )
-        some = rng.sample(raps, recipe.verdict_samples)
-        examples = scorer_examples(some, rng, VOCABULARY, variants=3, is_faulty=is_faulty)
-        train_scorer(
-            scorer,
-            examples,
-            settings(1, recipe.verdict_learning_rate, 64, recipe.seed),
+            lesson_items(scorer, raps, recipe.variants, rng),
+            loss=lesson_loss(scorer),
+            denominator=lesson_weight,
+            settings=TrainingSettings(
+                epochs=recipe.epochs,
+                micro_batch_size=recipe.trees_per_step,
+                token_budget=32_768,
+                learning_rate=recipe.learning_rate,
+                warmup_ratio=0.05,
+                weight_decay=0.02,
+                seed=recipe.seed,
+            ),
             on_step=log,
         )
     save_text_model(scorer.text_model.to(torch.bfloat16), output)

@@ -44,7 +44,7 @@ def test_the_kernels_folder_is_no_package_at_the_repository_root():
 def test_a_package_named_kernels_wins_over_the_folder(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("LayerRepository = 'from the registry'\n")
-    code = "from kernels import LayerRepository; import srcfast_kernels; print(LayerRepository)"
+    code = "from kernels import LayerRepository; print(LayerRepository)"
     assert python(code, ROOT, PYTHONPATH=str(tmp_path)) == "from the registry"
 
 
