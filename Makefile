@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Each installs into .venv first, if need be.
-# Another Python: `make test PYTHON=python3.12`. Without a GPU, PyTorch's CPU build saves gigabytes:
-# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test`.
+# Another Python: `make test PYTHON=python3.12`. Without a GPU, PyTorch's CPU wheels save gigabytes: set
+# PIP_EXTRA_INDEX_URL to their index, as PyTorch's installation page gives it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

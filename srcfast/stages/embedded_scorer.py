@@ -62,9 +62,9 @@ class Recipe:
     """Everything that determines the embedded R-Scorer."""
 
     seed: int = 0
-    samples: int = 10_000
-    easy_vqa_samples: int = 1_500
-    held_out_samples: int = 600
+    samples: int = 3_600
+    easy_vqa_samples: int = 600
+    held_out_samples: int = 300
     variants: int = 3
     epochs: int = 1
     trees_per_step: int = 64
