@@ -197,9 +197,14 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping
     count = 0
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, columns, restval="", delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
+        plain, quoted = (
+            csv.DictWriter(text, columns, restval="", delimiter="\t", lineterminator="\n", quoting=quoting)
+            for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        plain.writeheader()
         for row in rows:
+            # Python before 3.13 leaves a lone carriage return unquoted, and then can't read the row back.
+            writer = quoted if any("\r" in str(value) for value in row.values()) else plain
             writer.writerow(row)
             count += 1
         text.detach()  # flushes, and leaves the file to be synchronised

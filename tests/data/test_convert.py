@@ -167,3 +167,10 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
     assert [row["index"] for row in read] == ["1", "2"] and [row["prediction"] for row in read] == ["B", ""]
     assert read[0]["question"] == "a\tb\nc" and read[0]["B"] == "y"
     assert read[1]["rationale"] == 'It "is".' and read[1]["category"] == "logic"
+
+
+def test_a_lone_carriage_return_survives_a_table(root: Path) -> None:
+    row = sample_rows()[0] | {"question": "Which one?\rThis or that?"}
+    run(write_lines(root / "s.jsonl", [row]), root / "t.tsv", "jsonl>vlmeval_tsv", root)
+    run(root / "t.tsv", root / "back.jsonl", "vlmeval_tsv>jsonl", root)
+    assert json.loads((root / "back.jsonl").read_text())["question"] == row["question"]
