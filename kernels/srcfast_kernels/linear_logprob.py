@@ -84,8 +84,9 @@ class _LinearLogprob(torch.autograd.Function):
         logps = torch.empty(len(targets), dtype=dtype, device=hidden.device)  # [T]
         frozen_head = not (needs_weight or needs_bias)
         stash = hidden.new_empty(hidden.shape) if needs_hidden and frozen_head else None  # [T, D] unit gradients
+        wide = weight.to(dtype)  # once a call, not once a chunk
         for rows in _chunks(len(targets), len(weight)):
-            logits, slope, lse, chunk_logps, kept = _chunk(hidden[rows], weight, targets[rows], bias, *ctx.settings)
+            logits, slope, lse, chunk_logps, kept = _chunk(hidden[rows], wide, targets[rows], bias, *ctx.settings)
             logps[rows] = chunk_logps
             if stash is not None:
                 residual = _residual(logits, slope, lse, targets[rows], kept, logit_scale)
@@ -115,8 +116,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
     grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needs_bias else None
+    wide = weight.to(dtype)
     for rows in _chunks(len(targets), len(weight)):
-        logits, slope, lse, _, kept = _chunk(hidden[rows], weight, targets[rows], bias, *ctx.settings)
+        logits, slope, lse, _, kept = _chunk(hidden[rows], wide, targets[rows], bias, *ctx.settings)
         residual = _residual(logits, slope, lse, targets[rows], kept, ctx.settings[0])
         residual *= gradient[rows, None]
         if grad_hidden is not None:
@@ -145,11 +147,13 @@ def _chunk(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Of one chunk of rows: logits [n, V], the cap's slope [n, V] or None, lse [n, 1], logps [n], and which rows count [n]."""
-    dtype = _compute_dtype(hidden)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    """Of one chunk of rows: logits [n, V], the cap's slope [n, V] or None, lse [n, 1], logps [n], which rows count [n].
+
+    All is computed in the weight's dtype.
+    """
+    logits = hidden.to(weight.dtype) @ weight.T
     if bias is not None:
-        logits += bias.to(dtype)
+        logits += bias.to(weight.dtype)
     if logit_scale != 1.0:
         logits *= logit_scale
     slope = None

@@ -29,7 +29,7 @@ def pairwise_verdict(
     verdict_weight: Tensor,
     first: Tensor,
     second: Tensor,
-    num_candidates: int,
+    num_candidates: int | Tensor,
     *,
     verdict_values: Tensor,
     sample_ids: Tensor | None = None,
@@ -40,22 +40,28 @@ def pairwise_verdict(
         hidden: [M, D] at the verdict slots.
         verdict_weight: [K, D], the head's rows of the verdict tokens.
         first, second: [M] int64, which candidates were shown first and second; each ordered pair at most once a sample.
-        num_candidates: N; with `sample_ids` the largest of the batch.
+        num_candidates: N. With `sample_ids`: the largest N of the batch, or each sample's [S]; only the latter counts
+            samples after the last that was judged. Candidates beyond a sample's own score 1/2 with confidence 0.
         verdict_values: [K] what each verdict counts as a win of the first: 1, 1/2 (tie), 0.
-        sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples.
+        sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples S.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ verdict_weight.to(dtype).T  # [M, K]
     wins = logits.softmax(-1) @ verdict_values.to(dtype)  # [M]
-    samples = 1 if sample_ids is None else int(sample_ids.max()) + 1
     sample = torch.zeros_like(first) if sample_ids is None else sample_ids
-    p = wins.new_full((samples, num_candidates, num_candidates), float("nan"))
+    if isinstance(num_candidates, Tensor):
+        samples, largest = len(num_candidates), int(num_candidates.max())
+    else:
+        samples, largest = 1 if sample_ids is None else int(sample_ids.max()) + 1, num_candidates
+    p = wins.new_zeros(samples, largest, largest)
     p[sample, first, second] = wins
-    both = ~(p.isnan() | p.mT.isnan())  # a pair counts when both of its orders were judged
+    judged = torch.zeros_like(p, dtype=torch.bool)
+    judged[sample, first, second] = True
+    both = judged & judged.mT  # a pair counts when both of its orders were judged
     q = (0.5 * (p + 1.0 - p.mT)).where(both, 0.5)
     u = ((2.0 * q - 1.0).abs() * (1.0 - (p + p.mT - 1.0).abs())).where(both, 0.0)
     total = u.sum(-1)
-    scores = ((u * q).sum(-1) / total).where(total > 0, 0.5)
+    scores = ((u * q).sum(-1) / total).where(total != 0.0, 0.5)
     if sample_ids is None:
         return VerdictOutput(q[0], scores[0], u[0])
     return VerdictOutput(q, scores, u)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import lora_linear, rms_norm, rope, swiglu
-from srcfast_kernels.layers import lora_linear_reference, rms_norm_reference, rope_reference, swiglu_reference
+from srcfast_kernels.lora_linear import lora_linear_reference
+from srcfast_kernels.rms_norm import rms_norm_reference
+from srcfast_kernels.rope import rope_reference
+from srcfast_kernels.swiglu import swiglu_reference
 
 SHAPES: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
     "rms_norm": (rms_norm, rms_norm_reference, [(5, 3, 7), (7,)]),
@@ -101,6 +104,41 @@ def test_swiglu_keeps_its_inputs() -> None:
     before = gate.detach().clone(), up.detach().clone()
     swiglu(gate, up).sum().backward()
     assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_with_a_frozen_weight_gives_the_gradient_of_its_definition(dtype: torch.dtype) -> None:
+    values, weight = (x.detach().to(dtype) for x in tensors([(6, 2, 33), (33,)]))
+    gradients = []
+    for function, wide in ((rms_norm, dtype), (rms_norm_reference, torch.float64)):
+        x = values.to(wide, copy=True).requires_grad_()
+        function(x, weight.to(wide), 1e-5).square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad.double())
+    # fp32 rounds at 2^-24, bf16 at 2^-9, a few times each, over sums of 33 terms
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance * float(gradients[1].abs().max()))
+
+
+def test_rms_norm_of_zeros_is_zero_and_has_a_finite_gradient() -> None:
+    x = torch.zeros(3, 5, requires_grad=True)
+    out = rms_norm(x, torch.ones(5))
+    out.sum().backward()
+    assert not out.any() and x.grad is not None and bool(torch.isfinite(x.grad).all())
+
+
+def test_mixed_precision_under_autocast_gives_gradients_of_the_inputs_dtypes() -> None:
+    x, weight, down, up = (
+        part.detach().float().requires_grad_() for part in tensors([(5, 12), (12, 12), (2, 12), (12, 2)])
+    )
+    cos, sin = (angle.float() for angle in angles(5, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = lora_linear(rms_norm(x, torch.ones(12)), weight, None, down, up, 1.0)
+        assert hidden.dtype == torch.bfloat16
+        out = swiglu(rope(hidden.view(5, 3, 4), cos, sin), hidden.view(5, 3, 4))
+    out.float().sum().backward()
+    for part in (x, weight, down, up):
+        assert part.grad is not None and part.grad.dtype == torch.float32 and bool(part.grad.any())
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

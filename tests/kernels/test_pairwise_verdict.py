@@ -71,6 +71,28 @@ def test_a_batch_is_its_samples_one_by_one() -> None:
         assert bool((batched.scores[sample, count:] == 0.5).all())
 
 
+def test_samples_that_nobody_judged_are_neutral_wherever_they_stand() -> None:
+    hidden, weight, first, second = comparisons(3, 7)
+    sizes = torch.tensor([1, 3, 2, 0])
+    output = pairwise_verdict(
+        hidden, weight, first, second, sizes, verdict_values=VALUES, sample_ids=torch.ones_like(first)
+    )
+    alone = pairwise_verdict(hidden, weight, first, second, 3, verdict_values=VALUES)
+    assert output.scores.shape == (4, 3)
+    torch.testing.assert_close(output.scores[1], alone.scores)
+    assert bool((output.scores[[0, 2, 3]] == 0.5).all()) and not output.confidence[[0, 2, 3]].any()
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = pairwise_verdict(hidden[:0], weight, none, none, sizes, verdict_values=VALUES, sample_ids=none)
+    assert bool((empty.win_probability == 0.5).all()) and empty.scores.shape == (4, 3)
+
+
+def test_a_broken_verdict_is_seen_and_not_taken_for_a_missing_one() -> None:
+    hidden, weight, first, second = comparisons(3, 8)
+    hidden[(first == 0) & (second == 1)] = float("nan")
+    output = pairwise_verdict(hidden, weight, first, second, 3, verdict_values=VALUES)
+    assert output.scores.isnan().tolist() == [True, True, False]
+
+
 def verdicts(rows: dict[tuple[int, int], int], count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Certain verdicts: index into VALUES for each ordered pair."""
     first, second = torch.tensor(list(rows)).T

@@ -92,7 +92,7 @@ def test_of_data_the_runtime_imports_the_foundations_alone(file):
 def test_the_import_finder_sees_what_it_is_there_for():
     source = "def late():\n    from srcfast import commands\n    import srcfast.stages.curation\n    import torch\n"
     assert imported_modules(source) == {"srcfast", "srcfast.commands", "srcfast.stages.curation"}
-    assert {room_of(name) for name in ("srcfast_kernels.layers", "srcfast.data.forest")} == {"srcfast_kernels", "data"}
+    assert {room_of(name) for name in ("srcfast_kernels", "srcfast.data.forest")} == {"srcfast_kernels", "data"}
 
 
 # What never occurs --------------------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""NF4: four bits a weight, and eight bits of every block's scale (QLoRA: Dettmers et al., 2023, arXiv 2305.14314).
+
+A weight is cut into blocks; each is divided by its largest magnitude `absmax` and every value becomes the nearest of 16
+quantiles of the normal distribution. Double quantisation then writes the `absmax` of 256 blocks, less the mean of all,
+in 8 bits of a dynamic exponent (Dettmers et al., 2022, arXiv 2110.02861): 4.127 bits a weight in all.
+
+Bit for bit bitsandbytes' layout and rounding, so that either reads what the other wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NESTED_BLOCKSIZE = 256
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+CODES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantised weight; `nested_absmax` and `offset` are None without double quantisation.
+
+    packed: [ceil(numel / 2)] uint8, the earlier value in the high half. absmax: [blocks] uint8, or fp32 without double
+    quantisation. nested_absmax: [ceil(blocks / 256)] fp32. offset: scalar fp32, the mean absmax.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        tensors = [self.packed, self.absmax, self.nested_absmax, self.offset]
+        return sum(part.numel() * part.element_size() for part in tensors if part is not None)
+
+
+def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantise a weight of any shape in row-major order.
+
+    Args:
+        weight: fp32, bf16 or fp16; `nf4_dequantize` gives this dtype back.
+        blocksize: values that share a scale.
+        double_quant: quantise the scales too.
+
+    Raises:
+        ValueError: another dtype or blocksize, or no values.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weight: expected float32, bfloat16 or float16, found {weight.dtype}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, found {blocksize}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
+    weight = weight.detach()
+    scaled, absmax = _blocks(weight, blocksize)
+    codes = _nearest(scaled, _nf4_codes(weight.device)).view(-1)[: weight.numel()]  # [n]
+    codes = F.pad(codes, (0, codes.numel() % 2), value=7)  # the code of 0 fills the last byte of an odd count
+    packed = codes[::2] << 4 | codes[1::2]
+    nested_absmax = offset = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, nested_absmax = _quantize_scales(absmax - offset)
+    return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, blocksize)
+
+
+def nf4_dequantize(weight: NF4Weight) -> Tensor:
+    """The weight again, in the shape and dtype it had; products are rounded once, from fp32."""
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        scales = _dynamic_codes(absmax.device)[absmax.int()]
+        absmax = _scale_blocks(scales, weight.nested_absmax, NESTED_BLOCKSIZE) + weight.offset
+    values = _pairs_of_codes(weight.packed.device)[weight.packed.int()].view(-1)[: math.prod(weight.shape)]
+    return _scale_blocks(values, absmax, weight.blocksize).to(weight.dtype).view(weight.shape)
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
+
+    Backward dequantises once more: neither the dequantised weight nor x is kept between.
+    """
+    return _NF4Linear.apply(x, weight, bias)
+
+
+def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """`nf4_linear` as an ordinary linear over the dequantised weight."""
+    return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (gradient,) = gradients  # [..., out]
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        grad_x = gradient @ nf4_dequantize(ctx.weight).to(gradient.dtype) if needs_x else None
+        grad_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
+        return grad_x, None, grad_bias
+
+
+def _blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Values [blocks, blocksize] fp32 over the largest magnitude of their block, and that, `absmax` [blocks] fp32."""
+    flat = values.reshape(-1).float()
+    blocks = F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    # A product with the reciprocal, as in bitsandbytes: a division rounds differently. A block of zeros stays zero.
+    return (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1.0, 1.0), absmax
+
+
+def _nearest(scaled: Tensor, codes: Tensor) -> Tensor:
+    """Index of the nearest code, of two as near the lower; uint8."""
+    return torch.bucketize(scaled, (codes[:-1] + codes[1:]) / 2.0, out_int32=True).to(torch.uint8)
+
+
+def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [blocks] in 8 bits, and the absmax of each 256 of them."""
+    scaled, absmax = _blocks(scales, NESTED_BLOCKSIZE)
+    if scales.device.type == "cpu":
+        # bitsandbytes on a CPU looks values up on a grid of 2^16 points; its fused multiply-add rounds once, hence fp64.
+        grid = 65535
+        point = ((scaled + 1.0).double() * 0.5 * grid + 0.5).float().int()
+        scaled = 2.0 * point / grid - 1.0
+    codes = _nearest(scaled, _dynamic_codes(scales.device)).where(absmax[:, None] > 0.0, 0)
+    return codes.view(-1)[: scales.numel()], absmax
+
+
+def _scale_blocks(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
+    """values [n] times the absmax of their block, in place where n fills its blocks."""
+    blocks = F.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)
+    return blocks.mul_(absmax[:, None]).view(-1)[: values.numel()]
+
+
+@cache
+def _nf4_codes(device: torch.device) -> Tensor:
+    return torch.tensor(CODES, dtype=torch.float32, device=device)
+
+
+@cache
+def _pairs_of_codes(device: torch.device) -> Tensor:
+    """[256, 2]: the two values of every byte."""
+    codes = _nf4_codes(device)
+    return torch.stack((codes.repeat_interleave(16), codes.repeat(16)), dim=-1)
+
+
+@cache
+def _dynamic_codes(device: torch.device) -> Tensor:
+    """[256] ascending: 0, 1, and for each of 7 decades 2^i values either side, at the middles of equal parts of [0.1, 1]."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        decade = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += decade.tolist() + (-decade).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
