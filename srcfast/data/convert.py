@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.jsonl import replacing, write_jsonl
+from srcfast.data.jsonl import read_lines, replacing, write_jsonl
 from srcfast.data.readers import IMAGE_MARK, read_preferences, read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.data.vlmeval import OPTION_LETTERS, write_table, write_vlmeval_tsv
@@ -34,7 +34,8 @@ def convert(
 ) -> int:
     """Write what `source` holds as `target`, at once or not at all; returns how many records.
 
-    Samples go among jsonl, llava and vlmeval_tsv, preferences between jsonl and trl.
+    Samples go among jsonl, llava and vlmeval_tsv, preferences among jsonl and trl. A jsonl source holds preferences
+    if its first record has `chosen` and `rejected`.
 
     Args:
         image_root: folder that the source's image paths are relative to; the target's are relative to it too.
@@ -53,18 +54,19 @@ def convert(
             file=target, field="target", expected="another file than the source", found="the source itself"
         )
     formats = {source_format, target_format}
-    if "trl" in formats and formats <= set(PREFERENCE_FORMATS):
+    preferences = "trl" in formats or (source_format == "jsonl" and _holds_preferences(source))
+    if preferences and formats <= set(PREFERENCE_FORMATS):
         pairs = read_preferences(source, format=source_format, image_root=image_root, rejected=rejected)
         _refuse_empty(source, len(pairs), rejected)
         if target_format == "jsonl":
             return write_jsonl(target, (pair.to_json() for pair in pairs))
         return _write_list(target, (_trl_row(pair, lost) for pair in pairs))
-    if not formats <= set(SAMPLE_FORMATS):
+    if preferences or not formats <= set(SAMPLE_FORMATS):
         raise InputError(
             file=source,
             field="format",
-            expected=f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences between jsonl and trl",
-            found=f"from {source_format} to {target_format}",
+            expected=f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among jsonl and trl",
+            found=f"{'preferences' if preferences else 'samples'} from {source_format} to {target_format}",
         )
     image_output = image_output or target.with_name(f"{target.stem}_images")
     samples = read_samples(
@@ -78,6 +80,11 @@ def convert(
     if target_format == "jsonl":
         return write_jsonl(target, (sample.to_json() for sample in samples))
     return _write_list(target, (_llava_row(sample, lost) for sample in samples))
+
+
+def _holds_preferences(source: str | Path) -> bool:
+    first = next((row for _, row in read_lines(source) if isinstance(row, dict)), {})
+    return {"chosen", "rejected"} <= first.keys()
 
 
 def _refuse_empty(source: str | Path, count: int, rejected: list[dict[str, Any]]) -> None:
@@ -147,7 +154,7 @@ def write_predictions_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -
 
     Args:
         rows: index (or id), question, answer, prediction (the bare answer), and if known rationale, category (or
-            ability), split, and options (letter -> text).
+            ability), split, and options (capital letter -> text; options in another form are left out).
     """
     table = list(_prediction_rows(rows))
     letters = [letter for letter in OPTION_LETTERS if any(letter in row for row in table)]
@@ -165,5 +172,11 @@ def _prediction_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, An
             "rationale": row.get("rationale"),
             "category": row.get("category") or row.get("ability"),
             "split": row.get("split"),
-            **(row.get("options") or {}),
+            **_lettered(row.get("options")),
         }
+
+
+def _lettered(options: object) -> dict[str, Any]:
+    """Options by letter; none where a data set has them in a form of its own."""
+    found = options if isinstance(options, dict) else {}
+    return {letter: found[letter] for letter in OPTION_LETTERS if letter in found}

@@ -64,7 +64,8 @@ def resolve(root: Path, name: str) -> Path:
     if not inside:
         raise _error(name, f"a path below {base}", file, "move the image into the image root, or name another root")
     if not exists:
-        raise _error(file, "an image file", "no such file", "correct the path, or set the image root")
+        found = "a folder" if file.is_dir() else "no such file"
+        raise _error(file, "an image file", found, "correct the path, or set the image root")
     return file
 
 

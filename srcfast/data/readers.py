@@ -341,7 +341,9 @@ def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root
     ours = dict(row)
     for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
         ours[name], marks = _message(fields, name, role)
-        if marks not in ((0, num_images) if name == "prompt" else (0,)):
+        if marks and name != "prompt":
+            raise fields.error(name, "a response of text", "an image part", "keep images in the prompt")
+        if marks not in (0, num_images):
             raise _count_error(fields, marks, num_images)
     return _preference(ours, path, line, image_root)
 

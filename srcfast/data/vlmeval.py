@@ -9,7 +9,7 @@ import io
 import re
 import string
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,31 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]
     csv.field_size_limit(sys.maxsize)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
+            again: deque[str] = deque()  # lines to read once more
+            taken: list[str] = []  # lines of the row that is being read
+
+            def lines() -> Iterator[str]:
+                while (text := again.popleft() if again else file.readline()) != "":
+                    taken.append(text)
+                    yield text
+
+            reader = csv.reader(lines(), delimiter="\t", strict=True)
             header = next(reader, [])
             if not set(_COLUMNS) <= set(header) or len(set(header)) < len(header):
                 expected = f"columns {', '.join(_COLUMNS)}, each once"
                 raise InputError(file=path, line=1, field="header", expected=expected, found=", ".join(header)[:200])
+            line = 1
             while True:
-                line = reader.line_num + 1
+                line += len(taken)
+                taken.clear()
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
                     yield line, InputError(file=path, line=line, field="record", expected="a table row", found=error)
+                    # A quote left open takes in the rows after it: read these again, each as a row of its own.
+                    again.extendleft(reversed(taken[1:]))
+                    del taken[1:]
+                    reader = csv.reader(lines(), delimiter="\t", strict=True)
                     continue
                 if cells is None:
                     return
@@ -88,6 +102,8 @@ def _write_images(cell: str, index: str, place: str, image_output: Path) -> list
     codes = re.findall(r"[^\s'\",\[\]]+", cell) if cell.startswith("[") else [cell]
     names = []
     try:
+        if not codes:
+            raise InputError(expected="an image in base64", found="an empty list", mend="encode the image again")
         for number, code in enumerate(codes):
             data = from_base64(code, place)
             stem = re.sub(r"[^\w.-]", "_", index, flags=re.ASCII)[:100].lstrip(".")
@@ -111,8 +127,9 @@ def _sample(
 ) -> Sample:
     fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
     fields.sample_id = row["index"] or None
-    index, cell = fields.identifier("index"), fields.text("image").strip()
-    named = images.get(index if len(cell) > REFERENCE_CHARACTERS else cell)
+    index, cell = fields.identifier("index"), fields.text("image")
+    own = len(cell.strip()) > REFERENCE_CHARACTERS
+    named = images.get(index) if own else images.get(cell, images.get(cell.strip()))
     if named is None:
         raise fields.error("image", "base64, or the index of a row that has it", cell)
     if isinstance(named, InputError):

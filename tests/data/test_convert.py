@@ -130,6 +130,24 @@ def test_trl_takes_the_rows(root: Path) -> None:
     assert (read.images, read.prompt, read.chosen, read.rejected) == (("a.png",), "Q?", "A", "B")
 
 
+def test_preferences_stay_preferences_in_our_own_format(root: Path) -> None:
+    pair = {"sample_id": "s", "images": ["a.png"], "prompt": "Q?", "chosen": "A", "rejected": "B", "confidence": 0.5}
+    source = write_lines(root / "p.jsonl", [pair, pair | {"chosen": "C"}])
+    assert run(source, root / "q.jsonl", "jsonl>jsonl", root) == 2
+    none = dict.fromkeys(("reference_chosen_logprob", "reference_rejected_logprob"))
+    assert lines_of(root / "q.jsonl") == [pair | none, pair | {"chosen": "C"} | none]
+    with pytest.raises(InputError, match="found preferences from jsonl to llava"):
+        run(source, root / "q.json", "jsonl>llava", root)
+
+
+def test_a_source_is_not_overwritten_by_itself(root: Path) -> None:
+    source = write_lines(root / "s.jsonl", sample_rows())
+    before = source.read_bytes()
+    with pytest.raises(InputError, match="the source itself"):
+        run(source, root / "below" / ".." / "s.jsonl", "jsonl>llava", root)
+    assert source.read_bytes() == before
+
+
 @pytest.mark.parametrize("formats", ["jsonl>parquet", "llava>trl", "trl>vlmeval_tsv", "easy_vqa>jsonl"])
 def test_other_conversions_are_refused(root: Path, formats: str) -> None:
     with pytest.raises(InputError, match="format"):
@@ -167,6 +185,14 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
     assert [row["index"] for row in read] == ["1", "2"] and [row["prediction"] for row in read] == ["B", ""]
     assert read[0]["question"] == "a\tb\nc" and read[0]["B"] == "y"
     assert read[1]["rationale"] == 'It "is".' and read[1]["category"] == "logic"
+
+
+@pytest.mark.parametrize("options", [["red", "blue"], {"a": "red"}, "red", None])
+def test_options_in_another_form_do_not_stop_the_predictions(tmp_path: Path, options: object) -> None:
+    row = {"id": "1", "question": "q", "answer": "a", "prediction": "a", "options": options}
+    assert write_predictions_tsv(tmp_path / "p.tsv", [row]) == 1
+    header = "index\tquestion\tanswer\tprediction\trationale\tcategory\tsplit"
+    assert (tmp_path / "p.tsv").read_text().splitlines() == [header, "1\tq\ta\ta\t\t\t"]
 
 
 def test_a_lone_carriage_return_survives_a_table(root: Path) -> None:

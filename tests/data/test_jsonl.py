@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -49,6 +50,44 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(UnicodeEncodeError):
         write_text(file, "\ud800")
     assert file.read_text() == '{"a": 1}\n' and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_text(file, "new"),
+        lambda file: write_json(file, {"a": "new"}),
+        lambda file: write_jsonl(file, [{"a": "new"}]),
+    ],
+    ids=["text", "json", "jsonl"],
+)
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch, write, step: str) -> None:
+    file = tmp_path / "a"
+    write_text(file, "old")
+    seen = []
+
+    def stopped(*arguments: object) -> None:
+        seen.append(file.read_text())  # what a reader finds at this moment
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, step, stopped)
+    with pytest.raises(OSError, match="no space"):
+        write(file)
+    assert seen == ["old"] and file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_shards_have_no_marker_until_all_are_written(tmp_path: Path) -> None:
+    seen = []
+
+    def rows():
+        for row in rows_of(9):
+            seen.append(is_complete(tmp_path))
+            yield row
+
+    write_shards(tmp_path, rows_of(3))
+    write_shards(tmp_path, rows(), shard_size=2)
+    assert seen == [False] * 9 and is_complete(tmp_path)
 
 
 def test_malformed_lines_are_named_and_the_others_read(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_what_would_not_read_back_is_refused(see: list[str], think: list[str], a
     "unit", ["<see>", "a. ", "A. ", "e.g. ", "1. ", ". ", " ", "\n", '."', "<", "Answer: ", "</answer> "]
 )
 @pytest.mark.parametrize("around", [("", ""), ("<see> ", "</see> <answer> red </answer>"), ("", "Answer: red")])
-def test_half_a_megabyte_is_read_in_linear_time(unit: str, around: tuple[str, str]) -> None:
+def test_long_responses_are_read_in_linear_time(unit: str, around: tuple[str, str]) -> None:
     def seconds(size: int) -> float:
         text = around[0] + unit * (size // len(unit)) + around[1]
         start = time.process_time()
@@ -99,7 +99,7 @@ def test_half_a_megabyte_is_read_in_linear_time(unit: str, around: tuple[str, st
         return time.process_time() - start
 
     # Quadratic time would take 100 times as long for 10 times the text; the machine may be busy.
-    small, large = min(seconds(50_000) for _ in range(3)), seconds(500_000)
+    small, large = min(seconds(25_000) for _ in range(3)), seconds(250_000)
     assert large < 40 * small + 0.5
 
 
@@ -151,6 +151,55 @@ def test_a_list_keeps_its_items_whole() -> None:
 @given(st.text())
 def test_splitting_loses_nothing_but_space(text: str) -> None:
     assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("", []),
+        (" \n ", []),
+        ("It is red", ["It is red"]),
+        ("It is red. It rolls!", ["It is red.", "It rolls!"]),
+        ("Is it red? Yes.", ["Is it red?", "Yes."]),
+        ("It is 3.5 m wide. So it is wide.", ["It is 3.5 m wide.", "So it is wide."]),
+        ("It holds fruit, e.g. apples. It is full.", ["It holds fruit, e.g. apples.", "It is full."]),
+        ("Dr. Who is here. He waves.", ["Dr. Who is here.", "He waves."]),
+        ("The U.S. flag hangs. It is old.", ["The U.S. flag hangs.", "It is old."]),
+        ('The sign says "Stop." It is red.', ['The sign says "Stop."', "It is red."]),
+        ("It rolls (fast.) It stops.", ["It rolls (fast.)", "It stops."]),
+        ("It rolls... It stops.", ["It rolls...", "It stops."]),
+        ("One line\nanother line", ["One line", "another line"]),
+        ("1. A ball. 2. A box.", ["1. A ball.", "2. A box."]),
+    ],
+)
+def test_sentences_end_where_readers_end_them(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("", ""),
+        (" Red. ", "red"),
+        ("GREY", "gray"),
+        ("The  two\tballs", "2 balls"),
+        ("twelve", "12"),
+        ("3.5", "3.5"),
+        ("theatre", "theatre"),
+        ("someone", "someone"),
+        ("yes!", "yes"),
+    ],
+)
+def test_answers_are_normalised(text: str, normal: str) -> None:
+    assert normalise_answer(text) == normal
+
+
+@pytest.mark.parametrize("unit", ["<see>", "a. "])
+def test_a_megabyte_is_read_within_a_second(unit: str) -> None:
+    text = unit * (1_000_000 // len(unit))
+    start = time.process_time()  # takes a tenth of it; time on the clock would tell of other work on the machine
+    parse_response(text)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ BAD_SAMPLES: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "no id": ({"id": None}, "id"),
     "an empty id": ({"id": ""}, "id"),
     "an id that is a list": ({"id": ["x"]}, "id"),
+    "an id that is a boolean": ({"id": True}, "id"),
     "an id seen before": ({"id": "first"}, "id"),
     "no question": ({"question": None}, "question"),
     "an empty question": ({"question": "  "}, "question"),
@@ -55,6 +57,11 @@ BAD_SAMPLES: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "an animated image": ({"image": "animated.gif"}, "image"),
     "a bomb": ({"image": "bomb.png"}, "image"),
     "an image outside of the root": ({"image": "../outside.png"}, "image"),
+    "an image outside of the root by its full path": ({"image": "/none/outside.png"}, "image"),
+    "an image outside of the root by a link": ({"image": "link.png"}, "image"),
+    "a NUL in the path": ({"image": "a\0b.png"}, "image"),
+    "a folder": ({"image": "folder"}, "image"),
+    "a truncated JPEG": ({"image": "truncated.jpg"}, "image"),
     "the second image missing": ({"image": ["good.png", "none.png"]}, "image"),
 }
 
@@ -65,6 +72,8 @@ BAD_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to prefer": ({"rejected": "red"}, "rejected"),
     "no confidence at all": ({"confidence": 0}, "confidence"),
     "too much confidence": ({"confidence": 1.5}, "confidence"),
+    "a confidence that is true": ({"confidence": True}, "confidence"),
+    "a confidence below none": ({"confidence": -0.5}, "confidence"),
     "a confidence in words": ({"confidence": "high"}, "confidence"),
     "a reference in words": ({"reference_chosen_logprob": "low"}, "reference_chosen_logprob"),
     "a missing image": ({"images": ["none.png"]}, "image"),
@@ -77,6 +86,10 @@ BAD_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "no content": ({"chosen": [{"role": "assistant"}]}, "chosen"),
     "parts that are strings": ({"rejected": [{"role": "assistant", "content": ["blue"]}]}, "rejected"),
     "a part without text": ({"rejected": [{"role": "assistant", "content": [{"type": "text"}]}]}, "rejected"),
+    "an image in the response": (
+        {"chosen": [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "red"}]}]},
+        "chosen",
+    ),
     "two image parts, one image": (
         {"prompt": [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "q"}]}]},
         "images",
@@ -106,6 +119,11 @@ def root(tmp_path: Path) -> Path:
     picture = Image.fromarray(np.random.default_rng().integers(0, 256, (11, 13, 3), dtype=np.uint8))
     picture.save(folder / "good.png")
     picture.save(tmp_path / "outside.png")
+    os.symlink(tmp_path / "outside.png", folder / "link.png")
+    (folder / "folder").mkdir()
+    picture.save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(data[: len(data) * 2 // 3])
     picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(180)])
     Image.new("1", (8000, 8000)).save(folder / "bomb.png")
     data = (folder / "good.png").read_bytes()
@@ -257,6 +275,7 @@ def test_bad_rows_of_a_table_are_set_aside(tmp_path: Path) -> None:
         ({"index": "first"}, "id"),
         ({"image": ""}, "image"),
         ({"image": "7000"}, "image"),
+        ({"image": "[" + " " * 99}, "image"),
         ({"image": "?" * 99}, "image"),
         ({"image": base64.b64encode(b"no image" * 20).decode()}, "image"),
         ({"image": image_code(1, (40, 40))[:2000]}, "image"),
@@ -280,6 +299,52 @@ def test_bad_rows_of_a_table_are_set_aside(tmp_path: Path) -> None:
     fields += [(after, "record"), (after + 1, "question"), (after + 2, "record"), (after + 4, "record")]
     for row, (line, field) in zip(rejected, fields, strict=True):
         assert_named(row, file, line, field)
+
+
+@pytest.mark.parametrize(("opened", "rejected_lines"), [([4], [4]), ([4, 5], [4, 5]), ([4, 9], [4, 9])])
+def test_a_quote_left_open_costs_no_row_but_its_own(tmp_path: Path, opened: list[int], rejected_lines) -> None:
+    rows = [f"first\t{image_code(0)}\tWhat?\tred"]
+    rows += ["\t".join((str(n), "first", '"What?' if n in opened else "What?", "red")) for n in range(3, 40)]
+    file = tmp_path / "t.tsv"
+    file.write_text("\n".join(["index\timage\tquestion\tanswer", *rows]))
+    rejected: list[dict[str, Any]] = []
+    samples = read_samples(file, format="vlmeval_tsv", image_root=tmp_path, rejected=rejected)
+    assert [row["line"] for row in rejected] == rejected_lines
+    assert [s.id for s in samples] == ["first", *(str(n) for n in range(3, 40) if n not in opened)]
+
+
+def test_indexes_that_differ_by_a_space_have_images_of_their_own(tmp_path: Path) -> None:
+    codes = {"1": image_code(1), " 1": image_code(2)}
+    rows = [{"index": index, "image": code, "question": "Q", "answer": "a"} for index, code in codes.items()]
+    rows += [{"index": f"names {one!r}", "image": one, "question": "Q", "answer": "a"} for one in ("1 ", "1", " 1")]
+    file, rejected = tmp_path / "t.tsv", []
+    write_tsv(file, rows, ["index", "image", "question", "answer"])
+    samples = read_samples(file, format="vlmeval_tsv", image_root=tmp_path, rejected=rejected)
+    found = [(s.image_root / s.images[0]).read_bytes() for s in samples]
+    assert not rejected and found == [base64.b64decode(codes[one]) for one in ("1", " 1", "1", "1", " 1")]
+
+
+@pytest.mark.parametrize("header", ["index\timage\tquestion", "index\timage\tquestion\tanswer\tanswer", "", "a\tb"])
+def test_a_table_without_its_columns_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "t.tsv").write_text(f"{header}\n1\t2\t3\t4\n")
+    with pytest.raises(InputError, match="line 1, field 'header'"):
+        read_samples(tmp_path / "t.tsv", format="vlmeval_tsv", image_root=tmp_path, rejected=[])
+
+
+@pytest.mark.parametrize("answer", [7, 3.5, -1])
+def test_a_number_is_an_answer(tmp_path: Path, root: Path, answer: float) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD | {"answer": answer}))
+    [sample] = read_samples(tmp_path / "a.jsonl", format="jsonl", image_root=root, rejected=[])
+    assert sample.answer == str(answer)
+
+
+def test_a_confidence_that_is_no_number_spoils_its_line(tmp_path: Path, root: Path) -> None:
+    file, rejected = tmp_path / "p.jsonl", []
+    file.write_text("\n".join([json.dumps(PAIR), json.dumps(PAIR | {"confidence": float("nan")})]))
+    assert len(read_preferences(file, format="jsonl", image_root=root, rejected=rejected)) == 1
+    [row] = rejected
+    assert_named(row, file, 2, "record")
+    assert "NaN" in row["found"] or "nan" in row["found"]
 
 
 @pytest.mark.parametrize("format", ["jsonl", "llava", "vlmeval_tsv", "parquet"])

@@ -83,6 +83,7 @@ def test_each_value_becomes_the_nearest_code_times_its_block_s_largest_magnitude
         expected += [scale * min(CODES, key=lambda code: abs(code - value / scale)) for value in block.tolist()]
     quantised = nf4_quantize(weight, double_quant=False)
     assert quantised.packed.shape == (78,) and quantised.absmax.tolist() == [float(b.abs().max()) for b in blocks]
+    assert int(quantised.packed[-1]) & 15 == CODES.index(0.0)  # the unused half
     values = nf4_dequantize(quantised)
     assert values.shape == weight.shape
     torch.testing.assert_close(values.view(-1), torch.tensor(expected))
