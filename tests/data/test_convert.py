@@ -187,7 +187,7 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
     assert read[1]["rationale"] == 'It "is".' and read[1]["category"] == "logic"
 
 
-@pytest.mark.parametrize("options", [["red", "blue"], {"a": "red"}, "red", None])
+@pytest.mark.parametrize("options", [["A", "B"], {"a": "red"}, "ABLE", None])
 def test_options_in_another_form_do_not_stop_the_predictions(tmp_path: Path, options: object) -> None:
     row = {"id": "1", "question": "q", "answer": "a", "prediction": "a", "options": options}
     assert write_predictions_tsv(tmp_path / "p.tsv", [row]) == 1

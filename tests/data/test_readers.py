@@ -275,7 +275,7 @@ def test_bad_rows_of_a_table_are_set_aside(tmp_path: Path) -> None:
         ({"index": "first"}, "id"),
         ({"image": ""}, "image"),
         ({"image": "7000"}, "image"),
-        ({"image": "[" + " " * 99}, "image"),
+        ({"image": "[" + " " * 99 + "]"}, "image"),
         ({"image": "?" * 99}, "image"),
         ({"image": base64.b64encode(b"no image" * 20).decode()}, "image"),
         ({"image": image_code(1, (40, 40))[:2000]}, "image"),
