@@ -6,7 +6,6 @@ command continues a run that was stopped.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,15 @@ from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl,
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
-from srcfast.loading import EvaluationSet, Policy, load_judge, read_evaluation_sets, read_training_samples
+from srcfast.loading import (
+    EvaluationSet,
+    Policy,
+    draw,
+    load_judge,
+    rationale_pairs,
+    read_evaluation_sets,
+    read_training_samples,
+)
 from srcfast.models.lora import save_adapter
 from srcfast.report.page import write_report
 from srcfast.runtime.run_directory import RunDirectory
@@ -28,7 +35,7 @@ from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom, recovered
 from srcfast.stages.preference import reference_logprobs, train_preference
-from srcfast.stages.rationale import build_raps, fine_tune_rationale, read_teacher
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.scoring import group_by_sample, score_candidates
 from srcfast.world.oracle import judge_sample
 
@@ -114,18 +121,8 @@ class Calibration:
 
     def rationale(self) -> None:
         """Stage 1: LoRA on rationale-answer pairs."""
-        section = self.config.rationale
-        teacher = None if section.teacher is None else read_teacher(section.teacher)
-        samples = _draw(self.rationale_samples, section.samples, f"rationale/{self.config.seed}")
-        raps, dropped = build_raps(samples, section.format, teacher)
-        if not raps:
-            raise InputError(
-                field="rationale",
-                expected="samples with facts or a rationale",
-                found=f"dropped: {dict(dropped)}",
-                mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
-            )
-        loop = section.training_settings(self.config.seed)
+        raps, dropped = rationale_pairs(self.config, self.rationale_samples)
+        loop = self.config.rationale.training_settings(self.config.seed)
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
@@ -354,7 +351,7 @@ class Calibration:
 
     def _round(self, iteration: int) -> list[Sample]:
         """Fresh samples each round, from one shuffle; they begin anew once all had their turn."""
-        shuffled = _draw(self.calibration_samples, 0, f"calibration/{self.config.seed}")
+        shuffled = draw(self.calibration_samples, 0, f"calibration/{self.config.seed}")
         count = min(self.config.candidates.samples or len(shuffled), len(shuffled))
         start = (iteration - 1) * count
         return [shuffled[i % len(shuffled)] for i in range(start, start + count)]
@@ -393,9 +390,3 @@ class Calibration:
             Preference.from_json(row, file=file, line=line, image_root=self.samples[str(row["sample_id"])].image_root)
             for file, line, row in read_shards(self._shards(iteration, "preferences"))
         ]
-
-
-def _draw(samples: list[Sample], count: int, seed: str) -> list[Sample]:
-    """`count` of the samples in an order drawn by the seed; 0 for all."""
-    shuffled = random.Random(seed).sample(samples, len(samples))
-    return shuffled[: count or len(shuffled)]

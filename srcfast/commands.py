@@ -14,7 +14,7 @@ from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shard
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
-from srcfast.loading import features_of, load_judge, load_model, policy_hash, read_dataset
+from srcfast.loading import draw, features_of, load_judge, load_model, policy_hash, rationale_pairs, read_dataset
 from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
 
 if TYPE_CHECKING:
@@ -170,29 +170,20 @@ def calibrate(config: Config) -> None:
 def rationale(config: Config, source: Source, output: Path | None) -> None:
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
-    from srcfast.stages.rationale import build_raps, fine_tune_rationale, read_teacher
+    from srcfast.stages.rationale import fine_tune_rationale
 
     output = need(output, "--output", "a folder for the adapter")
     samples = read_all(config, source, "rationale", output)
-    if config.rationale.samples:
-        count = min(config.rationale.samples, len(samples))
-        samples = random.Random(f"rationale/{config.seed}").sample(samples, count)
-    teacher = None if config.rationale.teacher is None else read_teacher(config.rationale.teacher)
-    raps, dropped = build_raps(samples, config.rationale.format, teacher)
-    if not raps:
-        raise InputError(
-            field="rationale",
-            expected="samples with facts or a rationale",
-            found=f"dropped: {dict(dropped)}",
-            mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
-        )
+    raps, dropped = rationale_pairs(config, samples)
     model = load_model(config, config.lora.lora_config(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
     loop = config.rationale.training_settings(config.seed)
     with TrainingRun("rationale", len(raps), loop, output, config.quiet) as run:
         fine_tune_rationale(model, raps, loop, features=features, on_step=run.step)
     save_adapter(model, output)
-    run.write_summary(model=str(model.path), samples=len(samples), pairs=len(raps), dropped=dict(dropped))
+    run.write_summary(
+        model=str(model.path), samples=len(raps) + dropped.total(), pairs=len(raps), dropped=dict(dropped)
+    )
 
 
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
@@ -202,8 +193,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     output = need(output, "--output", "a folder for the candidates")
     samples = read_all(config, source, "calibration", output)
     if config.candidates.samples:
-        count = min(config.candidates.samples, len(samples))
-        samples = random.Random(f"candidates/{config.seed}").sample(samples, count)
+        samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
     model = load_model(config, adapter)
     with track("candidates", len(samples), quiet=config.quiet) as progress:
         found = generate_candidates(
@@ -387,7 +377,7 @@ def scorer(config: Config, source: Source, output: Path | None) -> None:
     from srcfast.data.rationale_format import parse_response
     from srcfast.models.text_model import save_text_model
     from srcfast.stages.rationale import build_raps
-    from srcfast.stages.scorer_training import evaluate_scorer, judged_examples, scorer_examples, train_scorer
+    from srcfast.stages.scorer_training import evaluate_scorer, scorer_examples, train_scorer
 
     output = need(output, "--output", "a folder for the R-Scorer")
     samples = read_all(config, source, "rationale", output)
@@ -410,8 +400,7 @@ def scorer(config: Config, source: Source, output: Path | None) -> None:
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     judge, loop = load_judge(config), own.training_settings(config.seed)
-    trees = sum(1 for _ in judged_examples(judge, train))
-    with TrainingRun("scorer", trees, loop, output, config.quiet) as run:
+    with TrainingRun("scorer", len(train), loop, output, config.quiet) as run:
         train_scorer(judge, train, loop, run.step)
     save_text_model(judge.text_model, output)
     result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
@@ -431,7 +420,7 @@ def _may_be_faulty(sample: Sample, parts: tuple[tuple[str, ...], tuple[str, ...]
 
 def _vocabulary(path: str | None) -> dict[str, Sequence[str]]:
     if path is None:
-        from srcfast.stages.embedded_scorer import VOCABULARY
+        from srcfast.world.claims import VOCABULARY
 
         return dict(VOCABULARY)
     import yaml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import LoRAConfig, adapter_hash
 from srcfast.models.scorer import Scorer, load_scorer
-from srcfast.stages.rationale import image_loader
+from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
 from srcfast.world.samples import world_samples
 
 IMAGE_CACHE = 1 << 30  # bytes of encoded images kept
@@ -92,6 +93,31 @@ def refuse_shared_ids(samples: Sequence[Sample]) -> None:
                 mend="give the samples of all datasets ids of their own",
             )
         seen.add(sample.id)
+
+
+def draw(samples: Sequence[Sample], count: int, seed: str) -> list[Sample]:
+    """`count` of the samples in an order drawn by the seed; 0 for all."""
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    return shuffled[: count or len(shuffled)]
+
+
+def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rap], Counter[str]]:
+    """The rationale-answer pairs that stage 1 trains on, and how many samples were dropped for which reason.
+
+    Raises:
+        InputError: no sample gives a pair.
+    """
+    section = config.rationale
+    teacher = None if section.teacher is None else read_teacher(section.teacher)
+    raps, dropped = build_raps(draw(samples, section.samples, f"rationale/{config.seed}"), section.format, teacher)
+    if not raps:
+        raise InputError(
+            field="rationale",
+            expected="samples with facts or a rationale",
+            found=f"dropped: {dict(dropped)}",
+            mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
+        )
+    return raps, dropped
 
 
 class Policy:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from srcfast.commands import ENDINGS, Source, need, read_all, set_aside
 from srcfast.config import Config
-from srcfast.errors import ConfigError
+from srcfast.data.jsonl import write_jsonl
+from srcfast.errors import ConfigError, InputError
 from srcfast.loading import load_model
 
 if TYPE_CHECKING:
@@ -48,15 +49,20 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     ]
     rejected: list[dict[str, Any]] = []
     lost: Counter[str] = Counter()
-    count = run(
-        source,
-        target,
-        source_format=formats[0],
-        target_format=formats[1],
-        image_root=root or source.parent,
-        rejected=rejected,
-        lost=lost,
-    )
+    try:
+        count = run(
+            source,
+            target,
+            source_format=formats[0],
+            target_format=formats[1],
+            image_root=root or source.parent,
+            rejected=rejected,
+            lost=lost,
+        )
+    except InputError:  # where no record is good, what is wrong with each is still written down
+        if rejected:
+            write_jsonl(target.parent / "rejected.jsonl", rejected)
+        raise
     set_aside(rejected, count, len(rejected), target.parent)
     print(f"{target}: {count} records, {len(rejected)} rejected")
     if lost:

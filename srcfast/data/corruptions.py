@@ -58,6 +58,13 @@ def corrupt(
     )
 
 
+def swap_word(sentence: str, rng: Random, vocabulary: Vocabulary) -> str | None:
+    """The sentence with one word replaced by another of its class; None where it has none that could be."""
+    words = _Words.of(vocabulary)
+    places = words.find(sentence)
+    return words.swap(sentence, rng.choice(places), rng)[0] if places else None
+
+
 class _Words:
     """A vocabulary compiled once: a pattern that finds its words, and the alternatives of each."""
 

@@ -154,6 +154,26 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
             layer.active = True
 
 
+@contextmanager
+def folded_lora(model: nn.Module) -> Iterator[None]:
+    """Within: the same outputs from base weights that hold the adapter, for decoding, where its small products cost much.
+
+    Weights of 16 or 4 bits are left as they are: folded, they would be rounded anew.
+    """
+    layers = [layer for layer in adapters(model).values() if isinstance(layer.base, nn.Linear) and layer.active]
+    layers = [layer for layer in layers if layer.base.weight.dtype in (torch.float32, torch.float64)]
+    kept = [layer.base.weight.data for layer in layers]
+    for layer in layers:
+        layer.base.weight.data = layer.base.weight.data + layer.scaling * (layer.lora_B.data @ layer.lora_A.data)
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.base.weight.data = weight
+            layer.active = True
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> int:
     """Add the adapter into the base weights and remove it; returns the number of merged matrices."""

@@ -139,25 +139,6 @@ class Scorer(nn.Module):
         tree = Tree(tuple(segments), key=key)
         return JudgeTree(tree, order[:, 0], order[:, 1], slots)
 
-    def judge_trees(
-        self,
-        reference: str,
-        texts: Sequence[str],
-        pairs: Sequence[tuple[int, int]] | None = None,
-        key: Any = None,
-    ) -> list[JudgeTree]:
-        """`judge_tree`, cut into one tree for each first candidate where that is the faster way.
-
-        A variable-length kernel reads each segment's ancestors only, so one tree is best. On the CPU a tree's
-        attention is padded and quadratic in its length: repeating the root costs less (4 candidates: 1.6
-        times as fast a layer; 8: 3.3).
-        """
-        if self.verdict_values.is_cuda:
-            return [self.judge_tree(reference, texts, pairs, key)]
-        own = all_pairs(len(texts)) if pairs is None else pairs
-        firsts = sorted({first for first, _ in own})
-        return [self.judge_tree(reference, texts, [p for p in own if p[0] == first], key) for first in firsts]
-
     def encode(self, text: str) -> np.ndarray:
         """Tokens of one segment, remembered: a candidate is the second N - 1 times."""
         found = self._encoded.get(text)

@@ -2,7 +2,7 @@
 
 Backends:
     flash_attn, torch_varlen, xformers   CUDA: one variable-length call, keys gathered through `kv_index`
-    blocks                               the CPU's default: trees of like length padded together, masked
+    blocks                               the CPU's default: segments of like length padded together, masked
     varlen_reference                     the variable-length definition, segment by segment, plain PyTorch
     reference                            softmax under the dense ancestor mask over all T tokens
 
@@ -26,9 +26,10 @@ from srcfast.errors import ConfigError
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# Trees share a padded group while the longest is within this ratio of the shortest: measured on 60 to 250
-# tokens, more padding and more calls both cost more.
-GROUP_RATIO = 1.125
+# Segments share a padded group where both their lengths are about within this ratio.
+GROUP_RATIO = 1.3
+GROUP_OFFSET = 8  # tokens: short segments share a group more readily
+FUSED_ABOVE = 1024  # keys: the scores of longer paths would take too much memory
 
 _forced: str | None = None
 
@@ -87,15 +88,11 @@ def _automatic(q: Tensor) -> str:
     return available_backends()[0]
 
 
-# The CPU's way: padded groups of trees ----------------------------------------------------------------------
+# The CPU's way: padded groups of segments --------------------------------------------------------------------
 
 
-class _Permute(torch.autograd.Function):
-    """`x[index]` where `inverse` undoes it, so that backward is a gather too instead of a scattered sum.
-
-    Rows of padding are gathered from anywhere; their gradients are not looked at, which is right because
-    padding attends to itself alone and no token attends to padding.
-    """
+class _Gather(torch.autograd.Function):
+    """`x[index]` in which only `index[inverse]`, each row of x once, has a gradient: backward is a gather too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -108,96 +105,79 @@ class _Permute(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-    if q.dtype == torch.bfloat16 and not q.is_cuda:  # the CPU's bf16 backward takes four times fp32's time
-        return _blocks(q.float(), k.float(), v.float(), forest).to(torch.bfloat16)
+    dtype = q.dtype
+    if not q.is_cuda:  # in bf16 the CPU's backward takes four times fp32's time
+        q, k, v = (x.float() if x.dtype == torch.bfloat16 else x for x in (q, k, v))
     key = ("blocks", q.dtype, q.device)
     if key not in forest.cache:
         forest.cache[key] = _plan_blocks(forest, q.dtype, q.device)
-    into, out_of, shapes, masks = forest.cache[key]
-    sizes = [trees * length for trees, length in shapes]
-    padded = [_Permute.apply(x, into, out_of).split(sizes) for x in (q, k, v)]
+    into, out_of, keys_of, groups = forest.cache[key]
+    queries = _Gather.apply(q, into, out_of).split([rows * long for rows, long, _, _ in groups])
+    keys, values = (x.index_select(0, keys_of).split([rows * wide for rows, _, wide, _ in groups]) for x in (k, v))
     outputs = []
-    for (trees, length), mask, *parts in zip(shapes, masks, *padded, strict=True):
-        query, keys, values = (x.view(trees, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
-        attended = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-        )  # [trees, H, length, d]
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return _Permute.apply(torch.cat(outputs), out_of, into)
+    for (rows, long, wide, mask), query, key, value in zip(groups, queries, keys, values, strict=True):
+        attend = _padded_attention if wide <= FUSED_ABOVE else _fused_attention
+        own = query.view(rows, long, *q.shape[1:])
+        seen = (x.view(rows, wide, *k.shape[1:]) for x in (key, value))
+        outputs.append(attend(own, *seen, mask).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, out_of).to(dtype)  # in backward padding gets nothing
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [rows, long, H, d], k and v [rows, wide, Hkv, d], mask [rows, 1, long, wide] -> [rows, long, H, d]."""
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    together = (q * q.shape[-1] ** -0.5).unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = together @ k.permute(0, 2, 3, 1)  # [rows, Hkv, H / Hkv * long, wide]
+    weights = (scores.unflatten(2, (group, -1)) + mask[:, None]).softmax(-1).flatten(2, 3)
+    attended = weights @ v.transpose(1, 2)
+    return attended.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`_padded_attention` without its scores in memory; on the CPU its backward takes three times as long."""
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=q.shape[2] != k.shape[2])
+    return attended.transpose(1, 2)
+
+
+Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
 
 
 def _plan_blocks(
     forest: Forest, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, list[tuple[int, int]], list[Tensor]]:
-    """Index maps into and out of the padded groups, each group's (trees, length), and additive masks `[trees,
-    1, n, n]`.
+) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
+    """Index maps of the queries into and out of the padded groups, of the keys into them, and the groups.
 
-    Within its padded row a tree lies in depth-first order. Then token i sees token j exactly when j <= i <
-    end of j's segment's subtree, which is two comparisons.
+    A row is a segment; its keys are its path from the root. Both end at the segment's last token and are padded in
+    front, so that one causal mask serves all rows of a group. Work is the sum of segment times path: less than the
+    square of the tree wherever it has children.
     """
-    orders, ends = zip(
-        *(_depth_first(tree, forest.segment_start[i]) for i, tree in enumerate(forest.trees)), strict=True
-    )
-    lengths = np.array([order.size for order in orders])
-    by_length = np.argsort(lengths, kind="stable")
-    groups: list[list[int]] = []
-    for tree in by_length.tolist():
-        if not groups or lengths[tree] > max(lengths[groups[-1][0]] * GROUP_RATIO, lengths[groups[-1][0]] + 4):
-            groups.append([])
-        groups[-1].append(tree)
-
-    into, shapes, masks = [], [], []
+    bounds_q, bounds_k = forest.cu_seqlens_q.cpu().numpy(), forest.cu_seqlens_k.cpu().numpy()
+    kv_index = forest.kv_index.cpu().numpy()
+    lengths, paths = np.diff(bounds_q), np.diff(bounds_k)
+    # More padding and more calls both cost more: see GROUP_RATIO.
+    steps = np.floor(np.log(np.stack([paths, lengths]) + GROUP_OFFSET) / np.log(GROUP_RATIO))  # [2, segments]
+    order = np.lexsort(steps)
+    cuts = np.flatnonzero(np.any(np.diff(steps[:, order], axis=1) != 0, axis=0)) + 1
+    into, keys_of, groups = [], [], []
     out_of = np.empty(forest.num_tokens, dtype=np.int64)
     begin = 0
-    for members in groups:
-        longest = int(lengths[members[-1]])
-        column = np.arange(longest)
-        index = np.zeros((len(members), longest), dtype=np.int64)
-        end = np.tile(column + 1, (len(members), 1))  # padding: seen by itself alone
-        for row, tree in enumerate(members):
-            index[row, : lengths[tree]] = orders[tree]
-            end[row, : lengths[tree]] = ends[tree]
-            out_of[orders[tree]] = begin + row * longest + column[: lengths[tree]]
+    for members in np.split(order, cuts):
+        long, wide = int(lengths[members].max()), int(paths[members].max())
+        from_end_q, from_end_k = np.arange(long)[::-1], np.arange(wide)[::-1]  # tokens that follow
+        index = np.maximum(bounds_q[members + 1, None] - 1 - from_end_q, 0)  # [rows, long]
+        real = from_end_q < lengths[members, None]
+        out_of[index[real]] = begin + np.flatnonzero(real)
         begin += index.size
         into.append(index.ravel())
-        shapes.append(index.shape)
-        columns = torch.from_numpy(column).to(device)
-        seen = torch.from_numpy(end).to(device)[:, None, :] > columns[:, None]  # [trees, query, key]
-        hidden = ~(seen & (columns <= columns[:, None]))
-        # Half of the least number: finite, so that no row of scores is all minus infinity within one of the
-        # kernel's tiles.
-        masks.append(
-            torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min / 2)[
-                :, None
-            ]
-        )
-    return (
-        torch.from_numpy(np.concatenate(into)).to(device),
-        torch.from_numpy(out_of).to(device),
-        shapes,
-        masks,
-    )
-
-
-def _depth_first(tree: Any, starts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The tree's rows in depth-first order, and for each where, in that order, its segment's subtree ends."""
-    sizes = [segment.tokens.size for segment in tree.segments]
-    totals = list(sizes)  # tokens of each segment's subtree
-    for i in range(len(sizes) - 1, 0, -1):
-        totals[tree.segments[i].parent] += totals[i]
-    place = [0] * len(sizes)  # where each segment begins
-    fill = [0] * len(sizes)  # where its next child begins
-    for i, segment in enumerate(tree.segments):
-        if i > 0:
-            place[i] = fill[segment.parent]
-            fill[segment.parent] += totals[i]
-        fill[i] = place[i] + sizes[i]
-    order = np.empty(totals[0], dtype=np.int64)
-    end = np.empty(totals[0], dtype=np.int64)
-    for i, size in enumerate(sizes):
-        order[place[i] : place[i] + size] = np.arange(starts[i], starts[i] + size)
-        end[place[i] : place[i] + size] = place[i] + totals[i]
-    return order, end
+        keys_of.append(kv_index[np.maximum(bounds_k[members + 1, None] - 1 - from_end_k, 0)].ravel())
+        hidden = (from_end_k[None, :] < from_end_q[:, None]) | (from_end_k >= paths[members, None])[:, None]
+        # Half of the least number: finite, so that no row of scores is all minus infinity.
+        mask = torch.zeros(hidden.shape, dtype=dtype)  # [rows, long, wide]
+        mask.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2)
+        groups.append((len(members), long, wide, mask[:, None].to(device)))
+    together = [torch.from_numpy(x).to(device) for x in (np.concatenate(into), out_of, np.concatenate(keys_of))]
+    return together[0], together[1], together[2], groups
 
 
 # One variable-length call -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ against their own continuations in another, under one softmax.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,11 @@ class DecodeState:
         samples, heads, _, size = keys[0].shape
         self.width = 1
         self.lengths = torch.zeros(samples, dtype=torch.int64, device=hidden.device)  # [R] of the continuations
-        self.keys = [k.new_zeros(samples, heads, GROWTH, size) for k in keys]  # a layer each: [R, Hkv, L, d]
+        self.shape = (samples, heads, GROWTH, size)  # of a layer's keys, and of its values: [R, Hkv, L, d]
+        # A layer each, flat. Beyond a row's length they hold anything finite: zeros, or what a row before had there.
+        self.keys = [k.new_zeros(math.prod(self.shape)) for k in keys]
         self.values = [torch.zeros_like(k) for k in self.keys]
+        self._spare = torch.zeros_like(self.keys[0])
 
     @property
     def samples(self) -> int:
@@ -62,14 +66,31 @@ class DecodeState:
     def select_rows(self, rows: Tensor, width: int) -> None:
         """Keep, repeat or reorder continuations: `rows` [S * width] are indices into the current ones, sample by sample."""
         longest = int(self.lengths[rows].max()) if len(rows) else 0
-        room = -(-(longest + GROWTH) // GROWTH) * GROWTH
-        for cache in (self.keys, self.values):
-            for layer, kept in enumerate(cache):
-                chosen = kept[:, :, :longest].index_select(0, rows)
-                cache[layer] = chosen.new_zeros(len(rows), chosen.shape[1], room, chosen.shape[3])
-                cache[layer][:, :, :longest] = chosen
+        self._rearrange(rows, longest)
         self.lengths = self.lengths[rows]
         self.width = width
+
+    def _rearrange(self, rows: Tensor | None, longest: int) -> None:
+        """Take these rows (None: all as they are), with room for more than `longest` positions.
+
+        Each layer is written into memory that another one has left: fresh memory costs more than the copy.
+        """
+        count, heads, old_room, size = self.shape
+        room = (longest // GROWTH + 1) * GROWTH
+        shape = (count if rows is None else len(rows), heads, room, size)
+        for cache in (self.keys, self.values):
+            for layer, flat in enumerate(cache):
+                kept = _shaped(flat, self.shape)
+                if self._spare.numel() < math.prod(shape):
+                    self._spare = self._spare.new_zeros(math.prod(shape))
+                moved = _shaped(self._spare, shape)
+                if room == old_room and rows is not None:
+                    torch.index_select(kept, 0, rows, out=moved)
+                else:
+                    held = kept[:, :, : min(room, old_room)]
+                    moved[:, :, : held.shape[2]] = held if rows is None else held.index_select(0, rows)
+                cache[layer], self._spare = self._spare, flat
+        self.shape = shape
 
     def select_samples(self, samples: Tensor) -> None:
         """Keep some samples, with all of their rows."""
@@ -83,10 +104,8 @@ class DecodeState:
         """Run one token a row, [R] -> hidden states [R, D]; each row's continuation grows by it."""
         positions = self.prompt_lengths.repeat_interleave(self.width) + self.lengths
         longest = int(self.lengths.max()) + 1
-        if longest > self.keys[0].shape[2]:
-            for cache in (self.keys, self.values):
-                for layer, kept in enumerate(cache):
-                    cache[layer] = torch.cat((kept, torch.zeros_like(kept[:, :, :GROWTH])), dim=2)
+        if longest > self.shape[2]:
+            self._rearrange(None, longest)
         rows = torch.arange(len(tokens), device=tokens.device)
         unseen = torch.arange(longest, device=tokens.device) > self.lengths[:, None]  # [R, L]
         self._suffix_mask = torch.zeros(unseen.shape, dtype=self.prompt_mask.dtype, device=tokens.device)
@@ -101,8 +120,9 @@ class DecodeState:
         rows, heads, size = q.shape
         kv_heads = k.shape[1]
         group = heads // kv_heads
-        self.keys[layer][self._rows, :, self.lengths] = k
-        self.values[layer][self._rows, :, self.lengths] = v
+        keys, values = _shaped(self.keys[layer], self.shape), _shaped(self.values[layer], self.shape)
+        keys[self._rows, :, self.lengths] = k
+        values[self._rows, :, self.lengths] = v
         length = self._suffix_mask.shape[1]
         q = q * size**-0.5
         shape = (self.samples, self.width, kv_heads, group)
@@ -110,15 +130,19 @@ class DecodeState:
         prompt = together @ self.prompt_keys[layer].mT  # [S, Hkv, W * G, P]
         prompt += self.prompt_mask[:, None, None]
         prompt = prompt.view(self.samples, kv_heads, self.width, group, -1).transpose(1, 2)
-        suffix = q.view(rows, kv_heads, group, size) @ self.keys[layer][:, :, :length].mT  # [R, Hkv, G, L]
+        suffix = q.view(rows, kv_heads, group, size) @ keys[:, :, :length].mT  # [R, Hkv, G, L]
         suffix += self._suffix_mask[:, None, None]
         weights = torch.cat((prompt.reshape(rows, kv_heads, group, -1), suffix), dim=-1).softmax(-1)
         on_prompt, on_suffix = weights.split((prompt.shape[-1], length), dim=-1)
         on_prompt = on_prompt.reshape(*shape, -1).transpose(1, 2).reshape(*together.shape[:3], -1)
         seen = (on_prompt @ self.prompt_values[layer]).view(self.samples, kv_heads, self.width, group, size)
-        return seen.transpose(1, 2).reshape(rows, heads, size) + (
-            on_suffix @ self.values[layer][:, :, :length]
-        ).reshape(rows, heads, size)
+        return seen.transpose(1, 2).reshape(rows, heads, size) + (on_suffix @ values[:, :, :length]).reshape(
+            rows, heads, size
+        )
+
+
+def _shaped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return flat[: math.prod(shape)].view(shape)
 
 
 def prefill(model: Any, prompts: Sequence[Prompt], features: Mapping[str, Tensor]) -> tuple[DecodeState, Tensor]:

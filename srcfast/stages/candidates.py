@@ -9,6 +9,7 @@ import numpy as np
 
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
+from srcfast.models.lora import folded_lora
 from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
 from srcfast.runtime.generation import Features, Generated, Prompt
 from srcfast.stages.rationale import PromptEncoder, image_keys
@@ -51,7 +52,8 @@ def generate_candidates(
     found: list[list[Candidate]] = [[] for _ in samples]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        results, tokens = sentence_beam_search(model, [prompts[i] for i in batch], features, settings, seed)
+        with folded_lora(model):
+            results, tokens = sentence_beam_search(model, [prompts[i] for i in batch], features, settings, seed)
         for i, generated in zip(batch, results, strict=True):
             found[i] = [_candidate(model, samples[i], k, one) for k, one in enumerate(generated)]
         if progress is not None:

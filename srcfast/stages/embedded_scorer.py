@@ -2,10 +2,11 @@
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text. It learns to give verdicts
-on true rationales against corrupted ones, and at the same time to say, token by token and sentence by sentence, whether what
-a candidate claims is true (the oracle knows). Verdicts alone, one label for sixty tokens, take far longer to teach a
-model of this size to look things up in the facts. A corruption counts as a fault only if the oracle finds it faulty.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two stages.
+Drills: facts, and under them single claims, true or false, said to be so token by token. Lessons: judge trees of true
+rationales and their corruptions, with the verdicts and, all along the candidates, a word on each claim. Verdicts alone, one
+label for sixty tokens, take far longer to teach a model of this size to look things up in the facts. A corruption counts
+as a fault only if the oracle finds it faulty.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,47 +28,40 @@ from torch import Tensor
 
 from srcfast.data.corruptions import Parts
 from srcfast.data.easy_vqa import read_easy_vqa
-from srcfast.data.forest import Forest
+from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
 from srcfast.models import load_lvlm
 from srcfast.models.scorer import ALONE, Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.runtime.training import Loss, TrainingItem, TrainingSettings, train
-from srcfast.stages.scorer_training import Rap, evaluate_scorer, judged_examples, scorer_examples, target_verdict
+from srcfast.stages.scorer_training import Rap, evaluate_scorer, judge_tree_of, scorer_examples, target_verdict
 from srcfast.world.checkpoints import decoder_as_text_model
+from srcfast.world.claims import VOCABULARY, draw_claims
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ask
 from srcfast.world.rationales import facts, true_rationale
-from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, sample_scenes
+from srcfast.world.scenes import Scene, sample_scenes
 
 VERDICT_WEIGHT = 5.0
-VOCABULARY = {
-    "color": COLORS,
-    "shape": SHAPES,
-    "shapes": ("circles", "rectangles", "triangles", "stars", "crosses"),
-    "size": SIZES,
-    "place": PLACES,
-    "background": BACKGROUNDS,
-    "number": tuple("012345"),
-    "relation": ("left of", "right of", "above", "below"),
-    "side": ("leftmost", "rightmost", "topmost", "bottommost"),
-    "quantity": ("all", "not all"),
-    "answer": ("yes", "no"),
-}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the embedded R-Scorer."""
+    """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
 
     seed: int = 0
-    samples: int = 3_600
-    easy_vqa_samples: int = 600
+    drill_scenes: int = 12_000
+    drill_claims: int = 14
+    drill_epochs: int = 3
+    drills_per_step: int = 24
+    drill_learning_rate: float = 1.5e-3
+    samples: int = 5_400
+    easy_vqa_samples: int = 900
     held_out_samples: int = 300
     variants: int = 3
     epochs: int = 1
-    trees_per_step: int = 64
+    trees_per_step: int = 16
     learning_rate: float = 1e-3
 
 
@@ -127,10 +121,16 @@ def lesson_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random
     samples = {sample.id: sample for sample, *_ in raps}
     examples = scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty)
     items = []
-    for judged, example in judged_examples(scorer, examples):
+    for example in examples:
+        judged = judge_tree_of(scorer, example)
         sample, texts = samples[example.key], [variant.text for variant in example.variants]
         pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
-        places = claims(scorer, sample, 1, f"First: {texts[judged.first[0]]}\n")
+        segment_of = {first: judged.tree.segments[slot].parent for first, _, slot in pairs}
+        places = [
+            place
+            for first, segment in segment_of.items()
+            for place in claims(scorer, sample, segment, f"First: {texts[first]}\n")
+        ]
         for _, second, slot in pairs:
             if second != ALONE:
                 places += claims(scorer, sample, slot, f"Second: {texts[second]}\nBetter:")
@@ -143,26 +143,50 @@ def lesson_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random
     return items
 
 
-def claims(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[tuple[int, int, int]]:
-    """(segment, offset, verdict) of what a candidate claims.
+def drill_items(scorer: Scorer, scenes: Sequence[Scene], count: int, rng: random.Random) -> list[TrainingItem]:
+    """Trees of a scene's facts with `count` claims below, as a judge tree begins."""
+    items = []
+    for scene in scenes:
+        known = facts(scene)
+        segments = [Segment(scorer.encode(f"Facts: {' '.join(known)}\n"))]
+        places = []
+        for sentence, truth in draw_claims(scene, rng, count).items():
+            own = scorer.encode(sentence)
+            places += claim_places(scorer, known, len(segments), 0, own, sentence, truth)
+            segments.append(Segment(own, 0))
+        segment, offset, target = np.array(places).T
+        lesson = Lesson(segment, offset, target, np.zeros(len(places), dtype=bool))
+        items.append(TrainingItem(Tree(tuple(segments)), lesson))
+    return items
 
-    After each token of "There is a ..." it is whether some fact begins so; after each other sentence the oracle's word on
-    it; after the answer, whether all is well.
+
+def claim_places(
+    scorer: Scorer, known: Sequence[str], segment: int, begin: int, own: np.ndarray, sentence: str, truth: bool
+) -> list[tuple[int, int, int]]:
+    """(segment, offset, verdict) of one claim whose tokens `own` [n] begin at `begin`.
+
+    After its last token it is whether the claim is true, after each token of "There is a ..." whether some fact begins so.
     """
+    bad = len(scorer.verdict_values) - 1
+    places = []
+    if sentence.startswith("There is a"):
+        starts = {tuple(fact[:n]) for fact in map(scorer.encode, known) for n in range(len(fact) + 1)}
+        places = [(segment, begin + n, 0 if tuple(own[: n + 1]) in starts else bad) for n in range(3, len(own) - 1)]
+    return [*places, (segment, begin + len(own) - 1, 0 if truth else bad)]
+
+
+def claims(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[tuple[int, int, int]]:
+    """(segment, offset, verdict) of all that a candidate claims; after its answer, whether all is well."""
     bad = len(scorer.verdict_values) - 1
     judgement = judge_sample(sample, parse_response(shown[shown.index("<see>") : shown.rindex("\n")]))
     assert judgement is not None
-    known = {tuple(tokens[:n]) for tokens in map(scorer.encode, sample.facts) for n in range(len(tokens) + 1)}
     places = []
     at = 0
     for sentence, _, verdict in judgement.claims:
         at = shown.index(sentence, at) + len(sentence)
-        end = len(scorer.encode(shown[:at])) - 1
-        if sentence.startswith("There is a"):
-            own = scorer.encode(sentence)
-            begin = end + 1 - len(own)
-            places += [(segment, begin + n, 0 if tuple(own[: n + 1]) in known else bad) for n in range(3, len(own) - 1)]
-        places.append((segment, end, bad if verdict == "false" else 0))
+        own = scorer.encode(sentence)
+        begin = len(scorer.encode(shown[:at])) - len(own)
+        places += claim_places(scorer, sample.facts, segment, begin, own, sentence, verdict != "false")
     end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
     return [*places, (segment, end, 0 if judgement.aligned else bad)]
 
@@ -208,34 +232,45 @@ def main(
 
     def log(metrics: dict[str, float]) -> None:
         if metrics["step"] % 20 == 0:
-            shares = {name: round(metrics[f"right_{name}"] / metrics[name], 3) for name in ("verdicts", "claims")}
+            counts = {name: metrics[name] for name in ("verdicts", "claims") if metrics[name]}
+            shares = {name: round(metrics[f"right_{name}"] / count, 3) for name, count in counts.items()}
             line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
             print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     rng = random.Random(f"scorer/{recipe.seed}")
-    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
-    raps = world_raps(recipe.samples, recipe.seed) + easy
     decoder_as_text_model(load_lvlm("embedded"), output)
     scorer = load_scorer(output)
     scorer.requires_grad_(True)
+
+    def teach(items: list[TrainingItem], **settings: Any) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
+            train(
+                scorer.text_model,
+                items,
+                loss=lesson_loss(scorer),
+                denominator=lesson_weight,
+                settings=TrainingSettings(**settings, warmup_ratio=0.05, weight_decay=0.02, seed=recipe.seed),
+                on_step=log,
+            )
+
+    scenes = sample_scenes("scorer", recipe.drill_scenes, recipe.seed + 2)
+    teach(
+        drill_items(scorer, scenes, recipe.drill_claims, rng),
+        epochs=recipe.drill_epochs,
+        micro_batch_size=recipe.drills_per_step,
+        learning_rate=recipe.drill_learning_rate,
+    )
+    save_text_model(scorer.text_model, output)  # kept should the lessons be stopped
+    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
+    raps = world_raps(recipe.samples, recipe.seed) + easy
     held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
-        train(
-            scorer.text_model,
-            lesson_items(scorer, raps, recipe.variants, rng),
-            loss=lesson_loss(scorer),
-            denominator=lesson_weight,
-            settings=TrainingSettings(
-                epochs=recipe.epochs,
-                micro_batch_size=recipe.trees_per_step,
-                token_budget=32_768,
-                learning_rate=recipe.learning_rate,
-                warmup_ratio=0.05,
-                weight_decay=0.02,
-                seed=recipe.seed,
-            ),
-            on_step=log,
-        )
+    teach(
+        lesson_items(scorer, raps, recipe.variants, rng),
+        epochs=recipe.epochs,
+        micro_batch_size=recipe.trees_per_step,
+        token_budget=32_768,
+        learning_rate=recipe.learning_rate,
+    )
     save_text_model(scorer.text_model.to(torch.bfloat16), output)
     shipped = load_scorer(output)
     scores = {

@@ -13,6 +13,8 @@ from srcfast.data.convert import write_predictions_tsv
 from srcfast.data.jsonl import write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
+from srcfast.data.vlmeval import QUESTION_KEY
+from srcfast.models.lora import folded_lora
 from srcfast.runtime.generation import Features, generate_greedy
 from srcfast.stages.candidates import Progress, prompts_of
 from srcfast.world.oracle import CASES, Judgement, judge_sample
@@ -54,14 +56,9 @@ def answer_greedily(
     progress: Progress | None = None,
 ) -> list[Prediction]:
     """Greedy responses of an LVLM to every sample, parsed and judged; `progress` is told of samples and tokens."""
-    generated = generate_greedy(
-        model,
-        prompts_of(model, samples),
-        features,
-        max_new_tokens,
-        batch_size,
-        None if progress is None else progress.advance,
-    )
+    on_batch = None if progress is None else progress.advance
+    with folded_lora(model):
+        generated = generate_greedy(model, prompts_of(model, samples), features, max_new_tokens, batch_size, on_batch)
     return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 
 
@@ -69,7 +66,18 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Write `path`.jsonl with everything, and `path`.tsv as VLMEvalKit scores it (the bare answer in `prediction`)."""
     rows = [prediction.to_json() for prediction in predictions]
     write_jsonl(f"{path}.jsonl", rows)
-    write_predictions_tsv(f"{path}.tsv", rows)
+    write_predictions_tsv(f"{path}.tsv", map(_table_row, predictions, rows))
+
+
+def _table_row(prediction: Prediction, row: dict[str, Any]) -> dict[str, Any]:
+    """With what a table of VLMEvalKit's had beside: the question before its options were written into it, the split."""
+    extra = prediction.sample.extra
+    return row | {
+        "question": extra.get(QUESTION_KEY, row["question"]),
+        "options": extra.get("options"),
+        "category": extra.get("category"),
+        "split": extra.get("split"),
+    }
 
 
 def predict(sample: Sample, text: str) -> Prediction:

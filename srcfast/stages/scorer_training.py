@@ -7,7 +7,7 @@ answer) that is not the true one's. Fewer faults win; equal numbers tie, none at
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -163,12 +163,10 @@ def fault_name(example: ScorerExample, first: int, second: int) -> str:
     return one.kind if one.faults else other.kind
 
 
-def judged_examples(scorer: Scorer, examples: Sequence[ScorerExample]) -> Iterator[tuple[JudgeTree, ScorerExample]]:
-    """The examples tokenised, each tree with the example that it is of."""
-    for example in examples:
-        texts = [variant.text for variant in example.variants]
-        for one in scorer.judge_trees(example.reference, texts, example.pairs, example.key):
-            yield one, example
+def judge_tree_of(scorer: Scorer, example: ScorerExample) -> JudgeTree:
+    """The example tokenised."""
+    texts = [variant.text for variant in example.variants]
+    return scorer.judge_tree(example.reference, texts, example.pairs, example.key)
 
 
 def train_scorer(
@@ -180,8 +178,7 @@ def train_scorer(
     """Cross entropy over the verdict tokens alone, at the verdict slots alone.
 
     The adapter is trained where there is one, else the whole model. The loss is the mean over the slots of
-    the global batch, however it is cut. A tree of `settings` is one of `Scorer.judge_trees`: on the CPU an
-    example is as many trees as it has variants.
+    the global batch, however it is cut.
 
     Returns:
         The steps' metrics, `accuracy` over the step's slots among them.
@@ -190,7 +187,8 @@ def train_scorer(
         scorer.requires_grad_(True)
     num_verdicts = len(scorer.verdict_values)
     items = []
-    for one, example in judged_examples(scorer, examples):
+    for example in examples:
+        one = judge_tree_of(scorer, example)
         pairs = zip(one.first.tolist(), one.second.tolist(), strict=True)
         targets = [target_verdict(example, *pair, num_verdicts) for pair in pairs]
         items.append(TrainingItem(one.tree, (one, torch.tensor(targets))))
@@ -231,15 +229,14 @@ def evaluate_scorer(
             ordered pairs.
     """
     scorer.eval()
-    judged = list(judged_examples(scorer, examples))
-    wins, said = scorer.win_and_verdict(slot_hidden(scorer, [one for one, _ in judged], token_budget))  # [M] each
+    judged = [judge_tree_of(scorer, example) for example in examples]
+    wins, said = scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget))  # [M] each
     values = scorer.verdict_values.tolist()
-    number = {id(example): index for index, example in enumerate(examples)}
     hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
     by_fault: dict[str, list[bool]] = defaultdict(list)
     leans: dict[tuple[int, int, int], tuple[float, float, float]] = {}  # by example and pair: p, said, target less 1/2
     slot = 0
-    for one, example in judged:
+    for number, (one, example) in enumerate(zip(judged, examples, strict=True)):
         for pair in zip(one.first.tolist(), one.second.tolist(), strict=True):
             target = values[target_verdict(example, *pair, len(values))]
             lean = (wins[slot] - 0.5, said[slot] - 0.5, target - 0.5)
@@ -247,8 +244,8 @@ def evaluate_scorer(
             right = bool(np.sign(lean[1]) == np.sign(lean[2]))
             by_fault[fault_name(example, *pair)].append(right)
             if pair[1] != ALONE:
-                hits[number[id(example)]] += right, 1
-                leans[(number[id(example)], *pair)] = lean
+                hits[number] += right, 1
+                leans[(number, *pair)] = lean
     both = [(lean, leans[k, j, i]) for (k, i, j), lean in leans.items() if i < j and (k, j, i) in leans]
     alone = by_fault.pop("alone", [])
     return {

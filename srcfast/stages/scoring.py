@@ -92,9 +92,8 @@ def _score_block(
     for index, (sample, distinct) in enumerate(zip(samples, texts, strict=True)):
         pairs = [(i, ALONE) for i in range(len(distinct))] if mode == "independent" else None
         if mode == "independent" or len(distinct) >= 2:  # a lone text has nothing to be compared with
-            own = scorer.judge_trees(sample_reference(sample), distinct, pairs, key=sample.id)
-            trees += own
-            owners += [index] * len(own)
+            trees.append(scorer.judge_tree(sample_reference(sample), distinct, pairs, key=sample.id))
+            owners.append(index)
     results = [_lone() for _ in samples]
     if trees:
         slots = slot_hidden(scorer, trees, token_budget)  # [M, D]

@@ -303,6 +303,15 @@ def judge(response: Response, program: Program, scene: Scene | dict[str, Any], g
     )
 
 
+def is_true(sentence: str, scene: Scene) -> bool | None:
+    """Whether one sentence holds of a scene; None where it can't be read, or not be told from this sentence alone."""
+    claim = parse_claim(sentence)
+    if claim is None or claim.about_seen or (claim.kind == "reasoning" and not claim.checks):
+        return None
+    verdict = _seen(claim, scene) if claim.kind == "perception" else _in_scene(claim, scene)
+    return None if verdict == "unverifiable" else verdict == "true"
+
+
 def claimed_world(claims: Sequence[Claim], one_object: bool = False) -> Scene:
     """The world as the claims tell it. Two claims that must mean the same object are merged into one.
 

@@ -34,8 +34,8 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import format_response
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
-from srcfast.runtime.attention import Attend, forest_attend
-from srcfast.world.checkpoints import new_lvlm, train_tokenizer
+from srcfast.runtime.attention import forest_attend
+from srcfast.world.checkpoints import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
 from srcfast.world.perception import normalise, teach_tower
 from srcfast.world.questions import ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
@@ -51,13 +51,13 @@ class Recipe:
     vocabulary_size: int = 640
     hidden_size: int = 128
     num_layers: int = 5
-    vision_layers: int = 3
-    tower_pictures: int = 32_000
-    tower_epochs: int = 6
-    tower_batch_size: int = 128
+    vision_layers: int = 4
+    tower_pictures: int = 40_000
+    tower_epochs: int = 5
+    tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
-    scenes: int = 34_000
-    steps: int = 1_400
+    scenes: int = 40_000
+    steps: int = 2_200
     scenes_per_step: int = 24
     text_trees_per_step: int = 6
     learning_rate: float = 2e-3
@@ -81,16 +81,16 @@ class Writer:
             lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
         )
         image = tokenizer.convert_tokens_to_ids("<image>")
-        self.image_root = np.array([*self.encode("USER:"), *[image] * 36])
+        self.image_root = np.array([*self.encode("USER:"), *[image] * (IMAGE_SIZE // PATCH_SIZE) ** 2])
 
     def exchange(self, question: str, answer: str) -> Exchange:
         return Exchange(self.encode(f"{question} ASSISTANT:"), (*self.encode(answer), self.end))
 
     def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
-        """The image, a caption one time in four, five perception questions, four short answers."""
+        """The image, a caption one time in four, six perception questions, two short answers."""
         pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
-        pairs += perception_questions(scene, rng, 5)
-        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=4)]
+        pairs += perception_questions(scene, rng, 6)
+        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
         return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
 
     def text_tree(self, scene: Scene, rng: random.Random) -> tuple[Tree, list[int]]:
@@ -168,11 +168,11 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, log: Callable[[s
         ]
         forest = Forest.of([tree for tree, _ in written])
         rows, targets = answer_rows(forest, [lengths for _, lengths in written])
-        # Three times fp32's GEMM rate where the CPU has bf16; attention's backward is faster in fp32.
+        # Three times fp32's GEMM rate where the CPU has bf16.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             projected = projector(seen[picked].float()).float()  # [scenes, 36, hidden]
             embeddings = model.embed(forest, {str(i): projected[k] for k, i in enumerate(picked)})
-            hidden = model.decoder(embeddings, forest.positions, _exact_attend(forest))
+            hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
             logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
         loss = F.cross_entropy(logits.float(), targets)
         for group in optimizer.param_groups:
@@ -185,11 +185,6 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, log: Callable[[s
         if step % 50 == 49:
             log(f"language {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
     model.requires_grad_(False)
-
-
-def _exact_attend(forest: Forest) -> Attend:
-    attend = forest_attend(forest)
-    return lambda layer, q, k, v: attend(layer, q.float(), k.float(), v.float())
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ RGB = {
     "brown": (165, 42, 42),
     "teal": (0, 128, 128),
 }
-EXTENT = {"small": (9.0, 11.0), "large": (17.0, 20.5)}  # pixels, the longer side
+EXTENT = {"small": (11.0, 13.0), "large": (17.5, 20.5)}  # pixels, the longer side
 
 Point = tuple[float, float]
 
@@ -70,7 +70,7 @@ def _draw_background(
 def _draw_object(draw: ImageDraw.ImageDraw, o: Object, rng: random.Random) -> None:
     assert o.shape and o.color and o.size and o.place
     extent = rng.uniform(*EXTENT[o.size])
-    room = max(0.0, (CELL - 1.16 * extent) / 2)  # that the center may move, a tilted corner still inside
+    room = max(0.0, (CELL - 1.16 * extent) / 4)  # that the center may move, a tilted corner well inside
     x = (COLUMN[o.place] + 0.5) * CELL + rng.uniform(-room, room)
     y = (ROW[o.place] + 0.5) * CELL + rng.uniform(-room, room)
     draw_shape(draw, o.shape, o.color, x, y, extent, rng)

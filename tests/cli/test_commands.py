@@ -410,3 +410,24 @@ def test_stages_hand_their_files_on(srcfast: Srcfast, model_dir: Path, tmp_path:
     )
     assert srcfast("dpo", *words).exit_code == 0
     assert json.loads((out / "summary.json").read_text())["pairs"] == 9
+
+
+def test_convert_sets_bad_records_aside(srcfast: Srcfast, image_root: Path, tmp_path: Path) -> None:
+    rows = [{"id": "1", "image": "a.png", "question": "Why?", "answer": "so"}, {"id": "2", "question": "How?"}]
+    data = write_rows(tmp_path / "in.jsonl", rows)
+    done = srcfast("convert", data, tmp_path / "out.json", "--image-root", image_root)
+    assert done.exit_code == 0, done.output
+    assert "1 records, 1 rejected" in done.output
+    assert [row["id"] for row in json.loads((tmp_path / "out.json").read_text())] == ["1"]
+    (rejected,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
+    assert (rejected["line"], rejected["field"]) == (2, "answer")
+
+
+def test_convert_without_a_good_record_still_says_what_is_wrong_with_each(
+    srcfast: Srcfast, image_root: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "in.jsonl", [{"id": "1", "question": "Why?"}, {"id": "2", "answer": "so"}])
+    done = srcfast("convert", data, tmp_path / "out.json", "--image-root", image_root)
+    assert done.exit_code == 2 and not (tmp_path / "out.json").exists()
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["field"]) for row in rejected] == [(1, "answer"), (2, "question")]

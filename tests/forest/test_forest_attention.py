@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
+from srcfast.runtime import attention
 from srcfast.runtime.attention import (
     available_backends,
     forest_attend,
@@ -58,6 +60,33 @@ def test_attention_and_its_gradients_equal_those_of_each_path_alone(
         strict=True,
     ):
         torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=15, deadline=None)
+@given(drawn=st.lists(trees(), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_long_paths_whose_scores_are_not_kept_agree_too(drawn: list[Tree], seed: int) -> None:
+    forest = Forest.of(drawn)
+    qkv = random_qkv(forest.num_tokens, 4, 2, 5, seed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "FUSED_ABOVE", 0)  # all paths count as long
+        output = forest_attention(*qkv, forest, "blocks")
+        found = torch.autograd.grad(output.square().sum(), qkv)
+    expected = path_by_path(*qkv, forest)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    true = torch.autograd.grad(expected.square().sum(), qkv)
+    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_output_has_the_queries_type(dtype: torch.dtype) -> None:
+    forest = Forest.of([Tree((Segment(np.arange(5)), Segment(np.arange(3), 0)))])
+    q, k, v = (x.detach().to(dtype) for x in random_qkv(8, 2, 2, 4, 0))
+    output = forest_attention(q, k, v, forest, "blocks")
+    assert output.dtype == dtype
+    expected = path_by_path(q.double(), k.double(), v.double(), forest)
+    # Rounded once to the type at the end: half a unit in the last place of numbers about 1.
+    tolerance = {torch.bfloat16: 8e-3, torch.float32: 1e-6}[dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=25, deadline=None)

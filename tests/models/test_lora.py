@@ -29,6 +29,7 @@ from srcfast.models.lora import (
     adapter_hash,
     adapters,
     disable_lora,
+    folded_lora,
     load_adapter,
     lora_parameters,
     merge_lora,
@@ -230,3 +231,21 @@ def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
         pair.load(lora=LoRAConfig(target_modules=("q_proj", "fc1")))
     with pytest.raises(InputError, match="rank"):
         pair.load(lora=LoRAConfig(r=0))
+
+
+def test_folded_weights_answer_as_the_adapter_does_and_come_back_bit_for_bit(pair: Pair) -> None:
+    model = pair.load(lora=CONFIG)
+    randomise_adapter(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    expected = pair.logits(model)
+    with folded_lora(model):
+        assert not any(layer.active for layer in adapters(model).values())
+        assert_close(pair.logits(model), expected, 1e-5)  # the same fp32 operations in another order
+    assert torch.equal(pair.logits(model), expected)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_an_adapter_on_half_precision_weights_is_not_folded(pair: Pair) -> None:
+    model = pair.load(lora=CONFIG, dtype=torch.bfloat16)
+    with folded_lora(model):
+        assert all(layer.active for layer in adapters(model).values())

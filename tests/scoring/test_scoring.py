@@ -78,17 +78,6 @@ def test_tree_paths_spell_the_flat_prompt(scorer):
         assert text == f"{reference}First: {texts[i]}\nSecond: {texts[j]}\nBetter:"
 
 
-def test_trees_cut_by_first_candidate_judge_the_same_pairs(scorer):
-    texts = random_texts(np.random.default_rng(11), 4)
-    whole, cut = scorer.judge_tree("Question: Q?\n", texts), scorer.judge_trees("Question: Q?\n", texts)
-    assert len(cut) == 4
-    assert [tuple(p) for one in cut for p in zip(one.first, one.second, strict=True)] == list(
-        zip(whole.first, whole.second, strict=True)
-    )
-    one, many = (slot_hidden(scorer, trees, 4096) for trees in ([whole], cut))
-    torch.testing.assert_close(one, many, rtol=0, atol=1e-5)  # fp32: other summation orders
-
-
 def test_reference_says_what_the_sample_has():
     assert sample_reference(sample(1)) == (
         "Question: What is it, number 1?\nFacts: There is a red circle.\nAnswer: red\n"
