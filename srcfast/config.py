@@ -71,6 +71,9 @@ class DatasetConfig(Section):
     split: str = Field("train", description="of the dataset; for a file, a name for the results")
     limit: int = Field(0, ge=0, description="samples, drawn by the seed; 0 = all (world: needed)")
     seed: int = Field(0, ge=0, description="of the draw")
+    check_images: bool = Field(
+        True, description="decode every image at the start, so that no run stops at a broken one"
+    )
     use: tuple[Literal["rationale", "calibration"], ...] = Field(
         ("rationale", "calibration"), description="stages that a training set takes part in"
     )

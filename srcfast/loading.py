@@ -43,7 +43,9 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
     path = Path(dataset.path or "")
     root = path.parent if dataset.image_root is None else Path(dataset.image_root)
-    samples = read_samples(path, format=dataset.format, image_root=root, rejected=rejected)
+    samples = read_samples(
+        path, format=dataset.format, image_root=root, rejected=rejected, check_images=dataset.check_images
+    )
     if 0 < dataset.limit < len(samples):
         samples = random.Random(f"{dataset.name}/{dataset.seed}").sample(samples, dataset.limit)
     return samples

@@ -118,8 +118,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     for (rows, long, wide, mask), query, key, value in zip(groups, queries, keys, values, strict=True):
         attend = _padded_attention if wide <= FUSED_ABOVE else _fused_attention
         own = query.view(rows, long, *q.shape[1:])
-        seen = (x.view(rows, wide, *k.shape[1:]) for x in (key, value))
-        outputs.append(attend(own, *seen, mask).flatten(0, 1))
+        attended = attend(own, key.view(rows, wide, *k.shape[1:]), value.view(rows, wide, *k.shape[1:]), mask)
+        outputs.append(attended.flatten(0, 1))
     return torch.cat(outputs).index_select(0, out_of).to(dtype)  # in backward padding gets nothing
 
 

@@ -2,11 +2,11 @@
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two stages.
-Drills: facts, and under them single claims, true or false, said to be so token by token. Lessons: judge trees of true
-rationales and their corruptions, with the verdicts and, all along the candidates, a word on each claim. Verdicts alone, one
-label for sixty tokens, take far longer to teach a model of this size to look things up in the facts. A corruption counts
-as a fault only if the oracle finds it faulty.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in three stages.
+First single claims below a scene's facts, true or false, said to be so token by token; then whole candidates, true ones and
+corrupted ones, with a word on each claim and on the whole; last the judge trees themselves, with verdicts as well. Verdicts
+alone, one label for sixty tokens, take far longer to teach a model of this size to look things up in the facts. A corruption
+counts as a fault only if the oracle finds it faulty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +43,8 @@ from srcfast.world.questions import ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.scenes import Scene, sample_scenes
 
-VERDICT_WEIGHT = 5.0
+CLAIM, WHOLE, VERDICT = range(3)  # what is judged: a claim so far, a candidate at its end, a pair
+WEIGHTS = np.array([1.0, 4.0, 5.0])  # in the loss
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,21 @@ class Recipe:
     """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
 
     seed: int = 0
-    drill_scenes: int = 12_000
-    drill_claims: int = 14
-    drill_epochs: int = 3
-    drills_per_step: int = 24
-    drill_learning_rate: float = 1.5e-3
+    scenes: int = 12_000
+    claims_per_scene: int = 14
+    claim_epochs: int = 3
+    scenes_per_step: int = 24
+    claim_learning_rate: float = 1.5e-3
     samples: int = 5_400
     easy_vqa_samples: int = 900
     held_out_samples: int = 300
-    variants: int = 3
-    epochs: int = 1
+    variants: int = 5
+    candidate_epochs: int = 1
+    candidate_learning_rate: float = 1.5e-3
+    pair_variants: int = 3
+    pair_epochs: int = 1
     trees_per_step: int = 16
-    learning_rate: float = 1e-3
+    pair_learning_rate: float = 1e-3
 
 
 def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
@@ -102,68 +106,81 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
     return judgement is not None and not judgement.aligned
 
 
+Place = tuple[int, int, int, int]  # segment, offset within it, verdict, kind (CLAIM, WHOLE or VERDICT)
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """Places of one judge tree where a verdict token is to be said, [n] each.
+    """Places of one tree where a verdict token is to be said, [n] each.
 
-    `verdict` is True at the verdict slots, False where it is said of what a candidate has claimed so far: 0, the first
-    verdict, for true, the last for false.
+    Of claims and whole candidates it is the first verdict for right, the last for wrong.
     """
 
     segment: np.ndarray
     offset: np.ndarray
     target: np.ndarray
-    verdict: np.ndarray
+    kind: np.ndarray
 
 
-def lesson_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
-    """Judge trees of true and corrupted candidates, with a word on each claim as well as the verdicts."""
-    samples = {sample.id: sample for sample, *_ in raps}
-    examples = scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty)
-    items = []
-    for example in examples:
-        judged = judge_tree_of(scorer, example)
-        sample, texts = samples[example.key], [variant.text for variant in example.variants]
-        pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
-        segment_of = {first: judged.tree.segments[slot].parent for first, _, slot in pairs}
-        places = [
-            place
-            for first, segment in segment_of.items()
-            for place in claims(scorer, sample, segment, f"First: {texts[first]}\n")
-        ]
-        for _, second, slot in pairs:
-            if second != ALONE:
-                places += claims(scorer, sample, slot, f"Second: {texts[second]}\nBetter:")
-        told = len(places)
-        for first, second, slot in pairs:
-            verdict = target_verdict(example, first, second, len(scorer.verdict_values))
-            places.append((slot, judged.tree.segments[slot].tokens.size - 1, verdict))
-        segment, offset, target = np.array(places).T
-        items.append(TrainingItem(judged.tree, Lesson(segment, offset, target, np.arange(len(places)) >= told)))
-    return items
+def lesson(tree: Tree, places: Sequence[Place]) -> TrainingItem:
+    """The training item of a tree and its places."""
+    return TrainingItem(tree, Lesson(*np.array(places).T))
 
 
-def drill_items(scorer: Scorer, scenes: Sequence[Scene], count: int, rng: random.Random) -> list[TrainingItem]:
-    """Trees of a scene's facts with `count` claims below, as a judge tree begins."""
+def claim_items(scorer: Scorer, scenes: Sequence[Scene], count: int, rng: random.Random) -> list[TrainingItem]:
+    """Trees of a scene's facts with `count` claims below."""
     items = []
     for scene in scenes:
         known = facts(scene)
         segments = [Segment(scorer.encode(f"Facts: {' '.join(known)}\n"))]
-        places = []
+        places: list[Place] = []
         for sentence, truth in draw_claims(scene, rng, count).items():
             own = scorer.encode(sentence)
             places += claim_places(scorer, known, len(segments), 0, own, sentence, truth)
             segments.append(Segment(own, 0))
-        segment, offset, target = np.array(places).T
-        lesson = Lesson(segment, offset, target, np.zeros(len(places), dtype=bool))
-        items.append(TrainingItem(Tree(tuple(segments)), lesson))
+        items.append(lesson(Tree(tuple(segments)), places))
+    return items
+
+
+def candidate_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
+    """Judge trees without seconds: the reference and below it true and corrupted candidates."""
+    samples = {sample.id: sample for sample, *_ in raps}
+    items = []
+    for example in scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty):
+        segments = [Segment(np.concatenate([scorer.opening, scorer.encode(example.reference)]))]
+        places: list[Place] = []
+        for variant in example.variants:
+            shown = f"First: {variant.text}\n"
+            places += candidate_places(scorer, samples[example.key], len(segments), shown)
+            segments.append(Segment(scorer.encode(shown), 0))
+        items.append(lesson(Tree(tuple(segments)), places))
+    return items
+
+
+def pair_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
+    """Judge trees of true and corrupted candidates: verdicts, and a word on each claim and candidate."""
+    samples = {sample.id: sample for sample, *_ in raps}
+    items = []
+    for example in scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty):
+        judged = judge_tree_of(scorer, example)
+        sample, texts = samples[example.key], [variant.text for variant in example.variants]
+        pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
+        places: list[Place] = []
+        for first, segment in {first: judged.tree.segments[slot].parent for first, _, slot in pairs}.items():
+            places += candidate_places(scorer, sample, segment, f"First: {texts[first]}\n")
+        for first, second, slot in pairs:
+            if second != ALONE:
+                places += candidate_places(scorer, sample, slot, f"Second: {texts[second]}\nBetter:")
+            verdict = target_verdict(example, first, second, len(scorer.verdict_values))
+            places.append((slot, judged.tree.segments[slot].tokens.size - 1, verdict, VERDICT))
+        items.append(lesson(judged.tree, places))
     return items
 
 
 def claim_places(
     scorer: Scorer, known: Sequence[str], segment: int, begin: int, own: np.ndarray, sentence: str, truth: bool
-) -> list[tuple[int, int, int]]:
-    """(segment, offset, verdict) of one claim whose tokens `own` [n] begin at `begin`.
+) -> list[Place]:
+    """The places of one claim whose tokens `own` [n] begin at `begin`.
 
     After its last token it is whether the claim is true, after each token of "There is a ..." whether some fact begins so.
     """
@@ -171,16 +188,16 @@ def claim_places(
     places = []
     if sentence.startswith("There is a"):
         starts = {tuple(fact[:n]) for fact in map(scorer.encode, known) for n in range(len(fact) + 1)}
-        places = [(segment, begin + n, 0 if tuple(own[: n + 1]) in starts else bad) for n in range(3, len(own) - 1)]
-    return [*places, (segment, begin + len(own) - 1, 0 if truth else bad)]
+        told = ((n, tuple(own[: n + 1]) in starts) for n in range(3, len(own) - 1))
+        places = [(segment, begin + n, 0 if right else bad, CLAIM) for n, right in told]
+    return [*places, (segment, begin + len(own) - 1, 0 if truth else bad, CLAIM)]
 
 
-def claims(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[tuple[int, int, int]]:
-    """(segment, offset, verdict) of all that a candidate claims; after its answer, whether all is well."""
-    bad = len(scorer.verdict_values) - 1
+def candidate_places(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[Place]:
+    """The places of all that a candidate claims, and of the whole after its answer."""
     judgement = judge_sample(sample, parse_response(shown[shown.index("<see>") : shown.rindex("\n")]))
     assert judgement is not None
-    places = []
+    places: list[Place] = []
     at = 0
     for sentence, _, verdict in judgement.claims:
         at = shown.index(sentence, at) + len(sentence)
@@ -188,11 +205,11 @@ def claims(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[tup
         begin = len(scorer.encode(shown[:at])) - len(own)
         places += claim_places(scorer, sample.facts, segment, begin, own, sentence, verdict != "false")
     end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
-    return [*places, (segment, end, 0 if judgement.aligned else bad)]
+    return [*places, (segment, end, 0 if judgement.aligned else len(scorer.verdict_values) - 1, WHOLE)]
 
 
 def lesson_loss(scorer: Scorer) -> Loss:
-    """Cross entropy over the verdict tokens; a verdict counts as much as `VERDICT_WEIGHT` claims."""
+    """Cross entropy over the verdict tokens, weighted by what is judged."""
 
     def loss(
         hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], total: float
@@ -201,84 +218,106 @@ def lesson_loss(scorer: Scorer) -> Loss:
         starts = [np.array(own)[one.segment] for own, one in zip(forest.segment_start, lessons, strict=True)]
         rows = np.concatenate([start + one.offset for start, one in zip(starts, lessons, strict=True)])
         targets = torch.from_numpy(np.concatenate([one.target for one in lessons]))  # [n]
-        verdict = torch.from_numpy(np.concatenate([one.verdict for one in lessons]))
+        kinds = np.concatenate([one.kind for one in lessons])
         logits = hidden[torch.from_numpy(rows)].float() @ head[scorer.verdict_token_ids].float().T  # [n, K]
-        weights = torch.where(verdict, VERDICT_WEIGHT, 1.0)
-        right = (logits.argmax(-1) == targets).float()
-        metrics = {
-            "right_verdicts": right[verdict].sum(),
-            "verdicts": verdict.sum(),
-            "right_claims": right[~verdict].sum(),
-            "claims": (~verdict).sum(),
-        }
+        right = (logits.argmax(-1) == targets).numpy()
+        metrics: dict[str, Tensor] = {}
+        for kind, name in enumerate(("claims", "wholes", "verdicts")):
+            metrics |= {
+                name: torch.tensor((kinds == kind).sum()),
+                f"right_{name}": torch.tensor(right[kinds == kind].sum()),
+            }
+        weights = torch.from_numpy(WEIGHTS[kinds]).float()
         return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / total, metrics
 
     return loss
 
 
 def lesson_weight(items: Sequence[TrainingItem]) -> float:
-    """The denominator: verdicts by their weight, claims by 1."""
-    return float(sum(np.where(item.meta.verdict, VERDICT_WEIGHT, 1.0).sum() for item in items))
+    """The denominator: each place by its weight."""
+    return float(sum(WEIGHTS[item.meta.kind].sum() for item in items))
 
 
 def main(
     output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
-    """Train the embedded R-Scorer and write it with the record of how it was made."""
+    """Train the embedded R-Scorer and write it with the record of how it was made.
+
+    `output`/claims and `output`/candidates hold it as it was after these stages; where they are there already, those
+    stages are not run again.
+    """
     torch.set_num_threads(threads)
     recipe = Recipe()
     started = time.monotonic()
+    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
+    raps = world_raps(recipe.samples, recipe.seed) + easy
 
     def log(metrics: dict[str, float]) -> None:
         if metrics["step"] % 20 == 0:
-            counts = {name: metrics[name] for name in ("verdicts", "claims") if metrics[name]}
+            counts = {name: metrics[name] for name in ("claims", "wholes", "verdicts") if metrics[name]}
             shares = {name: round(metrics[f"right_{name}"] / count, 3) for name, count in counts.items()}
             line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
             print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
-    rng = random.Random(f"scorer/{recipe.seed}")
-    decoder_as_text_model(load_lvlm("embedded"), output)
-    scorer = load_scorer(output)
-    scorer.requires_grad_(True)
-
-    def teach(items: list[TrainingItem], **settings: Any) -> None:
+    def teach(start: Path, stage: Path, items: Callable[[Scorer], list[TrainingItem]], **settings: Any) -> None:
+        if stage != output and (stage / "config.json").exists():
+            return
+        scorer = load_scorer(start)
+        scorer.requires_grad_(True)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
             train(
                 scorer.text_model,
-                items,
+                items(scorer),
                 loss=lesson_loss(scorer),
                 denominator=lesson_weight,
-                settings=TrainingSettings(**settings, warmup_ratio=0.05, weight_decay=0.02, seed=recipe.seed),
+                settings=TrainingSettings(
+                    **settings, token_budget=32_768, warmup_ratio=0.05, weight_decay=0.02, seed=recipe.seed
+                ),
                 on_step=log,
             )
+        model = scorer.text_model.to(torch.bfloat16) if stage == output else scorer.text_model
+        save_text_model(model, stage)
 
-    scenes = sample_scenes("scorer", recipe.drill_scenes, recipe.seed + 2)
+    rng = random.Random(f"scorer/{recipe.seed}")
+    decoder_as_text_model(load_lvlm("embedded"), output)
     teach(
-        drill_items(scorer, scenes, recipe.drill_claims, rng),
-        epochs=recipe.drill_epochs,
-        micro_batch_size=recipe.drills_per_step,
-        learning_rate=recipe.drill_learning_rate,
+        output,
+        output / "claims",
+        lambda scorer: claim_items(
+            scorer,
+            sample_scenes("scorer", recipe.scenes, recipe.seed + 2),
+            recipe.claims_per_scene,
+            random.Random(f"claims/{recipe.seed}"),
+        ),
+        epochs=recipe.claim_epochs,
+        micro_batch_size=recipe.scenes_per_step,
+        learning_rate=recipe.claim_learning_rate,
     )
-    save_text_model(scorer.text_model, output)  # kept should the lessons be stopped
-    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
-    raps = world_raps(recipe.samples, recipe.seed) + easy
-    held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
     teach(
-        lesson_items(scorer, raps, recipe.variants, rng),
-        epochs=recipe.epochs,
+        output / "claims",
+        output / "candidates",
+        lambda scorer: candidate_items(scorer, raps, recipe.variants, random.Random(f"candidates/{recipe.seed}")),
+        epochs=recipe.candidate_epochs,
         micro_batch_size=recipe.trees_per_step,
-        token_budget=32_768,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.candidate_learning_rate,
     )
-    save_text_model(scorer.text_model.to(torch.bfloat16), output)
+    teach(
+        output / "candidates",
+        output,
+        lambda scorer: pair_items(scorer, raps, recipe.pair_variants, random.Random(f"pairs/{recipe.seed}")),
+        epochs=recipe.pair_epochs,
+        micro_batch_size=recipe.trees_per_step,
+        learning_rate=recipe.pair_learning_rate,
+    )
     shipped = load_scorer(output)
+    held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
     scores = {
-        "world": evaluate_scorer(shipped, scorer_examples(held_out, rng, VOCABULARY, is_faulty=is_faulty)),
-        "easy_vqa": evaluate_scorer(shipped, scorer_examples(easy_held_out, rng, VOCABULARY, is_faulty=is_faulty)),
+        name: evaluate_scorer(shipped, scorer_examples(own, rng, VOCABULARY, is_faulty=is_faulty))
+        for name, own in (("world", held_out), ("easy_vqa", easy_held_out))
     }
     record = {
-        "command": "python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer",
+        "command": "python -m srcfast.stages.embedded_scorer --output DIR",
         "recipe": asdict(recipe),
         "held_out": scores,
         "torch": torch.__version__,

@@ -4,8 +4,8 @@
 
 The order is that of real LVLMs: the vision tower learns dense labels (`perception.py`); then the decoder and the
 projector learn, in one mixture, to caption and point (perception), to answer questions about pictures *shortly*
-(visual instructions), and to reason in tagged steps over facts given as *text*. Rationales about pictures are never
-shown: bringing the two together is what rationale fine-tuning and calibration are for.
+(visual instructions), and to reason in tagged steps over facts given as *text*; last, the same with mostly reasoning.
+Rationales about pictures are never shown: bringing the two together is what rationale fine-tuning and calibration are for.
 
 Every picture is one tree: the image is the root, its captions, questions and answers are the children.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,16 +31,30 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.rationale_format import format_response
+from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.generation import Prompt, generate_greedy
 from srcfast.world.checkpoints import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
+from srcfast.world.oracle import judge
 from srcfast.world.perception import normalise, teach_tower
-from srcfast.world.questions import ask
+from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
 from srcfast.world.render import render
 from srcfast.world.scenes import Scene, sample_scenes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the language model's training, by a cosine after a linear warm-up."""
+
+    steps: int
+    warmup_steps: int
+    pictures_per_step: int
+    texts_per_step: int
+    questions_per_text: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,8 @@ class Recipe:
     tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
     scenes: int = 40_000
-    steps: int = 2_200
-    scenes_per_step: int = 24
-    text_trees_per_step: int = 6
-    learning_rate: float = 2e-3
+    language: Stage = Stage(2_200, 200, 24, 6, 3, 2e-3)
+    reasoning: Stage = Stage(700, 70, 8, 14, 5, 1.5e-3)
     weight_decay: float = 0.05
 
 
@@ -93,10 +105,10 @@ class Writer:
         pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
         return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
 
-    def text_tree(self, scene: Scene, rng: random.Random) -> tuple[Tree, list[int]]:
-        """The facts as text, and three questions answered by a tagged rationale."""
+    def text_tree(self, scene: Scene, rng: random.Random, questions: int) -> tuple[Tree, list[int]]:
+        """The facts as text, and questions answered by a tagged rationale."""
         exchanges = []
-        for question in ask(scene, rng, n=3):
+        for question in ask(scene, rng, n=questions):
             see, think = true_rationale(scene, question)
             response = format_response(see, think, question.answer, "tagged")
             exchanges.append(self.exchange(reword(question.text, rng), response))
@@ -143,47 +155,53 @@ def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
             yield " ".join([reword(item.text, rng), *see, *think, item.answer])
 
 
-def train_language(model: LVLM, writer: Writer, recipe: Recipe, log: Callable[[str], None]) -> None:
-    """Train decoder and projector on the mixture; the tower stays as it is."""
-    rng = random.Random(f"language/{recipe.seed}")
+def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+    """Train decoder and projector on the mixture of the stage of this name; the tower stays as it is."""
+    stage: Stage = getattr(recipe, name)
+    rng = random.Random(f"{name}/{recipe.seed}")
     scenes = sample_scenes("base", recipe.scenes, recipe.seed + 1)
-    seen = _encode_all(model, scenes, rng)  # [scenes, 36, 128] half precision: before the projector
+    pictures = stage.steps * stage.pictures_per_step
+    passes = range(-(-pictures // len(scenes)))
+    order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])[
+        :pictures
+    ]
+    shown = np.unique(order)
+    seen = _encode_all(model, [scenes[i] for i in shown], rng)  # [shown, 36, 128] half precision: before the projector
     projector = model.vision.model.multi_modal_projector
     model.requires_grad_(True)
     model.vision.model.vision_tower.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = recipe.steps
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
+        parameters, lr=stage.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    passes = range(-(-steps * recipe.scenes_per_step // recipe.scenes))
-    order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])
     losses: list[float] = []
     started = time.monotonic()
-    for step in range(steps):
-        picked = order[step * recipe.scenes_per_step : (step + 1) * recipe.scenes_per_step]
+    for step in range(stage.steps):
+        picked = order[step * stage.pictures_per_step : (step + 1) * stage.pictures_per_step]
         written = [writer.picture_tree(scenes[i], str(i), rng) for i in picked]
         written += [
-            writer.text_tree(scenes[rng.randrange(len(scenes))], rng) for _ in range(recipe.text_trees_per_step)
+            writer.text_tree(scenes[rng.randrange(len(scenes))], rng, stage.questions_per_text)
+            for _ in range(stage.texts_per_step)
         ]
         forest = Forest.of([tree for tree, _ in written])
         rows, targets = answer_rows(forest, [lengths for _, lengths in written])
         # Three times fp32's GEMM rate where the CPU has bf16.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            projected = projector(seen[picked].float()).float()  # [scenes, 36, hidden]
+            projected = projector(seen[np.searchsorted(shown, picked)].float()).float()  # [pictures, 36, hidden]
             embeddings = model.embed(forest, {str(i): projected[k] for k, i in enumerate(picked)})
             hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
             logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
         loss = F.cross_entropy(logits.float(), targets)
+        warm, cosine = (step + 1) / stage.warmup_steps, 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = stage.learning_rate * min(warm, cosine)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(loss.item())
         if step % 50 == 49:
-            log(f"language {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
+            log(f"{name} {step + 1}/{stage.steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
     model.requires_grad_(False)
 
 
@@ -222,12 +240,37 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
     return shares | {"overall": float(np.mean([hit for values in right.values() for hit in values]))}
 
 
+def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
+    """Of 600 questions over unseen scenes given as text: shares of right answers and of aligned responses, greedily."""
+    rng = random.Random(f"text probe/{seed}")
+    prompts: list[Prompt] = []
+    asked: list[tuple[Scene, Question]] = []
+    for scene in sample_scenes("validation", 100, seed):
+        root = [*writer.encode("USER:"), *[token for fact in facts(scene) for token in writer.encode(fact)]]
+        for question in ask(scene, rng, n=6):
+            tokens = np.array([*root, *writer.encode(f"{question.text} ASSISTANT:")])
+            prompts.append(Prompt(tokens, (), str(len(prompts))))
+            asked.append((scene, question))
+    responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
+    judged = [
+        judge(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
+        for (scene, question), response in zip(asked, responses, strict=True)
+    ]
+    return {
+        "accuracy": float(np.mean([j.answer_right for j in judged])),
+        "aligned": float(np.mean([j.aligned for j in judged])),
+    }
+
+
 def main(
     output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    tower: Annotated[Path | None, typer.Option(help="take this checkpoint's tower instead of training one")] = None,
 ) -> None:
-    """Train the embedded base LVLM and write it with the record of how it was made."""
+    """Train the embedded base LVLM and write it with the record of how it was made.
+
+    `output`/tower and `output`/language hold the checkpoint as it was after these stages; where they are there already,
+    those stages are not run again.
+    """
     torch.set_num_threads(threads)
     recipe = Recipe()
     started = time.monotonic()
@@ -235,11 +278,20 @@ def main(
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if not (output / "tower" / "TRAINING.json").exists():
+        teach(output / "tower", recipe, log)
+    if not (output / "language" / "TRAINING.json").exists():
+        train_stage(output / "tower", output / "language", recipe, "language", log)
+    train_stage(output / "language", output, recipe, "reasoning", log)
+    log(f"{time.monotonic() - started:.0f} s")
+
+
+def teach(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """A new checkpoint, its tower taught to see."""
     words = corpus(sample_scenes("base", 3000, recipe.seed), random.Random(f"corpus/{recipe.seed}"))
-    tokenizer = train_tokenizer(words, recipe.vocabulary_size)
     new_lvlm(
         output,
-        tokenizer,
+        train_tokenizer(words, recipe.vocabulary_size),
         hidden_size=recipe.hidden_size,
         num_layers=recipe.num_layers,
         vision_layers=recipe.vision_layers,
@@ -247,39 +299,41 @@ def main(
     )
     model = load_lvlm(output)
     model.requires_grad_(True)
-    if tower is None:
-        perception = teach_tower(
-            model.vision.model.vision_tower,
-            pictures=recipe.tower_pictures,
-            epochs=recipe.tower_epochs,
-            batch_size=recipe.tower_batch_size,
-            learning_rate=recipe.tower_learning_rate,
-            seed=recipe.seed,
-            on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
-        )
-        log(f"tower {perception}")
-    else:
-        trained = load_lvlm(tower).vision.model.vision_tower
-        model.vision.model.vision_tower.load_state_dict(trained.state_dict())
-        perception = json.loads((tower / "TRAINING.json").read_text(encoding="utf-8"))["tower_accuracy"]
-    save_lvlm(model, output)  # the tower is kept should the next stage be stopped
-    writer = Writer(tokenizer)
-    train_language(model, writer, recipe, log)
+    accuracy = teach_tower(
+        model.vision.model.vision_tower,
+        pictures=recipe.tower_pictures,
+        epochs=recipe.tower_epochs,
+        batch_size=recipe.tower_batch_size,
+        learning_rate=recipe.tower_learning_rate,
+        seed=recipe.seed,
+        on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
+    )
+    save_lvlm(model, output)
+    write_record(output, {"tower_accuracy": accuracy})
+
+
+def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+    """Run the language stage of this name from one checkpoint to another, and measure the result."""
+    model = load_lvlm(start)
+    writer = Writer(model.tokenizer)
+    train_language(model, writer, recipe, name, log)
     save_lvlm(model, output, dtype=torch.bfloat16)
-    shipped = load_lvlm(output)
-    record = {
-        "command": "python -m srcfast.world.pretrain --output srcfast/world/assets/base"
-        + (" --tower TOWER (a checkpoint whose tower an earlier run of this command trained)" if tower else ""),
+    trained = load_lvlm(output)
+    record = json.loads((start / "TRAINING.json").read_text(encoding="utf-8")) | {
+        "command": "python -m srcfast.world.pretrain --output DIR",
         "recipe": asdict(recipe),
-        "tower_accuracy": perception,
         "short_answer_accuracy": {
-            split: short_answer_accuracy(shipped, writer, 1, split) for split in ("validation", "generalisation")
+            split: short_answer_accuracy(trained, writer, 1, split) for split in ("validation", "generalisation")
         },
+        "text_accuracy": text_accuracy(trained, writer, 1),
         "torch": torch.__version__,
-        "seconds": round(time.monotonic() - started),
     }
+    write_record(output, record)
+    log(json.dumps({key: record[key] for key in ("short_answer_accuracy", "text_accuracy")}, indent=2))
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
     (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    log(json.dumps(record["short_answer_accuracy"], indent=2))
 
 
 if __name__ == "__main__":

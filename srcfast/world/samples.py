@@ -37,7 +37,7 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
             see, think = true_rationale(scene, question)
             samples.append(
                 Sample(
-                    id=f"world-{split}-{len(samples):06d}",
+                    id=f"world-{split}-{seed}-{len(samples):06d}",
                     images=(image,),
                     question=question.text,
                     answer=question.answer,

@@ -25,7 +25,7 @@ def aligned(sample: Sample) -> bool:
 def test_world_samples_are_complete_records(tmp_path: Path) -> None:
     samples = world_samples("test", 121, seed=5, image_dir=tmp_path)
     assert len({sample.id for sample in samples}) == 121
-    assert samples[7].id == "world-test-000007"
+    assert samples[7].id == "world-test-5-000007"
     abilities = Counter(sample.extra["ability"] for sample in samples)
     assert set(abilities) == set(ABILITIES) and max(abilities.values()) - min(abilities.values()) <= 4
     for sample in samples:
