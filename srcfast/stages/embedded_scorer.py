@@ -2,11 +2,12 @@
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in three stages.
-First single claims below a scene's facts, true or false, said to be so token by token; then whole candidates, true ones and
-corrupted ones, with a word on each claim and on the whole; last the judge trees themselves, with verdicts as well. Verdicts
-alone, one label for sixty tokens, take far longer to teach a model of this size to look things up in the facts. A corruption
-counts as a fault only if the oracle finds it faulty.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two stages.
+First to check: below a sample's reference stand candidates, true ones and corrupted ones, and others made of claims half of
+which are false; whether it is true is said of every claim, token by token, and of every whole candidate. Then to compare:
+the judge trees themselves, with the verdicts as well. Verdicts alone, one label for sixty tokens, take far longer to teach
+a model of this size to look things up in the facts; and where false claims are few, it learns to call all of them true. A
+corruption counts as a fault only if the oracle finds it faulty.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
 from srcfast.models import load_lvlm
+from srcfast.models.lora import LoRAConfig, merge_lora
 from srcfast.models.scorer import ALONE, Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.runtime.training import Loss, TrainingItem, TrainingSettings, train
@@ -52,21 +54,18 @@ class Recipe:
     """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
 
     seed: int = 0
-    scenes: int = 12_000
-    claims_per_scene: int = 14
-    claim_epochs: int = 3
-    scenes_per_step: int = 24
-    claim_learning_rate: float = 1.5e-3
-    samples: int = 5_400
-    easy_vqa_samples: int = 900
+    lora_r: int = 32
+    samples: int = 4_000
+    easy_vqa_samples: int = 600
     held_out_samples: int = 300
-    variants: int = 5
-    candidate_epochs: int = 1
-    candidate_learning_rate: float = 1.5e-3
-    pair_variants: int = 3
-    pair_epochs: int = 1
+    variants: int = 3
+    drills: int = 5
+    claims_per_drill: int = 4
+    checking_epochs: int = 2
+    checking_learning_rate: float = 2e-3
+    comparing_epochs: int = 1
+    comparing_learning_rate: float = 1e-3
     trees_per_step: int = 16
-    pair_learning_rate: float = 1e-3
 
 
 def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
@@ -127,41 +126,37 @@ def lesson(tree: Tree, places: Sequence[Place]) -> TrainingItem:
     return TrainingItem(tree, Lesson(*np.array(places).T))
 
 
-def claim_items(scorer: Scorer, scenes: Sequence[Scene], count: int, rng: random.Random) -> list[TrainingItem]:
-    """Trees of a scene's facts with `count` claims below."""
-    items = []
-    for scene in scenes:
-        known = facts(scene)
-        segments = [Segment(scorer.encode(f"Facts: {' '.join(known)}\n"))]
-        places: list[Place] = []
-        for sentence, truth in draw_claims(scene, rng, count).items():
-            own = scorer.encode(sentence)
-            places += claim_places(scorer, known, len(segments), 0, own, sentence, truth)
-            segments.append(Segment(own, 0))
-        items.append(lesson(Tree(tuple(segments)), places))
-    return items
-
-
-def candidate_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
-    """Judge trees without seconds: the reference and below it true and corrupted candidates."""
+def checking_items(scorer: Scorer, raps: Sequence[Rap], recipe: Recipe, rng: random.Random) -> list[TrainingItem]:
+    """Judge trees without seconds: the reference, and below it candidates and drills (claims of which half are false)."""
     samples = {sample.id: sample for sample, *_ in raps}
     items = []
-    for example in scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty):
+    for example in scorer_examples(raps, rng, VOCABULARY, variants=recipe.variants, is_faulty=is_faulty):
+        sample = samples[example.key]
+        scene = Scene.from_json(sample.extra["scene"])
         segments = [Segment(np.concatenate([scorer.opening, scorer.encode(example.reference)]))]
         places: list[Place] = []
         for variant in example.variants:
             shown = f"First: {variant.text}\n"
-            places += candidate_places(scorer, samples[example.key], len(segments), shown)
+            places += candidate_places(scorer, sample, len(segments), shown)
+            segments.append(Segment(scorer.encode(shown), 0))
+        fully_known = all(o.place is not None for o in scene.objects)  # easy-VQA's are not
+        for _ in range(recipe.drills if fully_known else 0):
+            claims = draw_claims(scene, rng, recipe.claims_per_drill)
+            shown = f"First: <see> {' '.join(claims)} </see>\n"
+            at = 0
+            for sentence, truth in claims.items():
+                at = shown.index(sentence, at) + len(sentence)
+                places += claim_places(scorer, sample.facts, len(segments), shown[:at], sentence, truth)
             segments.append(Segment(scorer.encode(shown), 0))
         items.append(lesson(Tree(tuple(segments)), places))
     return items
 
 
-def pair_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.Random) -> list[TrainingItem]:
+def comparing_items(scorer: Scorer, raps: Sequence[Rap], recipe: Recipe, rng: random.Random) -> list[TrainingItem]:
     """Judge trees of true and corrupted candidates: verdicts, and a word on each claim and candidate."""
     samples = {sample.id: sample for sample, *_ in raps}
     items = []
-    for example in scorer_examples(raps, rng, VOCABULARY, variants=variants, is_faulty=is_faulty):
+    for example in scorer_examples(raps, rng, VOCABULARY, variants=recipe.variants, is_faulty=is_faulty):
         judged = judge_tree_of(scorer, example)
         sample, texts = samples[example.key], [variant.text for variant in example.variants]
         pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
@@ -178,13 +173,15 @@ def pair_items(scorer: Scorer, raps: Sequence[Rap], variants: int, rng: random.R
 
 
 def claim_places(
-    scorer: Scorer, known: Sequence[str], segment: int, begin: int, own: np.ndarray, sentence: str, truth: bool
+    scorer: Scorer, known: Sequence[str], segment: int, shown: str, sentence: str, truth: bool
 ) -> list[Place]:
-    """The places of one claim whose tokens `own` [n] begin at `begin`.
+    """The places of one claim, the last sentence of what is shown of the segment.
 
     After its last token it is whether the claim is true, after each token of "There is a ..." whether some fact begins so.
     """
     bad = len(scorer.verdict_values) - 1
+    own = scorer.encode(sentence)
+    begin = len(scorer.encode(shown)) - len(own)
     places = []
     if sentence.startswith("There is a"):
         starts = {tuple(fact[:n]) for fact in map(scorer.encode, known) for n in range(len(fact) + 1)}
@@ -201,9 +198,7 @@ def candidate_places(scorer: Scorer, sample: Sample, segment: int, shown: str) -
     at = 0
     for sentence, _, verdict in judgement.claims:
         at = shown.index(sentence, at) + len(sentence)
-        own = scorer.encode(sentence)
-        begin = len(scorer.encode(shown[:at])) - len(own)
-        places += claim_places(scorer, sample.facts, segment, begin, own, sentence, verdict != "false")
+        places += claim_places(scorer, sample.facts, segment, shown[:at], sentence, verdict != "false")
     end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
     return [*places, (segment, end, 0 if judgement.aligned else len(scorer.verdict_values) - 1, WHOLE)]
 
@@ -244,8 +239,7 @@ def main(
 ) -> None:
     """Train the embedded R-Scorer and write it with the record of how it was made.
 
-    `output`/claims and `output`/candidates hold it as it was after these stages; where they are there already, those
-    stages are not run again.
+    `output`/checking holds it as it was after the first stage, which is not run again where it is there already.
     """
     torch.set_num_threads(threads)
     recipe = Recipe()
@@ -263,19 +257,26 @@ def main(
     def teach(start: Path, stage: Path, items: Callable[[Scorer], list[TrainingItem]], **settings: Any) -> None:
         if stage != output and (stage / "config.json").exists():
             return
-        scorer = load_scorer(start)
-        scorer.requires_grad_(True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
+        # An adapter leaves in place what the decoder has learnt; trained as a whole it has to learn to look things up anew.
+        scorer = load_scorer(start, lora=LoRAConfig(recipe.lora_r, 2.0 * recipe.lora_r, seed=recipe.seed))
+        # Three times fp32's GEMM rate where the CPU has bf16. A cache would keep the weights' first copies for all steps.
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             train(
                 scorer.text_model,
                 items(scorer),
                 loss=lesson_loss(scorer),
                 denominator=lesson_weight,
                 settings=TrainingSettings(
-                    **settings, token_budget=32_768, warmup_ratio=0.05, weight_decay=0.02, seed=recipe.seed
+                    **settings,
+                    micro_batch_size=recipe.trees_per_step,
+                    token_budget=32_768,
+                    warmup_ratio=0.05,
+                    weight_decay=0.02,
+                    seed=recipe.seed,
                 ),
                 on_step=log,
             )
+        merge_lora(scorer.text_model)
         model = scorer.text_model.to(torch.bfloat16) if stage == output else scorer.text_model
         save_text_model(model, stage)
 
@@ -283,32 +284,17 @@ def main(
     decoder_as_text_model(load_lvlm("embedded"), output)
     teach(
         output,
-        output / "claims",
-        lambda scorer: claim_items(
-            scorer,
-            sample_scenes("scorer", recipe.scenes, recipe.seed + 2),
-            recipe.claims_per_scene,
-            random.Random(f"claims/{recipe.seed}"),
-        ),
-        epochs=recipe.claim_epochs,
-        micro_batch_size=recipe.scenes_per_step,
-        learning_rate=recipe.claim_learning_rate,
+        output / "checking",
+        lambda scorer: checking_items(scorer, raps, recipe, random.Random(f"checking/{recipe.seed}")),
+        epochs=recipe.checking_epochs,
+        learning_rate=recipe.checking_learning_rate,
     )
     teach(
-        output / "claims",
-        output / "candidates",
-        lambda scorer: candidate_items(scorer, raps, recipe.variants, random.Random(f"candidates/{recipe.seed}")),
-        epochs=recipe.candidate_epochs,
-        micro_batch_size=recipe.trees_per_step,
-        learning_rate=recipe.candidate_learning_rate,
-    )
-    teach(
-        output / "candidates",
+        output / "checking",
         output,
-        lambda scorer: pair_items(scorer, raps, recipe.pair_variants, random.Random(f"pairs/{recipe.seed}")),
-        epochs=recipe.pair_epochs,
-        micro_batch_size=recipe.trees_per_step,
-        learning_rate=recipe.pair_learning_rate,
+        lambda scorer: comparing_items(scorer, raps, recipe, random.Random(f"comparing/{recipe.seed}")),
+        epochs=recipe.comparing_epochs,
+        learning_rate=recipe.comparing_learning_rate,
     )
     shipped = load_scorer(output)
     held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")

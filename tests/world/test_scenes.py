@@ -95,7 +95,7 @@ def test_objects_are_drawn_in_their_own_cell_with_their_color_and_size() -> None
                 else:
                     ys, xs = np.nonzero(inside)
                     extent = max(np.ptp(ys), np.ptp(xs)) + 1
-                    assert extent <= 13 if o.size == "small" else extent >= 15  # 9-11 and 17-21 pixels, tilted
+                    assert extent <= 15 if o.size == "small" else extent >= 17  # 11-13 and 17.5-20.5 pixels, tilted
 
 
 def test_rendering_is_a_function_of_scene_and_seed() -> None:
