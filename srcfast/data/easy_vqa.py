@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.world.programs import Program, matches
@@ -153,7 +154,7 @@ def _sample(
         scene = scenes[image]
         see, think = rationale_of(scene, program, answer)
         told = facts(scene)
-        rationale = " ".join((*see, *think))
+        rationale = tagged_rationale(see, think)
         ability = "logical_reasoning" if program["op"] == "none" else "fine_grained_perception"
         extra |= {"ability": ability, "kind": program["op"], "program": program, "scene": scene.to_json()}
         extra |= {"see": list(see), "think": list(think)}

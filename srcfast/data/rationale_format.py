@@ -63,8 +63,7 @@ def format_response(see: Sequence[str], think: Sequence[str], answer: str, forma
     if format == "plain":
         text = " ".join((*see, *think, f"Answer: {answer}"))
     else:
-        concluded = ("<think>", *think, "</think>") if think else ()
-        text = " ".join(("<see>", *see, "</see>", *concluded, "<answer>", answer, "</answer>"))
+        text = f"{tagged_rationale(see, think)} <answer> {answer} </answer>"
     sentences = (*see, *think)
     read = parse_response(text)
     whole = read.rationale.split() == " ".join(sentences).split() and read.answer == answer.strip()
@@ -75,6 +74,12 @@ def format_response(see: Sequence[str], think: Sequence[str], answer: str, forma
             found=repr(text),
         )
     return text
+
+
+def tagged_rationale(see: Sequence[str], think: Sequence[str]) -> str:
+    """A rationale with its visual perception tags; without conclusions there is no second block."""
+    concluded = ("<think>", *think, "</think>") if think else ()
+    return " ".join(("<see>", *see, "</see>", *concluded))
 
 
 def parse_response(text: str) -> ParsedResponse:

@@ -2,12 +2,10 @@
 
     python -m srcfast.stages.embedded_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text, and learns in two stages.
-First to check: below a sample's reference stand candidates, true ones and corrupted ones, and others made of claims half of
-which are false; whether it is true is said of every claim, token by token, and of every whole candidate. Then to compare:
-the judge trees themselves, with the verdicts as well. Verdicts alone, one label for sixty tokens, take far longer to teach
-a model of this size to look things up in the facts; and where false claims are few, it learns to call all of them true. A
-corruption counts as a fault only if the oracle finds it faulty.
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text. What it judges are true
+rationales, their corruptions, and what the rationale-tuned base itself says of these samples: its faults are others than
+those that one thinks of. Whether something is a fault is the oracle's word. The R-Scorer first learns to check claims, answers
+and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`).
 """
 
 from __future__ import annotations
@@ -15,38 +13,46 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
-from torch import Tensor
 
 from srcfast.data.corruptions import Parts
 from srcfast.data.easy_vqa import read_easy_vqa
-from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
-from srcfast.models import load_lvlm
-from srcfast.models.lora import LoRAConfig, merge_lora
-from srcfast.models.scorer import ALONE, Scorer, load_scorer
+from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models.lora import LoRAConfig
+from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
-from srcfast.runtime.training import Loss, TrainingItem, TrainingSettings, train
-from srcfast.stages.scorer_training import Rap, evaluate_scorer, judge_tree_of, scorer_examples, target_verdict
+from srcfast.runtime.beam_search import BeamSettings
+from srcfast.runtime.telemetry import track
+from srcfast.runtime.training import TrainingItem, TrainingSettings, train
+from srcfast.stages.candidates import generate_candidates
+from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.stages.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
+from srcfast.stages.scorer_training import (
+    Rap,
+    ScorerExample,
+    Variant,
+    evaluate_scorer,
+    scorer_example,
+    scorer_examples,
+)
 from srcfast.world.checkpoints import decoder_as_text_model
-from srcfast.world.claims import VOCABULARY, draw_claims
+from srcfast.world.claims import VOCABULARY
 from srcfast.world.oracle import judge_sample
-from srcfast.world.questions import ask
-from srcfast.world.rationales import facts, true_rationale
-from srcfast.world.scenes import Scene, sample_scenes
+from srcfast.world.samples import world_samples
 
-CLAIM, WHOLE, VERDICT = range(3)  # what is judged: a claim so far, a candidate at its end, a pair
-WEIGHTS = np.array([1.0, 4.0, 5.0])  # in the loss
+Variants = dict[str, list[Variant]]  # by sample
 
 
 @dataclass(frozen=True)
@@ -54,48 +60,120 @@ class Recipe:
     """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
 
     seed: int = 0
-    lora_r: int = 32
-    samples: int = 4_000
-    easy_vqa_samples: int = 600
-    held_out_samples: int = 300
-    variants: int = 3
+    world_samples: int = 4_400
+    easy_vqa_samples: int = 1_200
+    held_out_samples: int = 300  # of the world's validation split; of easy-VQA one training image in ten
+    tuned_samples: int = 1_000  # that the base is rationale-tuned on, so that it gives rationales
+    searched_samples: int = 3_000  # that it then answers
+    tuning_learning_rate: float = 2e-3
+    num_candidates: int = 5
+    corrupted: int = 3
     drills: int = 5
     claims_per_drill: int = 4
-    checking_epochs: int = 2
-    checking_learning_rate: float = 2e-3
-    comparing_epochs: int = 1
-    comparing_learning_rate: float = 1e-3
-    trees_per_step: int = 16
+    checked: int = 6  # candidates in a tree of the first stage
+    compared: int = 3  # and in one of the second
+    learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets how to look things up
+    checking_epochs: int = 1
+    comparing_epochs: int = 2
+    trees_per_step: int = 8
 
 
-def world_raps(count: int, seed: int, split: str = "scorer") -> list[Rap]:
-    """True rationale-answer pairs of the world, text alone: (sample, seen, concluded, answer)."""
-    rng = random.Random(f"raps/{seed}")
-    raps: list[Rap] = []
-    for scene in sample_scenes(split, count // 2, seed):
-        for question in ask(scene, rng, n=2):
-            see, think = true_rationale(scene, question)
-            sample = Sample(
-                id=f"{split}-{len(raps)}",
-                images=(),
-                question=question.text,
-                answer=question.answer,
-                facts=facts(scene),
-                extra={"program": question.program, "scene": scene.to_json()},
-            )
-            raps.append((sample, see, think, question.answer))
-    return raps
+def main(
+    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Train the embedded R-Scorer and write it with the record of how it was made.
+
+    What is found in `output` is not made again: the candidates, and `checking`, the model after the first stage.
+    """
+    torch.set_num_threads(threads)
+    recipe = Recipe()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as images:
+        samples, held_out = draw_samples(recipe, Path(images))
+        candidates = tuned_candidates(samples, held_out, recipe, output / "candidates.jsonl")
+    by_id = {sample.id: sample for sample in (*samples, *held_out)}
+    own = judged_variants(by_id, candidates)
+    rng = random.Random(f"examples/{recipe.seed}")
+    faulty = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
+
+    checking, comparing = output / "checking", output
+    if not (checking / "config.json").exists():
+        decoder_as_text_model(load_lvlm("embedded"), checking)
+        scorer = load_scorer(checking)
+        examples = [with_own(e, by_id[e.key], own, recipe.checked, rng) for e in faulty]
+        items = checking_items(scorer, by_id, examples, rng, recipe.drills, recipe.claims_per_drill)
+        teach(scorer, items, recipe, recipe.checking_epochs)
+        save_text_model(scorer.text_model, checking)
+    scorer = load_scorer(checking)
+    examples = [with_own(e, by_id[e.key], own, recipe.compared, rng) for e in faulty]
+    teach(scorer, comparing_items(scorer, by_id, examples), recipe, recipe.comparing_epochs)
+    save_text_model(scorer.text_model.to(torch.bfloat16), comparing)
+
+    record = {
+        "command": "python -m srcfast.stages.embedded_scorer --output DIR",
+        "recipe": asdict(recipe),
+        "held_out": held_out_scores(load_scorer(comparing), held_out, own, recipe),
+        "torch": torch.__version__,
+        "seconds": round(time.monotonic() - started),
+    }
+    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record["held_out"], indent=2), file=sys.stderr)
 
 
-def easy_vqa_raps(count: int, seed: int) -> tuple[list[Rap], list[Rap]]:
-    """The same of easy-VQA's training questions: for training, and those of held-out images (one in ten)."""
-    training: list[Rap] = []
-    held_out: list[Rap] = []
-    for sample in read_easy_vqa("train", limit=count, seed=seed):
+def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from in random order, and held-out ones, all with true rationales."""
+    samples = world_samples("scorer", recipe.world_samples, recipe.seed, image_dir=images)
+    held_out = world_samples("validation", recipe.held_out_samples, recipe.seed + 1, image_dir=images)
+    for sample in read_easy_vqa("train", recipe.easy_vqa_samples, recipe.seed):
         if sample.rationale:
-            side = held_out if int(Path(sample.images[0]).stem) % 10 == 0 else training
-            side.append((sample, sample.extra["see"], sample.extra["think"], sample.answer))
-    return training, held_out
+            (held_out if int(Path(sample.images[0]).stem) % 10 == 0 else samples).append(sample)
+    random.Random(f"scorer/{recipe.seed}").shuffle(samples)
+    return samples, held_out
+
+
+def tuned_candidates(
+    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, file: Path
+) -> dict[str, list[str]]:
+    """By sample the candidates of a rationale-tuned base, which has not been tuned on those that it answers."""
+    if not file.exists():
+        searched = [*samples[: recipe.searched_samples], *held_out]
+        raps, _ = build_raps(samples[recipe.searched_samples :][: recipe.tuned_samples])
+        model = load_lvlm("embedded", lora=LoRAConfig(16, 32, seed=recipe.seed))
+        features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
+        loop = TrainingSettings(
+            epochs=2, micro_batch_size=8, learning_rate=recipe.tuning_learning_rate, seed=recipe.seed
+        )
+        fine_tune_rationale(model, raps, loop, features=features)
+        beams = BeamSettings(num_candidates=recipe.num_candidates, max_sentence_tokens=24, max_new_tokens=112)
+        with track("candidates", len(searched), "samples") as progress:
+            found = generate_candidates(
+                model, searched, beams, features=features, seed=recipe.seed, batch_size=64, progress=progress
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for own in found for c in own))
+    candidates = defaultdict(list)
+    for _, row in read_jsonl(file):
+        candidates[str(row["sample_id"])].append(str(row["text"]))
+    return candidates
+
+
+def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:
+    """Candidates with their faults, by the oracle: one for each of perception, reasoning and answer that is not right."""
+    variants: Variants = defaultdict(list)
+    for key, texts in candidates.items():
+        for text in texts:
+            judgement = judge_sample(samples[key], response := parse_response(text))
+            if judgement is not None and response.answer is not None:
+                right = (judgement.perception_right, judgement.reasoning_right, judgement.answer_right)
+                faults = 0 if judgement.aligned else max(1, right.count(False))
+                variants[key].append(Variant(text, faults, "own" if faults else "none"))
+    return variants
+
+
+def raps_of(samples: Sequence[Sample]) -> list[Rap]:
+    """The samples' true rationale-answer pairs."""
+    return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
 
 
 def is_faulty(sample: Sample, parts: Parts) -> bool:
@@ -105,212 +183,57 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
     return judgement is not None and not judgement.aligned
 
 
-Place = tuple[int, int, int, int]  # segment, offset within it, verdict, kind (CLAIM, WHOLE or VERDICT)
+def with_own(example: ScorerExample, sample: Sample, own: Variants, most: int, rng: random.Random) -> ScorerExample:
+    """The example with the model's own candidates in it, a good and a bad one first, then `most` variants of all."""
+    theirs = rng.sample(own[example.key], len(own[example.key]))
+    good = next(([one] for one in theirs if not one.faults), [])
+    bad = next(([one] for one in theirs if one.faults), [])
+    distinct = {one.text: one for one in (*good, *bad, *example.variants, *theirs)}
+    chosen = list(distinct.values())[:most]
+    return scorer_example(sample, rng.sample(chosen, len(chosen)))
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """Places of one tree where a verdict token is to be said, [n] each.
-
-    Of claims and whole candidates it is the first verdict for right, the last for wrong.
-    """
-
-    segment: np.ndarray
-    offset: np.ndarray
-    target: np.ndarray
-    kind: np.ndarray
-
-
-def lesson(tree: Tree, places: Sequence[Place]) -> TrainingItem:
-    """The training item of a tree and its places."""
-    return TrainingItem(tree, Lesson(*np.array(places).T))
-
-
-def checking_items(scorer: Scorer, raps: Sequence[Rap], recipe: Recipe, rng: random.Random) -> list[TrainingItem]:
-    """Judge trees without seconds: the reference, and below it candidates and drills (claims of which half are false)."""
-    samples = {sample.id: sample for sample, *_ in raps}
-    items = []
-    for example in scorer_examples(raps, rng, VOCABULARY, variants=recipe.variants, is_faulty=is_faulty):
-        sample = samples[example.key]
-        scene = Scene.from_json(sample.extra["scene"])
-        segments = [Segment(np.concatenate([scorer.opening, scorer.encode(example.reference)]))]
-        places: list[Place] = []
-        for variant in example.variants:
-            shown = f"First: {variant.text}\n"
-            places += candidate_places(scorer, sample, len(segments), shown)
-            segments.append(Segment(scorer.encode(shown), 0))
-        fully_known = all(o.place is not None for o in scene.objects)  # easy-VQA's are not
-        for _ in range(recipe.drills if fully_known else 0):
-            claims = draw_claims(scene, rng, recipe.claims_per_drill)
-            shown = f"First: <see> {' '.join(claims)} </see>\n"
-            at = 0
-            for sentence, truth in claims.items():
-                at = shown.index(sentence, at) + len(sentence)
-                places += claim_places(scorer, sample.facts, len(segments), shown[:at], sentence, truth)
-            segments.append(Segment(scorer.encode(shown), 0))
-        items.append(lesson(Tree(tuple(segments)), places))
-    return items
-
-
-def comparing_items(scorer: Scorer, raps: Sequence[Rap], recipe: Recipe, rng: random.Random) -> list[TrainingItem]:
-    """Judge trees of true and corrupted candidates: verdicts, and a word on each claim and candidate."""
-    samples = {sample.id: sample for sample, *_ in raps}
-    items = []
-    for example in scorer_examples(raps, rng, VOCABULARY, variants=recipe.variants, is_faulty=is_faulty):
-        judged = judge_tree_of(scorer, example)
-        sample, texts = samples[example.key], [variant.text for variant in example.variants]
-        pairs = list(zip(judged.first.tolist(), judged.second.tolist(), judged.slots.tolist(), strict=True))
-        places: list[Place] = []
-        for first, segment in {first: judged.tree.segments[slot].parent for first, _, slot in pairs}.items():
-            places += candidate_places(scorer, sample, segment, f"First: {texts[first]}\n")
-        for first, second, slot in pairs:
-            if second != ALONE:
-                places += candidate_places(scorer, sample, slot, f"Second: {texts[second]}\nBetter:")
-            verdict = target_verdict(example, first, second, len(scorer.verdict_values))
-            places.append((slot, judged.tree.segments[slot].tokens.size - 1, verdict, VERDICT))
-        items.append(lesson(judged.tree, places))
-    return items
-
-
-def claim_places(
-    scorer: Scorer, known: Sequence[str], segment: int, shown: str, sentence: str, truth: bool
-) -> list[Place]:
-    """The places of one claim, the last sentence of what is shown of the segment.
-
-    After its last token it is whether the claim is true, after each token of "There is a ..." whether some fact begins so.
-    """
-    bad = len(scorer.verdict_values) - 1
-    own = scorer.encode(sentence)
-    begin = len(scorer.encode(shown)) - len(own)
-    places = []
-    if sentence.startswith("There is a"):
-        starts = {tuple(fact[:n]) for fact in map(scorer.encode, known) for n in range(len(fact) + 1)}
-        told = ((n, tuple(own[: n + 1]) in starts) for n in range(3, len(own) - 1))
-        places = [(segment, begin + n, 0 if right else bad, CLAIM) for n, right in told]
-    return [*places, (segment, begin + len(own) - 1, 0 if truth else bad, CLAIM)]
-
-
-def candidate_places(scorer: Scorer, sample: Sample, segment: int, shown: str) -> list[Place]:
-    """The places of all that a candidate claims, and of the whole after its answer."""
-    judgement = judge_sample(sample, parse_response(shown[shown.index("<see>") : shown.rindex("\n")]))
-    assert judgement is not None
-    places: list[Place] = []
-    at = 0
-    for sentence, _, verdict in judgement.claims:
-        at = shown.index(sentence, at) + len(sentence)
-        places += claim_places(scorer, sample.facts, segment, shown[:at], sentence, verdict != "false")
-    end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
-    return [*places, (segment, end, 0 if judgement.aligned else len(scorer.verdict_values) - 1, WHOLE)]
-
-
-def lesson_loss(scorer: Scorer) -> Loss:
-    """Cross entropy over the verdict tokens, weighted by what is judged."""
-
-    def loss(
-        hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], total: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        lessons: list[Lesson] = [item.meta for item in inside]
-        starts = [np.array(own)[one.segment] for own, one in zip(forest.segment_start, lessons, strict=True)]
-        rows = np.concatenate([start + one.offset for start, one in zip(starts, lessons, strict=True)])
-        targets = torch.from_numpy(np.concatenate([one.target for one in lessons]))  # [n]
-        kinds = np.concatenate([one.kind for one in lessons])
-        logits = hidden[torch.from_numpy(rows)].float() @ head[scorer.verdict_token_ids].float().T  # [n, K]
-        right = (logits.argmax(-1) == targets).numpy()
-        metrics: dict[str, Tensor] = {}
-        for kind, name in enumerate(("claims", "wholes", "verdicts")):
-            metrics |= {
-                name: torch.tensor((kinds == kind).sum()),
-                f"right_{name}": torch.tensor(right[kinds == kind].sum()),
-            }
-        weights = torch.from_numpy(WEIGHTS[kinds]).float()
-        return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / total, metrics
-
-    return loss
-
-
-def lesson_weight(items: Sequence[TrainingItem]) -> float:
-    """The denominator: each place by its weight."""
-    return float(sum(WEIGHTS[item.meta.kind].sum() for item in items))
-
-
-def main(
-    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-) -> None:
-    """Train the embedded R-Scorer and write it with the record of how it was made.
-
-    `output`/checking holds it as it was after the first stage, which is not run again where it is there already.
-    """
-    torch.set_num_threads(threads)
-    recipe = Recipe()
+def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs: int) -> None:
+    """Train the whole model on lessons; a line of what it gets right goes to stderr every 40 steps."""
     started = time.monotonic()
-    easy, easy_held_out = easy_vqa_raps(recipe.easy_vqa_samples, recipe.seed)
-    raps = world_raps(recipe.samples, recipe.seed) + easy
 
     def log(metrics: dict[str, float]) -> None:
-        if metrics["step"] % 20 == 0:
-            counts = {name: metrics[name] for name in ("claims", "wholes", "verdicts") if metrics[name]}
+        if metrics["step"] % 40 == 0:
+            counts = {name: metrics[name] for name in KINDS if metrics[name]}
             shares = {name: round(metrics[f"right_{name}"] / count, 3) for name, count in counts.items()}
             line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
             print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
-    def teach(start: Path, stage: Path, items: Callable[[Scorer], list[TrainingItem]], **settings: Any) -> None:
-        if stage != output and (stage / "config.json").exists():
-            return
-        # An adapter leaves in place what the decoder has learnt; trained as a whole it has to learn to look things up anew.
-        scorer = load_scorer(start, lora=LoRAConfig(recipe.lora_r, 2.0 * recipe.lora_r, seed=recipe.seed))
-        # Three times fp32's GEMM rate where the CPU has bf16. A cache would keep the weights' first copies for all steps.
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-            train(
-                scorer.text_model,
-                items(scorer),
-                loss=lesson_loss(scorer),
-                denominator=lesson_weight,
-                settings=TrainingSettings(
-                    **settings,
-                    micro_batch_size=recipe.trees_per_step,
-                    token_budget=32_768,
-                    warmup_ratio=0.05,
-                    weight_decay=0.02,
-                    seed=recipe.seed,
-                ),
-                on_step=log,
-            )
-        merge_lora(scorer.text_model)
-        model = scorer.text_model.to(torch.bfloat16) if stage == output else scorer.text_model
-        save_text_model(model, stage)
+    # bf16 has three times fp32's GEMM rate where the CPU knows it. A cache would keep the weights' first copies for all steps.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        train(
+            scorer.requires_grad_(True).text_model,
+            items,
+            loss=lesson_loss(scorer),
+            denominator=lesson_weight,
+            settings=TrainingSettings(
+                epochs=epochs,
+                learning_rate=recipe.learning_rate,
+                micro_batch_size=recipe.trees_per_step,
+                token_budget=32_768,
+                warmup_ratio=0.05,
+                weight_decay=0.02,
+                seed=recipe.seed,
+            ),
+            on_step=log,
+        )
 
-    rng = random.Random(f"scorer/{recipe.seed}")
-    decoder_as_text_model(load_lvlm("embedded"), output)
-    teach(
-        output,
-        output / "checking",
-        lambda scorer: checking_items(scorer, raps, recipe, random.Random(f"checking/{recipe.seed}")),
-        epochs=recipe.checking_epochs,
-        learning_rate=recipe.checking_learning_rate,
-    )
-    teach(
-        output / "checking",
-        output,
-        lambda scorer: comparing_items(scorer, raps, recipe, random.Random(f"comparing/{recipe.seed}")),
-        epochs=recipe.comparing_epochs,
-        learning_rate=recipe.comparing_learning_rate,
-    )
-    shipped = load_scorer(output)
-    held_out = world_raps(recipe.held_out_samples, recipe.seed + 1, split="validation")
-    scores = {
-        name: evaluate_scorer(shipped, scorer_examples(own, rng, VOCABULARY, is_faulty=is_faulty))
-        for name, own in (("world", held_out), ("easy_vqa", easy_held_out))
-    }
-    record = {
-        "command": "python -m srcfast.stages.embedded_scorer --output DIR",
-        "recipe": asdict(recipe),
-        "held_out": scores,
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - started),
-    }
-    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(scores, indent=2), file=sys.stderr)
+
+def held_out_scores(scorer: Scorer, held_out: Sequence[Sample], own: Variants, recipe: Recipe) -> dict[str, object]:
+    """What `evaluate_scorer` finds on held-out samples: among corruptions, and among the tuned base's candidates."""
+    rng = random.Random(f"held out/{recipe.seed}")
+    scores: dict[str, object] = {}
+    for name in ("world", "easy_vqa"):
+        part = [sample for sample in held_out if sample.extra["dataset"] == name]
+        scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(part), rng, VOCABULARY, is_faulty=is_faulty))
+        answered = [scorer_example(sample, own[sample.id]) for sample in part if len(own[sample.id]) > 1]
+        scores[f"{name}, candidates"] = evaluate_scorer(scorer, answered)
+    return scores
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from srcfast.data.rationale_format import format_response, parse_response
+from srcfast.data.rationale_format import format_response, parse_response, tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
+from srcfast.stages.rationale import build_raps
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ABILITIES
 from srcfast.world.samples import world_samples
@@ -30,7 +31,7 @@ def test_world_samples_are_complete_records(tmp_path: Path) -> None:
     assert set(abilities) == set(ABILITIES) and max(abilities.values()) - min(abilities.values()) <= 4
     for sample in samples:
         assert aligned(sample)
-        assert sample.rationale == " ".join(sample.extra["see"] + sample.extra["think"])
+        assert sample.rationale == tagged_rationale(sample.extra["see"], sample.extra["think"])
         assert sample.facts and sample.image_root == tmp_path
         assert json.loads(json.dumps(sample.extra)) == sample.extra
         with Image.open(tmp_path / sample.images[0]) as image:
@@ -58,6 +59,19 @@ def test_world_samples_are_repeatable_and_images_are_drawn_once(tmp_path: Path) 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
 def test_as_many_world_samples_come_as_were_asked_for(n: int, tmp_path: Path) -> None:
     assert len(world_samples("generalisation", n, seed=n, image_dir=tmp_path)) == n
+
+
+def test_a_share_of_the_rationales_can_be_faulty_with_the_answers_right(tmp_path: Path) -> None:
+    true, some = (world_samples("train", 300, seed=2, image_dir=tmp_path, faulty=share) for share in (0.0, 0.5))
+    assert [(s.id, s.question, s.answer) for s in true] == [(s.id, s.question, s.answer) for s in some]
+    wrong = [sample for sample in some if not aligned(sample)]
+    assert 0.4 * len(some) < len(wrong) < 0.6 * len(some)
+    same = [own.rationale == other.rationale for own, other in zip(true, some, strict=True)]
+    assert same.count(False) == len(wrong)
+    raps, dropped = build_raps(some)
+    assert len(raps) == len(some) and not dropped
+    kinds = {bool(judge_sample(sample, parse_response(text)).perception_right) for sample, text in raps}
+    assert kinds == {True, False}
 
 
 def test_a_sample_without_a_scene_is_not_judged(tmp_path: Path) -> None:
