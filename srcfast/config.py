@@ -71,9 +71,6 @@ class DatasetConfig(Section):
     split: str = Field("train", description="of the dataset; for a file, a name for the results")
     limit: int = Field(0, ge=0, description="samples, drawn by the seed; 0 = all (world: needed)")
     seed: int = Field(0, ge=0, description="of the draw")
-    faulty: float = Field(
-        0.0, ge=0.0, le=1.0, description="world alone: share of rationales with a fault, as a teacher model's have"
-    )
     check_images: bool = Field(
         True, description="decode every image at the start, so that no run stops at a broken one"
     )
@@ -87,8 +84,6 @@ class DatasetConfig(Section):
             raise ValueError(f"the dataset {self.name!r} of format {self.format} needs a path")
         if self.format == "world" and not self.limit:
             raise ValueError(f"the dataset {self.name!r} of format world has no end: set its limit")
-        if self.faulty and self.format != "world":
-            raise ValueError(f"the dataset {self.name!r} of format {self.format} can't be made faulty: leave it out")
         return self
 
 

@@ -38,7 +38,7 @@ class EvaluationSet:
 def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
     """A dataset's samples; bad records go to `rejected`. The world's images are drawn into `image_dir`."""
     if dataset.format == "world":
-        return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir, faulty=dataset.faulty)
+        return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
     path = Path(dataset.path or "")

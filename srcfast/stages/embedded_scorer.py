@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -95,19 +95,20 @@ def main(
     by_id = {sample.id: sample for sample in (*samples, *held_out)}
     own = judged_variants(by_id, candidates)
     rng = random.Random(f"examples/{recipe.seed}")
-    faulty = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
+    examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
     checking, comparing = output / "checking", output
     if not (checking / "config.json").exists():
         decoder_as_text_model(load_lvlm("embedded"), checking)
         scorer = load_scorer(checking)
-        examples = [with_own(e, by_id[e.key], own, recipe.checked, rng) for e in faulty]
-        items = checking_items(scorer, by_id, examples, rng, recipe.drills, recipe.claims_per_drill)
+        shown = [with_own(example, by_id[example.key], own, recipe.checked, rng) for example in examples]
+        items = checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
         teach(scorer, items, recipe, recipe.checking_epochs)
         save_text_model(scorer.text_model, checking)
     scorer = load_scorer(checking)
-    examples = [with_own(e, by_id[e.key], own, recipe.compared, rng) for e in faulty]
-    teach(scorer, comparing_items(scorer, by_id, examples), recipe, recipe.comparing_epochs)
+    rng = random.Random(f"comparing/{recipe.seed}")  # whether or not the first stage has drawn from the other
+    shown = [with_own(example, by_id[example.key], own, recipe.compared, rng) for example in examples]
+    teach(scorer, comparing_items(scorer, by_id, shown), recipe, recipe.comparing_epochs)
     save_text_model(scorer.text_model.to(torch.bfloat16), comparing)
 
     record = {
@@ -159,15 +160,16 @@ def tuned_candidates(
 
 
 def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:
-    """Candidates with their faults, by the oracle: one for each of perception, reasoning and answer that is not right."""
+    """Candidates with the oracle's word on each: no fault, or one.
+
+    Faulty ones are not ranked among themselves: preferring the better of two bad rationales teaches bad ones.
+    """
     variants: Variants = defaultdict(list)
     for key, texts in candidates.items():
         for text in texts:
             judgement = judge_sample(samples[key], response := parse_response(text))
             if judgement is not None and response.answer is not None:
-                right = (judgement.perception_right, judgement.reasoning_right, judgement.answer_right)
-                faults = 0 if judgement.aligned else max(1, right.count(False))
-                variants[key].append(Variant(text, faults, "own" if faults else "none"))
+                variants[key].append(Variant(text, 0) if judgement.aligned else Variant(text, 1, "own"))
     return variants
 
 
@@ -184,12 +186,12 @@ def is_faulty(sample: Sample, parts: Parts) -> bool:
 
 
 def with_own(example: ScorerExample, sample: Sample, own: Variants, most: int, rng: random.Random) -> ScorerExample:
-    """The example with the model's own candidates in it, a good and a bad one first, then `most` variants of all."""
+    """The example with the model's own candidates in it, a good and a bad one first; `most` variants in all."""
     theirs = rng.sample(own[example.key], len(own[example.key]))
     good = next(([one] for one in theirs if not one.faults), [])
     bad = next(([one] for one in theirs if one.faults), [])
     distinct = {one.text: one for one in (*good, *bad, *example.variants, *theirs)}
-    chosen = list(distinct.values())[:most]
+    chosen = [replace(one, faults=min(one.faults, 1)) for one in distinct.values()][:most]
     return scorer_example(sample, rng.sample(chosen, len(chosen)))
 
 

@@ -6,32 +6,24 @@ import os
 import random
 from pathlib import Path
 
-from srcfast.data.corruptions import KINDS, corrupt
-from srcfast.data.rationale_format import ParsedResponse, tagged_rationale
+from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
-from srcfast.errors import InputError
-from srcfast.world.claims import VOCABULARY
-from srcfast.world.oracle import judge
-from srcfast.world.questions import ABILITIES, Question, ask
+from srcfast.world.questions import ABILITIES, ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render
 from srcfast.world.scenes import Scene, scene_digest, scene_stream
 
 
-def world_samples(
-    split: str, n: int, seed: int, *, image_dir: Path, with_rationale: bool = True, faulty: float = 0.0
-) -> list[Sample]:
+def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_rationale: bool = True) -> list[Sample]:
     """Draw `n` samples of a split, the abilities in equal parts, two to four questions a scene.
 
     Images go to `image_dir` under names made of split and scene, so that a picture is drawn once however
     often it is asked for; `image_dir` is the samples' image root. `extra` holds the scene, the program,
-    ability and kind, and the rationale's sentences (`see`, `think`), whether or not `rationale` gives
-    them as text. Of the rationales the share `faulty` carries a fault, as those that a teacher model wrote do;
-    the answers are right. Raises InputError for an unknown split.
+    ability and kind, and the true rationale's sentences (`see`, `think`), whether or not `rationale` gives
+    them as text. Raises InputError for an unknown split.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{split}/{seed}/questions")
-    faults = random.Random(f"{split}/{seed}/faults")
     asked = dict.fromkeys(ABILITIES, 0)
     samples: list[Sample] = []
     for scene in scene_stream(split, seed):
@@ -44,8 +36,6 @@ def world_samples(
         for question in questions:
             asked[question.ability] += 1
             see, think = true_rationale(scene, question)
-            if faults.random() < faulty:
-                see, think = _with_fault(scene, question, see, think, faults)
             samples.append(
                 Sample(
                     id=f"world-{split}-{seed}-{len(samples):06d}",
@@ -68,21 +58,6 @@ def world_samples(
                 )
             )
     return samples
-
-
-def _with_fault(
-    scene: Scene, question: Question, see: tuple[str, ...], think: tuple[str, ...], rng: random.Random
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The rationale with one of the three faults; as it is where none is found that the oracle confirms."""
-    for kind in (rng.choice(KINDS) for _ in range(8)):
-        try:
-            seen, concluded, _ = corrupt(see, think, question.answer, kind, rng, VOCABULARY)
-        except InputError:
-            continue
-        response = ParsedResponse(seen, concluded, question.answer)
-        if seen and not judge(response, question.program, scene, question.answer).rationale_right:
-            return seen, concluded
-    return see, think
 
 
 def _write_image(scene: Scene, split: str, image_dir: Path) -> str:
