@@ -174,6 +174,7 @@ class CurationSection(Section):
     )
     min_margin: float = Field(0.1, ge=0, le=1, description="least difference of the two scores")
     min_confidence: float = Field(0.1, ge=0, le=1, description="least confidence of the pair")
+    min_rating: float = Field(0.0, ge=0, le=1, description="least rating of the chosen on its own")
     max_length_ratio: float = Field(2.0, ge=1, description="longer over shorter response, in tokens")
     weighting: Literal["confidence", "none"] = Field("confidence", description="weight of a pair in the loss")
     pairing: Literal["score", "answer", "random"] = Field("score", description="by score, or a baseline")

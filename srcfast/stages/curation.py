@@ -35,16 +35,19 @@ class CurationSettings:
             second worst, ...; "disjoint" sets best against worst, second best against second worst, ...
         min_margin: least difference of the two scores, in [0, 1].
         min_confidence: least u of the pair, in [0, 1]; a pair of u = 0 has no weight and is always dropped.
+        min_rating: what the R-Scorer gives the chosen candidate on its own, at least, in [0, 1]: the best of
+            several bad ones is bad.
         max_length_ratio: longer over shorter response in tokens, at most; >= 1.
         weighting: "confidence" gives a pair the weight c = u; "none" gives every kept pair c = 1.
         pairing: "score" as the paper does; the baselines "answer" (a right against a wrong answer) and
-            "random" (any two distinct candidates) ignore scores, margin and confidence and have c = 1.
+            "random" (any two distinct candidates) ignore scores, margin, confidence and rating and have c = 1.
     """
 
     pairs_per_sample: int = 1
     pair_choice: Literal["best_against_worst", "disjoint"] = "best_against_worst"
     min_margin: float = 0.1
     min_confidence: float = 0.1
+    min_rating: float = 0.0
     max_length_ratio: float = 2.0
     weighting: Literal["confidence", "none"] = "confidence"
     pairing: Literal["score", "answer", "random"] = "score"
@@ -58,6 +61,7 @@ class CurationSettings:
             ),
             "min_margin": (0.0 <= self.min_margin <= 1.0, "a number in [0, 1]"),
             "min_confidence": (0.0 <= self.min_confidence <= 1.0, "a number in [0, 1]"),
+            "min_rating": (0.0 <= self.min_rating <= 1.0, "a number in [0, 1]"),
             "max_length_ratio": (self.max_length_ratio >= 1.0, "a number >= 1"),
             "weighting": (self.weighting in ("confidence", "none"), "confidence or none"),
             "pairing": (self.pairing in ("score", "answer", "random"), "score, answer or random"),
@@ -89,7 +93,7 @@ def curate(
         rates and histograms that show whether the judge can be trusted. Rates without data are None.
 
     Raises:
-        InputError: a score row names other candidates than the sample has.
+        InputError: a score row names other candidates than the sample has, or lacks the ratings that are asked for.
     """
     rows = {row["sample_id"]: row for row in score_rows}
     preferences: list[Preference] = []
@@ -98,7 +102,7 @@ def curate(
     for sample in samples:
         own = list(candidates.get(sample.id, ()))
         row = rows.get(sample.id)
-        _check_row(sample, own, row)
+        _check_row(sample, own, row, settings)
         counts["samples"] += 1
         eligible = _parsed_distinct(own)
         if len(eligible) < 2:
@@ -139,6 +143,7 @@ def curate(
         "same_correctness",
         "margin",
         "confidence",
+        "rating",
         "length",
     )
     funnel: dict[str, Any] = {stage: counts[stage] for stage in stages}
@@ -189,7 +194,9 @@ def judge_statistics(
     }
 
 
-def _check_row(sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] | None) -> None:
+def _check_row(
+    sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] | None, settings: CurationSettings
+) -> None:
     if row is None:
         return
     ids = [candidate.id for candidate in own]
@@ -200,6 +207,14 @@ def _check_row(sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] 
             expected=f"scores of the candidates {ids}",
             found=row["candidate_ids"],
             mend="score these candidates anew: the scores belong to another set of candidates",
+        )
+    if settings.min_rating and "alone" not in row:
+        raise InputError(
+            sample_id=sample.id,
+            field="alone",
+            expected="the candidates' ratings on their own, which curation.min_rating asks for",
+            found="none",
+            mend="score these candidates anew, or leave curation.min_rating at 0",
         )
 
 
@@ -251,6 +266,8 @@ def _drop_reason(
         confidence = row["confidence"][best][worst]
         if confidence < settings.min_confidence or confidence <= 0.0:
             return "confidence"
+        if settings.min_rating and row["alone"][best] < settings.min_rating:
+            return "rating"
     lengths = sorted((_length(own[best]), _length(own[worst])))
     return "length" if lengths[1] > settings.max_length_ratio * lengths[0] else None
 

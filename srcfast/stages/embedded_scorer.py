@@ -5,7 +5,8 @@
 It starts from the embedded base's decoder, which has learnt to reason over facts given as text. What it judges are true
 rationales, their corruptions, and what the rationale-tuned base itself says of these samples: its faults are others than
 those that one thinks of. Whether something is a fault is the oracle's word. The R-Scorer first learns to check claims, answers
-and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`).
+and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`), at last those of the model's own
+candidates alone.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Recipe:
     learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets how to look things up
     checking_epochs: int = 1
     comparing_epochs: int = 2
+    refining_draws: int = 3  # of `compared` from the model's own candidates alone
     trees_per_step: int = 8
 
 
@@ -84,11 +86,10 @@ def main(
 ) -> None:
     """Train the embedded R-Scorer and write it with the record of how it was made.
 
-    What is found in `output` is not made again: the candidates, and `checking`, the model after the first stage.
+    What is found in `output` is not made again: the candidates, and the model after each stage.
     """
     torch.set_num_threads(threads)
     recipe = Recipe()
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
         candidates = tuned_candidates(samples, held_out, recipe, output / "candidates.jsonl")
@@ -97,26 +98,44 @@ def main(
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
-    checking, comparing = output / "checking", output
-    if not (checking / "config.json").exists():
-        decoder_as_text_model(load_lvlm("embedded"), checking)
-        scorer = load_scorer(checking)
+    def to_check(scorer: Scorer) -> list[TrainingItem]:
         shown = [with_own(example, by_id[example.key], own, recipe.checked, rng) for example in examples]
-        items = checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
-        teach(scorer, items, recipe, recipe.checking_epochs)
-        save_text_model(scorer.text_model, checking)
-    scorer = load_scorer(checking)
-    rng = random.Random(f"comparing/{recipe.seed}")  # whether or not the first stage has drawn from the other
-    shown = [with_own(example, by_id[example.key], own, recipe.compared, rng) for example in examples]
-    teach(scorer, comparing_items(scorer, by_id, shown), recipe, recipe.comparing_epochs)
-    save_text_model(scorer.text_model.to(torch.bfloat16), comparing)
+        return checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
+
+    def to_compare(scorer: Scorer) -> list[TrainingItem]:
+        draw = random.Random(f"comparing/{recipe.seed}")
+        shown = [with_own(example, by_id[example.key], own, recipe.compared, draw) for example in examples]
+        return comparing_items(scorer, by_id, shown)
+
+    def to_refine(scorer: Scorer) -> list[TrainingItem]:
+        draw = random.Random(f"refining/{recipe.seed}")
+        shown = [
+            with_own(scorer_example(sample, ()), sample, own, recipe.compared, draw)
+            for _ in range(recipe.refining_draws)
+            for sample in samples
+            if len(own[sample.id]) > 1
+        ]
+        return comparing_items(scorer, by_id, shown)
+
+    decoder_as_text_model(load_lvlm("embedded"), output / "decoder")
+    stages = (
+        ("decoder", "checking", to_check, recipe.checking_epochs),
+        ("checking", "comparing", to_compare, recipe.comparing_epochs),
+        ("comparing", "refining", to_refine, 1),
+    )
+    for start, end, lessons, epochs in stages:
+        if not (output / end / "config.json").exists():
+            scorer = load_scorer(output / start)
+            teach(scorer, lessons(scorer), recipe, epochs)
+            save_text_model(scorer.text_model, output / end)
+    shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
+    save_text_model(shipped.text_model, output)
 
     record = {
         "command": "python -m srcfast.stages.embedded_scorer --output DIR",
         "recipe": asdict(recipe),
-        "held_out": held_out_scores(load_scorer(comparing), held_out, own, recipe),
+        "held_out": held_out_scores(load_scorer(output), held_out, own, recipe),
         "torch": torch.__version__,
-        "seconds": round(time.monotonic() - started),
     }
     (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record["held_out"], indent=2), file=sys.stderr)

@@ -13,7 +13,7 @@ from torch import Tensor
 from srcfast.data.jsonl import write_shards
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError
-from srcfast.models.scorer import ALONE, JudgeTree, Scorer, reference_text, slot_hidden
+from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
 from srcfast_kernels import pairwise_verdict
 
 Mode = Literal["pairwise", "independent"]
@@ -50,8 +50,9 @@ def score_candidates(
     Returns:
         Rows of plain JSON values, n candidates each: sample_id; candidate_ids; scores [n]; win_probability q
         [n, n]; confidence u [n, n]; raw: p [n, n] of the ordered pairs (1/2 where there is none), or [n] if
-        independent; flip_rate: share of unordered pairs whose verdict names the same place in both orders;
-        tie_rate: share of verdicts that are ties; pairs and verdicts: what these rates are shares of.
+        independent; alone: p [n] of each rated on its own; flip_rate: share of unordered pairs whose verdict
+        names the same place in both orders; tie_rate: share of the pairs' verdicts that are ties; pairs and
+        verdicts: what these rates are shares of.
 
     Raises:
         InputError: a tree doesn't fit into the token budget; the sample is named.
@@ -90,7 +91,9 @@ def _score_block(
     trees: list[JudgeTree] = []
     owners: list[int] = []  # the sample of each tree
     for index, (sample, distinct) in enumerate(zip(samples, texts, strict=True)):
-        pairs = [(i, ALONE) for i in range(len(distinct))] if mode == "independent" else None
+        pairs = [(i, ALONE) for i in range(len(distinct))]
+        if mode == "pairwise":
+            pairs += all_pairs(len(distinct))
         if mode == "independent" or len(distinct) >= 2:  # a lone text has nothing to be compared with
             trees.append(scorer.judge_tree(sample_reference(sample), distinct, pairs, key=sample.id))
             owners.append(index)
@@ -116,14 +119,15 @@ def _pairwise(
 ) -> list[dict[str, Any]]:
     """Per sample the scores, q, u, p and rates over its distinct texts; slots [M, D], indices [M] each."""
     device = slots.device
+    pair = second != ALONE  # [M]
     output = pairwise_verdict(
-        slots,
+        slots[torch.from_numpy(pair).to(device)],
         scorer.verdict_weight,
-        torch.from_numpy(first).to(device),
-        torch.from_numpy(second).to(device),
+        torch.from_numpy(first[pair]).to(device),
+        torch.from_numpy(second[pair]).to(device),
         max(sizes),
         verdict_values=scorer.verdict_values,
-        sample_ids=torch.from_numpy(owner).to(device),
+        sample_ids=torch.from_numpy(owner[pair]).to(device),
     )
     scores, wins, confidence = (
         x.double().cpu().numpy() for x in (output.scores, output.win_probability, output.confidence)
@@ -131,10 +135,12 @@ def _pairwise(
     p, verdict = scorer.win_and_verdict(slots)
     results = []
     for sample, n in enumerate(sizes):
-        mine = owner == sample
+        mine, rated = (owner == sample) & pair, (owner == sample) & ~pair
         if not mine.any():
             results.append(_lone())
             continue
+        alone = np.full(n, 0.5)
+        alone[first[rated]] = p[rated]
         raw, said = np.full((2, n, n), 0.5)
         raw[first[mine], second[mine]] = p[mine]
         said[first[mine], second[mine]] = verdict[mine]
@@ -145,6 +151,7 @@ def _pairwise(
                 "win_probability": wins[sample, :n, :n],
                 "confidence": confidence[sample, :n, :n],
                 "raw": raw,
+                "alone": alone,
                 "flip_rate": float(flips[np.triu_indices(n, 1)].mean()),
                 "tie_rate": float((verdict[mine] == 0.5).mean()),
                 "pairs": n * (n - 1) // 2,
@@ -175,6 +182,7 @@ def _independent(
                 "win_probability": 0.5 * (1.0 + margin),
                 "confidence": np.abs(margin),
                 "raw": scores,
+                "alone": scores,
                 "flip_rate": 0.0,
                 "tie_rate": float((verdict[mine] == 0.5).mean()),
                 "pairs": 0,
@@ -188,7 +196,7 @@ def _lone() -> dict[str, Any]:
     """The result where all candidates say the same: nothing to compare."""
     half, nought = np.full((1, 1), 0.5), np.zeros((1, 1))
     rates = {"flip_rate": 0.0, "tie_rate": 0.0, "pairs": 0, "verdicts": 0}
-    return {"scores": half[0], "win_probability": half, "confidence": nought, "raw": half, **rates}
+    return {"scores": half[0], "win_probability": half, "confidence": nought, "raw": half, "alone": half[0], **rates}
 
 
 def _expand(
@@ -206,6 +214,7 @@ def _expand(
         "win_probability": _even_diagonal(result["win_probability"], 0.5)[grid].tolist(),
         "confidence": _even_diagonal(result["confidence"], 0.0)[grid].tolist(),
         "raw": (raw[of] if raw.ndim == 1 else raw[grid]).tolist(),
+        "alone": result["alone"][of].tolist(),
         **{name: result[name] for name in ("flip_rate", "tie_rate", "pairs", "verdicts")},
     }
 

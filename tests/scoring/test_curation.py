@@ -109,6 +109,16 @@ def test_each_threshold_drops_by_its_own_reason_and_bounds_are_inclusive(reason,
     assert funnel["within_confidence"] == (reason not in ("margin", "confidence"))
 
 
+def test_the_best_of_several_bad_ones_can_be_refused_by_its_rating():
+    own = [candidate(0), candidate(1, "blue")]
+    rated = row(own, [0.9, 0.1], 0.8) | {"alone": [0.6, 0.1]}
+    assert len(run(own, [rated], CurationSettings(min_rating=0.6))[0]) == 1
+    pairs, funnel = run(own, [rated], CurationSettings(min_rating=0.61))
+    assert not pairs and funnel["dropped"]["rating"] == 1
+    with pytest.raises(InputError, match="alone"):
+        run(own, [row(own, [0.9, 0.1], 0.8)], CurationSettings(min_rating=0.5))
+
+
 def test_a_pair_without_confidence_is_dropped_even_without_a_threshold():
     own = [candidate(0), candidate(1)]
     pairs, funnel = run(own, [row(own, [0.5, 0.5], 0.0)])

@@ -163,6 +163,17 @@ def test_independent_scoring_rates_each_candidate_without_the_others(scorer):
     assert scorer.text_model.tokenizer.decode(one.tree.segments[2].tokens) == "Second: none\nBetter:"
 
 
+def test_pairwise_rows_also_rate_each_candidate_as_independent_scoring_does(scorer):
+    samples, candidates = world(11, [3, 4, 2])
+    pairwise = score_candidates(scorer, samples, candidates, 4096)
+    independent = score_candidates(scorer, samples, candidates, 4096, "independent")
+    for one, other in zip(pairwise, independent, strict=True):
+        np.testing.assert_allclose(one["alone"], other["scores"], atol=1e-6)  # fp32, packed otherwise
+        assert other["alone"] == other["scores"]
+        n = len(one["scores"])
+        assert one["verdicts"] == n * (n - 1)  # ratings are not counted among the pairs' verdicts
+
+
 def test_rates_count_decided_verdicts(scorer):
     samples, groups = world(6, [6])
     (row,) = score_candidates(scorer, samples, groups, token_budget=100_000)
