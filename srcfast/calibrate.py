@@ -215,6 +215,9 @@ class Calibration:
     def preference_tuning(self, iteration: int) -> None:
         """Stage 4, second half: confidence-weighted DPO from the round's starting policy, which is the reference."""
         pairs = list(self._preferences(iteration))
+        rehearsal, _ = (
+            rationale_pairs(self.config, self.rationale_samples) if self.config.dpo.rehearsal_weight else ([], {})
+        )
         loop = self.config.dpo.training_settings(self.config.seed + iteration)
 
         def work(progress: Track) -> dict[str, Any]:
@@ -227,11 +230,14 @@ class Calibration:
                 expected_reference_hash=self.policy.hash(),
                 features=self.policy.features,
                 on_step=self._step(f"iteration-{iteration}/dpo", progress),
+                rehearsal=rehearsal,
             )
             self._keep_adapter(self.directory.adapter(iteration))
             return {"pairs": len(pairs)}
 
-        self._stage(f"iteration-{iteration}/dpo", ("dpo",), num_steps(len(pairs), loop), work, unit="steps")
+        self._stage(
+            f"iteration-{iteration}/dpo", ("dpo",), num_steps(len(pairs) + len(rehearsal), loop), work, unit="steps"
+        )
 
     # The summary ------------------------------------------------------------------------------------------
 

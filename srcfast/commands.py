@@ -243,6 +243,11 @@ def dpo(config: Config, source: Source, adapter: Path | None, output: Path | Non
     from srcfast.stages.preference import reference_logprobs, train_preference
 
     output = need(output, "--output", "a folder for the adapter")
+    if config.dpo.rehearsal_weight:
+        raise ConfigError(
+            "dpo.rehearsal_weight: expected 0, since this command is given no rationale-answer pairs to rehearse, "
+            f"found {config.dpo.rehearsal_weight}. Mend: leave it out, or use `srcfast calibrate`"
+        )
     preferences = read_preference_file(config, source, output)
     model = load_model(config, adapter or config.lora.lora_config(config.seed))
     features = features_of(model, preferences)

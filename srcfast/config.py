@@ -195,6 +195,9 @@ class DPOSection(TrainingConfig):
         description="probability of a pair being the wrong way round, in [0, 0.5); `confidence`: (1 - c) / 2",
     )
     sft_weight: float = Field(0.1, ge=0, description="of the chosen response's mean negative log-likelihood")
+    rehearsal_weight: float = Field(
+        0.0, ge=0, description="of the same of stage 1's rationale-answer pairs, mixed with the pairs; calibrate only"
+    )
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> Self:
@@ -209,7 +212,14 @@ class DPOSection(TrainingConfig):
         """For `srcfast.stages.preference.train_preference`; `weighting` is curation's."""
         from srcfast.stages.preference import PreferenceSettings
 
-        return PreferenceSettings(self.beta, self.label_smoothing, self.loss_type, self.sft_weight, weighting)
+        return PreferenceSettings(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            loss_type=self.loss_type,
+            sft_weight=self.sft_weight,
+            rehearsal_weight=self.rehearsal_weight,
+            weighting=weighting,
+        )
 
 
 class ScorerTrainingSection(TrainingConfig):

@@ -7,8 +7,12 @@ tokens, the end token included,
     Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
     L = sum_k c_k [ loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
 
-over the global batch. The reference is the policy as it was before the round: its log-probabilities are
-computed once and stored with the pair, beside a hash of base and adapter.
+over the global batch. Rationale-answer pairs of stage 1 can be rehearsed beside them: rehearsal_weight times the
+mean of their -log pi(y) / |y| is added. A judge is surer of some kinds of questions than of others, and the
+policy forgets those of which it is shown no pairs.
+
+The reference is the policy as it was before the round: its log-probabilities are computed once and stored with
+the pair, beside a hash of base and adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
-from srcfast.stages.rationale import PromptEncoder, image_keys
+from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
 
 # How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
@@ -44,6 +48,7 @@ class PreferenceSettings:
             "confidence" takes (1 - c) / 2 of each pair, c its confidence.
         loss_type: of Delta: -log sigmoid, IPO's square, or SLiC's hinge.
         sft_weight: of the mean negative log-likelihood of the chosen response's tokens.
+        rehearsal_weight: of the same of rehearsed rationale-answer pairs.
         weighting: "confidence" weighs a pair by its confidence, "none" weighs all alike.
     """
 
@@ -51,6 +56,7 @@ class PreferenceSettings:
     label_smoothing: float | Literal["confidence"] = 0.0
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     sft_weight: float = 0.0
+    rehearsal_weight: float = 0.0
     weighting: Literal["confidence", "none"] = "confidence"
 
 
@@ -66,10 +72,11 @@ class PairMeta:
 
 @dataclass(frozen=True)
 class PairDenominator:
-    """Over a global batch: the sum of weights, and the number of pairs."""
+    """Over a global batch: the sum of weights, the number of pairs, and that of rehearsed rationale-answer pairs."""
 
     weight: float
     pairs: int
+    rehearsed: int = 0
 
 
 def preference_tree(
@@ -111,7 +118,7 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
 
     Args:
         hidden: `[T, D]`.
-        forest: of P preference trees.
+        forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
         head_weight: `[V, D]`.
 
     Returns:
@@ -121,7 +128,8 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
     for number, tree in enumerate(forest.trees):
         last = len(tree.segments) - 1
         # Slots of a pair: 0 shared, 1 chosen, 2 rejected.
-        for slot, segments in ((0, range(1, last - 1)), (1, [last - 1]), (2, [last])):
+        parts = ((0, range(1, last - 1)), (1, [last - 1]), (2, [last])) if last > 1 else ((1, [1]),)
+        for slot, segments in parts:
             if segments:
                 found = forest.target_rows(number, segments)
                 rows.append(found[0])
@@ -274,8 +282,15 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
         items: Sequence[TrainingItem],
         denominator: PairDenominator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [P] each
-        metas = [item.meta for item in items]
+        every_chosen, every_rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
+        lengths = every_chosen.new_tensor([_chosen_length(tree) for tree in forest.trees])
+        is_pair = torch.tensor([item.meta is not None for item in items], device=hidden.device)
+        rehearsed = (-every_chosen / lengths)[~is_pair].sum() / max(1, denominator.rehearsed)
+        rehearsal = settings.rehearsal_weight * rehearsed
+        if not is_pair.any():
+            return rehearsal, {"rehearsal_loss": rehearsed}
+        chosen, rejected, lengths = every_chosen[is_pair], every_rejected[is_pair], lengths[is_pair]  # [P] each
+        metas = [item.meta for item in items if item.meta is not None]
         reference_chosen = chosen.new_tensor([meta.reference_chosen_logprob for meta in metas])
         reference_rejected = chosen.new_tensor([meta.reference_rejected_logprob for meta in metas])
         weight = chosen.new_tensor([meta.weight for meta in metas])
@@ -295,9 +310,8 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
             loss_type=settings.loss_type,
             normalizer=denominator.weight,
         )
-        total = output.loss
+        total = output.loss + rehearsal
         if settings.sft_weight:
-            lengths = chosen.new_tensor([_chosen_length(tree) for tree in forest.trees])
             total = total + settings.sft_weight * (weight * -chosen / lengths).sum() / denominator.weight
         with torch.no_grad():
             margins = output.chosen_rewards - output.rejected_rewards
@@ -314,6 +328,8 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
                 torch.cat([chosen, rejected]),
                 torch.cat([reference_chosen, reference_rejected]),
             )
+            if denominator.rehearsed:
+                metrics["rehearsal_loss"] = rehearsed
             metrics["max_drift"] = ((policy - reference).abs() / (1 + reference.abs())).max()
         return total, metrics
 
@@ -321,12 +337,13 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
 
 
 def _chosen_length(tree: Tree) -> int:
-    return sum(segment.tokens.size for segment in tree.segments[1:-1])
+    return sum(segment.tokens.size for segment in tree.segments[1 : max(2, len(tree.segments) - 1)])
 
 
 def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
-    """The global batch's sum of weights and number of pairs."""
-    return PairDenominator(sum(item.meta.weight for item in items), len(items))
+    """The global batch's sum of weights, and the number of its pairs and of its rehearsed ones."""
+    pairs = [item for item in items if item.meta is not None]
+    return PairDenominator(sum(item.meta.weight for item in pairs), len(pairs), len(items) - len(pairs))
 
 
 def train_preference(
@@ -338,6 +355,7 @@ def train_preference(
     expected_reference_hash: str,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
+    rehearsal: Sequence[Rap] = (),
 ) -> list[Metrics]:
     """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
 
@@ -347,6 +365,7 @@ def train_preference(
         preference_settings: the loss.
         settings: the loop.
         expected_reference_hash: of base and adapter as they are now.
+        rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
 
     Raises:
         InputError: a pair whose responses are the same, or that has no reference, or another one's.
@@ -368,11 +387,12 @@ def train_preference(
         )
         for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
     ]
+    items += rationale_trees(model, rehearsal)
     dropout = getattr(getattr(model, "lora_config", None), "dropout", 0.0) > 0  # then the start is noisy
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
 
     def check_start(metrics: Metrics) -> None:
-        if metrics["step"] == 0 and not dropout and metrics["max_drift"] > tolerance:
+        if metrics["step"] == 0 and not dropout and metrics.get("max_drift", 0.0) > tolerance:
             raise SrcfastError(
                 "before the first update the policy must equal its reference, but a stored log-probability "
                 f"is off by {metrics['max_drift']:.2e} of its size (mean margin {metrics['margin']:.2e}; "

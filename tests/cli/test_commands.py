@@ -222,6 +222,12 @@ def test_unknown_setting_ends_with_status_2_and_the_nearest_known(srcfast: Srcfa
     assert "'dpo.beta'" in result.output and "Traceback" not in result.output
 
 
+def test_rehearsal_is_refused_where_there_is_nothing_to_rehearse(srcfast: Srcfast, tmp_path: Path) -> None:
+    result = srcfast("dpo", "--data", tmp_path / "x.jsonl", "--output", tmp_path, "rehearsal_weight=1")
+    assert result.exit_code != 0
+    assert "dpo.rehearsal_weight" in result.output and "Traceback" not in result.output
+
+
 def test_two_config_files_are_refused(srcfast: Srcfast) -> None:
     result = srcfast("calibrate", "a.yaml", "b.yaml")
     assert result.exit_code == 2

@@ -11,6 +11,7 @@ import torch
 from small_model import SmallModel, path_logprob, random_preferences
 
 from srcfast.data.forest import Forest
+from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.lora import LoRAConfig
 from srcfast.runtime.training import TrainingItem, TrainingSettings
@@ -26,6 +27,7 @@ from srcfast.stages.preference import (
     response_logprobs,
     train_preference,
 )
+from srcfast.stages.rationale import rationale_trees
 
 SETTINGS = TrainingSettings(micro_batch_size=8, token_budget=4096, learning_rate=3e-3, warmup_ratio=0.0, seed=1)
 
@@ -126,7 +128,7 @@ def loss_by_hand(model: SmallModel, preferences: list, settings: PreferenceSetti
     for pair in preferences:
         prompt = model.encode_prompt(pair.prompt, [])
         texts = (model.encode_response(pair.chosen), model.encode_response(pair.rejected))
-        chosen, rejected = (float(path_logprob(model, prompt, text)) for text in texts)
+        chosen, rejected = (float(path_logprob(model, prompt, text).detach()) for text in texts)
         margin = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
         weight = pair.confidence if settings.weighting == "confidence" else 1.0
         epsilon = settings.label_smoothing
@@ -171,6 +173,62 @@ def test_the_loss_is_the_formula_s(settings: PreferenceSettings) -> None:
         )
         total += loss.item()
     assert total == pytest.approx(loss_by_hand(model, preferences, settings), rel=1e-9)
+
+
+def rehearsed(count: int) -> list[tuple[Sample, str]]:
+    pairs = random_preferences(count, seed=5)
+    samples = [Sample(f"r{k}", (), pair.prompt, "red", image_root=pair.image_root) for k, pair in enumerate(pairs)]
+    return [(sample, pair.chosen) for sample, pair in zip(samples, pairs, strict=True)]
+
+
+@pytest.mark.parametrize("cut", [4, 9, 11])  # a forest of both kinds, one of pairs and one of rehearsal, one of each
+def test_rehearsal_adds_its_mean_likelihood_whatever_the_cut(cut: int) -> None:
+    settings = PreferenceSettings(beta=0.2, sft_weight=0.7, rehearsal_weight=1.5)
+    model = SmallModel(seed=1)
+    preferences, raps = referenced(SmallModel(seed=2), 9), rehearsed(5)
+    pairs = zip(preference_trees(model, preferences), preferences, strict=True)
+    items = [
+        TrainingItem(
+            tree, PairMeta(p.confidence, p.confidence, p.reference_chosen_logprob, p.reference_rejected_logprob)
+        )
+        for tree, p in pairs
+    ] + rationale_trees(model, raps)
+    total = 0.0
+    for part in (items[:cut], items[cut:]):
+        forest = Forest.of([item.tree for item in part])
+        loss, _ = preference_loss(settings)(
+            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
+        )
+        total += loss.item()
+    likelihoods = []
+    for sample, text in raps:
+        response = model.encode_response(text)
+        logprob = float(path_logprob(model, model.encode_prompt(sample.question, []), response).detach())
+        likelihoods.append(logprob / len(response))
+    expected = loss_by_hand(model, preferences, settings) - 1.5 * np.mean(likelihoods)
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+def test_rehearsal_holds_what_it_rehearses_while_pairs_are_learnt() -> None:
+    def likelihood(raps: list[tuple[Sample, str]], weight: float) -> tuple[float, float]:
+        model = SmallModel()
+        history = train_preference(
+            model,
+            referenced(model, 12),
+            PreferenceSettings(rehearsal_weight=weight),
+            replace(SETTINGS, epochs=4),
+            expected_reference_hash="abc",
+            rehearsal=raps,
+        )
+        total = 0.0
+        for sample, text in rehearsed(4):
+            prompt = model.encode_prompt(sample.question, [])
+            total += float(path_logprob(model, prompt, model.encode_response(text)).detach())
+        return total, history[-1]["margin"]
+
+    without, _ = likelihood([], 0.0)
+    with_rehearsal, margin = likelihood(rehearsed(4), 2.0)
+    assert with_rehearsal > without + 1.0 and margin > 0.02
 
 
 def test_a_pair_of_little_confidence_weighs_little() -> None:
