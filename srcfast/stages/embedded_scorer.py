@@ -5,8 +5,8 @@
 It starts from the embedded base's decoder, which has learnt to reason over facts given as text. What it judges are true
 rationales, their corruptions, and what the rationale-tuned base itself says of these samples: its faults are others than
 those that one thinks of. Whether something is a fault is the oracle's word. The R-Scorer first learns to check claims, answers
-and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`), at last those of the model's own
-candidates alone.
+and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`), at last those of the base's own
+candidates alone, tuned well and tuned on few rationales: the less it has seen, the odder what it says.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Recipe:
     world_samples: int = 4_400
     easy_vqa_samples: int = 1_200
     held_out_samples: int = 300  # of the world's validation split; of easy-VQA one training image in ten
-    tuned_samples: int = 1_000  # that the base is rationale-tuned on, so that it gives rationales
-    searched_samples: int = 3_000  # that it then answers
+    tuned: tuple[tuple[int, int], ...] = ((1_000, 2), (100, 8), (50, 12))  # samples and epochs of each tuned base
+    searched_samples: int = 3_000  # that each then answers
     tuning_learning_rate: float = 2e-3
     num_candidates: int = 5
     corrupted: int = 3
@@ -76,7 +76,7 @@ class Recipe:
     learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets how to look things up
     checking_epochs: int = 1
     comparing_epochs: int = 2
-    refining_draws: int = 3  # of `compared` from the model's own candidates alone
+    refining_draws: int = 2  # of `compared` from each tuned base's own candidates alone
     trees_per_step: int = 8
 
 
@@ -92,9 +92,12 @@ def main(
     recipe = Recipe()
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
-        candidates = tuned_candidates(samples, held_out, recipe, output / "candidates.jsonl")
-    by_id = {sample.id: sample for sample in (*samples, *held_out)}
-    own = judged_variants(by_id, candidates)
+        by_id = {sample.id: sample for sample in (*samples, *held_out)}
+        every_own = [
+            judged_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output))
+            for number in range(len(recipe.tuned))
+        ]
+    own = every_own[0]
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
@@ -110,10 +113,11 @@ def main(
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")
         shown = [
-            with_own(scorer_example(sample, ()), sample, own, recipe.compared, draw)
+            with_own(scorer_example(sample, ()), sample, said, recipe.compared, draw)
+            for said in every_own
             for _ in range(recipe.refining_draws)
             for sample in samples
-            if len(own[sample.id]) > 1
+            if len(said[sample.id]) > 1
         ]
         return comparing_items(scorer, by_id, shown)
 
@@ -134,7 +138,7 @@ def main(
     record = {
         "command": "python -m srcfast.stages.embedded_scorer --output DIR",
         "recipe": asdict(recipe),
-        "held_out": held_out_scores(load_scorer(output), held_out, own, recipe),
+        "held_out": held_out_scores(load_scorer(output), held_out, every_own, recipe),
         "torch": torch.__version__,
     }
     (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -153,22 +157,23 @@ def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sampl
 
 
 def tuned_candidates(
-    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, file: Path
+    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, number: int, output: Path
 ) -> dict[str, list[str]]:
-    """By sample the candidates of a rationale-tuned base, which has not been tuned on those that it answers."""
+    """By sample the candidates of one of the tuned bases, which has not been tuned on those that it answers."""
+    tuned_samples, epochs = recipe.tuned[number]
+    seed = recipe.seed + number
+    file = output / f"candidates-{tuned_samples}.jsonl"
     if not file.exists():
         searched = [*samples[: recipe.searched_samples], *held_out]
-        raps, _ = build_raps(samples[recipe.searched_samples :][: recipe.tuned_samples])
-        model = load_lvlm("embedded", lora=LoRAConfig(16, 32, seed=recipe.seed))
+        raps, _ = build_raps(samples[recipe.searched_samples :][:tuned_samples])
+        model = load_lvlm("embedded", lora=LoRAConfig(16, 32, seed=seed))
         features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
-        loop = TrainingSettings(
-            epochs=2, micro_batch_size=8, learning_rate=recipe.tuning_learning_rate, seed=recipe.seed
-        )
+        loop = TrainingSettings(epochs=epochs, micro_batch_size=8, learning_rate=recipe.tuning_learning_rate, seed=seed)
         fine_tune_rationale(model, raps, loop, features=features)
         beams = BeamSettings(num_candidates=recipe.num_candidates, max_sentence_tokens=24, max_new_tokens=112)
         with track("candidates", len(searched), "samples") as progress:
             found = generate_candidates(
-                model, searched, beams, features=features, seed=recipe.seed, batch_size=64, progress=progress
+                model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for own in found for c in own))
@@ -245,15 +250,18 @@ def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs:
         )
 
 
-def held_out_scores(scorer: Scorer, held_out: Sequence[Sample], own: Variants, recipe: Recipe) -> dict[str, object]:
-    """What `evaluate_scorer` finds on held-out samples: among corruptions, and among the tuned base's candidates."""
+def held_out_scores(
+    scorer: Scorer, held_out: Sequence[Sample], every_own: Sequence[Variants], recipe: Recipe
+) -> dict[str, object]:
+    """What `evaluate_scorer` finds on held-out samples: among corruptions, and among each tuned base's candidates."""
     rng = random.Random(f"held out/{recipe.seed}")
     scores: dict[str, object] = {}
     for name in ("world", "easy_vqa"):
         part = [sample for sample in held_out if sample.extra["dataset"] == name]
         scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(part), rng, VOCABULARY, is_faulty=is_faulty))
-        answered = [scorer_example(sample, own[sample.id]) for sample in part if len(own[sample.id]) > 1]
-        scores[f"{name}, candidates"] = evaluate_scorer(scorer, answered)
+        for own, (tuned_samples, _) in zip(every_own, recipe.tuned, strict=True):
+            answered = [scorer_example(sample, own[sample.id]) for sample in part if len(own[sample.id]) > 1]
+            scores[f"{name}, candidates of a base tuned on {tuned_samples}"] = evaluate_scorer(scorer, answered)
     return scores
 
 

@@ -238,7 +238,10 @@ def test_a_pair_of_little_confidence_weighs_little() -> None:
         pairs = [replace(first, confidence=confidence), replace(second, confidence=1.0)]
         trained(model, pairs, PreferenceSettings(), replace(SETTINGS, epochs=3))
         prompt = model.encode_prompt(first.prompt, [])
-        margins = [float(path_logprob(model, prompt, model.encode_response(t))) for t in (first.chosen, first.rejected)]
+        margins = [
+            float(path_logprob(model, prompt, model.encode_response(t)).detach())
+            for t in (first.chosen, first.rejected)
+        ]
         return (margins[0] - margins[1]) - (first.reference_chosen_logprob - first.reference_rejected_logprob)
 
     assert chosen_gain(1.0) > 2 * abs(chosen_gain(1e-3))
