@@ -28,6 +28,7 @@ from srcfast.stages.evaluation import bootstrap_interval
 
 ROOT = Path(__file__).parents[1]
 FIGURES = (("accuracy", "right"), ("alignment", "aligned"))  # and what a prediction calls them
+ALL = ("all", "held out")  # every test set's samples together
 
 
 def main(
@@ -51,6 +52,7 @@ def main(
         controls.append(control.config.run_path)
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
     sets = list(dict.fromkeys((e["dataset"], e["split"]) for e in summaries[0]["evaluations"]))
+    sets.append(ALL)
     models = list(dict.fromkeys(e["model"] for e in summaries[0]["evaluations"]))
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/calibration_study.py", f"--seeds {seeds}", *overrides]),
@@ -61,24 +63,21 @@ def main(
             "what": "rationale tuning alone for as many epochs as tuning and rehearsal take together",
             "evaluations": [pooled("rationale", one, controls) for one in sets],
         },
-        "gains": [
-            gain(before, after, one, runs)
-            for before, after in [*itertools.pairwise(models), ("rationale", models[-1])]
-            for one in sets
-        ],
+        "gains": [gain(before, after, one, runs, controls) for before, after in compared(models) for one in sets],
         "headroom": [summary["headroom"] for summary in summaries],
         "funnel": [summary["funnel"] for summary in summaries],
         "seconds": [summary["seconds"] for summary in summaries],
         "peak_rss_bytes": [summary["peak_rss_bytes"] for summary in summaries],
     }
     write_json(ROOT / "benchmarks" / "results" / f"{name}.json", result)
-    print(table(result["evaluations"]))
+    print(table(result), gains_table(result), sep="\n\n")
 
 
 def values(model: str, one: tuple[str, str], key: str, runs: list[Path]) -> np.ndarray:
-    """[seeds, samples]: whether each prediction of a model on one test set is right, or aligned."""
-    file = Path("predictions") / model / f"{one[0]}-{one[1]}.jsonl"
-    return np.array([[float(bool(row[key])) for _, row in read_jsonl(run / file)] for run in runs])
+    """[seeds, samples]: whether each prediction of a model on one test set (or all of them) is right, or aligned."""
+    name = "*" if one == ALL else f"{one[0]}-{one[1]}"
+    files = [sorted((run / "predictions" / model).glob(f"{name}.jsonl")) for run in runs]
+    return np.array([[float(bool(row[key])) for file in own for _, row in read_jsonl(file)] for own in files])
 
 
 def pooled(model: str, one: tuple[str, str], runs: list[Path]) -> dict[str, Any]:
@@ -93,30 +92,54 @@ def pooled(model: str, one: tuple[str, str], runs: list[Path]) -> dict[str, Any]
     return result
 
 
-def gain(before: str, after: str, one: tuple[str, str], runs: list[Path]) -> dict[str, Any]:
+def compared(models: list[str]) -> list[tuple[str, str]]:
+    """Each model with the one before it, and the last with the rationale-tuned one and with the control."""
+    return list(dict.fromkeys([*itertools.pairwise(models), ("rationale", models[-1]), ("control", models[-1])]))
+
+
+def gain(before: str, after: str, one: tuple[str, str], runs: list[Path], controls: list[Path]) -> dict[str, Any]:
     """How much better one model is than another on the same samples, with an interval that is paired by sample."""
     result: dict[str, Any] = {"from": before, "to": after, "dataset": one[0], "split": one[1]}
     for figure, key in FIGURES:
-        difference = (values(after, one, key, runs) - values(before, one, key, runs)).mean(axis=0)  # [samples]
+        start = values("rationale", one, key, controls) if before == "control" else values(before, one, key, runs)
+        difference = (values(after, one, key, runs) - start).mean(axis=0)  # [samples]
         result[figure] = float(difference.mean())
         result[f"{figure}_ci95"] = bootstrap_interval(difference, 2000, 0)
     return result
 
 
-def table(evaluations: list[dict[str, Any]]) -> str:
-    """Markdown rows: a model's accuracy and alignment on each test set, in percent, with intervals."""
-    sets = list(dict.fromkeys((e["dataset"], e["split"]) for e in evaluations))
-    lines = ["| model | " + " | ".join(f"{d} {s}: accuracy | aligned" for d, s in sets) + " |"]
-    lines.append("|" + " --- |" * (1 + 2 * len(sets)))
-    for model in dict.fromkeys(e["model"] for e in evaluations):
-        cells = []
-        for one in sets:
-            entry = next(e for e in evaluations if e["model"] == model and (e["dataset"], e["split"]) == one)
-            for figure in ("accuracy", "alignment"):
-                low, high = entry[f"{figure}_ci95"]
-                cells.append(f"{100 * entry[figure]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+def table(result: dict[str, Any]) -> str:
+    """Markdown: accuracy and alignment of every model, and of the control, on each test set; percent, 95 % intervals."""
+    entries = [*result["evaluations"], *({**e, "model": "control"} for e in result["control"]["evaluations"])]
+    sets = list(dict.fromkeys((e["dataset"], e["split"]) for e in entries))
+    lines = ["| | " + " | ".join(f"{dataset}, {split}" for dataset, split in sets) + " |"]
+    lines.append("|" + " --- |" * (1 + len(sets)))
+    for figure, _ in FIGURES:
+        for model in dict.fromkeys(e["model"] for e in entries):
+            own = [next(e for e in entries if (e["model"], e["dataset"], e["split"]) == (model, *one)) for one in sets]
+            cells = [percent(entry[figure], entry[f"{figure}_ci95"]) for entry in own]
+            lines.append(f"| {figure}, {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def gains_table(result: dict[str, Any]) -> str:
+    """Markdown: what the last model gains on the first and on the rationale-tuned one; points, paired 95 % intervals."""
+    gains = result["gains"]
+    sets = list(dict.fromkeys((g["dataset"], g["split"]) for g in gains))
+    last = gains[-1]["to"]
+    lines = ["| | " + " | ".join(f"{dataset}, {split}" for dataset, split in sets) + " |"]
+    lines.append("|" + " --- |" * (1 + len(sets)))
+    for figure, _ in FIGURES:
+        for before, after in (("base", "rationale"), ("rationale", last), ("control", last)):
+            own = [g for g in gains if (g["from"], g["to"]) == (before, after)]
+            cells = [percent(g[figure], g[f"{figure}_ci95"]) for g in own]
+            lines.append(f"| {figure}, {before} to {after} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def percent(value: float, interval: list[float]) -> str:
+    """As in `73.1 (71.2 to 75.0)`."""
+    return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
 if __name__ == "__main__":
