@@ -25,6 +25,7 @@ from srcfast.config import load_config
 from srcfast.data.jsonl import read_jsonl, write_json
 from srcfast.runtime.run_directory import environment
 from srcfast.stages.evaluation import bootstrap_interval
+from srcfast.stages.headroom import recovered
 
 ROOT = Path(__file__).parents[1]
 FIGURES = (("accuracy", "right"), ("alignment", "aligned"))  # and what a prediction calls them
@@ -64,13 +65,12 @@ def main(
             "evaluations": [pooled("rationale", one, controls) for one in sets],
         },
         "gains": [gain(before, after, one, runs, controls) for before, after in compared(models) for one in sets],
-        "headroom": [summary["headroom"] for summary in summaries],
+        "headroom": pooled_headroom([summary["headroom"] for summary in summaries]),
+        "headroom_by_seed": [summary["headroom"] for summary in summaries],
         "funnel": [summary["funnel"] for summary in summaries],
-        "seconds": [summary["seconds"] for summary in summaries],
-        "peak_rss_bytes": [summary["peak_rss_bytes"] for summary in summaries],
     }
     write_json(ROOT / "benchmarks" / "results" / f"{name}.json", result)
-    print(table(result), gains_table(result), sep="\n\n")
+    print(table(result), gains_table(result), headroom_table(result), sep="\n\n")
 
 
 def values(model: str, one: tuple[str, str], key: str, runs: list[Path]) -> np.ndarray:
@@ -108,6 +108,20 @@ def gain(before: str, after: str, one: tuple[str, str], runs: list[Path], contro
     return result
 
 
+def pooled_headroom(by_seed: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each round's headroom, the mean over seeds and test sets by sample; what is recovered is a share of these means."""
+    entries = [entry for seed in by_seed for entry in seed]
+    pools = []
+    for iteration in sorted({entry["iteration"] for entry in entries}):
+        own = [entry for entry in entries if entry["iteration"] == iteration]
+        names = ("n_candidates", "pass_at_1", "pass_at_n", "best_of_n", "scorer_oracle_agreement", "next_pass_at_1")
+        sizes = [entry["n"] for entry in own]
+        pool: dict[str, Any] = {"iteration": iteration, "n": sum(sizes)}
+        pool |= {name: float(np.average([entry[name] for entry in own], weights=sizes)) for name in names}
+        pools.append(pool | {"recovered": recovered(pool, pool["next_pass_at_1"])})
+    return pools
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: accuracy and alignment of every model, and of the control, on each test set; percent, 95 % intervals."""
     entries = [*result["evaluations"], *({**e, "model": "control"} for e in result["control"]["evaluations"])]
@@ -134,6 +148,16 @@ def gains_table(result: dict[str, Any]) -> str:
             own = [g for g in gains if (g["from"], g["to"]) == (before, after)]
             cells = [percent(g[figure], g[f"{figure}_ci95"]) for g in own]
             lines.append(f"| {figure}, {before} to {after} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def headroom_table(result: dict[str, Any]) -> str:
+    """Markdown: each round's headroom over all seeds and test sets, in percent."""
+    names = ("pass_at_1", "pass_at_n", "best_of_n", "scorer_oracle_agreement", "next_pass_at_1", "recovered")
+    lines = ["| round | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|" + " --- |" * (1 + len(names)))
+    for entry in result["headroom"]:
+        lines.append(f"| {entry['iteration']} | " + " | ".join(f"{100 * entry[name]:.0f}" for name in names) + " |")
     return "\n".join(lines)
 
 

@@ -269,7 +269,7 @@ class Calibration:
                 {"name": name, "seconds": s["seconds"], "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)}
                 for name, s in manifest.items()
             ],
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
             "seconds": sum(stage["seconds"] for stage in manifest.values()),
         }
         write_json(self.directory.summary_file, summary)
@@ -326,8 +326,10 @@ class Calibration:
         settings = {key: resolved[key] for key in dict.fromkeys((*shared, *sections))}
         if self.directory.stage_done(name, settings):
             return
+        self.directory.forget_metrics(name)
         with track(name, total, unit, quiet=self.config.quiet) as progress:
             found = work(progress)
+        found["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
         self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
 
     def _step(self, stage: str, progress: Track) -> Callable[[dict[str, Any]], None]:

@@ -1,29 +1,26 @@
-"""The results as a table on the terminal."""
+"""The results as a table on the terminal, narrow enough for one of 80 columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """A row for each model and evaluation set of a `summary.json`: accuracy and alignment in percent, with intervals."""
-    table = Table(title="Held-out results, % (95 % interval)")
-    for heading in ("dataset", "split", "model"):
-        table.add_column(heading)
-    for heading in ("n", "accuracy", "aligned", "right answer, wrong rationale", "unparsed"):
+    """Each evaluation set of a `summary.json` with a row for each model: percent, with half of the 95 % interval."""
+    table = Table(title="Held-out results, % (± half of the 95 % interval)", box=SIMPLE_HEAD)
+    table.add_column("set (samples), model", no_wrap=True)
+    for heading in ("accuracy", "aligned", "right, wrong rationale", "unparsed"):
         table.add_column(heading, justify="right")
     entries = summary["evaluations"]
-    sets = list(dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries))
-    for dataset, split in sets:
+    for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
         own = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
-        for place, entry in enumerate(own):
+        table.add_row(f"[bold]{dataset} {split}[/bold] ({own[0]['n']})")
+        for entry in own:
             table.add_row(
-                dataset if place == 0 else "",
-                split if place == 0 else "",
-                entry["model"],
-                str(entry["n"]),
+                f"  {entry['model']}",
                 _share(entry["accuracy"], entry["accuracy_ci95"]),
                 _share(entry["alignment"], entry.get("alignment_ci95")),
                 _share(entry["right_answer_wrong_rationale"], None),
@@ -37,4 +34,4 @@ def _share(value: float | None, interval: list[float] | None) -> str:
     if value is None:
         return "-"
     text = f"{100 * value:.1f}"
-    return text if interval is None else f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    return text if interval is None else f"{text} ± {50 * (interval[1] - interval[0]):.1f}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from srcfast.data.jsonl import write_json, write_text
+from srcfast.data.jsonl import read_lines, write_json, write_jsonl, write_text
 from srcfast.errors import ConfigError, InputError
 from srcfast.runtime.telemetry import MetricsWriter
 
@@ -48,6 +48,12 @@ class RunDirectory:
     def metrics(self) -> MetricsWriter:
         """Appends to `metrics.jsonl`."""
         return MetricsWriter(self.metrics_file)
+
+    def forget_metrics(self, stage: str) -> None:
+        """Drop what a stopped attempt at a stage has left in `metrics.jsonl`, a half-written line included."""
+        if self.metrics_file.is_file():
+            rows = [row for _, row in read_lines(self.metrics_file) if not isinstance(row, InputError)]
+            write_jsonl(self.metrics_file, (row for row in rows if row["stage"] != stage))
 
     def write_config(self, config: Any) -> None:
         """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""

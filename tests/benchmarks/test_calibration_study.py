@@ -54,8 +54,19 @@ def test_gains_are_paired_by_sample(study: ModuleType, tmp_path: Path) -> None:
     assert study.gain("control", "iteration-1", ("world", "test"), runs, controls)["accuracy"] == 0.0
 
 
+def test_headroom_is_pooled_by_sample(study: ModuleType) -> None:
+    def entry(n: int, first: float, best: float, following: float) -> dict[str, float]:
+        shared = {"iteration": 1, "n_candidates": 3.0, "pass_at_n": 0.9, "scorer_oracle_agreement": 0.8}
+        return shared | {"n": n, "pass_at_1": first, "best_of_n": best, "next_pass_at_1": following}
+
+    (pool,) = study.pooled_headroom([[entry(100, 0.5, 0.7, 0.6)], [entry(300, 0.1, 0.5, 0.2)]])
+    assert pool["n"] == 400 and pool["pass_at_1"] == pytest.approx(0.2) and pool["best_of_n"] == pytest.approx(0.55)
+    assert pool["recovered"] == pytest.approx((0.3 - 0.2) / (0.55 - 0.2))
+
+
 def test_the_readme_shows_the_committed_result_s_tables(study: ModuleType) -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert study.table(result) in readme
     assert study.gains_table(result) in readme
+    assert study.headroom_table(result) in readme
