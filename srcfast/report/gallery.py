@@ -38,7 +38,11 @@ def _card(entry: dict[str, Any], root: Path) -> str:
     parts = [_candidate(candidate, marks[index]) for index, candidate in shown]
     if others:
         inside = "".join(_candidate(candidate) for _, candidate in others)
-        fold = f"<details><summary>{len(others)} other candidates</summary>{inside}</details>" if shown else inside
+        fold = (
+            f"<details><summary>{len(others)} other candidate{'s' if len(others) > 1 else ''}</summary>{inside}</details>"
+            if shown
+            else inside
+        )
         parts.append(fold)
     confidence = entry.get("confidence")
     said = [f"gold answer <b>{escape(str(entry['gold']))}</b>"]
