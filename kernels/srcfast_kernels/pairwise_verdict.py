@@ -13,7 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from srcfast_kernels.homes import accumulator, home_of
 
 
 class VerdictOutput(NamedTuple):
@@ -46,13 +50,14 @@ def pairwise_verdict(
         sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples S.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if len(first) and home_of(hidden) == "triton":
+        return _pairwise_verdict_triton(
+            hidden, verdict_weight, first, second, num_candidates, verdict_values.to(dtype), sample_ids
+        )
     logits = hidden.to(dtype) @ verdict_weight.to(dtype).T  # [M, K]
     wins = logits.softmax(-1) @ verdict_values.to(dtype)  # [M]
     sample = torch.zeros_like(first) if sample_ids is None else sample_ids
-    if isinstance(num_candidates, Tensor):
-        samples, largest = len(num_candidates), int(num_candidates.max())
-    else:
-        samples, largest = 1 if sample_ids is None else int(sample_ids.max()) + 1, num_candidates
+    samples, largest = _batch(num_candidates, sample_ids)
     p = wins.new_zeros(samples, largest, largest)
     p[sample, first, second] = wins
     judged = torch.zeros_like(p, dtype=torch.bool)
@@ -65,6 +70,13 @@ def pairwise_verdict(
     if sample_ids is None:
         return VerdictOutput(q[0], scores[0], u[0])
     return VerdictOutput(q, scores, u)
+
+
+def _batch(num_candidates: int | Tensor, sample_ids: Tensor | None) -> tuple[int, int]:
+    """Number of samples, and the largest number of candidates."""
+    if isinstance(num_candidates, Tensor):
+        return len(num_candidates), int(num_candidates.max())
+    return 1 if sample_ids is None else int(sample_ids.max()) + 1, num_candidates
 
 
 def pairwise_verdict_reference(
@@ -92,4 +104,120 @@ def pairwise_verdict_reference(
         [float((u[i] * q[i]).sum() / u[i].sum()) if float(u[i].sum()) > 0 else 0.5 for i in range(num_candidates)],
         dtype=torch.float64,
     )
+    return VerdictOutput(q, scores, u)
+
+
+@triton.jit
+def pairwise_verdict_kernel(
+    hidden_ptr,
+    weight_ptr,
+    values_ptr,
+    first_ptr,
+    second_ptr,
+    order_ptr,
+    starts_ptr,
+    p_ptr,
+    q_ptr,
+    u_ptr,
+    scores_ptr,
+    hidden_size,
+    hidden_stride,
+    num_verdicts,
+    candidates,
+    ACC: tl.constexpr,
+    VERDICTS: tl.constexpr,  # both are powers of two
+    CANDIDATES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One program a sample: its p of all pairs through global memory, then its q, u and scores row by row."""
+    sample = tl.program_id(0).to(tl.int64)
+    square = sample * candidates * candidates
+    others = tl.arange(0, CANDIDATES)
+    inside = others < candidates
+    for row in range(0, candidates):
+        missing = tl.full((CANDIDATES,), -1.0, ACC)
+        tl.store(p_ptr + square + row * candidates + others, missing, mask=inside)
+    tl.debug_barrier()
+    verdicts = tl.arange(0, VERDICTS)
+    is_verdict = verdicts < num_verdicts
+    values = tl.load(values_ptr + verdicts, mask=is_verdict, other=0.0).to(ACC)
+    end = tl.load(starts_ptr + sample + 1)
+    for at in range(tl.load(starts_ptr + sample), end, BLOCK_PAIRS):
+        places = at + tl.arange(0, BLOCK_PAIRS)
+        is_pair = places < end
+        pairs = tl.load(order_ptr + places, mask=is_pair, other=0)
+        logits = tl.zeros((BLOCK_PAIRS, VERDICTS), ACC)
+        for begin in range(0, hidden_size, BLOCK_HIDDEN):
+            dims = begin + tl.arange(0, BLOCK_HIDDEN)
+            is_dim = dims < hidden_size
+            h = tl.load(
+                hidden_ptr + pairs[:, None] * hidden_stride + dims[None], mask=is_pair[:, None] & is_dim[None], other=0.0
+            )
+            w = tl.load(
+                weight_ptr + verdicts[:, None] * hidden_size + dims[None],
+                mask=is_verdict[:, None] & is_dim[None],
+                other=0.0,
+            )
+            logits += tl.sum(h.to(ACC)[:, None, :] * w.to(ACC)[None], 2)
+        logits = tl.where(is_verdict[None], logits, float("-inf"))
+        shares = tl.exp(logits - tl.max(logits, 1)[:, None])
+        wins = tl.sum(shares * values[None], 1) / tl.sum(shares, 1)
+        first = tl.load(first_ptr + pairs, mask=is_pair, other=0)
+        second = tl.load(second_ptr + pairs, mask=is_pair, other=0)
+        tl.store(p_ptr + square + first * candidates + second, wins, mask=is_pair)
+    tl.debug_barrier()
+    for row in range(0, candidates):
+        forward = tl.load(p_ptr + square + row * candidates + others, mask=inside, other=-1.0, cache_modifier=".cg")
+        backward = tl.load(p_ptr + square + others * candidates + row, mask=inside, other=-1.0, cache_modifier=".cg")
+        both = (forward >= 0.0) & (backward >= 0.0)  # a pair counts when both of its orders were judged
+        q = tl.where(both, 0.5 * (forward + 1.0 - backward), 0.5)
+        u = tl.where(both, tl.abs(2.0 * q - 1.0) * (1.0 - tl.abs(forward + backward - 1.0)), 0.0)
+        tl.store(q_ptr + square + row * candidates + others, q, mask=inside)
+        tl.store(u_ptr + square + row * candidates + others, u, mask=inside)
+        total = tl.sum(u, 0)
+        score = tl.sum(u * q, 0) / tl.where(total > 0.0, total, 1.0)
+        tl.store(scores_ptr + sample * candidates + row, tl.where(total > 0.0, score, 0.5))
+
+
+def _pairwise_verdict_triton(
+    hidden: Tensor,
+    verdict_weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    num_candidates: int | Tensor,
+    verdict_values: Tensor,
+    sample_ids: Tensor | None,
+) -> VerdictOutput:
+    samples, largest = _batch(num_candidates, sample_ids)
+    sorted_ids, order = torch.sort(torch.zeros_like(first) if sample_ids is None else sample_ids, stable=True)  # [M]
+    starts = torch.searchsorted(sorted_ids, torch.arange(samples + 1, device=hidden.device))  # [S + 1]
+    p, q, u = verdict_values.new_empty(3, samples, largest, largest)
+    scores = verdict_values.new_empty(samples, largest)
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    pairwise_verdict_kernel[(samples,)](
+        hidden,
+        verdict_weight.contiguous(),
+        verdict_values,
+        first,
+        second,
+        order,
+        starts,
+        p,
+        q,
+        u,
+        scores,
+        hidden.shape[1],
+        hidden.stride(0),
+        len(verdict_weight),
+        largest,
+        ACC=accumulator(hidden.dtype),
+        VERDICTS=triton.next_power_of_2(len(verdict_weight)),
+        CANDIDATES=triton.next_power_of_2(largest),
+        BLOCK_PAIRS=8,
+        BLOCK_HIDDEN=min(128, triton.next_power_of_2(hidden.shape[1])),
+        num_warps=4,
+    )
+    if sample_ids is None:
+        return VerdictOutput(q[0], scores[0], u[0])
     return VerdictOutput(q, scores, u)

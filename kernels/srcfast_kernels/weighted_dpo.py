@@ -13,9 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from srcfast_kernels.homes import accumulator, home_of
 from srcfast_kernels.linear_logprob import linear_logprob
+
+BLOCK = 256  # tokens of a sequence that are summed at a time
 
 LossType = Literal["sigmoid", "ipo", "hinge"]
 
@@ -103,6 +108,12 @@ def linear_weighted_dpo(
     """
     logps = linear_logprob(hidden, weight, targets, **head)  # [T]
     pairs = len(confidence)
+    if pairs and home_of(hidden) == "triton":
+        total = confidence.sum() if normalizer is None else normalizer
+        reference = (ref_chosen_logps, ref_rejected_logps)
+        return DPOOutput(
+            *_TokenDPO.apply(logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type)
+        )
     sums = logps.new_zeros(2 * pairs).index_add(0, sequence_ids, logps).view(pairs, 2)
     return weighted_dpo_loss(
         sums[:, 0],
@@ -133,3 +144,164 @@ def linear_weighted_dpo_reference(
     sums = torch.stack([logps[sequence_ids == i].sum() for i in range(2 * len(confidence))]).view(-1, 2)
     delta = beta * ((sums[:, 0] - ref_chosen_logps) - (sums[:, 1] - ref_rejected_logps))
     return -(confidence * torch.log(torch.sigmoid(delta))).sum() / confidence.sum()
+
+
+class _TokenDPO(torch.autograd.Function):
+    """From the log-probabilities of tokens [T] to loss and rewards in one kernel, which also gives d loss / d logp [T]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logps: Tensor,
+        sequence_ids: Tensor,
+        ref_chosen_logps: Tensor,
+        ref_rejected_logps: Tensor,
+        confidence: Tensor,
+        normalizer: float | Tensor,
+        beta: float,
+        label_smoothing: float | Tensor,
+        loss_type: LossType,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, chosen_rewards, rejected_rewards, coefficients = token_dpo_triton(
+            logps,
+            sequence_ids,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            confidence,
+            normalizer,
+            beta,
+            label_smoothing,
+            loss_type,
+        )
+        ctx.save_for_backward(coefficients)
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        return loss, chosen_rewards, rejected_rewards
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (coefficients,) = ctx.saved_tensors
+        return (gradients[0] * coefficients, *[None] * 8)
+
+
+@triton.jit
+def token_dpo_kernel(
+    logps_ptr,
+    order_ptr,
+    starts_ptr,
+    ref_chosen_ptr,
+    ref_rejected_ptr,
+    confidence_ptr,
+    smoothing_ptr,
+    normalizer_ptr,
+    losses_ptr,
+    loss_ptr,
+    chosen_rewards_ptr,
+    rejected_rewards_ptr,
+    coefficients_ptr,
+    arrived_ptr,
+    pairs,
+    BETA: tl.constexpr,
+    LOSS_TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a pair. The last to arrive sums the losses, always in the same order, so no bit depends on who that is."""
+    pair = tl.program_id(0)
+    start = tl.load(starts_ptr + 2 * pair)
+    middle = tl.load(starts_ptr + 2 * pair + 1)
+    end = tl.load(starts_ptr + 2 * pair + 2)
+    chosen = _sum(logps_ptr, order_ptr, start, middle, ACC, BLOCK) - tl.load(ref_chosen_ptr + pair).to(ACC)
+    rejected = _sum(logps_ptr, order_ptr, middle, end, ACC, BLOCK) - tl.load(ref_rejected_ptr + pair).to(ACC)
+    weight = tl.load(confidence_ptr + pair).to(ACC) / tl.load(normalizer_ptr).to(ACC)
+    ratio = chosen - rejected
+    delta = BETA * ratio
+    if LOSS_TYPE == "sigmoid":
+        small = tl.exp(-tl.abs(delta))
+        smoothing = tl.load(smoothing_ptr + pair).to(ACC)
+        loss = tl.maximum(-delta, 0.0) + tl.log(1.0 + small) + smoothing * delta
+        slope = BETA * (smoothing - tl.where(delta >= 0.0, small, 1.0) / (1.0 + small))
+    elif LOSS_TYPE == "ipo":
+        excess = ratio - 0.5 / BETA
+        loss = excess * excess
+        slope = 2.0 * excess
+    else:
+        loss = tl.maximum(1.0 - delta, 0.0)
+        slope = tl.where(delta < 1.0, -BETA, 0.0).to(ACC)
+    tl.store(chosen_rewards_ptr + pair, BETA * chosen)
+    tl.store(rejected_rewards_ptr + pair, BETA * rejected)
+    tl.store(losses_ptr + pair, weight * loss)
+    _fill(coefficients_ptr, order_ptr, start, middle, weight * slope, BLOCK)
+    _fill(coefficients_ptr, order_ptr, middle, end, -weight * slope, BLOCK)
+    tl.debug_barrier()  # every thread has written before the program says that it has arrived
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == pairs - 1:
+        total = tl.zeros((BLOCK,), ACC)
+        for at in range(0, pairs, BLOCK):
+            places = at + tl.arange(0, BLOCK)
+            total += tl.load(losses_ptr + places, mask=places < pairs, other=0.0, cache_modifier=".cg")
+        tl.store(loss_ptr, tl.sum(total, 0))
+
+
+@triton.jit
+def _sum(values_ptr, order_ptr, start, end, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), ACC)
+    for at in range(start, end, BLOCK):
+        places = at + tl.arange(0, BLOCK)
+        inside = places < end
+        token = tl.load(order_ptr + places, mask=inside, other=0)
+        total += tl.load(values_ptr + token, mask=inside, other=0.0).to(ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _fill(values_ptr, order_ptr, start, end, value, BLOCK: tl.constexpr):
+    for at in range(start, end, BLOCK):
+        places = at + tl.arange(0, BLOCK)
+        token = tl.load(order_ptr + places, mask=places < end, other=0)
+        tl.store(values_ptr + token, value, mask=places < end)
+
+
+def token_dpo_triton(
+    logps: Tensor,
+    sequence_ids: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    confidence: Tensor,
+    normalizer: float | Tensor,
+    beta: float,
+    label_smoothing: float | Tensor,
+    loss_type: LossType,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], chosen and rejected rewards [P], and d loss / d logp [T]; nothing waits for the device."""
+    pairs = len(confidence)
+    smoothed = isinstance(label_smoothing, Tensor) or label_smoothing != 0.0
+    if loss_type not in ("sigmoid", "ipo", "hinge") or (smoothed and loss_type != "sigmoid"):
+        pair_loss(logps[:0], beta, label_smoothing, loss_type)  # which says what is wrong
+    sorted_ids, order = torch.sort(sequence_ids, stable=True)  # [T] each
+    starts = torch.searchsorted(sorted_ids, torch.arange(2 * pairs + 1, device=logps.device))  # [2P + 1]
+    smoothing = torch.as_tensor(label_smoothing, dtype=logps.dtype, device=logps.device).expand(pairs).contiguous()
+    total = torch.as_tensor(normalizer, dtype=logps.dtype, device=logps.device)
+    losses, chosen_rewards, rejected_rewards = logps.new_empty(3, pairs)
+    loss, coefficients = logps.new_empty(()), torch.zeros_like(logps)
+    token_dpo_kernel[(pairs,)](
+        logps,
+        order,
+        starts,
+        ref_chosen_logps.contiguous(),
+        ref_rejected_logps.contiguous(),
+        confidence.contiguous(),
+        smoothing,
+        total,
+        losses,
+        loss,
+        chosen_rewards,
+        rejected_rewards,
+        coefficients,
+        torch.zeros((), dtype=torch.int32, device=logps.device),
+        pairs,
+        BETA=beta,
+        LOSS_TYPE=loss_type,
+        ACC=accumulator(logps.dtype),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return loss, chosen_rewards, rejected_rewards, coefficients

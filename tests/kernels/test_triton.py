@@ -1,0 +1,178 @@
+"""Every Triton kernel against its reference, in fp64 and fp32; interpreted where no GPU is.
+
+In fp64 both sides round to 1e-16 and sum a few hundred terms: 1e-12. In fp32: 1e-5 of the largest value.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from srcfast_kernels import linear_logprob, linear_weighted_dpo, pairwise_verdict
+from srcfast_kernels.homes import home_of, use_home
+from srcfast_kernels.linear_logprob import linear_logprob_reference
+from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> Iterator[None]:
+    with use_home("triton"):
+        yield
+
+
+@pytest.fixture(params=DTYPES, ids=["fp64", "fp32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.dtype == theirs.dtype
+    tolerance = DTYPES[ours.dtype]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, float(theirs.detach().abs().max())))
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(DEVICE)
+
+
+def test_a_home_is_forced_by_name_and_found_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1)
+    assert home_of(tensor) == "triton"
+    with use_home("reference"):
+        assert home_of(tensor) == "reference"
+    monkeypatch.setattr(sys.modules["srcfast_kernels.homes"], "_forced", None)
+    assert home_of(tensor) == "torch"
+    monkeypatch.setenv("SRCFAST_KERNELS", "reference")
+    assert home_of(tensor) == "reference"
+    monkeypatch.setenv("SRCFAST_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="SRCFAST_KERNELS: expected auto, triton, torch, reference, found 'cuda'"):
+        home_of(tensor)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {"bias": True, "logit_scale": 1.6, "softcap": 2.3},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trained", ["hidden", "both"])
+@pytest.mark.parametrize("block", [8, 4096], ids=["many blocks", "one block"])
+def test_linear_logprob(
+    head: str, trained: str, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["srcfast_kernels.linear_logprob"]
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * 37)
+    targets = torch.tensor([0, 36, -100, 5, 5, 17, -100, 8, 35], device=DEVICE)
+    results = []
+    for function in (linear_logprob, linear_logprob_reference):
+        hidden, weight = random(9, 6, dtype=dtype, seed=1), random(37, 6, dtype=dtype, seed=2)
+        bias = random(37, dtype=dtype, seed=3)
+        hidden.requires_grad_()
+        for part in (weight, bias):
+            part.requires_grad_(trained == "both")
+        own = HEADS[head] | ({"bias": bias} if "bias" in HEADS[head] else {})
+        logps = function(hidden, weight, targets, **own)
+        (logps * random(9, dtype=dtype, seed=4)).sum().backward()
+        results.append([logps, *(part.grad for part in (hidden, weight, bias) if part.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_linear_logprob_of_large_logits_is_finite_and_never_above_zero() -> None:
+    weight = torch.tensor([[1.0], [-1.0], [0.999]], device=DEVICE)
+    targets = torch.tensor([0, 1], device=DEVICE)
+    for size, options in ((3e4, {}), (50.0, {"softcap": 30.0}), (3e6, {"softcap": 30.0})):
+        hidden = torch.full((2, 1), size, device=DEVICE, requires_grad=True)
+        logps = linear_logprob(hidden, weight, targets, **options)
+        logps.sum().backward()
+        assert bool((logps <= 0).all()) and bool(torch.isfinite(logps).all())
+        assert hidden.grad is not None and bool(torch.isfinite(hidden.grad).all())
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("normalizer", [None, 7.5])
+def test_linear_weighted_dpo(
+    loss_type: Any, normalizer: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["srcfast_kernels.weighted_dpo"], "BLOCK", 4)
+    lengths = torch.tensor([5, 9, 1, 4, 0, 6])  # of three pairs; an empty response, too
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.arange(6).repeat_interleave(lengths)[torch.randperm(25, generator=generator)].to(DEVICE)
+    targets = torch.randint(11, (25,), generator=generator).to(DEVICE)
+    confidence = random(3, dtype=dtype, seed=6).sigmoid()
+    smoothing = torch.tensor([0.1, 0.0, 0.3], dtype=dtype, device=DEVICE) if loss_type == "sigmoid" else 0.0
+    results = []
+    for home in ("triton", "torch"):
+        hidden = random(25, 6, dtype=dtype, seed=7).requires_grad_()
+        with use_home(home):  # type: ignore[arg-type]
+            output = linear_weighted_dpo(
+                hidden,
+                random(11, 6, dtype=dtype, seed=8),
+                targets,
+                ids,
+                random(3, dtype=dtype, seed=9) - 20,
+                random(3, dtype=dtype, seed=10) - 20,
+                confidence,
+                beta=0.3,
+                label_smoothing=smoothing,
+                loss_type=loss_type,
+                normalizer=normalizer,
+            )
+            (3.0 * output.loss).backward()
+        results.append([output.loss.detach(), output.chosen_rewards, output.rejected_rewards, hidden.grad])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_label_smoothing_of_another_loss_is_refused() -> None:
+    one = torch.zeros(1, device=DEVICE)
+    ids = torch.tensor([0, 1], device=DEVICE)
+    with pytest.raises(ValueError, match="label_smoothing is defined for loss_type 'sigmoid', not 'hinge'"):
+        linear_weighted_dpo(
+            torch.zeros(2, 3, device=DEVICE), torch.zeros(5, 3, device=DEVICE), ids, ids, one, one, one + 1,
+            beta=0.1, label_smoothing=0.2, loss_type="hinge",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("candidates", [[2], [5, 1, 3, 4], [17]])
+def test_pairwise_verdict(candidates: list[int], dtype: torch.dtype) -> None:
+    """Of each sample the reference's, with some comparisons missing, ties among them, in any order."""
+    generator = torch.Generator().manual_seed(sum(candidates))
+    rows = [
+        (sample, i, j)
+        for sample, n in enumerate(candidates)
+        for i in range(n)
+        for j in range(n)
+        if i != j and torch.rand((), generator=generator) < 0.9
+    ]
+    sample, first, second = torch.tensor(rows)[torch.randperm(len(rows), generator=generator)].T.contiguous().to(DEVICE)
+    hidden, weight = random(len(rows), 150, dtype=dtype, seed=1), random(3, 150, dtype=dtype, seed=2) / 10
+    hidden[first < second] = 0.0  # neutral verdicts
+    values = torch.tensor([1.0, 0.5, 0.0], dtype=dtype, device=DEVICE)
+    ours = pairwise_verdict(
+        hidden,
+        weight,
+        first,
+        second,
+        torch.tensor(candidates, device=DEVICE),
+        verdict_values=values,
+        sample_ids=sample,
+    )
+    for number, n in enumerate(candidates):
+        own = sample == number
+        theirs = pairwise_verdict_reference(
+            hidden[own], weight, first[own], second[own], max(candidates), verdict_values=values
+        )
+        for found, expected in zip(ours, theirs, strict=True):
+            close(found[number], expected.to(dtype).to(DEVICE))
