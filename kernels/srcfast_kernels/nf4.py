@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from srcfast_kernels.homes import home_of
+
 NESTED_BLOCKSIZE = 256
+BLOCK = 2048  # bytes that a program of the kernel takes
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CODES = (
     -1.0,
@@ -94,12 +99,71 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """The weight again, in the shape and dtype it had; products are rounded once, from fp32."""
+    if home_of(weight.packed) == "triton":
+        return _nf4_dequantize_triton(weight)
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None:
         scales = _dynamic_codes(absmax.device)[absmax.int()]
         absmax = _scale_blocks(scales, weight.nested_absmax, NESTED_BLOCKSIZE) + weight.offset
     values = _pairs_of_codes(weight.packed.device)[weight.packed.int()].view(-1)[: math.prod(weight.shape)]
     return _scale_blocks(values, absmax, weight.blocksize).to(weight.dtype).view(weight.shape)
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    packed_ptr,
+    codes_ptr,
+    absmax_ptr,
+    scale_codes_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    weight_ptr,
+    num_bytes,
+    num_values,
+    DOUBLE_QUANT: tl.constexpr,
+    HALF_BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scales and values in one pass: 16 bytes of packed codes a thread, 32 values of the weight."""
+    block = tl.program_id(0).to(tl.int64) * BLOCK
+    bytes_at = block + tl.arange(0, BLOCK)
+    inside = bytes_at < num_bytes
+    packed = tl.load(packed_ptr + bytes_at, mask=inside, other=0).to(tl.int32)
+    scale_at = bytes_at // HALF_BLOCKSIZE
+    if DOUBLE_QUANT:
+        code = tl.load(absmax_ptr + scale_at, mask=inside, other=0).to(tl.int32)
+        nested = tl.load(nested_absmax_ptr + scale_at // NESTED_BLOCKSIZE, mask=inside, other=0.0)
+        absmax = tl.load(scale_codes_ptr + code) * nested + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + scale_at, mask=inside, other=0.0)
+    high, low = tl.load(codes_ptr + (packed >> 4)), tl.load(codes_ptr + (packed & 15))
+    values_at = 2 * block + tl.arange(0, 2 * BLOCK)
+    values = tl.interleave(high * absmax, low * absmax).to(weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + values_at, values, mask=values_at < num_values)
+
+
+def _nf4_dequantize_triton(weight: NF4Weight) -> Tensor:
+    device = weight.packed.device
+    values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    nf4_dequantize_kernel[(triton.cdiv(weight.packed.numel(), BLOCK),)](
+        weight.packed,
+        _nf4_codes(device),
+        weight.absmax,
+        _dynamic_codes(device),
+        weight.nested_absmax,
+        weight.offset,
+        values,
+        weight.packed.numel(),
+        values.numel(),
+        DOUBLE_QUANT=weight.nested_absmax is not None,
+        HALF_BLOCKSIZE=weight.blocksize // 2,
+        NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,  # scale times scale, plus offset: bitsandbytes rounds in between
+    )
+    return values
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

@@ -114,23 +114,25 @@ def pairwise_verdict_kernel(
     values_ptr,
     first_ptr,
     second_ptr,
-    order_ptr,
-    starts_ptr,
+    sample_ids_ptr,
     p_ptr,
     q_ptr,
     u_ptr,
     scores_ptr,
     hidden_size,
     hidden_stride,
+    num_pairs,
     num_verdicts,
     candidates,
+    HAS_SAMPLES: tl.constexpr,
     ACC: tl.constexpr,
     VERDICTS: tl.constexpr,  # both are powers of two
     CANDIDATES: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
 ):
-    """One program a sample: its p of all pairs through global memory, then its q, u and scores row by row."""
+    """One program a sample: it finds its pairs, puts their p through global memory, then q, u and scores row by row."""
     sample = tl.program_id(0).to(tl.int64)
     square = sample * candidates * candidates
     others = tl.arange(0, CANDIDATES)
@@ -142,11 +144,19 @@ def pairwise_verdict_kernel(
     verdicts = tl.arange(0, VERDICTS)
     is_verdict = verdicts < num_verdicts
     values = tl.load(values_ptr + verdicts, mask=is_verdict, other=0.0).to(ACC)
-    end = tl.load(starts_ptr + sample + 1)
-    for at in range(tl.load(starts_ptr + sample), end, BLOCK_PAIRS):
-        places = at + tl.arange(0, BLOCK_PAIRS)
-        is_pair = places < end
-        pairs = tl.load(order_ptr + places, mask=is_pair, other=0)
+    start, end = 0, num_pairs
+    if HAS_SAMPLES:  # the sample's pairs lie between these; they are all that lies there where samples follow each other
+        start, end = num_pairs, 0
+        for at in range(0, num_pairs, BLOCK_SCAN):
+            places = at + tl.arange(0, BLOCK_SCAN)
+            own = tl.load(sample_ids_ptr + places, mask=places < num_pairs, other=-1) == sample
+            start = tl.minimum(start, tl.min(tl.where(own, places, num_pairs), 0))
+            end = tl.maximum(end, tl.max(tl.where(own, places + 1, 0), 0))
+    for at in range(start, end, BLOCK_PAIRS):
+        pairs = (at + tl.arange(0, BLOCK_PAIRS)).to(tl.int64)
+        is_pair = pairs < end
+        if HAS_SAMPLES:
+            is_pair &= tl.load(sample_ids_ptr + pairs, mask=is_pair, other=-1) == sample
         logits = tl.zeros((BLOCK_PAIRS, VERDICTS), ACC)
         for begin in range(0, hidden_size, BLOCK_HIDDEN):
             dims = begin + tl.arange(0, BLOCK_HIDDEN)
@@ -190,8 +200,6 @@ def _pairwise_verdict_triton(
     sample_ids: Tensor | None,
 ) -> VerdictOutput:
     samples, largest = _batch(num_candidates, sample_ids)
-    sorted_ids, order = torch.sort(torch.zeros_like(first) if sample_ids is None else sample_ids, stable=True)  # [M]
-    starts = torch.searchsorted(sorted_ids, torch.arange(samples + 1, device=hidden.device))  # [S + 1]
     p, q, u = verdict_values.new_empty(3, samples, largest, largest)
     scores = verdict_values.new_empty(samples, largest)
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
@@ -201,21 +209,23 @@ def _pairwise_verdict_triton(
         verdict_values,
         first,
         second,
-        order,
-        starts,
+        sample_ids,
         p,
         q,
         u,
         scores,
         hidden.shape[1],
         hidden.stride(0),
+        len(first),
         len(verdict_weight),
         largest,
+        HAS_SAMPLES=sample_ids is not None,
         ACC=accumulator(hidden.dtype),
         VERDICTS=triton.next_power_of_2(len(verdict_weight)),
         CANDIDATES=triton.next_power_of_2(largest),
         BLOCK_PAIRS=8,
         BLOCK_HIDDEN=min(128, triton.next_power_of_2(hidden.shape[1])),
+        BLOCK_SCAN=min(1024, triton.next_power_of_2(len(first))),
         num_warps=4,
     )
     if sample_ids is None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcfast_kernels import linear_logprob, linear_weighted_dpo, pairwise_verdict
+from srcfast_kernels import linear_logprob, linear_weighted_dpo, nf4_dequantize, nf4_quantize, pairwise_verdict
 from srcfast_kernels.homes import home_of, use_home
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
@@ -176,3 +176,15 @@ def test_pairwise_verdict(candidates: list[int], dtype: torch.dtype) -> None:
         )
         for found, expected in zip(ours, theirs, strict=True):
             close(found[number], expected.to(dtype).to(DEVICE))
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (7, 33), (1,), (4097,)])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_dequantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, double_quant: bool) -> None:
+    weight = nf4_quantize(
+        random(*shape, dtype=torch.float32, seed=len(shape)), blocksize=blocksize, double_quant=double_quant
+    )
+    ours = nf4_dequantize(weight)
+    with use_home("torch"):
+        assert torch.equal(ours, nf4_dequantize(weight))
