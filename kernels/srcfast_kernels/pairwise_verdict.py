@@ -145,7 +145,9 @@ def pairwise_verdict_kernel(
     is_verdict = verdicts < num_verdicts
     values = tl.load(values_ptr + verdicts, mask=is_verdict, other=0.0).to(ACC)
     start, end = 0, num_pairs
-    if HAS_SAMPLES:  # the sample's pairs lie between these; they are all that lies there where samples follow each other
+    if (
+        HAS_SAMPLES
+    ):  # the sample's pairs lie between these; they are all that lies there where samples follow each other
         start, end = num_pairs, 0
         for at in range(0, num_pairs, BLOCK_SCAN):
             places = at + tl.arange(0, BLOCK_SCAN)
@@ -162,7 +164,9 @@ def pairwise_verdict_kernel(
             dims = begin + tl.arange(0, BLOCK_HIDDEN)
             is_dim = dims < hidden_size
             h = tl.load(
-                hidden_ptr + pairs[:, None] * hidden_stride + dims[None], mask=is_pair[:, None] & is_dim[None], other=0.0
+                hidden_ptr + pairs[:, None] * hidden_stride + dims[None],
+                mask=is_pair[:, None] & is_dim[None],
+                other=0.0,
             )
             w = tl.load(
                 weight_ptr + verdicts[:, None] * hidden_size + dims[None],

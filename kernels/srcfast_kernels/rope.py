@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from srcfast_kernels.homes import Home, accumulator, home_of
+
+HEADS = 8  # that a program of the kernel turns
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, mrope_sections: Sequence[int] | None = None) -> Tensor:
@@ -20,7 +26,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, mrope_sections: Sequence[int] | No
     """
     if mrope_sections is not None:
         cos, sin = (_by_section(angles, mrope_sections) for angles in (cos, sin))
-    return _RoPE.apply(x, cos, sin)
+    return _RoPE.apply(x, cos, sin, home_of(x))
 
 
 def _by_section(angles: Tensor, sections: Sequence[int]) -> Tensor:
@@ -37,14 +43,15 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, home: Home) -> Tensor:
         ctx.save_for_backward(cos, sin)  # not x: a rotation's gradient is turned back
-        return _turn(x, cos, sin, 1.0)
+        ctx.turn = _turn_triton if home == "triton" else _turn
+        return ctx.turn(x, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, sin, -1.0), None, None
+        return ctx.turn(gradients[0], cos, sin, -1.0), None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
@@ -54,3 +61,57 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
     turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
     return turned
+
+
+@triton.jit
+def rope_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    token_stride,
+    head_stride,
+    heads,
+    half,
+    DIRECTION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """One program for some heads of one token; their angles are the same."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
+    dim = tl.arange(0, BLOCK_HALF)[None]
+    inside = (head < heads) & (dim < half)
+    cos = tl.load(cos_ptr + token * 2 * half + dim, mask=dim < half, other=0.0).to(ACC)
+    sin = tl.load(sin_ptr + token * 2 * half + dim, mask=dim < half, other=0.0).to(ACC) * DIRECTION
+    x_ptr += token * token_stride + head * head_stride + dim
+    real = tl.load(x_ptr, mask=inside, other=0.0).to(ACC)
+    imaginary = tl.load(x_ptr + half, mask=inside, other=0.0).to(ACC)
+    out_ptr += (token * heads + head) * 2 * half + dim
+    tl.store(out_ptr, (real * cos - imaginary * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + half, (imaginary * cos + real * sin).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _turn_triton(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    tokens, heads, size = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_heads = min(HEADS, triton.next_power_of_2(heads))
+    if tokens:
+        rope_kernel[(tokens, triton.cdiv(heads, block_heads))](
+            x,
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            x.stride(0),
+            x.stride(1),
+            heads,
+            size // 2,
+            DIRECTION=direction,
+            ACC=accumulator(x.dtype),
+            BLOCK_HEADS=block_heads,
+            BLOCK_HALF=triton.next_power_of_2(size // 2),
+            num_warps=2,
+        )
+    return out

@@ -13,10 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcfast_kernels import linear_logprob, linear_weighted_dpo, nf4_dequantize, nf4_quantize, pairwise_verdict
+from srcfast_kernels import (
+    linear_logprob,
+    linear_weighted_dpo,
+    nf4_dequantize,
+    nf4_quantize,
+    pairwise_verdict,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from srcfast_kernels.homes import home_of, use_home
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
+from srcfast_kernels.rms_norm import rms_norm_reference
+from srcfast_kernels.rope import rope_reference
+from srcfast_kernels.swiglu import swiglu_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -34,9 +46,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.dtype == theirs.dtype
-    tolerance = DTYPES[ours.dtype]
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, float(theirs.detach().abs().max())))
+    largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=DTYPES[ours.dtype] * max(1.0, largest))
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -169,7 +180,7 @@ def test_pairwise_verdict(candidates: list[int], dtype: torch.dtype) -> None:
         verdict_values=values,
         sample_ids=sample,
     )
-    for number, n in enumerate(candidates):
+    for number in range(len(candidates)):
         own = sample == number
         theirs = pairwise_verdict_reference(
             hidden[own], weight, first[own], second[own], max(candidates), verdict_values=values
@@ -188,3 +199,52 @@ def test_nf4_dequantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, doub
     ours = nf4_dequantize(weight)
     with use_home("torch"):
         assert torch.equal(ours, nf4_dequantize(weight))
+
+
+def gradients(function: Any, parts: list[Tensor], seed: int) -> list[Tensor]:
+    """The function's value, and the gradients of those parts that require one, under a random outer gradient."""
+    parts = [part.detach().clone().requires_grad_(part.requires_grad) for part in parts]
+    value = function(*parts)
+    (value * random(*value.shape, dtype=value.dtype, seed=seed)).sum().backward()
+    return [value, *(part.grad for part in parts if part.grad is not None)]
+
+
+@pytest.mark.parametrize("shape", [(7, 37), (3, 2, 64), (0, 5)])
+@pytest.mark.parametrize("trained_weight", [False, True])
+def test_rms_norm(shape: tuple[int, ...], trained_weight: bool, dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype, seed=1).requires_grad_()
+    weight = random(shape[-1], dtype=dtype, seed=2).requires_grad_(trained_weight)
+    for ours, theirs in zip(
+        gradients(rms_norm, [x, weight], 3), gradients(rms_norm_reference, [x, weight], 3), strict=True
+    ):
+        close(ours, theirs)
+
+
+def test_rms_norm_sums_the_weight_s_gradient_over_programs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["srcfast_kernels.rms_norm"], "PROGRAMS", 3)
+    x, weight = random(11, 6, dtype=dtype, seed=1).requires_grad_(), random(6, dtype=dtype, seed=2).requires_grad_()
+    for ours, theirs in zip(
+        gradients(rms_norm, [x, weight], 3), gradients(rms_norm_reference, [x, weight], 3), strict=True
+    ):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 11])
+def test_rope(heads: int, dtype: torch.dtype) -> None:
+    """Also of queries that are a part of a wider tensor, as after one product for q, k and v."""
+    angles = random(5, 6, dtype=dtype, seed=1)
+    cos, sin = (torch.cat([part, part], dim=-1) for part in (angles.cos(), angles.sin()))
+    wide = random(5, heads + 2, 12, dtype=dtype, seed=2).requires_grad_()
+
+    def turned(function: Any) -> list[Tensor]:
+        return gradients(lambda x: function(x[:, 1 : heads + 1], cos, sin), [wide], 3)
+
+    for ours, theirs in zip(turned(rope), turned(rope_reference), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(1,), (9, 300), (0, 4)])
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    parts = [random(*shape, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2)]
+    for ours, theirs in zip(gradients(swiglu, parts, 3), gradients(swiglu_reference, parts, 3), strict=True):
+        close(ours, theirs)

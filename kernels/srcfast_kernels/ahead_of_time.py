@@ -1,0 +1,178 @@
+"""Every kernel compiled for GPUs that needn't be there: registers, spills and shared memory, read from the cubin.
+
+    python -m srcfast_kernels.ahead_of_time kernels/resources.json
+
+writes the table that a test holds the kernels to. The cases are what the launchers choose for the shapes that models have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
+from srcfast_kernels.linear_logprob import logprob_rows_kernel
+from srcfast_kernels.nf4 import BLOCK as NF4_BLOCK
+from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, nf4_dequantize_kernel
+from srcfast_kernels.pairwise_verdict import pairwise_verdict_kernel
+from srcfast_kernels.rms_norm import rms_norm_backward_kernel, rms_norm_kernel, warps_of
+from srcfast_kernels.rope import HEADS, rope_kernel
+from srcfast_kernels.swiglu import BLOCK as SWIGLU_BLOCK
+from srcfast_kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
+from srcfast_kernels.weighted_dpo import BLOCK as DPO_BLOCK
+from srcfast_kernels.weighted_dpo import token_dpo_kernel
+
+ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # and the shared memory that a block may take, bytes
+DIVISIBLE = [["tt.divisibility", 16]]  # what Triton finds of aligned pointers and of sizes that are multiples of 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the types of its arguments, and all that is constant; a pointer to nothing is a constant None."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def cases() -> Iterator[Case]:
+    """All kernels in all variants."""
+    yield from _logprob_cases()
+    for loss_type in ("sigmoid", "ipo", "hinge"):
+        types = dict.fromkeys(token_dpo_kernel.arg_names[:14], "*fp32")
+        types |= {"order_ptr": "*i64", "starts_ptr": "*i64", "arrived_ptr": "*i32", "pairs": "i32"}
+        constants = {"BETA": 0.1, "LOSS_TYPE": loss_type, "ACC": tl.float32, "BLOCK": DPO_BLOCK}
+        yield Case(f"token_dpo {loss_type}", token_dpo_kernel, types, constants, {"num_warps": 4})
+    yield from _verdict_cases()
+    for dtype, double_quant in product(("bf16", "fp16", "fp32"), (True, False)):
+        types = {"packed_ptr": "*u8", "codes_ptr": "*fp32", "absmax_ptr": "*u8" if double_quant else "*fp32"}
+        types |= {"scale_codes_ptr": "*fp32", "weight_ptr": f"*{dtype}", "num_bytes": "i32", "num_values": "i32"}
+        constants = {"DOUBLE_QUANT": double_quant, "HALF_BLOCKSIZE": 32, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE}
+        nested = ("nested_absmax_ptr", "offset_ptr")
+        types |= dict.fromkeys(nested, "*fp32") if double_quant else {}
+        constants |= {} if double_quant else dict.fromkeys(nested)
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        name = f"nf4_dequantize {dtype}{' double' if double_quant else ''}"
+        yield Case(name, nf4_dequantize_kernel, types, constants | {"BLOCK": NF4_BLOCK}, options)
+    yield from _layer_cases()
+
+
+def _logprob_cases() -> Iterator[Case]:
+    variants = {"values": None, "frozen": "bf16", "trained": "fp32"}  # and the type of the residual that is written
+    for (variant, residual), bias, capped in product(variants.items(), (False, True), (False, True)):
+        types = {
+            "logits_ptr": "*fp32",
+            "targets_ptr": "*i64",
+            "logps_ptr": "*fp32",
+            "residual_ptr": f"*{residual or 'fp32'}",
+        }
+        types |= dict.fromkeys(("logits_stride", "residual_stride", "vocabulary", "ignore_index"), "i32")
+        types |= ({"bias_ptr": "*bf16"} if bias else {}) | (
+            {"coefficient_ptr": "*fp32"} if variant == "trained" else {}
+        )
+        constants = {
+            "LOGIT_SCALE": 0.5 if capped else 1.0,
+            "SOFTCAP": 30.0 if capped else 0.0,
+            "HAS_BIAS": bias,
+            "HAS_COEFFICIENT": variant == "trained",
+            "WRITE_RESIDUAL": residual is not None,
+            "ACC": tl.float32,
+            "BLOCK": LOGPROB_BLOCK,
+        } | {name: None for name in ("bias_ptr", "coefficient_ptr") if name not in types}
+        name = f"logprob_rows {variant}{' bias' if bias else ''}{' capped' if capped else ''}"
+        yield Case(name, logprob_rows_kernel, types, constants, {"num_warps": 8})
+
+
+def _verdict_cases() -> Iterator[Case]:
+    for dtype, candidates, batched in product(("bf16", "fp16"), (8, 64), (False, True)):
+        types = dict.fromkeys(("values_ptr", "p_ptr", "q_ptr", "u_ptr", "scores_ptr"), "*fp32")
+        types |= dict.fromkeys(("hidden_ptr", "weight_ptr"), f"*{dtype}") | dict.fromkeys(
+            ("first_ptr", "second_ptr"), "*i64"
+        )
+        types |= dict.fromkeys(("hidden_size", "hidden_stride", "num_pairs", "num_verdicts", "candidates"), "i32")
+        constants = {"HAS_SAMPLES": batched, "ACC": tl.float32, "VERDICTS": 4, "CANDIDATES": candidates}
+        constants |= {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 128, "BLOCK_SCAN": 1024}
+        if batched:
+            types["sample_ids_ptr"] = "*i64"
+        else:
+            constants["sample_ids_ptr"] = None
+        name = f"pairwise_verdict {dtype} {candidates}{' batched' if batched else ''}"
+        yield Case(name, pairwise_verdict_kernel, types, constants, {"num_warps": 4})
+
+
+def _layer_cases() -> Iterator[Case]:
+    for block in (1024, 2048, 4096, 8192):
+        shared = {"ACC": tl.float32, "BLOCK": block}
+        types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "inverse_ptr": "*fp32", "size": "i32"}
+        options = {"num_warps": warps_of(block)}
+        yield Case(f"rms_norm {block}", rms_norm_kernel, types, {"EPS": 1e-6} | shared, options)
+        for trained in (False, True):
+            types = dict.fromkeys(("gradient_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16") | {
+                "inverse_ptr": "*fp32"
+            }
+            types |= dict.fromkeys(("rows", "size", "rows_a_program"), "i32")
+            types |= {"grad_weight_ptr": "*fp32"} if trained else {}
+            constants = {"NEEDS_WEIGHT": trained} | shared | ({} if trained else {"grad_weight_ptr": None})
+            name = f"rms_norm_backward {block}{' trained' if trained else ''}"
+            yield Case(name, rms_norm_backward_kernel, types, constants, options)
+    for half, direction in product((32, 64, 128), (1.0, -1.0)):
+        types = dict.fromkeys(("x_ptr", "cos_ptr", "sin_ptr", "out_ptr"), "*bf16")
+        types |= dict.fromkeys(("token_stride", "head_stride", "heads", "half"), "i32")
+        constants = {"DIRECTION": direction, "ACC": tl.float32, "BLOCK_HEADS": HEADS, "BLOCK_HALF": half}
+        yield Case(f"rope {half}{' back' if direction < 0 else ''}", rope_kernel, types, constants, {"num_warps": 2})
+    for kernel in (swiglu_kernel, swiglu_backward_kernel):
+        types = {
+            name: "i32" if name == "count" else "*bf16" for name in kernel.arg_names if name not in ("ACC", "BLOCK")
+        }
+        yield Case(
+            kernel.__name__.removesuffix("_kernel"), kernel, types, {"ACC": tl.float32, "BLOCK": SWIGLU_BLOCK}, {}
+        )
+
+
+def compile_case(case: Case, architecture: int) -> dict[str, int]:
+    """Registers a thread, bytes spilled a thread, and bytes of shared memory a block, for sm_`architecture`."""
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    aligned = {
+        (place,): DIVISIBLE
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.endswith(("stride", "size", "vocabulary", "num_bytes", "num_values", "count"))
+    }
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        printed = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
+
+
+def resources(architecture: int) -> dict[str, dict[str, int]]:
+    """What every case takes on one architecture."""
+    return {case.name: compile_case(case, architecture) for case in cases()}
+
+
+if __name__ == "__main__":
+    found = {str(architecture): resources(architecture) for architecture in ARCHITECTURES}
+    text = json.dumps({"triton": triton.__version__} | found, indent=1)
+    Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
