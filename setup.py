@@ -1,4 +1,5 @@
-"""Packaging: `srcfast` and, from kernels/, `srcfast_kernels` (kernels/ itself is no package: see tests/packaging)."""
+"""Packaging: `srcfast`, from kernels/ `srcfast_kernels` (kernels/ itself is no package: see tests/packaging), from benchmarks/
+`srcfast_benchmarks`."""
 
 from pathlib import Path
 
@@ -9,6 +10,7 @@ EXTRAS = {
     "data": ["easy-vqa>=1.0"],
     "gpu": ["flash-attn>=2.8", "xformers>=0.0.35", "bitsandbytes>=0.49"],
     "track": ["tensorboard>=2.16"],
+    "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -32,9 +34,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["srcfast", "srcfast.*"]), "srcfast_kernels"],
-    package_dir={"srcfast": "srcfast", "srcfast_kernels": "kernels/srcfast_kernels"},
-    package_data={"srcfast": ["world/*.yaml", "world/assets/*/*"]},
+    packages=[*find_packages(include=["srcfast", "srcfast.*"]), "srcfast_kernels", "srcfast_benchmarks"],
+    package_dir={
+        "srcfast": "srcfast",
+        "srcfast_kernels": "kernels/srcfast_kernels",
+        "srcfast_benchmarks": "benchmarks",
+    },
+    package_data={"srcfast": ["world/*.yaml", "world/assets/*/*"], "srcfast_benchmarks": ["*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA
         'triton>=3.6,<3.10; sys_platform == "linux"',

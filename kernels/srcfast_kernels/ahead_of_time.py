@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -25,6 +26,7 @@ from triton.compiler import ASTSource
 
 from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
 from srcfast_kernels.linear_logprob import logprob_rows_kernel
+from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
 from srcfast_kernels.nf4 import BLOCK as NF4_BLOCK
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, nf4_dequantize_kernel
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_kernel
@@ -50,9 +52,10 @@ class Case:
     options: dict[str, Any]
 
 
-def cases() -> Iterator[Case]:
-    """All kernels in all variants."""
+def cases(architecture: int) -> Iterator[Case]:
+    """All kernels in all variants, as launched on sm_`architecture`."""
     yield from _logprob_cases()
+    yield from _tiled_cases(architecture)
     for loss_type in ("sigmoid", "ipo", "hinge"):
         types = dict.fromkeys(token_dpo_kernel.arg_names[:14], "*fp32")
         types |= {"order_ptr": "*i64", "starts_ptr": "*i64", "arrived_ptr": "*i32", "pairs": "i32"}
@@ -96,6 +99,31 @@ def _logprob_cases() -> Iterator[Case]:
         } | {name: None for name in ("bias_ptr", "coefficient_ptr") if name not in types}
         name = f"logprob_rows {variant}{' bias' if bias else ''}{' capped' if capped else ''}"
         yield Case(name, logprob_rows_kernel, types, constants, {"num_warps": 8})
+
+
+def _tiled_cases(architecture: int) -> Iterator[Case]:
+    for kernel, name, capped in product(
+        (tile_forward_kernel, tile_backward_kernel), ("bf16", "fp16", "fp32"), (False, True)
+    ):
+        tiles = tiles_of(torch.float32 if name == "fp32" else torch.bfloat16, architecture)
+        types = {"hidden_ptr": f"*{name}", "weight_ptr": f"*{name}", "targets_ptr": "*i64"}
+        types |= {
+            argument: "*fp32" for argument in kernel.arg_names if argument.endswith("_ptr") and argument not in types
+        }
+        types |= dict.fromkeys(("num_rows", "vocabulary", "size", "split_columns"), "i32")
+        constants: dict[str, Any] = {
+            "LOGIT_SCALE": 0.5 if capped else 1.0,
+            "SOFTCAP": 30.0 if capped else 0.0,
+            "HAS_BIAS": capped,
+        }
+        constants |= {"WHOLE": True, "ACC": tl.float32, "PRECISION": "ieee"}
+        constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
+        if not capped:
+            del types["bias_ptr"]
+            constants["bias_ptr"] = None
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        direction = kernel.__name__.removesuffix("_kernel")
+        yield Case(f"{direction} {name}{' bias capped' if capped else ''}", kernel, types, constants, options)
 
 
 def _verdict_cases() -> Iterator[Case]:
@@ -169,7 +197,7 @@ def compile_case(case: Case, architecture: int) -> dict[str, int]:
 
 def resources(architecture: int) -> dict[str, dict[str, int]]:
     """What every case takes on one architecture."""
-    return {case.name: compile_case(case, architecture) for case in cases()}
+    return {case.name: compile_case(case, architecture) for case in cases(architecture)}
 
 
 if __name__ == "__main__":

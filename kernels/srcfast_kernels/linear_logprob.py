@@ -12,7 +12,7 @@ all. `onehot - p` is formed in fp32 before any rounding; two rounded products ar
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -20,8 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from srcfast_kernels.homes import Home, accumulator, home_of
+from srcfast_kernels.linear_logprob_tiled import linear_logprob_tiled
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at a time on a CPU, 16 MiB in fp32: near its caches
+LEAST_CHUNK_ROWS = 512  # of a CPU: its products of fewer rows take up to half as long again
+CACHED_ROWS = 128  # of a chunk that a CPU takes through softmax at a time
+WIDENED_COLUMNS = 8192  # of a half-precision head that are fp32 at a time, where products are fp32's
 GPU_CHUNK_ELEMENTS = 7 << 23  # 224 MiB: the head is read once a chunk, so chunks are as tall as memory allows
 BLOCK = 4096  # columns that a row's program handles at a time
 
@@ -43,6 +47,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    method: Literal["chunked", "tiled"] = "chunked",
 ) -> Tensor:
     """log softmax(logits)[target] for logits = scale * (hidden W^T + bias), soft-capped as softcap * tanh(x / softcap).
 
@@ -53,16 +58,22 @@ def linear_logprob(
         bias: [V].
         logit_scale: factor on the logits, before the cap.
         softcap: Gemma's cap on logits; None for none.
+        method: on a GPU, `tiled` keeps no logits in device memory, for half as much work again; frozen heads only.
 
     Returns:
         [T] fp32 (fp64 for fp64 inputs), never above 0.
+
+    Raises:
+        ValueError: the head is to be trained by tiles.
     """
     settings = HeadSettings(logit_scale, softcap, ignore_index)
     home = home_of(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # its own casts decide what is rounded
         if home == "reference":
             return linear_logprob_reference(hidden, weight, targets, bias=bias, **settings._asdict())
-        return _LinearLogprob.apply(hidden, weight, targets, bias, settings, home)
+        if home == "triton" and method == "tiled":
+            return linear_logprob_tiled(hidden, weight, targets, bias, *settings)
+        return _LinearLogprob.apply(hidden, weight, targets, bias, settings, home, torch.is_grad_enabled())
 
 
 def linear_logprob_reference(
@@ -96,15 +107,17 @@ class _LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         settings: HeadSettings,
         home: Home,
+        differentiated: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]  # whatever the mode
         ctx.settings, ctx.home = settings, home
         logps = torch.empty(len(targets), dtype=_compute_dtype(hidden), device=hidden.device)  # [T]
         ctx.frozen_head = not (needs_weight or needs_bias)
-        stash = hidden.new_empty(hidden.shape) if needs_hidden and ctx.frozen_head else None  # [T, D] unit gradients
-        wide = _wide(weight, hidden)
+        stashed = differentiated and needs_hidden and ctx.frozen_head
+        stash = hidden.new_empty(hidden.shape) if stashed else None  # [T, D] unit gradients
+        buffer = None
         for rows in _chunks(len(targets), weight):
-            logits = _logits(hidden[rows], wide)  # [n, V]
+            logits = buffer = _logits(hidden[rows], weight, buffer)  # [n, V]
             logps[rows], residual = _rows(
                 home, logits, targets[rows], bias, settings, None if stash is None else weight.dtype
             )
@@ -119,7 +132,7 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(gradient.device.type, enabled=False):
             if ctx.frozen_head:
                 (stash,) = ctx.saved_tensors
-                return ((gradient[:, None] * stash).to(stash.dtype), *[None] * 5)
+                return ((gradient[:, None] * stash).to(stash.dtype), *[None] * 6)
             return _backward(ctx, gradient)
 
 
@@ -131,22 +144,25 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
     grad_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needs_bias else None
-    wide = _wide(weight, hidden)
+    # A GPU multiplies halves and sums in fp32; elsewhere the residual stays as wide as the sums.
+    factor_dtype = weight.dtype if _multiplies_halves(weight) else dtype
+    buffer = None
     for rows in _chunks(len(targets), weight):
-        logits = _logits(hidden[rows], wide)
-        _, residual = _rows(ctx.home, logits, targets[rows], bias, ctx.settings, dtype, gradient[rows])
+        logits = buffer = _logits(hidden[rows], weight, buffer)  # [n, V]
+        _, residual = _rows(ctx.home, logits, targets[rows], bias, ctx.settings, factor_dtype, gradient[rows])
         assert residual is not None
         if grad_hidden is not None:
             grad_hidden[rows] = (residual.to(weight.dtype) @ weight).to(hidden.dtype)
         if grad_weight is not None:
-            grad_weight.addmm_(residual.T, hidden[rows].to(dtype))
+            _add_product(grad_weight, residual.T, hidden[rows].to(factor_dtype))
         if grad_bias is not None:
-            grad_bias += residual.sum(0)
+            grad_bias += residual.sum(0, dtype=dtype)
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
         None,
         None if grad_bias is None else grad_bias.to(bias.dtype),
+        None,
         None,
         None,
     )
@@ -174,30 +190,38 @@ def _rows_torch(
     residual_dtype: torch.dtype | None,
     coefficient: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    logit_scale, softcap, ignore_index = settings
+    logps = logits.new_empty(len(targets))
+    residual = None if residual_dtype is None else logits.view(residual_dtype)[:, : logits.shape[1]]
+    for start in range(0, len(targets), CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        x, slope = _scaled_and_capped(logits[rows], bias, settings)
+        kept = targets[rows] != settings.ignore_index
+        at_target = targets[rows].where(kept, 0)[:, None]
+        lse = x.logsumexp(-1, keepdim=True)  # [n, 1]
+        # Rounding may put a certain token a hair above 0; a log-probability never is.
+        logps[rows] = (x.gather(-1, at_target) - lse)[:, 0].clamp(max=0.0).where(kept, 0.0)
+        if residual is not None:
+            x = x.sub_(lse).exp_().neg_()
+            x.scatter_add_(-1, at_target, torch.ones_like(lse))
+            if slope is not None:
+                x *= slope
+            factor = kept.to(x.dtype) * settings.logit_scale
+            x *= (factor if coefficient is None else factor * coefficient[rows])[:, None]
+            # In bf16 it takes the first half of its own logits' bytes, hence the copy that `to` makes.
+            residual[rows] = x.to(residual_dtype)
+    return logps, residual
+
+
+def _scaled_and_capped(logits: Tensor, bias: Tensor | None, settings: HeadSettings) -> tuple[Tensor, Tensor | None]:
+    """Logits as the head gives them, in place where possible, and the slope of the cap."""
     if bias is not None:
         logits += bias.to(logits.dtype)
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    slope = None
-    if softcap is not None:
-        capped = torch.tanh(logits / softcap)
-        slope = 1.0 - capped * capped
-        logits = capped * softcap
-    kept = targets != ignore_index
-    lse = logits.logsumexp(-1, keepdim=True)  # [n, 1]
-    logps = (logits.gather(-1, targets.where(kept, 0)[:, None]) - lse)[:, 0]
-    # Rounding may put a certain token a hair above 0; a log-probability never is.
-    logps = logps.clamp(max=0.0).where(kept, 0.0)
-    if residual_dtype is None:
-        return logps, None
-    residual = logits.sub_(lse).exp_().neg_()
-    residual[torch.arange(len(targets), device=targets.device), targets.where(kept, 0)] += 1.0
-    if slope is not None:
-        residual *= slope
-    factor = kept.to(logits.dtype) * logit_scale
-    residual *= (factor if coefficient is None else factor * coefficient)[:, None]
-    return logps, residual.to(residual_dtype)
+    if settings.logit_scale != 1.0:
+        logits *= settings.logit_scale
+    if settings.softcap is None:
+        return logits, None
+    capped = torch.tanh(logits / settings.softcap)
+    return capped * settings.softcap, 1.0 - capped * capped
 
 
 @triton.jit
@@ -314,20 +338,34 @@ def _rows_triton(
     return logps, None if residual_dtype is None else residual
 
 
-def _logits(hidden: Tensor, wide: Tensor) -> Tensor:
-    """h W^T [n, V] in fp32 (fp64): on GPUs products of half precision, summed and kept in fp32."""
-    if wide.is_cuda and wide.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden.to(wide.dtype), wide.T, out_dtype=torch.float32)
-    return hidden.to(wide.dtype) @ wide.T
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
+    """h W^T [n, V] in fp32 (fp64), over the chunk before where that is as tall; fp32 sums of products of halves on a GPU."""
+    dtype, rows = _compute_dtype(hidden), len(hidden)
+    out = hidden.new_empty(rows, len(weight), dtype=dtype) if buffer is None else buffer[:rows]
+    if _multiplies_halves(weight):
+        return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=dtype, out=out)
+    columns = len(weight) if weight.dtype == dtype else WIDENED_COLUMNS
+    for start in range(0, len(weight), columns):
+        part = slice(start, start + columns)
+        torch.mm(hidden.to(dtype), weight[part].to(dtype).T, out=out[:, part])
+    return out
 
 
-def _wide(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head as `_logits` takes it: as it is on a GPU that multiplies its type, else cast once a call, not once a chunk."""
-    return weight if weight.is_cuda and weight.dtype == hidden.dtype else weight.to(_compute_dtype(hidden))
+def _multiplies_halves(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, summed in total's type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _chunks(rows: int, weight: Tensor) -> list[slice]:
-    size = max(1, (GPU_CHUNK_ELEMENTS if weight.is_cuda else CHUNK_ELEMENTS) // max(1, len(weight)))
+    elements, least = (GPU_CHUNK_ELEMENTS, 1) if weight.is_cuda else (CHUNK_ELEMENTS, LEAST_CHUNK_ROWS)
+    size = max(least, elements // max(1, len(weight)))
     if size > 128:
         size -= size % 128  # whole tiles of the GEMM
     return [slice(start, start + size) for start in range(0, rows, size)]

@@ -40,6 +40,7 @@ def options(head: str, bias: Tensor) -> dict[str, Any]:
 @pytest.fixture(params=[1 << 22, 40], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["srcfast_kernels.linear_logprob"], "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(sys.modules["srcfast_kernels.linear_logprob"], "LEAST_CHUNK_ROWS", 1)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -160,3 +161,15 @@ def test_autocast_changes_nothing() -> None:
         cast = linear_logprob(hidden, weight, targets)
         cast.sum().backward()
     assert torch.equal(cast, plain) and torch.equal(hidden.grad, gradient)  # type: ignore[arg-type]
+
+
+def test_without_gradients_nothing_is_formed_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["srcfast_kernels.linear_logprob"]
+    asked = []
+    rows = module._rows
+    monkeypatch.setattr(module, "_rows", lambda *a: asked.append(a[5]) or rows(*a))
+    hidden = torch.randn(3, 4, requires_grad=True)
+    with torch.no_grad():
+        linear_logprob(hidden, torch.randn(5, 4), torch.tensor([0, 1, 4]))
+    linear_logprob(hidden, torch.randn(5, 4), torch.tensor([0, 1, 4]))
+    assert asked == [None, torch.float32]

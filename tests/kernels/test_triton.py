@@ -83,6 +83,7 @@ def test_linear_logprob(
     module = sys.modules["srcfast_kernels.linear_logprob"]
     monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4 * 37)
+    monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 1)
     targets = torch.tensor([0, 36, -100, 5, 5, 17, -100, 8, 35], device=DEVICE)
     results = []
     for function in (linear_logprob, linear_logprob_reference):
@@ -98,6 +99,31 @@ def test_linear_logprob(
     assert len(results[0]) == len(results[1])
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("programs", [1, 132], ids=["one split", "many splits"])
+def test_linear_logprob_by_tiles(head: str, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["srcfast_kernels.linear_logprob_tiled"], "PROGRAMS", programs)
+    targets = torch.randint(101, (35,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[[3, 34]] = -100
+    own = HEADS[head] | ({"bias": random(101, dtype=dtype, seed=3)} if "bias" in HEADS[head] else {})
+    results = []
+    for options in ({"method": "tiled"}, {"method": "chunked"}):
+        hidden = random(35, 45, dtype=dtype, seed=1).requires_grad_()
+        logps = linear_logprob(hidden, random(101, 45, dtype=dtype, seed=2), targets, **own, **options)
+        (logps * random(35, dtype=dtype, seed=4)).sum().backward()
+        assert hidden.grad is not None
+        results.append((logps, hidden.grad))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+    assert not linear_logprob(hidden[:0], random(101, 45, dtype=dtype, seed=2), targets[:0], method="tiled").numel()
+
+
+def test_a_head_that_is_trained_is_refused_by_tiles() -> None:
+    weight = torch.zeros(3, 4, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="expected 'chunked' for a head that is trained, found 'tiled'"):
+        linear_logprob(torch.zeros(2, 4, device=DEVICE), weight, torch.tensor([0, 1], device=DEVICE), method="tiled")
 
 
 def test_linear_logprob_of_large_logits_is_finite_and_never_above_zero() -> None:

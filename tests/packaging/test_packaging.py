@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = {ROOT / "srcfast": "srcfast", ROOT / "kernels" / "srcfast_kernels": "srcfast_kernels"}
+PARTS = {
+    ROOT / "srcfast": "srcfast",
+    ROOT / "kernels" / "srcfast_kernels": "srcfast_kernels",
+    ROOT / "benchmarks": "srcfast_benchmarks",
+}
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
@@ -62,7 +66,7 @@ def test_the_kernels_import_from_anywhere(cwd):
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy: building leaves files behind that a later wheel would pick up
-    for part in ("srcfast", "kernels", "tests"):
+    for part in ("srcfast", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
@@ -73,17 +77,18 @@ def wheel(tmp_path_factory):
     return built
 
 
-def test_a_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
+def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         f"{name}/{file.relative_to(folder)}"
         for folder, name in PARTS.items()
         for file in folder.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and not {"__pycache__", "results"} & set(file.parts)
     }
     assert held == expected
     for needed in (
         "srcfast_kernels/linear_logprob.py",
+        "srcfast_benchmarks/linear_logprob.py",
         "srcfast/world/demo.yaml",
         "srcfast/world/assets/base/model.safetensors",
     ):

@@ -1,0 +1,284 @@
+"""What every benchmark shares: ways to do one thing, timed side by side, into a table, a CSV and a plot.
+
+Each way and shape runs in a process of its own, so that its peak memory is its own and a crash is one row. Forward is
+without gradients, backward is over a kept graph, both is one after the other from nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from srcfast.runtime.run_directory import environment, version
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "peft", "bitsandbytes", "flash-attn", "xformers")
+LEAST_RUNS, LEAST_SECONDS = 5, 0.5  # timed on a CPU, whichever takes longer;
+MOST_SECONDS = 8.0  # but three runs are enough of what takes longer than this in all
+
+Shape = dict[str, Any]
+Inputs = dict[str, Any]
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An operation and the ways to do it.
+
+    shapes: by device (cpu, cuda). inputs: (shape, device) -> what the ways share; tensors that require a gradient get one.
+    ways: by name, the first is what the others are measured against; (inputs) -> what is timed. A way that needs a package
+    that isn't here, or another device, raises ImportError and is left out. limits: names of ways that do less than the
+    operation, as bounds.
+    """
+
+    name: str
+    shapes: dict[str, list[Shape]]
+    inputs: Callable[[Shape, str], Inputs]
+    ways: dict[str, Callable[[Inputs], Run]]
+    limits: tuple[str, ...] = ()
+
+
+def generator(device: str) -> torch.Generator:
+    """The same numbers for every way."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def normal(*size: int, device: str, dtype: str, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Normal numbers in a dtype given by name, made without a second copy."""
+    numbers = torch.empty(*size, device=device, dtype=getattr(torch, dtype))
+    return numbers.normal_(0.0, scale, generator=torch.Generator(device).manual_seed(seed))
+
+
+def on(device: str, inputs: Inputs) -> None:
+    """Leave a way out unless the inputs are on this device."""
+    if not any(isinstance(value, Tensor) and value.device.type == device for value in inputs.values()):
+        raise ImportError(f"for {device} only")
+
+
+# One way, one shape ------------------------------------------------------------------------------------------
+
+
+def measure(benchmark: Benchmark, way: str, shape: Shape, device: str) -> dict[str, Any]:
+    """Milliseconds of each mode (median, 20th and 80th percentile, runs), and peak MiB beyond the inputs."""
+    inputs = benchmark.inputs(shape, device)
+    try:
+        run = benchmark.ways[way](inputs)
+    except ImportError as missing:
+        return {"left_out": str(missing)}
+    leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        output = run()
+        torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    (both if leaves else forward)()  # compiles, tunes, and fills caches
+    extra = extra_bytes(both if leaves else forward, device)
+    modes = {"forward": forward}
+    if leaves:
+        output = run()
+        gradient = torch.ones_like(output)
+        modes["backward"] = lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+        modes["both"] = both
+    times = {mode: quantiles(call, device) for mode, call in modes.items()}
+    return {"times": times, "extra_mebibytes": extra / 2**20}
+
+
+def quantiles(call: Callable[[], None], device: str) -> dict[str, float]:
+    """Milliseconds of a call: median, 20th and 80th percentile; on a GPU as `triton.testing.do_bench` has them."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        middle, low, high = do_bench(call, warmup=50, rep=500, quantiles=[0.5, 0.2, 0.8])
+        return {"milliseconds": middle, "low": low, "high": high}
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < MOST_SECONDS and (len(taken) < LEAST_RUNS or sum(taken) < LEAST_SECONDS)):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    low, middle, high = 1e3 * np.quantile(taken, (0.2, 0.5, 0.8))
+    return {"milliseconds": middle, "low": low, "high": high, "runs": len(taken)}
+
+
+def extra_bytes(call: Callable[[], None], device: str) -> int:
+    """Peak memory of a call beyond what is held before it: the allocator's on a GPU, else resident memory (Linux)."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = resident("VmRSS")
+    call()
+    return max(0, resident("VmHWM") - before)
+
+
+def resident(name: str) -> int:
+    """A line of this process's memory in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+    raise KeyError(name)
+
+
+# All ways, all shapes ----------------------------------------------------------------------------------------
+
+
+def main(benchmark: Benchmark) -> None:
+    """The command that every benchmark's file is."""
+
+    def command(
+        device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu",
+        output: Annotated[Path, typer.Option(help="folder for the CSV and the plot")] = RESULTS,
+        only: Annotated[str | None, typer.Option(hidden=True, help="one way and shape, as JSON")] = None,
+    ) -> None:
+        if device not in benchmark.shapes:
+            raise typer.BadParameter(f"expected one of {', '.join(benchmark.shapes)}, found {device}")
+        if only is not None:
+            print(json.dumps(measure(benchmark, **json.loads(only), device=device)))
+            return
+        rows = measure_all(benchmark, device)
+        output.mkdir(parents=True, exist_ok=True)
+        write_csv(output / f"{benchmark.name}_{device}.csv", rows)
+        plot(output / f"{benchmark.name}_{device}.svg", benchmark.name, rows)
+        Console().print(table(benchmark.name, rows))
+
+    typer.run(command)
+
+
+def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
+    """A row for each shape, way and mode; times and memory also relative to the first way's."""
+    progress, rows = Console(stderr=True), []
+    for shape in benchmark.shapes[device]:
+        baseline: dict[str, Any] = {}
+        for way in benchmark.ways:
+            progress.print(f"{benchmark.name}: {way}, {describe(shape)}", style="dim")
+            found = in_a_process(way, shape, device)
+            if "left_out" in found:
+                progress.print(f"  left out: {found['left_out']}", style="dim")
+                continue
+            common = {"benchmark": benchmark.name, **shape, "way": way, "limit": way in benchmark.limits}
+            if "failed" in found:
+                rows.append(common | {"mode": "both", "failed": found["failed"]})
+                continue
+            baseline = baseline or found
+            memory = found["extra_mebibytes"]
+            for mode, taken in found["times"].items():
+                ratio = taken["milliseconds"] / baseline["times"][mode]["milliseconds"]
+                rows.append(common | {"mode": mode} | taken | {"time_ratio": ratio})
+            rows[-1] |= {"extra_mebibytes": memory, "memory_ratio": memory / max(baseline["extra_mebibytes"], 1e-9)}
+    return rows
+
+
+def in_a_process(way: str, shape: Shape, device: str) -> dict[str, Any]:
+    """`measure` in a process of its own; {"failed": why} where it dies."""
+    arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"way": way, "shape": shape})]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    said = [line for line in done.stderr.splitlines() if line.strip(" │╭╰─╯")]
+    return {"failed": said[-1].strip("│ ") if said else f"exit status {done.returncode}"}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, each with machine, versions and commit."""
+    known = environment()
+    machine = {key: known[key] for key in ("gpu", "cpu", "threads", "torch", "git_commit")}
+    machine["versions"] = " ".join(f"{name}={found}" for name in PEERS if (found := version(name)))
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*fields, *machine], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            short = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow(short | machine)
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Milliseconds of each mode, and time and memory relative to the first way: below 1 is better than it."""
+    shown = Table(title=name, title_justify="left")
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for column in ("shape", "way", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
+        shown.add_column(column, justify="left" if column in ("shape", "way") else "right")
+    before = ""
+    for shape, way, own in grouped(rows):
+        last = own[-1]
+        cells = ["" if shape == before else shape, f"{way} (limit)" if last["limit"] else way]
+        if "failed" in last:
+            shown.add_row(*cells, last["failed"])
+            continue
+        taken = {row["mode"]: row for row in own}
+        cells += [f"{taken[mode]['milliseconds']:.3g}" if mode in taken else "" for mode in modes]
+        cells += [f"{last['time_ratio']:.2f}", f"{last['extra_mebibytes']:.0f}", f"{last['memory_ratio']:.2f}"]
+        shown.add_row(*cells)
+        before = shape
+    return shown
+
+
+def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Time and extra memory of each way at each shape; without matplotlib nothing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = name
+    import matplotlib.pyplot as plt
+
+    found = [(shape, way, own[-1]) for shape, way, own in grouped(rows) if "failed" not in own[-1]]
+    shapes = list(dict.fromkeys(shape for shape, _, _ in found))
+    ways = list(dict.fromkeys(way for _, way, _ in found))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(found)), sharey=True, layout="constrained")
+    for axis, key, label in zip(
+        axes, ("milliseconds", "extra_mebibytes"), ("milliseconds", "extra memory, MiB"), strict=True
+    ):
+        for number, way in enumerate(ways):
+            own = {shape: row for shape, its_way, row in found if its_way == way}
+            places = [shapes.index(shape) + (number - (len(ways) - 1) / 2) * 0.8 / len(ways) for shape in own]
+            values = [row[key] for row in own.values()]
+            axis.barh(places, values, height=0.8 / len(ways), label=way, color=f"C{number}")
+            for place, value in zip(places, values, strict=True):
+                axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15)
+    axes[0].set_yticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize=7)
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{name} ({found[0][2]['mode']}): less is better", x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(shape, way, its rows by mode), in order."""
+    reserved = {"benchmark", "way", "limit", "mode", "milliseconds", "low", "high", "runs", "failed"}
+    reserved |= {"time_ratio", "extra_mebibytes", "memory_ratio"}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        shape = describe({key: value for key, value in row.items() if key not in reserved})
+        groups.setdefault((shape, row["way"]), []).append(row)
+    return [(shape, way, own) for (shape, way), own in groups.items()]
+
+
+def describe(shape: Shape) -> str:
+    """`rows 2048, vocabulary 32064`."""
+    return ", ".join(f"{name} {value}" for name, value in shape.items())
