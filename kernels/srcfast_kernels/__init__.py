@@ -2,7 +2,8 @@
 
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.lora_linear import lora_linear
-from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
+from srcfast_kernels.nf4_linear import nf4_linear
 from srcfast_kernels.pairwise_verdict import VerdictOutput, pairwise_verdict
 from srcfast_kernels.rms_norm import rms_norm
 from srcfast_kernels.rope import rope

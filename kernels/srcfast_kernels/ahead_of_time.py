@@ -28,7 +28,7 @@ from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
 from srcfast_kernels.linear_logprob import logprob_rows_kernel
 from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
 from srcfast_kernels.nf4 import BLOCK as NF4_BLOCK
-from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, nf4_dequantize_kernel
+from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, QUANTIZED_VALUES, nf4_dequantize_kernel, nf4_quantize_kernel
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_kernel
 from srcfast_kernels.rms_norm import rms_norm_backward_kernel, rms_norm_kernel, warps_of
 from srcfast_kernels.rope import HEADS, rope_kernel
@@ -62,16 +62,7 @@ def cases(architecture: int) -> Iterator[Case]:
         constants = {"BETA": 0.1, "LOSS_TYPE": loss_type, "ACC": tl.float32, "BLOCK": DPO_BLOCK}
         yield Case(f"token_dpo {loss_type}", token_dpo_kernel, types, constants, {"num_warps": 4})
     yield from _verdict_cases()
-    for dtype, double_quant in product(("bf16", "fp16", "fp32"), (True, False)):
-        types = {"packed_ptr": "*u8", "codes_ptr": "*fp32", "absmax_ptr": "*u8" if double_quant else "*fp32"}
-        types |= {"scale_codes_ptr": "*fp32", "weight_ptr": f"*{dtype}", "num_bytes": "i32", "num_values": "i32"}
-        constants = {"DOUBLE_QUANT": double_quant, "HALF_BLOCKSIZE": 32, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE}
-        nested = ("nested_absmax_ptr", "offset_ptr")
-        types |= dict.fromkeys(nested, "*fp32") if double_quant else {}
-        constants |= {} if double_quant else dict.fromkeys(nested)
-        options = {"num_warps": 4, "enable_fp_fusion": False}
-        name = f"nf4_dequantize {dtype}{' double' if double_quant else ''}"
-        yield Case(name, nf4_dequantize_kernel, types, constants | {"BLOCK": NF4_BLOCK}, options)
+    yield from _nf4_cases()
     yield from _layer_cases()
 
 
@@ -124,6 +115,28 @@ def _tiled_cases(architecture: int) -> Iterator[Case]:
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
         direction = kernel.__name__.removesuffix("_kernel")
         yield Case(f"{direction} {name}{' bias capped' if capped else ''}", kernel, types, constants, options)
+
+
+def _nf4_cases() -> Iterator[Case]:
+    for dtype, double_quant in product(("bf16", "fp16", "fp32"), (True, False)):
+        types = {"packed_ptr": "*u8", "codes_ptr": "*fp32", "absmax_ptr": "*u8" if double_quant else "*fp32"}
+        types |= {"scale_codes_ptr": "*fp32", "weight_ptr": f"*{dtype}", "num_bytes": "i32", "num_values": "i32"}
+        constants: dict[str, Any] = {
+            "DOUBLE_QUANT": double_quant,
+            "HALF_BLOCKSIZE": 32,
+            "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE,
+        }
+        nested = ("nested_absmax_ptr", "offset_ptr")
+        types |= dict.fromkeys(nested, "*fp32") if double_quant else {}
+        constants |= {} if double_quant else dict.fromkeys(nested)
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        name = f"nf4_dequantize {dtype}{' double' if double_quant else ''}"
+        yield Case(name, nf4_dequantize_kernel, types, constants | {"BLOCK": NF4_BLOCK}, options)
+    for dtype, blocksize in product(("bf16", "fp16", "fp32"), (64, 4096)):
+        types = {"weight_ptr": f"*{dtype}", "packed_ptr": "*u8", "num_values": "i32"}
+        types |= dict.fromkeys(("middles_ptr", "absmax_ptr"), "*fp32")
+        constants = {"BLOCKSIZE": blocksize, "BLOCKS": QUANTIZED_VALUES // blocksize}
+        yield Case(f"nf4_quantize {dtype} {blocksize}", nf4_quantize_kernel, types, constants, {"num_warps": 8})
 
 
 def _verdict_cases() -> Iterator[Case]:

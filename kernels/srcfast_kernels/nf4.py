@@ -9,10 +9,11 @@ Bit for bit bitsandbytes' layout and rounding, so that either reads what the oth
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from torch import Tensor
 from srcfast_kernels.homes import home_of
 
 NESTED_BLOCKSIZE = 256
-BLOCK = 2048  # bytes that a program of the kernel takes
+BLOCK = 2048  # bytes that a program of the dequantising kernel takes
+QUANTIZED_VALUES = 4096  # that a program of the quantising kernel takes, in whole blocks
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CODES = (
     -1.0,
@@ -86,15 +88,115 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
     weight = weight.detach()
-    scaled, absmax = _blocks(weight, blocksize)
-    codes = _nearest(scaled, _nf4_codes(weight.device)).view(-1)[: weight.numel()]  # [n]
-    codes = F.pad(codes, (0, codes.numel() % 2), value=7)  # the code of 0 fills the last byte of an odd count
-    packed = codes[::2] << 4 | codes[1::2]
+    quantize = _quantize_triton if home_of(weight) == "triton" else _quantize_torch
+    packed, absmax = quantize(weight, blocksize)
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean()
         absmax, nested_absmax = _quantize_scales(absmax - offset)
     return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, blocksize)
+
+
+def _quantize_torch(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Packed codes [ceil(n / 2)] uint8 and absmax [blocks] fp32."""
+    scaled, absmax = _blocks(weight, blocksize)
+    codes = _nearest(scaled, _nf4_codes(weight.device)).view(-1)[: weight.numel()]  # [n]
+    codes = F.pad(codes, (0, codes.numel() % 2), value=7)  # the code of 0 fills the last byte of an odd count
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+@triton.jit
+def nf4_quantize_kernel(
+    weight_ptr,
+    middles_ptr,
+    packed_ptr,
+    absmax_ptr,
+    num_values,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """BLOCKS blocks a program: the weight is read once, nothing but codes and scales is written."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None]
+    x = tl.load(weight_ptr + at, mask=at < num_values, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), 1)
+    tl.store(absmax_ptr + block, absmax, mask=block * BLOCKSIZE < num_values)
+    # A product with the reciprocal, as in bitsandbytes: a division rounds differently. A block of zeros stays zero.
+    x = x * tl.div_rn(1.0, tl.maximum(absmax, 1e-38))[:, None]
+    code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
+    for middle in tl.static_range(15):  # of two codes as near the lower one
+        code += (x > tl.load(middles_ptr + middle)).to(tl.int32)
+    high, low = tl.split(tl.reshape(code, (BLOCKS, BLOCKSIZE // 2, 2)))
+    byte_at = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None]
+    tl.store(packed_ptr + byte_at, (high << 4 | low).to(tl.uint8), mask=2 * byte_at < num_values)
+
+
+def _quantize_triton(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    count, codes = weight.numel(), _nf4_codes(weight.device)
+    blocks = triton.cdiv(count, blocksize)
+    packed = torch.empty(triton.cdiv(count, 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
+    a_program = QUANTIZED_VALUES // blocksize
+    nf4_quantize_kernel[(triton.cdiv(blocks, a_program),)](
+        weight.contiguous(),
+        (codes[:-1] + codes[1:]) / 2.0,
+        packed,
+        absmax,
+        count,
+        BLOCKSIZE=blocksize,
+        BLOCKS=a_program,
+        num_warps=8,
+    )
+    return packed, absmax
+
+
+def nf4_state_dict(weight: NF4Weight) -> dict[str, Tensor]:
+    """A weight as bitsandbytes keeps it in a checkpoint; the empty name is the weight's own, the others follow it."""
+    settings = {
+        "quant_type": "nf4",
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {"": weight.packed[:, None], "absmax": weight.absmax, "quant_map": _nf4_codes(weight.packed.device)}
+    if weight.nested_absmax is not None and weight.offset is not None:
+        settings |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        settings["nested_offset"] = weight.offset.item()
+        tensors["nested_absmax"] = weight.nested_absmax
+        tensors["nested_quant_map"] = dynamic_codes(weight.packed.device)
+    text = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
+    return tensors | {"quant_state.bitsandbytes__nf4": text.to(weight.packed.device)}
+
+
+def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
+    """What `nf4_state_dict` or bitsandbytes wrote.
+
+    Raises:
+        ValueError: a tensor is missing, or the weight isn't NF4 as written here.
+    """
+    names = {"", "absmax", "quant_state.bitsandbytes__nf4"}
+    if missing := sorted(names - set(tensors)):
+        raise ValueError(
+            f"expected NF4 tensors {', '.join(sorted(names - {''}))} beside a weight, missing: {missing[0]}"
+        )
+    settings = json.loads(bytes(tensors["quant_state.bitsandbytes__nf4"].tolist()))
+    codes = {"quant_map": _nf4_codes, "nested_quant_map": dynamic_codes}
+    for name, known in codes.items():
+        if name in tensors and not torch.equal(tensors[name].cpu(), known(torch.device("cpu"))):
+            raise ValueError(f"{name}: expected bitsandbytes' own codes, found others")
+    nested = "nested_absmax" in tensors
+    if nested and settings["nested_blocksize"] != NESTED_BLOCKSIZE:
+        raise ValueError(f"nested_blocksize: expected {NESTED_BLOCKSIZE}, found {settings['nested_blocksize']}")
+    device = tensors[""].device
+    return NF4Weight(
+        packed=tensors[""].reshape(-1),
+        absmax=tensors["absmax"],
+        nested_absmax=tensors["nested_absmax"] if nested else None,
+        offset=torch.tensor(settings["nested_offset"], dtype=torch.float32, device=device) if nested else None,
+        shape=torch.Size(settings["shape"]),
+        dtype=getattr(torch, settings["dtype"]),
+        blocksize=settings["blocksize"],
+    )
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
@@ -103,7 +205,7 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
         return _nf4_dequantize_triton(weight)
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None:
-        scales = _dynamic_codes(absmax.device)[absmax.int()]
+        scales = dynamic_codes(absmax.device)[absmax.int()]
         absmax = _scale_blocks(scales, weight.nested_absmax, NESTED_BLOCKSIZE) + weight.offset
     values = _pairs_of_codes(weight.packed.device)[weight.packed.int()].view(-1)[: math.prod(weight.shape)]
     return _scale_blocks(values, absmax, weight.blocksize).to(weight.dtype).view(weight.shape)
@@ -150,7 +252,7 @@ def _nf4_dequantize_triton(weight: NF4Weight) -> Tensor:
         weight.packed,
         _nf4_codes(device),
         weight.absmax,
-        _dynamic_codes(device),
+        dynamic_codes(device),
         weight.nested_absmax,
         weight.offset,
         values,
@@ -164,34 +266,6 @@ def _nf4_dequantize_triton(weight: NF4Weight) -> Tensor:
         enable_fp_fusion=False,  # scale times scale, plus offset: bitsandbytes rounds in between
     )
     return values
-
-
-def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
-
-    Backward dequantises once more: neither the dequantised weight nor x is kept between.
-    """
-    return _NF4Linear.apply(x, weight, bias)
-
-
-def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """`nf4_linear` as an ordinary linear over the dequantised weight."""
-    return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
-
-
-class _NF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (gradient,) = gradients  # [..., out]
-        needs_x, _, needs_bias = ctx.needs_input_grad
-        grad_x = gradient @ nf4_dequantize(ctx.weight).to(gradient.dtype) if needs_x else None
-        grad_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
-        return grad_x, None, grad_bias
 
 
 def _blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +290,7 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
         grid = 65535
         point = ((scaled + 1.0).double() * 0.5 * grid + 0.5).float().int()
         scaled = 2.0 * point / grid - 1.0
-    codes = _nearest(scaled, _dynamic_codes(scales.device)).where(absmax[:, None] > 0.0, 0)
+    codes = _nearest(scaled, dynamic_codes(scales.device)).where(absmax[:, None] > 0.0, 0)
     return codes.view(-1)[: scales.numel()], absmax
 
 
@@ -239,8 +313,11 @@ def _pairs_of_codes(device: torch.device) -> Tensor:
 
 
 @cache
-def _dynamic_codes(device: torch.device) -> Tensor:
-    """[256] ascending: 0, 1, and for each of 7 decades 2^i values either side, at the middles of equal parts of [0.1, 1]."""
+def dynamic_codes(device: torch.device) -> Tensor:
+    """The values of 8-bit scales, [256] ascending.
+
+    They are 0, 1, and for each of 7 decades 2^i values either side, at the middles of equal parts of [0.1, 1].
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
-from srcfast_kernels.nf4 import CODES, nf4_linear_reference
+from srcfast_kernels.nf4 import CODES, nf4_from_state_dict, nf4_state_dict
+from srcfast_kernels.nf4_linear import nf4_linear_reference
 
 DIGESTS = ["ecde248929b320e4", "b57cf65dd55e52d9", "10c893293e7ba42f", "23b5e8cb38f43941", "454226db18de5da5"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +62,27 @@ def test_odd_shapes_are_quantised_as_bitsandbytes_does(shape: tuple[int, ...], b
     assert equal_to_bitsandbytes(
         nf4_quantize(weight), *bitsandbytes.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     )
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_either_reads_the_state_that_the_other_wrote(double_quant: bool, bitsandbytes: Any) -> None:
+    weight = random_weight(67, 128, dtype=torch.bfloat16)
+    packed, state = bitsandbytes.quantize_4bit(weight, compress_statistics=double_quant, quant_type="nf4")
+    theirs = {"": packed} | state.as_dict(packed=True)
+    ours = nf4_state_dict(nf4_quantize(weight, double_quant=double_quant))
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(nf4_dequantize(nf4_from_state_dict(theirs)), nf4_dequantize(nf4_from_state_dict(ours)))
+    packed_by_us = ours.pop("")
+    read = bitsandbytes.QuantState.from_dict(ours, device=torch.device("cpu"))
+    assert torch.equal(bitsandbytes.dequantize_4bit(packed_by_us, read), bitsandbytes.dequantize_4bit(packed, state))
+
+
+def test_a_state_that_is_not_whole_or_of_other_codes_is_refused() -> None:
+    state = nf4_state_dict(nf4_quantize(random_weight(4, 64)))
+    with pytest.raises(ValueError, match="missing: absmax"):
+        nf4_from_state_dict({name: tensor for name, tensor in state.items() if name != "absmax"})
+    with pytest.raises(ValueError, match="quant_map: expected bitsandbytes' own codes"):
+        nf4_from_state_dict(state | {"quant_map": state["quant_map"].flip(0)})
 
 
 def test_a_fixed_weight_gives_the_bytes_that_bitsandbytes_once_gave() -> None:

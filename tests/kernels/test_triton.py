@@ -227,6 +227,17 @@ def test_nf4_dequantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, doub
         assert torch.equal(ours, nf4_dequantize(weight))
 
 
+@pytest.mark.parametrize("dtype16", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "blocksize"), [((5, 31), 64), ((3, 4096), 4096), ((67, 33), 32), ((1, 1), 128)])
+def test_nf4_quantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, dtype16: torch.dtype) -> None:
+    weight = random(*shape, dtype=torch.float32, seed=len(shape)).to(dtype16)
+    weight[0] *= 0.0
+    ours = nf4_quantize(weight, blocksize=blocksize, double_quant=False)
+    with use_home("torch"):
+        theirs = nf4_quantize(weight, blocksize=blocksize, double_quant=False)
+    assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.absmax, theirs.absmax)
+
+
 def gradients(function: Any, parts: list[Tensor], seed: int) -> list[Tensor]:
     """The function's value, and the gradients of those parts that require one, under a random outer gradient."""
     parts = [part.detach().clone().requires_grad_(part.requires_grad) for part in parts]

@@ -1,0 +1,72 @@
+"""A linear over a frozen 4-bit weight."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
+
+FEW_ROWS = 64  # above these, one dequantisation and a product of the GPU's own are faster
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
+
+    Backward dequantises once more: neither the dequantised weight nor x is kept between. On a GPU a few rows, as decoding
+    has them, go through bitsandbytes' fused product where it is installed: the weight is then read in 4 bits.
+    """
+    return _NF4Linear.apply(x, weight, bias)
+
+
+def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """`nf4_linear` as an ordinary linear over the dequantised weight."""
+    return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        if x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and x.numel() and _has_bitsandbytes():
+            return _few_rows(x, weight, bias)
+        return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (gradient,) = gradients  # [..., out]
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        grad_x = gradient @ nf4_dequantize(ctx.weight).to(gradient.dtype) if needs_x else None
+        grad_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
+        return grad_x, None, grad_bias
+
+
+def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    nested = {}
+    if weight.nested_absmax is not None:
+        nested = {"absmax_8bit": weight.absmax, "absmax_code": dynamic_codes(x.device), "absmax_offset": weight.offset}
+    return torch.ops.bitsandbytes.gemm_4bit.default(
+        x.contiguous(),
+        weight.packed[:, None],
+        list(weight.shape),
+        weight.absmax if weight.nested_absmax is None else weight.nested_absmax,
+        weight.blocksize,
+        "nf4",
+        bias=bias,
+        **nested,
+    )
+
+
+@cache
+def _has_bitsandbytes() -> bool:
+    """Whether its fused product is there, from 0.50; importing the package is what registers it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    importlib.import_module("bitsandbytes")
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
