@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from srcfast.errors import InputError
+from srcfast.models.quantized import NF4Linear
+from srcfast_kernels import nf4_dequantize
+from srcfast_kernels.nf4 import nf4_from_state_dict
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,17 +78,44 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise InputError(file=file, expected="a whole safetensors file", found=error) from error
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy tensors into the module's parameters by name; every one must be there, fit, and be used.
+def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tensor]], path: str | Path) -> None:
+    """Copy tensors (part, name, values) into the parts' parameters as they come; each must be there, fit, and be used.
+
+    The weight of a 4-bit linear is quantised here. What bitsandbytes quantised is taken over, or dequantised for a whole weight.
 
     Raises:
         InputError: a tensor that is missing, unexpected or of another shape; it is named.
     """
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    persistent = set(module.state_dict())
-    missing = sorted(name for name in persistent - set(tensors) if not name.endswith("position_ids"))
-    unexpected = sorted(set(tensors) - set(own))
-    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+    own, missing = {}, set()
+    four_bits: dict[tuple[str, str], NF4Linear] = {}
+    states: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for part, module in parts.items():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            own[part, name] = tensor
+        linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, NF4Linear)}
+        four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
+        missing |= {(part, name) for name in module.state_dict() if not name.endswith("position_ids")}
+    missing |= set(four_bits)
+    unexpected = []
+    for part, name, tensor in tensors:
+        weight, _, detail = name.partition(".weight.")
+        place = (part, f"{weight}.weight") if detail else (part, name)
+        missing.discard(place)
+        if place not in own and place not in four_bits:
+            unexpected.append(name)
+        elif detail or tensor.dtype == torch.uint8:
+            states.setdefault(place, {})[detail] = tensor
+        else:
+            linear = four_bits.get(place)
+            shape = own[place].shape if linear is None else (linear.out_features, linear.in_features)
+            _check_shape(path, name, shape, tensor.shape)
+            with torch.no_grad():
+                if linear is None:
+                    own[place].copy_(tensor)
+                else:
+                    device, dtype = _like(parts[part])
+                    linear.set_weight(tensor.to(device=device, dtype=dtype))
+    for kind, names in (("missing", sorted(name for _, name in missing)), ("unexpected", sorted(unexpected))):
         if names:
             raise InputError(
                 file=path,
@@ -93,11 +124,33 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> 
                 found=f"{len(names)} {kind}: {', '.join(names[:5])}",
                 mend="the checkpoint does not fit its config.json",
             )
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise InputError(file=path, field=name, expected=f"shape {list(own[name].shape)}", found=list(tensor.shape))
+    for (part, name), state in states.items():
+        device, dtype = _like(parts[part])
+        try:
+            quantised = nf4_from_state_dict({key: tensor.to(device) for key, tensor in state.items()})
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                file=path, field=name, expected="a weight in NF4 as bitsandbytes writes it", found=error
+            ) from error
+        linear = four_bits.get((part, name))
+        shape = own[part, name].shape if linear is None else (linear.out_features, linear.in_features)
+        _check_shape(path, name, shape, quantised.shape)
         with torch.no_grad():
-            own[name].copy_(tensor)
+            if linear is None:
+                own[part, name].copy_(nf4_dequantize(quantised))
+            else:
+                linear.weight = replace(quantised, dtype=dtype)
+
+
+def _check_shape(path: str | Path, name: str, expected: Sequence[int], found: Sequence[int]) -> None:
+    if tuple(expected) != tuple(found):
+        raise InputError(file=path, field=name, expected=f"shape {list(expected)}", found=list(found))
+
+
+def _like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a module is, and what it computes in."""
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

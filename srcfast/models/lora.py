@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import save_tensors
+from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import lora_linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,14 +53,14 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A frozen linear with an adapter beside it."""
 
-    def __init__(self, base: nn.Module, in_features: int, out_features: int, config: LoRAConfig) -> None:
+    def __init__(
+        self, base: nn.Linear | NF4Linear, config: LoRAConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.base = base
-        weight = next(base.parameters(), None)
-        options: dict[str, Any] = {} if weight is None else {"device": weight.device}
-        dtype = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=dtype, **options))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, **options))
+        self.base: Any = base
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, **options))
         self.scaling = config.alpha / config.r
         self.dropout = config.dropout
         self.active = True
@@ -71,7 +72,7 @@ class LoRALinear(nn.Module):
         plain = isinstance(self.base, nn.Linear)
         if plain and not (self.training and self.dropout):
             return lora_linear(x, self.base.weight, self.base.bias, a, b, self.scaling)
-        dropped = F.dropout(x, self.dropout, self.training)
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         return torch.addmm(self.base(x), dropped @ a.T, b.T, alpha=self.scaling)
 
 
@@ -92,13 +93,15 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     refuse_adapter(model)
     if config.r < 1:
         raise InputError(field="r", expected="a rank of at least 1", found=config.r)
+    embedding = model.decoder.embed_tokens.weight  # type: ignore[union-attr]
+    exact = torch.promote_types(embedding.dtype, torch.float32)  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(config.seed)
     found = set()
     for parent, name, linear in list(_linears(model.decoder)):
         if name not in config.target_modules:
             continue
         found.add(name)
-        adapted = LoRALinear(linear, linear.in_features, linear.out_features, config)
+        adapted = LoRALinear(linear, config, embedding.device, exact)
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         with torch.no_grad():

@@ -17,7 +17,8 @@ from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
-from srcfast.models.text_model import build_decoder, copy_companions, fill_decoder, load_tokenizer
+from srcfast.models.quantized import NF4Linear
+from srcfast.models.text_model import build_decoder, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
 from srcfast.runtime.attention import forest_attend
 
@@ -178,32 +179,25 @@ def load_lvlm(
     Args:
         path: directory with config.json, safetensors (single or sharded), tokenizer and image processor; "embedded" for
             the small one that comes with the package.
-        quantize: None; "nf4", a decoder in 4 bits, is refused: its kernels are not there.
+        quantize: "nf4" keeps the linear layers of the decoder's blocks in 4 bits; a checkpoint that bitsandbytes quantised is
+            taken as it is. Weights are quantised one by one as they are read, on the device.
+        dtype: of all other weights, and of the products.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
 
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
     """
-    if quantize is not None:
-        raise InputError(
-            field="quantize",
-            expected="none: this build has no 4-bit kernels",
-            found=quantize,
-            mend="load the model in bfloat16",
-        )
+    if quantize not in (None, "nf4"):
+        raise InputError(field="quantize", expected="None or nf4", found=quantize)
     path = EMBEDDED if str(path) == "embedded" else Path(path)
     config = read_config(path)
     vision = Vision(config, path)
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
-    decoder = build_decoder(config.text_config, path, device, dtype)
-    language: dict[str, Tensor] = {}
-    sight: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(path):
-        part, short = _place(name)
-        (language if part == "language" else sight)[short] = tensor
-    fill_decoder(decoder, language, path)
-    fill(vision.model, sight, path)
-    model = LVLM(decoder, vision.to(device=device, dtype=dtype), load_tokenizer(path), path).to(device)
+    decoder = build_decoder(config.text_config, path, device, dtype, quantize)
+    vision = vision.to(device=device, dtype=dtype)
+    placed = ((*_place(name), tensor) for name, tensor in read_tensors(path))
+    fill({"language": decoder, "sight": vision.model}, own_tensors(decoder, placed, path), path)
+    model = LVLM(decoder, vision, load_tokenizer(path), path).to(device)
     model.requires_grad_(False)
     model.eval()
     apply_lora(model, lora)
@@ -224,9 +218,11 @@ def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = No
     """Write a directory that transformers' `from_pretrained` reads, in `dtype` or the model's own.
 
     Raises:
-        InputError: the model has an adapter that is not merged.
+        InputError: the model has an adapter that is not merged, or is in 4 bits.
     """
     refuse_adapter(model)
+    if any(isinstance(part, NF4Linear) for part in model.modules()):
+        raise InputError(field="quantize", expected="a model in whole weights", found="nf4", mend="save its adapter")
     directory = Path(directory)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
+from srcfast.models.quantized import quantize_linears
 from srcfast.runtime.attention import forest_attend
 
 
@@ -50,8 +52,8 @@ def load_text_model(
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
     """
     decoder = build_decoder(read_config(path), path, device, dtype)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path)}
-    fill_decoder(decoder, tensors, path)
+    tensors = (("language", name.removeprefix("model."), tensor) for name, tensor in read_tensors(path))
+    fill({"language": decoder}, own_tensors(decoder, tensors, path), path)
     model = TextModel(decoder, load_tokenizer(path), Path(path)).to(device)
     model.requires_grad_(False)
     model.eval()
@@ -75,8 +77,10 @@ def save_text_model(model: TextModel, directory: str | Path) -> None:
     copy_companions(model.path, directory)
 
 
-def build_decoder(config: Any, path: str | Path, device: str | torch.device, dtype: torch.dtype) -> Decoder:
-    """A decoder of a transformers text config, memory allocated but not set (`fill_decoder` sets all of it).
+def build_decoder(
+    config: Any, path: str | Path, device: str | torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> Decoder:
+    """A decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
 
     Raises:
         InputError: another architecture; the config's file and field are named.
@@ -84,6 +88,8 @@ def build_decoder(config: Any, path: str | Path, device: str | torch.device, dty
     try:
         with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
             decoder = Decoder(DecoderConfig.from_huggingface(config))
+            if quantize == "nf4":
+                quantize_linears(decoder)
         return decoder.to(dtype=dtype).to_empty(device=device)
     except InputError as error:
         raise InputError(
@@ -95,20 +101,28 @@ def build_decoder(config: Any, path: str | Path, device: str | torch.device, dty
         ) from error
 
 
-def fill_decoder(decoder: Decoder, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Fill a decoder from tensors named as below `model.`, plus `lm_head.weight`. Raises InputError."""
-    if decoder.config.tie_embeddings:
-        head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
-            raise InputError(
-                file=path,
-                field="lm_head.weight",
-                expected="the embedding itself, as config.json ties the two",
-                found="other values",
-                mend="set tie_word_embeddings to false in config.json",
-            )
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    fill(decoder, kept, path)
+def own_tensors(
+    decoder: Decoder, tensors: Iterable[tuple[str, str, Tensor]], path: str | Path
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(part, name, values) without what the decoder doesn't hold: rotary frequencies, and a tied head, once it is filled.
+
+    Raises:
+        InputError: a tied head that differs from the embedding.
+    """
+    head = None
+    for part, name, tensor in tensors:
+        if part == "language" and name == "lm_head.weight" and decoder.config.tie_embeddings:
+            head = tensor
+        elif not name.endswith("rotary_emb.inv_freq"):
+            yield part, name, tensor
+    if head is not None and not torch.equal(decoder.head_weight, head.to(decoder.head_weight)):
+        raise InputError(
+            file=path,
+            field="lm_head.weight",
+            expected="the embedding itself, as config.json ties the two",
+            found="other values",
+            mend="set tie_word_embeddings to false in config.json",
+        )
 
 
 def load_tokenizer(path: str | Path) -> Any:

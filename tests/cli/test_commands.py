@@ -156,6 +156,17 @@ def test_dpo_writes_adapter_metrics_and_summary_and_starts_at_ln_2(
     assert (summary["pairs"], summary["references_computed"], summary["steps"]) == (5, 5, len(metrics))
 
 
+def test_dpo_of_a_model_in_four_bits_starts_at_ln_2_and_goes_down(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(5, seed=2))
+    settings = ("sft_weight=0", "micro_batch_size=5", "gradient_accumulation_steps=1", "model.quantize=nf4")
+    run_dpo(srcfast, model_dir, data, image_root, tmp_path / "out", *settings)
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["loss"] == pytest.approx(0.6931472, rel=1e-5)
+    assert metrics[1]["loss"] < metrics[0]["loss"]
+
+
 def test_dpo_refuses_a_reference_that_is_not_the_policy(
     srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
 ) -> None:

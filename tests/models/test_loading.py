@@ -93,12 +93,6 @@ def test_a_head_beside_a_tied_embedding_must_be_the_same(tmp_path: Path) -> None
         load_text_model(tmp_path)
 
 
-def test_four_bits_are_refused_by_name(tmp_path: Path) -> None:
-    write_lvlm(tmp_path)
-    with pytest.raises(InputError, match="'quantize'.*nf4"):
-        load_lvlm(tmp_path, quantize="nf4")
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
     write_text_model(tmp_path, text_config(), max_shard_size="20KB")
