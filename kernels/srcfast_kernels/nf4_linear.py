@@ -34,9 +34,7 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        if x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and x.numel() and _has_bitsandbytes():
-            return _few_rows(x, weight, bias)
-        return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+        return frozen_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -45,6 +43,15 @@ class _NF4Linear(torch.autograd.Function):
         grad_x = gradient @ nf4_dequantize(ctx.weight).to(gradient.dtype) if needs_x else None
         grad_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
         return grad_x, None, grad_bias
+
+
+def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, its result may be written over."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    if x.is_cuda and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and _has_bitsandbytes():
+        return _few_rows(x, weight, bias)
+    return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
 
 
 def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.errors import InputError
+from srcfast.models.lora import project
 from srcfast.runtime.attention import Attend
 from srcfast_kernels import rms_norm, rope, swiglu
 
@@ -116,9 +117,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         rows = x.shape[0]
-        q = self.q_norm(self.q_proj(x).view(rows, -1, self.head_dim))  # [T, H, d]
-        k = self.k_norm(self.k_proj(x).view(rows, -1, self.head_dim))  # [T, Hkv, d]
-        v = self.v_proj(x).view(rows, -1, self.head_dim)  # [T, Hkv, d]
+        q, k, v = (
+            part.view(rows, -1, self.head_dim) for part in project(x, self.q_proj, self.k_proj, self.v_proj)
+        )  # [T, H, d], [T, Hkv, d] twice
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(layer, rope(q, cos, sin), rope(k, cos, sin), v).reshape(rows, -1))
 
 
@@ -132,7 +134,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import save_tensors
 from srcfast.models.quantized import NF4Linear
-from srcfast_kernels import lora_linear
+from srcfast_kernels.lora_linear import Adapted, lora_linears
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -66,14 +66,27 @@ class LoRALinear(nn.Module):
         self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return self.base(x)
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        plain = isinstance(self.base, nn.Linear)
-        if plain and not (self.training and self.dropout):
-            return lora_linear(x, self.base.weight, self.base.bias, a, b, self.scaling)
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return torch.addmm(self.base(x), dropped @ a.T, b.T, alpha=self.scaling)
+        return project(x, self)[0]
+
+    def adapted(self, dtype: torch.dtype) -> Adapted:
+        """For `lora_linears`, the adapter in `dtype`."""
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        return Adapted(self.base.weight, self.base.bias, a, b, self.scaling)
+
+
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """[T, out_i] of several linears of one input [T, in], adapted ones together."""
+    if not all(isinstance(one, LoRALinear) and one.active for one in linears):
+        return tuple(one.base(x) if isinstance(one, LoRALinear) and not one.active else one(x) for one in linears)
+    if any(one.training and one.dropout for one in linears):  # of an input of its own each
+        return tuple(_with_dropout(x, one) for one in linears)
+    return lora_linears(x, [one.adapted(x.dtype) for one in linears])
+
+
+def _with_dropout(x: Tensor, linear: nn.Module) -> Tensor:
+    own = linear.adapted(x.dtype)
+    dropped = F.dropout(x, linear.dropout, linear.training)
+    return torch.addmm(linear.base(x), dropped @ own.lora_a.T, own.lora_b.T, alpha=own.scaling)
 
 
 def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcfast_kernels import lora_linear, rms_norm, rope, swiglu
-from srcfast_kernels.lora_linear import lora_linear_reference
+from srcfast_kernels import lora_linear, nf4_dequantize, nf4_quantize, rms_norm, rope, swiglu
+from srcfast_kernels.lora_linear import Adapted, lora_linear_reference, lora_linears
 from srcfast_kernels.rms_norm import rms_norm_reference
 from srcfast_kernels.rope import rope_reference
 from srcfast_kernels.swiglu import swiglu_reference
@@ -158,3 +158,50 @@ def test_bf16_is_close_to_fp64(name: str) -> None:
     assert out.dtype == torch.bfloat16
     # bf16 has 8 bits: a rounding is 2^-9 relative; a handful of them over sums of 7 terms.
     torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_linears_of_one_input_go_together(four_bits: bool, needs_x: bool) -> None:
+    shapes = [(6, 2), (3, 2), (5, 4)]  # outputs and rank of each
+    results = []
+    for together in (True, False):
+        generator = torch.Generator().manual_seed(3)
+
+        def drawn(*size: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        x = drawn(7, 11).requires_grad_(needs_x)
+        linears = []
+        for number, (out, rank) in enumerate(shapes):
+            weight: Any = drawn(out, 11)
+            if four_bits and number == 1:
+                weight = nf4_quantize(weight.float())
+            parts = [drawn(rank, 11).requires_grad_(), drawn(out, rank).requires_grad_()]
+            linears.append(Adapted(weight, None if number == 2 else drawn(out), *parts, 0.5 + number))
+        if together:
+            outputs = lora_linears(x, linears)
+        else:
+            whole = [
+                one.weight if isinstance(one.weight, Tensor) else nf4_dequantize(one.weight).double() for one in linears
+            ]
+            outputs = tuple(
+                lora_linear_reference(x, weight, one.bias, one.lora_a, one.lora_b, one.scaling)
+                for weight, one in zip(whole, linears, strict=True)
+            )
+        sum((output * drawn(*output.shape)).sum() for output in outputs).backward()
+        leaves = [x] if needs_x else []
+        leaves += [part for one in linears for part in (one.lora_a, one.lora_b)]
+        results.append([*outputs, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # fp64
+
+
+def test_an_output_that_is_not_used_changes_no_gradient() -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    parts = [torch.randn(2, 5), torch.randn(3, 2), torch.randn(2, 5), torch.randn(3, 2)]
+    a1, b1, a2, b2 = (part.double().requires_grad_() for part in parts)
+    weight = torch.randn(3, 5, dtype=torch.float64)
+    used, _ = lora_linears(x, [Adapted(weight, None, a1, b1, 1.0), Adapted(weight, None, a2, b2, 1.0)])
+    used.sum().backward()
+    assert a1.grad is not None and a1.grad.any() and a2.grad is not None and not a2.grad.any()
