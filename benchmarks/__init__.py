@@ -1,1 +1,15 @@
 """The benchmark suite, imported as `srcfast_benchmarks`: one file a question, results beside them."""
+
+# What `srcfast bench` runs; the studies are commands of their own.
+BENCHMARKS = (
+    "linear_logprob",
+    "weighted_dpo",
+    "pairwise_verdict",
+    "nf4",
+    "nf4_linear",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "forest_attention",
+)

@@ -1,17 +1,20 @@
 """What every benchmark shares: ways to do one thing, timed side by side, into a table, a CSV and a plot.
 
-Each way and shape runs in a process of its own, so that its peak memory is its own and a crash is one row. Forward is
-without gradients, backward is over a kept graph, both is one after the other from nothing.
+Each way and shape runs in a process of its own, so that its peak memory is its own and a crash is one row; on a CPU memory is
+measured in another one, whose allocator gives back at once what is freed. Forward is without gradients, backward is over a kept
+graph, both is one after the other from nothing.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +29,25 @@ from torch import Tensor
 from srcfast.runtime.run_directory import environment, version
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "peft", "bitsandbytes", "flash-attn", "xformers")
+PEERS = (
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+    "xformers",
+)
 LEAST_RUNS, LEAST_SECONDS = 5, 0.5  # timed on a CPU, whichever takes longer;
 MOST_SECONDS = 8.0  # but three runs are enough of what takes longer than this in all
 
 Shape = dict[str, Any]
 Inputs = dict[str, Any]
 Run = Callable[[], Tensor]
+# glibc: what is large is mapped and unmapped by itself, so that resident memory is what is held. It would slow the timed runs.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,8 @@ def on(device: str, inputs: Inputs) -> None:
 # One way, one shape ------------------------------------------------------------------------------------------
 
 
-def measure(benchmark: Benchmark, way: str, shape: Shape, device: str) -> dict[str, Any]:
-    """Milliseconds of each mode (median, 20th and 80th percentile, runs), and peak MiB beyond the inputs."""
+def measure(benchmark: Benchmark, way: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
+    """times: milliseconds of each mode (median, 20th and 80th percentile, runs); memory: peak MiB beyond the inputs."""
     inputs = benchmark.inputs(shape, device)
     try:
         run = benchmark.ways[way](inputs)
@@ -87,18 +102,18 @@ def measure(benchmark: Benchmark, way: str, shape: Shape, device: str) -> dict[s
 
     def both() -> None:
         output = run()
-        torch.autograd.grad(output, leaves, torch.ones_like(output))
+        torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
 
     (both if leaves else forward)()  # compiles, tunes, and fills caches
-    extra = extra_bytes(both if leaves else forward, device)
+    if what == "memory":
+        return {"extra_mebibytes": extra_bytes(both if leaves else forward, device) / 2**20}
     modes = {"forward": forward}
     if leaves:
         output = run()
         gradient = torch.ones_like(output)
-        modes["backward"] = lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+        modes["backward"] = lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True, allow_unused=True)
         modes["both"] = both
-    times = {mode: quantiles(call, device) for mode, call in modes.items()}
-    return {"times": times, "extra_mebibytes": extra / 2**20}
+    return {"times": {mode: quantiles(call, device) for mode, call in modes.items()}}
 
 
 def quantiles(call: Callable[[], None], device: str) -> dict[str, float]:
@@ -159,9 +174,12 @@ def main(benchmark: Benchmark) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_csv(output / f"{benchmark.name}_{device}.csv", rows)
         plot(output / f"{benchmark.name}_{device}.svg", benchmark.name, rows)
-        Console().print(table(benchmark.name, rows))
+        for one in tables(benchmark.name, rows):
+            Console().print(one)
 
-    typer.run(command)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
 
 
 def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
@@ -170,13 +188,17 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
     for shape in benchmark.shapes[device]:
         baseline: dict[str, Any] = {}
         for way in benchmark.ways:
-            progress.print(f"{benchmark.name}: {way}, {describe(shape)}", style="dim")
-            found = in_a_process(way, shape, device)
+            progress.print(f"{benchmark.name}: {way}, {describe(shape)}", style="dim", soft_wrap=True)
+            found: dict[str, Any] = {}
+            for what in ("times", "memory"):
+                if not {"left_out", "failed"} & set(found):
+                    found |= in_a_process(way, shape, what, device)
             if "left_out" in found:
                 progress.print(f"  left out: {found['left_out']}", style="dim")
                 continue
             common = {"benchmark": benchmark.name, **shape, "way": way, "limit": way in benchmark.limits}
             if "failed" in found:
+                progress.print(f"  failed: {found['failed']}", style="red")
                 rows.append(common | {"mode": "both", "failed": found["failed"]})
                 continue
             baseline = baseline or found
@@ -184,18 +206,21 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
             for mode, taken in found["times"].items():
                 ratio = taken["milliseconds"] / baseline["times"][mode]["milliseconds"]
                 rows.append(common | {"mode": mode} | taken | {"time_ratio": ratio})
-            rows[-1] |= {"extra_mebibytes": memory, "memory_ratio": memory / max(baseline["extra_mebibytes"], 1e-9)}
+            rows[-1]["extra_mebibytes"] = memory
+            if baseline["extra_mebibytes"] >= 1.0:  # less is a page or two of anything
+                rows[-1]["memory_ratio"] = memory / baseline["extra_mebibytes"]
     return rows
 
 
-def in_a_process(way: str, shape: Shape, device: str) -> dict[str, Any]:
+def in_a_process(way: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
     """`measure` in a process of its own; {"failed": why} where it dies."""
-    arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"way": way, "shape": shape})]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"way": way, "shape": shape, "what": what})]
+    surroundings = os.environ | (GIVES_BACK if what == "memory" else {})
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=surroundings)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    said = [line for line in done.stderr.splitlines() if line.strip(" │╭╰─╯")]
-    return {"failed": said[-1].strip("│ ") if said else f"exit status {done.returncode}"}
+    said = [line for line in done.stderr.splitlines() if re.match(r"\w*(\.\w+)*Error\b", line)]
+    return {"failed": said[-1] if said else f"exit status {done.returncode}"}
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -212,25 +237,24 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerow(short | machine)
 
 
-def table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """Milliseconds of each mode, and time and memory relative to the first way: below 1 is better than it."""
-    shown = Table(title=name, title_justify="left")
+def tables(name: str, rows: list[dict[str, Any]]) -> Iterator[Table]:
+    """A table a shape: milliseconds of each mode; time and memory relative to the first way's, less is better."""
+    groups = grouped(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    for column in ("shape", "way", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
-        shown.add_column(column, justify="left" if column in ("shape", "way") else "right")
-    before = ""
-    for shape, way, own in grouped(rows):
-        last = own[-1]
-        cells = ["" if shape == before else shape, f"{way} (limit)" if last["limit"] else way]
-        if "failed" in last:
-            shown.add_row(*cells, last["failed"])
-            continue
-        taken = {row["mode"]: row for row in own}
-        cells += [f"{taken[mode]['milliseconds']:.3g}" if mode in taken else "" for mode in modes]
-        cells += [f"{last['time_ratio']:.2f}", f"{last['extra_mebibytes']:.0f}", f"{last['memory_ratio']:.2f}"]
-        shown.add_row(*cells)
-        before = shape
-    return shown
+    for shape in dict.fromkeys(shape for shape, _, _ in groups):
+        shown = Table(title=f"{name}: {shape}", title_justify="left", min_width=72)
+        for column in ("way", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
+            shown.add_column(column, justify="left" if column == "way" else "right")
+        for _, way, own in (group for group in groups if group[0] == shape):
+            last, taken = own[-1], {row["mode"]: row for row in own}
+            cells = [f"{way} (limit)" if last["limit"] else way]
+            if "failed" in last:
+                shown.add_row(*cells, *[""] * len(modes), "failed")
+                continue
+            cells += [f"{taken[mode]['milliseconds']:.3g}" if mode in taken else "" for mode in modes]
+            cells += [f"{last['time_ratio']:.2f}", f"{last['extra_mebibytes']:.0f}"]
+            shown.add_row(*cells, f"{last['memory_ratio']:.2f}" if "memory_ratio" in last else "")
+        yield shown
 
 
 def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:

@@ -273,6 +273,18 @@ def doctor(json: AsJSON = False) -> None:
 
 
 @app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="one benchmark; default: all")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is here")] = None,
+    output: Output = None,
+) -> None:
+    """Time the operations against PyTorch and the peers that are installed: tables of ratios, CSV and a plot each."""
+    from srcfast import tools
+
+    tools.bench(name, device, output)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")]) -> None:
     """Draw a run's page anew."""
     from srcfast import tools

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from srcfast.commands import ENDINGS, Source, need, read_all, set_aside
 from srcfast.config import Config
 from srcfast.data.jsonl import write_jsonl
-from srcfast.errors import ConfigError, InputError
+from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.loading import load_model
 
 if TYPE_CHECKING:
@@ -194,6 +196,24 @@ def doctor(as_json: bool) -> None:
     rows += [(name, held or f"missing: {OPTIONAL[name]}") for name, held in found["optional"].items()]
     rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
     _table("srcfast doctor", rows)
+
+
+def bench(name: str | None, device: str | None, output: Path | None) -> None:
+    """Run one benchmark or all; results go beside the benchmarks in a work tree, else into `benchmarks` here."""
+    from srcfast_benchmarks import BENCHMARKS
+
+    if name is not None and name not in BENCHMARKS:
+        raise ConfigError(f"benchmark: expected one of {', '.join(BENCHMARKS)}, found {name!r}")
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    output = output or (results if results.is_dir() else Path("benchmarks"))
+    options = ["--output", str(output)] + ([] if device is None else ["--device", device])
+    failed = []
+    for one in (name,) if name else BENCHMARKS:
+        if subprocess.run([sys.executable, "-m", f"srcfast_benchmarks.{one}", *options]).returncode:
+            failed.append(one)
+    if failed:
+        raise SrcfastError(f"benchmarks that did not finish: {', '.join(failed)}")
+    print(f"CSV and plots: {output}")
 
 
 def report(run: Path) -> None:
