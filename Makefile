@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := kernels/srcfast_kernels/_native.so
 
 .PHONY: demo test lint clean
 
-demo: $(STAMP)
+demo: $(NATIVE)
 	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
 
-test: $(STAMP)
+test: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu"
 
 lint: $(STAMP)
@@ -26,5 +27,10 @@ $(STAMP): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test,report,data]"
 	touch $(STAMP)
 
+# Built after the installation, against the torch that will load it. Without a compiler srcfast runs, slower in places: see
+# `srcfast doctor`.
+$(NATIVE): $(STAMP) $(wildcard csrc/*)
+	-$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(NATIVE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

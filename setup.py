@@ -1,9 +1,13 @@
 """Packaging: `srcfast`, from kernels/ `srcfast_kernels` (kernels/ itself is no package: see tests/packaging), from benchmarks/
 `srcfast_benchmarks`."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 EXTRAS = {
     "report": ["matplotlib>=3.8"],
@@ -25,6 +29,71 @@ EXTRAS = {
         "setuptools>=77",  # a test builds the wheel
     ],
 }
+
+ROOT = Path(__file__).parent
+NATIVE = Extension(
+    "srcfast_kernels._native",
+    ["csrc/library.cpp", "csrc/forest.cpp", "csrc/nf4.cpp"],
+    depends=["csrc/nf4.cu"],
+    language="c++",
+    optional=True,  # everything works without it
+)
+# 2.11: the oldest torch whose stable ABI it may use, so that one build loads on that and all later ones.
+FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+ARCHITECTURES = (80, 90, 100)
+
+
+class BuildNative(build_ext):
+    """csrc/ into `_native.so`, where torch can be imported and a compiler is; else a line that says why not."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            import torch
+            from torch.utils import cpp_extension
+        except ImportError:
+            # pip builds in isolation, without torch; fetching one to build against could be another than the one in use.
+            print(
+                "native library left out: no torch to build against; with one installed: pip install --no-build-isolation"
+            )
+            return
+        include = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
+        extension.extra_compile_args = [*FLAGS, *include, "-ffp-contract=off", "-fvisibility=hidden"]
+        extension.library_dirs = cpp_extension.library_paths()
+        extension.libraries = ["torch_cpu"]
+        extension.extra_link_args = ["-s"]
+        nvcc = shutil.which("nvcc")
+        if torch.version.cuda is not None and nvcc is not None:
+            place = Path(self.build_temp) / "nf4.cuda.o"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            targets = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in ARCHITECTURES]
+            command = [
+                nvcc,
+                *FLAGS,
+                *include,
+                *targets,
+                "-DUSE_CUDA",
+                "-Xcompiler=-fPIC",
+                "-c",
+                "csrc/nf4.cu",
+                "-o",
+                str(place),
+            ]
+            subprocess.run(command, check=True, cwd=ROOT)
+            extension.extra_objects = [str(place)]
+            extension.library_dirs += [str(Path(nvcc).resolve().parents[1] / "lib64")]
+            extension.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+        super().build_extension(extension)
+
+    def get_ext_filename(self, name: str) -> str:
+        return os.path.join(*name.split(".")) + ".so"  # it knows nothing of Python, so its name names none
+
+    def get_outputs(self) -> list[str]:
+        return [file for file in super().get_outputs() if os.path.exists(file)]
+
+    def copy_extensions_to_source(self) -> None:
+        if os.path.exists(self.get_ext_fullpath(NATIVE.name)) or self.get_outputs():
+            super().copy_extensions_to_source()
+
 
 setup(
     name="srcfast",
@@ -54,5 +123,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require=EXTRAS,
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
     entry_points={"console_scripts": ["srcfast = srcfast.cli:app"]},
 )

@@ -169,19 +169,30 @@ OPTIONAL = {
     "flash-attn": "the fastest forest attention on NVIDIA GPUs (pip install 'srcfast[gpu]')",
     "xformers": "forest attention on GPUs that flash-attn doesn't serve (pip install 'srcfast[gpu]')",
     "triton": "fused GPU kernels (comes with torch for CUDA)",
+    "bitsandbytes": "fused 4-bit products in decoding (pip install 'srcfast[gpu]')",
+    "liger-kernel": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
+    "cut-cross-entropy": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
     "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
     "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
     "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
 }
+SLOWER = "NF4 on the CPU (10 to 20 times), packing of many samples (10 times)"
 
 
 def doctor(as_json: bool) -> None:
     """Print versions, backends, what is missing, and whether the embedded models are here."""
+    import torch
+
     from srcfast.runtime.attention import available_backends
     from srcfast.runtime.run_directory import environment, version
+    from srcfast_kernels import native
+    from srcfast_kernels.homes import home_of
 
     found: dict[str, Any] = environment()
     found["attention_backends"] = available_backends()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found["kernels"] = {device: home_of(torch.empty(0, device=device)) for device in devices}
+    found["native_library"] = native.why_not() or "loaded"
     found["optional"] = {name: version(name) for name in OPTIONAL}
     found["embedded"] = {name: (ASSETS / name / "config.json").is_file() for name in ("base", "scorer")}
     if as_json:
@@ -190,9 +201,11 @@ def doctor(as_json: bool) -> None:
     rows = [
         (name, "none" if value is None else str(value))
         for name, value in found.items()
-        if isinstance(value, str | int | None)
+        if isinstance(value, str | int | None) and name != "native_library"
     ]
     rows.append(("attention backends", ", ".join(found["attention_backends"])))
+    rows.append(("kernels", ", ".join(f"{home} on {device}" for device, home in found["kernels"].items())))
+    rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
     rows += [(name, held or f"missing: {OPTIONAL[name]}") for name, held in found["optional"].items()]
     rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
     _table("srcfast doctor", rows)

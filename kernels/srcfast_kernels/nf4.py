@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import home_of
+from srcfast_kernels import native
+from srcfast_kernels.homes import Home, home_of
 
 NESTED_BLOCKSIZE = 256
 BLOCK = 2048  # bytes that a program of the dequantising kernel takes
@@ -88,13 +89,35 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
     weight = weight.detach()
-    quantize = _quantize_triton if home_of(weight) == "triton" else _quantize_torch
-    packed, absmax = quantize(weight, blocksize)
+    home = home_of(weight)
+    quantize = _quantize_triton if home == "triton" else _quantize_torch
+    packed, absmax = (_quantize_native if _is_native(weight, home) else quantize)(weight, blocksize)
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean()
         absmax, nested_absmax = _quantize_scales(absmax - offset)
     return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, blocksize)
+
+
+def _is_native(tensor: Tensor, home: Home) -> bool:
+    return home == "torch" and tensor.device.type == "cpu" and native.available()
+
+
+def _quantize_native(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    packed = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(math.ceil(weight.numel() / blocksize), dtype=torch.float32)
+    torch.ops.srcfast.nf4_quantize(weight.contiguous(), _nf4_codes(weight.device), blocksize, packed, absmax)
+    return packed, absmax
+
+
+def nf4_dequantize_native(weight: NF4Weight) -> Tensor:
+    """`nf4_dequantize` by csrc/: vector instructions and threads on a CPU, CUDA on a GPU where that was built."""
+    device = weight.packed.device
+    values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    codes, scale_codes = _nf4_codes(device), dynamic_codes(device)
+    scales = (weight.absmax, scale_codes, weight.nested_absmax, weight.offset)
+    torch.ops.srcfast.nf4_dequantize(weight.packed, codes, *scales, weight.blocksize, values)
+    return values
 
 
 def _quantize_torch(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -201,8 +224,11 @@ def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """The weight again, in the shape and dtype it had; products are rounded once, from fp32."""
-    if home_of(weight.packed) == "triton":
+    home = home_of(weight.packed)
+    if home == "triton":
         return _nf4_dequantize_triton(weight)
+    if _is_native(weight.packed, home):
+        return nf4_dequantize_native(weight)
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None:
         scales = dynamic_codes(absmax.device)[absmax.int()]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ import torch
 from torch import Tensor
 
 from srcfast.errors import InputError
+from srcfast_kernels import native
+
+NATIVE_FROM = 1024  # items to pack: below, the native packer's tables cost more than they save
+NATIVE_BUDGET = 1 << 22  # its tables have an entry for every number of tokens that may be left
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,8 @@ def pack_sizes(
     Raises:
         InputError: an item is larger than the budget.
     """
+    if len(sizes) >= NATIVE_FROM and budget <= NATIVE_BUDGET and max(sizes) <= budget and native.available():
+        return _pack_sizes_native(sizes, budget, max_items or 0)
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), ascending: the first that is large enough fits best
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -247,6 +254,14 @@ def pack_sizes(
         if max_items is None or len(bins[number]) < max_items:
             insort(room, (left - sizes[item], number))
     return [sorted(members) for members in bins]
+
+
+def _pack_sizes_native(sizes: Sequence[int], budget: int, max_items: int) -> list[list[int]]:
+    counts = torch.as_tensor(sizes, dtype=torch.int64)
+    items, offsets = torch.empty(len(counts), dtype=torch.int64), torch.empty(len(counts) + 1, dtype=torch.int64)
+    bins = torch.ops.srcfast.pack_sizes(counts, budget, max_items, items, offsets)
+    order, bounds = items.tolist(), offsets[: bins + 1].tolist()
+    return [order[start:end] for start, end in pairwise(bounds)]
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "srcfast_kernels": set(),
-    "data": {"errors"},
+    "data": {"errors", "srcfast_kernels"},
     "config": {"errors"},
     "runtime": {"errors", "srcfast_kernels", "data"},
     "report": {"errors", "data", "runtime"},

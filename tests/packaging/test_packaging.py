@@ -1,5 +1,6 @@
 """The package as users install it: names that must not be shadowed, what a wheel holds, what a command costs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -62,37 +63,53 @@ def test_the_kernels_import_from_anywhere(cwd):
 # The wheel ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: building leaves files behind that a later wheel would pick up
-    for part in ("srcfast", "kernels", "benchmarks", "tests"):
-        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """From a copy of the sources: building leaves files behind that a later wheel would pick up."""
+    source = folder / "source"
+    left_out = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    for part in ("srcfast", "kernels", "benchmarks", "csrc", "tests"):
+        shutil.copytree(ROOT / part, source / part, ignore=left_out)
     for file in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, "-w", str(folder), str(source)], capture_output=True, text=True, timeout=300)
+    command = [*pip, "-w", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     [built] = folder.glob("*.whl")
     return built
 
 
+def held_by(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
 def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         f"{name}/{file.relative_to(folder)}"
         for folder, name in PARTS.items()
         for file in folder.rglob("*")
-        if file.is_file() and not {"__pycache__", "results"} & set(file.parts)
+        if file.is_file() and not {"__pycache__", "results"} & set(file.parts) and file.suffix != ".so"
     }
-    assert held == expected
+    if shutil.which("c++"):
+        expected.add("srcfast_kernels/_native.so")
+    assert held_by(wheel) == expected
     for needed in (
         "srcfast_kernels/linear_logprob.py",
         "srcfast_benchmarks/linear_logprob.py",
         "srcfast/world/demo.yaml",
         "srcfast/world/assets/base/model.safetensors",
     ):
-        assert needed in held
+        assert needed in expected
+
+
+def test_without_a_compiler_the_wheel_is_whole_but_for_the_native_library(wheel, tmp_path):
+    built = build_wheel(tmp_path, CXX="/bin/false", CC="/bin/false")
+    assert held_by(built) == held_by(wheel) - {"srcfast_kernels/_native.so"}
 
 
 def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):

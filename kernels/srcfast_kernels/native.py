@@ -1,0 +1,34 @@
+"""The native library of csrc/: loaded where it was built, done without elsewhere."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_native.so")
+BUILD = "pip install --no-build-isolation --no-deps --editable ."  # in a clone, beside torch; needs a C++ compiler
+
+
+@cache
+def why_not() -> str | None:
+    """Why `torch.ops.srcfast` is not there; None where it is. SRCFAST_NATIVE=0 does without."""
+    if os.environ.get("SRCFAST_NATIVE") == "0":
+        return "SRCFAST_NATIVE=0"
+    if not LIBRARY.is_file():
+        return f"not built: {BUILD}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # built for another platform, or against a torch that this one doesn't serve
+        return f"does not load: {error}"
+    return None
+
+
+def available() -> bool:
+    """Whether the native operations can be called."""
+    return why_not() is None
