@@ -285,3 +285,32 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     parts = [random(*shape, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2)]
     for ours, theirs in zip(gradients(swiglu, parts, 3), gradients(swiglu_reference, parts, 3), strict=True):
         close(ours, theirs)
+
+
+DIFFERENTIATED: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
+    "rms_norm": (rms_norm, [(3, 7), (7,)]),
+    "rope": (lambda x: rope(x, ANGLES.cos(), ANGLES.sin()), [(3, 2, 8)]),
+    "swiglu": (swiglu, [(3, 5), (3, 5)]),
+    "linear_logprob": (lambda hidden, weight: linear_logprob(hidden, weight, TARGETS, softcap=3.0), [(4, 5), (7, 5)]),
+    "linear_logprob tiled": (
+        lambda hidden: linear_logprob(hidden, random(7, 5, dtype=torch.float64, seed=9), TARGETS, method="tiled"),
+        [(4, 5)],
+    ),
+    "linear_weighted_dpo": (
+        lambda hidden, weight: (
+            linear_weighted_dpo(
+                hidden, weight, TARGETS, PAIR, *torch.zeros(2, 1, device=DEVICE), torch.ones(1, device=DEVICE), beta=0.3
+            ).loss
+        ),
+        [(4, 5), (7, 5)],
+    ),
+}
+ANGLES = torch.arange(12.0, dtype=torch.float64, device=DEVICE).view(3, 4).repeat(1, 2)
+TARGETS, PAIR = torch.tensor([6, 0, -100, 3], device=DEVICE), torch.tensor([0, 1, 1, 0], device=DEVICE)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_gradients_equal_finite_differences(name: str) -> None:
+    function, shapes = DIFFERENTIATED[name]
+    parts = [random(*shape, dtype=torch.float64, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, parts)
