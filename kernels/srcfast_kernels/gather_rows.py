@@ -85,7 +85,7 @@ def gather_rows_kernel(
     out_values_ptr,
     keys_stride,
     values_stride,
-    count,
+    num_rows,
     row_size,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,8 +93,8 @@ def gather_rows_kernel(
     """One program for some columns of some gathered rows."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None]
-    inside = (row < count) & (column < row_size)
-    source = tl.load(index_ptr + row, mask=row < count, other=0).to(tl.int64)
+    inside = (row < num_rows) & (column < row_size)
+    source = tl.load(index_ptr + row, mask=row < num_rows, other=0).to(tl.int64)
     keys = tl.load(keys_ptr + source * keys_stride + column, mask=inside)
     values = tl.load(values_ptr + source * values_stride + column, mask=inside)
     place = row.to(tl.int64) * row_size + column

@@ -55,9 +55,9 @@ def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, the preferred one first."""
     cuda = torch.cuda.is_available()
     live = {
-        "flash_attn": cuda and importlib.util.find_spec("flash_attn") is not None,
-        "torch_varlen": cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "xformers": cuda and importlib.util.find_spec("xformers") is not None,
+        "flash_attn": cuda and _installed("flash_attn"),
+        "torch_varlen": cuda,
+        "xformers": cuda and _installed("xformers"),
     }
     return [name for name in _BACKENDS if live.get(name, True)]
 
@@ -86,10 +86,19 @@ def forest_attend(forest: Forest, backend: str | None = None) -> Attend:
 
 
 def _automatic(q: Tensor) -> str:
-    size = q.shape[-1]
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or size % 8 or size > 256:
-        return "blocks"  # the CUDA kernels take half precision only, and heads of these sizes
-    return available_backends()[0]
+    return available_backends()[0] if flash_takes(q) else "blocks"
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether FlashAttention's kernels run for these queries [..., d]: half precision, Ampere or later, d = 8, 16, ..., 256."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 # The CPU's way: padded groups of segments --------------------------------------------------------------------
