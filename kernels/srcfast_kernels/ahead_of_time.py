@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from srcfast_kernels.gather_rows import COPIES, TILE, gather_rows_backward_kernel, gather_rows_kernel
 from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
 from srcfast_kernels.linear_logprob import logprob_rows_kernel
 from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
@@ -64,6 +65,7 @@ def cases(architecture: int) -> Iterator[Case]:
     yield from _verdict_cases()
     yield from _nf4_cases()
     yield from _layer_cases()
+    yield from _gather_cases()
 
 
 def _logprob_cases() -> Iterator[Case]:
@@ -183,6 +185,23 @@ def _layer_cases() -> Iterator[Case]:
         yield Case(
             kernel.__name__.removesuffix("_kernel"), kernel, types, {"ACC": tl.float32, "BLOCK": SWIGLU_BLOCK}, {}
         )
+
+
+def _gather_cases() -> Iterator[Case]:
+    for block in (128, 256, 512, 1024):  # a row's size up to the largest block: two heads of 64, and more
+        for kernel, constants in (
+            (gather_rows_kernel, {"ROWS": TILE // block}),
+            (gather_rows_backward_kernel, {"ACC": tl.float32, "COPIES": COPIES}),
+        ):
+            types = {
+                name: "*i32" if name in ("index_ptr", "starts_ptr", "places_ptr") else "*bf16"
+                for name in kernel.arg_names
+                if name.endswith("_ptr")
+            }
+            types |= dict.fromkeys(("keys_stride", "values_stride", "row_size"), "i32")
+            types |= {"num_rows": "i32"} if kernel is gather_rows_kernel else {}
+            name = f"{kernel.__name__.removesuffix('_kernel')} {block}"
+            yield Case(name, kernel, types, constants | {"BLOCK": block}, {"num_warps": 4})
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ What defines it: every root-to-leaf path, run alone as an ordinary sequence, giv
 
 Attention over it is one variable-length call (see `srcfast.runtime.attention`): queries are one block a
 segment, keys are gathered through `kv_index` (the ancestors, then the segment itself), causal and aligned
-bottom-right.
+bottom-right. `srcfast.runtime.varlen_plan` joins blocks, so that fewer keys are gathered.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Forest:
     `kv_index[cu_seqlens_k[s]:cu_seqlens_k[s + 1]]`, which are the rows of its whole root-to-itself path.
     `predictor` is `[T]` int64: the row whose hidden state predicts each token (the one before it; the
     parent's last row for a segment's first token; -1 for the root's first). `segment_start[tree][segment]` is
-    the row where a segment begins. `indices` says which of the trees handed in each tree is.
+    the row where a segment begins. `indices` says which of the trees handed in each tree is. `host` is the same
+    forest on the CPU where this one was moved: index maps are made from it without waiting for the device.
     """
 
     token_ids: Tensor
@@ -108,6 +109,7 @@ class Forest:
     num_tokens: int
     token_budget: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # attention's index maps and masks
+    host: Forest | None = field(default=None, repr=False)
 
     @property
     def wasted_tokens(self) -> int:
@@ -214,7 +216,7 @@ class Forest:
             return self
         names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved, cache={})
+        return replace(self, **moved, cache={}, host=self.host or self)
 
 
 def pack_sizes(

@@ -1,9 +1,9 @@
 """Attention over a packed prefix forest, behind one function.
 
 Backends:
-    flash_attn, torch_varlen, xformers   CUDA: one variable-length call, keys gathered through `kv_index`
+    flash_attn, torch_varlen, xformers   CUDA: one variable-length call by `varlen_plan`
     blocks                               the CPU's default: segments of like length padded together, masked
-    varlen_reference                     the variable-length definition, segment by segment, plain PyTorch
+    varlen_reference                     the same call by its definition, block by block, plain PyTorch
     reference                            softmax under the dense ancestor mask over all T tokens
 
 All give what every root-to-leaf path alone would give.
@@ -12,7 +12,9 @@ All give what every root-to-leaf path alone would give.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest
 from srcfast.errors import ConfigError
+from srcfast.runtime.varlen_plan import varlen_plan
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -52,9 +55,9 @@ def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, the preferred one first."""
     cuda = torch.cuda.is_available()
     live = {
-        "flash_attn": cuda and importlib.util.find_spec("flash_attn") is not None,
-        "torch_varlen": cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "xformers": cuda and importlib.util.find_spec("xformers") is not None,
+        "flash_attn": cuda and _installed("flash_attn"),
+        "torch_varlen": cuda,
+        "xformers": cuda and _installed("xformers"),
     }
     return [name for name in _BACKENDS if live.get(name, True)]
 
@@ -83,9 +86,19 @@ def forest_attend(forest: Forest, backend: str | None = None) -> Attend:
 
 
 def _automatic(q: Tensor) -> str:
+    return available_backends()[0] if flash_takes(q) else "blocks"
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether FlashAttention's kernels run for these queries [..., d]: half precision, Ampere or later, d = 8, 16, ..., 256."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        return "blocks"  # the CUDA kernels take half precision only
-    return available_backends()[0]
+        return False
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 # The CPU's way: padded groups of segments --------------------------------------------------------------------
@@ -152,8 +165,9 @@ def _plan_blocks(
     front, so that one causal mask serves all rows of a group. Work is the sum of segment times path: less than the
     square of the tree wherever it has children.
     """
-    bounds_q, bounds_k = forest.cu_seqlens_q.cpu().numpy(), forest.cu_seqlens_k.cpu().numpy()
-    kv_index = forest.kv_index.cpu().numpy()
+    host = forest.host or forest
+    bounds_q, bounds_k = host.cu_seqlens_q.numpy(), host.cu_seqlens_k.numpy()
+    kv_index = host.kv_index.numpy()
     lengths, paths = np.diff(bounds_q), np.diff(bounds_k)
     # More padding and more calls both cost more: see GROUP_RATIO.
     steps = np.floor(np.log(np.stack([paths, lengths]) + GROUP_OFFSET) / np.log(GROUP_RATIO))  # [2, segments]
@@ -186,35 +200,46 @@ def _plan_blocks(
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    keys, values = k.index_select(0, forest.kv_index), v.index_select(0, forest.kv_index)  # [K, Hkv, d]
+    plan = varlen_plan(forest)
+    keys, values = plan.gather(k, v)  # [K, Hkv, d]
     return flash_attn_varlen_func(
         q,
         keys,
         values,
-        forest.cu_seqlens_q,
-        forest.cu_seqlens_k,
-        forest.max_seqlen_q,
-        forest.max_seqlen_k,
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
         causal=True,
     )
+
+
+@cache
+def varlen_takes(option: str) -> bool:
+    """Whether the installed PyTorch's `varlen_attn` has this option: 2.11's has no `enable_gqa` and no `block_table`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return option in inspect.signature(varlen_attn).parameters
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, values = k.index_select(0, forest.kv_index), v.index_select(0, forest.kv_index)  # [K, Hkv, d]
-    # The two cu_seqlens must stay separate tensors: given one object, the cuDNN path may align causality
-    # top-left.
+    plan = varlen_plan(forest)
+    keys, values = plan.gather(k, v)  # [K, Hkv, d]
+    options = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if not varlen_takes("enable_gqa"):
+        options, keys, values = {}, _all_heads(keys, q), _all_heads(values, q)
     output = varlen_attn(
         q,
         keys,
         values,
-        forest.cu_seqlens_q,
-        forest.cu_seqlens_k,
-        forest.max_seqlen_q,
-        forest.max_seqlen_k,
-        window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
+        window_size=(-1, 0),  # causal, aligned bottom-right
+        **options,
     )
     assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
     return output
@@ -223,22 +248,30 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
 def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     from xformers.ops import fmha, memory_efficient_attention
 
+    plan = varlen_plan(forest)
     if "xformers" not in forest.cache:
         forest.cache["xformers"] = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            forest.cu_seqlens_q.diff().tolist(), forest.cu_seqlens_k.diff().tolist()
+            plan.cu_seqlens_q.diff().tolist(), plan.cu_seqlens_k.diff().tolist(), device=q.device
         )
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = (x.index_select(0, forest.kv_index).repeat_interleave(repeats, dim=1)[None] for x in (k, v))
+    keys, values = plan.gather(k, v)  # [K, Hkv, d]
+    # Its form for grouped queries has no backward.
+    keys, values = _all_heads(keys, q)[None], _all_heads(values, q)[None]
     return memory_efficient_attention(q[None], keys, values, attn_bias=forest.cache["xformers"])[0]
 
 
+def _all_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [K, Hkv, d] with each head as often as queries share it: [K, H, d]."""
+    return x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2)
+
+
 def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-    keys, values = k[forest.kv_index], v[forest.kv_index]  # [K, Hkv, d]
-    bounds_q, bounds_k = forest.cu_seqlens_q.tolist(), forest.cu_seqlens_k.tolist()
+    plan = varlen_plan(forest)
+    keys, values = plan.gather(k, v)  # [K, Hkv, d]
+    bounds_q, bounds_k = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_k.tolist()
     outputs = []
-    for segment in range(len(bounds_q) - 1):
-        query = q[bounds_q[segment] : bounds_q[segment + 1]]
-        seen = slice(bounds_k[segment], bounds_k[segment + 1])
+    for block in range(len(bounds_q) - 1):
+        query = q[bounds_q[block] : bounds_q[block + 1]]
+        seen = slice(bounds_k[block], bounds_k[block + 1])
         n, m = query.shape[0], keys[seen].shape[0]
         bottom_right = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         outputs.append(_softmax_attention(query, keys[seen], values[seen], bottom_right))
@@ -254,7 +287,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Over the visible keys only; q `[n, H, d]`, k and v `[m, Hkv, d]`, visible `[n, m]` bool."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = _all_heads(k, q), _all_heads(v, q)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5  # [H, n, m]
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("hnm,mhd->nhd", weights, v)

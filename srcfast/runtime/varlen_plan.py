@@ -1,0 +1,64 @@
+"""A forest as one variable-length call: its blocks of queries, and the keys that have to be copied for them.
+
+A segment that lies right behind its parent continues its parent's block, and its own first child may continue both: such
+a chain sees its first segment's ancestors and, causally, itself, exactly as one long segment would. So a block is a
+chain, its keys are the path of its last segment, and only chains that begin below a branch need copies of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srcfast.data.forest import Forest
+from srcfast_kernels.gather_rows import RowCopies, gather_rows
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """`B` blocks: block b has the queries `cu_seqlens_q[b]:cu_seqlens_q[b + 1]` and the keys
+    `copies.index[cu_seqlens_k[b]:cu_seqlens_k[b + 1]]`, or those of the same rows where there is nothing to copy.
+
+    Both are [B + 1] int32, and two tensors even where they are equal: given one object, cuDNN's path in PyTorch may align
+    causality top-left.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    copies: RowCopies | None
+
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, Hkv, d] as the blocks see them, [K, Hkv, d]."""
+        return (k, v) if self.copies is None else gather_rows(k, v, self.copies)
+
+
+def varlen_plan(forest: Forest) -> VarlenPlan:
+    """The forest's plan on the device of its tensors; made once."""
+    if "varlen" not in forest.cache:
+        forest.cache["varlen"] = _plan(forest.host or forest, forest.token_ids.device)
+    return forest.cache["varlen"]
+
+
+def _plan(host: Forest, device: torch.device) -> VarlenPlan:
+    bounds_q, paths = host.cu_seqlens_q.numpy(), host.cu_seqlens_k.diff().numpy()
+    starts = bounds_q[1:-1]  # of all segments but the first
+    continues = host.predictor.numpy()[starts] == starts - 1  # the row before is the parent's last
+    ends = np.append(~continues, True)  # [S] whether a chain ends with this segment
+    cu_seqlens_q = np.append(0, bounds_q[1:][ends]).astype(np.int32)  # [B + 1]
+    cu_seqlens_k = np.append(0, paths[ends].cumsum()).astype(np.int32)  # [B + 1]
+    copies = None
+    if cu_seqlens_k[-1] > host.num_tokens:  # else each row is some block's own, once and in order
+        index = host.kv_index.numpy()[np.repeat(ends, paths)]  # [K]
+        copies = RowCopies.of(torch.from_numpy(index), host.num_tokens).to(device)
+    return VarlenPlan(
+        cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(device, non_blocking=True),
+        cu_seqlens_k=torch.from_numpy(cu_seqlens_k).to(device, non_blocking=True),
+        max_seqlen_q=int(np.diff(cu_seqlens_q).max()),
+        max_seqlen_k=int(np.diff(cu_seqlens_k).max()),
+        copies=copies,
+    )
