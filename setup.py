@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "data": ["easy-vqa>=1.0"],
-    "gpu": ["flash-attn>=2.8", "xformers>=0.0.35", "bitsandbytes>=0.49"],
+    "gpu": ["flash-attn>=2.8", "xformers>=0.0.35", "bitsandbytes>=0.50"],
     "track": ["tensorboard>=2.16"],
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
@@ -24,6 +24,7 @@ EXTRAS = {
         "types-PyYAML",
         "peft>=0.15",
         "trl>=1.0",
+        "bitsandbytes>=0.50",
         "easy-vqa>=1.0",
         "matplotlib>=3.8",
         "setuptools>=77",  # a test builds the wheel

@@ -48,7 +48,7 @@ def srcfast(inputs: Inputs) -> Run:
     """Three rows of the head, all samples at once."""
     hidden, head, sample_ids, first, second, values, counts = inputs.values()
     rows, largest = head[:3].contiguous(), int(counts[0])
-    own: dict[str, Any] = {"verdict_values": values, "sample_ids": sample_ids}
+    own: dict[str, Any] = {"verdict_values": values, "sample_ids": sample_ids, "num_samples": len(counts)}
     return lambda: pairwise_verdict(hidden, rows, first, second, largest, **own).scores
 
 

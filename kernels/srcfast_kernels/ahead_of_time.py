@@ -30,6 +30,7 @@ from srcfast_kernels.linear_logprob import logprob_rows_kernel
 from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
 from srcfast_kernels.nf4 import BLOCK as NF4_BLOCK
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, QUANTIZED_VALUES, nf4_dequantize_kernel, nf4_quantize_kernel
+from srcfast_kernels.pairwise_verdict import LAUNCH as VERDICT_LAUNCH
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_kernel
 from srcfast_kernels.rms_norm import rms_norm_backward_kernel, rms_norm_kernel, warps_of
 from srcfast_kernels.rope import HEADS, rope_kernel
@@ -149,13 +150,13 @@ def _verdict_cases() -> Iterator[Case]:
         )
         types |= dict.fromkeys(("hidden_size", "hidden_stride", "num_pairs", "num_verdicts", "candidates"), "i32")
         constants = {"HAS_SAMPLES": batched, "ACC": tl.float32, "VERDICTS": 4, "CANDIDATES": candidates}
-        constants |= {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 128, "BLOCK_SCAN": 1024}
+        constants |= {name: value for name, value in VERDICT_LAUNCH.items() if name != "num_warps"}
         if batched:
             types["sample_ids_ptr"] = "*i64"
         else:
             constants["sample_ids_ptr"] = None
         name = f"pairwise_verdict {dtype} {candidates}{' batched' if batched else ''}"
-        yield Case(name, pairwise_verdict_kernel, types, constants, {"num_warps": 4})
+        yield Case(name, pairwise_verdict_kernel, types, constants, {"num_warps": VERDICT_LAUNCH["num_warps"]})
 
 
 def _layer_cases() -> Iterator[Case]:

@@ -90,8 +90,12 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
         raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
     weight = weight.detach()
     home = home_of(weight)
-    quantize = _quantize_triton if home == "triton" else _quantize_torch
-    packed, absmax = (_quantize_native if _is_native(weight, home) else quantize)(weight, blocksize)
+    if home == "triton":
+        packed, absmax = _quantize_triton(weight, blocksize)
+    elif _is_native(weight, home):
+        packed, absmax = _quantize_native(weight, blocksize)
+    else:
+        packed, absmax = _quantize_torch(weight, blocksize)
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean()

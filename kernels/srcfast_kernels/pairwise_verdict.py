@@ -19,6 +19,9 @@ from torch import Tensor
 
 from srcfast_kernels.homes import accumulator, home_of
 
+# One program has a sample to itself, and few samples fill no GPU: what counts is how few loads wait for one another.
+LAUNCH = {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 512, "BLOCK_SCAN": 1024, "num_warps": 8}
+
 
 class VerdictOutput(NamedTuple):
     """q [N, N] (1/2 on the diagonal and where a pair is missing), S [N], u [N, N]; with a leading [S] if batched."""
@@ -37,6 +40,7 @@ def pairwise_verdict(
     *,
     verdict_values: Tensor,
     sample_ids: Tensor | None = None,
+    num_samples: int | None = None,
 ) -> VerdictOutput:
     """Aggregate M ordered comparisons.
 
@@ -48,16 +52,17 @@ def pairwise_verdict(
             samples after the last that was judged. Candidates beyond a sample's own score 1/2 with confidence 0.
         verdict_values: [K] what each verdict counts as a win of the first: 1, 1/2 (tie), 0.
         sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples S.
+        num_samples: S, where N is a number: a GPU then need not be waited for to learn it.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    samples, largest = _batch(num_candidates, sample_ids, num_samples)
     if len(first) and home_of(hidden) == "triton":
         return _pairwise_verdict_triton(
-            hidden, verdict_weight, first, second, num_candidates, verdict_values.to(dtype), sample_ids
+            hidden, verdict_weight, first, second, verdict_values.to(dtype), sample_ids, samples, largest
         )
     logits = hidden.to(dtype) @ verdict_weight.to(dtype).T  # [M, K]
     wins = logits.softmax(-1) @ verdict_values.to(dtype)  # [M]
     sample = torch.zeros_like(first) if sample_ids is None else sample_ids
-    samples, largest = _batch(num_candidates, sample_ids)
     p = wins.new_zeros(samples, largest, largest)
     p[sample, first, second] = wins
     judged = torch.zeros_like(p, dtype=torch.bool)
@@ -72,11 +77,13 @@ def pairwise_verdict(
     return VerdictOutput(q, scores, u)
 
 
-def _batch(num_candidates: int | Tensor, sample_ids: Tensor | None) -> tuple[int, int]:
+def _batch(num_candidates: int | Tensor, sample_ids: Tensor | None, num_samples: int | None) -> tuple[int, int]:
     """Number of samples, and the largest number of candidates."""
     if isinstance(num_candidates, Tensor):
         return len(num_candidates), int(num_candidates.max())
-    return 1 if sample_ids is None else int(sample_ids.max()) + 1, num_candidates
+    if num_samples is None:
+        num_samples = 1 if sample_ids is None else int(sample_ids.max()) + 1
+    return num_samples, num_candidates
 
 
 def pairwise_verdict_reference(
@@ -145,9 +152,8 @@ def pairwise_verdict_kernel(
     is_verdict = verdicts < num_verdicts
     values = tl.load(values_ptr + verdicts, mask=is_verdict, other=0.0).to(ACC)
     start, end = 0, num_pairs
-    if (
-        HAS_SAMPLES
-    ):  # the sample's pairs lie between these; they are all that lies there where samples follow each other
+    if HAS_SAMPLES:
+        # The sample's pairs lie between these; they are all that lies there where samples follow each other.
         start, end = num_pairs, 0
         for at in range(0, num_pairs, BLOCK_SCAN):
             places = at + tl.arange(0, BLOCK_SCAN)
@@ -199,11 +205,11 @@ def _pairwise_verdict_triton(
     verdict_weight: Tensor,
     first: Tensor,
     second: Tensor,
-    num_candidates: int | Tensor,
     verdict_values: Tensor,
     sample_ids: Tensor | None,
+    samples: int,
+    largest: int,
 ) -> VerdictOutput:
-    samples, largest = _batch(num_candidates, sample_ids)
     p, q, u = verdict_values.new_empty(3, samples, largest, largest)
     scores = verdict_values.new_empty(samples, largest)
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
@@ -227,10 +233,7 @@ def _pairwise_verdict_triton(
         ACC=accumulator(hidden.dtype),
         VERDICTS=triton.next_power_of_2(len(verdict_weight)),
         CANDIDATES=triton.next_power_of_2(largest),
-        BLOCK_PAIRS=8,
-        BLOCK_HIDDEN=min(128, triton.next_power_of_2(hidden.shape[1])),
-        BLOCK_SCAN=min(1024, triton.next_power_of_2(len(first))),
-        num_warps=4,
+        **LAUNCH,
     )
     if sample_ids is None:
         return VerdictOutput(q[0], scores[0], u[0])

@@ -33,6 +33,8 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
 
     room = block_table.shape[1] * k_pages.shape[1]
     rows = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    # Split, all rows but the first are wrong: github.com/pytorch/pytorch/issues/194167
+    unsplit = {"num_splits": 1} if varlen_takes("num_splits") else {}
     return varlen_attn(
         q,
         k_pages,
@@ -44,7 +46,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Te
         enable_gqa=q.shape[1] != k_pages.shape[2],
         seqused_k=lengths,
         block_table=block_table,
-        num_splits=1,  # split, all rows but the first are wrong: github.com/pytorch/pytorch/issues/194167
+        **unsplit,
     )
 
 

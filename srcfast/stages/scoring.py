@@ -128,6 +128,7 @@ def _pairwise(
         max(sizes),
         verdict_values=scorer.verdict_values,
         sample_ids=torch.from_numpy(owner[pair]).to(device),
+        num_samples=len(sizes),
     )
     scores, wins, confidence = (
         x.double().cpu().numpy() for x in (output.scores, output.win_probability, output.confidence)
