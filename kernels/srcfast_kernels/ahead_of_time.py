@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from srcfast_kernels.gather_rows import COPIES, TILE, gather_rows_backward_kernel, gather_rows_kernel
+from srcfast_kernels.gather_rows import COPIES, TILE, backward_warps, gather_rows_backward_kernel, gather_rows_kernel
 from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
 from srcfast_kernels.linear_logprob import logprob_rows_kernel
 from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
@@ -189,20 +189,21 @@ def _layer_cases() -> Iterator[Case]:
 
 
 def _gather_cases() -> Iterator[Case]:
-    for block in (128, 256, 512, 1024):  # a row's size up to the largest block: two heads of 64, and more
-        for kernel, constants in (
-            (gather_rows_kernel, {"ROWS": TILE // block}),
-            (gather_rows_backward_kernel, {"ACC": tl.float32, "COPIES": COPIES}),
-        ):
-            types = {
-                name: "*i32" if name in ("index_ptr", "starts_ptr", "places_ptr") else "*bf16"
-                for name in kernel.arg_names
-                if name.endswith("_ptr")
-            }
-            types |= dict.fromkeys(("keys_stride", "values_stride", "row_size"), "i32")
-            types |= {"num_rows": "i32"} if kernel is gather_rows_kernel else {}
-            name = f"{kernel.__name__.removesuffix('_kernel')} {block}"
-            yield Case(name, kernel, types, constants | {"BLOCK": block}, {"num_warps": 4})
+    pointers = [name for name in gather_rows_kernel.arg_names + gather_rows_backward_kernel.arg_names if "_ptr" in name]
+    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("index_ptr", "starts_ptr", "places_ptr"), "*i32")
+    types |= dict.fromkeys(("keys_stride", "values_stride", "num_rows", "row_size"), "i32")
+    for block in (128, 256, 512, 1024):  # columns: of rows from two heads of 64 on
+        constants = {"ROWS": TILE // block, "BLOCK": block}
+        yield _gather_case(gather_rows_kernel, types, constants, 4)
+        constants = {"ACC": tl.float32, "COPIES": COPIES, "BLOCK": block}
+        yield _gather_case(gather_rows_backward_kernel, types, constants, backward_warps(block))
+
+
+def _gather_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Case:
+    own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return Case(
+        f"{kernel.__name__.removesuffix('_kernel')} {constants['BLOCK']}", kernel, own, constants, {"num_warps": warps}
+    )
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, int]:

@@ -186,9 +186,14 @@ class _GatherRowsTriton(torch.autograd.Function):
                 ACC=accumulator(keys.dtype),
                 COPIES=COPIES,
                 BLOCK=block,
-                num_warps=4,
+                num_warps=backward_warps(block),
             )
         return grad_keys, grad_values, None
+
+
+def backward_warps(block: int) -> int:
+    """So few that a thread has its columns of all copies, and their sum needs no other thread: eight columns each."""
+    return max(1, block // 256)
 
 
 def _flat(x: Tensor) -> Tensor:
