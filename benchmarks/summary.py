@@ -55,7 +55,7 @@ def section(name: str, device: str, rows: list[dict[str, Any]]) -> str:
                 continue
             taken = f"{row['milliseconds']} ({row['low']} to {row['high']})"
             lines.append(
-                f"| {title} | {taken} | {row['time_ratio']} | {row['extra_mebibytes']} | {row['memory_ratio']} |"
+                f"| {title} | {taken} | {row['time_ratio']} | {row['extra_mebibytes']} | {row.get('memory_ratio', '')} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from torch import Tensor
 from srcfast_kernels.homes import accumulator, home_of
 
 # One program has a sample to itself, and few samples fill no GPU: what counts is how few loads wait for one another.
-LAUNCH = {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 512, "BLOCK_SCAN": 1024, "num_warps": 8}
+LAUNCH = {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 256, "BLOCK_SCAN": 1024, "num_warps": 8}
 
 
 class VerdictOutput(NamedTuple):
