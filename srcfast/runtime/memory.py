@@ -30,6 +30,42 @@ class Shapes:
     key: int
     intermediate: int
     vocabulary: int
+    head_dim: int = 128
+    qk_norm: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.query // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key // self.head_dim
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all layers' linears: q, k, v, o; gate, up, down. Embedding and head are not among them."""
+        return self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @classmethod
+    def of(cls, config: Any) -> Shapes:
+        """Of a `DecoderConfig`, or of transformers' config of a text model, or of an LVLM (its `text_config`)."""
+        config = getattr(config, "text_config", config)
+
+        def first(*names: str) -> Any:
+            return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+
+        heads = first("num_attention_heads", "num_heads")
+        head_dim = first("head_dim") or config.hidden_size // heads
+        return cls(
+            layers=first("num_hidden_layers", "num_layers"),
+            hidden=config.hidden_size,
+            query=heads * head_dim,
+            key=(first("num_key_value_heads", "num_kv_heads") or heads) * head_dim,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            head_dim=head_dim,
+            qk_norm=bool(first("qk_norm")) or first("model_type") == "qwen3",
+        )
 
 
 @dataclass(frozen=True)
