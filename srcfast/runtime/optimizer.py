@@ -7,12 +7,20 @@ are one operation each, however many LoRA matrices there are.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from srcfast.errors import InputError
+from srcfast.errors import ConfigError, InputError
+
+# Ours, and bitsandbytes' names of the others: moments in 8 bits (Dettmers et al., 2022, arXiv 2110.02861), or in managed
+# memory that moves to the host where the GPU has no room (Dettmers et al., 2023, arXiv 2305.14314).
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+CODE_BOOKS = "qmap"  # of 8-bit moments, constants: no state
 
 
 class AdamW:
@@ -22,9 +30,13 @@ class AdamW:
     Args:
         parameters: trainable ones, of one dtype on one device; each becomes a view of the flat buffer.
         weight_decay, betas, epsilon: as in the paper.
+        name: "adamw" is PyTorch's, fused. The others are bitsandbytes': 8 bits a moment instead of 32, in blocks of 256;
+            paged ones lie in memory that a GPU shares with its host (on a CPU: in ordinary memory). They wait for the
+            GPU at every update.
 
     Raises:
         InputError: no parameter, or several dtypes or devices.
+        ConfigError: the optimizer's package is not installed, or does not take the parameters' dtype.
     """
 
     def __init__(
@@ -33,6 +45,7 @@ class AdamW:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
+        name: OptimizerName = "adamw",
     ) -> None:
         # Matrices first, so that each of the two decay groups is one contiguous slice.
         ordered = sorted(dict.fromkeys(parameters), key=lambda parameter: parameter.dim() < 2)
@@ -58,7 +71,12 @@ class AdamW:
             flat.grad = self.gradients[part]
             if flat.numel():
                 groups.append({"params": [flat], "weight_decay": decay})
-        self._update = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
+        self._update: Any
+        if name == "adamw":
+            self._update = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
+        else:
+            self._update = _bitsandbytes(name, self.weights.dtype)(groups, betas=betas, eps=epsilon)
+        self.skips_on_device = name == "adamw"  # whether `step` takes `finite`
 
     def zero_grad(self) -> None:
         """Gradients to nought, in place: the parameters' `.grad` stay views of the flat buffer."""
@@ -68,33 +86,115 @@ class AdamW:
         """The 2-norm of all gradients together, a scalar tensor on the device."""
         return torch.linalg.vector_norm(self.gradients)
 
-    def clip(self, norm: float, max_norm: float) -> None:
-        """Scale the gradients so that their norm, which is `norm`, becomes at most `max_norm`."""
-        if norm > max_norm:
+    def clip(self, norm: float | Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their norm, which is `norm`, becomes at most `max_norm`; a tensor isn't waited for."""
+        if isinstance(norm, Tensor):
+            self.gradients.mul_((max_norm / norm).clamp(max=1.0))
+        elif norm > max_norm:
             self.gradients.mul_(max_norm / norm)
 
-    def step(self, learning_rate: float) -> None:
-        """One update with this learning rate."""
+    def step(self, learning_rate: float, finite: Tensor | None = None) -> None:
+        """One update with this learning rate.
+
+        Args:
+            learning_rate: of this update.
+            finite: a boolean scalar on the device; where it is False nothing changes, neither weights nor moments. Only
+                where `skips_on_device`.
+        """
         for group in self._update.param_groups:
             group["lr"] = learning_rate
-        self._update.step()
+        if self.skips_on_device:
+            self._update.found_inf = None if finite is None else finite.logical_not().float()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # said in the docstring
+            self._update.step()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and step counts as flat tensors, fit for safetensors."""
+        """Moments and step counts as flat tensors, fit for safetensors; 8-bit ones with their scales."""
         return {
-            f"{number}.{name}": value
-            for number, state in self._update.state_dict()["state"].items()
-            for name, value in state.items()
+            f"{number}.{name}": torch.as_tensor(value)
+            for number, parameter in enumerate(self._parameters())
+            for name, value in self._update.state[parameter].items()
+            if not name.startswith(CODE_BOOKS)
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; the parameters must be the same in number and size."""
-        nested = self._update.state_dict()
-        nested["state"] = {}
-        for name, value in state.items():
-            number, _, entry = name.partition(".")
-            nested["state"].setdefault(int(number), {})[entry] = value
-        self._update.load_state_dict(nested)
+        """Take over what `state_dict` gave; the parameters must be the same in number and size, the optimizer the same.
+
+        Raises:
+            InputError: another optimizer's state, or one of other parameters.
+        """
+        nested: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            number, _, name = key.partition(".")
+            nested.setdefault(int(number), {})[name] = value
+        if not self.skips_on_device:
+            self._load_bitsandbytes(nested)
+            return
+        whole = self._update.state_dict()
+        whole["state"] = nested
+        for number, parameter in enumerate(self._parameters()):
+            found = nested.get(number, {})
+            own = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter)
+            if found and _shapes(found) != _shapes(own):
+                raise _foreign(map(str, _shapes(found).items()), map(str, _shapes(own).items()))
+        self._update.load_state_dict(whole)
+
+    def _load_bitsandbytes(self, nested: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Into buffers that bitsandbytes makes itself, so that paged ones stay paged."""
+        number = 0
+        for group_number, group in enumerate(self._update.param_groups):
+            for within, parameter in enumerate(group["params"]):
+                found = nested.get(number, {})
+                number += 1
+                if not found:
+                    continue
+                self._update.init_state(group, parameter, group_number, within)
+                own = self._update.state[parameter]
+                if _shapes(found) != _shapes(own):
+                    raise _foreign(map(str, _shapes(found).items()), map(str, _shapes(own).items()))
+                for name, value in found.items():
+                    if name == "step":
+                        own[name] = int(value)
+                    else:
+                        own[name].copy_(value)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._update.param_groups for parameter in group["params"]]
+
+
+def _bitsandbytes(name: OptimizerName, dtype: torch.dtype) -> Any:
+    """bitsandbytes' class. Raises ConfigError where it is missing, or can't take the dtype."""
+    if name not in BITSANDBYTES:
+        raise ConfigError(f"optimizer: expected adamw or one of {', '.join(BITSANDBYTES)}, found {name!r}")
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer {name}: expected the package bitsandbytes, found none ({error}). Mend: pip install bitsandbytes, "
+            "or optimizer=adamw"
+        ) from error
+    if dtype == torch.float64:
+        raise ConfigError(f"optimizer {name}: expected trainable weights in fp32, fp16 or bf16, found fp64")
+    return getattr(bitsandbytes.optim, BITSANDBYTES[name])
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Of what differs between optimizers and parameters."""
+    return {
+        name: list(value.shape)
+        for name, value in state.items()
+        if name != "step" and not name.startswith(CODE_BOOKS) and isinstance(value, Tensor)
+    }
+
+
+def _foreign(found: Iterable[str], expected: Iterable[str]) -> InputError:
+    return InputError(
+        field="optimizer state",
+        expected=f"that of this optimizer over these parameters ({', '.join(sorted(expected))})",
+        found=", ".join(sorted(found)),
+        mend="continue with the settings that the state was saved under",
+    )
 
 
 def learning_rate_at(
