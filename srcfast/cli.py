@@ -195,13 +195,21 @@ def logprob(
 def estimate(
     words: Words = None,
     model: Model = None,
-    memory: Annotated[str | None, typer.Option(help="to fit into, such as 12GiB")] = None,
+    scorer: ScorerPath = None,
+    memory: Annotated[str | None, typer.Option(help="to fit into, such as 12GiB; default: what the device has")] = None,
+    flops: Annotated[float | None, typer.Option(min=1, help="that the run reaches a second, such as 400e12")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of the device's rate, without --flops")] = 0.4,
+    text_tokens: Annotated[int, typer.Option(min=1, help="of a prompt, beside its image")] = 64,
+    response_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 192,
     json: AsJSON = False,
 ) -> None:
-    """Forecast parameters, memory and the largest token budget, from file headers alone."""
-    from srcfast import commands, tools
+    """Forecast memory and time by stage, what fits and what to change; from config.json and file headers alone."""
+    from srcfast import commands
+    from srcfast.estimate import estimate as show
+    from srcfast.plan import Lengths
 
-    tools.estimate(commands.settings(words, None, model=model), memory, json)
+    config = commands.settings(words, None, model=model, scorer=scorer)
+    show(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
 
 
 @app.command()

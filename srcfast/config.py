@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from srcfast.runtime.training import TrainingSettings
     from srcfast.stages.curation import CurationSettings
     from srcfast.stages.preference import PreferenceSettings
+
+Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
+PRESETS = Path(__file__).parent / "presets"
 
 
 class Section(BaseModel):
@@ -252,6 +255,10 @@ class Config(Section):
     )
     quiet: bool = Field(False, description="no progress, no tables")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = all")
+    preset: Preset | None = Field(
+        None, description="settings for a 7B LVLM on a GPU of this memory, beneath all others: srcfast/presets"
+    )
+    memory: str | None = Field(None, description="what the run may take of its device, such as 12GiB; default: all")
     model: ModelSection = ModelSection()  # type: ignore[call-arg]
     scorer: ScorerSection = ScorerSection()  # type: ignore[call-arg]
     data: DataSection = DataSection()  # type: ignore[call-arg]
@@ -270,6 +277,15 @@ class Config(Section):
                 f"max_rejected: expected a whole number or a share of at most 1, found {self.max_rejected}"
             )
         return self
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        from srcfast.runtime.memory import parse_bytes
+
+        if value is not None:
+            parse_bytes(value, "memory")
+        return value
 
     @property
     def run_path(self) -> Path:
@@ -301,9 +317,26 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), section:
         places.update(dict.fromkeys([key, *_dotted(value, key)], f"override {word!r}"))
         _assign(tree, key.split("."), value, word)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_over(_preset(tree), tree))
     except ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(one, places) for one in error.errors()))) from None
+
+
+def _preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the preset that a tree names, if it names one that there is."""
+    name = tree.get("preset")
+    return _read_yaml(PRESETS / f"{name}.yaml", {}) if name in get_args(Preset) else {}
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two trees as one: what is above wins, section by section."""
+    found = dict(below)
+    for key, value in above.items():
+        held = found.get(key)
+        if isinstance(held, dict) and value is None:
+            continue  # a heading with nothing under it
+        found[key] = _over(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return found
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

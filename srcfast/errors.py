@@ -14,6 +14,10 @@ class ConfigError(SrcfastError):
     """A setting that is unknown, malformed or out of bounds."""
 
 
+class OutOfMemory(SrcfastError):
+    """A stage that found less memory than it needs: with its forecast, and the setting to change."""
+
+
 class InputError(SrcfastError):
     """A file, record or tensor that is not what it must be.
 

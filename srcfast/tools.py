@@ -1,4 +1,4 @@
-"""What the commands that aid the stages do: merge, convert, estimate, inspect, doctor, report, world."""
+"""What the commands that aid the stages do: merge, convert, inspect, doctor, report, world."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,7 @@ from srcfast.commands import ENDINGS, Source, need, read_all, set_aside
 from srcfast.config import Config
 from srcfast.data.jsonl import write_jsonl
 from srcfast.errors import ConfigError, InputError, SrcfastError
+from srcfast.estimate import table
 from srcfast.loading import load_model
 
 if TYPE_CHECKING:
@@ -78,50 +79,6 @@ def _format_of(named: str | None, path: Path, option: str) -> str:
     if found is None:
         raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
     return found
-
-
-def estimate(config: Config, memory: str | None, as_json: bool) -> None:
-    """Print the forecast."""
-    from srcfast.runtime import memory as plan
-
-    embedded = config.model.path == "embedded"
-    found = plan.estimate(
-        ASSETS / "base" if embedded else config.model.path,
-        dtype=config.model.dtype,
-        quantize=config.model.quantize,
-        lora_r=config.lora.r,
-        target_modules=config.lora.target_modules,
-        memory=None if memory is None else plan.parse_bytes(memory),
-    )
-    values = found.to_json()
-    if as_json:
-        print(json.dumps(values, indent=2))
-        return
-    total = values["total_parameters"]
-    rows = [(f"parameters: {part}", f"{count:,}") for part, count in found.parameters.items()]
-    rows += [("parameters", f"{total:,}"), ("adapter's parameters", f"{found.adapter_parameters:,}")]
-    weights = f"weights ({config.model.dtype}, quantize {config.model.quantize})"
-    rows += [
-        (weights, plan.show_bytes(found.weight_bytes)),
-        ("adapter", plan.show_bytes(found.adapter_bytes)),
-    ]
-    rows.append(("gradients and optimizer", plan.show_bytes(found.optimizer_bytes)))
-    rows.append(("activations, a token trained on", plan.show_bytes(found.activation_bytes_per_token)))
-    rows.append(("keys and values, a token decoded", plan.show_bytes(found.kv_bytes_per_token)))
-    if found.largest_token_budget is not None:
-        rows.append((f"largest token budget in {memory}", f"{found.largest_token_budget:,} tokens"))
-    _table(str(config.model.path), rows)
-
-
-def _table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), show_header=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
 
 
 def inspect(config: Config, source: Source, index: int) -> None:
@@ -208,7 +165,7 @@ def doctor(as_json: bool) -> None:
     rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
     rows += [(name, held or f"missing: {OPTIONAL[name]}") for name, held in found["optional"].items()]
     rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
-    _table("srcfast doctor", rows)
+    table("srcfast doctor", rows)
 
 
 def bench(name: str | None, device: str | None, output: Path | None) -> None:

@@ -33,12 +33,7 @@ class Vision(nn.Module):
             )
         self.config = config
         self.processor = load_image_processor(path)
-        bare = copy.deepcopy(config)
-        # transformers builds the language model too; it is made next to nothing, then dropped.
-        bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 0, 1
-        bare.text_config.pad_token_id = bare.text_config.bos_token_id = bare.text_config.eos_token_id = None
-        self.model = FAMILIES[config.model_type](bare)
-        del self.model.language_model
+        self.model = bare_model(config)
 
     def num_tokens(self, image: Image.Image) -> int:
         """How many positions the image takes in the decoder."""
@@ -63,6 +58,17 @@ class Vision(nn.Module):
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
         sizes = {"image_sizes": inputs["image_sizes"]} if self.config.model_type == "llava_next" else {}
         return list(self.model.get_image_features(pixels, **sizes).pooler_output)
+
+
+def bare_model(config: Any) -> nn.Module:
+    """Tower and projector of a LLaVA config, not yet filled."""
+    bare = copy.deepcopy(config)
+    # transformers builds the language model too; it is made next to nothing, then dropped.
+    bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 0, 1
+    bare.text_config.pad_token_id = bare.text_config.bos_token_id = bare.text_config.eos_token_id = None
+    model = FAMILIES[config.model_type](bare)
+    del model.language_model
+    return model
 
 
 def load_image_processor(path: str | Path) -> Any:

@@ -123,7 +123,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
         q, k, v = (x.float() if x.dtype == torch.bfloat16 else x for x in (q, k, v))
     key = ("blocks", q.dtype, q.device)
     if key not in forest.cache:
-        forest.cache[key] = _plan_blocks(forest, q.dtype, q.device)
+        forest.cache[key] = plan_blocks(forest, q.dtype, q.device)
     into, out_of, keys_of, groups = forest.cache[key]
     queries = _Gather.apply(q, into, out_of).split([rows * long for rows, long, _, _ in groups])
     keys, values = (x.index_select(0, keys_of).split([rows * wide for rows, _, wide, _ in groups]) for x in (k, v))
@@ -156,7 +156,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
 
 
-def _plan_blocks(
+def plan_blocks(
     forest: Forest, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
     """Index maps of the queries into and out of the padded groups, of the keys into them, and the groups.

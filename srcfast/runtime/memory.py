@@ -1,23 +1,31 @@
-"""Forecast of a model's parameters and memory, from the safetensors' headers alone: no weight is read."""
+"""What there is of memory, and what a model takes of it: sizes from a model, or from the shapes of a checkpoint's tensors."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srcfast.errors import ConfigError, InputError
+import torch
+from torch import nn
 
-DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-# 4 bits a weight, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, Dettmers et al., 2023).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+from srcfast.errors import ConfigError, InputError
+from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of the memory that there is, what is planned with: the rest is for the device's context, the libraries' workspaces and what
+# the allocator can't use between blocks.
+USABLE = 0.9
+NF4_BLOCKSIZE = 64
 HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,114 +77,196 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a model takes, in bytes; `parameters` by part of the model."""
+class VisionSizes:
+    """A vision tower's sizes, and the positions that an image of it takes in the decoder (a LLaVA-NeXT image: at most)."""
 
-    parameters: dict[str, int]
-    shapes: Shapes
-    weight_bytes: float
-    adapter_parameters: int
-    adapter_bytes: float
-    optimizer_bytes: float
-    activation_bytes_per_token: float
-    kv_bytes_per_token: float
-    memory: int | None = None
-    largest_token_budget: int | None = None
+    layers: int
+    hidden: int
+    intermediate: int
+    patches: int
+    image_tokens: int
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the sum of the parameters and of what doesn't depend on tokens."""
-        fixed = self.weight_bytes + self.adapter_bytes + self.optimizer_bytes
-        return asdict(self) | {"total_parameters": sum(self.parameters.values()), "fixed_bytes": fixed}
+    @classmethod
+    def of(cls, config: Any) -> VisionSizes | None:
+        """Of transformers' config of an LVLM; None for a text model."""
+        vision = getattr(config, "vision_config", None)
+        if vision is None:
+            return None
+        side = vision.image_size // vision.patch_size
+        has_class_token = vision.model_type == "clip_vision_model"
+        tokens = side * side + has_class_token - (config.vision_feature_select_strategy == "default")
+        tiles = 1
+        if config.model_type == "llava_next":
+            grid = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
+            rows, columns = (extent // vision.image_size for extent in grid)
+            tiles += rows * columns
+            tokens += rows * side * (columns * side + 1)  # a newline embedding ends each row
+        return cls(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            patches=tiles * (side * side + has_class_token),
+            image_tokens=tokens,
+        )
 
 
-def estimate(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    quantize: str = "none",
-    lora_r: int = 64,
-    target_modules: Sequence[str] = (),
-    memory: int | None = None,
-) -> Estimate:
-    """Forecast the memory of LoRA training and of decoding.
+@dataclass(frozen=True)
+class LoRASizes:
+    """An adapter: rank, adapted layers, dropout, and its parameters in all."""
 
-    With b bytes an element of `dtype`, D hidden size, Q and K the widths of queries and keys, F the MLP's,
-    L layers and r the rank, a token in training keeps
+    r: int
+    target_modules: tuple[str, ...]
+    dropout: float
+    parameters: int
 
-        L b (4 D + 2 Q + 2 K + 3 F + (number of target modules) r) + 3 * 4 D
 
-    bytes: in each layer the two norms' inputs and outputs (4 D); q, k, v and the attention's result
-    (2 Q + 2 K); gate, up and their product (3 F); each adapter's low-rank activation; and at the head the
-    hidden state, its unit gradient and its gradient in fp32. No logits are kept. A token in decoding keeps
-    2 L K b bytes of keys and values. An adapter's weight takes 4 bytes, its gradient and AdamW's moments 12.
-    The forecast leaves out kernels' workspace, images' activations (the vision tower has no gradient) and the
-    allocator's fragmentation: 10 % of `memory` is kept for them.
+@dataclass(frozen=True)
+class ModelSizes:
+    """What memory depends on in a model.
 
-    Args:
-        path: checkpoint directory.
-        dtype: of weights and activations.
-        quantize: "nf4": the decoder's linear layers in 4 bits.
-        lora_r: rank of the adapter.
-        target_modules: adapted linear layers.
-        memory: bytes to fit into; gives the largest token budget.
-
-    Raises:
-        InputError: no checkpoint of safetensors, a damaged header, or a decoder of another layout.
+    Attributes:
+        shapes: of the decoder.
+        device_type: "cuda" or "cpu", where it is to run.
+        dtype_bytes: an element's, of weights that are not quantised and of activations.
+        parameters: counted, by part: vision, projector, embedding, decoder, head.
+        weight_bytes: frozen weights, 4-bit codes included.
+        quantisation_bytes: the scales of 4-bit weights.
+        lora: the adapter.
+        vision: the tower of an LVLM.
     """
-    tensors = dict(read_headers(path))
-    shapes = _shapes(tensors, path)
-    parameters = dict.fromkeys(("vision", "projector", "embedding", "decoder", "head"), 0)
-    weight_bytes = 0.0
-    adapter = 0
-    width = DTYPE_BYTES[dtype]
-    for name, shape in tensors.items():
-        count = math.prod(shape)
-        part = _part(name)
-        parameters[part] += count
-        linear = part == "decoder" and name.endswith("_proj.weight")
-        weight_bytes += count * (NF4_BYTES if linear and quantize == "nf4" else width)
-        if linear and name.split(".")[-2] in target_modules:
-            adapter += lora_r * sum(shape)
-    layer = (
-        4 * shapes.hidden + 2 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate + len(target_modules) * lora_r
-    )
-    activation = shapes.layers * width * layer + 12 * shapes.hidden
-    fixed = weight_bytes + 16 * adapter
-    budget = None if memory is None else max(0, int((0.9 * memory - fixed) / activation))
-    return Estimate(
-        parameters={part: count for part, count in parameters.items() if count},
-        shapes=shapes,
-        weight_bytes=weight_bytes,
-        adapter_parameters=adapter,
-        adapter_bytes=4.0 * adapter,
-        optimizer_bytes=12.0 * adapter,
-        activation_bytes_per_token=activation,
-        kv_bytes_per_token=2 * shapes.layers * shapes.key * width,
-        memory=memory,
-        largest_token_budget=budget,
-    )
+
+    shapes: Shapes
+    device_type: str
+    dtype_bytes: int
+    parameters: dict[str, int]
+    weight_bytes: float
+    quantisation_bytes: float
+    lora: LoRASizes | None = None
+    vision: VisionSizes | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return self.quantisation_bytes > 0
+
+    @classmethod
+    def of(cls, model: nn.Module, device_type: str | None = None) -> ModelSizes:
+        """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
+        decoder: Any = model.decoder
+        parameters: dict[str, int] = {}
+        weights = scales = 0
+        ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                adapter += parameter.numel()
+                targets.add(name.split(".")[-2])
+                dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
+                if name.endswith("lora_A"):
+                    ranks.add(len(parameter))
+            else:
+                part = part_of(name)
+                parameters[part] = parameters.get(part, 0) + parameter.numel()
+                weights += parameter.nbytes
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, NF4Weight):
+                parameters["decoder"] = parameters.get("decoder", 0) + math.prod(weight.shape)
+                weights += weight.packed.nbytes
+                scales += weight.num_bytes - weight.packed.nbytes
+        embedding = decoder.embed_tokens.weight
+        lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
+        vision = getattr(model, "vision", None)
+        return cls(
+            shapes=Shapes.of(decoder.config),
+            device_type=device_type or embedding.device.type,
+            dtype_bytes=embedding.element_size(),
+            parameters=parameters,
+            weight_bytes=weights,
+            quantisation_bytes=scales,
+            lora=lora,
+            vision=None if vision is None else VisionSizes.of(vision.config),
+        )
+
+    @classmethod
+    def of_tensors(
+        cls,
+        tensors: Mapping[str, Sequence[int]],
+        config: Any,
+        *,
+        dtype: str,
+        device_type: str,
+        quantize: str = "none",
+        lora_r: int = 0,
+        target_modules: Sequence[str] = (),
+        dropout: float = 0.0,
+    ) -> ModelSizes:
+        """Of a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
+
+        Args:
+            dtype: of weights and activations.
+            device_type: "cuda" or "cpu".
+            quantize: "nf4": the decoder's linear layers in 4 bits.
+            lora_r: rank of a new adapter; 0 for none.
+            target_modules: its layers.
+            dropout: on its input.
+        """
+        parameters = dict.fromkeys(PARTS, 0)
+        weights = scales = 0
+        adapter = 0
+        for name, shape in tensors.items():
+            count, part = math.prod(shape), part_of(name)
+            parameters[part] += count
+            linear = part == "decoder" and name.endswith("_proj.weight")
+            if linear and quantize == "nf4":
+                weights += math.ceil(count / 2)
+                scales += nf4_scale_bytes(count)
+            else:
+                weights += count * DTYPE_BYTES[dtype]
+            if linear and name.split(".")[-2] in target_modules:
+                adapter += lora_r * sum(shape)
+        return cls(
+            shapes=Shapes.of(config),
+            device_type=device_type,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            parameters={part: count for part, count in parameters.items() if count},
+            weight_bytes=weights,
+            quantisation_bytes=scales,
+            lora=LoRASizes(lora_r, tuple(target_modules), dropout, adapter) if lora_r else None,
+            vision=VisionSizes.of(config),
+        )
+
+
+PARTS = ("vision", "projector", "embedding", "decoder", "head")
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to, by its name in a checkpoint or in a module."""
+    if "vision_tower" in name:
+        return "vision"
+    if "multi_modal_projector" in name or "image_newline" in name:
+        return "projector"
+    if name.endswith("embed_tokens.weight"):
+        return "embedding"
+    return "head" if name.endswith("lm_head.weight") else "decoder"
+
+
+def nf4_scale_bytes(count: int) -> int:
+    """Beside the codes of `count` weights: a byte for each 64, four for each 256 of those, four for their mean."""
+    blocks = math.ceil(count / NF4_BLOCKSIZE)
+    return blocks + 4 * math.ceil(blocks / NESTED_BLOCKSIZE) + 4
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
 
 
 def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
-    """(tensor's name, shape) over a checkpoint directory's safetensors, from their headers.
+    """(tensor's name, shape) over a checkpoint directory's safetensors, from their headers; nothing where it has none.
 
     Raises:
-        InputError: no config.json, no safetensors, or a header that can't be read.
+        InputError: a header that can't be read.
     """
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise InputError(
-            file=path, expected="a model directory with config.json", found="none", mend="name the directory"
-        )
-    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
-    if not files:
-        raise InputError(
-            file=path,
-            expected="safetensors weights",
-            found="none",
-            mend="download them, or convert pickled ones",
-        )
-    for file in files:
+    for file in sorted(Path(path).glob("*.safetensors")):
+        if file.name.startswith("adapter_"):
+            continue
         try:
             with open(file, "rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
@@ -192,15 +282,47 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
             ) from error
 
 
-def parse_bytes(text: str) -> int:
-    """`12GiB`, `80 GB`, `500000`: a size in bytes. Raises ConfigError where it is none."""
+# What there is ----------------------------------------------------------------------------------------------
+
+
+def limit_memory(size: int | None) -> None:
+    """Plan with `size` bytes, on whatever device, instead of all that it has; on a GPU no more can then be allocated.
+
+    Raises:
+        ConfigError: the GPU has less.
+    """
+    global _limit
+    _limit = size
+    if not torch.cuda.is_available():
+        return
+    whole = torch.cuda.mem_get_info()[1]
+    if size is not None and size > 1.02 * whole:  # a card of 80 GB is called one of 80 GiB
+        raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of this GPU, found {show_bytes(size)}")
+    torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / whole))
+
+
+def memory_of(device: torch.device | str) -> int:
+    """Bytes that this process may take on a device: what it has and what is free, or the limit where that is less."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        found = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        group = Path("/sys/fs/cgroup/memory.max")  # a container's
+        if group.is_file() and (text := group.read_text(encoding="ascii").strip()).isdigit():
+            found = min(found, int(text))
+    return found if _limit is None else min(found, _limit)
+
+
+def parse_bytes(text: str, setting: str = "--memory") -> int:
+    """`12GiB`, `80 GB`, `500000`: a size in bytes. Raises ConfigError, which names the setting, where it is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise ConfigError(f"--memory: expected a size such as 12GiB, found {text!r}")
+        raise ConfigError(f"{setting}: expected a size such as 12GiB, found {text!r}")
     unit = found[2].lower()
     size = int(float(found[1]) * (_BINARY[unit] if found[3] else _UNITS[unit]))
     if size < 1:
-        raise ConfigError(f"--memory: expected a size above 0, found {text!r}")
+        raise ConfigError(f"{setting}: expected a size above 0, found {text!r}")
     return size
 
 
@@ -211,39 +333,3 @@ def show_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def _part(name: str) -> str:
-    if "vision_tower" in name:
-        return "vision"
-    if "multi_modal_projector" in name or "image_newline" in name:
-        return "projector"
-    if name.endswith("embed_tokens.weight"):
-        return "embedding"
-    return "head" if name.endswith("lm_head.weight") else "decoder"
-
-
-def _shapes(tensors: dict[str, list[int]], path: str | Path) -> Shapes:
-    """The decoder's sizes as its tensors have them: a config.json may leave them to defaults."""
-    language = {name: shape for name, shape in tensors.items() if _part(name) in ("decoder", "embedding")}
-
-    def extents(suffix: str) -> list[int]:
-        for name, shape in language.items():
-            if name.endswith(suffix) and len(shape) == 2:
-                return shape
-        raise InputError(
-            file=path,
-            field=suffix,
-            expected="a decoder with this matrix",
-            found=f"{len(tensors)} tensors without it",
-            mend="choose a Llama, Mistral or Qwen decoder",
-        )
-
-    vocabulary, hidden = extents("embed_tokens.weight")
-    query, key = (
-        extents("layers.0.self_attn.q_proj.weight")[0],
-        extents("layers.0.self_attn.k_proj.weight")[0],
-    )
-    intermediate = extents("layers.0.mlp.gate_proj.weight")[0]
-    layers = {found[1] for name in language if (found := re.search(r"\blayers\.(\d+)\.", name))}
-    return Shapes(len(layers), hidden, query, key, intermediate, vocabulary)

@@ -17,7 +17,7 @@ import torch
 from click.testing import Result
 from made_rows import sentence, write_rows
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 Srcfast = Callable[..., Result]
 
@@ -243,98 +243,6 @@ def test_two_config_files_are_refused(srcfast: Srcfast) -> None:
     result = srcfast("calibrate", "a.yaml", "b.yaml")
     assert result.exit_code == 2
     assert "a.yaml and b.yaml" in result.output
-
-
-def test_estimate_counts_what_the_checkpoint_holds(srcfast: Srcfast, model_dir: Path) -> None:
-    tensors = load_file(model_dir / "model.safetensors")
-    values = {}
-    for quantize in ("none", "nf4"):
-        words = (
-            "lora.r=4",
-            "lora.target_modules=[q_proj, down_proj]",
-            f"model.quantize={quantize}",
-            "--json",
-        )
-        result = srcfast("estimate", "--model", model_dir, "--memory", "64MiB", *words)
-        assert result.exit_code == 0, result.output
-        values[quantize] = json.loads(result.stdout)
-    plain = values["none"]
-    assert plain["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
-    assert plain["weight_bytes"] == 4 * plain["total_parameters"]
-    assert plain["adapter_parameters"] == 2 * (
-        4 * (64 + 64) + 4 * (64 + 192)
-    )  # two layers; q: 64 -> 64, down: 192 -> 64
-    assert plain["kv_bytes_per_token"] == 2 * 2 * 64 * 4
-    linear = sum(t.numel() for n, t in tensors.items() if "language_model" in n and n.endswith("_proj.weight"))
-    saved = plain["weight_bytes"] - values["nf4"]["weight_bytes"]
-    assert saved == pytest.approx(linear * (4 - 0.5159), rel=1e-4)  # 4.127 bits a weight, as the QLoRA paper has it
-    used = plain["fixed_bytes"] + plain["largest_token_budget"] * plain["activation_bytes_per_token"]
-    assert 0.99 < used / (0.9 * 64 * 1024**2) <= 1.0
-
-
-def test_estimates_activations_are_near_what_training_keeps(model_dir: Path) -> None:
-    from srcfast.data.forest import Forest, Segment, Tree
-    from srcfast.models import load_lvlm
-    from srcfast.models.lora import LoRAConfig
-    from srcfast.runtime.memory import estimate
-
-    lora = LoRAConfig(r=4)
-    model = load_lvlm(model_dir, lora=lora)
-    tokens = torch.randint(5, 300, (211,)).numpy()
-    forest = Forest.of([Tree((Segment(tokens),))])
-    kept: dict[int, int] = {}
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in frozen:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model(forest, {})
-    assert hidden.requires_grad
-    expected = estimate(model_dir, lora_r=4, target_modules=lora.target_modules).activation_bytes_per_token
-    # Masks, angles and norms' statistics come on top, and weigh much at so small a size.
-    assert sum(kept.values()) / len(tokens) == pytest.approx(expected, rel=0.35)
-
-
-def test_estimate_reads_no_weights(srcfast: Srcfast, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    result = srcfast("estimate", "--model", tmp_path)
-    assert result.exit_code == 2 and "safetensors" in result.output
-    shapes = {
-        "embed_tokens": (50, 8),
-        "layers.0.self_attn.q_proj": (8, 8),
-        "layers.0.self_attn.k_proj": (4, 8),
-    }
-    shapes["layers.0.mlp.gate_proj"] = (24, 8)
-    save_file(
-        {f"model.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()},
-        tmp_path / "model.safetensors",
-    )
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: 8 + int.from_bytes(whole[:8], "little")])  # the header alone
-    assert (
-        json.loads(srcfast("estimate", "--model", tmp_path, "--json").stdout)["total_parameters"]
-        == 50 * 8 + 64 + 32 + 192
-    )
-    (tmp_path / "model.safetensors").write_bytes(whole[:20])
-    assert "model.safetensors" in srcfast("estimate", "--model", tmp_path).output
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("12GiB", 12 * 1024**3), ("80 GB", 80 * 10**9), ("1.5k", 1500), ("500000", 500000)]
-)
-def test_sizes_are_read_in_both_systems(text: str, size: int) -> None:
-    from srcfast.runtime.memory import parse_bytes
-
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["12 apples", "", "-1GiB", "0"])
-def test_a_size_that_is_none_is_refused(srcfast: Srcfast, model_dir: Path, text: str) -> None:
-    result = srcfast("estimate", "--model", model_dir, f"--memory={text}")
-    assert result.exit_code == 2 and "--memory" in result.output
 
 
 def test_inspect_shows_prompt_response_and_counts(

@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "srcfast").rglob("*.py"), *(ROOT / "kernels").rglob("
 
 # Room -> the rooms that it may import beside itself, the lowest first.
 BELOW_STAGES = {"errors", "srcfast_kernels", "data", "runtime", "models", "world", "report"}
-BELOW_COMMANDS = BELOW_STAGES | {"config", "stages", "loading", "calibrate"}
+BELOW_COMMANDS = BELOW_STAGES | {"config", "stages", "plan", "loading", "calibrate"}
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
@@ -24,11 +24,13 @@ ALLOWED = {
     "models": {"errors", "srcfast_kernels", "data", "runtime"},
     "world": {"errors", "srcfast_kernels", "data", "runtime", "models"},
     "stages": BELOW_STAGES,
-    "loading": BELOW_STAGES | {"config", "stages"},
-    "calibrate": BELOW_STAGES | {"config", "stages", "loading"},
+    "plan": BELOW_STAGES | {"config"},
+    "loading": BELOW_STAGES | {"config", "stages", "plan"},
+    "calibrate": BELOW_STAGES | {"config", "stages", "plan", "loading"},
+    "estimate": BELOW_STAGES | {"config", "plan"},
     "commands": BELOW_COMMANDS,
-    "tools": BELOW_COMMANDS | {"commands"},
-    "cli": BELOW_COMMANDS | {"commands", "tools"},
+    "tools": BELOW_COMMANDS | {"commands", "estimate"},
+    "cli": BELOW_COMMANDS | {"commands", "estimate", "tools"},
     "__main__": {"cli"},
 }
 # The lowest part of `data`, which alone `runtime` stands on.

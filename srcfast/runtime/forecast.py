@@ -1,0 +1,346 @@
+"""Forecast of a stage's peak memory, and what follows from it: how much to recompute, and how many tokens fit.
+
+A training step's peak is at the beginning of backward, where all activations are alive, in the head or in the last layer:
+
+    weights + quantisation state + adapter + gradients + optimizer + image features
+        + activations (`activations.saved_bytes`) + max(head, MLP, attention)
+
+The workspaces, for T tokens of which h meet the head, V vocabulary, n rows of logits at a time, and elements of b bytes:
+
+    head        4 n V + b n D + b h D        logits, their product with the head, the rows that meet it
+    MLP         b T (3 F + 2 D), or b (T (2 F + 4 D) + D F) where 4-bit weights are made whole for a product
+    attention   b (T (2 D + 3 Q) + 2 K T') + 4 T Q
+
+The step's images are encoded before its forward pass, when no activations are alive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from srcfast.data.forest import Forest, Tree
+from srcfast.runtime.activations import ForestSizes, fullest_forest, saved_bytes
+from srcfast.runtime.memory import USABLE, ModelSizes, memory_of, show_bytes
+from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
+
+IMAGE_CACHE = 1 << 30  # bytes of encoded images kept, at most
+IMAGES_AT_ONCE = 64  # that the vision tower encodes, at most
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A stage's peak, by what takes it; bytes.
+
+    Attributes:
+        stage: its name.
+        weights: frozen, 4-bit codes included; of all models that are in memory.
+        quantisation_state: the scales of 4-bit weights.
+        adapter: its weights, in fp32.
+        gradients: of the adapter.
+        optimizer: moments on the device.
+        image_features: encoded images that are kept.
+        activations: kept between forward and backward.
+        keys_and_values: the cache of decoding.
+        workspace: what is alive for a moment, at the peak.
+        checkpoint_every: layers a group whose activations are recomputed; 0 keeps all.
+    """
+
+    stage: str
+    weights: float = 0.0
+    quantisation_state: float = 0.0
+    adapter: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    image_features: float = 0.0
+    activations: float = 0.0
+    keys_and_values: float = 0.0
+    workspace: float = 0.0
+    checkpoint_every: int = 0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What takes memory, in bytes."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, float) and value}
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def held(self) -> float:
+        """What a CPU can count: all but the workspace and the images."""
+        return self.peak - self.workspace - self.image_features
+
+    def fits(self, memory: float) -> bool:
+        """Whether it fits into `memory` bytes, a tenth of them left alone."""
+        return self.peak <= USABLE * memory
+
+    def text(self) -> str:
+        """`11.2 GiB (weights 4.2 GiB, activations 3.9 GiB, ...)`, the largest first."""
+        parts = sorted(self.parts.items(), key=lambda part: -part[1])
+        named = ", ".join(f"{name.replace('_', ' ')} {show_bytes(value)}" for name, value in parts)
+        return f"{show_bytes(self.peak)} ({named})"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "stage": self.stage,
+            "peak_bytes": round(self.peak),
+            "parts": {name: round(value) for name, value in self.parts.items()},
+            "checkpoint_every": self.checkpoint_every,
+        }
+
+
+def forecast_training(
+    model: ModelSizes,
+    forest: ForestSizes,
+    *,
+    optimizer: str = "adamw",
+    checkpoint_every: int = 0,
+    memory: float | None = None,
+    images: int | None = None,
+    stage: str = "training",
+) -> Forecast:
+    """The peak of LoRA training on forests like this one.
+
+    Args:
+        model: with its adapter.
+        forest: the fullest that will be run.
+        optimizer: as `TrainingSettings` names it.
+        checkpoint_every: layers a group whose activations are recomputed; 0 for none.
+        memory: of the device, which decides how many images are kept and encoded at once; None: as many as ever.
+        images: distinct ones; None: more than are kept.
+        stage: a name for the result.
+    """
+    parameters = 0 if model.lora is None else model.lora.parameters
+    kept = saved_bytes(model, forest, checkpoint_every)
+    features, encoding = _image_bytes(model, memory, images)
+    during = kept + max(_head_bytes(model, forest.head_rows, True), _backward_bytes(model, forest))
+    return Forecast(
+        stage=stage,
+        weights=float(model.weight_bytes),
+        quantisation_state=float(model.quantisation_bytes),
+        adapter=4.0 * parameters,
+        gradients=4.0 * parameters,
+        optimizer=moment_bytes(optimizer, parameters, model.device_type),
+        image_features=features,
+        activations=kept,
+        workspace=max(during, encoding) - kept,
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def forecast_forward(
+    model: ModelSizes,
+    forest: ForestSizes,
+    *,
+    head_rows: int | None = None,
+    memory: float | None = None,
+    images: int | None = None,
+    stage: str,
+) -> Forecast:
+    """The peak of forward passes without gradients on forests like this one: references, judging.
+
+    Args:
+        head_rows: that meet the whole vocabulary; None: those of the forest.
+        model, forest, memory, images, stage: as for training.
+    """
+    features, encoding = _image_bytes(model, memory, images)
+    rows = forest.head_rows if head_rows is None else head_rows
+    row = forest.tokens * model.shapes.hidden * model.dtype_bytes
+    return _inference(
+        model, stage, features, max(_forward_bytes(model, forest), row + _head_bytes(model, rows, False), encoding)
+    )
+
+
+def forecast_decoding(
+    model: ModelSizes,
+    prefill: ForestSizes,
+    *,
+    samples: int,
+    rows: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    memory: float | None = None,
+    images: int | None = None,
+    stage: str,
+) -> Forecast:
+    """The peak of decoding: each sample's prompt is kept once, each row's continuation on its own.
+
+    Args:
+        prefill: the forest of all prompts that are run together.
+        samples: decoded together.
+        rows: a sample (beams times proposals; 1 for greedy answers).
+        prompt_tokens: of the longest prompt.
+        new_tokens: of the longest response.
+        model, memory, images, stage: as for training.
+    """
+    shapes, width = model.shapes, model.dtype_bytes
+    features, encoding = _image_bytes(model, memory, images)
+    position = 2 * shapes.layers * shapes.key * width
+    cache = float(position * samples * (prompt_tokens + rows * (new_tokens + 1)))
+    # Of a step: logits as the head gives them and in fp32; probabilities, their sum and order, and what is drawn from.
+    sampling = samples * rows * shapes.vocabulary * (width + 6 * 4 + 8)
+    attention = samples * rows * shapes.heads * (prompt_tokens + new_tokens) * 3 * max(width, 4)
+    # fp32 weights are folded with their adapter into a copy.
+    folded = 4.0 * shapes.linear_weights if width == 4 and not model.quantised and model.lora is not None else 0.0
+    step = folded + max(sampling, attention)
+    prompts = position * samples * prompt_tokens
+    before = max(_forward_bytes(model, prefill), encoding) + prompts - cache
+    found = _inference(model, stage, features, max(step, before, 0.0))
+    return replace(found, keys_and_values=cache)
+
+
+def moment_bytes(optimizer: str, parameters: int, device_type: str) -> float:
+    """AdamW's two moments: fp32, or 8 bits with an fp32 scale for 256 of them; paged ones leave a GPU where they must."""
+    if optimizer.startswith("paged") and device_type == "cuda":
+        return 0.0
+    return parameters * 2 * (1 + 4 / 256) if optimizer.endswith("8bit") else parameters * 8.0
+
+
+def _inference(model: ModelSizes, stage: str, features: float, workspace: float) -> Forecast:
+    return Forecast(
+        stage=stage,
+        weights=float(model.weight_bytes),
+        quantisation_state=float(model.quantisation_bytes),
+        adapter=0.0 if model.lora is None else 4.0 * model.lora.parameters,
+        image_features=features,
+        workspace=workspace,
+    )
+
+
+# Workspaces -------------------------------------------------------------------------------------------------
+
+
+def _head_bytes(model: ModelSizes, rows: int, differentiated: bool) -> float:
+    shapes, width = model.shapes, model.dtype_bytes
+    if not rows:
+        return 0.0
+    if model.device_type == "cuda":
+        chunk = max(1, GPU_CHUNK_ELEMENTS // shapes.vocabulary)
+    else:
+        chunk = max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // shapes.vocabulary)
+    chunk = min(rows, chunk)
+    product = chunk * shapes.hidden * width if differentiated else 0
+    return 4.0 * chunk * shapes.vocabulary + product + rows * shapes.hidden * width
+
+
+def _backward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
+    shapes, width, tokens = model.shapes, model.dtype_bytes, forest.tokens
+    whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
+    mlp = width * tokens * (3 * shapes.intermediate + 2 * shapes.hidden)
+    inputs = width * tokens * (2 * shapes.intermediate + 4 * shapes.hidden) + whole
+    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.keys * shapes.key)
+    if model.device_type == "cuda":
+        attention += 4 * tokens * shapes.query  # FlashAttention sums the queries' gradient in fp32
+    elif forest.groups:
+        attention += 2 * 4 * shapes.heads * max(rows * long * span for rows, long, span in forest.groups)
+    return float(max(mlp, inputs, attention))
+
+
+def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
+    """Of a layer without gradients: its MLP, or its attention."""
+    shapes, width, tokens = model.shapes, model.dtype_bytes, forest.tokens
+    whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
+    mlp = width * tokens * (3 * shapes.hidden + 3 * shapes.intermediate) + whole
+    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.keys * shapes.key)
+    if forest.groups:
+        attention += 4 * shapes.heads * sum(rows * long * span for rows, long, span in forest.groups)
+    return float(max(mlp, attention))
+
+
+def _image_bytes(model: ModelSizes, memory: float | None, images: int | None) -> tuple[float, float]:
+    """(features that are kept, workspace of encoding some images at once)."""
+    if model.vision is None or images == 0:
+        return 0.0, 0.0
+    every = math.inf if images is None else images
+    kept = every * model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
+    return min(kept, image_cache(memory)), min(every, images_at_once(model, memory)) * _encoding_bytes(model)
+
+
+def _encoding_bytes(model: ModelSizes) -> float:
+    """Of an image in the vision tower, which keeps the states of all its layers until it is done."""
+    vision = model.vision
+    assert vision is not None
+    states = (vision.layers + 1) * vision.hidden
+    return float(model.dtype_bytes * vision.patches * (states + 2 * vision.intermediate + 4 * vision.hidden))
+
+
+def image_cache(memory: float | None) -> int:
+    """Bytes of encoded images to keep on a device of this memory."""
+    return IMAGE_CACHE if memory is None else int(min(IMAGE_CACHE, memory / 32))
+
+
+def images_at_once(model: ModelSizes, memory: float | None) -> int:
+    """Images to encode together on a device of this memory: at most a sixteenth of it goes there."""
+    if memory is None or model.vision is None:
+        return IMAGES_AT_ONCE
+    return max(1, int(min(IMAGES_AT_ONCE, memory / 16 / _encoding_bytes(model))))
+
+
+# What follows -----------------------------------------------------------------------------------------------
+
+
+def plan_checkpointing(
+    model: nn.Module | ModelSizes,
+    trees: Sequence[Tree],
+    *,
+    token_budget: int,
+    micro_batch_size: int,
+    optimizer: str = "adamw",
+    memory: float | None = None,
+    device: Any = None,
+) -> int:
+    """Layers a group whose activations are recomputed in backward: 0 if all activations fit, else the least that fits.
+
+    Groups of one layer keep every layer's input; larger ones keep fewer inputs, and recompute more at once. Where none
+    fits, the one that takes least is returned.
+
+    Args:
+        model: a model with its adapter, or its sizes.
+        trees: what is trained on; the fullest forest that the next two let them make is what has to fit.
+        token_budget: most tokens in a forest.
+        micro_batch_size: most trees in a forest.
+        optimizer: as `TrainingSettings` names it.
+        memory: bytes to fit into; None: what `memory_of` the model's device says.
+        device: of the model; only needed with sizes in place of a model and without `memory`.
+    """
+    if isinstance(model, nn.Module):
+        device = next(model.parameters()).device
+        model = ModelSizes.of(model)
+    room = memory_of(device) if memory is None else memory
+    forest = fullest_sizes(trees, token_budget, micro_batch_size, model.device_type)
+
+    def peak(every: int) -> Forecast:
+        return forecast_training(model, forest, optimizer=optimizer, checkpoint_every=every, memory=room)
+
+    return least_checkpointing(peak, model.shapes.layers, room)
+
+
+def least_checkpointing(forecast: Callable[[int], Forecast], layers: int, memory: float) -> int:
+    """The least group of layers whose forecast fits, 0 (all is kept) first; the leanest where none fits."""
+    options = [0, *range(1, layers + 1)]
+    fitting = next((every for every in options if forecast(every).fits(memory)), None)
+    return min(options, key=lambda every: forecast(every).peak) if fitting is None else fitting
+
+
+def fullest_sizes(trees: Sequence[Tree], token_budget: int, most_trees: int, device_type: str) -> ForestSizes:
+    """Sizes of the fullest forest that these trees can make under both limits."""
+    members = fullest_forest([tree.num_tokens for tree in trees], token_budget, most_trees)
+    return ForestSizes.of(Forest.of([trees[index] for index in members]), device_type)
+
+
+def most_that_fit(fits: Callable[[int], bool], limit: int = 1 << 24) -> int:
+    """The largest number from 1 to `limit` for which `fits` holds, by bisection; 0 where not even 1 does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
