@@ -179,13 +179,18 @@ def _layer_cases() -> Iterator[Case]:
         types |= dict.fromkeys(("token_stride", "head_stride", "heads", "half"), "i32")
         constants = {"DIRECTION": direction, "ACC": tl.float32, "BLOCK_HEADS": HEADS, "BLOCK_HALF": half}
         yield Case(f"rope {half}{' back' if direction < 0 else ''}", rope_kernel, types, constants, {"num_warps": 2})
-    for kernel in (swiglu_kernel, swiglu_backward_kernel):
+    for name, kernel, more in (
+        ("swiglu", swiglu_kernel, {}),
+        ("swiglu_backward", swiglu_backward_kernel, {"AGAIN": False}),
+        ("swiglu_backward again", swiglu_backward_kernel, {"AGAIN": True}),
+    ):
+        constants = {"ACC": tl.float32, "BLOCK": SWIGLU_BLOCK} | more
         types = {
-            name: "i32" if name == "count" else "*bf16" for name in kernel.arg_names if name not in ("ACC", "BLOCK")
+            argument: "i32" if argument == "count" else "*bf16"
+            for argument in kernel.arg_names
+            if argument not in constants
         }
-        yield Case(
-            kernel.__name__.removesuffix("_kernel"), kernel, types, {"ACC": tl.float32, "BLOCK": SWIGLU_BLOCK}, {}
-        )
+        yield Case(name, kernel, types, constants, {})
 
 
 def _gather_cases() -> Iterator[Case]:

@@ -1,21 +1,26 @@
 """Linears with LoRA adapters beside them (Hu et al., 2021, arXiv 2106.09685): y_i = x W_i^T + bias_i + scaling_i (x A_i^T) B_i^T.
 
 Those of one input (q, k and v; gate and up) go together: their A are one product, and in backward so are the gradients of the A,
-while the gradient of x is summed by the products themselves. Of the base nothing is kept but the frozen weight.
+while the gradient of x is summed by the products themselves. Of the base nothing is kept but the frozen weight. The adapter's
+gradient needs its input, but that is cheap to have again where a layer computes it from what is kept anyway: the norm before q, k
+and v (gate and up) from the norm's own input, and the gated activation before down from gate and up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast_kernels.homes import Home, home_of
 from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4_linear import frozen_linear
+from srcfast_kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+from srcfast_kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,13 @@ class Adapted:
     scaling: float
 
 
+class Norm(NamedTuple):
+    """An RMS normalisation whose weight [in] is frozen."""
+
+    weight: Tensor
+    eps: float
+
+
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
@@ -37,15 +49,11 @@ def lora_linear(
     For a frozen weight nothing is kept for a weight gradient; the adapter's needs x, which it shares with its neighbours,
     and x A^T [T, r].
     """
+    if home_of(x) == "reference":
+        return lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return torch.addmm(F.linear(x, weight, bias), x @ lora_a.T, lora_b.T, alpha=scaling)
     return lora_linears(x, [Adapted(weight, bias, lora_a, lora_b, scaling)])[0]
-
-
-def lora_linears(x: Tensor, linears: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """Outputs [T, out_i] of several adapted linears of one input [T, in]; all in x's dtype."""
-    bases = [(one.weight, one.bias, one.scaling) for one in linears]
-    return _LoRALinears.apply(x, bases, *(one.lora_a for one in linears), *(one.lora_b for one in linears))
 
 
 def lora_linear_reference(
@@ -55,27 +63,62 @@ def lora_linear_reference(
     return F.linear(x, weight + scaling * lora_b @ lora_a, bias)
 
 
+def lora_linears(x: Tensor, linears: Sequence[Adapted], norm: Norm | None = None) -> tuple[Tensor, ...]:
+    """Outputs [T, out_i] of several adapted linears of one input [T, in]; all in x's dtype.
+
+    With a norm it is x that is normalised first and kept as it came, for which a layer has it anyway.
+    """
+    home = home_of(x)
+    if home == "reference":
+        normed = x if norm is None else rms_norm_reference(x, norm.weight, norm.eps)
+        return tuple(_reference(normed, one) for one in linears)
+    bases = [(one.weight, one.bias, one.scaling) for one in linears]
+    return _LoRALinears.apply(x, norm, home, bases, *(one.lora_a for one in linears), *(one.lora_b for one in linears))
+
+
+def swiglu_lora_linear(gate: Tensor, up: Tensor, down: Adapted) -> Tensor:
+    """The adapted linear [T, out] of silu(gate) * up, both [T, in]; gate and up are kept, their product is not."""
+    home = home_of(gate)
+    if home == "reference":
+        return _reference(swiglu_reference(gate, up), down)
+    return _SwiGLULoRALinear.apply(gate, up, home, down.weight, down.bias, down.scaling, down.lora_a, down.lora_b)
+
+
+def _reference(x: Tensor, one: Adapted) -> Tensor:
+    return lora_linear_reference(x, _whole(one.weight, x.dtype), one.bias, one.lora_a, one.lora_b, one.scaling)
+
+
+def _whole(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else nf4_dequantize(weight).to(dtype)
+
+
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: list[tuple[Tensor | NF4Weight, Tensor | None, float]], *adapters: Tensor
+        ctx: Any,
+        x: Tensor,
+        norm: Norm | None,
+        home: Home,
+        bases: list[tuple[Tensor | NF4Weight, Tensor | None, float]],
+        *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(bases)
         downs, ups = adapters[:count], adapters[count:]
-        low = x @ torch.cat(downs).T  # [T, sum of r]
+        normed, inverse = (x, None) if norm is None else rms_norm_forward(x, norm.weight, norm.eps, home)
+        low = normed @ torch.cat(downs).T  # [T, sum of r]
         ranks = [len(down) for down in downs]
         outputs = []
         for (weight, bias, scaling), up, part in zip(bases, ups, low.split(ranks, dim=-1), strict=True):
-            outputs.append(frozen_linear(x, weight, bias).addmm_(part, up.T, alpha=scaling))
-        ctx.save_for_backward(x, low, *adapters)
-        ctx.bases, ctx.ranks = bases, ranks
+            outputs.append(frozen_linear(normed, weight, bias).addmm_(part, up.T, alpha=scaling))
+        ctx.save_for_backward(x, inverse, low, *adapters)
+        ctx.norm, ctx.home, ctx.bases, ctx.ranks = norm, home, bases, ranks
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, *adapters = ctx.saved_tensors
+        x, inverse, low, *adapters = ctx.saved_tensors
         count = len(ctx.bases)
-        needs_x, _, *needed = ctx.needs_input_grad
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
         downs, ups = adapters[:count], adapters[count:]
         grad_low = torch.empty_like(low)
         grad_x, grad_ups = None, []
@@ -92,11 +135,44 @@ class _LoRALinears(torch.autograd.Function):
             torch.mul(gradient @ up, scaling, out=grad_part)
             grad_ups.append(scaling * (gradient.T @ part) if needs_up else None)
             if needs_x:
-                whole = weight if isinstance(weight, Tensor) else nf4_dequantize(weight).to(gradient.dtype)
+                whole = _whole(weight, gradient.dtype)
                 grad_x = gradient @ whole if grad_x is None else grad_x.addmm_(gradient, whole)
         if grad_x is not None:
             grad_x.addmm_(grad_low, torch.cat(downs))
         grad_downs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            grad_downs = (grad_low.T @ x).split(ctx.ranks)
-        return (grad_x, None, *grad_downs, *grad_ups)
+            normed = x if ctx.norm is None else rms_norm_forward(x, ctx.norm.weight, ctx.norm.eps, ctx.home)[0]
+            grad_downs = (grad_low.T @ normed).split(ctx.ranks)
+        if grad_x is not None and ctx.norm is not None:
+            grad_x, _ = rms_norm_backward(grad_x, x, ctx.norm.weight, inverse, False, ctx.home)
+        return (grad_x, None, None, None, *grad_downs, *grad_ups)
+
+
+class _SwiGLULoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        home: Home,
+        weight: Tensor | NF4Weight,
+        bias: Tensor | None,
+        scaling: float,
+        lora_a: Tensor,
+        lora_b: Tensor,
+    ) -> Tensor:
+        x = swiglu_forward(gate, up, home)  # [T, in]
+        low = x @ lora_a.T  # [T, r]
+        ctx.save_for_backward(gate, up, low, lora_a, lora_b)
+        ctx.home, ctx.weight, ctx.scaling = home, weight, scaling
+        return frozen_linear(x, weight, bias).addmm_(low, lora_b.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients  # [T, out]
+        gate, up, low, lora_a, lora_b = ctx.saved_tensors
+        grad_low = (gradient @ lora_b).mul_(ctx.scaling)
+        grad_b = (gradient.T @ low).mul_(ctx.scaling)
+        grad_x = (gradient @ _whole(ctx.weight, gradient.dtype)).addmm_(grad_low, lora_a)  # [T, in]
+        grad_gate, grad_up, x = swiglu_backward(grad_x, gate, up, ctx.home, again=True)
+        return grad_gate, grad_up, None, None, None, None, grad_low.T @ x, grad_b

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import accumulator, home_of
+from srcfast_kernels.homes import Home, accumulator, home_of
 
 PROGRAMS = 512  # of the backward pass; each keeps a part of the weight's gradient
 
@@ -18,42 +17,57 @@ PROGRAMS = 512  # of the backward pass; each keeps a part of the weight's gradie
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., D], weight: [D].
 
-    Of a frozen weight no gradient is computed.
+    Kept for backward: x as it is, and a number a row. Of a frozen weight no gradient is computed.
     """
     home = home_of(x)
-    if home == "triton":
-        return _RMSNormTriton.apply(x, weight, eps)
-    if home == "torch" and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return _RMSNorm.apply(x, weight, eps)  # half the time of PyTorch's, which is fused on GPUs alone
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if home == "reference":
+        return rms_norm_reference(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, home)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """`rms_norm` by its definition."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    """`rms_norm` by its definition; in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, home: Home) -> Tensor:
+        out, inverse = rms_norm_forward(x, weight, eps, home)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        ctx.home = home
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (gradient,) = gradients  # [..., D]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        grad_x = grad_weight = None
-        if needs_weight:
-            grad_weight = (gradient * x).mul_(inverse).reshape(-1, x.shape[-1]).sum(0)
-        if needs_x:
-            scaled = gradient * weight
-            shared = (scaled * x).sum(-1, keepdim=True).div_(x.shape[-1]).mul_(inverse.pow(3))  # [..., 1]
-            grad_x = scaled.mul_(inverse).addcmul_(x, shared, value=-1.0)
-        return grad_x, grad_weight, None
+        return *rms_norm_backward(gradients[0], x, weight, inverse, ctx.needs_input_grad[1], ctx.home), None, None
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Home) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x [..., D] without a graph, and 1 / sqrt(mean(x^2) + eps) of each row for its backward, fp32 or fp64."""
+    if home == "triton":
+        return _forward_triton(x.contiguous(), weight, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]
+    return (wide * inverse).mul_(weight).to(x.dtype), inverse
+
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool, home: Home
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [..., D] and, where needed, of the weight [D]."""
+    if home == "triton":
+        return _backward_triton(gradient.contiguous(), x.contiguous(), weight, inverse, needs_weight)
+    wide = x.to(inverse.dtype)
+    grad_weight = None
+    if needs_weight:
+        grad_weight = (gradient * wide).mul_(inverse).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    scaled = gradient.to(inverse.dtype) * weight
+    shared = (scaled * wide).sum(-1, keepdim=True).div_(x.shape[-1]).mul_(inverse.pow(3))  # [..., 1]
+    return scaled.mul_(inverse).addcmul_(wide, shared, value=-1.0).to(x.dtype), grad_weight
 
 
 @triton.jit
@@ -106,48 +120,43 @@ def rms_norm_backward_kernel(
         tl.store(grad_weight_ptr + program * size + columns, part, mask=inside)
 
 
-class _RMSNormTriton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        out, size = torch.empty_like(x), x.shape[-1]
-        rows = x.numel() // max(1, size)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        inverse = torch.empty(rows, dtype=dtype, device=x.device)
-        block = triton.next_power_of_2(size)
-        if rows:
-            rms_norm_kernel[(rows,)](
-                x, weight, out, inverse, size, EPS=eps, ACC=accumulator(x.dtype), BLOCK=block, num_warps=warps_of(block)
-            )
-        ctx.save_for_backward(x, weight, inverse)
-        return out
+def _forward_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, size = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // max(1, size)
+    inverse = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    block = triton.next_power_of_2(size)
+    if rows:
+        rms_norm_kernel[(rows,)](
+            x, weight, out, inverse, size, EPS=eps, ACC=accumulator(x.dtype), BLOCK=block, num_warps=warps_of(block)
+        )
+    return out, inverse
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        needs_weight = ctx.needs_input_grad[1]
-        rows, size = len(inverse), x.shape[-1]
-        programs = min(rows, PROGRAMS)
-        grad_x = torch.empty_like(x)
-        parts = torch.zeros(programs, size, dtype=inverse.dtype, device=x.device) if needs_weight else None
-        block = triton.next_power_of_2(size)
-        if rows:
-            rms_norm_backward_kernel[(programs,)](
-                gradients[0].contiguous(),
-                x,
-                weight,
-                inverse,
-                grad_x,
-                parts,
-                rows,
-                size,
-                triton.cdiv(rows, programs),
-                NEEDS_WEIGHT=needs_weight,
-                ACC=accumulator(x.dtype),
-                BLOCK=block,
-                num_warps=warps_of(block),
-            )
-        return grad_x, None if parts is None else parts.sum(0).to(weight.dtype), None
+
+def _backward_triton(
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    rows, size = len(inverse), x.shape[-1]
+    programs = min(rows, PROGRAMS)
+    grad_x = torch.empty_like(x)
+    parts = torch.zeros(programs, size, dtype=inverse.dtype, device=x.device) if needs_weight else None
+    block = triton.next_power_of_2(size)
+    if rows:
+        rms_norm_backward_kernel[(programs,)](
+            gradient,
+            x,
+            weight,
+            inverse,
+            grad_x,
+            parts,
+            rows,
+            size,
+            triton.cdiv(rows, programs),
+            NEEDS_WEIGHT=needs_weight,
+            ACC=accumulator(x.dtype),
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+    return grad_x, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
 def warps_of(block: int) -> int:

@@ -17,7 +17,10 @@ BLOCK = 1024  # values that a program of a kernel takes
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; backward recomputes silu instead of storing it. [..., I] each."""
-    return _SwiGLU.apply(gate, up, home_of(gate))
+    home = home_of(gate)
+    if home == "reference":
+        return swiglu_reference(gate, up)
+    return _SwiGLU.apply(gate, up, home)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -30,18 +33,31 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, home: Home) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.home = home
-        if home == "triton":
-            return _swiglu_triton(gate, up)
-        return F.silu(gate).mul_(up)
+        return swiglu_forward(gate, up, home)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        (gradient,) = gradients
-        if ctx.home == "triton":
-            return *_swiglu_backward_triton(gradient, gate, up), None
-        grad_up = gradient * F.silu(gate)
-        return torch.ops.aten.silu_backward(gradient * up, gate), grad_up, None
+        return *swiglu_backward(gradients[0], gate, up, ctx.home)[:2], None
+
+
+def swiglu_forward(gate: Tensor, up: Tensor, home: Home) -> Tensor:
+    """`swiglu` without a graph."""
+    if home == "triton":
+        return _forward_triton(gate.contiguous(), up.contiguous())
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(
+    gradient: Tensor, gate: Tensor, up: Tensor, home: Home, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of gate and up; and, asked for again, silu(gate) * up, which may be written over `gradient`."""
+    if home == "triton":
+        return _backward_triton(gradient.contiguous(), gate.contiguous(), up.contiguous(), again)
+    silu = F.silu(gate)
+    grad_up = gradient * silu
+    grad_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+    return grad_gate, grad_up, silu.mul_(up) if again else None
 
 
 @triton.jit
@@ -55,32 +71,50 @@ def swiglu_kernel(gate_ptr, up_ptr, out_ptr, count, ACC: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def swiglu_backward_kernel(
-    gradient_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexpr
+    gradient_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    count,
+    AGAIN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """With AGAIN silu(gate) * up takes the place of its gradient."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     gradient = tl.load(gradient_ptr + places, mask=inside, other=0.0).to(ACC)
     gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(ACC)
     up = tl.load(up_ptr + places, mask=inside, other=0.0).to(ACC)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
     grad_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(grad_up_ptr + places, (gradient * gate * sigmoid).to(grad_up_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_up_ptr + places, (gradient * silu).to(grad_up_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_gate_ptr + places, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(gradient_ptr + places, (silu * up).to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def _swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
+def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if grid := triton.cdiv(out.numel(), BLOCK):
         swiglu_kernel[(grid,)](gate, up, out, out.numel(), ACC=accumulator(gate.dtype), BLOCK=BLOCK)
     return out
 
 
-def _swiglu_backward_triton(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+def _backward_triton(gradient: Tensor, gate: Tensor, up: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if grid := triton.cdiv(gate.numel(), BLOCK):
         swiglu_backward_kernel[(grid,)](
-            gradient, gate, up, grad_gate, grad_up, gate.numel(), ACC=accumulator(gate.dtype), BLOCK=BLOCK
+            gradient,
+            gate,
+            up,
+            grad_gate,
+            grad_up,
+            gate.numel(),
+            AGAIN=again,
+            ACC=accumulator(gate.dtype),
+            BLOCK=BLOCK,
         )
-    return grad_gate, grad_up
+    return grad_gate, grad_up, gradient if again else None

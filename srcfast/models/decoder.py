@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.errors import InputError
-from srcfast.models.lora import project
+from srcfast.models.lora import project, project_swiglu
 from srcfast.runtime.attention import Attend
-from srcfast_kernels import rms_norm, rope, swiglu
+from srcfast_kernels import rms_norm, rope
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, optional norms of queries and keys, and rotary embedding; attention itself is the caller's."""
+    """Norm, projections, optional norms of queries and keys, and rotary embedding; attention itself is the caller's."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -115,17 +115,17 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         rows = x.shape[0]
         q, k, v = (
-            part.view(rows, -1, self.head_dim) for part in project(x, self.q_proj, self.k_proj, self.v_proj)
+            part.view(rows, -1, self.head_dim) for part in project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         )  # [T, H, d], [T, Hkv, d] twice
         q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(layer, rope(q, cos, sin), rope(k, cos, sin), v).reshape(rows, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward."""
+    """Norm and SwiGLU feed-forward."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -133,8 +133,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)  # [T, F] each
+        return project_swiglu(gate, up, self.down_proj)
 
 
 class Layer(nn.Module):
@@ -148,8 +149,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, cos, sin, layer, attend)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

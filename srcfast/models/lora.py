@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import save_tensors
 from srcfast.models.quantized import NF4Linear
-from srcfast_kernels.lora_linear import Adapted, lora_linears
+from srcfast_kernels import swiglu
+from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -74,13 +75,29 @@ class LoRALinear(nn.Module):
         return Adapted(self.base.weight, self.base.bias, a, b, self.scaling)
 
 
-def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """[T, out_i] of several linears of one input [T, in], adapted ones together."""
-    if not all(isinstance(one, LoRALinear) and one.active for one in linears):
+def project(x: Tensor, *linears: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """[T, out_i] of several linears of one input [T, in], after a norm where one is given; adapted ones together."""
+    if not all(_is_adapted(one) for one in linears):
+        x = x if norm is None else norm(x)
         return tuple(one.base(x) if isinstance(one, LoRALinear) and not one.active else one(x) for one in linears)
     if any(one.training and one.dropout for one in linears):  # of an input of its own each
+        x = x if norm is None else norm(x)
         return tuple(_with_dropout(x, one) for one in linears)
-    return lora_linears(x, [one.adapted(x.dtype) for one in linears])
+    adapted = [one.adapted(x.dtype) for one in linears]  # type: ignore[operator]
+    if norm is None or norm.weight.requires_grad:  # type: ignore[union-attr]
+        return lora_linears(x if norm is None else norm(x), adapted)
+    return lora_linears(x, adapted, Norm(norm.weight, norm.eps))  # type: ignore[arg-type]
+
+
+def project_swiglu(gate: Tensor, up: Tensor, linear: nn.Module) -> Tensor:
+    """[T, out] of a linear of silu(gate) * up, [T, in] each; an adapted one keeps no product."""
+    if _is_adapted(linear) and not (linear.training and linear.dropout):
+        return swiglu_lora_linear(gate, up, linear.adapted(gate.dtype))  # type: ignore[operator]
+    return project(swiglu(gate, up), linear)[0]
+
+
+def _is_adapted(linear: nn.Module) -> bool:
+    return isinstance(linear, LoRALinear) and linear.active
 
 
 def _with_dropout(x: Tensor, linear: nn.Module) -> Tensor:

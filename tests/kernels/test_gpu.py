@@ -30,7 +30,7 @@ from srcfast_kernels import (
 )
 from srcfast_kernels.homes import use_home
 from srcfast_kernels.linear_logprob import linear_logprob_reference
-from srcfast_kernels.lora_linear import Adapted, lora_linear_reference, lora_linears
+from srcfast_kernels.lora_linear import Adapted, Norm, lora_linear_reference, lora_linears, swiglu_lora_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -240,6 +240,32 @@ def test_lora_linears(dtype: torch.dtype, seed: int) -> None:
 
     def theirs(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         return tuple(lora_linear_reference(x, rest[at], None, rest[at + 1], rest[at + 2], 2.0) for at in (0, 3))
+
+    no_worse_than_twice(ours, theirs, parts, seed)
+
+
+def test_norm_gate_up_and_down_with_adapters(dtype: torch.dtype, seed: int) -> None:
+    """Against PyTorch's operations, which keep normalised inputs and the gated activation."""
+    draw = Draw(seed, dtype)
+    parts = [draw(300, 256, grad=True), draw(256)]
+    for out, into in ((704, 256), (704, 256), (256, 704)):
+        adapter = [draw(8, into, scale=into**-0.5, grad=True), draw(out, 8, scale=0.1, grad=True)]
+        parts += [draw(out, into, scale=into**-0.5), *adapter]
+
+    def adapted(parts: tuple[Tensor, ...]) -> list[Adapted]:
+        return [Adapted(parts[at], None, parts[at + 1], parts[at + 2], 2.0) for at in (0, 3, 6)]
+
+    def ours(x: Tensor, norm: Tensor, *rest: Tensor) -> Tensor:
+        gate, up, down = adapted(rest)
+        return swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(norm, 1e-6)), down)
+
+    def theirs(x: Tensor, norm: Tensor, *rest: Tensor) -> Tensor:
+        def linear(x: Tensor, one: Adapted) -> Tensor:
+            return lora_linear_reference(x, one.weight, None, one.lora_a, one.lora_b, one.scaling)
+
+        x = F.rms_norm(x, (256,), norm, 1e-6)
+        gate, up, down = adapted(rest)
+        return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
     no_worse_than_twice(ours, theirs, parts, seed)
 

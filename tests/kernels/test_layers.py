@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import lora_linear, nf4_dequantize, nf4_quantize, rms_norm, rope, swiglu
-from srcfast_kernels.lora_linear import Adapted, lora_linear_reference, lora_linears
+from srcfast_kernels.homes import HOMES, Home, use_home
+from srcfast_kernels.lora_linear import Adapted, Norm, lora_linear_reference, lora_linears, swiglu_lora_linear
 from srcfast_kernels.rms_norm import rms_norm_reference
 from srcfast_kernels.rope import rope_reference
 from srcfast_kernels.swiglu import swiglu_reference
@@ -205,3 +206,85 @@ def test_an_output_that_is_not_used_changes_no_gradient() -> None:
     used, _ = lora_linears(x, [Adapted(weight, None, a1, b1, 1.0), Adapted(weight, None, a2, b2, 1.0)])
     used.sum().backward()
     assert a1.grad is not None and a1.grad.any() and a2.grad is not None and not a2.grad.any()
+
+
+def random_adapted(draw: Any, out: int, into: int, rank: int, four_bits: bool, bias: bool) -> Adapted:
+    weight = draw(out, into)
+    whole: Any = nf4_quantize(weight.float()) if four_bits else weight
+    adapter = [draw(rank, into).requires_grad_(), draw(out, rank).requires_grad_()]
+    return Adapted(whole, draw(out) if bias else None, *adapter, 0.5 + rank)
+
+
+def plainly(x: Tensor, one: Adapted) -> Tensor:
+    weight = one.weight if isinstance(one.weight, Tensor) else nf4_dequantize(one.weight).double()
+    return lora_linear_reference(x, weight, one.bias, one.lora_a, one.lora_b, one.scaling)
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 6])
+def test_a_gated_layer_gives_what_its_operations_give_one_by_one(
+    rows: int, needs_x: bool, bias: bool, four_bits: bool, home: Home
+) -> None:
+    generator = torch.Generator().manual_seed(rows + 10 * needs_x + 20 * four_bits)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    x, norm, eps = draw(rows, 11).requires_grad_(needs_x), draw(11), 1e-3
+    gate, up = (random_adapted(draw, 13, 11, rank, four_bits, bias) for rank in (2, 3))
+    down = random_adapted(draw, 11, 13, 4, four_bits, bias)
+    leaves = [part for one in (gate, up, down) for part in (one.lora_a, one.lora_b)] + [x] * needs_x
+    outer = draw(rows, 11)
+    with use_home(home):
+        ours = swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(norm, eps)), down)
+        gradients = torch.autograd.grad(ours, leaves, outer)
+    normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
+    product = plainly(normed, gate) * torch.sigmoid(plainly(normed, gate)) * plainly(normed, up)
+    theirs = plainly(product, down)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)  # fp64, values of about 1000
+    for own, other in zip(gradients, torch.autograd.grad(theirs, leaves, outer), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-8)  # of up to a million terms' rounding
+
+
+def test_of_a_gated_layer_neither_the_normed_input_nor_the_product_is_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    x = draw(64, 32).requires_grad_()
+    gate, up, down = (random_adapted(draw, *size, 2, False, False) for size in ((96, 32), (96, 32), (32, 96)))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel() if len(tensor) == 64 else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(torch.ones(32), 1e-6)), down)
+    # x and a number a row for the norm, gate and up, and three low-rank activations
+    assert sum(kept.values()) == 64 * (32 + 1 + 96 + 96 + 2 + 2 + 2)
+    out.sum().backward()
+
+
+def test_a_backward_through_a_kept_graph_gives_the_same_twice() -> None:
+    """Buffers of the backward pass are written over, saved tensors are not."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    gate, up = draw(5, 7).requires_grad_(), draw(5, 7).requires_grad_()
+    down = random_adapted(draw, 3, 7, 2, False, True)
+    for home in HOMES:
+        with use_home(home):
+            out = swiglu_lora_linear(gate, up, down)
+            outer = draw(5, 3)
+            once, again = (
+                torch.autograd.grad(out, (gate, up, down.lora_a, down.lora_b), outer, retain_graph=True)
+                for _ in range(2)
+            )
+        assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))

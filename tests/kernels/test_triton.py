@@ -25,6 +25,7 @@ from srcfast_kernels import (
 )
 from srcfast_kernels.homes import home_of, use_home
 from srcfast_kernels.linear_logprob import linear_logprob_reference
+from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
 from srcfast_kernels.rms_norm import rms_norm_reference
 from srcfast_kernels.rope import rope_reference
@@ -287,10 +288,34 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         close(ours, theirs)
 
 
+def lora_layer(x: Tensor, *adapters: Tensor) -> Tensor:
+    """Norm, gate and up, gated activation and down: by Triton where an operation of it has a kernel."""
+    size, inner, dtype = x.shape[-1], adapters[1].shape[0], x.dtype
+    gate, up, down = (
+        random(out, into, dtype=dtype, seed=out) for out, into in ((inner, size), (inner, size), (size, inner))
+    )
+    pairs = [Adapted(gate, None, *adapters[:2], 0.5), Adapted(up, None, *adapters[2:4], 2.0)]
+    middle = lora_linears(x, pairs, Norm(random(size, dtype=dtype, seed=9), 1e-3))
+    return swiglu_lora_linear(*middle, Adapted(down, None, *adapters[4:], 1.5))
+
+
+LORA_LAYER: list[tuple[int, ...]] = [(3, 5), (2, 5), (7, 2), (1, 5), (7, 1), (2, 7), (5, 2)]
+
+
+def test_layers_with_adapters(dtype: torch.dtype) -> None:
+    parts = [random(*shape, dtype=dtype, seed=20 + n).requires_grad_() for n, shape in enumerate(LORA_LAYER)]
+    ours = gradients(lora_layer, parts, 3)
+    with use_home("reference"):
+        theirs = gradients(lora_layer, parts, 3)
+    for own, other in zip(ours, theirs, strict=True):
+        close(own, other)
+
+
 DIFFERENTIATED: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
     "rms_norm": (rms_norm, [(3, 7), (7,)]),
     "rope": (lambda x: rope(x, ANGLES.cos(), ANGLES.sin()), [(3, 2, 8)]),
     "swiglu": (swiglu, [(3, 5), (3, 5)]),
+    "layers with adapters": (lora_layer, LORA_LAYER),
     "linear_logprob": (lambda hidden, weight: linear_logprob(hidden, weight, TARGETS, softcap=3.0), [(4, 5), (7, 5)]),
     "linear_logprob tiled": (
         lambda hidden: linear_logprob(hidden, random(7, 5, dtype=torch.float64, seed=9), TARGETS, method="tiled"),
