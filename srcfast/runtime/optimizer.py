@@ -126,15 +126,15 @@ class AdamW:
         """
         nested: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
-            number, _, name = key.partition(".")
-            nested.setdefault(int(number), {})[name] = value
+            group, _, name = key.partition(".")
+            nested.setdefault(int(group), {})[name] = value
         if not self.skips_on_device:
             self._load_bitsandbytes(nested)
             return
         whole = self._update.state_dict()
         whole["state"] = nested
-        for number, parameter in enumerate(self._parameters()):
-            found = nested.get(number, {})
+        for place, parameter in enumerate(self._parameters()):
+            found = nested.get(place, {})
             own = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter)
             if found and _shapes(found) != _shapes(own):
                 raise _foreign(map(str, _shapes(found).items()), map(str, _shapes(own).items()))
@@ -142,14 +142,12 @@ class AdamW:
 
     def _load_bitsandbytes(self, nested: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Into buffers that bitsandbytes makes itself, so that paged ones stay paged."""
-        number = 0
-        for group_number, group in enumerate(self._update.param_groups):
-            for within, parameter in enumerate(group["params"]):
-                found = nested.get(number, {})
-                number += 1
+        for place, group in enumerate(self._update.param_groups):  # of one parameter each
+            for parameter in group["params"]:
+                found = nested.get(place, {})
                 if not found:
                     continue
-                self._update.init_state(group, parameter, group_number, within)
+                self._update.init_state(group, parameter, place, 0)
                 own = self._update.state[parameter]
                 if _shapes(found) != _shapes(own):
                     raise _foreign(map(str, _shapes(found).items()), map(str, _shapes(own).items()))

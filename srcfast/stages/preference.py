@@ -28,6 +28,9 @@ from torch import Tensor
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.errors import InputError, SrcfastError
+from srcfast.runtime.loader import send
+from srcfast.runtime.loss_rows import places_of, response_rows
+from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
@@ -112,31 +115,51 @@ def preference_tree(
     return Tree((Segment(prompt), *middle, *leaves), images, key)
 
 
+def pair_rows(forest: Forest) -> np.ndarray:
+    """What `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
+
+    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Kept in the cache
+    of the forest on the host.
+    """
+    host = forest.host or forest
+    if "pair rows" not in host.cache:
+        predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
+        rows, targets, slots = [], [], []
+        for number, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
+            last = len(tree.segments) - 1
+            for segment in range(1, last + 1):
+                slot = max(0, segment - last + 2) if last > 1 else 1  # a response alone is chosen
+                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
+                rows.append(predictor[part])
+                targets.append(tokens[part])
+                slots.append(np.full(part.stop - part.start, 3 * number + slot))
+        host.cache["pair rows"] = np.stack([np.concatenate(part) for part in (rows, targets, slots)])
+    return host.cache["pair rows"]
+
+
+def loss_rows(forest: Forest) -> Tensor:
+    """For `train`: `response_rows`, with `pair_rows` made on the way, which a worker process then does ahead of the step."""
+    pair_rows(forest)
+    return response_rows(forest)
+
+
 def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the chosen and the rejected response of each preference tree, summed over their
     whole paths.
 
     Args:
-        hidden: `[T, D]`.
+        hidden: `[T, D]`, or `[M, D]` of the forest's `response_rows`.
         forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
         head_weight: `[V, D]`.
 
     Returns:
         (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
     """
-    rows, targets, slots = [], [], []
-    for number, tree in enumerate(forest.trees):
-        last = len(tree.segments) - 1
-        # Slots of a pair: 0 shared, 1 chosen, 2 rejected.
-        parts = ((0, range(1, last - 1)), (1, [last - 1]), (2, [last])) if last > 1 else ((1, [1]),)
-        for slot, segments in parts:
-            if segments:
-                found = forest.target_rows(number, segments)
-                rows.append(found[0])
-                targets.append(found[1])
-                slots.append(torch.full_like(found[0], 3 * number + slot))
-    logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), head_weight, torch.cat(targets))  # [n]
-    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, torch.cat(slots), logps).view(-1, 3)  # [P, 3]
+    rows, targets, slots = pair_rows(forest)
+    places = places_of(rows, hidden, forest, response_rows(forest))
+    index = send(np.stack([places, targets, slots]), hidden.device)  # [3, n]
+    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
+    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
     return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
 
 
@@ -282,21 +305,34 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
         items: Sequence[TrainingItem],
         denominator: PairDenominator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        every_chosen, every_rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
-        lengths = every_chosen.new_tensor([_chosen_length(tree) for tree in forest.trees])
-        is_pair = torch.tensor([item.meta is not None for item in items], device=hidden.device)
-        rehearsed = (-every_chosen / lengths)[~is_pair].sum() / max(1, denominator.rehearsed)
+        chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
+        lengths = np.array([_chosen_length(tree) for tree in forest.trees], dtype=np.float64)
+        pairs = [place for place, item in enumerate(items) if item.meta is not None]
+        rehearsed = chosen.new_zeros(())
+        if len(pairs) < len(items):
+            share = 1.0 / lengths / max(1, denominator.rehearsed)
+            share[pairs] = 0.0
+            rehearsed = -(chosen * send(share, hidden.device, chosen.dtype)).sum()
         rehearsal = settings.rehearsal_weight * rehearsed
-        if not is_pair.any():
+        if not pairs:
             return rehearsal, {"rehearsal_loss": rehearsed}
-        chosen, rejected, lengths = every_chosen[is_pair], every_rejected[is_pair], lengths[is_pair]  # [P] each
-        metas = [item.meta for item in items if item.meta is not None]
-        reference_chosen = chosen.new_tensor([meta.reference_chosen_logprob for meta in metas])
-        reference_rejected = chosen.new_tensor([meta.reference_rejected_logprob for meta in metas])
-        weight = chosen.new_tensor([meta.weight for meta in metas])
+        if len(pairs) < len(items):
+            places = send(pairs, hidden.device)
+            chosen, rejected = chosen.index_select(0, places), rejected.index_select(0, places)  # [P] each
+        metas = [items[place].meta for place in pairs]
+        columns = (
+            [meta.reference_chosen_logprob for meta in metas],
+            [meta.reference_rejected_logprob for meta in metas],
+            [meta.weight for meta in metas],
+            [meta.confidence for meta in metas],
+            lengths[pairs],
+        )
+        # One transfer for all numbers, and none is waited for.
+        numbers = send(np.stack(columns), hidden.device, chosen.dtype)  # [5, P]
+        reference_chosen, reference_rejected, weight, confidence, chosen_lengths = numbers
         smoothing: float | Tensor
         if settings.label_smoothing == "confidence":
-            smoothing = 0.5 - 0.5 * chosen.new_tensor([meta.confidence for meta in metas])
+            smoothing = 0.5 - 0.5 * confidence
         else:
             smoothing = settings.label_smoothing
         output = weighted_dpo_loss(
@@ -312,7 +348,7 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
         )
         total = output.loss + rehearsal
         if settings.sft_weight:
-            total = total + settings.sft_weight * (weight * -chosen / lengths).sum() / denominator.weight
+            total = total + settings.sft_weight * (weight * -chosen / chosen_lengths).sum() / denominator.weight
         with torch.no_grad():
             margins = output.chosen_rewards - output.rejected_rewards
             sums = {
@@ -356,6 +392,7 @@ def train_preference(
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
     rehearsal: Sequence[Rap] = (),
+    profiler: StepProfiler | None = None,
 ) -> list[Metrics]:
     """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
 
@@ -366,6 +403,7 @@ def train_preference(
         settings: the loop.
         expected_reference_hash: of base and adapter as they are now.
         rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
+        profiler: of some steps.
 
     Raises:
         InputError: a pair whose responses are the same, or that has no reference, or another one's.
@@ -409,6 +447,8 @@ def train_preference(
         features=features,
         on_step=on_step,
         before_update=check_start,
+        rows=loss_rows,
+        profiler=profiler,
     )
 
 

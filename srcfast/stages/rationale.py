@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +22,9 @@ from srcfast.data.jsonl import read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import InputError
+from srcfast.runtime.loader import send
+from srcfast.runtime.loss_rows import places_of, response_rows
+from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
 from srcfast_kernels import linear_logprob
 
@@ -197,10 +199,22 @@ def rationale_loss(
     hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], denominator: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of -log p over the responses' tokens, divided by the global batch's number of them."""
-    rows, targets = zip(*(forest.target_rows(tree, [1]) for tree in range(len(forest.trees))), strict=True)
-    logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), head_weight, torch.cat(targets))  # [n]
-    count = torch.tensor(float(len(logps)), device=logps.device)
-    return -logps.sum() / denominator, {"response_tokens": count}
+    rows, targets = target_rows(forest)
+    places = places_of(rows, hidden, forest, response_rows(forest))
+    index = send(np.stack([places, targets]), hidden.device)  # [2, n]
+    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
+    return -logps.sum() / denominator, {"response_tokens": logps.new_full((), float(len(logps)))}
+
+
+def target_rows(forest: Forest) -> np.ndarray:
+    """Of the responses' tokens the rows that predict them, and they themselves: [2, n] int64, on the host."""
+    host = forest.host or forest
+    predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
+    parts = [
+        slice(starts[1], starts[1] + tree.segments[1].tokens.size)
+        for starts, tree in zip(host.segment_start, host.trees, strict=True)
+    ]
+    return np.concatenate([np.stack([predictor[part], tokens[part]]) for part in parts], axis=1)
 
 
 def fine_tune_rationale(
@@ -210,6 +224,7 @@ def fine_tune_rationale(
     *,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
+    profiler: StepProfiler | None = None,
 ) -> list[Metrics]:
     """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step."""
     return train(
@@ -220,4 +235,6 @@ def fine_tune_rationale(
         settings=settings,
         features=features,
         on_step=on_step,
+        rows=response_rows,
+        profiler=profiler,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +16,30 @@ from small_model import (
     SmallModel,
     image_embedding,
     letters,
+    random_preferences,
     random_text,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.lora import LoRAConfig
+from srcfast.runtime import training
+from srcfast.runtime.flops import peak_flops
+from srcfast.runtime.telemetry import peak_rss_bytes
 from srcfast.runtime.training import (
     TrainingItem,
     TrainingSettings,
     global_batch,
     num_steps,
     train,
+)
+from srcfast.stages.preference import (
+    PairMeta,
+    PreferenceSettings,
+    pair_denominator,
+    preference_loss,
+    preference_trees,
 )
 from srcfast.stages.rationale import rationale_loss, response_tokens
 
@@ -163,3 +176,198 @@ def test_nothing_to_train_on_and_items_that_do_not_fit_are_refused_first() -> No
             on_step=stepped.append,
         )
     assert not stepped
+
+
+# What a GPU's queue asks for: nothing read between backward and update -----------------------------------------
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses, from the second step on, what would wait for a GPU: numbers read, and shapes that depend on values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.armed = self.reading = False
+        self.looked_at = 0
+        for name in ("tolist", "numpy", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, self._guarded(getattr(torch.Tensor, name)))
+        read = training.StepNumbers.read
+
+        def late(numbers: training.StepNumbers) -> dict:
+            self.reading = True  # of a step before, whose numbers are on the host
+            try:
+                return read(numbers)
+            finally:
+                self.reading = False
+
+        monkeypatch.setattr(training.StepNumbers, "read", late)
+
+    def _guarded(self, method: Any) -> Any:
+        def guarded(tensor: torch.Tensor, *args: Any) -> Any:
+            # Whole numbers are the host's own, index maps and lengths.
+            assert not self.armed or self.reading or not tensor.is_floating_point(), f"{method} waits for the device"
+            return method(tensor, *args)
+
+        return guarded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.looked_at += 1
+        masks = (
+            [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            if str(func).startswith(("aten.index.", "aten.index_put"))
+            else []
+        )
+        if self.armed and (masks or any(name in str(func) for name in self.REFUSED)):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs or {})
+
+
+def preference_items(model: SmallModel, count: int) -> list[TrainingItem]:
+    pairs = random_preferences(count)
+    return [
+        TrainingItem(tree, PairMeta(pair.confidence, pair.confidence, -20.0, -22.0))
+        for tree, pair in zip(preference_trees(model, pairs), pairs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["rationale", "preference", "both"])
+def test_nothing_is_read_from_the_device_from_the_second_step_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "reads_late", lambda device: True)
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+    items = {
+        "rationale": response_items(24),
+        "preference": preference_items(model, 24),
+        "both": preference_items(model, 16) + response_items(8),
+    }[kind]
+    loss = preference_loss(PreferenceSettings(sft_weight=0.3, rehearsal_weight=0.5, label_smoothing="confidence"))
+    guard = NoReading(monkeypatch)
+    calls = []
+
+    def denominator(batch: list[TrainingItem]) -> Any:  # the step begins
+        guard.armed = len(calls) > 0
+        calls.append(len(batch))
+        return response_tokens(batch) if kind == "rationale" else pair_denominator(batch)
+
+    with guard:
+        history = train(
+            model,
+            items,
+            loss=rationale_loss if kind == "rationale" else loss,
+            denominator=denominator,
+            settings=replace(SETTINGS, micro_batch_size=4, gradient_accumulation_steps=2),
+            on_step=lambda metrics: None,
+        )
+    assert calls == [8, 8, 8] and len(history) == 3 and guard.looked_at > 1000
+
+
+def test_the_guard_sees_what_waits() -> None:
+    with pytest.MonkeyPatch.context() as patched, NoReading(patched) as guard:
+        guard.armed = True
+        values = torch.ones(3)
+        for wait in (
+            lambda: float(values.sum()),
+            lambda: values.tolist(),
+            lambda: values[values > 0],
+            lambda: values.cpu(),
+            lambda: bool((values > 0).any()),
+        ):
+            with pytest.raises(AssertionError, match="waits for the device"):
+                wait()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_numbers_that_are_read_late_are_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    weights, histories = [], []
+    for late in (False, True):
+        monkeypatch.setattr(training, "reads_late", lambda device, late=late: late)
+        model, steps = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=dropout)), []
+        torch.manual_seed(2)
+        history = train(
+            model,
+            response_items(40),
+            loss=rationale_loss,
+            denominator=response_tokens,
+            settings=SETTINGS,
+            on_step=lambda metrics, steps=steps: steps.append(metrics["step"]),
+            before_update=lambda metrics, steps=steps: steps.append(metrics["step"]),
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+        histories.append(history)
+        seen.append(steps)
+    assert seen[0] == seen[1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    torch.testing.assert_close(
+        weights[0], weights[1], rtol=1e-12, atol=1e-14
+    )  # clipped by a quotient that rounds otherwise
+    timed = {"tokens_per_second", "mfu", "peak_memory_bytes"}
+    for now, later in zip(*histories, strict=True):
+        assert now.keys() == later.keys()
+        for name in now.keys() - timed:
+            assert later[name] == pytest.approx(now[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_what_is_not_finite_stops_a_late_reader_with_the_weights_of_the_step_before(
+    where: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "reads_late", lambda device: True)
+    items = response_items(40)
+    bad = items[global_batch(40, step, SETTINGS)[3]].tree.key
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+    kept = []  # the weights that each step starts with
+
+    def broken(hidden, forest, head_weight, inside, denominator):
+        kept.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+        loss, metrics = rationale_loss(hidden, forest, head_weight, inside, denominator)
+        if bad in [item.tree.key for item in inside]:
+            loss = loss * math.nan if where == "loss" else loss + (hidden - hidden.detach()).abs().sum().sqrt()
+        return loss, metrics
+
+    done: list[int] = []
+    with pytest.raises(SrcfastError, match=f"step {step}: the {where} is not finite.*{bad}"):
+        train(
+            model,
+            items,
+            loss=broken,
+            denominator=response_tokens,
+            settings=SETTINGS,
+            on_step=lambda metrics: done.append(metrics["step"]),
+        )
+    now = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    assert torch.equal(now, kept[step])
+    assert step == 0 or not torch.equal(kept[step], kept[step - 1])
+    assert done == list(range(step))
+
+
+def test_a_step_says_how_fast_it_was_and_what_it_took() -> None:
+    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=12.0))
+    items = response_items(8)
+    history = train(model, items, loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    forest = Forest.of([item.tree for item in items])
+    config = model.decoder.config
+    # Counted by hand: 2 layers, a query sees its own path up to itself.
+    linear = 2 * 24 * (2 * 24 + 2 * 12 + 3 * 37)
+    adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    attended = sum(n * (n + 1) // 2 for n in (tree.num_tokens for tree in forest.trees))
+    scored = response_tokens(items)
+    flops = forest.num_tokens * (4 * linear + 6 * adapters) + 12 * 24 * 2 * attended
+    flops += 4 * 24 * config.vocab_size * scored
+    seconds = history[0]["tokens"] / history[0]["tokens_per_second"]
+    assert history[0]["mfu"] == pytest.approx(
+        flops / seconds / peak_flops(torch.device("cpu"), torch.float32), rel=1e-9
+    )
+    assert history[0]["peak_memory_bytes"] == pytest.approx(peak_rss_bytes(), rel=0.2)
+
+
+def test_a_decoder_of_unknown_shapes_has_no_mfu() -> None:
+    class Bare(torch.nn.Module):
+        head_weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+    model = torch.nn.Module()
+    model.decoder = Bare()
+    model.embedding = torch.nn.Embedding(40, 6)
+    model.forward = lambda forest: model.embedding(forest.token_ids)
+    history = train(model, response_items(8), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    assert history[0]["mfu"] is None and history[0]["tokens_per_second"] > 0

@@ -1,0 +1,163 @@
+"""Steps ahead of time in worker processes: whatever their number, the same steps and the same training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding, letters, random_text
+from torch import Tensor
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.errors import InputError
+from srcfast.models.lora import LoRAConfig
+from srcfast.runtime.loader import PackedStep, packed_steps, send
+from srcfast.runtime.loss_rows import response_rows
+from srcfast.runtime.training import TrainingItem, TrainingSettings, global_batch, train
+from srcfast.stages.rationale import rationale_loss, response_tokens
+
+SETTINGS = TrainingSettings(
+    epochs=2, micro_batch_size=2, gradient_accumulation_steps=3, token_budget=90, learning_rate=1e-2, seed=3
+)
+
+
+def picture_items(count: int = 15) -> list[TrainingItem]:
+    """Every image belongs to two items."""
+    rng = np.random.default_rng(5)
+    items = []
+    for number in range(count):
+        prompt = np.array([IMAGE] * TOKENS_PER_IMAGE + letters(random_text(rng, 20)))
+        response = np.array([*letters(random_text(rng, 15)), END])
+        tree = Tree((Segment(prompt), Segment(response, 0)), (f"image-{number // 2}",), key=f"sample-{number}")
+        items.append(TrainingItem(tree))
+    return items
+
+
+class Pictures:
+    """Like `ImageFeatures`, with room for few images; notes what was prepared in which process."""
+
+    def __init__(self, room: int = 4, broken: str | None = None) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.room, self.broken = room, broken
+        self.encoded: list[str] = []
+        self.prepared_here: list[str] = []
+        self.prepared_by: set[int] = set()
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if key not in self.kept]
+
+    def prepare(self, key: str) -> dict[str, Tensor]:
+        self.prepared_here.append(key)
+        if key == self.broken:
+            raise InputError(file=key, expected="an image", found="a broken one")
+        return {"pixels": image_embedding(key), "process": torch.tensor(os.getpid())}
+
+    def __call__(
+        self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        wanted = list(keys)
+        ready = {key: prepared[key] if key in prepared else self.prepare(key) for key in self.missing(wanted)}
+        self.encoded += ready
+        self.prepared_by |= {int(one["process"]) for one in ready.values()}
+        found = {key: ready[key]["pixels"] if key in ready else self.kept[key] for key in wanted}
+        self.kept = dict(list((self.kept | found).items())[-self.room :])
+        return found
+
+
+def steps_of(workers: int, trees: list[Tree], **more: Any) -> list[PackedStep]:
+    batch_of = partial(global_batch, len(trees), settings=SETTINGS)
+    return list(packed_steps(trees, range(6), batch_of, token_budget=90, most_trees=2, workers=workers, **more))
+
+
+def test_workers_make_the_same_steps_in_the_same_order() -> None:
+    trees = [item.tree for item in picture_items()]
+    alone, ahead = (steps_of(workers, trees, plan=response_rows) for workers in (0, 2))
+    assert [one.step for one in ahead] == [one.step for one in alone] == list(range(6))
+    for mine, other in zip(alone, ahead, strict=True):
+        assert mine.indices == other.indices and mine.images == other.images and len(mine.forests) > 1
+        for forest, there in zip(mine.forests, other.forests, strict=True):
+            assert forest.indices == there.indices
+            for name in ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor"):
+                assert torch.equal(getattr(forest, name), getattr(there, name))
+            assert torch.equal(there.cache["response rows"], response_rows(forest))  # made by the worker
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(r=3, alpha=12.0, dropout=0.2)])
+def test_training_is_the_same_with_any_number_of_workers(lora: LoRAConfig) -> None:
+    weights, encoded = [], []
+    for workers in (0, 2):
+        model, pictures = SmallModel(lora=lora), Pictures()
+        torch.manual_seed(8)
+        train(
+            model,
+            picture_items(),
+            loss=rationale_loss,
+            denominator=response_tokens,
+            settings=replace(SETTINGS, loader_workers=workers),
+            features=pictures,
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+        encoded.append(pictures.encoded)
+        # Each step asked for what was missing when it was asked for; what was dropped since is prepared here.
+        assert (pictures.prepared_by - {os.getpid()} != set()) == (workers > 0)
+        assert len(pictures.prepared_here) < len(pictures.encoded) or workers == 0
+    assert torch.equal(weights[0], weights[1])
+    assert encoded[0] == encoded[1]
+    assert len(encoded[0]) > 8  # more than the distinct ones: some were dropped and encoded again
+
+
+def test_an_image_that_a_worker_cannot_read_is_this_process_s_error() -> None:
+    pictures = Pictures(broken="image-3")
+    with pytest.raises(InputError, match="image-3: expected an image, found a broken one"):
+        train(
+            SmallModel(lora=LoRAConfig(r=2)),
+            picture_items(),
+            loss=rationale_loss,
+            denominator=response_tokens,
+            settings=replace(SETTINGS, loader_workers=1),
+            features=pictures,
+        )
+
+
+def test_workers_leave_a_plain_function_of_features_alone() -> None:
+    asked: list[list[str]] = []
+
+    def features(keys: Iterable[str]) -> dict[str, Tensor]:
+        asked.append(list(keys))
+        return {key: image_embedding(key) for key in asked[-1]}
+
+    history = train(
+        SmallModel(),
+        picture_items(),
+        loss=rationale_loss,
+        denominator=response_tokens,
+        settings=replace(SETTINGS, loader_workers=1),
+        features=features,
+    )
+    assert len(asked) == len(history) == 6
+    assert all(len(set(keys)) == len(keys) for keys in asked)
+
+
+def test_what_is_sent_arrives_in_the_dtype_asked_for() -> None:
+    found = send(np.array([[1, 2], [3, 4]]), torch.device("cpu"), torch.float64)
+    assert found.dtype == torch.float64 and found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert send([3, 1], torch.device("cpu")).dtype == torch.int64
+
+
+@pytest.mark.gpu
+def test_pinned_steps_are_copied_without_waiting() -> None:
+    trees = [item.tree for item in picture_items()]
+    for workers in (0, 1):
+        step = steps_of(workers, trees, pin=True)[0]
+        forest: Forest = step.forests[0]
+        assert forest.token_ids.is_pinned() and forest.kv_index.is_pinned()
+        moved = forest.to("cuda")
+        torch.cuda.synchronize()
+        assert torch.equal(moved.token_ids.cpu(), forest.token_ids)
