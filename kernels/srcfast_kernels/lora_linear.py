@@ -92,6 +92,12 @@ def _whole(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else nf4_dequantize(weight).to(dtype)
 
 
+def _thin(a: Tensor, b: Tensor) -> Tensor:
+    """a b, where b has few columns. A CPU's products with 8 of them take a third to a sixth of the time as b^T a^T; a GPU's
+    would lie unaligned."""
+    return a @ b if a.is_cuda else (b.T @ a.T).T
+
+
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,7 +111,7 @@ class _LoRALinears(torch.autograd.Function):
         count = len(bases)
         downs, ups = adapters[:count], adapters[count:]
         normed, inverse = (x, None) if norm is None else rms_norm_forward(x, norm.weight, norm.eps, home)
-        low = normed @ torch.cat(downs).T  # [T, sum of r]
+        low = _thin(normed, torch.cat(downs).T)  # [T, sum of r]
         ranks = [len(down) for down in downs]
         outputs = []
         for (weight, bias, scaling), up, part in zip(bases, ups, low.split(ranks, dim=-1), strict=True):
@@ -132,8 +138,8 @@ class _LoRALinears(torch.autograd.Function):
             strict=True,
         )
         for gradient, (weight, _, scaling), up, part, grad_part, needs_up in parts:
-            torch.mul(gradient @ up, scaling, out=grad_part)
-            grad_ups.append(scaling * (gradient.T @ part) if needs_up else None)
+            torch.mul(_thin(gradient, up), scaling, out=grad_part)
+            grad_ups.append(scaling * _thin(gradient.T, part) if needs_up else None)
             if needs_x:
                 whole = _whole(weight, gradient.dtype)
                 grad_x = gradient @ whole if grad_x is None else grad_x.addmm_(gradient, whole)
@@ -162,7 +168,7 @@ class _SwiGLULoRALinear(torch.autograd.Function):
         lora_b: Tensor,
     ) -> Tensor:
         x = swiglu_forward(gate, up, home)  # [T, in]
-        low = x @ lora_a.T  # [T, r]
+        low = _thin(x, lora_a.T)  # [T, r]
         ctx.save_for_backward(gate, up, low, lora_a, lora_b)
         ctx.home, ctx.weight, ctx.scaling = home, weight, scaling
         return frozen_linear(x, weight, bias).addmm_(low, lora_b.T, alpha=scaling)
@@ -171,8 +177,8 @@ class _SwiGLULoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # [T, out]
         gate, up, low, lora_a, lora_b = ctx.saved_tensors
-        grad_low = (gradient @ lora_b).mul_(ctx.scaling)
-        grad_b = (gradient.T @ low).mul_(ctx.scaling)
+        grad_low = _thin(gradient, lora_b).mul_(ctx.scaling)
+        grad_b = _thin(gradient.T, low).mul_(ctx.scaling)
         grad_x = (gradient @ _whole(ctx.weight, gradient.dtype)).addmm_(grad_low, lora_a)  # [T, in]
         grad_gate, grad_up, x = swiglu_backward(grad_x, gate, up, ctx.home, again=True)
         return grad_gate, grad_up, None, None, None, None, grad_low.T @ x, grad_b
