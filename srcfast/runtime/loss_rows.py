@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,3 +29,8 @@ def response_rows(forest: Forest) -> Tensor:
 def places_of(rows: np.ndarray, hidden: Tensor, forest: Forest, given: Tensor) -> np.ndarray:
     """Where the hidden states of a forest's rows [n] are: themselves in `hidden` [T, D], or among the `given` [M] in [M, D]."""
     return rows if len(hidden) == forest.num_tokens else np.searchsorted(given.numpy(), rows)
+
+
+def takes_rows(model: Any) -> bool:
+    """Whether a model's `forward` takes `rows`, those whose hidden states are wanted."""
+    return "rows" in inspect.signature(model.forward).parameters

@@ -10,7 +10,6 @@ and the numbers of a step are read while the device computes the next one, befor
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.errors import SrcfastError
 from srcfast.runtime.forecast import plan_checkpointing
 from srcfast.runtime.loader import PackedStep, packed_steps
+from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.telemetry import StepMeter
@@ -167,7 +167,7 @@ def train(
     state = TrainingState(optimizer)
     total = num_steps(len(items), settings)
     late = reads_late(device) and optimizer.skips_on_device
-    if not (rows and "rows" in inspect.signature(model.forward).parameters):
+    if rows is not None and not takes_rows(model):
         rows = None
     was_training, decoder = model.training, model.decoder
     model.train()

@@ -29,7 +29,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.loader import send
-from srcfast.runtime.loss_rows import places_of, response_rows
+from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees
@@ -248,15 +248,18 @@ def response_logprobs(
         trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
     found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
     for forest, hidden in _run(model, trees, token_budget, features, on_forest):
+        host = forest.host or forest
         rows, targets, sizes, order = [], [], [], []
         for number, tree_index in enumerate(forest.indices):
             for leaf, index in enumerate(members[tree_index], start=1):
-                row, target = forest.target_rows(number, [leaf])
+                row, target = host.target_rows(number, [leaf])
                 rows.append(row)
                 targets.append(target)
                 sizes.append(len(row))
                 order.append(index)
-        logps = linear_logprob(hidden.index_select(0, torch.cat(rows)), model.decoder.head_weight, torch.cat(targets))
+        places = places_of(torch.cat(rows).numpy(), hidden, forest, response_rows(forest))
+        looked_up = send(np.stack([places, torch.cat(targets).numpy()]), hidden.device)  # [2, n]
+        logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
         sums = torch.stack([part_logps.sum() for part_logps in logps.split(sizes)]).tolist()
         for index, total, size in zip(order, sums, sizes, strict=True):
             found[index] = (total, size)
@@ -277,14 +280,16 @@ def _run(
     features: Features | None,
     on_forest: Callable[[Forest], None] | None,
 ) -> Iterator[tuple[Forest, Tensor]]:
-    """(forest, hidden [T, D]) of the trees packed into forests, in evaluation mode."""
+    """(forest, hidden [T, D]) of the trees packed into forests, in evaluation mode; [M, D] of the `response_rows`
+    alone where the model takes them."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     for forest in Forest.pack(trees, token_budget):
         forest = forest.to(device)
         inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
-        yield forest, model(forest, *inputs)
+        wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
+        yield forest, model(forest, *inputs, **wanted)
         if on_forest is not None:
             on_forest(forest)
     model.train(was_training)
