@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.loader import send
 
 EMBEDDED = Path(__file__).parents[1] / "world" / "assets" / "base"
 # LLaVA-1.5's own template, for checkpoints that come without one.
@@ -120,7 +122,9 @@ class LVLM(nn.Module):
         embeddings = self.decoder.embed(forest.token_ids)
         if not forest.images:
             return embeddings
-        places = (forest.token_ids == self.image_token_id).nonzero()[:, 0]
+        # Found on the host: a GPU would have to be waited for.
+        on_host = (forest.host or forest).token_ids == self.image_token_id
+        places = send(on_host.nonzero()[:, 0], embeddings.device)
         values = torch.cat([features[key] for key in forest.images]).to(embeddings.dtype)
         if len(values) != len(places):
             raise InputError(
@@ -145,14 +149,25 @@ class ImageFeatures:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Embeddings [n, D] of each key."""
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those that are not in memory."""
+        return [key for key in keys if key not in self._kept]
+
+    def prepare(self, key: str) -> dict[str, Tensor]:
+        """The image read, and made ready for the vision tower: on the host, in whatever process."""
+        return self.model.vision.prepare(self.load(key))
+
+    def __call__(
+        self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Embeddings [n, D] of each key; those in `prepared` need not be read any more."""
         wanted = list(dict.fromkeys(keys))
-        missing = [key for key in wanted if key not in self._kept]
+        missing = self.missing(wanted)
         fresh: dict[str, Tensor] = {}
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            fresh.update(zip(batch, self.model.encode_images([self.load(key) for key in batch]), strict=True))
+            ready = [prepared[key] if key in prepared else self.prepare(key) for key in batch]
+            fresh.update(zip(batch, self.model.vision.encode(ready), strict=True))
         self.encoded += len(missing)
         found = {key: fresh[key] if key in fresh else self._kept[key] for key in wanted}
         for key, value in found.items():

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, LlavaModel, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from srcfast.errors import InputError
+from srcfast.runtime.loader import send
 
 FAMILIES = {"llava": LlavaModel, "llava_next": LlavaNextModel}
 
@@ -50,14 +52,28 @@ class Vision(nn.Module):
         _, height, width = unpad_image(grid, size).shape
         return base + height * (width + 1)  # a newline embedding ends each row
 
-    @torch.no_grad()
+    def prepare(self, image: Image.Image) -> dict[str, Tensor]:
+        """The processor's tensors of one image, on the CPU: pixel_values, and for LLaVA-NeXT image_sizes."""
+        inputs = self.processor(images=[image], return_tensors="pt")
+        return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+
     def forward(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Embeddings [n_i, D] of each image."""
+        return self.encode([self.prepare(image) for image in images])
+
+    @torch.no_grad()
+    def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        """Embeddings [n_i, D] of each prepared image."""
         parameter = next(self.model.parameters())
-        inputs = self.processor(images=list(images), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-        sizes = {"image_sizes": inputs["image_sizes"]} if self.config.model_type == "llava_next" else {}
-        return list(self.model.get_image_features(pixels, **sizes).pooler_output)
+        pixels = [own["pixel_values"] for own in prepared]
+        if self.config.model_type == "llava":
+            sizes = {}
+        else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
+            most = max(part.shape[1] for part in pixels)
+            pixels = [F.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in pixels]
+            sizes = {"image_sizes": torch.cat([own["image_sizes"] for own in prepared])}
+        batch = send(torch.cat(pixels), parameter.device).to(parameter.dtype)
+        return list(self.model.get_image_features(batch, **sizes).pooler_output)
 
 
 def bare_model(config: Any) -> nn.Module:
