@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from srcfast.errors import InputError
 from srcfast.models.lora import project, project_swiglu
@@ -115,13 +116,26 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        rows = x.shape[0]
-        q, k, v = (
-            part.view(rows, -1, self.head_dim) for part in project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
-        )  # [T, H, d], [T, Hkv, d] twice
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        layer: int,
+        attend: Attend,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """[T, D] of x [T, D], or [M, D]: what the rows [M] attend to among all T."""
+        if rows is None:
+            parts = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
+            turn = (cos, sin)
+        else:
+            parts = (*project(x[rows], self.q_proj, norm=norm), *project(x, self.k_proj, self.v_proj, norm=norm))
+            turn = (cos[rows], sin[rows])
+        q, k, v = (part.view(part.shape[0], -1, self.head_dim) for part in parts)  # [M, H, d], [T, Hkv, d] twice
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(layer, rope(q, cos, sin), rope(k, cos, sin), v).reshape(rows, -1))
+        return self.o_proj(attend(layer, rope(q, *turn), rope(k, cos, sin), v).reshape(q.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -148,19 +162,27 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, cos, sin, layer, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        attended = self.self_attn(x, self.input_layernorm, cos, sin, layer, attend, rows)
+        x = (x if rows is None else x[rows]) + attended
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head, over a flat row of T positions."""
+    """Embedding, layers, final norm and head, over a flat row of T positions.
+
+    With `checkpoint_layers` n > 0 (Chen et al., 2016, arXiv 1604.06174) only each n-th layer's input is kept for backward,
+    which computes what lies between two of them again, dropout included: the same gradients for less memory.
+    """
 
     inverse_frequencies: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_layers = 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -188,13 +210,32 @@ class Decoder(nn.Module):
         """[T] int64 -> [T, D]."""
         return self.embed_tokens(token_ids)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T]."""
+    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T].
+
+        Args:
+            attend: with `rows` the last layer gives it the queries of these rows alone.
+            rows: [M] int64 ascending, each once: the rows whose hidden states are wanted. The result is then [M, D], the
+                same but for rounding; the last layer computes keys and values of all rows, all else for these.
+        """
         cos, sin = self.rotary(positions, embeddings.dtype)
-        x = embeddings
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attend)
+        x, count = embeddings, len(self.layers)
+        every = self.checkpoint_layers or count
+        for start in range(0, count, every):
+            layers = range(start, min(start + every, count))
+            # What the last group keeps is what any group needs while it is run again: nothing is saved by dropping it.
+            if layers.stop < count and torch.is_grad_enabled():
+                x = checkpoint(self._run, layers, x, cos, sin, attend, None, use_reentrant=False)
+            else:
+                x = self._run(layers, x, cos, sin, attend, rows)
         return self.norm(x)
+
+    def _run(self, layers: range, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+        """Some layers in turn; the decoder's last one for `rows` alone."""
+        for index in layers:
+            wanted = rows if index == len(self.layers) - 1 else None
+            x = self.layers[index](x, cos, sin, index, attend, wanted)
+        return x
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, d] each; angles in fp32 (fp64 for an fp64 model) whatever the model's dtype."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
 from srcfast.models.text_model import TextModel, load_text_model
 
@@ -41,6 +42,7 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 _INSTRUCTION = "Which response has the better rationale and answer? Reply {}.\n"  # chat models need one
 NOTHING = "none"  # stands for the second candidate where one is rated on its own
 ALONE = -1  # the index that says so
+CPU_TOKENS = 4096  # in one forward on a CPU: more only leave its caches, and its allocator's memory at hand
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class Scorer(nn.Module):
         )
         self._encoded: dict[str, np.ndarray] = {}
 
-    def forward(self, forest: Forest) -> Tensor:
-        """Hidden states [T, D] of a forest of judge trees."""
-        return self.text_model(forest)
+    def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] of a forest of judge trees, or those of `rows` [M] alone: [M, D]."""
+        return self.text_model(forest, rows)
 
     @property
     def verdict_weight(self) -> Tensor:
@@ -188,20 +190,37 @@ def slot_rows(forest: Forest, judged: Sequence[JudgeTree]) -> Tensor:
 
 
 @torch.no_grad()
-def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) -> Tensor:
+def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) -> tuple[Tensor, int]:
     """Hidden states [M, D] at the verdict slots of all trees, in the order of `judged`, whatever the packing.
+
+    Candidates that begin alike share their beginning, and the last layer runs for the slots alone.
+
+    Returns:
+        The hidden states, and the number of tokens that were run.
 
     Raises:
         InputError: a tree doesn't fit into the token budget; it names the tree's key.
     """
+    shared = [share_prefixes(one.tree) for one in judged]
+    device = scorer.verdict_values.device
+    if device.type == "cpu":
+        largest = max(tree.num_tokens for tree, _ in shared)
+        token_budget = min(token_budget, max(CPU_TOKENS, largest))
     found: dict[int, Tensor] = {}
-    for forest in Forest.pack([one.tree for one in judged], token_budget):
-        inside = [judged[index] for index in forest.indices]
-        rows = slot_rows(forest, inside).to(scorer.verdict_values.device)
-        hidden = scorer(forest.to(rows.device))[rows]
-        parts = hidden.split([len(one.slots) for one in inside])
-        found.update(zip(forest.indices, parts, strict=True))
-    return torch.cat([found[index] for index in range(len(judged))])
+    tokens = 0
+    for forest in Forest.pack([tree for tree, _ in shared], token_budget):
+        bounds = forest.cu_seqlens_q.numpy()
+        firsts = np.cumsum([0, *(len(tree.segments) for tree in forest.trees)])  # each tree's first segment
+        ends = [
+            first + np.array(shared[index][1])[judged[index].slots]
+            for first, index in zip(firsts, forest.indices, strict=False)
+        ]
+        rows, places = np.unique(bounds[np.concatenate(ends) + 1] - 1, return_inverse=True)
+        hidden = scorer(forest.to(device), torch.from_numpy(rows.astype(np.int64)))
+        slots = hidden[torch.from_numpy(places).to(device)]
+        found.update(zip(forest.indices, slots.split([len(part) for part in ends]), strict=True))
+        tokens += forest.num_tokens
+    return torch.cat([found[index] for index in range(len(judged))]), tokens
 
 
 def load_scorer(

@@ -30,9 +30,13 @@ class TextModel(nn.Module):
         self.tokenizer = tokenizer
         self.path = path
 
-    def forward(self, forest: Forest) -> Tensor:
-        """Hidden states [T, D] of a forest."""
-        return self.decoder(self.decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
+    def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""
+        embeddings, attend = self.decoder.embed(forest.token_ids), forest_attend(forest, rows=rows)
+        if rows is None:
+            return self.decoder(embeddings, forest.positions, attend)
+        wanted = rows.to(embeddings.device, non_blocking=True)
+        return self.decoder(embeddings, forest.positions, attend, wanted)
 
 
 def load_text_model(

@@ -2,7 +2,8 @@
 
 Backends:
     flash_attn, torch_varlen, xformers   CUDA: one variable-length call by `varlen_plan`
-    blocks                               the CPU's default: segments of like length padded together, masked
+    blocks                               the CPU's default: segments of like length padded together, masked; without
+                                         gradients what siblings share is met once (`shared_attention`)
     varlen_reference                     the same call by its definition, block by block, plain PyTorch
     reference                            softmax under the dense ancestor mask over all T tokens
 
@@ -24,14 +25,13 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest
 from srcfast.errors import ConfigError
+from srcfast.runtime.query_blocks import like_lengths, query_blocks
+from srcfast.runtime.shared_attention import shared_attention
 from srcfast.runtime.varlen_plan import varlen_plan
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# Segments share a padded group where both their lengths are about within this ratio.
-GROUP_RATIO = 1.3
-GROUP_OFFSET = 8  # tokens: short segments share a group more readily
 FUSED_ABOVE = 1024  # keys: the scores of longer paths would take too much memory
 
 _forced: str | None = None
@@ -62,27 +62,38 @@ def available_backends() -> list[str]:
     return [name for name in _BACKENDS if live.get(name, True)]
 
 
-def forest_attention(q: Tensor, k: Tensor, v: Tensor, forest: Forest, backend: str | None = None) -> Tensor:
+def forest_attention(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, backend: str | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Causal softmax attention in which each segment sees its ancestors and itself; scale 1/sqrt(d).
 
     Args:
-        q: `[T, H, d]`.
+        q: `[T, H, d]`, or `[M, H, d]` for the queries of `rows` alone.
         k, v: `[T, Hkv, d]`; H is a multiple of Hkv (grouped-query attention).
         forest: whose T tokens these are.
         backend: one of the module's backends; None for the automatic choice.
+        rows: `[M]` int64, M >= 1, on the host, so that no device is waited for.
 
     Returns:
-        `[T, H, d]`.
+        `[T, H, d]`, or `[M, H, d]`.
     """
     name = backend or _forced or _automatic(q)
     if name not in _BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known: {', '.join(_BACKENDS)}")
-    return _BACKENDS[name](q, k, v, forest)
+    return _BACKENDS[name](q, k, v, forest, rows)
 
 
-def forest_attend(forest: Forest, backend: str | None = None) -> Attend:
-    """`forest_attention` bound to a forest, in the form that the decoder calls for each layer."""
-    return lambda layer, q, k, v: forest_attention(q, k, v, forest, backend)
+def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | None = None) -> Attend:
+    """`forest_attention` bound to a forest, in the form that the decoder calls for each layer.
+
+    Args:
+        rows: `[M]` int64 on the host, those given to `Decoder.forward`, whose last layer has queries for them alone.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return forest_attention(q, k, v, forest, backend, rows if q.shape[0] != k.shape[0] else None)
+
+    return attend
 
 
 def _automatic(q: Tensor) -> str:
@@ -117,14 +128,19 @@ class _Gather(torch.autograd.Function):
         return gradients[0].index_select(0, ctx.inverse), None, None
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
     dtype = q.dtype
     if not q.is_cuda:  # in bf16 the CPU's backward takes four times fp32's time
-        q, k, v = (x.float() if x.dtype == torch.bfloat16 else x for x in (q, k, v))
+        q, k, v = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+            return shared_attention(q, k, v, forest, rows).to(dtype)
     key = ("blocks", q.dtype, q.device)
-    if key not in forest.cache:
-        forest.cache[key] = plan_blocks(forest, q.dtype, q.device)
-    into, out_of, keys_of, groups = forest.cache[key]
+    plan = forest.cache.get(key) if rows is None else None
+    if plan is None:
+        plan = plan_blocks(forest, q.dtype, q.device, rows)
+    if rows is None:
+        forest.cache[key] = plan
+    into, out_of, keys_of, groups = plan
     queries = _Gather.apply(q, into, out_of).split([rows * long for rows, long, _, _ in groups])
     keys, values = (x.index_select(0, keys_of).split([rows * wide for rows, _, wide, _ in groups]) for x in (k, v))
     outputs = []
@@ -157,35 +173,30 @@ Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of eac
 
 
 def plan_blocks(
-    forest: Forest, dtype: torch.dtype, device: torch.device
+    forest: Forest, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
     """Index maps of the queries into and out of the padded groups, of the keys into them, and the groups.
 
-    A row is a segment; its keys are its path from the root. Both end at the segment's last token and are padded in
-    front, so that one causal mask serves all rows of a group. Work is the sum of segment times path: less than the
-    square of the tree wherever it has children.
+    A row is a segment, or its part that `rows` names; its keys are its path from the root. Both end at its last token
+    and are padded in front, so that one causal mask serves all rows of a group. Work is the sum of segment times path:
+    less than the square of the tree wherever it has children.
     """
-    host = forest.host or forest
-    bounds_q, bounds_k = host.cu_seqlens_q.numpy(), host.cu_seqlens_k.numpy()
-    kv_index = host.kv_index.numpy()
-    lengths, paths = np.diff(bounds_q), np.diff(bounds_k)
-    # More padding and more calls both cost more: see GROUP_RATIO.
-    steps = np.floor(np.log(np.stack([paths, lengths]) + GROUP_OFFSET) / np.log(GROUP_RATIO))  # [2, segments]
-    order = np.lexsort(steps)
-    cuts = np.flatnonzero(np.any(np.diff(steps[:, order], axis=1) != 0, axis=0)) + 1
+    blocks = query_blocks(forest, rows)
+    kv_index = (forest.host or forest).kv_index.numpy()
     into, keys_of, groups = [], [], []
-    out_of = np.empty(forest.num_tokens, dtype=np.int64)
+    out_of = np.empty(blocks.lengths.sum(), dtype=np.int64)
     begin = 0
-    for members in np.split(order, cuts):
-        long, wide = int(lengths[members].max()), int(paths[members].max())
+    for members in like_lengths(blocks.lengths, blocks.paths):
+        lengths, paths = blocks.lengths[members, None], blocks.paths[members, None]
+        long, wide = int(lengths.max()), int(paths.max())
         from_end_q, from_end_k = np.arange(long)[::-1], np.arange(wide)[::-1]  # tokens that follow
-        index = np.maximum(bounds_q[members + 1, None] - 1 - from_end_q, 0)  # [rows, long]
-        real = from_end_q < lengths[members, None]
+        index = np.maximum(blocks.ends[members, None] - 1 - from_end_q, 0)  # [rows, long]
+        real = from_end_q < lengths
         out_of[index[real]] = begin + np.flatnonzero(real)
         begin += index.size
         into.append(index.ravel())
-        keys_of.append(kv_index[np.maximum(bounds_k[members + 1, None] - 1 - from_end_k, 0)].ravel())
-        hidden = (from_end_k[None, :] < from_end_q[:, None]) | (from_end_k >= paths[members, None])[:, None]
+        keys_of.append(kv_index[np.maximum(blocks.key_ends[members, None] - 1 - from_end_k, 0)].ravel())
+        hidden = (from_end_k[None, :] < from_end_q[:, None]) | (from_end_k >= paths)[:, None]
         # Half of the least number: finite, so that no row of scores is all minus infinity.
         mask = torch.zeros(hidden.shape, dtype=dtype)  # [rows, long, wide]
         mask.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2)
@@ -197,10 +208,10 @@ def plan_blocks(
 # One variable-length call -----------------------------------------------------------------------------------
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    plan = varlen_plan(forest)
+    plan = varlen_plan(forest, rows)
     keys, values = plan.gather(k, v)  # [K, Hkv, d]
     return flash_attn_varlen_func(
         q,
@@ -222,10 +233,10 @@ def varlen_takes(option: str) -> bool:
     return option in inspect.signature(varlen_attn).parameters
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = varlen_plan(forest)
+    plan = varlen_plan(forest, rows)
     keys, values = plan.gather(k, v)  # [K, Hkv, d]
     options = {"enable_gqa": q.shape[1] != k.shape[1]}
     if not varlen_takes("enable_gqa"):
@@ -245,18 +256,21 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     return output
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
     from xformers.ops import fmha, memory_efficient_attention
 
-    plan = varlen_plan(forest)
-    if "xformers" not in forest.cache:
-        forest.cache["xformers"] = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+    plan = varlen_plan(forest, rows)
+    bias = forest.cache.get("xformers") if rows is None else None
+    if bias is None:
+        bias = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
             plan.cu_seqlens_q.diff().tolist(), plan.cu_seqlens_k.diff().tolist(), device=q.device
         )
+    if rows is None:
+        forest.cache["xformers"] = bias
     keys, values = plan.gather(k, v)  # [K, Hkv, d]
     # Its form for grouped queries has no backward.
     keys, values = _all_heads(keys, q)[None], _all_heads(values, q)[None]
-    return memory_efficient_attention(q[None], keys, values, attn_bias=forest.cache["xformers"])[0]
+    return memory_efficient_attention(q[None], keys, values, attn_bias=bias)[0]
 
 
 def _all_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -264,8 +278,8 @@ def _all_heads(x: Tensor, q: Tensor) -> Tensor:
     return x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2)
 
 
-def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-    plan = varlen_plan(forest)
+def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+    plan = varlen_plan(forest, rows)
     keys, values = plan.gather(k, v)  # [K, Hkv, d]
     bounds_q, bounds_k = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_k.tolist()
     outputs = []
@@ -278,11 +292,11 @@ def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor
     return torch.cat(outputs)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-    visible = torch.zeros(q.shape[0], q.shape[0], dtype=torch.bool, device=q.device)  # [query, key]
+def _reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+    visible = torch.zeros(k.shape[0], k.shape[0], dtype=torch.bool, device=q.device)  # [query, key]
     for path in forest.paths():
         visible[path[:, None], path] |= torch.ones(len(path), len(path), dtype=torch.bool, device=q.device).tril()
-    return _softmax_attention(q, k, v, visible)
+    return _softmax_attention(q, k, v, visible if rows is None else visible[rows.to(q.device)])
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -293,7 +307,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tens
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Forest], Tensor]] = {
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Forest, Tensor | None], Tensor]] = {
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
     "xformers": _xformers,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srcfast.data.forest import Forest
+from srcfast.runtime.query_blocks import behind_one_another, query_blocks
 from srcfast_kernels.gather_rows import RowCopies, gather_rows
 
 
@@ -37,8 +38,10 @@ class VarlenPlan:
         return (k, v) if self.copies is None else gather_rows(k, v, self.copies)
 
 
-def varlen_plan(forest: Forest) -> VarlenPlan:
-    """The forest's plan on the device of its tensors; made once."""
+def varlen_plan(forest: Forest, rows: Tensor | None = None) -> VarlenPlan:
+    """The forest's plan on the device of its tensors, made once; or one for the queries of `rows` [M] alone."""
+    if rows is not None:
+        return _plan_of_rows(forest, rows)
     if "varlen" not in forest.cache:
         forest.cache["varlen"] = _plan(forest.host or forest, forest.token_ids.device)
     return forest.cache["varlen"]
@@ -54,11 +57,26 @@ def _plan(host: Forest, device: torch.device) -> VarlenPlan:
     copies = None
     if cu_seqlens_k[-1] > host.num_tokens:  # else each row is some block's own, once and in order
         index = host.kv_index.numpy()[np.repeat(ends, paths)]  # [K]
-        copies = RowCopies.of(torch.from_numpy(index), host.num_tokens).to(device)
+        copies = RowCopies.of(torch.from_numpy(index), host.num_tokens)
+    return _on_device(cu_seqlens_q, cu_seqlens_k, copies, device)
+
+
+def _plan_of_rows(forest: Forest, rows: Tensor) -> VarlenPlan:
+    blocks = query_blocks(forest, rows)
+    host = forest.host or forest
+    index = host.kv_index.numpy()[behind_one_another(blocks.key_ends - blocks.paths, blocks.paths)]  # [K]
+    bounds = (np.append(0, x.cumsum()).astype(np.int32) for x in (blocks.lengths, blocks.paths))
+    copies = RowCopies.of(torch.from_numpy(index), host.num_tokens)
+    return _on_device(*bounds, copies, forest.token_ids.device)
+
+
+def _on_device(
+    cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, copies: RowCopies | None, device: torch.device
+) -> VarlenPlan:
     return VarlenPlan(
         cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(device, non_blocking=True),
         cu_seqlens_k=torch.from_numpy(cu_seqlens_k).to(device, non_blocking=True),
         max_seqlen_q=int(np.diff(cu_seqlens_q).max()),
         max_seqlen_k=int(np.diff(cu_seqlens_k).max()),
-        copies=copies,
+        copies=None if copies is None else copies.to(device),
     )

@@ -230,7 +230,7 @@ def evaluate_scorer(
     """
     scorer.eval()
     judged = [judge_tree_of(scorer, example) for example in examples]
-    wins, said = scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget))  # [M] each
+    wins, said = scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget)[0])  # [M] each
     values = scorer.verdict_values.tolist()
     hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
     by_fault: dict[str, list[bool]] = defaultdict(list)

@@ -97,16 +97,16 @@ def _score_block(
         if mode == "independent" or len(distinct) >= 2:  # a lone text has nothing to be compared with
             trees.append(scorer.judge_tree(sample_reference(sample), distinct, pairs, key=sample.id))
             owners.append(index)
-    results = [_lone() for _ in samples]
+    results, tokens = [_lone() for _ in samples], 0
     if trees:
-        slots = slot_hidden(scorer, trees, token_budget)  # [M, D]
+        slots, tokens = slot_hidden(scorer, trees, token_budget)  # [M, D]
         owner = np.repeat(owners, [len(one.slots) for one in trees])  # [M]
         first = np.concatenate([one.first for one in trees])
         second = np.concatenate([one.second for one in trees])
         judge = _independent if mode == "independent" else _pairwise
         results = judge(scorer, slots, first, second, owner, [len(distinct) for distinct in texts])
     rows = [_expand(*parts) for parts in zip(samples, candidates, texts, results, strict=True)]
-    return rows, sum(one.tree.num_tokens for one in trees)
+    return rows, tokens
 
 
 def _pairwise(

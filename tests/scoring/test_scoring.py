@@ -180,7 +180,7 @@ def test_rates_count_decided_verdicts(scorer):
     texts = [c.text for c in groups["s0"]]
     one = scorer.judge_tree(sample_reference(samples[0]), texts)
     with torch.no_grad():
-        said = scorer.verdict_logits(slot_hidden(scorer, [one], 100_000)).argmax(-1).tolist()
+        said = scorer.verdict_logits(slot_hidden(scorer, [one], 100_000)[0]).argmax(-1).tolist()
     verdict = dict(zip(zip(one.first.tolist(), one.second.tolist(), strict=True), said, strict=True))
     unordered = [(i, j) for i in range(6) for j in range(i + 1, 6)]
     flips = [verdict[i, j] == verdict[j, i] != 1 for i, j in unordered]
