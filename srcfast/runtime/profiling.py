@@ -92,6 +92,7 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.synchronize()  # what is queued belongs to the step before
             torch.cuda.memory._record_memory_history(max_entries=HISTORY)
         self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
         self._profile.start()
@@ -182,10 +183,10 @@ def _own_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, 
 
 
 def _kind(name: str) -> str:
-    if _SRCFAST.match(name):
-        return "srcfast"
     if _ATTENTION.search(name):
         return "attention"
+    if _SRCFAST.match(name):
+        return "srcfast"
     return "gemm" if _GEMM.search(name) else "other"
 
 
