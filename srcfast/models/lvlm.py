@@ -135,9 +135,14 @@ class LVLM(nn.Module):
             )
         return embeddings.index_put((places,), values)
 
-    def forward(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states [T, D] of a forest; `features` holds each distinct image's embeddings by its key."""
-        return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest))
+    def forward(self, forest: Forest, features: Mapping[str, Tensor], rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
+
+        `features` holds each distinct image's embeddings by its key.
+        """
+        embeddings, attend = self.embed(forest, features), forest_attend(forest, rows=rows)
+        wanted = None if rows is None else send(rows, embeddings.device)
+        return self.decoder(embeddings, forest.positions, attend, wanted)
 
 
 class ImageFeatures:
