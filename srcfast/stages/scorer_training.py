@@ -23,6 +23,9 @@ from srcfast.data.rationale_format import Format, format_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
+from srcfast.runtime.loader import send
+from srcfast.runtime.loss_rows import places_of
+from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Metrics, TrainingItem, TrainingSettings, train
 from srcfast.stages.scoring import sample_reference
 
@@ -174,6 +177,7 @@ def train_scorer(
     examples: Sequence[ScorerExample],
     settings: TrainingSettings,
     on_step: Callable[[Metrics], None] | None = None,
+    profiler: StepProfiler | None = None,
 ) -> list[Metrics]:
     """Cross entropy over the verdict tokens alone, at the verdict slots alone.
 
@@ -196,9 +200,10 @@ def train_scorer(
     def loss(
         hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], slots: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = slot_rows(forest, [item.meta[0] for item in inside]).to(hidden.device)
-        targets = torch.cat([item.meta[1] for item in inside]).to(hidden.device)  # [M]
-        logits = hidden[rows].float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
+        slot = slot_rows(forest, [item.meta[0] for item in inside]).numpy()
+        places = send(places_of(slot, hidden, forest, segment_ends(forest)), hidden.device)
+        targets = send(torch.cat([item.meta[1] for item in inside]), hidden.device)  # [M]
+        logits = hidden.index_select(0, places).float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
 
@@ -209,7 +214,15 @@ def train_scorer(
         denominator=lambda batch: sum(len(item.meta[1]) for item in batch),
         settings=settings,
         on_step=on_step,
+        rows=segment_ends,  # the slots are among them
+        head_rows=lambda forest: 0,  # of the verdict tokens alone: next to nothing
+        profiler=profiler,
     )
+
+
+def segment_ends(forest: Forest) -> Tensor:
+    """Each segment's last row, [S] int64, on the host."""
+    return (forest.host or forest).cu_seqlens_q[1:].long() - 1
 
 
 def evaluate_scorer(
