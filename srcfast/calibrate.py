@@ -7,9 +7,12 @@ command continues a run that was stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from srcfast.config import Config
 from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
@@ -26,10 +29,13 @@ from srcfast.loading import (
     read_training_samples,
 )
 from srcfast.models.lora import save_adapter
+from srcfast.models.scorer import Scorer
+from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.report.page import write_report
+from srcfast.runtime.measure import measured
 from srcfast.runtime.run_directory import RunDirectory
 from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
-from srcfast.runtime.training import num_steps
+from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
 from srcfast.stages.candidates import diversity, generate_candidates
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
@@ -49,7 +55,8 @@ def calibrate(config: Config) -> Path:
         ConfigError: the run directory holds a stage that was finished with other settings.
         InputError: data that can't be used, by file, line and field.
     """
-    run = Calibration(config)
+    with out_of_memory_is_met(config, "evaluation"):
+        run = Calibration(config)
     run.evaluate("base", None)
     run.rationale()
     run.evaluate("rationale", run.directory.rationale_adapter)
@@ -85,6 +92,7 @@ class Calibration:
             for sample in group
         }
         self.policy = Policy(config, list(self.samples.values()))
+        self.judge: Scorer | None = None
 
     # Stages -----------------------------------------------------------------------------------------------
 
@@ -117,7 +125,7 @@ class Calibration:
             return {"entries": entries}
 
         total = sum(len(one.samples) for one in self.evaluation_sets)
-        self._stage(f"{model}/evaluation", ("data", "evaluation"), total, work)
+        self._stage(f"{model}/evaluation", ("data", "evaluation"), total, work, adapted=adapter is not None)
 
     def rationale(self) -> None:
         """Stage 1: LoRA on rationale-answer pairs."""
@@ -127,7 +135,9 @@ class Calibration:
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
             step = self._step("rationale", progress)
-            fine_tune_rationale(lvlm, raps, loop, features=self.policy.features, on_step=step)
+            fine_tune_rationale(
+                lvlm, raps, loop, features=self.policy.features, on_step=step, on_items=self._expect("rationale", loop)
+            )
             self._keep_adapter(self.directory.rationale_adapter)
             return {"pairs": len(raps), "dropped": dict(dropped)}
 
@@ -149,10 +159,11 @@ class Calibration:
         chosen = self._headroom_samples()
 
         def work(progress: Track) -> dict[str, Any]:
-            judge = load_judge(self.config)
+            searched = [self._search(samples, iteration, progress) for _, samples in chosen]
+            judge = self._load_judge()
             entries = []
-            for one, samples in chosen:
-                found = {s.id: own for s, own in zip(samples, self._search(samples, iteration, progress), strict=True)}
+            for (one, samples), candidates in zip(chosen, searched, strict=True):
+                found = {sample.id: own for sample, own in zip(samples, candidates, strict=True)}
                 rows = score_candidates(judge, samples, found, self.config.scorer.token_budget, self.config.scorer.mode)
                 good = self._greedy_aligned(self._model_before(iteration), one)
                 entry = measure_headroom(samples, [good[s.id] for s in samples], found, rows)
@@ -168,7 +179,7 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             score_candidates(
-                load_judge(self.config),
+                self._load_judge(),
                 samples,
                 self._candidates(iteration),
                 self.config.scorer.token_budget,
@@ -231,6 +242,7 @@ class Calibration:
                 features=self.policy.features,
                 on_step=self._step(f"iteration-{iteration}/dpo", progress),
                 rehearsal=rehearsal,
+                on_items=self._expect("dpo", loop),
             )
             self._keep_adapter(self.directory.adapter(iteration))
             return {"pairs": len(pairs)}
@@ -266,7 +278,12 @@ class Calibration:
             },
             "rejected": self.rejected,
             "stages": [
-                {"name": name, "seconds": s["seconds"], "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9)}
+                {
+                    "name": name,
+                    "seconds": s["seconds"],
+                    "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9),
+                    "memory": s.get("memory"),
+                }
                 for name, s in manifest.items()
             ],
             "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
@@ -319,16 +336,38 @@ class Calibration:
         total: int,
         work: Callable[[Track], dict[str, Any]],
         unit: str = "samples",
+        adapted: bool = True,
     ) -> None:
-        """Run a stage unless the manifest has it, with a progress bar, and enter it when all it wrote is on disk."""
+        """Run a stage unless the manifest has it, with a progress bar, and enter it when all it wrote is on disk.
+
+        Args:
+            name: the manifest's.
+            sections: settings that the stage depends on, beside those of all stages.
+            total: units to do.
+            work: does it; what it returns is entered.
+            unit: what is counted.
+            adapted: whether the policy has an adapter.
+        """
         resolved = self.config.model_dump(mode="json")
         shared = ("seed", "model", "data")
         settings = {key: resolved[key] for key in dict.fromkeys((*shared, *sections))}
         if self.directory.stage_done(name, settings):
             return
         self.directory.forget_metrics(name)
-        with track(name, total, unit, quiet=self.config.quiet) as progress:
+        kind = name.rpartition("/")[2]
+        self.forecast = forecast_stage(self.config, kind, images=len(self.samples))
+        if not adapted:
+            self.forecast = replace(self.forecast, adapter=0.0)
+        with (
+            out_of_memory_is_met(self.config, kind),
+            measured(
+                self.config.model.device, lambda: [p for model in self._models() for p in model.parameters()]
+            ) as taken,
+            track(name, total, unit, quiet=self.config.quiet) as progress,
+        ):
             found = work(progress)
+        found["memory"] = taken.record(self.forecast, self._models())
+        self.judge = None
         found["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
         self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
 
@@ -344,6 +383,27 @@ class Calibration:
         directory.mkdir(parents=True, exist_ok=True)
         save_adapter(self.policy.model, directory)
         self.policy.adapter = directory
+        self.policy.model.zero_grad(set_to_none=True)  # no later stage needs the gradients' memory
+
+    def _models(self) -> list[torch.nn.Module]:
+        """What is in memory."""
+        return [
+            model for model in (self.policy.model if self.policy.in_memory else None, self.judge) if model is not None
+        ]
+
+    def _load_judge(self) -> Scorer:
+        """The R-Scorer, for the rest of the stage; the policy leaves where it has no place beside it."""
+        self.policy.make_room()
+        self.judge = load_judge(self.config)
+        return self.judge
+
+    def _expect(self, stage: str, loop: TrainingSettings) -> Callable[[Sequence[TrainingItem]], None]:
+        """Told of a training stage's items, it forecasts their memory in place of typical ones'."""
+
+        def forecast(items: Sequence[TrainingItem]) -> None:
+            self.forecast = forecast_items(self.config, stage, [item.tree for item in items], loop)
+
+        return forecast
 
     def _search(self, samples: list[Sample], iteration: int, progress: Track) -> list[list[Candidate]]:
         section = self.config.candidates

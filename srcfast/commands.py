@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,10 @@ from srcfast.loading import draw, features_of, load_judge, load_model, policy_ha
 from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
 
 if TYPE_CHECKING:
-    from srcfast.runtime.training import TrainingSettings
+    from torch import nn
+
+    from srcfast.runtime.forecast import Forecast
+    from srcfast.runtime.training import TrainingItem, TrainingSettings
 
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
@@ -153,6 +158,22 @@ def _read_candidates(directory: Path | None) -> dict[str, list[Candidate]]:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
+def meets_out_of_memory(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command, of which the settings are the first argument, that says what to change where memory runs out."""
+
+    def of(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(config: Config, *arguments: Any) -> None:
+            from srcfast.plan import out_of_memory_is_met
+
+            with out_of_memory_is_met(config, stage):
+                command(config, *arguments)
+
+        return run
+
+    return of
+
+
 def calibrate(config: Config) -> None:
     """Run everything; show the results and say where the page is."""
     from rich.console import Console
@@ -167,6 +188,7 @@ def calibrate(config: Config) -> None:
     print(f"page: {page}")
 
 
+@meets_out_of_memory("rationale")
 def rationale(config: Config, source: Source, output: Path | None) -> None:
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
@@ -178,14 +200,15 @@ def rationale(config: Config, source: Source, output: Path | None) -> None:
     model = load_model(config, config.lora.lora_config(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
     loop = config.rationale.training_settings(config.seed)
-    with TrainingRun("rationale", len(raps), loop, output, config.quiet) as run:
-        fine_tune_rationale(model, raps, loop, features=features, on_step=run.step)
+    with TrainingRun("rationale", len(raps), loop, output, config, model) as run:
+        fine_tune_rationale(model, raps, loop, features=features, on_step=run.step, on_items=run.expect)
     save_adapter(model, output)
     run.write_summary(
         model=str(model.path), samples=len(raps) + dropped.total(), pairs=len(raps), dropped=dict(dropped)
     )
 
 
+@meets_out_of_memory("candidates")
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of every sample into shards under `output`."""
     from srcfast.stages.candidates import generate_candidates
@@ -208,6 +231,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     write_shards(output, (candidate.to_json() for own in found for candidate in own))
 
 
+@meets_out_of_memory("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Judge candidates into shards under `output`."""
     from srcfast.stages.scoring import score_candidates
@@ -237,6 +261,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
         print(json.dumps({"pairs": len(pairs), "dropped": funnel["dropped"]}))
 
 
+@meets_out_of_memory("dpo")
 def dpo(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Preference-tune an adapter (a given one, or a new one) into `output`."""
     from srcfast.models.lora import save_adapter
@@ -273,33 +298,53 @@ def dpo(config: Config, source: Source, adapter: Path | None, output: Path | Non
             preferences[index] = pair
     loop = config.dpo.training_settings(config.seed)
     loss = config.dpo.preference_settings(config.curation.weighting)
-    with TrainingRun("dpo", len(preferences), loop, output, config.quiet) as run:
+    with TrainingRun("dpo", len(preferences), loop, output, config, model) as run:
         train_preference(
-            model, preferences, loss, loop, expected_reference_hash=name, features=features, on_step=run.step
+            model,
+            preferences,
+            loss,
+            loop,
+            expected_reference_hash=name,
+            features=features,
+            on_step=run.step,
+            on_items=run.expect,
         )
     save_adapter(model, output)
     run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
 
 
 class TrainingRun:
-    """A training stage's progress bar, `metrics.jsonl` and `summary.json`."""
+    """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured."""
 
-    def __init__(self, name: str, items: int, loop: TrainingSettings, output: Path, quiet: bool) -> None:
+    def __init__(
+        self, name: str, items: int, loop: TrainingSettings, output: Path, config: Config, model: nn.Module
+    ) -> None:
+        from srcfast.runtime.measure import measured
         from srcfast.runtime.training import num_steps
 
         output.mkdir(parents=True, exist_ok=True)
         (output / "metrics.jsonl").unlink(missing_ok=True)
-        self.output = output
+        self.name, self.loop, self.output, self.config, self.model = name, loop, output, config, model
         self.history: list[dict[str, Any]] = []
+        self.forecast: Forecast | None = None
         self.writer = MetricsWriter(output / "metrics.jsonl")
-        self.progress = Track(name, num_steps(items, loop), "steps", quiet)
+        self.memory = ExitStack()
+        self.taken = self.memory.enter_context(measured(config.model.device, model.parameters))
+        self.progress = Track(name, num_steps(items, loop), "steps", config.quiet)
 
     def __enter__(self) -> TrainingRun:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.memory.close()
         self.progress.close()
         self.writer.close()
+
+    def expect(self, items: Sequence[TrainingItem]) -> None:
+        """Forecast the memory of training on these items."""
+        from srcfast.plan import forecast_items
+
+        self.forecast = forecast_items(self.config, self.name, [item.tree for item in items], self.loop)
 
     def step(self, metrics: dict[str, Any]) -> None:
         self.history.append(metrics)
@@ -317,9 +362,12 @@ class TrainingRun:
             "first_step": self.history[0],
             "last_step": self.history[-1],
         }
+        if self.forecast is not None:
+            summary["memory"] = self.taken.record(self.forecast, [self.model])
         write_json(self.output / "summary.json", summary)
 
 
+@meets_out_of_memory("evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Greedy answers to every evaluation dataset: `predictions/` and `summary.json` under `output`."""
     from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
@@ -352,6 +400,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         print(json.dumps(entries, indent=2))
 
 
+@meets_out_of_memory("preferences")
 def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """{images, prompt, response} in, {logprob, tokens} out, line for line; a bad line stops it at once."""
     from srcfast.stages.preference import response_logprobs
@@ -377,6 +426,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
     write_jsonl(output, ({"logprob": value, "tokens": tokens} for value, tokens in found))
 
 
+@meets_out_of_memory("scorer_training")
 def scorer(config: Config, source: Source, output: Path | None) -> None:
     """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
     from srcfast.data.rationale_format import parse_response
@@ -405,7 +455,7 @@ def scorer(config: Config, source: Source, output: Path | None) -> None:
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     judge, loop = load_judge(config), own.training_settings(config.seed)
-    with TrainingRun("scorer", len(train), loop, output, config.quiet) as run:
+    with TrainingRun("scorer", len(train), loop, output, config, judge) as run:
         train_scorer(judge, train, loop, run.step)
     save_text_model(judge.text_model, output)
     result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)

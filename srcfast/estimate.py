@@ -26,7 +26,7 @@ from srcfast.plan import (
     policy_sizes,
     typical_tree,
 )
-from srcfast.runtime.activations import ForestSizes, saved_bytes
+from srcfast.runtime.activations import ForestSizes, kept_bytes
 from srcfast.runtime.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
 from srcfast.runtime.forecast import Forecast, moment_bytes
 from srcfast.runtime.memory import ModelSizes, parse_bytes, show_bytes
@@ -157,11 +157,11 @@ def sample_flops(config: Config, stage: str, lengths: Lengths) -> float:
         return section.epochs * passes + _image_flops(model)
     if stage in DECODING:
         rows = config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1
-        seen = rows * attended_of(one.tokens, lengths.response)
+        seen = rows * attended_of(tree.num_tokens, lengths.response)
         prompt = forward_flops(model.shapes, one.tokens, one.attended, 1, adapter) + _image_flops(model)
         return prompt + decode_flops(model.shapes, rows * lengths.response, seen, adapter)
-    rows = 0 if stage == "scores" else one.head_rows
-    return forward_flops(model.shapes, one.tokens, one.attended, rows, adapter) + _image_flops(model)
+    head_rows = 0 if stage == "scores" else one.head_rows
+    return forward_flops(model.shapes, one.tokens, one.attended, head_rows, adapter) + _image_flops(model)
 
 
 def _image_flops(model: ModelSizes) -> float:
@@ -178,7 +178,7 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
     """What doesn't depend on the stage."""
     adapter = 0 if model.lora is None else model.lora.parameters
     pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", lengths)]), model.device_type)
-    casts = saved_bytes(model, pair.times(0))  # of the adapter: they don't depend on tokens
+    casts = kept_bytes(model, pair.times(0)).most  # of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
     moments = moment_bytes(getattr(config.dpo, "optimizer", "adamw"), adapter, model.device_type)
     return {
@@ -191,7 +191,7 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
         "adapter_bytes": 4 * adapter,
         "optimizer_bytes": 4 * adapter + moments,
         "fixed_bytes": weights + 8 * adapter + moments,
-        "activation_bytes_per_token": (saved_bytes(model, pair) - casts) / pair.tokens,
+        "activation_bytes_per_token": (kept_bytes(model, pair).most - casts) / pair.tokens,
         "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
         "memory": room if math.isfinite(room) else None,
         "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=room, lengths=lengths)

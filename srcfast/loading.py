@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +19,13 @@ from srcfast.data.records import Preference, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
-from srcfast.models.lora import LoRAConfig, adapter_hash
+from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora
 from srcfast.models.scorer import Scorer, load_scorer
+from srcfast.plan import policy_stays
+from srcfast.runtime.forecast import image_cache, images_at_once
+from srcfast.runtime.memory import ModelSizes, limit_memory, memory_of, parse_bytes
 from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
 from srcfast.world.samples import world_samples
-
-IMAGE_CACHE = 1 << 30  # bytes of encoded images kept
 
 
 @dataclass(frozen=True)
@@ -128,19 +130,31 @@ class Policy:
     def __init__(self, config: Config, records: Sequence[Sample | Preference]) -> None:
         self.config = config
         self.adapter: Path | None = None
-        self.model = load_model(config, None)
-        self.features = features_of(self.model, records)
+        self._model: LVLM | None = load_model(config, None)
+        self.features = features_of(self._model, records)
+
+    @property
+    def model(self) -> LVLM:
+        """Read again if it was set aside: the bare base then."""
+        if self._model is None:
+            self._model = load_model(self.config, None)
+            self.features.model = self._model
+        return self._model
+
+    @property
+    def in_memory(self) -> bool:
+        return self._model is not None
 
     def use(self, adapter: Path | None) -> LVLM:
         """The model with this adapter, trainable, or the bare base."""
         if adapter != self.adapter:
-            self._replace(adapter)
+            self._adapt(adapter)
             self.adapter = adapter
         return self.model
 
     def fresh(self) -> LVLM:
         """The model with a new adapter, drawn by the config's seed."""
-        self._replace(self.config.lora.lora_config(self.config.seed))
+        self._adapt(self.config.lora.lora_config(self.config.seed))
         self.adapter = None
         return self.model
 
@@ -148,13 +162,35 @@ class Policy:
         """Names base and adapter, and how they are computed with: whose log-probabilities these are."""
         return policy_hash(self.config, self.model, self.adapter)
 
-    def _replace(self, lora: Path | LoRAConfig | None) -> None:
-        self.model = load_model(self.config, lora)
-        self.features.model = self.model  # the vision part is the same: what was encoded stays
+    def make_room(self) -> None:
+        """Set the model aside where it does not fit into memory beside the R-Scorer; what needs it next reads it again.
+
+        Encoded images stay.
+        """
+        if self._model is None or policy_stays(self.config):
+            return
+        del self.features.model
+        self._model = self.adapter = None
+        gc.collect()
+        if torch.device(self.config.model.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _adapt(self, lora: Path | LoRAConfig | None) -> None:
+        """Another adapter on the same base: no weight is read again, and no second model is ever in memory."""
+        remove_adapter(self.model)
+        apply_lora(self.model, lora)
+
+
+def remove_adapter(model: LVLM) -> None:
+    """The bare base again, as it was."""
+    for name, layer in adapters(model).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
 def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
     """The LVLM of the settings."""
+    _limit_memory(config)
     return load_lvlm(
         config.model.path,
         quantize=None if config.model.quantize == "none" else config.model.quantize,
@@ -166,15 +202,22 @@ def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
 
 def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:
     """The records' encoded images, kept in memory up to a limit."""
-    return ImageFeatures(model, image_loader(records), IMAGE_CACHE)
+    sizes = ModelSizes.of(model)
+    room = memory_of(next(model.parameters()).device)
+    return ImageFeatures(model, image_loader(records), image_cache(room), images_at_once(sizes, room))
 
 
 def load_judge(config: Config, lora: LoRAConfig | None = None) -> Scorer:
     """The R-Scorer of the settings."""
+    _limit_memory(config)
     dtype = getattr(torch, config.scorer.dtype)
     return load_scorer(
         config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device, lora=lora
     )
+
+
+def _limit_memory(config: Config) -> None:
+    limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"))
 
 
 def policy_hash(config: Config, model: LVLM, adapter: Path | None) -> str:

@@ -6,7 +6,7 @@ Stages are named as in the run directory: rationale, candidates, scores, prefere
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from srcfast.config import Config
-from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.errors import OutOfMemory
 from srcfast.models.sizes import checkpoint_shapes
 from srcfast.runtime.activations import ForestSizes
@@ -30,10 +30,12 @@ from srcfast.runtime.forecast import (
     most_that_fit,
 )
 from srcfast.runtime.memory import USABLE, ModelSizes, memory_of, parse_bytes, show_bytes
+from srcfast.runtime.training import TrainingSettings, global_batch, num_steps
 
 ASSETS = Path(__file__).parent / "world" / "assets"
 TRAINING = ("rationale", "dpo")
 DECODING = ("candidates", "evaluation")
+STEPS_LOOKED_AT = 1000
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation")
 # What torch, its BLAS libraries and the operating system say.
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -130,7 +132,7 @@ def forecast_stage(
 
     Args:
         config: its settings.
-        stage: one of `STAGES`.
+        stage: one of `STAGES`, or headroom.
         memory: bytes of the device; decides what is done to fit into it (checkpointing, what is set aside). None: what
             `device_memory` finds.
         lengths: of a typical sample.
@@ -139,6 +141,10 @@ def forecast_stage(
         images: distinct ones of the stage; None: more than are kept.
     """
     room = device_memory(config) if memory is None else memory
+    if stage == "headroom":  # both, one after the other
+        parts = [forecast_stage(config, part, memory=room, lengths=lengths) for part in ("candidates", "scores")]
+        on_gpu = torch.device(config.model.device).type == "cuda"
+        return replace(max(parts, key=lambda part: part.peak if on_gpu else part.counted), stage=stage)
     model = policy_sizes(config)
     tree = typical_tree(config, stage, lengths)
     one = ForestSizes.of(Forest.of([tree]), model.device_type)
@@ -149,7 +155,7 @@ def forecast_stage(
             one.times(decoding.batch_size),
             samples=decoding.batch_size,
             rows=config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1,
-            prompt_tokens=one.tokens,
+            prompt_tokens=tree.num_tokens,
             new_tokens=decoding.max_new_tokens,
             memory=room,
             images=images,
@@ -184,6 +190,26 @@ def forecast_stage(
 
     stated: Any = getattr(section, "activation_checkpointing", "auto")
     return peak(least_checkpointing(peak, model.shapes.layers, room) if stated == "auto" else stated)
+
+
+def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: TrainingSettings) -> Forecast:
+    """A training stage's peak on these trees: on the largest forest that the loop makes of them."""
+    device = torch.device(config.model.device).type
+    members = largest_forest([tree.num_tokens for tree in trees], loop)
+    forest = ForestSizes.of(Forest.of([trees[index] for index in members]), device)
+    return forecast_stage(config, stage, forest=forest, images=len({image for tree in trees for image in tree.images}))
+
+
+def largest_forest(sizes: Sequence[int], loop: TrainingSettings) -> list[int]:
+    """Items of the largest forest of a training run, by tokens; of a long run some of its steps are looked at."""
+    total = num_steps(len(sizes), loop)
+    largest: list[int] = []
+    for step in range(0, total, math.ceil(total / STEPS_LOOKED_AT)):
+        batch = global_batch(len(sizes), step, loop)
+        for members in pack_sizes([sizes[i] for i in batch], loop.token_budget, loop.micro_batch_size, keys=batch):
+            found = [batch[member] for member in members]
+            largest = max(largest, found, key=lambda items: sum(sizes[i] for i in items))
+    return largest
 
 
 def _judging(config: Config, policy: ModelSizes, forest: ForestSizes, beside: bool) -> Forecast:
@@ -311,8 +337,12 @@ def with_setting(config: Config, setting: str, value: Any) -> Config:
 
 
 @contextmanager
-def out_of_memory_is_met(config: Config, stage: str, forecast: Forecast | None = None) -> Iterator[None]:
+def out_of_memory_is_met(config: Config, stage: str) -> Iterator[None]:
     """Within: where memory runs out, the stage's forecast and what to change instead of a trace.
+
+    Args:
+        config: the run's settings.
+        stage: one of `STAGES`, or a section of the settings that has a token budget.
 
     Raises:
         OutOfMemory: in place of torch's and Python's own errors.
@@ -322,7 +352,7 @@ def out_of_memory_is_met(config: Config, stage: str, forecast: Forecast | None =
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_explanation(config, stage, forecast, error)) from error
+        raise OutOfMemory(_explanation(config, stage, error)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -332,14 +362,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY)
 
 
-def _explanation(config: Config, stage: str, forecast: Forecast | None, error: BaseException) -> str:
+def _explanation(config: Config, stage: str, error: BaseException) -> str:
     memory = device_memory(config)
-    forecast = forecast or forecast_stage(config, stage)
+    there = f"{show_bytes(memory)} on {config.model.device}" if math.isfinite(memory) else config.model.device
+    detail = " ".join(str(error).split())[:200] or type(error).__name__
+    kept = "What was finished is kept: the same command continues"
+    stage = "candidates" if stage == "headroom" else stage
+    if stage not in STAGES:
+        return f"{stage}: expected to fit into {there}, found {detail}. Mend: lower {stage}.token_budget. {kept}"
+    forecast = forecast_stage(config, stage)
     # It did not fit, whatever was forecast: a fifth less at least.
     found = advice(config, stage, memory=min(memory, 0.8 * forecast.peak / USABLE))
     mend = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
-    detail = " ".join(str(error).split())[:200] or type(error).__name__
-    return (
-        f"stage {stage} ran out of memory: expected {forecast.text()}, with {show_bytes(memory)} on "
-        f"{config.model.device}, found {detail}. Mend: {mend}. What was finished is kept: the same command continues"
-    )
+    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Mend: {mend}. {kept}"

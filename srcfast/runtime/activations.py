@@ -1,32 +1,68 @@
 """What a training pass keeps between forward and backward, in bytes: counted from shapes, as the autograd functions save it.
 
-With b bytes an element, D hidden size, Q and K the widths of queries and keys, F the MLP's, r the rank, H heads, and T tokens
-of which h meet the head, a layer whose linears are all adapted keeps
+With b bytes an element, D hidden size, Q and K the widths of queries and keys, F the MLP's, r the rank, H heads, and T tokens,
+a layer whose linears are all adapted keeps
 
     b T (2 D + 2 F + 7 r) + 8 T              the inputs of its norms, gate and up, each adapter's low-rank activation;
                                              for each norm a number a token
     b (2 Q T + 2 K T') + 4 H T               attention on a GPU: queries, result, the T' >= T keys and values it reads
 
-and the pass as a whole b (2 T D + h D): the final norm's input and output, and the head's unit gradients. No logits are kept,
-nor what a layer can have again from the above (normalised inputs, the gated product). On a CPU attention keeps padded groups
-of segments with their weights instead.
+and in 16 bits its adapters as they are cast. The last layer has queries, and all that follows from them, for the M rows alone
+that the loss reads. The pass as a whole keeps b (2 M D + h D): the final norm's input and output, and the unit gradients of
+the h rows that meet the head. No logits are kept, nor what a layer can have again from the above (normalised inputs, the
+gated product). On a CPU attention keeps padded groups of segments with their weights instead.
 
-With checkpointing every n layers only the groups' inputs are kept, and one group's activations while it is run again.
+With checkpointing every n layers only the groups' inputs are kept; then the last group's activations, or one group's while it
+is run again, whichever is more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from srcfast.data.forest import Forest
 from srcfast.runtime.attention import FUSED_ABOVE, plan_blocks
 from srcfast.runtime.flops import attended_of
-from srcfast.runtime.memory import LoRASizes, ModelSizes
+from srcfast.runtime.loss_rows import response_rows
+from srcfast.runtime.memory import ModelSizes
 from srcfast.runtime.varlen_plan import varlen_plan
+
+# Linears of one input, those of the attention first. The last layer's queries have an input of their own.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What attention reads in a layer.
+
+    Attributes:
+        queries: its rows.
+        keys: rows of keys and values that variable-length attention reads: all tokens, or more where prefixes are copied.
+        groups: of the CPU's padded attention: (blocks, queries, keys) of each; empty for a GPU.
+    """
+
+    queries: float
+    keys: float
+    groups: tuple[tuple[float, int, int], ...]
+
+    @classmethod
+    def of(cls, forest: Forest, device_type: str, rows: Tensor | None = None) -> Reads:
+        """Of all tokens of a forest on the host, or of the queries of some rows."""
+        queries = forest.num_tokens if rows is None else len(rows)
+        if device_type == "cpu":
+            planned = plan_blocks(forest, torch.float32, torch.device("cpu"), rows)[-1]
+            return cls(queries, forest.num_tokens, tuple((blocks, long, wide) for blocks, long, wide, _ in planned))
+        copies = varlen_plan(forest, rows).copies
+        return cls(queries, forest.num_tokens if copies is None else len(copies.index), ())
+
+    def times(self, count: float) -> Reads:
+        groups = tuple((blocks * count, long, wide) for blocks, long, wide in self.groups)
+        return Reads(self.queries * count, self.keys * count, groups)
 
 
 @dataclass(frozen=True)
@@ -35,19 +71,17 @@ class ForestSizes:
 
     Attributes:
         tokens: that are run.
-        keys: rows of keys and values that variable-length attention reads: `tokens`, or more where prefixes are copied.
         head_rows: positions whose log-probabilities are taken: all but the trees' roots.
         attended: sum over all queries of the keys that each sees.
-        groups: of the CPU's padded attention: (segments, queries, keys) of each; empty for a GPU.
-        trees: in the forest.
+        every: what attention reads in all layers but the last.
+        last: what it reads there.
     """
 
-    tokens: int
-    keys: int
-    head_rows: int
-    attended: int
-    groups: tuple[tuple[int, int, int], ...]
-    trees: int
+    tokens: float
+    head_rows: float
+    attended: float
+    every: Reads
+    last: Reads
 
     @classmethod
     def of(cls, forest: Forest, device_type: str) -> ForestSizes:
@@ -56,116 +90,130 @@ class ForestSizes:
         roots = sum(tree.segments[0].tokens.size for tree in host.trees)
         lengths, paths = host.cu_seqlens_q.diff().tolist(), host.cu_seqlens_k.diff().tolist()
         attended = sum(attended_of(path - length, length) for length, path in zip(lengths, paths, strict=True))
-        groups: tuple[tuple[int, int, int], ...] = ()
-        keys = host.num_tokens
-        if device_type == "cpu":
-            planned = plan_blocks(host, torch.float32, torch.device("cpu"))[-1]
-            groups = tuple((rows, long, wide) for rows, long, wide, _ in planned)
-        elif (copies := varlen_plan(host).copies) is not None:
-            keys = len(copies.index)
-        return cls(host.num_tokens, keys, host.num_tokens - roots, attended, groups, len(host.trees))
+        every = Reads.of(host, device_type)
+        rows = response_rows(host)
+        last = Reads.of(host, device_type, rows) if len(rows) else every
+        return cls(host.num_tokens, host.num_tokens - roots, attended, every, last)
 
     def times(self, count: float) -> ForestSizes:
-        """Of `count` times as many trees of the same kind."""
+        """Of `count` times as many trees of the same kind; parts of one count, too."""
         return ForestSizes(
-            tokens=round(self.tokens * count),
-            keys=round(self.keys * count),
-            head_rows=round(self.head_rows * count),
-            attended=round(self.attended * count),
-            groups=tuple((round(rows * count), long, span) for rows, long, span in self.groups),
-            trees=round(self.trees * count),
+            self.tokens * count,
+            self.head_rows * count,
+            self.attended * count,
+            self.every.times(count),
+            self.last.times(count),
         )
 
 
-def saved_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0) -> float:
-    """Bytes that one forward pass of LoRA training keeps for its backward, at the moment when they are most.
+@dataclass(frozen=True)
+class Kept:
+    """Bytes kept for backward: when the loss is there, and when backward reaches what lies below the last layer."""
+
+    at_the_head: float
+    below: float
+
+    @property
+    def most(self) -> float:
+        return max(self.at_the_head, self.below)
+
+
+def kept_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0) -> Kept:
+    """What one forward pass of LoRA training keeps for its backward.
 
     Args:
         model: with an adapter.
-        forest: what is run.
+        forest: what is run; the model computes its last layer for the rows alone that the loss reads.
         checkpoint_every: layers a group whose activations are recomputed; 0 keeps all.
     """
-    shapes, tokens, width = model.shapes, forest.tokens, model.dtype_bytes
-    row = tokens * shapes.hidden * width
-    layer = layer_bytes(model, forest)
-    layers = shapes.layers * layer
-    if checkpoint_every:
-        group = min(checkpoint_every, shapes.layers)
-        # The first layer's input is the group's.
-        layers = math.ceil(shapes.layers / group) * row + group * layer - row
-    shared = 2 * tokens * shapes.head_dim * width  # cosines and sines
-    shared += sum(4 * rows * long * span for rows, long, span in forest.groups if span > FUSED_ABOVE)  # masks
-    head = row + 4 * tokens + forest.head_rows * (shapes.hidden * width + 2 * 8)  # rows and slots are int64
-    # In 16 bits the adapters are cast, and the casts are kept.
-    casts = 0 if width == 4 or model.lora is None else model.lora.parameters * width
-    return layers + shared + head + casts
+    shapes, width, count = model.shapes, model.dtype_bytes, model.shapes.layers
+    row = forest.tokens * shapes.hidden * width
+    layer, last = (layer_bytes(model, forest.tokens, reads) for reads in (forest.every, forest.last))
+    shared = 2 * forest.tokens * shapes.head_dim * width  # cosines and sines
+    plans = {forest.every, forest.last}
+    shared += sum(4 * n * long * wide for plan in plans for n, long, wide in plan.groups if wide > FUSED_ABOVE)  # masks
+    rows = forest.last.queries
+    head = 2 * rows * shapes.hidden * width + 4 * rows
+    head += forest.head_rows * (shapes.hidden * width + 2 * 8)  # rows and slots are int64
+    every = checkpoint_every or count
+    groups = math.ceil(count / every)
+    tail = count - (groups - 1) * every  # layers of the last group, which is not run again
+    inputs = shared + (groups - 1) * row
+    again = inputs + every * layer - row if groups > 1 else 0.0  # the first layer's input is the group's
+    below = inputs + (tail - 1) * layer
+    if groups == 1 and count > 1:
+        below -= _unsaved_bytes(model, forest)
+    return Kept(below + last + head, max(below, again))
 
 
-def layer_bytes(model: ModelSizes, forest: ForestSizes) -> float:
-    """Bytes that one layer keeps."""
-    shapes, lora, tokens, width = model.shapes, model.lora, forest.tokens, model.dtype_bytes
-    inputs = 2 * tokens * (shapes.hidden * width + 4)
+def _unsaved_bytes(model: ModelSizes, forest: ForestSizes) -> float:
+    """What the first layer does not keep, since below its first adapter nothing has a gradient."""
+    shapes, lora, width = model.shapes, model.lora, model.dtype_bytes
+    if lora is None or {"q_proj", "k_proj", "v_proj"} & set(lora.target_modules):
+        return 0.0
+    result = forest.tokens * shapes.query * width if "o_proj" in lora.target_modules else 0
+    return _attention_bytes(model, forest.every) - result + forest.tokens * (shapes.hidden * width + 4)
+
+
+def layer_bytes(model: ModelSizes, tokens: float, reads: Reads) -> float:
+    """Bytes that one layer keeps: of `tokens` keys and values, and of the queries that it reads."""
+    shapes, width, rows = model.shapes, model.dtype_bytes, reads.queries
+    alone = rows < tokens  # then the rows' input is another tensor than that of keys and values
+    inputs = (tokens + rows + (rows if alone else 0)) * (shapes.hidden * width + 4)
     if shapes.qk_norm:
-        inputs += tokens * ((shapes.query + shapes.key) * width + 4 * (shapes.heads + shapes.kv_heads))
-    gated = 2 * tokens * shapes.intermediate * width
-    return inputs + gated + _attention_bytes(model, forest) + tokens * _adapter_bytes(model, lora)
+        inputs += rows * (shapes.query * width + 4 * shapes.heads) + tokens * (shapes.key * width + 4 * shapes.kv_heads)
+    gated = 2 * rows * shapes.intermediate * width
+    return inputs + gated + _attention_bytes(model, reads) + _adapter_bytes(model, tokens, rows)
 
 
-def _adapter_bytes(model: ModelSizes, lora: LoRASizes | None) -> float:
-    """Of a token, beside what the layer keeps anyway."""
+def _adapter_bytes(model: ModelSizes, tokens: float, rows: float) -> float:
+    """Beside what the layer keeps anyway."""
+    shapes, lora, width = model.shapes, model.lora, model.dtype_bytes
     if lora is None:
         return 0.0
-    shapes, width = model.shapes, model.dtype_bytes
-    total = 0.0
-    # A token's low-rank activations are kept; and where not all linears of one input are adapted, that input, too.
-    for names, size in (
-        (("q_proj", "k_proj", "v_proj"), shapes.hidden),
-        (("gate_proj", "up_proj"), shapes.hidden),
-        (("o_proj",), shapes.query),
-        (("down_proj",), shapes.intermediate),
-    ):
+    total = 0.0 if width == 4 else lora.parameters / shapes.layers * width  # the casts
+    sizes = {"o_proj": shapes.query, "down_proj": shapes.intermediate}
+    together = TOGETHER if rows == tokens else (("q_proj",), ("k_proj", "v_proj"), *TOGETHER[1:])
+    for names in together:
+        count = tokens if "k_proj" in names else rows
+        size = sizes.get(names[0], shapes.hidden)
         adapted = sum(name in lora.target_modules for name in names)
-        total += adapted * lora.r * width
+        total += count * adapted * lora.r * width  # low-rank activations
         if lora.dropout:  # each its own input, and which of it was dropped
-            total += adapted * size * (width + (1 if model.device_type == "cuda" else width))
-        elif 0 < adapted < len(names):
-            total += size * width
+            total += count * adapted * size * (width + (1 if model.device_type == "cuda" else width))
+        elif 0 < adapted < len(names):  # the normalised input
+            total += count * size * width
     return total
 
 
-def _attention_bytes(model: ModelSizes, forest: ForestSizes) -> float:
-    shapes, tokens, width = model.shapes, forest.tokens, model.dtype_bytes
+def _attention_bytes(model: ModelSizes, reads: Reads) -> float:
+    shapes, lora, width, rows = model.shapes, model.lora, model.dtype_bytes, reads.queries
     if model.device_type == "cuda":
-        read = 2 * forest.keys * shapes.key * width
-        return 2 * tokens * shapes.query * width + read + 4 * tokens * shapes.heads
+        return 2 * rows * shapes.query * width + 2 * reads.keys * shapes.key * width + 4 * rows * shapes.heads
     wide = max(width, 4)  # the CPU's attention is in fp32
-    queries = sum(rows * long for rows, long, _ in forest.groups)
-    keys = sum(rows * span for rows, _, span in forest.groups)
-    fused = [(rows, long, span) for rows, long, span in forest.groups if span > FUSED_ABOVE]
-    padded = [(rows, long, span) for rows, long, span in forest.groups if span <= FUSED_ABOVE]
-    kept = sum(rows * long * (shapes.query + shapes.heads * span) for rows, long, span in padded)
-    # Products copy keys and values head by head, but for a group of one row, which keeps the gathered ones as they are.
-    kept += sum(2 * rows * span * shapes.key for rows, _, span in padded if rows > 1)
-    if fused or any(rows == 1 for rows, _, _ in padded):
+    queries = sum(blocks * long for blocks, long, _ in reads.groups)
+    keys = sum(blocks * span for blocks, _, span in reads.groups)
+    fused = [group for group in reads.groups if group[2] > FUSED_ABOVE]
+    padded = [group for group in reads.groups if group[2] <= FUSED_ABOVE]
+    kept = sum(blocks * long * (shapes.query + shapes.heads * span) for blocks, long, span in padded)
+    # Products copy keys and values head by head, but for a group of one block, which keeps the gathered ones as they are.
+    kept += sum(2 * blocks * span * shapes.key for blocks, _, span in padded if blocks > 1)
+    if fused or any(blocks == 1 for blocks, _, _ in padded):
         kept += 2 * keys * shapes.key
     if fused:
-        kept += queries * shapes.query + sum(rows * long * (shapes.query + shapes.heads) for rows, long, _ in fused)
-    output = tokens * shapes.query * width if model.lora is not None and "o_proj" in model.lora.target_modules else 0
-    return kept * wide + (0 if model.lora is not None and model.lora.dropout else output)
+        kept += queries * shapes.query + sum(n * long * (shapes.query + shapes.heads) for n, long, _ in fused)
+    keeps_result = lora is not None and "o_proj" in lora.target_modules and not lora.dropout
+    return kept * wide + (rows * shapes.query * width if keeps_result else 0)
 
 
 def fullest_forest(sizes: Sequence[int], token_budget: int, most_trees: int) -> list[int]:
     """Which trees make the fullest forest that the budget allows: the largest first, as many as fit. Indices into `sizes`."""
     chosen: list[int] = []
     room = token_budget
-    for index in _descending(sizes):
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if len(chosen) == most_trees:
             break
         if sizes[index] <= room:
             chosen.append(index)
             room -= sizes[index]
     return chosen
-
-
-def _descending(sizes: Sequence[int]) -> Iterable[int]:
-    return sorted(range(len(sizes)), key=lambda index: -sizes[index])

@@ -52,7 +52,9 @@ RATES: dict[str, tuple[float, float]] = {
 OTHER_CHIPS = {"laptop", "mobile", "mig", "max-q"}  # a name's words that say that it is not the chip of the data sheet
 
 
-def training_flops(shapes: Shapes, tokens: int, attended: int, head_rows: int, adapter_parameters: int) -> float:
+def training_flops(
+    shapes: Shapes, tokens: float, attended: float, head_rows: float, adapter_parameters: float
+) -> float:
     """Necessary FLOPs of one forward and backward pass of LoRA training, by the formula above.
 
     Args:
@@ -66,13 +68,15 @@ def training_flops(shapes: Shapes, tokens: int, attended: int, head_rows: int, a
     return linear + 12.0 * shapes.query * shapes.layers * attended + 4.0 * shapes.hidden * shapes.vocabulary * head_rows
 
 
-def forward_flops(shapes: Shapes, tokens: int, attended: int, head_rows: int, adapter_parameters: int = 0) -> float:
+def forward_flops(
+    shapes: Shapes, tokens: float, attended: float, head_rows: float, adapter_parameters: float = 0
+) -> float:
     """Necessary FLOPs of a forward pass alone (prefill, references, judging); arguments as in `training_flops`."""
     linear = tokens * 2.0 * (shapes.linear_weights + adapter_parameters)
     return linear + 4.0 * shapes.query * shapes.layers * attended + 2.0 * shapes.hidden * shapes.vocabulary * head_rows
 
 
-def decode_flops(shapes: Shapes, tokens: int, attended: int, adapter_parameters: int = 0) -> float:
+def decode_flops(shapes: Shapes, tokens: float, attended: float, adapter_parameters: float = 0) -> float:
     """Necessary FLOPs of decoding `tokens` tokens, of which each meets the head; `attended` sums the keys that each sees."""
     return forward_flops(shapes, tokens, attended, tokens, adapter_parameters)
 

@@ -1,9 +1,10 @@
 """Forecast of a stage's peak memory, and what follows from it: how much to recompute, and how many tokens fit.
 
-A training step's peak is at the beginning of backward, where all activations are alive, in the head or in the last layer:
+A training step's peak is at the beginning of backward, where most activations are alive: in the head, in the last layer, which
+is computed for the rows alone that the loss reads, or in the one below it, for all tokens:
 
     weights + quantisation state + adapter + gradients + optimizer + image features
-        + activations (`activations.saved_bytes`) + max(head, MLP, attention)
+        + activations (`activations.kept_bytes`) + max(head, MLP, attention)
 
 The workspaces, for T tokens of which h meet the head, V vocabulary, n rows of logits at a time, and elements of b bytes:
 
@@ -24,7 +25,7 @@ from typing import Any
 from torch import nn
 
 from srcfast.data.forest import Forest, Tree
-from srcfast.runtime.activations import ForestSizes, fullest_forest, saved_bytes
+from srcfast.runtime.activations import ForestSizes, Reads, fullest_forest, kept_bytes
 from srcfast.runtime.memory import USABLE, ModelSizes, memory_of, show_bytes
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
@@ -72,9 +73,10 @@ class Forecast:
         return sum(self.parts.values())
 
     @property
-    def held(self) -> float:
-        """What a CPU can count: all but the workspace and the images."""
-        return self.peak - self.workspace - self.image_features
+    def counted(self) -> float:
+        """What can be counted on a CPU, too: weights, gradients, the optimizer's state, what is kept for backward."""
+        weights = self.weights + self.quantisation_state + self.adapter
+        return weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, memory: float) -> bool:
         """Whether it fits into `memory` bytes, a tenth of them left alone."""
@@ -118,9 +120,13 @@ def forecast_training(
         stage: a name for the result.
     """
     parameters = 0 if model.lora is None else model.lora.parameters
-    kept = saved_bytes(model, forest, checkpoint_every)
+    kept = kept_bytes(model, forest, checkpoint_every)
     features, encoding = _image_bytes(model, memory, images)
-    during = kept + max(_head_bytes(model, forest.head_rows, True), _backward_bytes(model, forest))
+    in_last = _backward_bytes(model, forest.last.queries, forest.last)
+    during = max(
+        kept.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
+        kept.below + _backward_bytes(model, forest.tokens, forest.every),
+    )
     return Forecast(
         stage=stage,
         weights=float(model.weight_bytes),
@@ -129,8 +135,8 @@ def forecast_training(
         gradients=4.0 * parameters,
         optimizer=moment_bytes(optimizer, parameters, model.device_type),
         image_features=features,
-        activations=kept,
-        workspace=max(during, encoding) - kept,
+        activations=kept.most,
+        workspace=max(during, encoding) - kept.most,
         checkpoint_every=checkpoint_every,
     )
 
@@ -217,7 +223,7 @@ def _inference(model: ModelSizes, stage: str, features: float, workspace: float)
 # Workspaces -------------------------------------------------------------------------------------------------
 
 
-def _head_bytes(model: ModelSizes, rows: int, differentiated: bool) -> float:
+def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
     shapes, width = model.shapes, model.dtype_bytes
     if not rows:
         return 0.0
@@ -225,21 +231,23 @@ def _head_bytes(model: ModelSizes, rows: int, differentiated: bool) -> float:
         chunk = max(1, GPU_CHUNK_ELEMENTS // shapes.vocabulary)
     else:
         chunk = max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // shapes.vocabulary)
-    chunk = min(rows, chunk)
-    product = chunk * shapes.hidden * width if differentiated else 0
-    return 4.0 * chunk * shapes.vocabulary + product + rows * shapes.hidden * width
+    taken = min(rows, chunk)
+    product = taken * shapes.hidden * width if differentiated else 0
+    return 4.0 * taken * shapes.vocabulary + product + rows * shapes.hidden * width
 
 
-def _backward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
-    shapes, width, tokens = model.shapes, model.dtype_bytes, forest.tokens
+def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
+    """Of a layer that is computed for `rows`: its MLP, the norm and weights before it, or its attention."""
+    shapes, width = model.shapes, model.dtype_bytes
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
-    mlp = width * tokens * (3 * shapes.intermediate + 2 * shapes.hidden)
-    inputs = width * tokens * (2 * shapes.intermediate + 4 * shapes.hidden) + whole
-    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.keys * shapes.key)
+    gated = 3 if model.device_type == "cuda" else 5  # its gradients come from one kernel, or from several operations
+    mlp = width * rows * (gated * shapes.intermediate + 2 * shapes.hidden)
+    inputs = width * rows * (2 * shapes.intermediate + 4 * shapes.hidden) + whole
+    attention: float = width * (rows * (2 * shapes.hidden + 3 * shapes.query) + 2 * reads.keys * shapes.key)
     if model.device_type == "cuda":
-        attention += 4 * tokens * shapes.query  # FlashAttention sums the queries' gradient in fp32
-    elif forest.groups:
-        attention += 2 * 4 * shapes.heads * max(rows * long * span for rows, long, span in forest.groups)
+        attention += 4 * rows * shapes.query  # FlashAttention sums the queries' gradient in fp32
+    elif reads.groups:
+        attention += 2 * 4 * shapes.heads * max(blocks * long * span for blocks, long, span in reads.groups)
     return float(max(mlp, inputs, attention))
 
 
@@ -248,9 +256,9 @@ def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
     shapes, width, tokens = model.shapes, model.dtype_bytes, forest.tokens
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = width * tokens * (3 * shapes.hidden + 3 * shapes.intermediate) + whole
-    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.keys * shapes.key)
-    if forest.groups:
-        attention += 4 * shapes.heads * sum(rows * long * span for rows, long, span in forest.groups)
+    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.every.keys * shapes.key)
+    if forest.every.groups:
+        attention += 4 * shapes.heads * sum(rows * long * span for rows, long, span in forest.every.groups)
     return float(max(mlp, attention))
 
 
@@ -264,11 +272,11 @@ def _image_bytes(model: ModelSizes, memory: float | None, images: int | None) ->
 
 
 def _encoding_bytes(model: ModelSizes) -> float:
-    """Of an image in the vision tower, which keeps the states of all its layers until it is done."""
+    """Of an image in the vision tower: an MLP's activation function, or attention, of one layer."""
     vision = model.vision
     assert vision is not None
-    states = (vision.layers + 1) * vision.hidden
-    return float(model.dtype_bytes * vision.patches * (states + 2 * vision.intermediate + 4 * vision.hidden))
+    widths = 4 * vision.hidden + max(3 * vision.intermediate, 4 * vision.hidden)
+    return float(model.dtype_bytes * vision.patches * widths)
 
 
 def image_cache(memory: float | None) -> int:

@@ -2,23 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from srcfast.runtime.forecast import Forecast
+from srcfast.runtime.telemetry import peak_rss_bytes
+from srcfast_kernels import NF4Weight
+
+
+@dataclass
+class Measurement:
+    """Filled when the stage is over.
+
+    Attributes:
+        device_type: "cuda" or "cpu".
+        peak: most bytes allocated on the GPU; 0 on a CPU.
+        saved: most bytes that autograd kept for backward, on a CPU.
+        optimizer: bytes of the optimizer's state and of the gradients that it takes, on a CPU.
+        rss_growth: by how much the process's most resident memory grew.
+    """
+
+    device_type: str
+    peak: int = 0
+    saved: int = 0
+    optimizer: int = 0
+    rss_growth: int = 0
+
+    def record(self, forecast: Forecast, models: Iterable[nn.Module]) -> dict[str, Any]:
+        """What the run's files keep: forecast against measured.
+
+        On a GPU both are the whole peak. On a CPU, whose allocator tells nothing, both are what can be counted: the weights
+        of `models`, gradients, the optimizer's state, and what is kept for backward. What is recomputed can't be.
+        """
+        if self.device_type == "cuda":
+            return {"forecast_bytes": round(forecast.peak), "measured_bytes": self.peak}
+        measured = sum(weight_bytes(model) for model in models) + self.optimizer + self.saved
+        return {
+            "forecast_bytes": round(forecast.counted),
+            "measured_bytes": None if forecast.checkpoint_every else measured,
+            "rss_growth_bytes": self.rss_growth,
+        }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """A model's weights, the scales of 4-bit ones and its adapter included."""
+    scales = (module.weight for module in model.modules() if isinstance(getattr(module, "weight", None), NF4Weight))
+    return sum(parameter.nbytes for parameter in model.parameters()) + sum(weight.num_bytes for weight in scales)
+
+
+@contextmanager
+def measured(device: torch.device | str, parameters: Callable[[], Iterable[Tensor]]) -> Iterator[Measurement]:
+    """Within: memory is measured; `parameters` are those of the models in memory, asked for when training begins."""
+    device = torch.device(device)
+    found = Measurement(device.type)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            yield found
+        finally:
+            found.peak = torch.cuda.max_memory_allocated(device)
+        return
+
+    def count(optimizer: Any, *_: Any) -> None:
+        tensors = [value for state in optimizer.state.values() for value in state.values()]
+        tensors += [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        found.optimizer = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+
+    before = peak_rss_bytes()
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        with SavedTensors(parameters) as saved:
+            yield found
+    finally:
+        hook.remove()
+        found.saved = saved.peak
+        found.rss_growth = peak_rss_bytes() - before
 
 
 class SavedTensors:
     """Counts the storages that autograd keeps for backward, each once, while they live: `bytes` now, `peak` at most.
 
-    Parameters are left out, as they are kept anyway. On a GPU nothing is counted: the allocator knows.
+    Parameters are left out, as they are kept anyway. What a checkpointed group keeps while it is run again is not seen.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
         self.bytes = 0
         self.peak = 0
-        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        self._parameters = parameters
+        self._left_out: set[int] = set()
         self._holders: dict[int, int] = {}  # storage -> how many saved tensors hold it
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
 
@@ -32,6 +109,8 @@ class SavedTensors:
     def _pack(self, tensor: Tensor) -> _Held:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
+        if not self._holders:  # a pass begins; the optimizer may have moved the parameters since the last
+            self._left_out = {own.untyped_storage().data_ptr() for own in self._parameters()}
         if key in self._left_out:
             return _Held(tensor, None, key, 0)
         count = self._holders.get(key, 0)

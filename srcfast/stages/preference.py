@@ -398,6 +398,7 @@ def train_preference(
     on_step: Callable[[Metrics], None] | None = None,
     rehearsal: Sequence[Rap] = (),
     profiler: StepProfiler | None = None,
+    on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
 ) -> list[Metrics]:
     """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
 
@@ -409,6 +410,7 @@ def train_preference(
         expected_reference_hash: of base and adapter as they are now.
         rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
         profiler: of some steps.
+        on_items: called with what is trained on, before it is.
 
     Raises:
         InputError: a pair whose responses are the same, or that has no reference, or another one's.
@@ -431,6 +433,8 @@ def train_preference(
         for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
     ]
     items += rationale_trees(model, rehearsal)
+    if on_items is not None:
+        on_items(items)
     dropout = getattr(getattr(model, "lora_config", None), "dropout", 0.0) > 0  # then the start is noisy
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
 

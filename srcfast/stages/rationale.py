@@ -225,11 +225,18 @@ def fine_tune_rationale(
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
     profiler: StepProfiler | None = None,
+    on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
 ) -> list[Metrics]:
-    """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step."""
+    """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step.
+
+    `on_items` is called with what is trained on, before it is.
+    """
+    items = rationale_trees(model, raps)
+    if on_items is not None:
+        on_items(items)
     return train(
         model,
-        rationale_trees(model, raps),
+        items,
         loss=rationale_loss,
         denominator=response_tokens,
         settings=settings,
