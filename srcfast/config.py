@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -133,6 +133,15 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="of matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, share of the peak")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="PyTorch's AdamW, or bitsandbytes' with 8-bit or paged moments"
+    )
+    activation_checkpointing: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="layers a group that backward computes again; 0 = none; `auto`: as few as fit into memory"
+    )
+    loader_workers: int = Field(
+        0, ge=0, le=64, description="processes that pack and read images ahead of the step; 0 = this one, in line"
+    )
 
     def training_settings(self, seed: int) -> TrainingSettings:
         """For `srcfast.runtime.training.train`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,21 @@ def test_stages_get_their_settings() -> None:
     assert config.curation.settings().min_margin == 0.4
     assert config.candidates.settings().top_p == 0.7
     assert config.lora.lora_config(seed=4).r == 5
+
+
+def test_how_a_stage_trains_is_set_and_checked() -> None:
+    config = load_config(
+        None, ["dpo.optimizer=adamw_8bit", "dpo.activation_checkpointing=2", "rationale.loader_workers=4"]
+    )
+    loop = config.dpo.training_settings(7)
+    assert (loop.optimizer, loop.activation_checkpointing, loop.loader_workers, loop.seed) == ("adamw_8bit", 2, 0, 7)
+    assert config.rationale.training_settings(0).loader_workers == 4
+    assert config.rationale.training_settings(0).activation_checkpointing == "auto"
+    for word, expected in (
+        ("dpo.activation_checkpointing=-1", "dpo.activation_checkpointing: expected"),
+        ("dpo.activation_checkpointing=most", "dpo.activation_checkpointing: expected"),
+        ("dpo.optimizer=sgd", "'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit', found 'sgd'"),
+        ("dpo.loader_workers=-1", "dpo.loader_workers: expected a whole number >= 0 and <= 64, found -1"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            load_config(None, [word])
