@@ -149,7 +149,8 @@ def nf4_quantize_kernel(
     absmax = tl.max(tl.abs(x), 1)
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCKSIZE < num_values)
     # A product with the reciprocal, as in bitsandbytes: a division rounds differently. A block of zeros stays zero.
-    x = x * tl.div_rn(1.0, tl.maximum(absmax, 1e-38))[:, None]
+    least = tl.full((BLOCKS,), 1e-38, tl.float32)  # below fp32's normal numbers: by itself Triton 3.6 takes it for fp64
+    x = x * tl.div_rn(1.0, tl.maximum(absmax, least))[:, None]
     code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
     for middle in tl.static_range(15):  # of two codes as near the lower one
         code += (x > tl.load(middles_ptr + middle)).to(tl.int32)
