@@ -7,7 +7,7 @@ command continues a run that was stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from srcfast.config import Config
+from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
@@ -42,7 +43,7 @@ from srcfast.stages.evaluation import answer_greedily, summarise, write_predicti
 from srcfast.stages.headroom import measure_headroom, recovered
 from srcfast.stages.preference import reference_logprobs, train_preference
 from srcfast.stages.rationale import fine_tune_rationale
-from srcfast.stages.scoring import group_by_sample, score_candidates
+from srcfast.stages.scoring import samples_in_order, score_candidates, scored_rows
 from srcfast.world.oracle import judge_sample
 
 GALLERY = 12  # samples shown on the page
@@ -178,15 +179,11 @@ class Calibration:
         samples = self._round(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            score_candidates(
-                self._load_judge(),
-                samples,
-                self._candidates(iteration),
-                self.config.scorer.token_budget,
-                self.config.scorer.mode,
-                progress,
-                self._shards(iteration, "scores"),
+            section = self.config.scorer
+            rows = scored_rows(
+                self._load_judge(), samples, self._candidates(iteration), section.token_budget, section.mode, progress
             )
+            write_shards(self._shards(iteration, "scores"), rows)
             return {}
 
         self._stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
@@ -196,9 +193,12 @@ class Calibration:
         samples = self._round(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            rows = [row for _, _, row in read_shards(self._shards(iteration, "scores"))]
             pairs, funnel = curate(
-                samples, self._candidates(iteration), rows, self.config.curation.settings(), self.config.seed
+                samples,
+                self._candidates(iteration),
+                self._scores(iteration),
+                self.config.curation.settings(),
+                self.config.seed,
             )
             if not pairs:
                 raise InputError(
@@ -218,7 +218,7 @@ class Calibration:
             )
             progress.advance(len(samples))
             write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
-            self._write_gallery(iteration, done, rows)
+            self._write_gallery(iteration, done)
             return {"funnel": funnel}
 
         self._stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)
@@ -291,15 +291,16 @@ class Calibration:
         }
         write_json(self.directory.summary_file, summary)
 
-    def _write_gallery(self, iteration: int, pairs: list[Preference], rows: list[dict[str, Any]]) -> None:
+    def _write_gallery(self, iteration: int, pairs: list[Preference]) -> None:
         """`gallery.json`: some of the last round's samples with all candidates, scores and the oracle's judgement."""
-        candidates = self._candidates(iteration)
-        scores = {row["sample_id"]: row["scores"] for row in rows}
-        shown: list[dict[str, Any]] = []
+        first_of: dict[str, Preference] = {}
         for pair in pairs:
-            sample, own = self.samples[pair.sample_id], candidates[pair.sample_id]
-            if len(shown) == GALLERY or any(entry["sample_id"] == sample.id for entry in shown):
-                continue
+            first_of.setdefault(pair.sample_id, pair)
+        candidates = self._candidates(iteration)
+        scores = InOrder((row["sample_id"], row["scores"]) for row in self._scores(iteration))
+        shown: list[dict[str, Any]] = []
+        for pair in list(first_of.values())[:GALLERY]:
+            sample, own = self.samples[pair.sample_id], candidates.get(pair.sample_id) or []
             places = {candidate.id: index for index, candidate in enumerate(own)}
             shown.append(
                 {
@@ -309,7 +310,8 @@ class Calibration:
                     "question": sample.question,
                     "gold": sample.answer,
                     "candidates": [
-                        self._shown_candidate(sample, c, score) for c, score in zip(own, scores[sample.id], strict=True)
+                        self._shown_candidate(sample, c, score)
+                        for c, score in zip(own, scores.get(sample.id) or [], strict=True)
                     ],
                     "chosen": places[pair.extra["chosen_id"]],
                     "rejected": places[pair.extra["rejected_id"]],
@@ -447,9 +449,12 @@ class Calibration:
     def _shards(self, iteration: int, kind: str) -> Path:
         return self.directory.iteration(iteration) / kind
 
-    def _candidates(self, iteration: int) -> dict[str, list[Candidate]]:
+    def _scores(self, iteration: int) -> Iterator[dict[str, Any]]:
+        return (row for _, _, row in read_shards(self._shards(iteration, "scores")))
+
+    def _candidates(self, iteration: int) -> InOrder[list[Candidate]]:
         rows = read_shards(self._shards(iteration, "candidates"))
-        return group_by_sample(
+        return samples_in_order(
             Candidate.from_json(row, file=file, line=line, image_root=self.images) for file, line, row in rows
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srcfast.config import Config, DatasetConfig, load_config
+from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
@@ -147,12 +148,13 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     return preferences
 
 
-def _read_candidates(directory: Path | None) -> dict[str, list[Candidate]]:
-    from srcfast.stages.scoring import group_by_sample
+def _read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
+    from srcfast.stages.scoring import samples_in_order
 
     place = need(directory, "--candidates", "the folder that `srcfast candidates` wrote")
-    rows = read_shards(place)
-    return group_by_sample(Candidate.from_json(row, file=file, line=line, image_root=place) for file, line, row in rows)
+    return samples_in_order(
+        Candidate.from_json(row, file=file, line=line, image_root=place) for file, line, row in read_shards(place)
+    )
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -234,14 +236,15 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 @meets_out_of_memory("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Judge candidates into shards under `output`."""
-    from srcfast.stages.scoring import score_candidates
+    from srcfast.stages.scoring import scored_rows
 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
-    own = _read_candidates(candidates)
-    judge, total = load_judge(config), sum(bool(own.get(sample.id)) for sample in samples)
-    with track("score", total, quiet=config.quiet) as progress:
-        score_candidates(judge, samples, own, config.scorer.token_budget, config.scorer.mode, progress, output)
+    own, section = _read_candidates(candidates), config.scorer
+    ids = {row["sample_id"] for *_, row in read_shards(need(candidates, "--candidates", "a folder"))}
+    with track("score", sum(sample.id in ids for sample in samples), quiet=config.quiet) as progress:
+        rows = scored_rows(load_judge(config), samples, own, section.token_budget, section.mode, progress)
+        write_shards(output, rows)
 
 
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
@@ -250,8 +253,8 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
 
     output = need(output, "--output", "a folder for the preferences")
     samples = read_all(config, source, "calibration", output)
-    rows = [] if scores is None else [row for _, _, row in read_shards(scores)]
-    if not rows and config.curation.pairing == "score":
+    rows = iter(()) if scores is None else (row for _, _, row in read_shards(scores))
+    if scores is None and config.curation.pairing == "score":
         raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Mend: name it")
     pairs, funnel = choose(samples, _read_candidates(candidates), rows, config.curation.settings(), config.seed)
     # The absolute root travels with the pair: the shards may be read from anywhere.

@@ -160,7 +160,8 @@ class _Queries:
         """`rows`: which queries the collected indices stand for, where they aren't the queries themselves."""
         into = np.concatenate(self.into)
         into = into if rows is None else rows[into]
-        return Padded(*(torch.from_numpy(x) for x in (into, self.out_of, np.concatenate(keys))), groups)
+        maps = [torch.from_numpy(index) for index in (into, self.out_of, np.concatenate(keys))]
+        return Padded(maps[0], maps[1], maps[2], groups)
 
 
 def _additive(hidden: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -65,9 +65,10 @@ def _plan_of_rows(forest: Forest, rows: Tensor) -> VarlenPlan:
     blocks = query_blocks(forest, rows)
     host = forest.host or forest
     index = host.kv_index.numpy()[behind_one_another(blocks.key_ends - blocks.paths, blocks.paths)]  # [K]
-    bounds = (np.append(0, x.cumsum()).astype(np.int32) for x in (blocks.lengths, blocks.paths))
+    cu_seqlens_q = np.append(0, blocks.lengths.cumsum()).astype(np.int32)
+    cu_seqlens_k = np.append(0, blocks.paths.cumsum()).astype(np.int32)
     copies = RowCopies.of(torch.from_numpy(index), host.num_tokens)
-    return _on_device(*bounds, copies, forest.token_ids.device)
+    return _on_device(cu_seqlens_q, cu_seqlens_k, copies, forest.token_ids.device)
 
 
 def _on_device(

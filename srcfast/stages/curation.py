@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
@@ -73,7 +74,7 @@ class CurationSettings:
 
 def curate(
     samples: Sequence[Sample],
-    candidates: Mapping[str, Sequence[Candidate]],
+    candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
     score_rows: Iterable[Mapping[str, Any]],
     settings: CurationSettings,
     seed: int = 0,
@@ -83,8 +84,8 @@ def curate(
     Args:
         samples: in the order in which their pairs come out.
         candidates: sample id -> its candidates.
-        score_rows: rows of `score_candidates`; samples without a row can't be paired by score and are dropped
-            as "not_scored" (the baselines don't need rows).
+        score_rows: rows of `score_candidates`, read as they are needed: in the samples' order none is kept. Samples
+            without a row can't be paired by score and are dropped as "not_scored" (the baselines don't need rows).
         settings: thresholds, pairing, weighting.
         seed: with the sample's id it decides the baselines' draws; a sample's pair depends on nothing else.
 
@@ -95,14 +96,17 @@ def curate(
     Raises:
         InputError: a score row names other candidates than the sample has, or lacks the ratings that are asked for.
     """
-    rows = {row["sample_id"]: row for row in score_rows}
+    rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
+    statistics = JudgeStatistics()
     preferences: list[Preference] = []
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     for sample in samples:
-        own = list(candidates.get(sample.id, ()))
+        own = list(candidates.get(sample.id) or ())
         row = rows.get(sample.id)
         _check_row(sample, own, row, settings)
+        if row is not None:
+            statistics.add(row, own)
         counts["samples"] += 1
         eligible = _parsed_distinct(own)
         if len(eligible) < 2:
@@ -149,49 +153,56 @@ def curate(
     funnel: dict[str, Any] = {stage: counts[stage] for stage in stages}
     funnel["dropped"] = {reason: dropped[reason] for reason in reasons}
     funnel |= _pair_statistics(preferences)
-    funnel |= judge_statistics(rows.values(), candidates)
-    return preferences, funnel
+    return preferences, funnel | statistics.result()
 
 
-def judge_statistics(
-    rows: Iterable[Mapping[str, Any]], candidates: Mapping[str, Sequence[Candidate]]
-) -> dict[str, Any]:
+class JudgeStatistics:
     """Rates and histograms over all judged candidates: is the judge swayed by order or by length?
 
-    `order_flip_rate` is over unordered pairs, `tie_rate` over verdicts, `mean_confidence` over unordered
-    pairs of distinct texts. `length_correlation` is Pearson's between score and response length in tokens,
-    both taken from their mean within the sample, since scores compare candidates of one sample only.
+    `order_flip_rate` is over unordered pairs, `tie_rate` over verdicts, `mean_confidence` over unordered pairs of distinct
+    texts. `length_correlation` is Pearson's between score and response length in tokens, both taken from their mean within
+    the sample, since scores compare candidates of one sample only.
     """
-    flips = ties = pairs = verdicts = 0.0
-    scores: list[float] = []
-    confidences: list[float] = []
-    centred_scores: list[float] = []
-    centred_lengths: list[float] = []
-    for row in rows:
-        flips += row["flip_rate"] * row["pairs"]
-        pairs += row["pairs"]
-        ties += row["tie_rate"] * row["verdicts"]
-        verdicts += row["verdicts"]
-        own = list(candidates.get(row["sample_id"], ()))
+
+    def __init__(self) -> None:
+        self.flips = self.pairs = self.ties = self.verdicts = 0.0
+        self.scores = np.zeros(BINS, dtype=np.int64)
+        self.confidences = np.zeros(BINS, dtype=np.int64)
+        self.confidence_sum = 0.0
+        self.products = np.zeros(3)  # sums of score squared, length squared, score times length, from their means
+
+    def add(self, row: Mapping[str, Any], own: Sequence[Candidate]) -> None:
+        """One sample's row and its candidates."""
+        self.flips += row["flip_rate"] * row["pairs"]
+        self.pairs += row["pairs"]
+        self.ties += row["tie_rate"] * row["verdicts"]
+        self.verdicts += row["verdicts"]
         first_of: dict[str, int] = {}
         for index, candidate in enumerate(own):
             first_of.setdefault(candidate.text, index)
         distinct = list(first_of.values())
-        values = np.array([row["scores"][i] for i in distinct])
+        values = np.array(row["scores"], dtype=np.float64)[distinct]
+        above = np.triu_indices(len(distinct), 1)
+        confidences = np.array(row["confidence"], dtype=np.float64)[np.ix_(distinct, distinct)][above]
+        self.scores += _counts(values)
+        self.confidences += _counts(confidences)
+        self.confidence_sum += float(confidences.sum())
         lengths = np.array([_length(own[i]) for i in distinct], dtype=np.float64)
-        scores += values.tolist()
-        confidences += [row["confidence"][i][j] for a, i in enumerate(distinct) for j in distinct[a + 1 :]]
-        if len(distinct) >= 2:
-            centred_scores += (values - values.mean()).tolist()
-            centred_lengths += (lengths - lengths.mean()).tolist()
-    return {
-        "order_flip_rate": flips / pairs if pairs else None,
-        "tie_rate": ties / verdicts if verdicts else None,
-        "length_correlation": _pearson(centred_scores, centred_lengths),
-        "mean_confidence": float(np.mean(confidences)) if confidences else None,
-        "score_histogram": _histogram(scores),
-        "confidence_histogram": _histogram(confidences),
-    }
+        values, lengths = values - values.mean(), lengths - lengths.mean()
+        self.products += (values @ values, lengths @ lengths, values @ lengths)
+
+    def result(self) -> dict[str, Any]:
+        """The funnel's part; None where there is nothing to take a rate of."""
+        norm = float(np.sqrt(self.products[0] * self.products[1]))
+        confidences = int(self.confidences.sum())
+        return {
+            "order_flip_rate": self.flips / self.pairs if self.pairs else None,
+            "tie_rate": self.ties / self.verdicts if self.verdicts else None,
+            "length_correlation": float(self.products[2]) / norm if norm > 0.0 else None,
+            "mean_confidence": self.confidence_sum / confidences if confidences else None,
+            "score_histogram": _histogram(self.scores),
+            "confidence_histogram": _histogram(self.confidences),
+        }
 
 
 def _check_row(
@@ -332,12 +343,11 @@ def _pair_statistics(preferences: Sequence[Preference]) -> dict[str, Any]:
     }
 
 
-def _histogram(values: Sequence[float]) -> dict[str, list[float]]:
-    counts, edges = np.histogram(np.asarray(values, dtype=np.float64), bins=BINS, range=(0.0, 1.0))
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How many of the values in [0, 1] lie in each bin; the last bin has its upper edge."""
+    places = np.minimum((values * BINS).astype(np.int64), BINS - 1)
+    return np.bincount(places, minlength=BINS)
 
 
-def _pearson(left: Sequence[float], right: Sequence[float]) -> float | None:
-    x, y = np.asarray(left), np.asarray(right)
-    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum() / norm) if norm > 0.0 else None
+def _histogram(counts: np.ndarray) -> dict[str, list[float]]:
+    return {"edges": np.linspace(0.0, 1.0, BINS + 1).tolist(), "counts": counts.tolist()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_shards
 from srcfast.data.records import Candidate, Sample
-from srcfast.errors import ConfigError
+from srcfast.errors import ConfigError, InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
 from srcfast_kernels import pairwise_verdict
 
@@ -48,6 +50,28 @@ def score_candidates(
         output: directory for the rows in numbered JSONL shards.
 
     Returns:
+        The rows of `scored_rows`.
+
+    Raises:
+        InputError: a tree doesn't fit into the token budget; the sample is named.
+    """
+    rows = list(scored_rows(scorer, samples, candidates, token_budget, mode, progress))
+    if output is not None:
+        write_shards(output, rows)
+    return rows
+
+
+def scored_rows(
+    scorer: Scorer,
+    samples: Iterable[Sample],
+    candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
+    token_budget: int,
+    mode: Mode = "pairwise",
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`score_candidates` row by row, some samples in memory at a time.
+
+    Yields:
         Rows of plain JSON values, n candidates each: sample_id; candidate_ids; scores [n]; win_probability q
         [n, n]; confidence u [n, n]; raw: p [n, n] of the ordered pairs (1/2 where there is none), or [n] if
         independent; alone: p [n] of each rated on its own; flip_rate: share of unordered pairs whose verdict
@@ -59,18 +83,13 @@ def score_candidates(
     """
     if mode not in ("pairwise", "independent"):
         raise ConfigError(f"scoring.mode: expected pairwise or independent, found {mode!r}")
-    judged = [sample for sample in samples if candidates.get(sample.id)]
-    rows: list[dict[str, Any]] = []
     scorer.eval()
-    for start in range(0, len(judged), BLOCK):
-        block = judged[start : start + BLOCK]
-        scored, tokens = _score_block(scorer, block, [candidates[s.id] for s in block], token_budget, mode)
-        rows += scored
+    judged = ((sample, own) for sample in samples if (own := candidates.get(sample.id)))
+    while block := list(islice(judged, BLOCK)):
+        rows, tokens = _score_block(scorer, *zip(*block, strict=True), token_budget, mode)
+        yield from rows
         if progress is not None:
             progress.advance(len(block), tokens=tokens)
-    if output is not None:
-        write_shards(output, rows)
-    return rows
 
 
 def sample_reference(sample: Sample) -> str:
@@ -232,3 +251,27 @@ def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate
     for candidate in candidates:
         groups.setdefault(candidate.sample_id, []).append(candidate)
     return groups
+
+
+def samples_in_order(candidates: Iterable[Candidate]) -> InOrder[list[Candidate]]:
+    """`group_by_sample` while they are read: for samples that are asked for in the shards' order.
+
+    Raises (when it comes to it):
+        InputError: a sample's candidates are not one after the other.
+    """
+    return InOrder(_groups(candidates))
+
+
+def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
+    seen: set[str] = set()
+    for sample_id, own in groupby(candidates, key=lambda one: one.sample_id):
+        if sample_id in seen:
+            raise InputError(
+                sample_id=sample_id,
+                field="sample_id",
+                expected="a sample's candidates one after the other",
+                found="some of them behind another sample's",
+                mend="sort the candidates by sample",
+            )
+        seen.add(sample_id)
+        yield sample_id, list(own)

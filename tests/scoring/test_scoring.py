@@ -13,7 +13,7 @@ from srcfast.data.jsonl import is_complete, read_shards
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.scorer import ALONE, Scorer, load_scorer, reference_text, slot_hidden
-from srcfast.stages.scoring import group_by_sample, sample_reference, score_candidates
+from srcfast.stages.scoring import group_by_sample, sample_reference, samples_in_order, score_candidates, scored_rows
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +271,29 @@ def test_a_chat_template_wraps_the_prompt_and_candidates_cannot_close_their_turn
     )
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert sum(int((tokens == end).sum()) for tokens in path) == 1 and text.count("<|im_end|>") == 2
+
+
+def test_candidates_that_are_read_as_they_are_asked_for_give_the_same_rows_and_are_held_for_one_sample(scorer):
+    samples, groups = world(12, [3, 2, 4, 3])
+    read = []
+
+    def one_after_the_other():
+        for s in samples:
+            for candidate in groups[s.id]:
+                read.append(candidate.id)
+                yield candidate
+
+    lookup = samples_in_order(one_after_the_other())
+    assert lookup.get("s0") == groups["s0"] and read[-1] == "s1/0"  # one beyond the group ends it
+    assert lookup.get("s2") == groups["s2"] and lookup.get("s1") == groups["s1"] and lookup.get("s1") is None
+    assert lookup.get("nobody") is None and [key for key, _ in lookup.rest()] == ["s3"]
+    rows = list(scored_rows(scorer, iter(samples), samples_in_order(one_after_the_other()), token_budget=4096))
+    assert rows == score_candidates(scorer, samples, groups, token_budget=4096)
+
+
+def test_candidates_of_a_sample_that_are_not_together_are_refused():
+    _, groups = world(13, [2, 2])
+    mixed = samples_in_order([groups["s0"][0], *groups["s1"], groups["s0"][1]])
+    assert mixed.get("s1") == groups["s1"]
+    with pytest.raises(InputError, match="one after the other"):
+        mixed.get("nobody")
