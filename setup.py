@@ -110,7 +110,7 @@ setup(
         "srcfast_kernels": "kernels/srcfast_kernels",
         "srcfast_benchmarks": "benchmarks",
     },
-    package_data={"srcfast": ["world/*.yaml", "world/assets/*/*"], "srcfast_benchmarks": ["*.yaml"]},
+    package_data={"srcfast": ["presets/*.yaml", "world/*.yaml", "world/assets/*/*"], "srcfast_benchmarks": ["*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA
         'triton>=3.6,<3.10; sys_platform == "linux"',

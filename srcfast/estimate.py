@@ -180,7 +180,7 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
     pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", lengths)]), model.device_type)
     casts = kept_bytes(model, pair.times(0)).most  # of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
-    moments = moment_bytes(getattr(config.dpo, "optimizer", "adamw"), adapter, model.device_type)
+    moments = moment_bytes(config.dpo.optimizer, adapter, model.device_type)
     return {
         "parameters": model.parameters,
         "total_parameters": sum(model.parameters.values()),

@@ -36,6 +36,7 @@ ASSETS = Path(__file__).parent / "world" / "assets"
 TRAINING = ("rationale", "dpo")
 DECODING = ("candidates", "evaluation")
 STEPS_LOOKED_AT = 1000
+PREFILL_TOKENS = 4096  # of the prompts that are run together
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation")
 # What torch, its BLAS libraries and the operating system say.
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -150,13 +151,15 @@ def forecast_stage(
     one = ForestSizes.of(Forest.of([tree]), model.device_type)
     if stage in DECODING:
         decoding = config.candidates if stage == "candidates" else config.evaluation
+        search = config.candidates if stage == "candidates" else None
         return forecast_decoding(
             model,
-            one.times(decoding.batch_size),
+            one.times(min(decoding.batch_size, max(1, PREFILL_TOKENS // tree.num_tokens))),
             samples=decoding.batch_size,
-            rows=config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1,
+            rows=1 if search is None else search.num_beams * search.proposals,
             prompt_tokens=tree.num_tokens,
-            new_tokens=decoding.max_new_tokens,
+            # A search's row goes on to the end of its sentence before it is cut.
+            new_tokens=decoding.max_new_tokens + (0 if search is None else search.max_sentence_tokens),
             memory=room,
             images=images,
             stage=stage,
@@ -181,14 +184,14 @@ def forecast_stage(
         return forecast_training(
             model,
             forest,
-            optimizer=getattr(section, "optimizer", "adamw"),
+            optimizer=section.optimizer,
             checkpoint_every=every,
             memory=room,
             images=images,
             stage=stage,
         )
 
-    stated: Any = getattr(section, "activation_checkpointing", "auto")
+    stated = section.activation_checkpointing
     return peak(least_checkpointing(peak, model.shapes.layers, room) if stated == "auto" else stated)
 
 

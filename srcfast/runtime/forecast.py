@@ -66,7 +66,8 @@ class Forecast:
     @property
     def parts(self) -> dict[str, float]:
         """What takes memory, in bytes."""
-        return {name: value for name, value in asdict(self).items() if isinstance(value, float) and value}
+        others = ("stage", "checkpoint_every")
+        return {name: value for name, value in asdict(self).items() if name not in others and value}
 
     @property
     def peak(self) -> float:
@@ -179,26 +180,25 @@ def forecast_decoding(
     """The peak of decoding: each sample's prompt is kept once, each row's continuation on its own.
 
     Args:
-        prefill: the forest of all prompts that are run together.
+        prefill: the forest of the prompts that are run together.
         samples: decoded together.
         rows: a sample (beams times proposals; 1 for greedy answers).
         prompt_tokens: of the longest prompt.
-        new_tokens: of the longest response.
+        new_tokens: most positions that a row keeps behind its prompt.
         model, memory, images, stage: as for training.
     """
     shapes, width = model.shapes, model.dtype_bytes
     features, encoding = _image_bytes(model, memory, images)
     position = 2 * shapes.layers * shapes.key * width
-    cache = float(position * samples * (prompt_tokens + rows * (new_tokens + 1)))
+    cache = float(position * samples * (prompt_tokens + rows * new_tokens))
     # Of a step: logits as the head gives them and in fp32; probabilities, their sum and order, and what is drawn from.
     sampling = samples * rows * shapes.vocabulary * (width + 6 * 4 + 8)
     attention = samples * rows * shapes.heads * (prompt_tokens + new_tokens) * 3 * max(width, 4)
     # fp32 weights are folded with their adapter into a copy.
     folded = 4.0 * shapes.linear_weights if width == 4 and not model.quantised and model.lora is not None else 0.0
     step = folded + max(sampling, attention)
-    prompts = position * samples * prompt_tokens
-    before = max(_forward_bytes(model, prefill), encoding) + prompts - cache
-    found = _inference(model, stage, features, max(step, before, 0.0))
+    before = max(_forward_bytes(model, prefill), encoding)  # the cache is there already
+    found = _inference(model, stage, features, max(step, before))
     return replace(found, keys_and_values=cache)
 
 
@@ -304,10 +304,7 @@ def plan_checkpointing(
     memory: float | None = None,
     device: Any = None,
 ) -> int:
-    """Layers a group whose activations are recomputed in backward: 0 if all activations fit, else the least that fits.
-
-    Groups of one layer keep every layer's input; larger ones keep fewer inputs, and recompute more at once. Where none
-    fits, the one that takes least is returned.
+    """Layers a group whose activations are recomputed in backward: 0 if all fit, else what recomputes least and fits.
 
     Args:
         model: a model with its adapter, or its sizes.
@@ -331,10 +328,21 @@ def plan_checkpointing(
 
 
 def least_checkpointing(forecast: Callable[[int], Forecast], layers: int, memory: float) -> int:
-    """The least group of layers whose forecast fits, 0 (all is kept) first; the leanest where none fits."""
-    options = [0, *range(1, layers + 1)]
-    fitting = next((every for every in options if forecast(every).fits(memory)), None)
-    return min(options, key=lambda every: forecast(every).peak) if fitting is None else fitting
+    """The group of layers that recomputes least of those whose forecast fits; the leanest where none does.
+
+    All groups but the last are run again. So two halves recompute half of the layers and keep half of the activations;
+    smaller groups recompute more and keep less, down to where the groups' inputs weigh more than what a group keeps.
+    """
+    peaks = {every: forecast(every) for every in range(layers)}
+    fitting = [every for every, found in peaks.items() if found.fits(memory)]
+    if not fitting:
+        return min(peaks, key=lambda every: peaks[every].peak)
+    return min(fitting, key=lambda every: (recomputed_layers(layers, every), peaks[every].peak))
+
+
+def recomputed_layers(layers: int, every: int) -> int:
+    """How many layers are run again with groups of `every`: all but those of the last group."""
+    return (math.ceil(layers / every) - 1) * every if every else 0
 
 
 def fullest_sizes(trees: Sequence[Tree], token_budget: int, most_trees: int, device_type: str) -> ForestSizes:
