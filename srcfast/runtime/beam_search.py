@@ -6,27 +6,13 @@ image included, is run once a sample; a beam that is kept forks its own continua
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from srcfast.errors import ConfigError
-from srcfast.runtime.generation import (
-    DecodeState,
-    Features,
-    Generated,
-    Prompt,
-    next_logits,
-    prefill,
-    sample_tokens,
-)
-from srcfast.runtime.sentences import TERMINATORS, needs_next, sentence_ended
+from srcfast.runtime.decoding import Features, Prompt, Sampling, Start, Written, decode
+from srcfast.runtime.generation import Generated, random_of
 
 
 @dataclass(frozen=True)
@@ -89,129 +75,83 @@ class Beam:
         return self.logprob / max(1, len(self.tokens)) ** settings.length_penalty
 
 
-@dataclass
 class Search:
-    """One sample's search."""
+    """One sample's search, the task that `decode` is given."""
 
-    prompt: Prompt
-    random: np.random.Generator
-    live: list[Beam]
-    finished: list[Beam] = field(default_factory=list)
+    def __init__(self, prompt: Prompt, settings: BeamSettings, seed: int, end_token_id: int) -> None:
+        self.prompt, self.settings, self.end = prompt, settings, end_token_id
+        self.random = random_of(seed, prompt.key)
+        self.live = [Beam()]
+        self.finished: list[Beam] = []
+        self.sentences = 0
+        self.parents: list[Beam] = []  # of the rows that are being written
+
+    def begin(self) -> Start:
+        """Every row writes a first sentence."""
+        return self._next_sentence()
+
+    def ended(self, rows: Sequence[Written]) -> Start | None:
+        """All rows have written a sentence: keep the best, and let these go on."""
+        children = []
+        for row, (parent, written) in enumerate(zip(self.parents, rows, strict=True)):
+            tokens = (*parent.tokens, *written.token_ids)
+            bigrams = frozenset(zip(tokens, tokens[1:], strict=False))
+            children.append(Beam(tokens, parent.logprob + written.logprob, row, bigrams))
+        _keep(self, children, self.end, self.settings)
+        return self._next_sentence() if self.live and self.sentences < self.settings.max_sentences else None
+
+    def _next_sentence(self) -> Start:
+        first, self.sentences = not self.sentences, self.sentences + 1
+        self.parents = _parents(self, self.settings)
+        return Start(
+            parents=() if first else [beam.row for beam in self.parents],
+            draws=self.random.random((self.settings.width, self.settings.max_sentence_tokens)),
+            room=[self.settings.max_new_tokens - len(beam.tokens) for beam in self.parents],
+            by_sentence=True,
+        )
 
 
-@torch.inference_mode()
 def sentence_beam_search(
-    model: Any, prompts: Sequence[Prompt], features: Features, settings: BeamSettings, seed: int
+    model: Any,
+    prompts: Sequence[Prompt],
+    features: Features,
+    settings: BeamSettings,
+    seed: int,
+    *,
+    slots: int = 8,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> tuple[list[list[Generated]], int]:
-    """Search one batch of samples.
+    """Search candidates of every sample.
 
     Args:
-        model: an LVLM: `embed`, `decoder`, `decode`, `end_token_id`.
+        model: an LVLM: `embed`, `decoder`, `decode`, `tokenizer`, `end_token_id`.
         prompts: their keys seed the samples' random numbers, so a sample's candidates don't depend on its batch.
         features: image keys -> embeddings.
+        slots: samples searched at once; as one ends, the next takes its place.
+        on_done: told of the samples done and the tokens run since the last time.
 
     Returns:
         Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
         of tokens run.
     """
-    searches = [Search(prompt, _generator(seed, prompt.key), [Beam(row=i)]) for i, prompt in enumerate(prompts)]
-    images: Mapping[str, Tensor] = features([key for prompt in prompts for key in prompt.images])
-    state, hidden = prefill(model, prompts, images)
-    endings = _ending_tokens(model.tokenizer, model.decoder.head_weight.shape[0])
-    tokens_run = sum(len(prompt.token_ids) for prompt in prompts)
-    active = searches
-    for _ in range(settings.max_sentences):
-        parents = [beam for search in active for beam in _parents(search, settings)]
-        rows = torch.tensor([beam.row for beam in parents], device=hidden.device)
-        state.select_rows(rows, settings.width)
-        uniform = np.stack([s.random.random((settings.width, settings.max_sentence_tokens)) for s in active])
-        draws = torch.from_numpy(uniform).flatten(0, 1).to(hidden.device)  # [R, max_sentence_tokens]
-        children, hidden, steps = _write_sentence(model, state, hidden[rows], draws, parents, settings, endings)
-        tokens_run += steps
-        for index, search in enumerate(active):
-            own = children[index * settings.width : (index + 1) * settings.width]
-            _keep(search, own, model.end_token_id, settings)
-        going = [i for i, search in enumerate(active) if search.live]
-        if not going:
-            break
-        if len(going) < len(active):
-            # rows of a sample move up by the samples that left before it
-            state.select_samples(torch.tensor(going, device=hidden.device))
-            hidden = hidden.view(len(active), settings.width, -1)[going].flatten(0, 1)
-            for index, i in enumerate(going):
-                for beam in active[i].live:
-                    beam.row += (index - i) * settings.width
-            active = [active[i] for i in going]
+    searches = [Search(prompt, settings, seed, model.end_token_id) for prompt in prompts]
+    order = sorted(searches, key=lambda search: len(search.prompt.token_ids))  # like lengths together: less padding
+    tokens_run = decode(
+        model,
+        order,
+        features,
+        slots=slots,
+        width=settings.width,
+        limit=settings.max_new_tokens + settings.max_sentence_tokens,
+        sampling=Sampling(settings.temperature, settings.top_p),
+        on_done=on_done,
+    )
     return [_choose(model, search, settings) for search in searches], tokens_run
-
-
-def _generator(seed: int, key: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
-
-
-@lru_cache(maxsize=4)
-def _ending_tokens(tokenizer: Any, vocabulary: int) -> np.ndarray:
-    """[V] bool: tokens after which a sentence may have ended, so that only then its text is looked at."""
-    found = np.zeros(vocabulary, dtype=bool)
-    for token in range(min(vocabulary, len(tokenizer))):
-        found[token] = any(mark in tokenizer.decode([token]) for mark in TERMINATORS)
-    return found
 
 
 def _parents(search: Search, settings: BeamSettings) -> list[Beam]:
     """The live beam that each of a sample's rows continues, shared out as evenly as they go."""
     return [search.live[row * len(search.live) // settings.width] for row in range(settings.width)]
-
-
-def _write_sentence(
-    model: Any,
-    state: DecodeState,
-    hidden: Tensor,
-    uniform: Tensor,
-    parents: Sequence[Beam],
-    settings: BeamSettings,
-    endings: np.ndarray,
-) -> tuple[list[Beam], Tensor, int]:
-    """Continue every row by one sentence: the children, the hidden states [R, D] after their last tokens, tokens run."""
-    count = len(parents)
-    written: list[list[int]] = [[] for _ in range(count)]
-    logprobs = torch.zeros(count, dtype=torch.float64, device=hidden.device)
-    ended = np.zeros(count, dtype=bool)
-    waiting = np.zeros(count, dtype=bool)
-    last_hidden = hidden.clone()
-    lengths = state.lengths.clone()
-    room = np.array([settings.max_new_tokens - len(beam.tokens) for beam in parents])
-    steps = 0
-    for step in range(settings.max_sentence_tokens):
-        logits = next_logits(model, hidden)
-        tokens = sample_tokens(logits, uniform[:, step], settings.temperature, settings.top_p)
-        going = ~ended
-        own = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        mask = torch.from_numpy(going).to(hidden.device)
-        logprobs += own.double() * mask
-        picked = tokens.cpu().numpy()
-        for row in np.flatnonzero(going).tolist():
-            written[row].append(int(picked[row]))
-        hidden = state.step(model, tokens)
-        steps += int(going.sum())
-        last_hidden = torch.where(mask[:, None], hidden, last_hidden)
-        lengths = torch.where(mask, state.lengths, lengths)
-        ended |= going & ((picked == model.end_token_id) | (step + 1 >= room))
-        for row in np.flatnonzero(~ended & (endings[picked] | waiting)).tolist():
-            text = model.tokenizer.decode(written[row])
-            ended[row] = sentence_ended(text)
-            waiting[row] = needs_next(text)
-        if ended.all():
-            break
-    state.lengths = lengths  # an ended row went on only to keep the batch whole; what it wrote there is forgotten
-    summed = logprobs.tolist()
-    children = []
-    for row, parent in enumerate(parents):
-        tokens_so_far = (*parent.tokens, *written[row])
-        bigrams = frozenset(zip(tokens_so_far, tokens_so_far[1:], strict=False))
-        children.append(Beam(tokens_so_far, parent.logprob + summed[row], row, bigrams))
-    return children, last_hidden, steps
 
 
 def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings: BeamSettings) -> None:

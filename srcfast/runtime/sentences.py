@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 _CLOSERS = r"[\"'\u201d\u2019)\]]*"
 # A full stop after a digit may be a decimal point, and after a short word an abbreviation: the next character tells.
@@ -31,3 +35,24 @@ def sentence_ended(text: str) -> bool:
 def needs_next(text: str) -> bool:
     """Whether only the next character can tell if a sentence has ended: a full stop after a digit."""
     return text.rstrip().endswith(".") and not sentence_ended(text)
+
+
+class SentenceEnds:
+    """Sentence ends in rows of tokens that grow: `may_end` [V] bool says after which tokens a text must be looked at."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self.tokenizer = tokenizer
+        self.may_end = np.zeros(vocabulary, dtype=bool)
+        for token in range(min(vocabulary, len(tokenizer))):
+            self.may_end[token] = any(mark in tokenizer.decode([token]) for mark in TERMINATORS)
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(tokenizer: Any, vocabulary: int) -> SentenceEnds:
+        """The tokenizer's, made once."""
+        return SentenceEnds(tokenizer, vocabulary)
+
+    def look(self, token_ids: list[int]) -> tuple[bool, bool]:
+        """Whether the text of these tokens closes a sentence, and whether the next token must be looked at to tell."""
+        text = self.tokenizer.decode(token_ids)
+        return sentence_ended(text), needs_next(text)

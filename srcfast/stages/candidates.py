@@ -44,21 +44,17 @@ def generate_candidates(
         samples: what to answer.
         features: image keys to embeddings.
         seed: with a sample's id it decides the sample's draws.
-        batch_size: samples searched together.
+        batch_size: samples searched at once; as one ends, the next takes its place.
         progress: told of samples done and tokens run.
     """
     prompts = prompts_of(model, samples)
-    order = sorted(range(len(samples)), key=lambda i: len(prompts[i].token_ids))  # like lengths together: less padding
-    found: list[list[Candidate]] = [[] for _ in samples]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        with folded_lora(model):
-            results, tokens = sentence_beam_search(model, [prompts[i] for i in batch], features, settings, seed)
-        for i, generated in zip(batch, results, strict=True):
-            found[i] = [_candidate(model, samples[i], k, one) for k, one in enumerate(generated)]
-        if progress is not None:
-            progress.advance(len(batch), tokens=tokens)
-    return found
+    on_done = None if progress is None else progress.advance
+    with folded_lora(model):
+        found, _ = sentence_beam_search(model, prompts, features, settings, seed, slots=batch_size, on_done=on_done)
+    return [
+        [_candidate(model, sample, number, one) for number, one in enumerate(own)]
+        for sample, own in zip(samples, found, strict=True)
+    ]
 
 
 def _candidate(model: Any, sample: Sample, number: int, generated: Generated) -> Candidate:

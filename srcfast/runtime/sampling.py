@@ -1,0 +1,67 @@
+"""Drawing tokens from logits: one uniform number a token, on the logits' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIKELIEST = 64  # tokens among which the CPU looks for a nucleus before it sorts the whole vocabulary
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """`sample_tokens`, and the tokens' log-probabilities [R] under the logits themselves, at temperature 1."""
+    if temperature == 0.0:
+        best = logits.log_softmax(-1).max(-1)
+        return best.indices, best.values
+    if temperature != 1.0:
+        tokens = sample_tokens(logits, uniform, temperature, top_p)
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    probabilities = logits.softmax(-1)
+    tokens = _draw(probabilities, uniform, top_p)
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()  # of a token drawn, so not of 0
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Inverse-CDF sampling: logits [R, V] and one uniform number a row, [R] -> tokens [R]. Temperature 0 takes the likeliest.
+
+    Nucleus sampling (Holtzman et al., 2020) keeps the likeliest tokens up to a mass of `top_p`.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    return _draw((logits / temperature).softmax(-1), uniform, top_p)
+
+
+def _draw(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    if top_p == 1.0:
+        return _inverse_cdf(probabilities, uniform)
+    count = min(LIKELIEST, probabilities.shape[-1])
+    if (
+        probabilities.is_cuda or count == probabilities.shape[-1]
+    ):  # on a GPU no look at the values: it would have to wait
+        return _draw_sorted(probabilities, uniform, top_p)
+    best, order = probabilities.topk(count, dim=-1)
+    tokens = order.gather(-1, _nucleus(best, uniform, top_p)[:, None])[:, 0]
+    wide = (best.sum(-1) < top_p).nonzero()[:, 0]  # rows whose nucleus holds more
+    if len(wide):
+        tokens[wide] = _draw_sorted(probabilities[wide], uniform[wide], top_p)
+    return tokens
+
+
+def _draw_sorted(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, _nucleus(ordered, uniform, top_p)[:, None])[:, 0]
+
+
+def _nucleus(ordered: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Places [R] drawn from probabilities [R, n] in descending order."""
+    before = ordered.cumsum(-1) - ordered
+    return _inverse_cdf(ordered.masked_fill(before >= top_p, 0.0), uniform)
+
+
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = weights.cumsum(-1)
+    # A draw that rounds to 1 would fall behind the last token that can be drawn.
+    below_one = uniform.to(cumulative.dtype).clamp(max=1.0 - torch.finfo(cumulative.dtype).eps / 2)
+    threshold = below_one[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return picked.clamp_(max=weights.shape[-1] - 1)

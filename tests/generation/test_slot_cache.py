@@ -1,0 +1,115 @@
+"""Attention over slots gives each row what attention over its own path gives, whatever the others do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from srcfast.runtime.slot_cache import GROWTH, SlotCache
+
+LAYERS, KV_HEADS, SIZE, WIDTH = 2, 2, 4, 3
+
+
+class Paths:
+    """The cache beside each row's keys and values by layer, kept as plain lists."""
+
+    def __init__(self, heads: int, fixed: bool, seed: int) -> None:
+        config = SimpleNamespace(num_layers=LAYERS, num_heads=heads, num_kv_heads=KV_HEADS, head_dim=SIZE)
+        self.random = torch.Generator().manual_seed(seed)
+        self.heads = heads
+        self.cache = SlotCache(config, 4, WIDTH, 40, 80, torch.zeros(1, dtype=torch.float64), fixed)
+        self.prompt: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.own: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by place
+        self.lengths = torch.zeros(4 * WIDTH, dtype=torch.int64)
+
+    def drawn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64)
+
+    def admit(self, lengths: dict[int, int]) -> None:
+        self.cache.admit(list(lengths), list(lengths.values()))
+        total = sum(lengths.values())
+        layers = [(self.drawn(total, KV_HEADS, SIZE), self.drawn(total, KV_HEADS, SIZE)) for _ in range(LAYERS)]
+        for layer, (k, v) in enumerate(layers):
+            self.cache.record(layer, k, v)
+        begin = 0
+        for slot, length in lengths.items():
+            self.prompt[slot] = [(k[begin : begin + length], v[begin : begin + length]) for k, v in layers]
+            begin += length
+
+    def start(self, slot: int, parents: list[int], lengths: list[int], limit: int) -> list[int]:
+        old = dict(self.own)
+        for place in range(slot * WIDTH, (slot + 1) * WIDTH):
+            self.own.pop(place, None)
+        places = self.cache.start(slot, parents, lengths, limit)
+        assert len(set(places)) == len(places) and all(place // WIDTH == slot for place in places)
+        empty = [(self.drawn(0, KV_HEADS, SIZE), self.drawn(0, KV_HEADS, SIZE))] * LAYERS
+        for index, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            held = old[parents[index]] if parents else empty
+            self.own[place] = [(k[:length], v[:length]) for k, v in held]
+            self.lengths[place] = length
+        return places
+
+    def step(self, places: list[int], used: int) -> None:
+        rows = torch.tensor(places)
+        longest = int(self.lengths[rows].max()) + 1
+        self.cache.begin(rows, self.lengths, used, longest)
+        for layer in range(LAYERS):
+            q = self.drawn(len(places), self.heads, SIZE)
+            k, v = self.drawn(len(places), KV_HEADS, SIZE), self.drawn(len(places), KV_HEADS, SIZE)
+            output = self.cache.attend(layer, q, k, v)
+            for row, place in enumerate(places):
+                held = self.own[place][layer]
+                self.own[place][layer] = (
+                    torch.cat((held[0], k[row : row + 1])),
+                    torch.cat((held[1], v[row : row + 1])),
+                )
+                prompt = self.prompt[place // WIDTH][layer]
+                keys, values = (torch.cat((prompt[i], self.own[place][layer][i])) for i in (0, 1))
+                keys, values = (x.repeat_interleave(self.heads // KV_HEADS, dim=1) for x in (keys, values))
+                weights = (torch.einsum("hd,lhd->hl", q[row], keys) / SIZE**0.5).softmax(-1)
+                expected = torch.einsum("hl,lhd->hd", weights, values)
+                torch.testing.assert_close(output[row], expected, rtol=1e-12, atol=1e-12)  # fp64
+        self.lengths[rows] += 1
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_each_row_sees_its_prompt_and_its_own_positions(heads: int, fixed: bool) -> None:
+    paths = Paths(heads, fixed, seed=heads)
+    paths.admit({0: 5, 1: 9})
+    first, second = paths.start(0, [], [0, 0, 0], 10), paths.start(1, [], [0, 0], 10)
+    paths.step([*first, *second], 2)
+    paths.step([first[0], first[2], second[1]], 2)  # the others have ended
+    paths.admit({2: 17})  # longer than what there was room for
+    third = paths.start(2, [], [0], 10)
+    paths.step([first[0], second[0], *third], 3)
+    # Two of the first sample's rows are continued, one of them twice and from before its last position.
+    first = paths.start(0, [first[0], first[0], first[2]], [2, 3, 2], 50)
+    for _ in range(GROWTH + 3):
+        paths.step([*first, *third], 3)
+    paths.cache.release(1)
+    paths.admit({1: 3})
+    second = paths.start(1, [], [0, 0, 0], 4)
+    paths.step([*second, first[1]], 3)
+    paths.step([*second, *first, *third], 3)
+
+
+def test_a_sample_may_move_to_a_free_slot() -> None:
+    paths = Paths(4, False, seed=1)
+    paths.admit({0: 4, 1: 6, 2: 5})
+    paths.start(0, [], [0], 9)
+    places = paths.start(2, [], [0, 0], 9)
+    paths.step(places, 3)
+    paths.cache.release(0)
+    paths.cache.move(2, 0)
+    paths.prompt[0] = paths.prompt[2]
+    for place in places:
+        paths.own[place - 2 * WIDTH] = paths.own.pop(place)
+        paths.lengths[place - 2 * WIDTH] = paths.lengths[place]
+    places = [place - 2 * WIDTH for place in places]
+    paths.step(places, 1)
+    places = paths.start(0, [places[1], places[1], places[0]], [2, 1, 2], 9)
+    paths.step(places, 1)
