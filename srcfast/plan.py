@@ -252,29 +252,55 @@ class Change:
         return f"{self.setting}={self.value} (forecast {show_bytes(self.forecast.peak)})"
 
 
-def advice(config: Config, stage: str, *, memory: float, lengths: Lengths = Lengths()) -> list[Change]:  # noqa: B008
+def advice(
+    config: Config,
+    stage: str,
+    *,
+    memory: float,
+    limit: float | None = None,
+    lengths: Lengths = Lengths(),  # noqa: B008
+) -> list[Change]:
     """What to change, in this order, until the stage fits; each on top of those before. Empty where it fits as it is.
 
     What costs least comes first. For training: recomputing activations, 4-bit weights, fewer tokens at once, an optimizer
     in 8 bits, one whose moments are paged out, a lower rank. Fewer tokens, samples or beams are the largest number that
     fits; where not even the least does, the others come first.
+
+    Args:
+        memory: bytes that the device has.
+        limit: bytes to fit into, where they are to be fewer.
+        config, stage, lengths: as in `forecast_stage`.
     """
+    limit = memory if limit is None else limit
     changes: list[Change] = []
     now = forecast_stage(config, stage, memory=memory, lengths=lengths)
     options, later = list(_options(config, stage)), []
-    while options and not now.fits(memory):
+    while options and not now.fits(limit):
         setting, value = options.pop(0)
         stated = value is not None
-        value = value if stated else largest_value(config, setting, stage, memory=memory, lengths=lengths)
+        if setting.endswith("activation_checkpointing"):
+            value = "auto" if limit == memory else _least_recomputed(config, stage, memory, limit, lengths)
+        elif not stated:
+            value = largest_value(config, setting, stage, memory=memory, limit=limit, lengths=lengths)
         changed = with_setting(config, setting, value)
         then = forecast_stage(changed, stage, memory=memory, lengths=lengths)
-        if not stated and not then.fits(memory) and setting not in later:
+        if not stated and not then.fits(limit) and setting not in later:
             later.append(setting)  # alone it is not enough: first what leaves room for more of it
             options.append((setting, None))
         elif then.peak < now.peak:
             changes.append(Change(setting, value, then))
             config, now = changed, then
     return changes
+
+
+def _least_recomputed(config: Config, stage: str, memory: float, limit: float, lengths: Lengths) -> int:
+    """The group of layers that "auto" would take for a device of `limit` bytes."""
+
+    def peak(every: int) -> Forecast:
+        changed = with_setting(config, f"{stage}.activation_checkpointing", every)
+        return forecast_stage(changed, stage, memory=memory, lengths=lengths)
+
+    return least_checkpointing(peak, policy_sizes(config).shapes.layers, limit)
 
 
 def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
@@ -313,6 +339,7 @@ def largest_value(
     stage: str,
     *,
     memory: float,
+    limit: float | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008
 ) -> int:
     """The largest token budget, batch or number of beams with which the stage fits; the least there is where none does."""
@@ -322,7 +349,7 @@ def largest_value(
             found = forecast_stage(config, stage, memory=memory, lengths=lengths, token_budget=value * 16)
         else:
             found = forecast_stage(with_setting(config, setting, value), stage, memory=memory, lengths=lengths)
-        return found.fits(memory)
+        return found.fits(memory if limit is None else limit)
 
     if setting.endswith("token_budget"):
         tree = typical_tree(config, stage, lengths).num_tokens
@@ -375,6 +402,6 @@ def _explanation(config: Config, stage: str, error: BaseException) -> str:
         return f"{stage}: expected to fit into {there}, found {detail}. Mend: lower {stage}.token_budget. {kept}"
     forecast = forecast_stage(config, stage)
     # It did not fit, whatever was forecast: a fifth less at least.
-    found = advice(config, stage, memory=min(memory, 0.8 * forecast.peak / USABLE))
+    found = advice(config, stage, memory=memory, limit=min(memory, 0.8 * forecast.peak / USABLE))
     mend = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
     return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Mend: {mend}. {kept}"
