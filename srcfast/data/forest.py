@@ -15,7 +15,7 @@ bottom-right. `srcfast.runtime.varlen_plan` joins blocks, so that fewer keys are
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -130,9 +130,14 @@ class Forest:
         Raises:
             InputError: a single tree is larger than the budget; it names the tree's key.
         """
+        return list(cls.packed(trees, token_budget, max_trees))
+
+    @classmethod
+    def packed(cls, trees: Sequence[Tree], token_budget: int, max_trees: int | None = None) -> Iterator[Forest]:
+        """The forests of `pack` built one by one: whoever lets go of each holds one, and what attention keeps with it."""
         sizes = [tree.num_tokens for tree in trees]
-        bins = pack_sizes(sizes, token_budget, max_trees, keys=[tree.key for tree in trees])
-        return [cls._build([trees[i] for i in members], members, token_budget) for members in bins]
+        for members in pack_sizes(sizes, token_budget, max_trees, keys=[tree.key for tree in trees]):
+            yield cls._build([trees[i] for i in members], members, token_budget)
 
     @classmethod
     def _build(cls, trees: Sequence[Tree], indices: Sequence[int], token_budget: int) -> Forest:

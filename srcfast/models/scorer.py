@@ -208,7 +208,7 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
         token_budget = min(token_budget, max(CPU_TOKENS, largest))
     found: dict[int, Tensor] = {}
     tokens = 0
-    for forest in Forest.pack([tree for tree, _ in shared], token_budget):
+    for forest in Forest.packed([tree for tree, _ in shared], token_budget):
         bounds = forest.cu_seqlens_q.numpy()
         firsts = np.cumsum([0, *(len(tree.segments) for tree in forest.trees)])  # each tree's first segment
         ends = [

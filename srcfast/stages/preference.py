@@ -285,7 +285,7 @@ def _run(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    for forest in Forest.pack(trees, token_budget):
+    for forest in Forest.packed(trees, token_budget):
         forest = forest.to(device)
         inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
         wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
