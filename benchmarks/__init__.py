@@ -13,3 +13,6 @@ BENCHMARKS = (
     "swiglu",
     "forest_attention",
 )
+
+# Whole stages, in the order of a calibration.
+STAGES = ("rationale_step", "candidates", "judging", "dpo_step")

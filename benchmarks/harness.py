@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,7 +215,11 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
 def in_a_process(way: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
     """`measure` in a process of its own; {"failed": why} where it dies."""
     arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"way": way, "shape": shape, "what": what})]
-    surroundings = os.environ | (GIVES_BACK if what == "memory" else {})
+    return run_process(arguments, os.environ | (GIVES_BACK if what == "memory" else {}))
+
+
+def run_process(arguments: list[str], surroundings: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON that a Python process prints last; {"failed": why} where it dies."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=surroundings)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])

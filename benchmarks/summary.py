@@ -1,54 +1,132 @@
-"""All committed results as one page: `python -m srcfast_benchmarks.summary` writes docs/benchmarks.md."""
+"""All committed results in words: `python -m srcfast_benchmarks.summary` writes docs/benchmarks.md and the README's section."""
 
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
-from srcfast_benchmarks import BENCHMARKS
-from srcfast_benchmarks.harness import RESULTS, grouped
+from srcfast_benchmarks import BENCHMARKS, STAGES
+from srcfast_benchmarks.harness import RESULTS, describe, grouped
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+BEGIN = "<!-- performance: written by python -m srcfast_benchmarks.summary -->"
+END = "<!-- end of performance -->"
 MACHINE = ("gpu", "cpu", "threads", "torch", "git_commit", "versions")
+OURS = "srcfast"
+NO_GPU = "No GPU was at hand so far: `srcfast bench --device cuda` is what remains to be run."
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m srcfast_benchmarks.summary` from the CSV files in `benchmarks/results/`, which `srcfast bench` writes.
-Time and memory are relative to the first way of each table: less is better. Milliseconds are medians of forward and backward
-together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond the inputs. A *limit*
-does less than the operation. {missing}
+Written by `python -m srcfast_benchmarks.summary` from the files in `benchmarks/results/`, which `srcfast bench` writes. {missing}
+
+**Stages**: the same work by srcfast and by peers, in processes run in turn. The rate is all that was done over all the time it
+took; beside it the 20th and 80th percentile of single rounds. Memory is the peak beyond what was held when the stage began.
+
+**Operations**: time and memory are relative to the first way of each table: less is better. Milliseconds are medians of
+forward and backward together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond
+the inputs. A *limit* does less than the operation.
 """
 
 
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def operation_results(device: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each operation's CSV, of those that were measured on a device."""
+    found = {}
+    for name in BENCHMARKS:
+        file = RESULTS / f"{name}_{device}.csv"
+        if file.is_file():
+            with open(file, encoding="utf-8", newline="") as lines:
+                found[name] = list(csv.DictReader(lines))
+    return found
+
+
+def stage_results(device: str) -> dict[str, dict[str, Any]]:
+    """Each stage's JSON, of those that were measured on a device."""
+    files = {name: RESULTS / f"{name}_{device}.json" for name in STAGES}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+
+
+def by_shape(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """A stage's rows that didn't fail, by their shape in words."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if "failed" not in row:
+            groups.setdefault(describe(row["shape"]), []).append(row)
+    return groups
+
+
+def where(machine: dict[str, Any], device: str) -> str:
+    """`2 threads of ...; torch ...; commit ...`."""
+    place = machine["gpu"] if device == "cuda" else f"{machine['threads']} threads of {machine['cpu']}"
+    versions = machine["versions"]
+    if not isinstance(versions, str):
+        versions = " ".join(f"{name}={version}" for name, version in versions.items())
+    commit = machine["git_commit"].removesuffix("-dirty")[:10]
+    return f"{place}; torch {machine['torch']} {versions}; commit {commit}."
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+
 def page() -> str:
-    """The whole page."""
-    parts, seen = [], set()
+    """docs/benchmarks.md."""
+    parts = []
+    for device in ("cuda", "cpu"):
+        for name, result in stage_results(device).items():
+            parts.append(stage_section(name, device, result))
     for name in BENCHMARKS:
         for device in ("cuda", "cpu"):
-            file = RESULTS / f"{name}_{device}.csv"
-            if file.is_file():
-                seen.add(device)
-                with open(file, encoding="utf-8", newline="") as lines:
-                    parts.append(section(name, device, list(csv.DictReader(lines))))
-    missing = (
-        "" if "cuda" in seen else "No GPU was at hand so far: `srcfast bench --device cuda` is what remains to be run."
-    )
+            rows = operation_results(device).get(name)
+            if rows:
+                parts.append(operation_section(name, device, rows))
+    missing = "" if operation_results("cuda") else NO_GPU
     return INTRODUCTION.format(missing=missing).rstrip() + "\n\n" + "\n".join(parts)
 
 
-def section(name: str, device: str, rows: list[dict[str, Any]]) -> str:
-    """A benchmark on a device: a table a shape."""
-    first = rows[0]
-    where = first["gpu"] if device == "cuda" else f"{first['threads']} threads of {first['cpu']}"
-    commit = first["git_commit"].removesuffix("-dirty")[:10]
-    lines = [f"## {name}, {device}", "", f"{where}; torch {first['torch']} {first['versions']}; commit {commit}.", ""]
-    machine = {key for key in first if key in MACHINE}
-    own = [{key: value for key, value in row.items() if key not in machine} for row in rows]
-    groups = grouped(own)
-    for shape in dict.fromkeys(shape for shape, _, _ in groups):
+def stage_section(name: str, device: str, result: dict[str, Any]) -> str:
+    """A stage on a device: a table a shape."""
+    unit = result["unit"]
+    lines = [f"## {name}, {device}", "", where(result["machine"], device), ""]
+    for shape, rows in by_shape(result).items():
+        titles = [
+            "way",
+            f"{unit}/s",
+            "20 to 80 %",
+            "speed-up",
+            "extra MiB",
+            "memory",
+            "largest difference",
+            "rounds x processes",
+        ]
+        lines += [f"{shape}:", "", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+        for row in rows:
+            off = f"{row['largest_difference']:.1e}" if "largest_difference" in row else ""
+            counts = f"{row['rounds'] // row['processes']} x {row['processes']}"
+            cells = [row["way"], number(row["per_second_overall"]), f"{number(row['low'])} to {number(row['high'])}"]
+            cells += [
+                f"{row['speedup']:.2f}",
+                f"{row['extra_mebibytes']:.0f}",
+                f"{row['memory_ratio']:.2f}",
+                off,
+                counts,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        failed = [row for row in result["rows"] if "failed" in row and describe(row["shape"]) == shape]
+        lines += [f"| {row['way']} | failed: {row['failed']} |{' |' * (len(titles) - 2)}" for row in failed]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def operation_section(name: str, device: str, rows: list[dict[str, Any]]) -> str:
+    """An operation on a device: a table a shape."""
+    lines = [f"## {name}, {device}", "", where(rows[0], device), ""]
+    for shape, ways in ways_by_shape(rows).items():
         lines += [f"{shape}:", "", "| way | ms | time | extra MiB | memory |", "| --- | --- | --- | --- | --- |"]
-        for _, way, modes in (group for group in groups if group[0] == shape):
-            row = modes[-1]
+        for way, row in ways.items():
             title = f"{way} (limit)" if row["limit"] == "True" else way
             if row.get("failed"):
                 lines.append(f"| {title} | failed | | | |")
@@ -61,5 +139,109 @@ def section(name: str, device: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ways_by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By shape and way the row of forward and backward together."""
+    machine = {key for key in rows[0] if key in MACHINE}
+    own = [{key: value for key, value in row.items() if key not in machine} for row in rows]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for shape, way, modes in grouped(own):
+        found.setdefault(shape, {})[way] = modes[-1]
+    return found
+
+
+def number(value: float) -> str:
+    """Three digits, thousands parted."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# The README's section ---------------------------------------------------------------------------------------
+
+
+def performance() -> str:
+    """The README's section between its two marks: stages first, then operations; ratios, losing cases among them."""
+    parts: list[str] = []
+    for device in ("cuda", "cpu"):
+        stages, operations = stage_results(device), operation_results(device)
+        if stages:
+            parts += stages_in_short(stages, device)
+        if operations:
+            parts += operations_in_short(operations, device)
+    if not operation_results("cuda"):
+        parts.append(NO_GPU)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]:
+    """A line a stage and shape against its fastest peer, and one for all four together."""
+    lines = [
+        "| stage | peer, the fastest of those measured | srcfast | peer | speed-up | extra memory, MiB | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for name, result in stages.items():
+        for number_of_shape, (shape, rows) in enumerate(by_shape(result).items()):
+            peer = max(
+                (row for row in rows if not row["way"].startswith(OURS)), key=lambda row: row["per_second_overall"]
+            )
+            for row in (row for row in rows if row["way"].startswith(OURS)):
+                added = row["way"].removeprefix(OURS).removeprefix(", ")
+                cells = [f"{name}{': ' + added if added else ''}{'' if number_of_shape == 0 else ' (' + shape + ')'}"]
+                cells += [
+                    peer["way"],
+                    *(f"{number(one['per_second_overall'])} {result['unit']}/s" for one in (row, peer)),
+                ]
+                cells.append(f"**{row['per_second_overall'] / peer['per_second_overall']:.1f}**")
+                memory = [one["extra_mebibytes"] for one in (row, peer)]
+                cells += [f"{memory[0]:.0f} to {memory[1]:.0f}", f"{memory[0] / max(memory[1], 1e-9):.2f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+            if number_of_shape == 0:
+                ours = next(row for row in rows if row["way"] == result["headline"])
+                seconds["ours"].append(1 / ours["samples_per_second"])
+                seconds["peer"].append(1 / peer["samples_per_second"])
+    if set(stages) == set(STAGES):
+        ours, peer = (1 / sum(seconds[who]) for who in ("ours", "peer"))
+        cells = [
+            "**all four, a sample through each**",
+            "the four above",
+            f"{number(ours)} samples/s",
+            f"{number(peer)} samples/s",
+        ]
+        lines.append(f"| {' | '.join(cells)} | **{ours / peer:.1f}** | | |")
+    machine = next(iter(stages.values()))["machine"]
+    return [*lines, "", f"On {where(machine, device)}", ""]
+
+
+def operations_in_short(operations: dict[str, list[dict[str, Any]]], device: str) -> list[str]:
+    """A line an operation and shape: time and memory as shares of PyTorch's (or transformers'), and of the fastest peer's."""
+    lines = [
+        "| operation | shape | time, of PyTorch's | memory, of PyTorch's | fastest other way | time, of its |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in operations.items():
+        for shape, ways in ways_by_shape(rows).items():
+            good = {way: row for way, row in ways.items() if not row.get("failed") and row["limit"] != "True"}
+            ours = good.get(OURS)
+            others = {way: float(row["milliseconds"]) for way, row in good.items() if not way.startswith(OURS)}
+            if ours is None or not others:
+                continue
+            fastest = min(others, key=lambda way: others[way])
+            share = float(ours["milliseconds"]) / others[fastest]
+            shown = f"{share:.2f}" + (" (loses)" if share > 1.0 else "")
+            memory = ours.get("memory_ratio") or ""
+            cells = [name, shape, f"{float(ours['time_ratio']):.2f}", memory and f"{float(memory):.2f}", fastest, shown]
+            lines.append(f"| {' | '.join(cells)} |")
+    machine = next(iter(operations.values()))[0]
+    return [*lines, "", f"On {where(machine, device)}", ""]
+
+
+def readme() -> str:
+    """The README with its section as the results have it."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{performance()}\n{END}{after}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

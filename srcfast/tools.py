@@ -170,20 +170,21 @@ def doctor(as_json: bool) -> None:
 
 def bench(name: str | None, device: str | None, output: Path | None) -> None:
     """Run one benchmark or all; results go beside the benchmarks in a work tree, else into `benchmarks` here."""
-    from srcfast_benchmarks import BENCHMARKS
+    from srcfast_benchmarks import BENCHMARKS, STAGES
 
-    if name is not None and name not in BENCHMARKS:
-        raise ConfigError(f"benchmark: expected one of {', '.join(BENCHMARKS)}, found {name!r}")
+    known = (*STAGES, *BENCHMARKS)
+    if name is not None and name not in known:
+        raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
     results = Path(__file__).parents[1] / "benchmarks" / "results"
     output = output or (results if results.is_dir() else Path("benchmarks"))
     options = ["--output", str(output)] + ([] if device is None else ["--device", device])
     failed = []
-    for one in (name,) if name else BENCHMARKS:
+    for one in (name,) if name else known:
         if subprocess.run([sys.executable, "-m", f"srcfast_benchmarks.{one}", *options]).returncode:
             failed.append(one)
     if failed:
         raise SrcfastError(f"benchmarks that did not finish: {', '.join(failed)}")
-    print(f"CSV and plots: {output}")
+    print(f"results and plots: {output}")
 
 
 def report(run: Path) -> None:

@@ -1,0 +1,162 @@
+"""Candidates of an LVLM: srcfast's decoding against transformers' `generate`, as many samples a prompt, the same model.
+
+Tokens are those drawn for responses under way, the end token included; prompts are on the clock, but are not counted. Every
+response ends where the model ends it, or at the limit. The model is random, its end token and full stops as likely as in text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srcfast.data.jsonl import read_jsonl
+from srcfast.data.records import Sample
+from srcfast_benchmarks.harness import Shape
+from srcfast_benchmarks.random_models import (
+    LLAVA_7B,
+    SMALL,
+    ModelShape,
+    processor_of,
+    shape_of,
+    write_model,
+    write_records,
+)
+from srcfast_benchmarks.stage_harness import StageBenchmark, Watch, main
+
+SHAPES: dict[str, list[Shape]] = {
+    "cpu": [
+        {"model": "5M", "image_tokens": 64, "prompts": 64, "candidates": 8, "most_tokens": 96, "dtype": "float32"},
+    ],
+    "cuda": [
+        {"model": "7B", "image_tokens": 576, "prompts": 64, "candidates": 8, "most_tokens": 256, "dtype": "bfloat16"},
+    ],
+}
+MODELS: dict[str, ModelShape] = {
+    "5M": replace(SMALL, end_probability=1 / 40, stop_probability=1 / 12),
+    "7B": replace(LLAVA_7B, end_probability=1 / 160, stop_probability=1 / 20),
+}
+ROUNDS = 3  # each with draws of its own; the first, of some prompts, warms up
+WARM_UP_PROMPTS = 8
+
+
+def prepare(shape: Shape, folder: Path, device: str) -> None:
+    from transformers import AutoTokenizer
+
+    model = write_model(folder / "model", MODELS[shape["model"]], device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    write_records(folder, tokenizer, shape["prompts"], image_side=MODELS[shape["model"]].image_size, seed=2)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    file, root = folder / "samples.jsonl", folder / "images"
+    return [Sample.from_json(row, file=file, line=line, image_root=root) for line, row in read_jsonl(file)]
+
+
+def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, diverse: bool = True) -> None:
+    """Sentence-level beam search; or, not `diverse`, as many independent samples."""
+    from srcfast.models import ImageFeatures, load_lvlm
+    from srcfast.runtime.beam_search import BeamSettings
+    from srcfast.stages.candidates import generate_candidates, prompts_of
+    from srcfast.stages.rationale import image_loader
+
+    samples = read_samples(folder)
+    model = load_lvlm(folder / "model", dtype=getattr(torch, shape["dtype"]), device=device)
+    count, most = shape["candidates"], shape["most_tokens"]
+    settings = BeamSettings(num_candidates=count, num_beams=count // 2, proposals=2, max_new_tokens=most)
+    if not diverse:
+        settings = replace(settings, num_beams=count, proposals=1, max_sentences=1, max_sentence_tokens=most)
+
+    class Progress:
+        tokens = 0
+
+        def advance(self, n: int = 1, tokens: int = 0) -> None:
+            self.tokens += tokens
+
+    watch.start()
+    for number in range(ROUNDS):
+        own = samples if number else samples[:WARM_UP_PROMPTS]
+        progress, features = Progress(), ImageFeatures(model, image_loader(own))
+        generate_candidates(
+            model, own, settings, features=features, seed=number, batch_size=len(own), progress=progress
+        )
+        with watch.paused():
+            drawn = progress.tokens - sum(len(prompt.token_ids) for prompt in prompts_of(model, own))
+        watch.lap(drawn, drawn, samples=len(own))
+
+
+def srcfast_sampling(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    srcfast(shape, folder, device, watch, diverse=False)
+
+
+def transformers(shape: Shape, folder: Path, device: str, watch: Watch, *, at_once: int = 64) -> None:
+    """`generate` on batches of `at_once` prompts, each with all of its candidates."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    samples = read_samples(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
+    processor = processor_of(shape_of(folder / "model"), tokenizer)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder / "model", dtype=getattr(torch, shape["dtype"]), device_map=device
+    ).eval()
+    texts = [_prompt(tokenizer, sample) for sample in samples]
+    watch.start()
+    for number in range(ROUNDS):
+        torch.manual_seed(number)
+        drawn, count = 0, len(samples) if number else WARM_UP_PROMPTS
+        for start in range(0, count, at_once):
+            own = samples[start : min(start + at_once, count)]
+            images = [Image.open(sample.image_root / sample.images[0]) for sample in own]
+            batch = processor(
+                images=images,
+                text=texts[start : start + len(own)],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=False,
+            ).to(device)
+            batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+            output = model.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=shape["candidates"],
+                max_new_tokens=shape["most_tokens"],
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            drawn += int((output[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id).sum())
+        watch.lap(drawn, drawn, samples=count)
+
+
+def _prompt(tokenizer: Any, sample: Sample) -> str:
+    content: Sequence[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": sample.question}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def transformers_in_eights(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    transformers(shape, folder, device, watch, at_once=8)
+
+
+BENCHMARK = StageBenchmark(
+    name="candidates",
+    unit="tokens",
+    shapes=SHAPES,
+    prepare=prepare,
+    ways={
+        "transformers, all prompts at once": transformers,
+        "transformers, 8 prompts at once": transformers_in_eights,
+        "srcfast, sampling": srcfast_sampling,
+        "srcfast, sentence-level beam search": srcfast,
+    },
+    headline="srcfast, sentence-level beam search",
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

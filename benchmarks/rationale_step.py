@@ -1,0 +1,75 @@
+"""Steps of rationale fine-tuning: srcfast against TRL's SFTTrainer, from the same adapter, on the same batches.
+
+The loss is that of the responses' tokens alone, averaged over a batch's tokens; both must give the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from srcfast_benchmarks.candidates import read_samples
+from srcfast_benchmarks.dpo_step import (
+    SHAPES,
+    in_file_order,
+    load_policy,
+    prepare,
+    settings_of,
+    trl_trainer,
+)
+from srcfast_benchmarks.harness import Shape
+from srcfast_benchmarks.stage_harness import StageBenchmark, Watch, main
+
+
+def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    from srcfast.models import ImageFeatures
+    from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+
+    model = load_policy(shape, folder, device)
+    samples = in_file_order(read_samples(folder), shape)
+    raps, dropped = build_raps(samples)
+    assert not dropped, dropped
+    watch.start()
+    fine_tune_rationale(
+        model,
+        raps,
+        settings_of(shape),
+        features=ImageFeatures(model, image_loader(samples)),
+        on_step=lambda metrics: watch.lap(shape["batch"], metrics["tokens"], metrics["loss"]),
+    )
+
+
+def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    from srcfast.stages.rationale import build_raps
+
+    rows = [
+        {
+            "images": [str(sample.image_root / name) for name in sample.images],
+            "prompt": [{"role": "user", "content": sample.question}],
+            "completion": [{"role": "assistant", "content": response}],
+        }
+        for sample, response in build_raps(read_samples(folder))[0]
+    ]
+    trl_trainer(shape, folder, device, watch, SFTTrainer, SFTConfig, rows, completion_only_loss=True, **options).train()
+
+
+def trl_kept(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    """Without recomputation: faster, and more memory."""
+    trl(shape, folder, device, watch, gradient_checkpointing=False)
+
+
+BENCHMARK = StageBenchmark(
+    name="rationale_step",
+    unit="samples",
+    shapes=SHAPES,
+    prepare=prepare,
+    ways={"TRL": trl, "TRL, no checkpointing": trl_kept, "srcfast": srcfast},
+    headline="srcfast",
+    warm_up=2,
+    tolerance=1e-4,
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)
