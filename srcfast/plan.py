@@ -396,12 +396,11 @@ def _explanation(config: Config, stage: str, error: BaseException) -> str:
     memory = device_memory(config)
     there = f"{show_bytes(memory)} on {config.model.device}" if math.isfinite(memory) else config.model.device
     detail = " ".join(str(error).split())[:200] or type(error).__name__
-    kept = "What was finished is kept: the same command continues"
     stage = "candidates" if stage == "headroom" else stage
     if stage not in STAGES:
-        return f"{stage}: expected to fit into {there}, found {detail}. Mend: lower {stage}.token_budget. {kept}"
+        return f"{stage}: expected to fit into {there}, found {detail}. Mend: lower {stage}.token_budget"
     forecast = forecast_stage(config, stage)
     # It did not fit, whatever was forecast: a fifth less at least.
     found = advice(config, stage, memory=memory, limit=min(memory, 0.8 * forecast.peak / USABLE))
     mend = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
-    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Mend: {mend}. {kept}"
+    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Mend: {mend}"

@@ -58,7 +58,8 @@ class SmallModel(nn.Module):
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
         embeddings = self.decoder.embed(forest.token_ids)
-        return self.decoder(embeddings, forest.positions, forest_attend(forest, rows=rows), rows)
+        wanted = None if rows is None else rows.to(embeddings.device)
+        return self.decoder(embeddings, forest.positions, forest_attend(forest, rows=rows), wanted)
 
 
 def random_trees(rng: np.random.Generator, count: int, prompt: int, response: int, leaves: int) -> list[Tree]:
@@ -72,10 +73,10 @@ def random_trees(rng: np.random.Generator, count: int, prompt: int, response: in
 
 def run(model: SmallModel, forest: Forest, on_loss: Callable[[], None] = lambda: None) -> None:
     """Forward and backward of the responses' log-probabilities; `on_loss` in between."""
-    rows = response_rows(forest)
-    found = [forest.target_rows(i, range(1, len(tree.segments))) for i, tree in enumerate(forest.trees)]
-    targets = torch.cat([own for _, own in found])
-    places = torch.searchsorted(rows, torch.cat([own for own, _ in found]))
+    rows, host = response_rows(forest), forest.host or forest
+    found = [host.target_rows(i, range(1, len(tree.segments))) for i, tree in enumerate(forest.trees)]
+    targets = torch.cat([own for _, own in found]).to(forest.token_ids.device)
+    places = torch.searchsorted(rows, torch.cat([own for own, _ in found])).to(targets.device)
     hidden = model(forest, rows)
     logps = linear_logprob(hidden.index_select(0, places), model.decoder.head_weight, targets)
     on_loss()

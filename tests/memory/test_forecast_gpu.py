@@ -1,0 +1,89 @@
+"""Forecast peaks against what the GPU's allocator says, within 10 %."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from small_training import SmallModel, random_trees, run
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.models.lora import LoRAConfig
+from srcfast.runtime.activations import ForestSizes
+from srcfast.runtime.forecast import forecast_decoding, forecast_forward, forecast_training
+from srcfast.runtime.memory import ModelSizes
+from srcfast.runtime.optimizer import AdamW
+
+pytestmark = pytest.mark.gpu
+TENTH = 0.1
+# So large that the libraries' own workspaces, some tens of MiB, weigh little: about 4 GiB in all.
+LARGE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_layers": 12,
+    "num_heads": 16,
+    "num_kv_heads": 16,
+    "head_dim": 128,
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_else_in_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def model_on_gpu(quantize: bool = False) -> SmallModel:
+    model = SmallModel(LARGE, LoRAConfig(r=16), torch.bfloat16, quantize).cuda()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return model
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("every", [0, 2, 6])
+def test_a_training_step_peaks_where_it_was_forecast(rng: np.random.Generator, every: int, quantize: bool) -> None:
+    model = model_on_gpu(quantize).train()
+    model.decoder.checkpoint_layers = every
+    forest = Forest.of(random_trees(rng, 5, 640, 192, 2))
+    sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cuda")
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    on_gpu = forest.to("cuda")
+    for _ in range(2):  # the optimizer's moments are there from the second step
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.zero_grad()
+        run(model, on_gpu)
+        optimizer.step(1e-3)
+    forecast = forecast_training(sizes, own, checkpoint_every=every)
+    assert forecast.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=TENTH)
+
+
+def test_forward_passes_peak_where_it_was_forecast(rng: np.random.Generator) -> None:
+    model = model_on_gpu()
+    forest = Forest.of(random_trees(rng, 16, 640, 192, 2))
+    sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cuda")
+    on_gpu = forest.to("cuda")
+    with torch.no_grad():
+        model(on_gpu)
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        model(on_gpu)
+    forecast = forecast_forward(sizes, own, head_rows=0, stage="preferences")
+    assert forecast.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=TENTH)
+
+
+def test_prompts_that_are_run_before_decoding_fit_the_forecast(rng: np.random.Generator) -> None:
+    model = model_on_gpu()
+    trees = [Tree((Segment(rng.integers(0, 300, 640)),)) for _ in range(6)]
+    forest = Forest.of(trees)
+    sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cuda")
+    forecast = forecast_decoding(sizes, own, samples=6, rows=8, prompt_tokens=640, new_tokens=256, stage="candidates")
+    shapes = sizes.shapes
+    assert forecast.keys_and_values == 2 * shapes.layers * shapes.key * 2 * 6 * (640 + 8 * 256)
+    with torch.no_grad():
+        model(forest.to("cuda"))
+    assert torch.cuda.max_memory_allocated() <= 1.1 * (forecast.peak - forecast.keys_and_values)
