@@ -321,9 +321,9 @@ def _rows_triton(
     residual = logits if residual_dtype is None else logits.view(residual_dtype)[:, :vocabulary]
     logprob_rows_kernel[(rows,)](
         logits,
-        bias,
-        targets,
-        coefficient,
+        None if bias is None else bias.contiguous(),
+        targets.contiguous(),
+        None if coefficient is None else coefficient.contiguous(),  # of a sum it is one number, expanded
         logps,
         residual,
         logits.stride(0),

@@ -58,7 +58,10 @@ def linear_logprob_tiled(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("method: expected 'chunked' for a head that is trained, found 'tiled'")
-    return _Tiled.apply(hidden, weight.contiguous(), targets, bias, logit_scale, softcap or 0.0, ignore_index)
+    bias = None if bias is None else bias.contiguous()
+    return _Tiled.apply(
+        hidden, weight.contiguous(), targets.contiguous(), bias, logit_scale, softcap or 0.0, ignore_index
+    )
 
 
 class _Tiled(torch.autograd.Function):

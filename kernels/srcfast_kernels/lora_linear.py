@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast_kernels.cpu_products import add_product, product, thin_product
 from srcfast_kernels.homes import Home, home_of
 from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4_linear import frozen_linear
@@ -47,8 +48,9 @@ def lora_linear(
     """x W^T + bias + scaling (x A^T) B^T. x: [T, in], weight: [out, in], A: [r, in], B: [out, r].
 
     For a frozen weight nothing is kept for a weight gradient; the adapter's needs x, which it shares with its neighbours,
-    and x A^T [T, r].
+    and x A^T [T, r]. An adapter of another type than x's is taken in x's.
     """
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     if home_of(x) == "reference":
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -89,13 +91,8 @@ def _reference(x: Tensor, one: Adapted) -> Tensor:
 
 
 def _whole(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    return weight if isinstance(weight, Tensor) else nf4_dequantize(weight).to(dtype)
-
-
-def _thin(a: Tensor, b: Tensor) -> Tensor:
-    """a b, where b has few columns. A CPU's products with 8 of them take a third to a sixth of the time as b^T a^T; a GPU's
-    would lie unaligned."""
-    return a @ b if a.is_cuda else (b.T @ a.T).T
+    """[out, in] in the type of products, which under autocast isn't the weight's."""
+    return (weight if isinstance(weight, Tensor) else nf4_dequantize(weight)).to(dtype)
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -111,11 +108,11 @@ class _LoRALinears(torch.autograd.Function):
         count = len(bases)
         downs, ups = adapters[:count], adapters[count:]
         normed, inverse = (x, None) if norm is None else rms_norm_forward(x, norm.weight, norm.eps, home)
-        low = _thin(normed, torch.cat(downs).T)  # [T, sum of r]
+        low = thin_product(normed, torch.cat(downs).T)  # [T, sum of r]
         ranks = [len(down) for down in downs]
         outputs = []
         for (weight, bias, scaling), up, part in zip(bases, ups, low.split(ranks, dim=-1), strict=True):
-            outputs.append(frozen_linear(normed, weight, bias).addmm_(part, up.T, alpha=scaling))
+            outputs.append(frozen_linear(normed, weight, bias).addmm_(part, up.to(part.dtype).T, alpha=scaling))
         ctx.save_for_backward(x, inverse, low, *adapters)
         ctx.norm, ctx.home, ctx.bases, ctx.ranks = norm, home, bases, ranks
         return tuple(outputs)
@@ -138,17 +135,17 @@ class _LoRALinears(torch.autograd.Function):
             strict=True,
         )
         for gradient, (weight, _, scaling), up, part, grad_part, needs_up in parts:
-            torch.mul(_thin(gradient, up), scaling, out=grad_part)
-            grad_ups.append(scaling * _thin(gradient.T, part) if needs_up else None)
+            torch.mul(thin_product(gradient, up.to(gradient.dtype)), scaling, out=grad_part)
+            grad_ups.append(scaling * thin_product(gradient.T, part) if needs_up else None)
             if needs_x:
                 whole = _whole(weight, gradient.dtype)
-                grad_x = gradient @ whole if grad_x is None else grad_x.addmm_(gradient, whole)
+                grad_x = product(gradient, whole) if grad_x is None else add_product(grad_x, gradient, whole)
         if grad_x is not None:
-            grad_x.addmm_(grad_low, torch.cat(downs))
+            grad_x.addmm_(grad_low, torch.cat(downs).to(grad_x.dtype))
         grad_downs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
             normed = x if ctx.norm is None else rms_norm_forward(x, ctx.norm.weight, ctx.norm.eps, ctx.home)[0]
-            grad_downs = (grad_low.T @ normed).split(ctx.ranks)
+            grad_downs = product(grad_low.T, normed.to(grad_low.dtype)).split(ctx.ranks)
         if grad_x is not None and ctx.norm is not None:
             grad_x, _ = rms_norm_backward(grad_x, x, ctx.norm.weight, inverse, False, ctx.home)
         return (grad_x, None, None, None, *grad_downs, *grad_ups)
@@ -168,17 +165,19 @@ class _SwiGLULoRALinear(torch.autograd.Function):
         lora_b: Tensor,
     ) -> Tensor:
         x = swiglu_forward(gate, up, home)  # [T, in]
-        low = _thin(x, lora_a.T)  # [T, r]
+        low = thin_product(x, lora_a.T)  # [T, r]
         ctx.save_for_backward(gate, up, low, lora_a, lora_b)
         ctx.home, ctx.weight, ctx.scaling = home, weight, scaling
-        return frozen_linear(x, weight, bias).addmm_(low, lora_b.T, alpha=scaling)
+        return frozen_linear(x, weight, bias).addmm_(low, lora_b.to(low.dtype).T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # [T, out]
         gate, up, low, lora_a, lora_b = ctx.saved_tensors
-        grad_low = _thin(gradient, lora_b).mul_(ctx.scaling)
-        grad_b = _thin(gradient.T, low).mul_(ctx.scaling)
-        grad_x = (gradient @ _whole(ctx.weight, gradient.dtype)).addmm_(grad_low, lora_a)  # [T, in]
+        lora_a, lora_b = lora_a.to(gradient.dtype), lora_b.to(gradient.dtype)  # wider under autocast
+        grad_low = thin_product(gradient, lora_b).mul_(ctx.scaling)
+        grad_b = thin_product(gradient.T, low).mul_(ctx.scaling)
+        grad_x = product(gradient, _whole(ctx.weight, gradient.dtype)).addmm_(grad_low, lora_a)  # [T, in]
         grad_gate, grad_up, x = swiglu_backward(grad_x, gate, up, ctx.home, again=True)
-        return grad_gate, grad_up, None, None, None, None, grad_low.T @ x, grad_b
+        assert x is not None  # asked for again
+        return grad_gate, grad_up, None, None, None, None, product(grad_low.T, x.to(gradient.dtype)), grad_b

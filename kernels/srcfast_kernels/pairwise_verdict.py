@@ -79,11 +79,13 @@ def pairwise_verdict(
 
 def _batch(num_candidates: int | Tensor, sample_ids: Tensor | None, num_samples: int | None) -> tuple[int, int]:
     """Number of samples, and the largest number of candidates."""
-    if isinstance(num_candidates, Tensor):
+    if isinstance(num_candidates, Tensor) and num_candidates.ndim == 1:
         return len(num_candidates), int(num_candidates.max())
     if num_samples is None:
-        num_samples = 1 if sample_ids is None else int(sample_ids.max()) + 1
-    return num_samples, num_candidates
+        num_samples = 1
+        if sample_ids is not None:
+            num_samples = int(sample_ids.max()) + 1 if len(sample_ids) else 0
+    return num_samples, int(num_candidates)
 
 
 def pairwise_verdict_reference(
@@ -190,14 +192,16 @@ def pairwise_verdict_kernel(
     for row in range(0, candidates):
         forward = tl.load(p_ptr + square + row * candidates + others, mask=inside, other=-1.0, cache_modifier=".cg")
         backward = tl.load(p_ptr + square + others * candidates + row, mask=inside, other=-1.0, cache_modifier=".cg")
-        both = (forward >= 0.0) & (backward >= 0.0)  # a pair counts when both of its orders were judged
+        both = (forward != -1.0) & (
+            backward != -1.0
+        )  # a pair counts when both of its orders were judged; NaN was, badly
         q = tl.where(both, 0.5 * (forward + 1.0 - backward), 0.5)
         u = tl.where(both, tl.abs(2.0 * q - 1.0) * (1.0 - tl.abs(forward + backward - 1.0)), 0.0)
         tl.store(q_ptr + square + row * candidates + others, q, mask=inside)
         tl.store(u_ptr + square + row * candidates + others, u, mask=inside)
         total = tl.sum(u, 0)
-        score = tl.sum(u * q, 0) / tl.where(total > 0.0, total, 1.0)
-        tl.store(scores_ptr + sample * candidates + row, tl.where(total > 0.0, score, 0.5))
+        score = tl.sum(u * q, 0) / tl.where(total != 0.0, total, 1.0)
+        tl.store(scores_ptr + sample * candidates + row, tl.where(total != 0.0, score, 0.5))
 
 
 def _pairwise_verdict_triton(
@@ -216,10 +220,10 @@ def _pairwise_verdict_triton(
     pairwise_verdict_kernel[(samples,)](
         hidden,
         verdict_weight.contiguous(),
-        verdict_values,
-        first,
-        second,
-        sample_ids,
+        verdict_values.contiguous(),
+        first.contiguous(),
+        second.contiguous(),
+        None if sample_ids is None else sample_ids.contiguous(),
         p,
         q,
         u,

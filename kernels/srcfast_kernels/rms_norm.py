@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Home) -> tuple[Tensor, Tensor]:
     """`rms_norm` of x [..., D] without a graph, and 1 / sqrt(mean(x^2) + eps) of each row for its backward, fp32 or fp64."""
     if home == "triton":
-        return _forward_triton(x.contiguous(), weight, eps)
+        return _forward_triton(x.contiguous(), weight.contiguous(), eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]
@@ -60,7 +60,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x [..., D] and, where needed, of the weight [D]."""
     if home == "triton":
-        return _backward_triton(gradient.contiguous(), x.contiguous(), weight, inverse, needs_weight)
+        return _backward_triton(gradient.contiguous(), x.contiguous(), weight.contiguous(), inverse, needs_weight)
     wide = x.to(inverse.dtype)
     grad_weight = None
     if needs_weight:

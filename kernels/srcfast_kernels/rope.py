@@ -23,7 +23,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, mrope_sections: Sequence[int] | No
         cos, sin: [T, d], the angles of d/2 frequencies twice over; or [3, T, d] (time, height, width) for Qwen's
             multimodal RoPE. They are constants: they get no gradient.
         mrope_sections: how many of the d/2 frequencies take time, height and width; needed with three sets of angles.
+
+    Raises:
+        ValueError: three sets of angles without sections, or sections without three sets.
     """
+    if (cos.ndim == 3) != (mrope_sections is not None):
+        raise ValueError(
+            f"mrope_sections: expected with angles [3, T, d] and only there, found {mrope_sections} and {tuple(cos.shape)}"
+        )
     if mrope_sections is not None:
         cos, sin = (_by_section(angles, mrope_sections) for angles in (cos, sin))
     return _RoPE.apply(x, cos, sin, home_of(x))

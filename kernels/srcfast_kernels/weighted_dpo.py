@@ -45,7 +45,7 @@ def weighted_dpo_loss(
     loss_type: LossType = "sigmoid",
     normalizer: float | Tensor | None = None,
 ) -> DPOOutput:
-    """Confidence-weighted DPO loss over P pairs.
+    """Confidence-weighted DPO loss over P pairs; in fp32 (fp64 for fp64 inputs) whatever the log-probabilities' type.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [P] summed log-probabilities under the policy; these carry the gradient.
@@ -60,9 +60,11 @@ def weighted_dpo_loss(
     Raises:
         ValueError: an unknown loss type, or label smoothing with another loss than sigmoid.
     """
-    chosen = policy_chosen_logps - ref_chosen_logps
-    rejected = policy_rejected_logps - ref_rejected_logps
+    exact = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
+    chosen = policy_chosen_logps.to(exact) - ref_chosen_logps.to(exact)
+    rejected = policy_rejected_logps.to(exact) - ref_rejected_logps.to(exact)
     loss = pair_loss(chosen - rejected, beta, label_smoothing, loss_type)  # [P]
+    confidence = confidence.to(exact)
     total = confidence.sum() if normalizer is None else normalizer
     return DPOOutput((confidence * loss).sum() / total, (beta * chosen).detach(), (beta * rejected).detach())
 
@@ -109,7 +111,7 @@ def linear_weighted_dpo(
     logps = linear_logprob(hidden, weight, targets, **head)  # [T]
     pairs = len(confidence)
     if pairs and home_of(hidden) == "triton":
-        total = confidence.sum() if normalizer is None else normalizer
+        total = confidence.sum(dtype=logps.dtype) if normalizer is None else normalizer
         reference = (ref_chosen_logps, ref_rejected_logps)
         return DPOOutput(
             *_TokenDPO.apply(logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type)

@@ -142,6 +142,45 @@ def test_mixed_precision_under_autocast_gives_gradients_of_the_inputs_dtypes() -
         assert part.grad is not None and part.grad.dtype == torch.float32 and bool(part.grad.any())
 
 
+def test_frozen_layers_under_autocast_give_gradients_of_the_inputs_dtypes() -> None:
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    x = draw(9, 16).requires_grad_()
+    gate, up, down = (random_adapted(draw, *size, 2, False, True) for size in ((24, 16), (24, 16), (16, 24)))
+    leaves = [x, *(part for one in (gate, up, down) for part in (one.lora_a, one.lora_b))]
+    outer = draw(9, 16)
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(torch.ones(16), 1e-6)), down)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        results.append(torch.autograd.grad(out, leaves, outer.to(out.dtype)))
+    for cast, exact in zip(*results, strict=True):
+        assert cast.dtype == torch.float32
+        # bf16 rounds at 2^-9, a dozen times over
+        torch.testing.assert_close(cast, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
+def test_an_adapter_of_another_type_than_its_input_s_is_taken_in_the_input_s() -> None:
+    x, weight, _, down, up = (part.detach() for part in tensors([(5, 7), (3, 7), (3,), (2, 7), (3, 2)]))
+    down, up = (part.float().requires_grad_() for part in (down, up))
+    out = lora_linear(x.bfloat16(), weight.bfloat16(), None, down, up, 0.5)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(part.grad is not None and part.grad.dtype == torch.float32 for part in (down, up))
+
+
+@pytest.mark.parametrize("angles_of", [1, 3])
+def test_rope_refuses_sections_without_their_angles_and_the_other_way_round(angles_of: int) -> None:
+    x, turn = torch.randn(2, 1, 4), torch.ones(3, 2, 4)
+    given, sections = (turn, None) if angles_of == 3 else (turn[0], (1, 1, 0))
+    with pytest.raises(ValueError, match="mrope_sections"):
+        rope(x, given, given, sections)
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     x, weight, bias, down, up = tensors([(5, 7), (3, 7), (3,), (2, 7), (3, 2)])
     weight.requires_grad_(False), bias.requires_grad_(False)

@@ -125,3 +125,14 @@ def test_bf16_states_are_judged_in_fp32() -> None:
     )
     assert narrow.scores.dtype == torch.float32
     torch.testing.assert_close(narrow.scores.double(), exact.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_no_comparisons_are_no_samples_or_neutral_ones() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    own = {"verdict_values": VALUES, "sample_ids": none}
+    nobody = pairwise_verdict(torch.zeros(0, 4), torch.randn(3, 4), none, none, 5, **own)
+    assert [part.shape for part in nobody] == [(0, 5, 5), (0, 5), (0, 5, 5)]
+    two = pairwise_verdict(torch.zeros(0, 4), torch.randn(3, 4), none, none, torch.tensor([2, 3]), **own)
+    assert two.scores.tolist() == [[0.5] * 3] * 2 and not two.confidence.any()
+    one = pairwise_verdict(torch.zeros(0, 4), torch.randn(3, 4), none, none, torch.tensor(2), verdict_values=VALUES)
+    assert one.scores.tolist() == [0.5, 0.5]

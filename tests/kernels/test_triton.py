@@ -339,3 +339,53 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     function, shapes = DIFFERENTIATED[name]
     parts = [random(*shape, dtype=torch.float64, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
     assert torch.autograd.gradcheck(function, parts)
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same numbers, not next to each other."""
+    return torch.stack([x, torch.full_like(x, 3)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("method", ["chunked", "tiled"])
+def test_linear_logprob_of_vectors_that_are_columns_of_tables(method: Any, dtype: torch.dtype) -> None:
+    hidden, weight, bias = (random(*shape, dtype=dtype, seed=n) for n, shape in enumerate([(9, 7), (23, 7), (23,)]))
+    targets = torch.arange(9, device=DEVICE) % 5
+    results = []
+    for change in (apart, lambda x: x):
+        parts = [change(hidden).detach().requires_grad_(), change(weight), change(targets)]
+        logps = linear_logprob(*parts, bias=change(bias), method=method)
+        logps.sum().backward()  # whose gradient is one number, expanded
+        results.append((logps, parts[0].grad))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_the_gradient_of_a_sum_reaches_a_trained_head(dtype: torch.dtype) -> None:
+    found = []
+    for function in (linear_logprob, linear_logprob_reference):
+        parts = [random(*shape, dtype=dtype, seed=n).requires_grad_() for n, shape in enumerate([(9, 7), (23, 7)])]
+        function(*parts, torch.arange(9, device=DEVICE)).sum().backward()
+        found.append([part.grad for part in parts])
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+def test_verdicts_of_pairs_that_are_columns_of_a_table(dtype: torch.dtype) -> None:
+    table = torch.tensor([(s, i, j) for s in range(3) for i in range(4) for j in range(4) if i != j], device=DEVICE)
+    samples, first, second = table.T  # strided
+    hidden, weight = random(len(table), 12, dtype=dtype, seed=1), random(3, 12, dtype=dtype, seed=2)
+    own = {"verdict_values": apart(torch.tensor([1.0, 0.5, 0.0], dtype=dtype, device=DEVICE)), "sample_ids": samples}
+    ours = pairwise_verdict(apart(hidden), apart(weight), first, second, 4, **own)
+    with use_home("torch"):
+        theirs = pairwise_verdict(hidden, weight, first, second, 4, **own)
+    for found, expected in zip(ours, theirs, strict=True):
+        close(found, expected)
+
+
+def test_a_verdict_that_is_not_a_number_is_seen_and_not_taken_for_a_missing_one(dtype: torch.dtype) -> None:
+    first, second = torch.tensor([(i, j) for i in range(3) for j in range(3) if i != j], device=DEVICE).T
+    hidden = random(6, 12, dtype=dtype, seed=1)
+    hidden[(first == 0) & (second == 1)] = float("nan")
+    values = torch.tensor([1.0, 0.5, 0.0], dtype=dtype, device=DEVICE)
+    output = pairwise_verdict(hidden, random(3, 12, dtype=dtype, seed=2), first, second, 3, verdict_values=values)
+    assert output.scores.isnan().tolist() == [True, True, False]

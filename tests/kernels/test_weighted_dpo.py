@@ -151,3 +151,12 @@ def test_its_head_takes_the_options_of_linear_logprob() -> None:
         for h, t, i in ((hidden, targets, ids), (hidden[[0, 2, 3]], targets[[0, 2, 3]], ids[[0, 2, 3]]))
     ]
     torch.testing.assert_close(both[0], both[1])
+
+
+def test_log_probabilities_in_half_precision_give_a_loss_in_fp32() -> None:
+    halves = [part.bfloat16() for part in pairs(9)]
+    output = weighted_dpo_loss(*halves, beta=BETA)
+    exact = weighted_dpo_loss(*(part.double() for part in halves), beta=BETA)
+    for ours, theirs in zip(output, exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
