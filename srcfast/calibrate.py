@@ -41,8 +41,9 @@ from srcfast.stages.candidates import diversity, generate_candidates
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom, recovered
-from srcfast.stages.preference import reference_logprobs, train_preference
+from srcfast.stages.preference import train_preference
 from srcfast.stages.rationale import fine_tune_rationale
+from srcfast.stages.references import references_from_candidates
 from srcfast.stages.scoring import samples_in_order, score_candidates, scored_rows
 from srcfast.world.oracle import judge_sample
 
@@ -207,19 +208,22 @@ class Calibration:
                     found=f"dropped: {funnel['dropped']}",
                     mend="lower curation.min_margin or curation.min_confidence, or raise candidates.temperature",
                 )
-            adapter = self.directory.adapter(iteration - 1)
-            done = reference_logprobs(
-                self.policy.use(adapter),
+            reuse = self.config.dpo.reuse_generation_logprobs
+            done, takeover = references_from_candidates(
+                self.policy.use(self.directory.adapter(iteration - 1)),
                 pairs,
+                self.samples,
+                self._candidates(iteration) if reuse else {},  # without candidates all are computed
                 reference_hash=self.policy.hash(),
                 features=self.policy.features,
                 token_budget=self.config.dpo.token_budget,
                 on_forest=lambda forest: progress.advance(0, tokens=forest.num_tokens),
+                seed=self.config.seed + iteration,
             )
             progress.advance(len(samples))
             write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
             self._write_gallery(iteration, done)
-            return {"funnel": funnel}
+            return {"funnel": funnel, "references": takeover.to_json()}
 
         self._stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)
 

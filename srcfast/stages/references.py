@@ -1,0 +1,136 @@
+"""The reference's log-probabilities from generation: a candidate comes with its own, under the very policy that is the reference.
+
+They are taken over after a recheck: of a random part of the pairs they are computed exactly, and unless all of these agree
+within what rounding may do, those of all pairs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from random import Random
+from typing import Any
+
+from srcfast.data.forest import Forest
+from srcfast.data.in_order import InOrder
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.runtime.training import Features
+from srcfast.stages.preference import _SAME_MODEL, _SAME_MODEL_HALF, reference_logprobs
+
+RECHECKED = 16  # pairs at least
+RECHECKED_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """What came of it.
+
+    Attributes:
+        pairs: all of them.
+        eligible: pairs of which both responses are candidates' very tokens, after the same prompt.
+        rechecked: of these, computed exactly.
+        reused: of these, taken over.
+        disagreement: the greatest difference among the rechecked, as a share of 1 + |log-probability|; None without any.
+        tolerance: the greatest at which the others are taken over.
+    """
+
+    pairs: int
+    eligible: int
+    rechecked: int
+    reused: int
+    disagreement: float | None
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def references_from_candidates(
+    model: Any,
+    preferences: Sequence[Preference],
+    samples: Mapping[str, Sample],
+    candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
+    *,
+    reference_hash: str,
+    token_budget: int,
+    features: Features | None = None,
+    on_forest: Callable[[Forest], None] | None = None,
+    seed: int = 0,
+) -> tuple[list[Preference], Takeover]:
+    """`reference_logprobs`, but for pairs whose log-probabilities generation has found already.
+
+    Args:
+        model: base with the adapter as it is before the round; it has written the candidates.
+        preferences: pairs; `extra` names their candidates (`chosen_id`, `rejected_id`).
+        samples: sample id -> the sample that the candidates answer.
+        candidates: sample id -> candidates, whose `logprob` is the model's own over `token_ids`; asked once for each run of
+            pairs of one sample.
+        seed: of the part that is rechecked.
+    """
+    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    known: list[tuple[float, float] | None] = []
+    for sample_id, pairs in groupby(preferences, key=lambda pair: pair.sample_id):
+        own = {candidate.id: candidate for candidate in candidates.get(sample_id) or ()}
+        known += [_known(model, pair, samples.get(sample_id), own) for pair in pairs]
+    eligible = [index for index, values in enumerate(known) if values is not None]
+    count = min(len(eligible), max(RECHECKED, round(RECHECKED_SHARE * len(eligible))))
+    rechecked = Random(f"references/{seed}").sample(eligible, count)
+    done = list(preferences)
+
+    def compute(indices: Sequence[int]) -> None:
+        exact = reference_logprobs(
+            model,
+            [preferences[index] for index in indices],
+            reference_hash=reference_hash,
+            token_budget=token_budget,
+            features=features,
+            on_forest=on_forest,
+        )
+        for index, pair in zip(indices, exact, strict=True):
+            done[index] = pair
+
+    # Those to recheck in one go with those that have to be computed anyhow.
+    computed = sorted({*range(len(preferences))} - {*eligible} | {*rechecked})
+    if computed:
+        compute(computed)
+    differences = [_difference(done[index], known[index]) for index in rechecked]
+    disagreement = max(differences, default=None)
+    left = sorted({*eligible} - {*rechecked})
+    agreed = disagreement is not None and disagreement <= tolerance
+    if left and not agreed:
+        compute(left)
+    elif left:
+        for index in left:
+            values = known[index]
+            assert values is not None
+            extra = {**preferences[index].extra, "reference_hash": reference_hash}
+            chosen, rejected = values
+            done[index] = replace(
+                preferences[index], reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra
+            )
+    reused = len(left) if agreed else 0
+    return done, Takeover(len(preferences), len(eligible), count, reused, disagreement, tolerance)
+
+
+def _known(
+    model: Any, pair: Preference, sample: Sample | None, own: Mapping[str, Candidate]
+) -> tuple[float, float] | None:
+    """The chosen and the rejected candidate's log-probabilities, if they are those of the pair's responses."""
+    if sample is None or (pair.prompt, tuple(pair.images)) != (sample.question, tuple(sample.images)):
+        return None
+    found = []
+    for name, text in (("chosen_id", pair.chosen), ("rejected_id", pair.rejected)):
+        candidate = own.get(pair.extra.get(name, ""))
+        if candidate is None or candidate.token_ids != tuple(model.encode_response(text).tolist()):
+            return None
+        found.append(candidate.logprob)
+    return found[0], found[1]
+
+
+def _difference(pair: Preference, known: tuple[float, float] | None) -> float:
+    chosen, rejected = pair.reference_chosen_logprob, pair.reference_rejected_logprob
+    assert known is not None and chosen is not None and rejected is not None
+    sides = zip(known, (chosen, rejected), strict=True)
+    return max(abs(own - exact) / (1.0 + abs(exact)) for own, exact in sides)
