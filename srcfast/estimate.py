@@ -25,10 +25,11 @@ from srcfast.plan import (
     largest_value,
     policy_sizes,
     typical_tree,
+    with_setting,
 )
 from srcfast.runtime.activations import ForestSizes, kept_bytes
 from srcfast.runtime.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
-from srcfast.runtime.forecast import Forecast, moment_bytes
+from srcfast.runtime.forecast import Forecast, moment_bytes, recomputed_layers
 from srcfast.runtime.memory import ModelSizes, parse_bytes, show_bytes
 
 UNKNOWN = 1000  # samples, where the settings don't say how many there are
@@ -49,7 +50,8 @@ class StageEstimate:
 
     forecast: Forecast
     fits: bool | None
-    largest: dict[str, int]
+    largest: dict[str, int]  # settings and their largest values
+    largest_kept: int | None  # token budget of training with which nothing is recomputed
     change: tuple[str, ...]
     samples: int
     samples_known: bool
@@ -97,7 +99,7 @@ def estimate(
         print(json.dumps(summary, indent=2))
         return
     _print_model(config, summary, room)
-    _print_stages(stages, summary["assumed"])
+    _print_stages(stages, summary["assumed"] | {"layers": model.shapes.layers})
 
 
 def _device_rate(config: Config, mfu: float) -> float | None:
@@ -119,6 +121,7 @@ def _estimate_stage(config: Config, stage: str, room: float, rate: float | None,
         largest={name: largest_value(config, name, stage, memory=room, lengths=lengths) for name in LARGEST[stage]}
         if known
         else {},
+        largest_kept=_largest_kept(config, stage, room, lengths) if known and stage in TRAINING else None,
         change=tuple(map(str, advice(config, stage, memory=room, lengths=lengths))) if known else (),
         samples=count or UNKNOWN,
         samples_known=bool(count),
@@ -126,6 +129,11 @@ def _estimate_stage(config: Config, stage: str, room: float, rate: float | None,
         flops=necessary,
         seconds=None if rate is None else necessary / rate,
     )
+
+
+def _largest_kept(config: Config, stage: str, room: float, lengths: Lengths) -> int:
+    keeping = with_setting(config, f"{stage}.activation_checkpointing", 0)
+    return largest_value(keeping, f"{stage}.token_budget", stage, memory=room, lengths=lengths)
 
 
 def _count(config: Config, stage: str) -> int:
@@ -220,33 +228,33 @@ def _print_model(config: Config, summary: dict[str, Any], room: float) -> None:
 
 
 def _print_stages(stages: Sequence[StageEstimate], assumed: dict[str, Any]) -> None:
-    rows: list[tuple[str, ...]] = [("stage", "peak", "fits", "largest that fits", "PFLOP", "time")]
+    rows: list[tuple[str, ...]] = [("stage", "peak", "fits", "samples", "PFLOP", "time")]
     for stage in stages:
-        fits = "" if stage.fits is None else "yes" if stage.fits else "no"
-        most = ", ".join(f"{name.partition('.')[2]} {value:,}" for name, value in stage.largest.items())
-        seconds = "" if stage.seconds is None else str(timedelta(seconds=round(stage.seconds)))
-        recomputed = (
-            f", {stage.forecast.checkpoint_every} layers recomputed at a time"
-            if stage.forecast.checkpoint_every
-            else ""
-        )
+        times = "" if stage.times == 1 else f"{stage.times} x "
         rows.append(
             (
                 stage.forecast.stage,
-                show_bytes(stage.forecast.peak) + recomputed,
-                fits,
-                most,
+                show_bytes(stage.forecast.peak),
+                "" if stage.fits is None else "yes" if stage.fits else "no",
+                f"{times}{stage.samples:,}{'' if stage.samples_known else ' (assumed)'}",
                 f"{stage.flops / 1e15:,.1f}",
-                seconds + ("" if stage.samples_known else f" ({stage.samples:,} samples)"),
+                "" if stage.seconds is None else str(timedelta(seconds=round(stage.seconds))),
             )
         )
     table("stages", rows, header=True)
     for stage in stages:
         print(f"{stage.forecast.stage}: {stage.forecast.text()}")
+        if every := stage.forecast.checkpoint_every:
+            again = recomputed_layers(assumed["layers"], every)
+            print(f"  groups of {every} layers: {again} of {assumed['layers']} layers are run again in backward")
         if stage.fits is False:
             print(f"  does not fit. Change, in this order: {'; '.join(stage.change) or 'the device, or the model'}")
+        elif stage.largest:
+            most = ", ".join(f"{name}={value}" for name, value in stage.largest.items())
+            kept = "" if stage.largest_kept is None else f" ({stage.largest_kept} with nothing recomputed)"
+            print(f"  largest that fits, each by itself: {most}{kept}")
     rate = assumed["flops_per_second"]
-    reached = "no rate is known: --flops states one" if rate is None else f"{rate / 1e12:,.1f} TFLOP/s are reached"
+    reached = "no rate is known: --flops states one" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s are reached"
     print(
         f"Assumed: {assumed['text']} tokens of text and {assumed['image']} of an image in a prompt, {assumed['response']} in a "
         f"response; {reached}. Decoding is bound by memory, too: its time is the least."

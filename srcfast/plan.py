@@ -321,7 +321,7 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
     elif stage == "scores":
         yield "scorer.token_budget", None
         if config.scorer.dtype == "float32":
-            yield "scorer.dtype", "bfloat16"
+            yield "scorer.dtype", "float16"
     elif stage == "preferences":
         yield "dpo.token_budget", None
         yield from [*nf4, *half]

@@ -208,7 +208,10 @@ def test_another_adapter_is_put_on_the_same_base(two_adapters: list[Path]) -> No
         assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in found.named_parameters())
     assert torch.equal(logits_of(policy.use(None)), bare) and not adapters(base)
     fresh = policy.fresh()
-    assert fresh is base and torch.equal(logits_of(fresh), bare)  # B begins at nought
+    assert fresh is base
+    torch.testing.assert_close(
+        logits_of(fresh), bare, rtol=1e-4, atol=1e-4
+    )  # B begins at nought; fp32 in another order
     assert next(iter(adapters(fresh).values())).lora_A.shape[0] == Config().lora.r
 
 
