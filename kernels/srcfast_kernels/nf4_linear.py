@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast_kernels.cpu_products import linear
 from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
 
 FEW_ROWS = 64  # above these, one dequantisation and a product of the GPU's own are faster
@@ -48,10 +49,10 @@ class _NF4Linear(torch.autograd.Function):
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
     """x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, its result may be written over."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     if x.is_cuda and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and _has_bitsandbytes():
         return _few_rows(x, weight, bias)
-    return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+    return linear(x, nf4_dequantize(weight).to(x.dtype), bias)
 
 
 def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:

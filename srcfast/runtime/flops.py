@@ -22,6 +22,7 @@ from functools import cache
 import torch
 
 from srcfast.runtime.memory import Shapes
+from srcfast_kernels.cpu_products import product
 
 # Dense rates by the makers' data sheets, in 1e12 a second: half precision with fp32 sums, and fp32 without tensor cores.
 # A name's words all have to occur in the device's; the entry with most words counts.
@@ -115,7 +116,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     runs = 0
     while runs < 3 or time.perf_counter() - began < 0.05:
         start = time.perf_counter()
-        a @ b
+        product(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if runs:  # the first one also loads the library

@@ -48,6 +48,7 @@ def counted(train: bool, tokens: int, rows: int) -> float:
     embeddings = model.decoder.embed(forest.token_ids).requires_grad_(train)
     with (
         torch.set_grad_enabled(train),
+        torch.backends.mkldnn.flags(enabled=False),  # its products are not PyTorch's to count
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter,
     ):
         # Causal halves are no FLOPs saved in this backend: each query meets all keys.
