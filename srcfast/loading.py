@@ -217,7 +217,7 @@ def load_judge(config: Config, lora: LoRAConfig | None = None) -> Scorer:
 
 
 def _limit_memory(config: Config) -> None:
-    limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"))
+    limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"), config.model.device)
 
 
 def policy_hash(config: Config, model: LVLM, adapter: Path | None) -> str:

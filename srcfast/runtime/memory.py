@@ -285,20 +285,23 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
 # What there is ----------------------------------------------------------------------------------------------
 
 
-def limit_memory(size: int | None) -> None:
-    """Plan with `size` bytes, on whatever device, instead of all that it has; on a GPU no more can then be allocated.
+def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
+    """Plan with `size` bytes instead of all that there is; on a GPU no more can then be allocated. None: no limit.
 
     Raises:
         ConfigError: the GPU has less.
     """
     global _limit
+    device = torch.device(device)
+    share = 1.0
+    if size is not None and device.type == "cuda":
+        whole = torch.cuda.mem_get_info(device)[1]
+        share = min(1.0, size / whole)
+        if size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
+            raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of {device}, found {show_bytes(size)}")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, device)
     _limit = size
-    if not torch.cuda.is_available():
-        return
-    whole = torch.cuda.mem_get_info()[1]
-    if size is not None and size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
-        raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of this GPU, found {show_bytes(size)}")
-    torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / whole))
 
 
 def memory_of(device: torch.device | str) -> int:

@@ -12,6 +12,7 @@ from live_tensors import LiveTensors
 from small_training import SHAPES, SmallModel, random_trees, run
 
 from srcfast.data.forest import Forest
+from srcfast.errors import ConfigError
 from srcfast.models.lora import TARGETS, LoRAConfig
 from srcfast.models.quantized import NF4Linear
 from srcfast.runtime.activations import ForestSizes, fullest_forest, kept_bytes
@@ -301,3 +302,21 @@ def test_a_measurement_counts_the_model_the_optimizer_and_what_is_saved(rng: np.
     assert record["forecast_bytes"] == pytest.approx(record["measured_bytes"], rel=TENTH)
     assert taken.optimizer == 3 * optimizer.weights.nbytes + 4  # gradients, two moments, a count of steps
     assert record["rss_growth_bytes"] >= 0
+
+
+def test_a_limit_on_a_gpu_is_kept_by_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    try:
+        limit_memory(12 << 30, "cuda:0")
+        assert memory_of("cuda:0") == 12 << 30
+        limit_memory(85 << 30, "cuda:0")  # so is a card of 80 GB called
+        assert memory_of("cuda:0") == 75 << 30  # what is free, and what this process holds already
+        with pytest.raises(ConfigError, match="80.0 GiB of cuda:0"):
+            limit_memory(100 << 30, "cuda:0")
+        limit_memory(None, "cuda:0")
+    finally:
+        limit_memory(None)
+    assert shares == [12 / 80, 1.0, 1.0]
