@@ -12,6 +12,7 @@ BENCHMARKS = (
     "rope",
     "swiglu",
     "forest_attention",
+    "packing",
 )
 
 # Whole stages, in the order of a calibration.

@@ -78,9 +78,10 @@ def load_policy(shape: Shape, folder: Path, device: str, lora: Any = None) -> An
     )
 
 
-def settings_of(shape: Shape) -> TrainingSettings:
+def settings_of(shape: Shape, checkpointing: int = 0) -> TrainingSettings:
     """srcfast's: a constant rate, a batch a step."""
     return TrainingSettings(
+        activation_checkpointing=checkpointing,
         micro_batch_size=shape["batch"],
         token_budget=BUDGETS[shape["model"]],
         learning_rate=LEARNING_RATE,
@@ -102,12 +103,14 @@ def read_pairs(folder: Path) -> list[Preference]:
     return [Preference.from_json(row, file=file, line=line, image_root=root) for line, row in read_jsonl(file)]
 
 
-def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, computed: bool = False) -> None:
+def srcfast(
+    shape: Shape, folder: Path, device: str, watch: Watch, *, computed: bool = False, checkpointing: int = 0
+) -> None:
     from srcfast.models import ImageFeatures
     from srcfast.stages.preference import PreferenceSettings, reference_logprobs, train_preference
     from srcfast.stages.rationale import image_loader
 
-    model, settings = load_policy(shape, folder, device), settings_of(shape)
+    model, settings = load_policy(shape, folder, device), settings_of(shape, checkpointing)
     pairs = in_file_order(read_pairs(folder), shape)
     features = ImageFeatures(model, image_loader(pairs))
     watch.start()
@@ -136,6 +139,11 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, computed: 
 
 def srcfast_references_computed(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     srcfast(shape, folder, device, watch, computed=True)
+
+
+def srcfast_checkpointing(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    """Every layer recomputed, as TRL does by default."""
+    srcfast(shape, folder, device, watch, checkpointing=1)
 
 
 def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
@@ -256,6 +264,7 @@ BENCHMARK = StageBenchmark(
         "TRL, Liger": trl_liger,
         "srcfast": srcfast,
         "srcfast, references computed": srcfast_references_computed,
+        "srcfast, checkpointing": srcfast_checkpointing,
     },
     headline="srcfast, references computed",
     warm_up=2,

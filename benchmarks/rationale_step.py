@@ -21,7 +21,7 @@ from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.stage_harness import StageBenchmark, Watch, main
 
 
-def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, checkpointing: int = 0) -> None:
     from srcfast.models import ImageFeatures
     from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
 
@@ -33,10 +33,15 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     fine_tune_rationale(
         model,
         raps,
-        settings_of(shape),
+        settings_of(shape, checkpointing),
         features=ImageFeatures(model, image_loader(samples)),
         on_step=lambda metrics: watch.lap(shape["batch"], metrics["tokens"], metrics["loss"]),
     )
+
+
+def srcfast_checkpointing(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    """Every layer recomputed, as TRL does by default."""
+    srcfast(shape, folder, device, watch, checkpointing=1)
 
 
 def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
@@ -65,7 +70,12 @@ BENCHMARK = StageBenchmark(
     unit="samples",
     shapes=SHAPES,
     prepare=prepare,
-    ways={"TRL": trl, "TRL, no checkpointing": trl_kept, "srcfast": srcfast},
+    ways={
+        "TRL": trl,
+        "TRL, no checkpointing": trl_kept,
+        "srcfast": srcfast,
+        "srcfast, checkpointing": srcfast_checkpointing,
+    },
     headline="srcfast",
     warm_up=2,
     tolerance=1e-4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -172,41 +173,33 @@ def performance() -> str:
 
 
 def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]:
-    """A line a stage and shape against its fastest peer, and one for all four together."""
+    """A line for each of srcfast's ways against each peer, and one for all four stages together."""
     lines = [
-        "| stage | peer, the fastest of those measured | srcfast | peer | speed-up | extra memory, MiB | memory |",
+        "| stage | srcfast | peer | times as fast | rates | extra memory, of the peer's | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    seconds = {"ours": 0.0, "peer": 0.0}  # of a sample through all stages
     for name, result in stages.items():
-        for number_of_shape, (shape, rows) in enumerate(by_shape(result).items()):
-            peer = max(
-                (row for row in rows if not row["way"].startswith(OURS)), key=lambda row: row["per_second_overall"]
-            )
-            for row in (row for row in rows if row["way"].startswith(OURS)):
-                added = row["way"].removeprefix(OURS).removeprefix(", ")
-                cells = [f"{name}{': ' + added if added else ''}{'' if number_of_shape == 0 else ' (' + shape + ')'}"]
-                cells += [
-                    peer["way"],
-                    *(f"{number(one['per_second_overall'])} {result['unit']}/s" for one in (row, peer)),
-                ]
-                cells.append(f"**{row['per_second_overall'] / peer['per_second_overall']:.1f}**")
-                memory = [one["extra_mebibytes"] for one in (row, peer)]
-                cells += [f"{memory[0]:.0f} to {memory[1]:.0f}", f"{memory[0] / max(memory[1], 1e-9):.2f}"]
+        for shape, rows in by_shape(result).items():
+            ours, peers = ([row for row in rows if row["way"].startswith(OURS) == is_ours] for is_ours in (True, False))
+            title = f"{name}: {shape}" if len(by_shape(result)) > 1 else name
+            for own, peer in product(ours, peers):
+                rates = [one["per_second_overall"] for one in (own, peer)]
+                memory = [one["extra_mebibytes"] for one in (own, peer)]
+                way = own["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
+                cells = [title, way, peer["way"], f"**{rates[0] / rates[1]:.1f}**"]
+                cells += [f"{number(rates[0])}, {number(rates[1])} {result['unit']}/s"]
+                cells += [f"{memory[0] / max(memory[1], 1.0):.2f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
-            if number_of_shape == 0:
-                ours = next(row for row in rows if row["way"] == result["headline"])
-                seconds["ours"].append(1 / ours["samples_per_second"])
-                seconds["peer"].append(1 / peer["samples_per_second"])
+        first = next(iter(by_shape(result).values()))
+        own = next(row for row in first if row["way"] == result["headline"])
+        seconds["ours"] += 1 / own["samples_per_second"]
+        seconds["peer"] += 1 / max(row["samples_per_second"] for row in first if not row["way"].startswith(OURS))
     if set(stages) == set(STAGES):
-        ours, peer = (1 / sum(seconds[who]) for who in ("ours", "peer"))
-        cells = [
-            "**all four, a sample through each**",
-            "the four above",
-            f"{number(ours)} samples/s",
-            f"{number(peer)} samples/s",
-        ]
-        lines.append(f"| {' | '.join(cells)} | **{ours / peer:.1f}** | | |")
+        rates = [1 / seconds[who] for who in ("ours", "peer")]
+        cells = ["**a sample through all four**", "its way that does all of the work", "the fastest of each"]
+        cells += [f"**{rates[0] / rates[1]:.1f}**", f"{number(rates[0])}, {number(rates[1])} samples/s", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
     machine = next(iter(stages.values()))["machine"]
     return [*lines, "", f"On {where(machine, device)}", ""]
 

@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "forest_attention": {
         "trees": 2, "prompt": 7, "children": 2, "response": 3, "heads": 2, "head_size": 8, "dtype": "float32"
     },
+    "packing": {"sequences": 6, "tokens": "3 to 9"},
 }  # fmt: skip
 
 
