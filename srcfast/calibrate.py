@@ -34,6 +34,7 @@ from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.report.page import write_report
 from srcfast.runtime.measure import measured
+from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.run_directory import RunDirectory
 from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
 from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
@@ -50,15 +51,19 @@ from srcfast.world.oracle import judge_sample
 GALLERY = 12  # samples shown on the page
 
 
-def calibrate(config: Config) -> Path:
+def calibrate(config: Config, profile: range | None = None) -> Path:
     """Run, or continue, a whole calibration; returns the page that shows it.
+
+    Args:
+        config: its settings.
+        profile: steps of each training stage, written to the run directory's `profile/STAGE/`.
 
     Raises:
         ConfigError: the run directory holds a stage that was finished with other settings.
         InputError: data that can't be used, by file, line and field.
     """
     with out_of_memory_is_met(config, "evaluation"):
-        run = Calibration(config)
+        run = Calibration(config, profile)
     run.evaluate("base", None)
     run.rationale()
     run.evaluate("rationale", run.directory.rationale_adapter)
@@ -76,9 +81,9 @@ def calibrate(config: Config) -> Path:
 class Calibration:
     """One run: its settings, its directory, its data, and the policy in memory."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, profile: range | None = None) -> None:
         self.began = time.perf_counter()
-        self.config = config
+        self.config, self.profile = config, profile
         self.directory = RunDirectory(config.run_path)
         self.directory.write_config(config)
         self.images = Path(config.output) / "images"
@@ -136,10 +141,18 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
-            step = self._step("rationale", progress)
+            profiler = self._profiler("rationale")
             fine_tune_rationale(
-                lvlm, raps, loop, features=self.policy.features, on_step=step, on_items=self._expect("rationale", loop)
+                lvlm,
+                raps,
+                loop,
+                features=self.policy.features,
+                on_step=self._step("rationale", progress),
+                on_items=self._expect("rationale", loop),
+                profiler=profiler,
             )
+            if profiler is not None:
+                profiler.show()
             self._keep_adapter(self.directory.rationale_adapter)
             return {"pairs": len(raps), "dropped": dict(dropped)}
 
@@ -180,12 +193,11 @@ class Calibration:
         samples = self._round(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            section = self.config.scorer
-            rows = scored_rows(
-                self._load_judge(), samples, self._candidates(iteration), section.token_budget, section.mode, progress
-            )
+            section, adaptive = self.config.scorer, self.config.scorer.adaptive()
+            own, budget = self._candidates(iteration), section.token_budget
+            rows = scored_rows(self._load_judge(), samples, own, budget, section.mode, progress, adaptive)
             write_shards(self._shards(iteration, "scores"), rows)
-            return {}
+            return {} if adaptive is None else {"adaptive": adaptive.report()}
 
         self._stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
 
@@ -237,6 +249,7 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.use(self.directory.adapter(iteration - 1))
+            profiler = self._profiler(f"iteration-{iteration}/dpo")
             train_preference(
                 lvlm,
                 pairs,
@@ -247,7 +260,10 @@ class Calibration:
                 on_step=self._step(f"iteration-{iteration}/dpo", progress),
                 rehearsal=rehearsal,
                 on_items=self._expect("dpo", loop),
+                profiler=profiler,
             )
+            if profiler is not None:
+                profiler.show()
             self._keep_adapter(self.directory.adapter(iteration))
             return {"pairs": len(pairs)}
 
@@ -279,6 +295,9 @@ class Calibration:
                 name.partition("/")[0]: stage["diversity"]
                 for name, stage in manifest.items()
                 if name.endswith("/candidates")
+            },
+            "adaptive": {
+                name.partition("/")[0]: stage["adaptive"] for name, stage in manifest.items() if "adaptive" in stage
             },
             "rejected": self.rejected,
             "stages": [
@@ -384,6 +403,9 @@ class Calibration:
             progress.advance(1, tokens=metrics["tokens"])
 
         return on_step
+
+    def _profiler(self, stage: str) -> StepProfiler | None:
+        return None if self.profile is None else StepProfiler(self.profile, self.directory.path / "profile" / stage)
 
     def _keep_adapter(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

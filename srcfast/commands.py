@@ -75,6 +75,13 @@ def need(value: Path | None, option: str, what: str) -> Path:
     return value
 
 
+def steps(profile: str | None) -> range | None:
+    """The steps that `--profile` names."""
+    from srcfast.runtime.profiling import parse_steps
+
+    return None if profile is None else parse_steps(profile)
+
+
 # Reading ----------------------------------------------------------------------------------------------------
 
 
@@ -176,14 +183,14 @@ def meets_out_of_memory(stage: str) -> Callable[[Callable[..., None]], Callable[
     return of
 
 
-def calibrate(config: Config) -> None:
-    """Run everything; show the results and say where the page is."""
+def calibrate(config: Config, profile: range | None = None) -> None:
+    """Run everything; show the results and say where the page is. `profile`: steps of each training stage."""
     from rich.console import Console
 
     from srcfast.calibrate import calibrate as run
     from srcfast.report.table import results_table
 
-    page = run(config)
+    page = run(config, profile)
     if not config.quiet:
         summary = json.loads((config.run_path / "summary.json").read_text(encoding="utf-8"))
         Console().print(results_table(summary))
@@ -191,7 +198,7 @@ def calibrate(config: Config) -> None:
 
 
 @meets_out_of_memory("rationale")
-def rationale(config: Config, source: Source, output: Path | None) -> None:
+def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
     from srcfast.stages.rationale import fine_tune_rationale
@@ -202,8 +209,10 @@ def rationale(config: Config, source: Source, output: Path | None) -> None:
     model = load_model(config, config.lora.lora_config(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
     loop = config.rationale.training_settings(config.seed)
-    with TrainingRun("rationale", len(raps), loop, output, config, model) as run:
-        fine_tune_rationale(model, raps, loop, features=features, on_step=run.step, on_items=run.expect)
+    with TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run:
+        fine_tune_rationale(
+            model, raps, loop, features=features, on_step=run.step, on_items=run.expect, profiler=run.profiler
+        )
     save_adapter(model, output)
     run.write_summary(
         model=str(model.path), samples=len(raps) + dropped.total(), pairs=len(raps), dropped=dict(dropped)
@@ -240,11 +249,13 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
-    own, section = _read_candidates(candidates), config.scorer
+    own, section, adaptive = _read_candidates(candidates), config.scorer, config.scorer.adaptive()
     ids = {row["sample_id"] for *_, row in read_shards(need(candidates, "--candidates", "a folder"))}
     with track("score", sum(sample.id in ids for sample in samples), quiet=config.quiet) as progress:
-        rows = scored_rows(load_judge(config), samples, own, section.token_budget, section.mode, progress)
+        rows = scored_rows(load_judge(config), samples, own, section.token_budget, section.mode, progress, adaptive)
         write_shards(output, rows)
+    if adaptive is not None:
+        write_json(output / "adaptive.json", adaptive.report())
 
 
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
@@ -265,7 +276,9 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
 
 
 @meets_out_of_memory("dpo")
-def dpo(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+def dpo(
+    config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
+) -> None:
     """Preference-tune an adapter (a given one, or a new one) into `output`."""
     from srcfast.models.lora import save_adapter
     from srcfast.stages.preference import reference_logprobs, train_preference
@@ -301,7 +314,7 @@ def dpo(config: Config, source: Source, adapter: Path | None, output: Path | Non
             preferences[index] = pair
     loop = config.dpo.training_settings(config.seed)
     loss = config.dpo.preference_settings(config.curation.weighting)
-    with TrainingRun("dpo", len(preferences), loop, output, config, model) as run:
+    with TrainingRun("dpo", len(preferences), loop, output, config, model, profile) as run:
         train_preference(
             model,
             preferences,
@@ -311,6 +324,7 @@ def dpo(config: Config, source: Source, adapter: Path | None, output: Path | Non
             features=features,
             on_step=run.step,
             on_items=run.expect,
+            profiler=run.profiler,
         )
     save_adapter(model, output)
     run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
@@ -320,9 +334,17 @@ class TrainingRun:
     """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured."""
 
     def __init__(
-        self, name: str, items: int, loop: TrainingSettings, output: Path, config: Config, model: nn.Module
+        self,
+        name: str,
+        items: int,
+        loop: TrainingSettings,
+        output: Path,
+        config: Config,
+        model: nn.Module,
+        profile: range | None = None,
     ) -> None:
         from srcfast.runtime.measure import measured
+        from srcfast.runtime.profiling import StepProfiler
         from srcfast.runtime.training import num_steps
 
         output.mkdir(parents=True, exist_ok=True)
@@ -334,6 +356,7 @@ class TrainingRun:
         self.memory = ExitStack()
         self.taken = self.memory.enter_context(measured(config.model.device, model.parameters))
         self.progress = Track(name, num_steps(items, loop), "steps", config.quiet)
+        self.profiler = None if profile is None else StepProfiler(profile, output / "profile")
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -342,6 +365,8 @@ class TrainingRun:
         self.memory.close()
         self.progress.close()
         self.writer.close()
+        if self.profiler is not None:
+            self.profiler.show()
 
     def expect(self, items: Sequence[TrainingItem]) -> None:
         """Forecast the memory of training on these items."""
@@ -430,7 +455,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 
 
 @meets_out_of_memory("scorer_training")
-def scorer(config: Config, source: Source, output: Path | None) -> None:
+def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
     from srcfast.data.rationale_format import parse_response
     from srcfast.models.text_model import save_text_model
@@ -458,8 +483,8 @@ def scorer(config: Config, source: Source, output: Path | None) -> None:
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     judge, loop = load_judge(config), own.training_settings(config.seed)
-    with TrainingRun("scorer", len(train), loop, output, config, judge) as run:
-        train_scorer(judge, train, loop, run.step)
+    with TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run:
+        train_scorer(judge, train, loop, run.step, run.profiler)
     save_text_model(judge.text_model, output)
     result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
     run.write_summary(model=config.scorer.path, examples=len(train), held_out=result)

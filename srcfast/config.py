@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from srcfast.models.lora import LoRAConfig
     from srcfast.runtime.beam_search import BeamSettings
     from srcfast.runtime.training import TrainingSettings
+    from srcfast.stages.adaptive_pairs import AdaptivePairs
     from srcfast.stages.curation import CurationSettings
     from srcfast.stages.preference import PreferenceSettings
 
@@ -56,6 +57,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights and activations")
     quantize: Literal["none", "nf4"] = Field("none", description="4-bit weights of the frozen decoder")
     device: str = Field("cpu", description="`cpu`, `cuda` or `cuda:N`")
+    vision_offload: bool = Field(False, description="the vision tower waits on the host while no image is encoded")
 
 
 class ScorerSection(Section):
@@ -65,8 +67,26 @@ class ScorerSection(Section):
     token_budget: int = Field(16384, ge=64, description="most tokens in one forward")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="of the R-Scorer; on a GPU rather float16 than bfloat16: scores move an eighth as much with the batch",
+        description="of the R-Scorer; on a GPU rather float16 than bfloat16, whose scores are an eighth as fine",
     )
+    pairs: Literal["all", "adaptive"] = Field(
+        "all", description="compared, of a sample's candidates; `adaptive`: those that may be best or worst"
+    )
+    adaptive_margin: float = Field(
+        0.1, ge=0, le=1, description="who is rated within this of the best (worst) may be the best (worst)"
+    )
+    adaptive_contenders: int = Field(2, ge=1, le=128, description="most that may be the best, and the worst")
+    adaptive_audit: float = Field(
+        0.02, ge=0, le=1, description="share of samples also judged in full, to report agreement"
+    )
+
+    def adaptive(self) -> AdaptivePairs | None:
+        """For `srcfast.stages.scoring.scored_rows`; None where all pairs are compared."""
+        from srcfast.stages.adaptive_pairs import AdaptivePairs
+
+        if self.pairs == "all":
+            return None
+        return AdaptivePairs(self.adaptive_margin, self.adaptive_contenders, self.adaptive_audit)
 
 
 class DatasetConfig(Section):

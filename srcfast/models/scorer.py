@@ -101,10 +101,21 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def win_and_verdict(self, slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """From the slots' hidden states [M, D]: p [M], and the value [M] of the likeliest verdict."""
+        """From the slots' hidden states [M, D]: p [M], and the value [M] of the likeliest verdict.
+
+        Raises:
+            InputError: the model overflowed its type.
+        """
         logits = self.verdict_logits(slots)
-        wins = logits.double().softmax(-1) @ self.verdict_values.double()
-        return wins.cpu().numpy(), self.verdict_values[logits.argmax(-1)].cpu().numpy()
+        wins = (logits.double().softmax(-1) @ self.verdict_values.double()).cpu().numpy()
+        if not np.isfinite(wins).all():
+            raise InputError(
+                field="verdicts",
+                expected="finite numbers from the R-Scorer",
+                found=f"others, computed in {str(slots.dtype).removeprefix('torch.')}",
+                mend="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
+            )
+        return wins, self.verdict_values[logits.argmax(-1)].cpu().numpy()
 
     def judge_tree(
         self,

@@ -29,6 +29,13 @@ RATES = {
     "mean_kept_confidence": "mean confidence of kept pairs",
     "length_correlation": "correlation of score and length",
 }
+ADAPTIVE = {
+    "pairs_share": "comparisons judged, of all",
+    "tokens_share": "tokens run for them, of what all take",
+    "same_best": "audited samples with the best candidate that all comparisons give",
+    "same_worst": "audited samples with the worst candidate that all comparisons give",
+    "same_pair": "audited samples with both",
+}
 DIVERSITY = {
     "distinct_texts": "distinct texts among a sample's candidates",
     "distinct_answers": "distinct answers among a sample's candidates",
@@ -288,6 +295,12 @@ def funnel(run: RunFiles) -> str:
             *(f"{percent(counts.get('pair_correctness', {}).get(kind))} %" for counts in funnels.values()),
         ]
         for kind in kinds
+    ]
+    shares = run.summary.get("adaptive", {})
+    rates += [
+        [label, *(f"{percent(shares.get(name, {}).get(key))} %" for name in funnels)]
+        for key, label in ADAPTIVE.items()
+        if any(key in share for share in shares.values())
     ]
     spreads = run.summary.get("diversity", {})
     rates += [

@@ -186,6 +186,8 @@ class JudgeStatistics:
         confidences = np.array(row["confidence"], dtype=np.float64)[np.ix_(distinct, distinct)][above]
         self.scores += _counts(values)
         self.confidences += _counts(confidences)
+        if row["pairs"]:  # not those that were left alone, each 0
+            self.confidences[0] -= len(confidences) - row["pairs"]
         self.confidence_sum += float(confidences.sum())
         lengths = np.array([_length(own[i]) for i in distinct], dtype=np.float64)
         values, lengths = values - values.mean(), lengths - lengths.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_shards
+from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
+from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
 from srcfast_kernels import pairwise_verdict
 
 Mode = Literal["pairwise", "independent"]
@@ -36,6 +39,7 @@ def score_candidates(
     mode: Mode = "pairwise",
     progress: Progress | None = None,
     output: str | Path | None = None,
+    adaptive: AdaptivePairs | None = None,
 ) -> list[dict[str, Any]]:
     """Score each sample's candidates; candidates of the same text are judged once and share the result.
 
@@ -48,6 +52,8 @@ def score_candidates(
             q_ij = (1 + S_i - S_j) / 2 and u_ij = |S_i - S_j|, so that curation can treat both alike.
         progress: told of samples done and tokens run.
         output: directory for the rows in numbered JSONL shards.
+        adaptive: compare in two rounds those candidates alone that may be best or worst; it counts what was judged.
+            "independent" has no pairs to choose from.
 
     Returns:
         The rows of `scored_rows`.
@@ -55,7 +61,7 @@ def score_candidates(
     Raises:
         InputError: a tree doesn't fit into the token budget; the sample is named.
     """
-    rows = list(scored_rows(scorer, samples, candidates, token_budget, mode, progress))
+    rows = list(scored_rows(scorer, samples, candidates, token_budget, mode, progress, adaptive))
     if output is not None:
         write_shards(output, rows)
     return rows
@@ -68,6 +74,7 @@ def scored_rows(
     token_budget: int,
     mode: Mode = "pairwise",
     progress: Progress | None = None,
+    adaptive: AdaptivePairs | None = None,
 ) -> Iterator[dict[str, Any]]:
     """`score_candidates` row by row, some samples in memory at a time.
 
@@ -76,7 +83,7 @@ def scored_rows(
         [n, n]; confidence u [n, n]; raw: p [n, n] of the ordered pairs (1/2 where there is none), or [n] if
         independent; alone: p [n] of each rated on its own; flip_rate: share of unordered pairs whose verdict
         names the same place in both orders; tie_rate: share of the pairs' verdicts that are ties; pairs and
-        verdicts: what these rates are shares of.
+        verdicts: what these rates are shares of. A pair that was not judged has q = 1/2 and u = 0.
 
     Raises:
         InputError: a tree doesn't fit into the token budget; the sample is named.
@@ -86,7 +93,7 @@ def scored_rows(
     scorer.eval()
     judged = ((sample, own) for sample in samples if (own := candidates.get(sample.id)))
     while block := list(islice(judged, BLOCK)):
-        rows, tokens = _score_block(scorer, *zip(*block, strict=True), token_budget, mode)
+        rows, tokens = _score_block(scorer, *zip(*block, strict=True), token_budget, mode, adaptive)
         yield from rows
         if progress is not None:
             progress.advance(len(block), tokens=tokens)
@@ -104,39 +111,108 @@ def _score_block(
     candidates: Sequence[Sequence[Candidate]],
     token_budget: int,
     mode: Mode,
+    adaptive: AdaptivePairs | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows of some samples, their trees packed together, and the number of tokens that were run."""
     texts = [list(dict.fromkeys(candidate.text for candidate in own)) for own in candidates]  # distinct, in order
-    trees: list[JudgeTree] = []
-    owners: list[int] = []  # the sample of each tree
-    for index, (sample, distinct) in enumerate(zip(samples, texts, strict=True)):
-        pairs = [(i, ALONE) for i in range(len(distinct))]
-        if mode == "pairwise":
-            pairs += all_pairs(len(distinct))
-        if mode == "independent" or len(distinct) >= 2:  # a lone text has nothing to be compared with
-            trees.append(scorer.judge_tree(sample_reference(sample), distinct, pairs, key=sample.id))
-            owners.append(index)
+    sizes = [len(distinct) for distinct in texts]
+    pairwise, alone = mode == "pairwise", [[(i, ALONE) for i in range(n)] for n in sizes]
+    # A lone text has nothing to be compared with.
+    judged = [index for index, n in enumerate(sizes) if not pairwise or n >= 2]
     results, tokens = [_lone() for _ in samples], 0
-    if trees:
-        slots, tokens = slot_hidden(scorer, trees, token_budget)  # [M, D]
-        owner = np.repeat(owners, [len(one.slots) for one in trees])  # [M]
-        first = np.concatenate([one.first for one in trees])
-        second = np.concatenate([one.second for one in trees])
-        judge = _independent if mode == "independent" else _pairwise
-        results = judge(scorer, slots, first, second, owner, [len(distinct) for distinct in texts])
+    if judged and pairwise and adaptive is not None:
+        results, tokens = _in_two_rounds(scorer, samples, texts, judged, token_budget, adaptive)
+    elif judged:
+        pairs = {index: alone[index] + (all_pairs(sizes[index]) if pairwise else []) for index in judged}
+        found, tokens = _compare(scorer, samples, texts, pairs, token_budget)
+        results = (_pairwise if pairwise else _independent)(scorer, found, sizes)
     rows = [_expand(*parts) for parts in zip(samples, candidates, texts, results, strict=True)]
     return rows, tokens
 
 
-def _pairwise(
+@dataclass(frozen=True)
+class Comparisons:
+    """Hidden states [M, D] at the verdict slots, and of each the candidates and the sample, [M] int64."""
+
+    slots: Tensor
+    first: np.ndarray
+    second: np.ndarray
+    owner: np.ndarray
+
+    def among(self, kept: np.ndarray) -> Comparisons:
+        """Those that are kept, [M] bool."""
+        slots = self.slots[torch.from_numpy(kept).to(self.slots.device)]
+        return Comparisons(slots, self.first[kept], self.second[kept], self.owner[kept])
+
+    def with_others(self, others: Comparisons) -> Comparisons:
+        """These and then the others."""
+        mine, theirs = ((x.first, x.second, x.owner) for x in (self, others))
+        indices = (np.concatenate(both) for both in zip(mine, theirs, strict=True))
+        return Comparisons(torch.cat([self.slots, others.slots]), *indices)
+
+
+def _compare(
     scorer: Scorer,
-    slots: Tensor,
-    first: np.ndarray,
-    second: np.ndarray,
-    owner: np.ndarray,
-    sizes: Sequence[int],
-) -> list[dict[str, Any]]:
-    """Per sample the scores, q, u, p and rates over its distinct texts; slots [M, D], indices [M] each."""
+    samples: Sequence[Sample],
+    texts: Sequence[Sequence[str]],
+    pairs: Mapping[int, Sequence[tuple[int, int]]],
+    token_budget: int,
+) -> tuple[Comparisons, int]:
+    """The pairs of each sample, by its index: the comparisons, and the number of tokens that were run."""
+    trees = [_tree(scorer, samples[index], texts[index], own) for index, own in pairs.items()]
+    slots, tokens = slot_hidden(scorer, trees, token_budget)  # [M, D]
+    first, second = (np.concatenate([getattr(one, name) for one in trees]) for name in ("first", "second"))
+    return Comparisons(slots, first, second, np.repeat(list(pairs), [len(one.slots) for one in trees])), tokens
+
+
+def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> JudgeTree:
+    return scorer.judge_tree(sample_reference(sample), texts, pairs, key=sample.id)
+
+
+def _in_two_rounds(
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    texts: Sequence[Sequence[str]],
+    judged: Sequence[int],
+    token_budget: int,
+    adaptive: AdaptivePairs,
+) -> tuple[list[dict[str, Any]], int]:
+    """`_pairwise` over the pairs that `adaptive` asks for, or over all where a sample is audited or small."""
+    sizes = [len(distinct) for distinct in texts]
+    alone = {index: [(i, ALONE) for i in range(sizes[index])] for index in judged}
+    full = {index: alone[index] + all_pairs(sizes[index]) for index in judged}
+    short = [index for index in judged if adaptive.is_short(sizes[index])]
+    audited = [index for index in short if adaptive.is_audited(samples[index].id)]
+    waiting = set(short) - set(audited)
+    asked = {index: (alone if index in waiting else full)[index] for index in judged}
+    found, tokens = _compare(scorer, samples, texts, asked, token_budget)
+    p, _ = scorer.win_and_verdict(found.slots)
+    rated = found.second == ALONE
+    chosen = {index: adaptive.pairs(p[rated & (found.owner == index)]) for index in short}
+    if waiting:
+        second_round = {index: chosen[index] for index in short if index in waiting}
+        others, more = _compare(scorer, samples, texts, second_round, token_budget)
+        found, tokens = found.with_others(others), tokens + more
+    results = _pairwise(scorer, found, sizes)
+
+    def cost(index: int, pairs: Sequence[tuple[int, int]]) -> int:
+        return share_prefixes(_tree(scorer, samples[index], texts[index], pairs).tree)[0].num_tokens
+
+    for index in judged:
+        count, all_tokens = sizes[index] * (sizes[index] - 1), cost(index, full[index])
+        if index not in chosen:
+            adaptive.count(count, count, all_tokens, all_tokens)
+            continue
+        adaptive.count(len(chosen[index]), count, cost(index, alone[index]) + cost(index, chosen[index]), all_tokens)
+        if index in audited:
+            kept = (found.owner == index) & ordered(chosen[index], found.first, found.second)
+            adaptive.compare(_pairwise(scorer, found.among(kept), sizes)[index]["scores"], results[index]["scores"])
+    return results, tokens
+
+
+def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Per sample the scores, q, u, p and rates over its distinct texts."""
+    slots, first, second, owner = found.slots, found.first, found.second, found.owner
     device = slots.device
     pair = second != ALONE  # [M]
     output = pairwise_verdict(
@@ -164,7 +240,8 @@ def _pairwise(
         raw, said = np.full((2, n, n), 0.5)
         raw[first[mine], second[mine]] = p[mine]
         said[first[mine], second[mine]] = verdict[mine]
-        flips = (said - 0.5) * (said.T - 0.5) > 0.0
+        flips = (said - 0.5) * (said.T - 0.5) > 0.0  # False where a pair was not judged
+        verdicts = int(mine.sum())
         results.append(
             {
                 "scores": scores[sample, :n],
@@ -172,25 +249,19 @@ def _pairwise(
                 "confidence": confidence[sample, :n, :n],
                 "raw": raw,
                 "alone": alone,
-                "flip_rate": float(flips[np.triu_indices(n, 1)].mean()),
+                "flip_rate": float(flips[np.triu_indices(n, 1)].sum() / (verdicts // 2)),
                 "tie_rate": float((verdict[mine] == 0.5).mean()),
-                "pairs": n * (n - 1) // 2,
-                "verdicts": n * (n - 1),
+                "pairs": verdicts // 2,
+                "verdicts": verdicts,
             }
         )
     return results
 
 
-def _independent(
-    scorer: Scorer,
-    slots: Tensor,
-    first: np.ndarray,
-    second: np.ndarray,
-    owner: np.ndarray,
-    sizes: Sequence[int],
-) -> list[dict[str, Any]]:
+def _independent(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """`_pairwise` for candidates that were each rated on their own; `second` is -1 throughout."""
-    p, verdict = scorer.win_and_verdict(slots)
+    first, owner = found.first, found.owner
+    p, verdict = scorer.win_and_verdict(found.slots)
     results = []
     for sample in range(len(sizes)):
         mine = owner == sample

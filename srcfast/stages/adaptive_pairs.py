@@ -1,0 +1,88 @@
+"""Comparisons where the order is still uncertain: best and worst candidate without the whole tournament.
+
+Two rounds. In the first each candidate is rated on its own: a few tokens behind the candidate, which the tournament's tree
+has anyhow. Those whose rating comes within a margin of the highest may be the best, those near the lowest the worst, the
+nearest few of each; in the second round all of these are compared with each other in both orders, the others are left alone
+(score 1/2, confidence 0). The tree is run anew in the second round, so what is saved is counted in tokens, and a share of the
+samples is judged in full as well, to know what the short way misses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+
+SAME_SCORE = 1e-6  # candidates whose full scores are this near are equally good
+
+
+@dataclass
+class AdaptivePairs:
+    """Settings, and counts of what was judged.
+
+    Attributes:
+        margin: of ratings in [0, 1]: who comes within it of the highest (lowest) may be the best (worst).
+        contenders: at most this many of each, at least one.
+        audit: share of the samples that are judged in full as well, in [0, 1].
+    """
+
+    margin: float = 0.1
+    contenders: int = 2
+    audit: float = 0.02
+    counts: Counter[str] = field(default_factory=Counter, repr=False)
+
+    def is_audited(self, sample_id: str) -> bool:
+        """Drawn by the id alone."""
+        return Random(f"audit/{sample_id}").random() < self.audit
+
+    def is_short(self, num_candidates: int) -> bool:
+        """Whether a second round has fewer pairs than the tournament: else that is run at once."""
+        return num_candidates > 2 * self.contenders
+
+    def pairs(self, ratings: np.ndarray) -> list[tuple[int, int]]:
+        """The ordered pairs of the second round, from the ratings [n]; ties by place, so that it is deterministic."""
+        order = np.argsort(-ratings, kind="stable").tolist()
+        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.margin][: self.contenders]
+        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.margin][: self.contenders]
+        chosen = sorted({*best, *worst})
+        return [(i, j) for i in chosen for j in chosen if i != j]
+
+    def count(self, pairs: int, all_pairs: int, tokens: int, all_tokens: int) -> None:
+        """What was judged of a sample, and what its tournament takes; without the audit."""
+        self.counts.update(samples=1, pairs=pairs, all_pairs=all_pairs, tokens=tokens, all_tokens=all_tokens)
+
+    def compare(self, short: np.ndarray, full: np.ndarray) -> None:
+        """An audited sample's scores [n] by the pairs chosen, and by all."""
+        best, worst = int(short.argmax()), int(short.argmin())
+        lost = (full.max() - full[best], full[worst] - full.min())
+        same = [value <= SAME_SCORE for value in lost]
+        self.counts.update(audited=1, same_best=same[0], same_worst=same[1], same_pair=all(same))
+        self.counts["best_shortfall"] += float(lost[0])  # type: ignore[assignment]
+        self.counts["worst_shortfall"] += float(lost[1])  # type: ignore[assignment]
+
+    def report(self) -> dict[str, Any]:
+        """Shares of the tournament that were judged; agreement with it on audited samples, None where there are none.
+
+        `same_best`, `same_worst`, `same_pair`: shares of audited samples in which the tournament scores the same candidate
+        best, worst, or both; `best_shortfall`, `worst_shortfall`: how much worse (better), by the tournament's scores, the
+        chosen best (worst) is than its own, on average.
+        """
+        counts = self.counts
+        found: dict[str, Any] = {
+            "samples": counts["samples"],
+            "pairs_share": counts["pairs"] / counts["all_pairs"] if counts["all_pairs"] else None,
+            "tokens_share": counts["tokens"] / counts["all_tokens"] if counts["all_tokens"] else None,
+            "audited": counts["audited"],
+        }
+        names = ("same_best", "same_worst", "same_pair", "best_shortfall", "worst_shortfall")
+        return found | {name: counts[name] / counts["audited"] if counts["audited"] else None for name in names}
+
+
+def ordered(pairs: Sequence[tuple[int, int]], first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Which of the comparisons (first [M], second [M]) are among the pairs: [M] bool."""
+    wanted = set(pairs)
+    return np.array([pair in wanted for pair in zip(first.tolist(), second.tolist(), strict=True)], dtype=bool)

@@ -1,0 +1,135 @@
+"""Adaptive pairs: the second round compares who may be best or worst; what is left out and what it costs is counted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scoring import candidates_of, sample, world
+
+from srcfast.config import load_config
+from srcfast.models.scorer import ALONE, load_scorer
+from srcfast.stages.adaptive_pairs import AdaptivePairs
+from srcfast.stages.curation import CurationSettings, curate
+from srcfast.stages.scoring import score_candidates
+
+
+@pytest.fixture(scope="module")
+def scorer(scorer_directory):
+    return load_scorer(scorer_directory)
+
+
+def test_the_near_best_and_the_near_worst_are_compared_with_each_other_in_both_orders():
+    ratings = np.array([0.5, 0.9, 0.1, 0.85, 0.6, 0.12])
+    assert AdaptivePairs(margin=0.1, contenders=2).pairs(ratings) == [
+        (i, j) for i in (1, 2, 3, 5) for j in (1, 2, 3, 5) if i != j
+    ]
+    assert AdaptivePairs(margin=0.01, contenders=2).pairs(ratings) == [(1, 2), (2, 1)]
+    assert AdaptivePairs(margin=1.0, contenders=1).pairs(ratings) == [(1, 2), (2, 1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ratings=st.lists(st.floats(0, 1, allow_subnormal=False), min_size=3, max_size=9),
+    margin=st.sampled_from([0.0, 0.1, 1.0]),
+    contenders=st.integers(1, 4),
+)
+def test_best_and_worst_rated_are_always_compared_and_never_one_with_itself(ratings, margin, contenders):
+    pairs = AdaptivePairs(margin, contenders).pairs(np.array(ratings))
+    assert pairs and len(set(pairs)) == len(pairs)
+    assert all(i != j and (j, i) in pairs for i, j in pairs)
+    compared = {i for pair in pairs for i in pair}
+    assert 2 <= len(compared) <= 2 * contenders
+    assert max(ratings) == max(ratings[i] for i in compared) and min(ratings) == min(ratings[i] for i in compared)
+
+
+def test_rows_hold_the_judged_pairs_as_the_tournament_has_them_and_nothing_of_the_others(scorer):
+    samples, groups = world(31, [6, 7, 2, 1])
+    adaptive = AdaptivePairs(margin=0.05, contenders=2, audit=0.0)
+    rows = score_candidates(scorer, samples, groups, 100_000, adaptive=adaptive)
+    for row, full in zip(rows, score_candidates(scorer, samples, groups, 100_000), strict=True):
+        n = len(row["scores"])
+        assert row["alone"] == pytest.approx(full["alone"], abs=1e-5)  # fp32, packed otherwise
+        chosen = (
+            adaptive.pairs(np.array(row["alone"])) if n > 4 else [(i, j) for i in range(n) for j in range(n) if i != j]
+        )
+        raw, u = np.array(row["raw"]), np.array(row["confidence"])
+        for i in range(n):
+            for j in range(n):
+                if (i, j) in chosen:
+                    assert raw[i, j] == pytest.approx(full["raw"][i][j], abs=1e-5)
+                    assert u[i, j] == pytest.approx(full["confidence"][i][j], abs=1e-4)
+                else:
+                    assert raw[i, j] == 0.5 and u[i, j] == 0.0 and row["win_probability"][i][j] == 0.5
+        assert row["verdicts"] == len(chosen) and row["pairs"] == len(chosen) // 2
+        if n > 1:
+            assert all(0.0 <= rate <= 1.0 for rate in (row["flip_rate"], row["tie_rate"]))
+    report = adaptive.report()
+    judged = sum(row["verdicts"] for row in rows)
+    assert report["pairs_share"] == pytest.approx(judged / (30 + 42 + 2)) and report["samples"] == 3
+    assert report["audited"] == 0 and report["same_best"] is None
+    assert rows == score_candidates(scorer, samples, groups, 100_000, adaptive=AdaptivePairs(0.05, 2, 0.0))
+
+
+def test_tokens_are_counted_over_both_rounds(scorer):
+    samples, groups = world(32, [8])
+    ran = []
+
+    class Progress:
+        def advance(self, count, tokens=0):
+            ran.append(tokens)
+
+    adaptive = AdaptivePairs(margin=0.0, contenders=1, audit=0.0)
+    score_candidates(scorer, samples, groups, 100_000, progress=Progress(), adaptive=adaptive)
+    score_candidates(scorer, samples, groups, 100_000, progress=Progress())
+    assert adaptive.counts["tokens"] == ran[0] and adaptive.counts["all_tokens"] == ran[1]
+    assert ran[0] < 0.6 * ran[1]
+
+
+def test_an_audited_sample_is_judged_in_full_and_compared(scorer):
+    samples, groups = world(33, [6, 5])
+    adaptive = AdaptivePairs(margin=0.0, contenders=1, audit=1.0)
+    rows = score_candidates(scorer, samples, groups, 100_000, adaptive=adaptive)
+    full = score_candidates(scorer, samples, groups, 100_000)
+    same, lost = [], []
+    for row, whole in zip(rows, full, strict=True):
+        assert row["scores"] == pytest.approx(whole["scores"], abs=1e-4) and row["verdicts"] == whole["verdicts"]
+        (i, j), _ = adaptive.pairs(np.array(row["alone"]))
+        # Of one pair the winner is best and the loser worst, whatever their scores in the tournament are.
+        scores, q = np.array(whole["scores"]), np.array(whole["win_probability"])[i, j]
+        best, worst = (i, j) if q > 0.5 else (j, i)
+        same.append((scores[best] == scores.max(), scores[worst] == scores.min()))
+        lost.append((scores.max() - scores[best], scores[worst] - scores.min()))
+    report = adaptive.report()
+    assert report["audited"] == 2 and report["same_pair"] == pytest.approx(np.mean([all(both) for both in same]))
+    assert (report["same_best"], report["same_worst"]) == pytest.approx(tuple(np.mean(same, axis=0)))
+    assert (report["best_shortfall"], report["worst_shortfall"]) == pytest.approx(
+        tuple(np.mean(lost, axis=0)), abs=1e-4
+    )
+    assert report["pairs_share"] == pytest.approx(4 / 50)  # without the audit's own
+
+
+def test_the_audit_draws_by_id_and_at_its_share():
+    drawn = [AdaptivePairs(audit=0.1).is_audited(f"s{k}") for k in range(2000)]
+    assert 150 < sum(drawn) < 250  # 3.7 standard deviations of 2,000 draws at 0.1
+    assert drawn == [AdaptivePairs(audit=0.1).is_audited(f"s{k}") for k in range(2000)]
+
+
+def test_curation_takes_adaptive_rows_and_its_mean_confidence_is_of_judged_pairs(scorer):
+    texts = [f"<see> There is a {word} circle. </see> <answer> red </answer>" for word in "abcdefg"]
+    candidates = {"s0": candidates_of("s0", texts)}
+    rows = score_candidates(scorer, [sample(0)], candidates, 100_000, adaptive=AdaptivePairs(0.0, 2, 0.0))
+    settings_ = CurationSettings(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
+    pairs, funnel = curate([sample(0)], candidates, rows, settings_)
+    u = np.array(rows[0]["confidence"])
+    places = [int(pairs[0].extra[name].rpartition("/")[2]) for name in ("chosen_id", "rejected_id")]
+    assert len(pairs) == 1 and pairs[0].confidence == u[places[0], places[1]] > 0.0
+    assert funnel["mean_confidence"] == pytest.approx(u[np.triu_indices(7, 1)].sum() / rows[0]["pairs"])
+    assert sum(funnel["confidence_histogram"]["counts"]) == rows[0]["pairs"]
+
+
+def test_the_config_asks_for_it():
+    assert load_config(None).scorer.adaptive() is None
+    section = load_config(None, ["scorer.pairs=adaptive", "scorer.adaptive_contenders=3"]).scorer
+    found = section.adaptive()
+    assert found is not None and (found.margin, found.contenders, found.audit) == (0.1, 3, 0.02)
+    assert found.is_short(7) and not found.is_short(6) and ALONE == -1
