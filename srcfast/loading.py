@@ -191,13 +191,16 @@ def remove_adapter(model: LVLM) -> None:
 def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
     """The LVLM of the settings."""
     _limit_memory(config)
-    return load_lvlm(
+    model = load_lvlm(
         config.model.path,
         quantize=None if config.model.quantize == "none" else config.model.quantize,
         dtype=getattr(torch, config.model.dtype),
         device=config.model.device,
         lora=lora,
     )
+    if config.model.vision_offload:
+        model.vision.rest()
+    return model
 
 
 def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:

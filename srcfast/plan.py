@@ -21,6 +21,7 @@ from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.errors import OutOfMemory
 from srcfast.models.sizes import checkpoint_shapes
 from srcfast.runtime.activations import ForestSizes
+from srcfast.runtime.decoding import PREFILL_TOKENS
 from srcfast.runtime.forecast import (
     Forecast,
     forecast_decoding,
@@ -36,7 +37,6 @@ ASSETS = Path(__file__).parent / "world" / "assets"
 TRAINING = ("rationale", "dpo")
 DECODING = ("candidates", "evaluation")
 STEPS_LOOKED_AT = 1000
-PREFILL_TOKENS = 4096  # of the prompts that are run together
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation")
 # What torch, its BLAS libraries and the operating system say.
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -74,6 +74,7 @@ def policy_sizes(config: Config) -> ModelSizes:
         lora_r=config.lora.r,
         target_modules=config.lora.target_modules,
         dropout=config.lora.dropout,
+        vision_offload=config.model.vision_offload,
     )
 
 
@@ -310,6 +311,7 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
     if stage in TRAINING:
         yield f"{stage}.activation_checkpointing", "auto"
         yield from nf4
+        yield "model.vision_offload", True
         yield f"{stage}.token_budget", None
         yield f"{stage}.optimizer", "adamw_8bit"
         yield f"{stage}.optimizer", "paged_adamw_8bit"

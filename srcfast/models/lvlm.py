@@ -111,7 +111,8 @@ class LVLM(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Embeddings [n_i, D] of each image, without gradient."""
-        return self.vision(images)
+        with self.vision.awake():
+            return self.vision(images)
 
     def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
         """Embeddings [T, D]: tokens, and the images' embeddings at their placeholders.
@@ -169,10 +170,12 @@ class ImageFeatures:
         wanted = list(dict.fromkeys(keys))
         missing = self.missing(wanted)
         fresh: dict[str, Tensor] = {}
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            ready = [prepared[key] if key in prepared else self.prepare(key) for key in batch]
-            fresh.update(zip(batch, self.model.vision.encode(ready), strict=True))
+        if missing:
+            with self.model.vision.awake():
+                for start in range(0, len(missing), self.batch_size):
+                    batch = missing[start : start + self.batch_size]
+                    ready = [prepared[key] if key in prepared else self.prepare(key) for key in batch]
+                    fresh.update(zip(batch, self.model.vision.encode(ready), strict=True))
         self.encoded += len(missing)
         found = {key: fresh[key] if key in fresh else self._kept[key] for key in wanted}
         for key, value in found.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,31 @@ class Vision(nn.Module):
         self.config = config
         self.processor = load_image_processor(path)
         self.model = bare_model(config)
+        self._waiting: list[Tensor] = []  # weights on the host, of a tower that waits there
+
+    def rest(self) -> None:
+        """From now on the weights wait on the host, and are on their device within `awake` alone. Not where that is the host."""
+        parameters = list(self.model.parameters())
+        if parameters[0].is_cuda and not self._waiting:
+            self._works_on = parameters[0].device
+            self._waiting = [parameter.data.cpu().pin_memory() for parameter in parameters]
+            self._place(self._waiting)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within: the weights are on their device. They never change, so the way back costs nothing."""
+        if not self._waiting:
+            yield
+            return
+        self._place([weight.to(self._works_on, non_blocking=True) for weight in self._waiting])
+        try:
+            yield
+        finally:
+            self._place(self._waiting)
+
+    def _place(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            parameter.data = weight
 
     def num_tokens(self, image: Image.Image) -> int:
         """How many positions the image takes in the decoder."""

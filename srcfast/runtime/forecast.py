@@ -268,7 +268,8 @@ def _image_bytes(model: ModelSizes, memory: float | None, images: int | None) ->
         return 0.0, 0.0
     every = math.inf if images is None else images
     kept = every * model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
-    return min(kept, image_cache(memory)), min(every, images_at_once(model, memory)) * _encoding_bytes(model)
+    encoding = model.waiting_bytes + min(every, images_at_once(model, memory)) * _encoding_bytes(model)
+    return min(kept, image_cache(memory)), encoding
 
 
 def _encoding_bytes(model: ModelSizes) -> float:

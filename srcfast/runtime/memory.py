@@ -129,10 +129,11 @@ class ModelSizes:
         device_type: "cuda" or "cpu", where it is to run.
         dtype_bytes: an element's, of weights that are not quantised and of activations.
         parameters: counted, by part: vision, projector, embedding, decoder, head.
-        weight_bytes: frozen weights, 4-bit codes included.
+        weight_bytes: frozen weights on the device, 4-bit codes included.
         quantisation_bytes: the scales of 4-bit weights.
         lora: the adapter.
         vision: the tower of an LVLM.
+        waiting_bytes: of weights that are on the device only while images are encoded.
     """
 
     shapes: Shapes
@@ -143,6 +144,7 @@ class ModelSizes:
     quantisation_bytes: float
     lora: LoRASizes | None = None
     vision: VisionSizes | None = None
+    waiting_bytes: float = 0.0
 
     @property
     def quantised(self) -> bool:
@@ -153,7 +155,8 @@ class ModelSizes:
         """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
         decoder: Any = model.decoder
         parameters: dict[str, int] = {}
-        weights = scales = 0
+        weights = scales = waiting = 0
+        device = decoder.embed_tokens.weight.device
         ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
@@ -165,7 +168,8 @@ class ModelSizes:
             else:
                 part = part_of(name)
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
-                weights += parameter.nbytes
+                weights += parameter.nbytes if parameter.device == device else 0
+                waiting += parameter.nbytes if parameter.device != device else 0
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, NF4Weight):
@@ -184,6 +188,7 @@ class ModelSizes:
             quantisation_bytes=scales,
             lora=lora,
             vision=None if vision is None else VisionSizes.of(vision.config),
+            waiting_bytes=waiting,
         )
 
     @classmethod
@@ -198,6 +203,7 @@ class ModelSizes:
         lora_r: int = 0,
         target_modules: Sequence[str] = (),
         dropout: float = 0.0,
+        vision_offload: bool = False,
     ) -> ModelSizes:
         """Of a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
@@ -208,9 +214,10 @@ class ModelSizes:
             lora_r: rank of a new adapter; 0 for none.
             target_modules: its layers.
             dropout: on its input.
+            vision_offload: the vision tower waits on the host, where that is another device.
         """
         parameters = dict.fromkeys(PARTS, 0)
-        weights = scales = 0
+        weights = scales = waiting = 0
         adapter = 0
         for name, shape in tensors.items():
             count, part = math.prod(shape), part_of(name)
@@ -219,6 +226,8 @@ class ModelSizes:
             if linear and quantize == "nf4":
                 weights += math.ceil(count / 2)
                 scales += nf4_scale_bytes(count)
+            elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
+                waiting += count * DTYPE_BYTES[dtype]
             else:
                 weights += count * DTYPE_BYTES[dtype]
             if linear and name.split(".")[-2] in target_modules:
@@ -232,6 +241,7 @@ class ModelSizes:
             quantisation_bytes=scales,
             lora=LoRASizes(lora_r, tuple(target_modules), dropout, adapter) if lora_r else None,
             vision=VisionSizes.of(config),
+            waiting_bytes=waiting,
         )
 
 
