@@ -50,6 +50,13 @@ ImageRoot = Annotated[Path | None, typer.Option(help="folder that image paths ar
 Output = Annotated[Path | None, typer.Option(help="file or folder to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
 Candidates = Annotated[Path | None, typer.Option(help="folder that `srcfast candidates` wrote")]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="training steps to profile, such as 3:6 (from 0, the last one excluded): a trace, allocations and a summary"
+        " in the output's profile/"
+    ),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 
 
@@ -60,11 +67,13 @@ def calibrate(
     scorer: ScorerPath = None,
     output: Output = None,
     quiet: Quiet = False,
+    profile: Profile = None,
 ) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
     from srcfast import commands
 
-    commands.calibrate(commands.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet))
+    config = commands.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
+    commands.calibrate(config, commands.steps(profile))
 
 
 @app.command()
@@ -76,12 +85,13 @@ def rationale(
     image_root: ImageRoot = None,
     output: Output = None,
     quiet: Quiet = False,
+    profile: Profile = None,
 ) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
     from srcfast import commands
 
     config = commands.settings(words, "rationale", model=model, quiet=quiet)
-    commands.rationale(config, commands.Source(data, format, image_root), output)
+    commands.rationale(config, commands.Source(data, format, image_root), output, commands.steps(profile))
 
 
 @app.command()
@@ -148,12 +158,13 @@ def dpo(
     image_root: ImageRoot = None,
     output: Output = None,
     quiet: Quiet = False,
+    profile: Profile = None,
 ) -> None:
     """Stage 4b: confidence-weighted DPO on preference pairs; writes a LoRA adapter."""
     from srcfast import commands
 
     config = commands.settings(words, "dpo", model=model, quiet=quiet)
-    commands.dpo(config, commands.Source(data, format, image_root), adapter, output)
+    commands.dpo(config, commands.Source(data, format, image_root), adapter, output, commands.steps(profile))
 
 
 @app.command()
@@ -264,12 +275,13 @@ def scorer(
     image_root: ImageRoot = None,
     output: Output = None,
     quiet: Quiet = False,
+    profile: Profile = None,
 ) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions; reports its held-out accuracy."""
     from srcfast import commands
 
     config = commands.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
-    commands.scorer(config, commands.Source(data, format, image_root), output)
+    commands.scorer(config, commands.Source(data, format, image_root), output, commands.steps(profile))
 
 
 @app.command()

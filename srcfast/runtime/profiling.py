@@ -88,6 +88,11 @@ class StepProfiler:
             self._done += 1
             self._stop()
 
+    def show(self) -> None:
+        """Print where time went, and where the files are."""
+        if self.summary is not None:
+            print(f"profile: {self.folder}\n{self.summary.text()}")
+
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
