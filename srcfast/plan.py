@@ -21,7 +21,7 @@ from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.errors import OutOfMemory
 from srcfast.models.sizes import checkpoint_shapes
 from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.decoding import PREFILL_TOKENS
+from srcfast.runtime.decoding import IMAGES_AHEAD, PREFILL_TOKENS
 from srcfast.runtime.forecast import (
     Forecast,
     forecast_decoding,
@@ -163,6 +163,7 @@ def forecast_stage(
             new_tokens=decoding.max_new_tokens + (0 if search is None else search.max_sentence_tokens),
             memory=room,
             images=images,
+            images_a_step=decoding.batch_size + IMAGES_AHEAD,
             stage=stage,
         )
     section: Any = config.rationale if stage == "rationale" else config.dpo
@@ -189,6 +190,7 @@ def forecast_stage(
             checkpoint_every=every,
             memory=room,
             images=images,
+            images_a_step=section.micro_batch_size * section.gradient_accumulation_steps,
             stage=stage,
         )
 

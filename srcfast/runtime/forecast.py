@@ -107,6 +107,7 @@ def forecast_training(
     checkpoint_every: int = 0,
     memory: float | None = None,
     images: int | None = None,
+    images_a_step: int = 0,
     stage: str = "training",
 ) -> Forecast:
     """The peak of LoRA training on forests like this one.
@@ -118,11 +119,12 @@ def forecast_training(
         checkpoint_every: layers a group whose activations are recomputed; 0 for none.
         memory: of the device, which decides how many images are kept and encoded at once; None: as many as ever.
         images: distinct ones; None: more than are kept.
+        images_a_step: at most, all of which are in memory during the step.
         stage: a name for the result.
     """
     parameters = 0 if model.lora is None else model.lora.parameters
     kept = kept_bytes(model, forest, checkpoint_every)
-    features, encoding = _image_bytes(model, memory, images)
+    features, encoding = _image_bytes(model, memory, images, images_a_step)
     in_last = _backward_bytes(model, forest.last.queries, forest.last)
     during = max(
         kept.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
@@ -175,6 +177,7 @@ def forecast_decoding(
     new_tokens: int,
     memory: float | None = None,
     images: int | None = None,
+    images_a_step: int = 0,
     stage: str,
 ) -> Forecast:
     """The peak of decoding: each sample's prompt is kept once, each row's continuation on its own.
@@ -185,10 +188,10 @@ def forecast_decoding(
         rows: a sample (beams times proposals; 1 for greedy answers).
         prompt_tokens: of the longest prompt.
         new_tokens: most positions that a row keeps behind its prompt.
-        model, memory, images, stage: as for training.
+        model, memory, images, images_a_step, stage: as for training.
     """
     shapes, width = model.shapes, model.dtype_bytes
-    features, encoding = _image_bytes(model, memory, images)
+    features, encoding = _image_bytes(model, memory, images, images_a_step)
     position = 2 * shapes.layers * shapes.key * width
     cache = float(position * samples * (prompt_tokens + rows * new_tokens))
     # Of a step: logits as the head gives them and in fp32; probabilities, their sum and order, and what is drawn from.
@@ -262,14 +265,17 @@ def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
     return float(max(mlp, attention))
 
 
-def _image_bytes(model: ModelSizes, memory: float | None, images: int | None) -> tuple[float, float]:
+def _image_bytes(
+    model: ModelSizes, memory: float | None, images: int | None, images_a_step: int = 0
+) -> tuple[float, float]:
     """(features that are kept, workspace of encoding some images at once)."""
     if model.vision is None or images == 0:
         return 0.0, 0.0
     every = math.inf if images is None else images
-    kept = every * model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
+    one = model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
+    features = min(every * one, max(image_cache(memory), images_a_step * one))
     encoding = model.waiting_bytes + min(every, images_at_once(model, memory)) * _encoding_bytes(model)
-    return min(kept, image_cache(memory)), encoding
+    return features, encoding
 
 
 def _encoding_bytes(model: ModelSizes) -> float:
@@ -302,6 +308,7 @@ def plan_checkpointing(
     token_budget: int,
     micro_batch_size: int,
     optimizer: str = "adamw",
+    images_a_step: int = 0,
     memory: float | None = None,
     device: Any = None,
 ) -> int:
@@ -313,6 +320,7 @@ def plan_checkpointing(
         token_budget: most tokens in a forest.
         micro_batch_size: most trees in a forest.
         optimizer: as `TrainingSettings` names it.
+        images_a_step: at most, all of which are in memory during the step.
         memory: bytes to fit into; None: what `memory_of` the model's device says.
         device: of the model; only needed with sizes in place of a model and without `memory`.
     """
@@ -323,7 +331,9 @@ def plan_checkpointing(
     forest = fullest_sizes(trees, token_budget, micro_batch_size, model.device_type)
 
     def peak(every: int) -> Forecast:
-        return forecast_training(model, forest, optimizer=optimizer, checkpoint_every=every, memory=room)
+        return forecast_training(
+            model, forest, optimizer=optimizer, checkpoint_every=every, memory=room, images_a_step=images_a_step
+        )
 
     return least_checkpointing(peak, model.shapes.layers, room)
 

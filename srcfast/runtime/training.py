@@ -245,6 +245,7 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSetti
         token_budget=settings.token_budget,
         micro_batch_size=settings.micro_batch_size,
         optimizer=settings.optimizer,
+        images_a_step=settings.global_batch_size,
     )
 
 

@@ -320,3 +320,12 @@ def test_a_limit_on_a_gpu_is_kept_by_its_allocator(monkeypatch: pytest.MonkeyPat
     finally:
         limit_memory(None)
     assert shares == [12 / 80, 1.0, 1.0]
+
+
+def test_a_steps_images_are_in_memory_even_where_fewer_would_be_kept(rng: np.random.Generator) -> None:
+    sizes = replace(ModelSizes.of(SmallModel({}, LoRAConfig(r=2))), vision=VisionSizes(4, 64, 128, 100, 1000))
+    own = ForestSizes.of(forest_of(rng), "cpu")
+    image = 1000 * 64 * 4  # tokens, hidden size, fp32
+    for memory, images, a_step, kept in ((32e6, None, 2, 1e6), (32e6, None, 9, 9 * image), (32e6, 3, 9, 3 * image)):
+        found = forecast_training(sizes, own, memory=memory, images=images, images_a_step=a_step)
+        assert found.image_features == kept
