@@ -10,7 +10,8 @@ sum over all queries of the keys that each sees:
 
 A frozen weight costs its product and the gradient of its input; an adapter's also the gradient of itself. A query and key
 cost a product of Q for the score and one for the value; backward has two for each. The input gradient of the first layer,
-which nothing needs, is counted nonetheless: it is 1 / (2 L) of the linear part at most.
+which nothing needs, is counted nonetheless: it is 1 / (2 L) of the linear part at most. So is all of the last layer, of which a
+run computes queries and MLP only for the rows that its loss reads: at most 1 / L less.
 """
 
 from __future__ import annotations

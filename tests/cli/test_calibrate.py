@@ -63,6 +63,19 @@ def contents(path: Path) -> Any:
 
 
 @pytest.mark.slow
+def test_every_stage_took_the_memory_that_was_forecast(whole: Path) -> None:
+    """On a CPU: weights, gradients, the optimizer's state and what was kept for backward, counted."""
+    manifest = contents(whole / "manifest.json")
+    assert all(stage["memory"]["rss_growth_bytes"] >= 0 for stage in manifest.values())
+    for name, stage in manifest.items():
+        record = stage["memory"]
+        assert record["forecast_bytes"] == pytest.approx(record["measured_bytes"], rel=0.1), name
+    assert [one["memory"] for one in contents(whole / "summary.json")["stages"]] == [
+        stage["memory"] for stage in manifest.values()
+    ]
+
+
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_names(whole: Path) -> None:
     summary, manifest = contents(whole / "summary.json"), contents(whole / "manifest.json")
     rounds = [f"iteration-{k}/{stage}" for k in (1, 2) for stage in STAGES]

@@ -16,7 +16,10 @@ from srcfast.runtime.forecast import forecast_decoding, forecast_forward, foreca
 from srcfast.runtime.memory import ModelSizes
 from srcfast.runtime.optimizer import AdamW
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 TENTH = 0.1
 # So large that the libraries' own workspaces, some tens of MiB, weigh little: about 4 GiB in all.
 LARGE = {

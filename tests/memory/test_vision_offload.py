@@ -80,6 +80,7 @@ def test_the_forecast_is_lower_by_the_tower_but_while_images_are_encoded() -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_has_the_towers_memory_for_other_things() -> None:
     config = load_config(None, ["model.device=cuda", "model.dtype=bfloat16"])
     model = load_model(config, None)
