@@ -163,7 +163,12 @@ def layer_bytes(model: ModelSizes, tokens: float, reads: Reads) -> float:
     if shapes.qk_norm:
         inputs += rows * (shapes.query * width + 4 * shapes.heads) + tokens * (shapes.key * width + 4 * shapes.kv_heads)
     gated = 2 * rows * shapes.intermediate * width
-    return inputs + gated + _attention_bytes(model, reads) + _adapter_bytes(model, tokens, rows)
+    whole = 0.0
+    if model.trained:  # linears that are trained keep their inputs: the normalised ones and the gated product
+        whole = width * (tokens * shapes.hidden + rows * (shapes.hidden + shapes.intermediate))
+        whole += width * rows * (shapes.hidden if alone else 0)
+        whole += width * rows * shapes.query if model.device_type == "cpu" else 0  # on a GPU attention keeps its result
+    return inputs + gated + whole + _attention_bytes(model, reads) + _adapter_bytes(model, tokens, rows)
 
 
 def _adapter_bytes(model: ModelSizes, tokens: float, rows: float) -> float:

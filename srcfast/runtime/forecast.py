@@ -123,6 +123,7 @@ def forecast_training(
         stage: a name for the result.
     """
     parameters = 0 if model.lora is None else model.lora.parameters
+    base = model.trained * model.dtype_bytes  # a base that is trained itself has gradients and moments of its own dtype
     kept = kept_bytes(model, forest, checkpoint_every)
     features, encoding = _image_bytes(model, memory, images, images_a_step)
     in_last = _backward_bytes(model, forest.last.queries, forest.last)
@@ -135,8 +136,9 @@ def forecast_training(
         weights=float(model.weight_bytes),
         quantisation_state=float(model.quantisation_bytes),
         adapter=4.0 * parameters,
-        gradients=4.0 * parameters,
-        optimizer=moment_bytes(optimizer, parameters, model.device_type),
+        gradients=4.0 * parameters + base,
+        optimizer=moment_bytes(optimizer, parameters, model.device_type)
+        + moment_bytes(optimizer, model.trained, model.device_type, model.dtype_bytes),
         image_features=features,
         activations=kept.most,
         workspace=max(during, encoding) - kept.most,
@@ -205,11 +207,11 @@ def forecast_decoding(
     return replace(found, keys_and_values=cache)
 
 
-def moment_bytes(optimizer: str, parameters: int, device_type: str) -> float:
-    """AdamW's two moments: fp32, or 8 bits with an fp32 scale for 256 of them; paged ones leave a GPU where they must."""
+def moment_bytes(optimizer: str, parameters: int, device_type: str, width: int = 4) -> float:
+    """AdamW's two moments: of `width` bytes, or 8 bits with an fp32 scale for 256; paged ones leave a GPU where they must."""
     if optimizer.startswith("paged") and device_type == "cuda":
         return 0.0
-    return parameters * 2 * (1 + 4 / 256) if optimizer.endswith("8bit") else parameters * 8.0
+    return parameters * 2 * (1 + 4 / 256) if optimizer.endswith("8bit") else parameters * 2.0 * width
 
 
 def _inference(model: ModelSizes, stage: str, features: float, workspace: float) -> Forecast:
@@ -236,13 +238,15 @@ def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
         chunk = max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // shapes.vocabulary)
     taken = min(rows, chunk)
     product = taken * shapes.hidden * width if differentiated else 0
+    if model.trained:  # the head's own gradient
+        product += shapes.vocabulary * shapes.hidden * width
     return 4.0 * taken * shapes.vocabulary + product + rows * shapes.hidden * width
 
 
 def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
     """Of a layer that is computed for `rows`: its MLP, the norm and weights before it, or its attention."""
     shapes, width = model.shapes, model.dtype_bytes
-    whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
+    whole = shapes.hidden * shapes.intermediate * width if model.quantised or model.trained else 0
     gated = 3 if model.device_type == "cuda" else 5  # its gradients come from one kernel, or from several operations
     mlp = width * rows * (gated * shapes.intermediate + 2 * shapes.hidden)
     inputs = width * rows * (2 * shapes.intermediate + 4 * shapes.hidden) + whole

@@ -134,6 +134,7 @@ class ModelSizes:
         lora: the adapter.
         vision: the tower of an LVLM.
         waiting_bytes: of weights that are on the device only while images are encoded.
+        trained: weights of the base that are trained themselves.
     """
 
     shapes: Shapes
@@ -145,6 +146,7 @@ class ModelSizes:
     lora: LoRASizes | None = None
     vision: VisionSizes | None = None
     waiting_bytes: float = 0.0
+    trained: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -155,7 +157,7 @@ class ModelSizes:
         """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
         decoder: Any = model.decoder
         parameters: dict[str, int] = {}
-        weights = scales = waiting = 0
+        weights = scales = waiting = trained = 0
         device = decoder.embed_tokens.weight.device
         ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
         for name, parameter in model.named_parameters():
@@ -170,6 +172,7 @@ class ModelSizes:
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
                 weights += parameter.nbytes if parameter.device == device else 0
                 waiting += parameter.nbytes if parameter.device != device else 0
+                trained += parameter.numel() if parameter.requires_grad else 0
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, NF4Weight):
@@ -189,6 +192,7 @@ class ModelSizes:
             lora=lora,
             vision=None if vision is None else VisionSizes.of(vision.config),
             waiting_bytes=waiting,
+            trained=trained,
         )
 
     @classmethod

@@ -39,10 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class SmallModel(nn.Module):
-    """A decoder that is frozen but for its adapter."""
+    """A decoder that is frozen but for its adapter, if it has one."""
 
     def __init__(
-        self, shape: dict[str, Any], lora: LoRAConfig, dtype: torch.dtype = torch.float32, quantize: bool = False
+        self, shape: dict[str, Any], lora: LoRAConfig | None, dtype: torch.dtype = torch.float32, quantize: bool = False
     ) -> None:
         super().__init__()
         self.decoder = Decoder(DecoderConfig(**(BASE | shape)))
@@ -54,7 +54,8 @@ class SmallModel(nn.Module):
             if isinstance(module, NF4Linear):
                 module.set_weight(weights[f"{name}.weight"].detach().to(dtype))
         self.requires_grad_(False)
-        add_lora(self, lora)
+        if lora is not None:
+            add_lora(self, lora)
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
         embeddings = self.decoder.embed(forest.token_ids)

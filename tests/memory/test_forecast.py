@@ -25,6 +25,7 @@ from srcfast.runtime.forecast import (
     most_that_fit,
     plan_checkpointing,
 )
+from srcfast.runtime.loss_rows import response_rows
 from srcfast.runtime.measure import SavedTensors, measured
 from srcfast.runtime.memory import ModelSizes, VisionSizes, limit_memory, memory_of
 
@@ -329,3 +330,30 @@ def test_a_steps_images_are_in_memory_even_where_fewer_would_be_kept(rng: np.ran
     for memory, images, a_step, kept in ((32e6, None, 2, 1e6), (32e6, None, 9, 9 * image), (32e6, 3, 9, 3 * image)):
         found = forecast_training(sizes, own, memory=memory, images=images, images_a_step=a_step)
         assert found.image_features == kept
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("shape", ["tied", "norms of queries and keys"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_that_is_trained_as_a_whole_peaks_where_it_was_forecast(
+    rng: np.random.Generator, dtype: str, shape: str, every: int
+) -> None:
+    """As an R-Scorer is trained: of the head a few tokens' rows alone."""
+    model = SmallModel(SHAPES[shape], None, DTYPES[dtype]).train()
+    model.requires_grad_(True)
+    model.decoder.checkpoint_layers = every
+    forest = forest_of(rng)
+    rows, verdicts = response_rows(forest), torch.tensor([3, 7, 9])
+
+    def step() -> None:
+        (model(forest, rows).float() @ model.decoder.head_weight[verdicts].float().T).sum().backward()
+
+    step()
+    with LiveTensors() as live:
+        step()
+    sizes, own = ModelSizes.of(model), replace(ForestSizes.of(forest, "cpu"), head_rows=0)
+    assert sizes.trained == sum(parameter.numel() for parameter in model.parameters())
+    forecast = forecast_training(sizes, own, checkpoint_every=every)
+    assert forecast.activations + forecast.workspace == pytest.approx(live.peak, rel=TENTH)
+    assert forecast.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
+    assert forecast.optimizer == 2 * forecast.gradients
