@@ -10,7 +10,7 @@ a layer whose linears are all adapted keeps
 and in 16 bits its adapters as they are cast. The last layer has queries, and all that follows from them, for the M rows alone
 that the loss reads. The pass as a whole keeps b (2 M D + h D): the final norm's input and output, and the unit gradients of
 the h rows that meet the head. No logits are kept, nor what a layer can have again from the above (normalised inputs, the
-gated product). On a CPU attention keeps padded groups of segments with their weights instead.
+gated product). On a CPU attention keeps queries, keys and values as they came.
 
 With checkpointing every n layers only the groups' inputs are kept; then the last group's activations, or one group's while it
 is run again, whichever is more.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from srcfast.data.forest import Forest
-from srcfast.runtime.attention import FUSED_ABOVE, plan_blocks
+from srcfast.runtime.attention import plan_blocks
 from srcfast.runtime.flops import attended_of
 from srcfast.runtime.loss_rows import response_rows
 from srcfast.runtime.memory import ModelSizes
@@ -59,6 +59,11 @@ class Reads:
             return cls(queries, forest.num_tokens, tuple((blocks, long, wide) for blocks, long, wide, _ in planned))
         copies = varlen_plan(forest, rows).copies
         return cls(queries, forest.num_tokens if copies is None else len(copies.index), ())
+
+    @property
+    def plan_bytes(self) -> float:
+        """Of the CPU's masks and index maps."""
+        return sum(blocks * (4 * long * wide + 8 * (long + wide)) for blocks, long, wide in self.groups)
 
     def times(self, count: float) -> Reads:
         groups = tuple((blocks * count, long, wide) for blocks, long, wide in self.groups)
@@ -130,8 +135,6 @@ def kept_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0
     row = forest.tokens * shapes.hidden * width
     layer, last = (layer_bytes(model, forest.tokens, reads) for reads in (forest.every, forest.last))
     shared = 2 * forest.tokens * shapes.head_dim * width  # cosines and sines
-    plans = {forest.every, forest.last}
-    shared += sum(4 * n * long * wide for plan in plans for n, long, wide in plan.groups if wide > FUSED_ABOVE)  # masks
     rows = forest.last.queries
     head = 2 * rows * shapes.hidden * width + 4 * rows
     head += forest.head_rows * (shapes.hidden * width + 2 * 8)  # rows and slots are int64
@@ -195,20 +198,9 @@ def _attention_bytes(model: ModelSizes, reads: Reads) -> float:
     shapes, lora, width, rows = model.shapes, model.lora, model.dtype_bytes, reads.queries
     if model.device_type == "cuda":
         return 2 * rows * shapes.query * width + 2 * reads.keys * shapes.key * width + 4 * rows * shapes.heads
-    wide = max(width, 4)  # the CPU's attention is in fp32
-    queries = sum(blocks * long for blocks, long, _ in reads.groups)
-    keys = sum(blocks * span for blocks, _, span in reads.groups)
-    fused = [group for group in reads.groups if group[2] > FUSED_ABOVE]
-    padded = [group for group in reads.groups if group[2] <= FUSED_ABOVE]
-    kept = sum(blocks * long * (shapes.query + shapes.heads * span) for blocks, long, span in padded)
-    # Products copy keys and values head by head, but for a group of one block, which keeps the gathered ones as they are.
-    kept += sum(2 * blocks * span * shapes.key for blocks, _, span in padded if blocks > 1)
-    if fused or any(blocks == 1 for blocks, _, _ in padded):
-        kept += 2 * keys * shapes.key
-    if fused:
-        kept += queries * shapes.query + sum(n * long * (shapes.query + shapes.heads) for n, long, _ in fused)
+    kept = (rows * shapes.query + 2 * reads.keys * shapes.key) * max(width, 4)  # the CPU's attention is in fp32
     keeps_result = lora is not None and "o_proj" in lora.target_modules and not lora.dropout
-    return kept * wide + (rows * shapes.query * width if keeps_result else 0)
+    return kept + (rows * shapes.query * width if keeps_result else 0)
 
 
 def fullest_forest(sizes: Sequence[int], token_budget: int, most_trees: int) -> list[int]:

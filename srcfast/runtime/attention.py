@@ -16,23 +16,20 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast.data.forest import Forest
 from srcfast.errors import ConfigError
+from srcfast.runtime.padded_attention import Plan, padded_attention
 from srcfast.runtime.query_blocks import like_lengths, query_blocks
 from srcfast.runtime.shared_attention import shared_attention
 from srcfast.runtime.varlen_plan import varlen_plan
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-FUSED_ABOVE = 1024  # keys: the scores of longer paths would take too much memory
 
 _forced: str | None = None
 
@@ -115,19 +112,6 @@ def _installed(module: str) -> bool:
 # The CPU's way: padded groups of segments --------------------------------------------------------------------
 
 
-class _Gather(torch.autograd.Function):
-    """`x[index]` in which only `index[inverse]`, each row of x once, has a gradient: backward is a gather too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(0, ctx.inverse), None, None
-
-
 def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
     dtype = q.dtype
     if not q.is_cuda:  # in bf16 the CPU's backward takes four times fp32's time
@@ -140,41 +124,10 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None
         plan = plan_blocks(forest, q.dtype, q.device, rows)
     if rows is None:
         forest.cache[key] = plan
-    into, out_of, keys_of, groups = plan
-    queries = _Gather.apply(q, into, out_of).split([rows * long for rows, long, _, _ in groups])
-    keys, values = (x.index_select(0, keys_of).split([rows * wide for rows, _, wide, _ in groups]) for x in (k, v))
-    outputs = []
-    for (rows, long, wide, mask), query, key, value in zip(groups, queries, keys, values, strict=True):
-        attend = _padded_attention if wide <= FUSED_ABOVE else _fused_attention
-        own = query.view(rows, long, *q.shape[1:])
-        attended = attend(own, key.view(rows, wide, *k.shape[1:]), value.view(rows, wide, *k.shape[1:]), mask)
-        outputs.append(attended.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, out_of).to(dtype)  # in backward padding gets nothing
+    return padded_attention(q, k, v, plan).to(dtype)
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [rows, long, H, d], k and v [rows, wide, Hkv, d], mask [rows, 1, long, wide] -> [rows, long, H, d]."""
-    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    together = (q * q.shape[-1] ** -0.5).unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = together @ k.permute(0, 2, 3, 1)  # [rows, Hkv, H / Hkv * long, wide]
-    weights = (scores.unflatten(2, (group, -1)) + mask[:, None]).softmax(-1).flatten(2, 3)
-    attended = weights @ v.transpose(1, 2)
-    return attended.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`_padded_attention` without its scores in memory; on the CPU its backward takes three times as long."""
-    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=q.shape[2] != k.shape[2])
-    return attended.transpose(1, 2)
-
-
-Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
-
-
-def plan_blocks(
-    forest: Forest, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, list[Group]]:
+def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None) -> Plan:
     """Index maps of the queries into and out of the padded groups, of the keys into them, and the groups.
 
     A row is a segment, or its part that `rows` names; its keys are its path from the root. Both end at its last token

@@ -26,7 +26,8 @@ from torch import nn
 
 from srcfast.data.forest import Forest, Tree
 from srcfast.runtime.activations import ForestSizes, Reads, fullest_forest, kept_bytes
-from srcfast.runtime.memory import USABLE, ModelSizes, memory_of, show_bytes
+from srcfast.runtime.memory import USABLE, ModelSizes, Shapes, memory_of, show_bytes
+from srcfast.runtime.padded_attention import PART_BYTES
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
 IMAGE_CACHE = 1 << 30  # bytes of encoded images kept, at most
@@ -131,6 +132,7 @@ def forecast_training(
         kept.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
         kept.below + _backward_bytes(model, forest.tokens, forest.every),
     )
+    during += forest.every.plan_bytes + forest.last.plan_bytes
     return Forecast(
         stage=stage,
         weights=float(model.weight_bytes),
@@ -254,8 +256,16 @@ def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
     if model.device_type == "cuda":
         attention += 4 * rows * shapes.query  # FlashAttention sums the queries' gradient in fp32
     elif reads.groups:
-        attention += 2 * 4 * shapes.heads * max(blocks * long * span for blocks, long, span in reads.groups)
+        attention = width * rows * 2 * shapes.hidden + 4 * (rows * shapes.query + 2 * reads.keys * shapes.key)
+        attention += 2 * 4 * shapes.query * sum(blocks * long for blocks, long, _ in reads.groups)
+        attention += 3 * max(_part_bytes(shapes, *group) for group in reads.groups)
     return float(max(mlp, inputs, attention))
+
+
+def _part_bytes(shapes: Shapes, blocks: float, long: int, wide: int) -> float:
+    """The scores of a padded group that are alive at a time on a CPU: at least those of one block under one head of keys."""
+    least = 4.0 * (shapes.heads // shapes.kv_heads) * long * wide
+    return min(blocks * shapes.kv_heads * least, max(PART_BYTES, least))
 
 
 def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:

@@ -27,7 +27,8 @@ SHARES = ("gemm", "attention", "srcfast", "other", "host")
 _GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of the trace
 _ATTENTION = re.compile(r"flash|fmha|attention|scaled_dot_product|aten::bmm|softmax|BmmBackward", re.IGNORECASE)
 _GEMM = re.compile(
-    r"gemm|gemv|nvjet|cutlass|xmma|splitk|aten::(mm|addmm|addmm_|linear|matmul|addmv|mv|_scaled_mm)$", re.IGNORECASE
+    r"gemm|gemv|nvjet|cutlass|xmma|splitk|^mkldnn::_linear|aten::(mm|addmm|addmm_|linear|matmul|addmv|mv|_scaled_mm)$",
+    re.IGNORECASE,
 )
 # The house's Triton kernels on a GPU; on a CPU its autograd functions, which PyTorch names without underscore.
 _SRCFAST = re.compile(r"^(?:[a-z0-9_]+_kernel(?:_\w+)?|_[A-Z]\w*|srcfast::\w+)$")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
-from srcfast.runtime import attention
+from srcfast.runtime import padded_attention
 from srcfast.runtime.attention import (
     available_backends,
     forest_attend,
@@ -68,7 +68,7 @@ def test_long_paths_whose_scores_are_not_kept_agree_too(drawn: list[Tree], seed:
     forest = Forest.of(drawn)
     qkv = random_qkv(forest.num_tokens, 4, 2, 5, seed)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attention, "FUSED_ABOVE", 0)  # all paths count as long
+        patched.setattr(padded_attention, "PART_BYTES", 1)  # a segment and a head at a time
         output = forest_attention(*qkv, forest, "blocks")
         found = torch.autograd.grad(output.square().sum(), qkv)
     expected = path_by_path(*qkv, forest)
