@@ -59,7 +59,7 @@ class AdaptivePairs:
         """An audited sample's scores [n] by the pairs chosen, and by all."""
         best, worst = int(short.argmax()), int(short.argmin())
         lost = (full.max() - full[best], full[worst] - full.min())
-        same = [value <= SAME_SCORE for value in lost]
+        same = [bool(value <= SAME_SCORE) for value in lost]
         self.counts.update(audited=1, same_best=same[0], same_worst=same[1], same_pair=all(same))
         self.counts["best_shortfall"] += float(lost[0])  # type: ignore[assignment]
         self.counts["worst_shortfall"] += float(lost[1])  # type: ignore[assignment]
