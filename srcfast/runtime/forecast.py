@@ -10,7 +10,7 @@ The workspaces, for T tokens of which h meet the head, V vocabulary, n rows of l
 
     head        4 n V + b n D + b h D        logits, their product with the head, the rows that meet it
     MLP         b T (3 F + 2 D), or b (T (2 F + 4 D) + D F) where 4-bit weights are made whole for a product
-    attention   b (T (2 D + 3 Q) + 2 K T') + 4 T Q
+    attention   b (T (2 D + 3 Q) + 2 K T') + 4 T Q, less b T (2 F + D): what the layer's MLP kept is free by then
 
 The step's images are encoded before its forward pass, when no activations are alive.
 """
@@ -259,6 +259,7 @@ def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
         attention = width * rows * 2 * shapes.hidden + 4 * (rows * shapes.query + 2 * reads.keys * shapes.key)
         attention += 2 * 4 * shapes.query * sum(blocks * long for blocks, long, _ in reads.groups)
         attention += 3 * max(_part_bytes(shapes, *group) for group in reads.groups)
+    attention -= width * rows * (2 * shapes.intermediate + shapes.hidden)  # what the MLP kept is free by then
     return float(max(mlp, inputs, attention))
 
 
@@ -274,8 +275,6 @@ def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = width * tokens * (3 * shapes.hidden + 3 * shapes.intermediate) + whole
     attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.every.keys * shapes.key)
-    if forest.every.groups:
-        attention += 4 * shapes.heads * sum(rows * long * span for rows, long, span in forest.every.groups)
     return float(max(mlp, attention))
 
 
