@@ -152,6 +152,7 @@ def test_what_is_sent_arrives_in_the_dtype_asked_for() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_steps_are_copied_without_waiting() -> None:
     trees = [item.tree for item in picture_items()]
     for workers in (0, 1):
