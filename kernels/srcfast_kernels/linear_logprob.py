@@ -12,8 +12,6 @@ all. `onehot - p` is formed in fp32 before any rounding; two rounded products ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,15 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srcfast_kernels.cpu_products import add_product, linear, product
 from srcfast_kernels.homes import Home, accumulator, home_of
 from srcfast_kernels.linear_logprob_tiled import linear_logprob_tiled
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at a time on a CPU, 16 MiB in fp32: near its caches
 LEAST_CHUNK_ROWS = 512  # of a CPU: its products of fewer rows take up to half as long again
 CACHED_ROWS = 128  # of a chunk that a CPU takes through softmax at a time
-WIDENED_COLUMNS = (
-    2048  # of a half-precision head that are fp32 at a time, where products are fp32's: near a CPU's caches
-)
+COLUMNS = 2048  # of a CPU's logits that are made at a time, and of a half-precision head that are fp32 meanwhile
 GPU_CHUNK_ELEMENTS = 7 << 23  # 224 MiB: the head is read once a chunk, so chunks are as tall as memory allows
 BLOCK = 4096  # columns that a row's program handles at a time
 
@@ -126,7 +123,7 @@ class _LinearLogprob(torch.autograd.Function):
                 home, logits, targets[rows], bias, settings, None if stash is None else weight.dtype
             )
             if stash is not None and residual is not None:
-                stash[rows] = (residual @ weight).to(stash.dtype)
+                stash[rows] = product(residual, weight).to(stash.dtype)
         ctx.save_for_backward(*((hidden, weight, targets, bias) if stash is None else (stash,)))
         return logps
 
@@ -156,7 +153,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _, residual = _rows(ctx.home, logits, targets[rows], bias, ctx.settings, factor_dtype, gradient[rows])
         assert residual is not None
         if grad_hidden is not None:
-            grad_hidden[rows] = (residual.to(weight.dtype) @ weight).to(hidden.dtype)
+            grad_hidden[rows] = product(residual.to(weight.dtype), weight).to(hidden.dtype)
         if grad_weight is not None:
             _add_product(grad_weight, residual.T, hidden[rows].to(factor_dtype))
         if grad_bias is not None:
@@ -201,15 +198,14 @@ def _rows_torch(
         x, slope = _scaled_and_capped(logits[rows], bias, settings)
         kept = targets[rows] != settings.ignore_index
         at_target = targets[rows].where(kept, 0)[:, None]
-        lse = x.logsumexp(-1, keepdim=True)  # [n, 1]
+        x = torch.log_softmax(x, -1, out=x)
         # Rounding may put a certain token a hair above 0; a log-probability never is.
-        logps[rows] = (x.gather(-1, at_target) - lse)[:, 0].clamp(max=0.0).where(kept, 0.0)
+        logps[rows] = x.gather(-1, at_target)[:, 0].clamp(max=0.0).where(kept, 0.0)
         if residual is not None:
-            x = x.sub_(lse).exp_().neg_()
-            x.scatter_add_(-1, at_target, torch.ones_like(lse))
+            x.exp_().scatter_add_(-1, at_target, x.new_full(at_target.shape, -1.0))  # p - onehot
             if slope is not None:
                 x *= slope
-            factor = kept.to(x.dtype) * settings.logit_scale
+            factor = kept.to(x.dtype) * -settings.logit_scale
             x *= (factor if coefficient is None else factor * coefficient[rows])[:, None]
             # In bf16 it takes the first half of its own logits' bytes, hence the copy that `to` makes.
             residual[rows] = x.to(residual_dtype)
@@ -348,32 +344,15 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
     out = hidden.new_empty(rows, len(weight), dtype=dtype) if buffer is None else buffer[:rows]
     if _multiplies_halves(weight):
         return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=dtype, out=out)
-    columns = len(weight) if weight.dtype == dtype else WIDENED_COLUMNS
     wide = hidden.to(dtype)
-    with _multiplied_as_bf16(hidden.dtype == weight.dtype == torch.bfloat16):
-        for start in range(0, len(weight), columns):
-            part = slice(start, start + columns)
-            torch.mm(wide, weight[part].to(dtype).T, out=out[:, part])
+    if weight.is_cuda:
+        return torch.mm(wide, weight.to(dtype).T, out=out)
+    if dtype == torch.float64:
+        return torch.mm(wide, weight.to(dtype).T.contiguous(), out=out)  # so laid out, like rows mostly get like sums
+    for start in range(0, len(weight), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        out[:, part] = linear(wide, weight[part].to(dtype))
     return out
-
-
-@contextmanager
-def _multiplied_as_bf16(can_be: bool) -> Iterator[None]:
-    """Within, where the CPU can: fp32 matrices that hold bf16's numbers are multiplied as such and summed in fp32.
-
-    PyTorch has no product of halves into fp32 on a CPU. This is one: nothing is rounded that fp32's own would keep, in less
-    than half its time.
-    """
-    setting = torch.backends.mkldnn.matmul
-    if not (can_be and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        yield
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def _multiplies_halves(weight: Tensor) -> bool:
@@ -382,10 +361,12 @@ def _multiplies_halves(weight: Tensor) -> bool:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, summed in total's type."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
+    if a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    for start in range(0, len(total), COLUMNS):  # whose product is a buffer of its own on a CPU
+        part = slice(start, start + COLUMNS)
+        add_product(total[part], a[part], b)
 
 
 def _chunks(rows: int, weight: Tensor) -> list[slice]:
