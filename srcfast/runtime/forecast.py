@@ -28,7 +28,7 @@ from srcfast.data.forest import Forest, Tree
 from srcfast.runtime.activations import ForestSizes, Reads, fullest_forest, kept_bytes
 from srcfast.runtime.memory import USABLE, ModelSizes, Shapes, memory_of, show_bytes
 from srcfast.runtime.padded_attention import PART_BYTES
-from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
+from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, COLUMNS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
 IMAGE_CACHE = 1 << 30  # bytes of encoded images kept, at most
 IMAGES_AT_ONCE = 64  # that the vision tower encodes, at most
@@ -240,6 +240,10 @@ def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
         chunk = max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // shapes.vocabulary)
     taken = min(rows, chunk)
     product = taken * shapes.hidden * width if differentiated else 0
+    if model.device_type == "cpu":  # makes some columns at a time, of a head in fp32
+        columns = min(shapes.vocabulary, COLUMNS)
+        widened = 4 * (taken + columns) * shapes.hidden if width == 2 else 0
+        product = max(product, 4 * taken * columns + widened)
     if model.trained:  # the head's own gradient
         product += shapes.vocabulary * shapes.hidden * width
     return 4.0 * taken * shapes.vocabulary + product + rows * shapes.hidden * width

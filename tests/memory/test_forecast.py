@@ -112,6 +112,19 @@ def test_a_training_pass_peaks_where_it_was_forecast(
     assert forecast.activations + forecast.workspace == pytest.approx(live.peak, rel=TENTH)
 
 
+@pytest.mark.parametrize("vocabulary", [900, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_whose_peak_is_the_head(rng: np.random.Generator, dtype: str, vocabulary: int) -> None:
+    model = SmallModel({"vocab_size": vocabulary}, LoRAConfig(r=4), DTYPES[dtype]).train()
+    model.decoder.checkpoint_layers = 2
+    forest = forest_of(rng, 12, 40, 50)
+    run(model, Forest.of(forest.trees))
+    with LiveTensors() as live:
+        run(model, Forest.of(forest.trees))
+    forecast = forecast_training(ModelSizes.of(model), ForestSizes.of(forest, "cpu"), checkpoint_every=2)
+    assert forecast.activations + forecast.workspace == pytest.approx(live.peak, rel=TENTH)
+
+
 def test_the_same_sizes_come_from_a_model_and_from_its_tensors() -> None:
     model = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8), torch.bfloat16, quantize=True)
     whole = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8))
