@@ -8,6 +8,7 @@ BENCHMARKS = (
     "nf4",
     "nf4_linear",
     "lora_linear",
+    "lora_mlp",
     "rms_norm",
     "rope",
     "swiglu",
@@ -17,3 +18,6 @@ BENCHMARKS = (
 
 # Whole stages, in the order of a calibration.
 STAGES = ("rationale_step", "candidates", "judging", "dpo_step")
+
+# What no device has a part in.
+HOST = ("growth",)

@@ -170,9 +170,9 @@ def doctor(as_json: bool) -> None:
 
 def bench(name: str | None, device: str | None, output: Path | None) -> None:
     """Run one benchmark or all; results go beside the benchmarks in a work tree, else into `benchmarks` here."""
-    from srcfast_benchmarks import BENCHMARKS, STAGES
+    from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
 
-    known = (*STAGES, *BENCHMARKS)
+    known = (*STAGES, *BENCHMARKS, *HOST)
     if name is not None and name not in known:
         raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
     results = Path(__file__).parents[1] / "benchmarks" / "results"
