@@ -34,7 +34,7 @@ EXTRAS = {
 ROOT = Path(__file__).parent
 NATIVE = Extension(
     "srcfast_kernels._native",
-    ["csrc/library.cpp", "csrc/forest.cpp", "csrc/nf4.cpp"],
+    ["csrc/library.cpp", "csrc/forest.cpp", "csrc/nf4.cpp", "csrc/decode_attention.cpp"],
     depends=["csrc/nf4.cu"],
     language="c++",
     optional=True,  # everything works without it

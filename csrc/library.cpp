@@ -9,4 +9,7 @@ STABLE_TORCH_LIBRARY(srcfast, library) {
   library.def(
       "nf4_dequantize(Tensor packed, Tensor codes, Tensor absmax, Tensor scale_codes, Tensor? nested_absmax, Tensor? offset, "
       "int blocksize, Tensor(a!) out) -> ()");
+  library.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor(a!) own_keys, "
+      "Tensor(b!) own_values, Tensor prompt_lengths, Tensor places, Tensor lengths, float scale, Tensor(c!) out) -> ()");
 }

@@ -1,8 +1,8 @@
 """Keys and values of samples that are decoded at once, each slot a sample: a prompt, and rows that continue it.
 
 A prompt is kept once and read once a step by all rows of its sample; each row's own continuation is one page, contiguous, so
-that no step gathers keys. Plain PyTorch; on a CPU it is the fastest way that we measured (a gather of pages would copy every
-key at every step), on a GPU what stands in where `paged_cache` can't run.
+that no step gathers keys. A step's attention is csrc's `decode_attention` on a CPU in fp32, where the native library was built,
+and plain PyTorch elsewhere: padded to the longest prompt and continuation, and so slower where rows differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast.runtime.kv_pages import KVPages, PagedRow
+from srcfast_kernels import native
 
+LANES = 16  # the native library takes prompts' rooms and heads' sizes that are multiples of it
 GROWTH = 32  # positions by which a cache that grows does so
 ENDLESS = 1 << 30  # a page takes any number of positions
 
@@ -40,14 +42,24 @@ class SlotCache:
         self.group = config.num_heads // config.num_kv_heads
         self.scale = config.head_dim**-0.5
         self._options = {"dtype": weight.dtype, "device": weight.device}
-        # Never left unset: what no mask lets through is still multiplied by 0. [2 (keys, values), layers, S, Hkv, ...]
-        self.prompts = torch.zeros(
-            2, self.layers, slots, self.kv_heads, prompt_room if fixed else 0, self.size, **self._options
-        )
-        own = (2, self.layers, slots, self.kv_heads, width, own_room if fixed else GROWTH, self.size)
-        self.own = torch.zeros(own, **self._options)
+        # Never left unset: what no mask lets through is still multiplied by 0.
+        room = _rounded(prompt_room, LANES) if fixed else 0
+        shape = (self.layers, slots, self.kv_heads)
+        self.prompt_keys = torch.zeros(*shape, self.size, room, **self._options)
+        self.prompt_values = torch.zeros(*shape, room, self.size, **self._options)
+        self.own = torch.zeros(
+            2, *shape, width, own_room if fixed else GROWTH, self.size, **self._options
+        )  # keys, values
+        self.prompt_lengths = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         # Added to scores. A row sees its own first position at least, so that no row of scores is all -inf.
-        self.prompt_mask = torch.full((slots, self.prompts.shape[4]), float("-inf"), **self._options)
+        self.prompt_mask = torch.full((slots, room), float("-inf"), **self._options)
+        self._native = (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and self.size % LANES == 0
+            and native.available()
+            and hasattr(torch.ops.srcfast, "decode_attention")  # not in a library that was built before it
+        )
         self._queries = torch.zeros(slots * self.kv_heads * width, self.group * self.size, **self._options)
         self._pages = [KVPages(range(width), ENDLESS) for _ in range(slots)]
         self._rows: list[dict[int, PagedRow]] = [{} for _ in range(slots)]  # by their page
@@ -57,20 +69,22 @@ class SlotCache:
 
     def admit(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Make room for prompts of these lengths, which are about to be run packed, in this order."""
-        longest = max(lengths)
-        if longest > self.prompts.shape[4]:
-            self.prompts = _grown(self.prompts, 4, longest)
-            self.prompt_mask = F.pad(self.prompt_mask, (0, longest - self.prompt_mask.shape[1]), value=float("-inf"))
+        room, longest = self.prompt_mask.shape[1], _rounded(max(lengths), LANES)
+        if longest > room:
+            self.prompt_keys = _grown(self.prompt_keys, 4, longest)
+            self.prompt_values = _grown(self.prompt_values, 3, longest)
+            self.prompt_mask = F.pad(self.prompt_mask, (0, longest - room), value=float("-inf"))
         ends = np.cumsum(lengths).tolist()
         self._into = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
         for slot, length in zip(slots, lengths, strict=True):
             self.prompt_mask[slot, :length], self.prompt_mask[slot, length:] = 0.0, float("-inf")
+            self.prompt_lengths[slot] = length
 
     def record(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep a layer's keys and values [T, Hkv, d] of the prompts that are being run."""
         for slot, start, end in self._into:
-            for kept, new in ((self.prompts[0], k), (self.prompts[1], v)):
-                kept[layer, slot, :, : end - start] = new[start:end].transpose(0, 1)
+            self.prompt_keys[layer, slot, :, :, : end - start] = k[start:end].permute(1, 2, 0)
+            self.prompt_values[layer, slot, :, : end - start] = v[start:end].transpose(0, 1)
 
     def start(self, slot: int, parents: Sequence[int], lengths: Sequence[int], limit: int) -> list[int]:
         """Let new rows take the place of a slot's old ones.
@@ -104,9 +118,10 @@ class SlotCache:
 
     def move(self, source: int, target: int) -> None:
         """A sample moves to a free slot, its rows each to the same place within it."""
-        for kept in (self.prompts, self.own):
-            kept[:, :, target] = kept[:, :, source]
-        self.prompt_mask[target] = self.prompt_mask[source]
+        for kept in (self.prompt_keys, self.prompt_values, *self.own):
+            kept[:, target] = kept[:, source]
+        for by_slot in (self.prompt_mask, self.prompt_lengths):
+            by_slot[target] = by_slot[source]
         for listed in (self._pages, self._rows):
             _swap(listed, source, target)
 
@@ -116,13 +131,16 @@ class SlotCache:
         """Prepare a step's attention.
 
         Args:
-            places: [R] int64: the rows that take part.
+            places: [R] int64, ascending: the rows that take part.
             lengths: [S * W] int64 by place: positions of its own that a row has; the step writes the next one.
             used: slots beyond which none is taken.
             longest: number of own positions of the longest row, the next one included.
         """
         if longest > self.own.shape[5]:
-            self.own = _grown(self.own, 5, -(-longest // GROWTH) * GROWTH)
+            self.own = _grown(self.own, 5, _rounded(longest, GROWTH))
+        if self._native:
+            self._places, self._lengths = places, lengths[places]
+            return
         device, heads, width = places.device, self.kv_heads, self.width
         slot, within = places // width, places % width
         head = torch.arange(heads, device=device)
@@ -139,6 +157,8 @@ class SlotCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, H, d], k and v [R, Hkv, d] -> [R, H, d]: prompt and own positions under one softmax."""
+        if self._native:
+            return self._attend_natively(layer, q, k, v)
         rows, (slots, width, group) = len(q), (self._used, self.width, self.group)
         for kept, new in ((self.own[0, layer], k), (self.own[1, layer], v)):
             kept.view(-1, self.size).index_copy_(0, self._next, new.reshape(-1, self.size))
@@ -146,15 +166,38 @@ class SlotCache:
         queries = self._queries[: slots * self.kv_heads * width]
         of_sample = queries.view(slots * self.kv_heads, width * group, self.size)
         of_row = queries.view(-1, group, self.size)
-        prompt_keys, prompt_values = self.prompts[:, layer, :slots].flatten(1, 2)  # [S * Hkv, P, d] each
+        prompt_keys = self.prompt_keys[layer, :slots].flatten(0, 1)  # [S * Hkv, d, P]
+        prompt_values = self.prompt_values[layer, :slots].flatten(0, 1)  # [S * Hkv, P, d]
         own_keys, own_values = self.own[:, layer, :slots].flatten(1, 3)  # [S * Hkv * W, L, d] each
-        on_prompt = torch.baddbmm(self._mask, of_sample, prompt_keys.mT, alpha=self.scale)  # [S * Hkv, W * G, P]
+        on_prompt = torch.baddbmm(self._mask, of_sample, prompt_keys, alpha=self.scale)  # [S * Hkv, W * G, P]
         on_own = torch.baddbmm(self._own_mask, of_row, own_keys.mT, alpha=self.scale)  # [S * Hkv * W, G, L]
         seen = on_prompt.shape[-1]
         weights = torch.cat((on_prompt.view(len(of_row), group, seen), on_own), dim=-1).softmax(-1)
         of_prompt = torch.bmm(weights.view(*of_sample.shape[:2], -1)[:, :, :seen], prompt_values)
         attended = torch.baddbmm(of_prompt.view(of_row.shape), weights[:, :, seen:], own_values)
         return attended.view(-1, group * self.size).index_select(0, self._index).view(rows, -1, self.size)
+
+    def _attend_natively(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty(q.shape, **self._options)
+        torch.ops.srcfast.decode_attention(
+            q,
+            k,
+            v,
+            self.prompt_keys[layer],
+            self.prompt_values[layer],
+            self.own[0, layer],
+            self.own[1, layer],
+            self.prompt_lengths,
+            self._places,
+            self._lengths,
+            self.scale,
+            out,
+        )
+        return out
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _grown(kept: Tensor, dim: int, room: int) -> Tensor:

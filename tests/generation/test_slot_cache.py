@@ -9,29 +9,41 @@ import torch
 from torch import Tensor
 
 from srcfast.runtime.slot_cache import GROWTH, SlotCache
+from srcfast_kernels import native
 
-LAYERS, KV_HEADS, SIZE, WIDTH = 2, 2, 4, 3
+LAYERS, KV_HEADS, WIDTH = 2, 2, 3
+needs_library = pytest.mark.skipif(not native.available(), reason=f"native library: {native.why_not()}")
+# fp64 through PyTorch; fp32 with 16 and 48 numbers a head through the native library, each sum of some dozen products.
+WAYS = [
+    pytest.param(torch.float64, 4, 1e-12, id="pytorch"),
+    pytest.param(torch.float32, 4, 1e-5, id="pytorch, fp32"),
+    pytest.param(torch.float32, 16, 1e-5, id="native", marks=needs_library),
+    pytest.param(torch.float32, 48, 1e-5, id="native, wider", marks=needs_library),
+]
 
 
 class Paths:
     """The cache beside each row's keys and values by layer, kept as plain lists."""
 
-    def __init__(self, heads: int, fixed: bool, seed: int) -> None:
-        config = SimpleNamespace(num_layers=LAYERS, num_heads=heads, num_kv_heads=KV_HEADS, head_dim=SIZE)
+    def __init__(self, way: tuple[torch.dtype, int, float], heads: int, fixed: bool, seed: int) -> None:
+        self.dtype, self.size, self.tolerance = way
+        config = SimpleNamespace(num_layers=LAYERS, num_heads=heads, num_kv_heads=KV_HEADS, head_dim=self.size)
         self.random = torch.Generator().manual_seed(seed)
         self.heads = heads
-        self.cache = SlotCache(config, 4, WIDTH, 40, 80, torch.zeros(1, dtype=torch.float64), fixed)
+        self.cache = SlotCache(config, 4, WIDTH, 40, 80, torch.zeros(1, dtype=self.dtype), fixed)
         self.prompt: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.own: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by place
         self.lengths = torch.zeros(4 * WIDTH, dtype=torch.int64)
 
     def drawn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.random, dtype=torch.float64)
+        return torch.randn(*shape, generator=self.random, dtype=self.dtype)
 
     def admit(self, lengths: dict[int, int]) -> None:
         self.cache.admit(list(lengths), list(lengths.values()))
         total = sum(lengths.values())
-        layers = [(self.drawn(total, KV_HEADS, SIZE), self.drawn(total, KV_HEADS, SIZE)) for _ in range(LAYERS)]
+        layers = [
+            (self.drawn(total, KV_HEADS, self.size), self.drawn(total, KV_HEADS, self.size)) for _ in range(LAYERS)
+        ]
         for layer, (k, v) in enumerate(layers):
             self.cache.record(layer, k, v)
         begin = 0
@@ -45,7 +57,7 @@ class Paths:
             self.own.pop(place, None)
         places = self.cache.start(slot, parents, lengths, limit)
         assert len(set(places)) == len(places) and all(place // WIDTH == slot for place in places)
-        empty = [(self.drawn(0, KV_HEADS, SIZE), self.drawn(0, KV_HEADS, SIZE))] * LAYERS
+        empty = [(self.drawn(0, KV_HEADS, self.size), self.drawn(0, KV_HEADS, self.size))] * LAYERS
         for index, (place, length) in enumerate(zip(places, lengths, strict=True)):
             held = old[parents[index]] if parents else empty
             self.own[place] = [(k[:length], v[:length]) for k, v in held]
@@ -53,12 +65,13 @@ class Paths:
         return places
 
     def step(self, places: list[int], used: int) -> None:
+        places = sorted(places)
         rows = torch.tensor(places)
         longest = int(self.lengths[rows].max()) + 1
         self.cache.begin(rows, self.lengths, used, longest)
         for layer in range(LAYERS):
-            q = self.drawn(len(places), self.heads, SIZE)
-            k, v = self.drawn(len(places), KV_HEADS, SIZE), self.drawn(len(places), KV_HEADS, SIZE)
+            q = self.drawn(len(places), self.heads, self.size)
+            k, v = self.drawn(len(places), KV_HEADS, self.size), self.drawn(len(places), KV_HEADS, self.size)
             output = self.cache.attend(layer, q, k, v)
             for row, place in enumerate(places):
                 held = self.own[place][layer]
@@ -69,16 +82,20 @@ class Paths:
                 prompt = self.prompt[place // WIDTH][layer]
                 keys, values = (torch.cat((prompt[i], self.own[place][layer][i])) for i in (0, 1))
                 keys, values = (x.repeat_interleave(self.heads // KV_HEADS, dim=1) for x in (keys, values))
-                weights = (torch.einsum("hd,lhd->hl", q[row], keys) / SIZE**0.5).softmax(-1)
+                weights = (torch.einsum("hd,lhd->hl", q[row], keys) / self.size**0.5).softmax(-1)
                 expected = torch.einsum("hl,lhd->hd", weights, values)
-                torch.testing.assert_close(output[row], expected, rtol=1e-12, atol=1e-12)  # fp64
+                torch.testing.assert_close(output[row], expected, rtol=self.tolerance, atol=self.tolerance)
         self.lengths[rows] += 1
 
 
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_each_row_sees_its_prompt_and_its_own_positions(heads: int, fixed: bool) -> None:
-    paths = Paths(heads, fixed, seed=heads)
+@pytest.mark.parametrize(("dtype", "size", "tolerance"), WAYS)
+def test_each_row_sees_its_prompt_and_its_own_positions(
+    dtype: torch.dtype, size: int, tolerance: float, heads: int, fixed: bool
+) -> None:
+    paths = Paths((dtype, size, tolerance), heads, fixed, seed=heads)
+    assert paths.cache._native == (size % 16 == 0)
     paths.admit({0: 5, 1: 9})
     first, second = paths.start(0, [], [0, 0, 0], 10), paths.start(1, [], [0, 0], 10)
     paths.step([*first, *second], 2)
@@ -97,8 +114,9 @@ def test_each_row_sees_its_prompt_and_its_own_positions(heads: int, fixed: bool)
     paths.step([*second, *first, *third], 3)
 
 
-def test_a_sample_may_move_to_a_free_slot() -> None:
-    paths = Paths(4, False, seed=1)
+@pytest.mark.parametrize(("dtype", "size", "tolerance"), WAYS)
+def test_a_sample_may_move_to_a_free_slot(dtype: torch.dtype, size: int, tolerance: float) -> None:
+    paths = Paths((dtype, size, tolerance), 4, False, seed=1)
     paths.admit({0: 4, 1: 6, 2: 5})
     paths.start(0, [], [0], 9)
     places = paths.start(2, [], [0, 0], 9)

@@ -1,0 +1,229 @@
+// A decoding step's attention on the CPU in fp32: each row's newest position joins its own keys and values, then its queries see its
+// sample's prompt and these under one softmax. As srcfast/runtime/slot_cache.py defines it; no row pays for another's length.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast")
+#pragma GCC diagnostic ignored "-Wpsabi"  // all that take or give vectors are inlined
+#define SRCFAST_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define SRCFAST_CLONES
+#endif
+#define SRCFAST_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kTogether = 4;  // queries that share a load of a prompt's key or value
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef float Anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(64)));
+
+SRCFAST_INLINE Lanes load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
+SRCFAST_INLINE void store(float* to, Lanes values) { *reinterpret_cast<Anywhere*>(to) = values; }
+
+SRCFAST_INLINE float sum(Lanes values) {
+  float parts[kLanes];
+  store(parts, values);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+
+// exp(x) of x <= 0 to about an ulp: 2^n times a polynomial in what is left (Cephes, S. L. Moshier); 0 below -87, near enough.
+SRCFAST_INLINE Lanes exponential(Lanes x) {
+  const Lanes least = Lanes{} - 87.0f;
+  x = x > least ? x : least;
+  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded product
+  const Lanes n = shifted - 12582912.0f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes y = Lanes{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Bits power = ((Bits)shifted - 0x4B400000) << 23;
+  return (Lanes)((Bits)y + power);
+}
+
+struct Shape {
+  int64_t heads, kv_heads, width, size, prompt_room, own_room;
+  int64_t q_stride, k_stride, v_stride;  // from row to row
+  float scale;
+};
+
+struct Caches {
+  const float* prompt_keys;    // [S, Hkv, d, P]
+  const float* prompt_values;  // [S, Hkv, P, d]
+  float* own_keys;             // [S, Hkv, W, L, d]
+  float* own_values;
+};
+
+int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Scores of `count` queries against a prompt's keys [d, P]; each query's scores are `apart` from the last one's.
+template <int64_t N>
+SRCFAST_INLINE void score_prompt(const float* const* q, const float* keys, int64_t length, const Shape& shape, float* scores, int64_t apart) {
+  for (int64_t p = 0; p < length; p += kLanes) {
+    Lanes found[N] = {};
+    for (int64_t j = 0; j < shape.size; ++j) {
+      const Lanes key = load(keys + j * shape.prompt_room + p);
+      for (int64_t n = 0; n < N; ++n) found[n] += key * q[n][j];
+    }
+    for (int64_t n = 0; n < N; ++n) store(scores + n * apart + p, found[n] * shape.scale);
+  }
+}
+
+// Adds the values [n, d] weighted by each query's weights to its output [d].
+template <int64_t N>
+SRCFAST_INLINE void add_values(const float* weights, int64_t apart, const float* values, int64_t length, int64_t size, float* const* out) {
+  for (int64_t j = 0; j < size; j += kLanes) {
+    Lanes found[N];
+    for (int64_t n = 0; n < N; ++n) found[n] = load(out[n] + j);
+    for (int64_t p = 0; p < length; ++p) {
+      const Lanes value = load(values + p * size + j);
+      for (int64_t n = 0; n < N; ++n) found[n] += value * weights[n * apart + p];
+    }
+    for (int64_t n = 0; n < N; ++n) store(out[n] + j, found[n]);
+  }
+}
+
+SRCFAST_INLINE void score_own(const float* q, const float* keys, int64_t length, const Shape& shape, float* scores) {
+  for (int64_t p = 0; p < length; ++p) {
+    Lanes found = {};
+    for (int64_t j = 0; j < shape.size; j += kLanes) found += load(q + j) * load(keys + p * shape.size + j);
+    scores[p] = sum(found) * shape.scale;
+  }
+}
+
+// Scores [count], of which some are -inf, to weights; the sum of the weights.
+SRCFAST_INLINE float exponentials(float* scores, int64_t count) {
+  Lanes most = load(scores);
+  for (int64_t p = kLanes; p < count; p += kLanes) {
+    const Lanes other = load(scores + p);
+    most = other > most ? other : most;
+  }
+  float greatest = most[0];
+  for (int64_t i = 1; i < kLanes; ++i) greatest = std::max(greatest, most[i]);
+  Lanes total = {};
+  for (int64_t p = 0; p < count; p += kLanes) {
+    const Lanes weight = exponential(load(scores + p) - greatest);
+    store(scores + p, weight);
+    total += weight;
+  }
+  return sum(total);
+}
+
+// All queries of one sample's rows `first` to `last` on one head of keys and values.
+SRCFAST_CLONES void attend(
+    const float* q, const float* k, const float* v, const Caches& caches, const Shape& shape, const int64_t* places,
+    const int64_t* lengths, int64_t prompt_length, int64_t first, int64_t last, int64_t head, float* scores, float* out) {
+  const int64_t group = shape.heads / shape.kv_heads, size = shape.size, slot = places[first] / shape.width;
+  const float* prompt_keys = caches.prompt_keys + (slot * shape.kv_heads + head) * size * shape.prompt_room;
+  const float* prompt_values = caches.prompt_values + (slot * shape.kv_heads + head) * size * shape.prompt_room;
+  const int64_t seen = padded(prompt_length), apart = seen + padded(shape.own_room);
+  const float hidden = -std::numeric_limits<float>::infinity();
+  for (int64_t begin = first * group; begin < last * group; begin += kTogether) {
+    const int64_t count = std::min(kTogether, last * group - begin);
+    const float* queries[kTogether];
+    float* outputs[kTogether];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t row = (begin + n) / group, of_head = head * group + (begin + n) % group;
+      queries[n] = q + row * shape.q_stride + of_head * size;
+      outputs[n] = out + (row * shape.heads + of_head) * size;
+      std::fill(outputs[n], outputs[n] + size, 0.0f);
+    }
+    if (count == kTogether) {
+      score_prompt<kTogether>(queries, prompt_keys, prompt_length, shape, scores, apart);
+    } else {
+      for (int64_t n = 0; n < count; ++n) score_prompt<1>(queries + n, prompt_keys, prompt_length, shape, scores + n * apart, apart);
+    }
+    float sums[kTogether];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t row = (begin + n) / group, length = lengths[row] + 1;
+      const int64_t own = ((slot * shape.kv_heads + head) * shape.width + places[row] % shape.width) * shape.own_room * size;
+      float *keys = caches.own_keys + own, *values = caches.own_values + own;
+      std::copy_n(k + row * shape.k_stride + head * size, size, keys + (length - 1) * size);
+      std::copy_n(v + row * shape.v_stride + head * size, size, values + (length - 1) * size);
+      float* mine = scores + n * apart;
+      std::fill(mine + prompt_length, mine + seen, hidden);
+      score_own(queries[n], keys, length, shape, mine + seen);
+      std::fill(mine + seen + length, mine + seen + padded(length), hidden);
+      sums[n] = exponentials(mine, seen + padded(length));
+      add_values<1>(mine + seen, apart, values, length, size, outputs + n);
+    }
+    if (count == kTogether) {
+      add_values<kTogether>(scores, apart, prompt_values, prompt_length, size, outputs);
+    } else {
+      for (int64_t n = 0; n < count; ++n) add_values<1>(scores + n * apart, apart, prompt_values, prompt_length, size, outputs + n);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t j = 0; j < size; ++j) outputs[n][j] /= sums[n];
+    }
+  }
+}
+
+float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// q [R, H, d], k and v [R, Hkv, d], contiguous within a row; prompt_keys [S, Hkv, d, P] and prompt_values [S, Hkv, P, d], P a multiple
+// of 16; own_keys and own_values [S, Hkv, W, L, d]; prompt_lengths [S], places [R] ascending and lengths [R] int64: the newest position
+// of row r is lengths[r]. Writes it, and out [R, H, d]. d is a multiple of 16.
+void decode_attention(
+    Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor own_keys, Tensor own_values,
+    Tensor prompt_lengths, Tensor places, Tensor lengths, double scale, Tensor out) {
+  const int64_t rows = q.size(0);
+  const Shape shape{q.size(1), k.size(1), own_keys.size(2), q.size(2), prompt_keys.size(3), own_keys.size(3),
+                    q.stride(0), k.stride(0), v.stride(0), static_cast<float>(scale)};
+  STD_TORCH_CHECK(shape.size % kLanes == 0 && shape.prompt_room % kLanes == 0, "d and P are multiples of 16");
+  for (const Tensor* one : {&q, &k, &v}) {
+    STD_TORCH_CHECK(one->stride(2) == 1 && one->stride(1) == shape.size, "rows are contiguous");
+  }
+  for (const Tensor* one : {&prompt_keys, &prompt_values, &own_keys, &own_values, &prompt_lengths, &places, &lengths, &out}) {
+    STD_TORCH_CHECK(one->is_contiguous(), "contiguous tensors");
+  }
+  const auto* place_of = static_cast<const int64_t*>(places.data_ptr());
+  const auto* length_of = static_cast<const int64_t*>(lengths.data_ptr());
+  const auto* prompt_length_of = static_cast<const int64_t*>(prompt_lengths.data_ptr());
+  std::vector<int64_t> bounds;  // where each sample's rows begin
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(length_of[row] >= 0 && length_of[row] < shape.own_room, "room for the newest position");
+    STD_TORCH_CHECK(place_of[row] >= 0 && place_of[row] < own_keys.size(0) * shape.width, "places that there are");
+    if (row == 0 || place_of[row] / shape.width != place_of[row - 1] / shape.width) bounds.push_back(row);
+  }
+  bounds.push_back(rows);
+  const int64_t longest = *std::max_element(prompt_length_of, prompt_length_of + prompt_lengths.numel());
+  STD_TORCH_CHECK(longest <= shape.prompt_room, "prompts that have room");
+  const Caches caches{data(prompt_keys), data(prompt_values), data(own_keys), data(own_values)};
+  const float *query = data(q), *key = data(k), *value = data(v);
+  float* output = data(out);
+  const int64_t units = static_cast<int64_t>(bounds.size() - 1) * shape.kv_heads;
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(kTogether * (padded(longest) + padded(shape.own_room)));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t sample = unit / shape.kv_heads, head = unit % shape.kv_heads;
+      attend(query, key, value, caches, shape, place_of, length_of, prompt_length_of[place_of[bounds[sample]] / shape.width],
+             bounds[sample], bounds[sample + 1], head, scores.data(), output);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(srcfast, CPU, library) {
+  library.impl("decode_attention", TORCH_BOX(&decode_attention));
+}
