@@ -51,13 +51,14 @@ def swiglu_forward(gate: Tensor, up: Tensor, home: Home) -> Tensor:
 def swiglu_backward(
     gradient: Tensor, gate: Tensor, up: Tensor, home: Home, again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of gate and up; and, asked for again, silu(gate) * up, which may be written over `gradient`."""
+    """Gradients of gate and up; and, asked for again, silu(gate) * up. `gradient` may then be written over."""
     if home == "triton":
         return _backward_triton(gradient.contiguous(), gate.contiguous(), up.contiguous(), again)
     silu = F.silu(gate)
     grad_up = gradient * silu
-    grad_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-    return grad_gate, grad_up, silu.mul_(up) if again else None
+    scaled = gradient.mul_(up) if again else gradient * up
+    product = silu.mul_(up) if again else None
+    return torch.ops.aten.silu_backward(scaled, gate), grad_up, product
 
 
 @triton.jit

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "nf4": {"out": 8, "in": 64, "dtype": "float32"},
     "nf4_linear": {"rows": 3, "in": 64, "out": 8, "dtype": "float32"},
     "lora_linear": {"tokens": 5, "hidden_size": 16, "rank": 2, "dtype": "float32"},
+    "lora_mlp": {"tokens": 5, "hidden_size": 16, "intermediate_size": 24, "rank": 2, "dtype": "float32"},
     "rms_norm": {"tokens": 5, "hidden_size": 16, "dtype": "float32"},
     "rope": {"tokens": 5, "heads": 2, "head_size": 8, "dtype": "float32"},
     "swiglu": {"tokens": 5, "intermediate_size": 16, "dtype": "float32"},
