@@ -67,47 +67,58 @@ struct Shape {
   float scale;
 };
 
-struct Caches {
-  const float* prompt_keys;    // [S, Hkv, d, P]
-  const float* prompt_values;  // [S, Hkv, P, d]
-  float* own_keys;             // [S, Hkv, W, L, d]
-  float* own_values;
-};
-
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Scores of `count` queries against a prompt's keys [d, P]; each query's scores are `apart` from the last one's.
-template <int64_t N>
-SRCFAST_INLINE void score_prompt(const float* const* q, const float* keys, int64_t length, const Shape& shape, float* scores, int64_t apart) {
-  for (int64_t p = 0; p < length; p += kLanes) {
-    Lanes found[N] = {};
-    for (int64_t j = 0; j < shape.size; ++j) {
-      const Lanes key = load(keys + j * shape.prompt_room + p);
-      for (int64_t n = 0; n < N; ++n) found[n] += key * q[n][j];
+// Scores of N queries against B times 16 keys, of keys [d, room]; each query's scores are `apart` from the last one's.
+template <int64_t N, int64_t B>
+SRCFAST_INLINE void score_some(
+    const float* const* q, const float* keys, int64_t room, const Shape& shape, float* scores, int64_t apart) {
+  Lanes found[N][B] = {};
+  for (int64_t j = 0; j < shape.size; ++j) {
+    Lanes key[B];
+    for (int64_t b = 0; b < B; ++b) key[b] = load(keys + j * room + b * kLanes);
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t b = 0; b < B; ++b) found[n][b] += key[b] * q[n][j];
     }
-    for (int64_t n = 0; n < N; ++n) store(scores + n * apart + p, found[n] * shape.scale);
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t b = 0; b < B; ++b) store(scores + n * apart + b * kLanes, found[n][b] * shape.scale);
   }
 }
 
-// Adds the values [n, d] weighted by each query's weights to its output [d].
 template <int64_t N>
-SRCFAST_INLINE void add_values(const float* weights, int64_t apart, const float* values, int64_t length, int64_t size, float* const* out) {
+SRCFAST_INLINE void score(
+    const float* const* q, const float* keys, int64_t room, int64_t length, const Shape& shape, float* scores, int64_t apart) {
+  int64_t p = 0;
+  for (; p + 4 * kLanes <= padded(length); p += 4 * kLanes) score_some<N, 4>(q, keys + p, room, shape, scores + p, apart);
+  for (; p + 2 * kLanes <= padded(length); p += 2 * kLanes) score_some<N, 2>(q, keys + p, room, shape, scores + p, apart);
+  if (p < length) score_some<N, 1>(q, keys + p, room, shape, scores + p, apart);
+}
+
+// Adds the values [n, d] weighted by each query's weights to its output [d]. Several sums side by side: one alone would wait for
+// each product.
+template <int64_t N>
+SRCFAST_INLINE void add_values(
+    const float* weights, int64_t apart, const float* values, int64_t length, int64_t size, float* const* out) {
+  constexpr int64_t kSums = N < 3 ? 4 : 2;
   for (int64_t j = 0; j < size; j += kLanes) {
-    Lanes found[N];
-    for (int64_t n = 0; n < N; ++n) found[n] = load(out[n] + j);
-    for (int64_t p = 0; p < length; ++p) {
-      const Lanes value = load(values + p * size + j);
-      for (int64_t n = 0; n < N; ++n) found[n] += value * weights[n * apart + p];
+    Lanes found[N][kSums] = {};
+    for (int64_t n = 0; n < N; ++n) found[n][0] = load(out[n] + j);
+    int64_t p = 0;
+    for (; p + kSums <= length; p += kSums) {
+      for (int64_t s = 0; s < kSums; ++s) {
+        const Lanes value = load(values + (p + s) * size + j);
+        for (int64_t n = 0; n < N; ++n) found[n][s] += value * weights[n * apart + p + s];
+      }
     }
-    for (int64_t n = 0; n < N; ++n) store(out[n] + j, found[n]);
-  }
-}
-
-SRCFAST_INLINE void score_own(const float* q, const float* keys, int64_t length, const Shape& shape, float* scores) {
-  for (int64_t p = 0; p < length; ++p) {
-    Lanes found = {};
-    for (int64_t j = 0; j < shape.size; j += kLanes) found += load(q + j) * load(keys + p * shape.size + j);
-    scores[p] = sum(found) * shape.scale;
+    for (; p < length; ++p) {
+      const Lanes value = load(values + p * size + j);
+      for (int64_t n = 0; n < N; ++n) found[n][0] += value * weights[n * apart + p];
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t s = 1; s < kSums; ++s) found[n][0] += found[n][s];
+      store(out[n] + j, found[n][0]);
+    }
   }
 }
 
@@ -129,67 +140,74 @@ SRCFAST_INLINE float exponentials(float* scores, int64_t count) {
   return sum(total);
 }
 
-// All queries of one sample's rows `first` to `last` on one head of keys and values.
-SRCFAST_CLONES void attend(
-    const float* q, const float* k, const float* v, const Caches& caches, const Shape& shape, const int64_t* places,
-    const int64_t* lengths, int64_t prompt_length, int64_t first, int64_t last, int64_t head, float* scores, float* out) {
-  const int64_t group = shape.heads / shape.kv_heads, size = shape.size, slot = places[first] / shape.width;
-  const float* prompt_keys = caches.prompt_keys + (slot * shape.kv_heads + head) * size * shape.prompt_room;
-  const float* prompt_values = caches.prompt_values + (slot * shape.kv_heads + head) * size * shape.prompt_room;
-  const int64_t seen = padded(prompt_length), apart = seen + padded(shape.own_room);
+// One sample on one head of keys and values.
+struct Sample {
+  const float *q, *k, *v;
+  const int64_t *places, *lengths;
+  const float *prompt_keys, *prompt_values;  // [d, P], [P, d]
+  float *own_keys, *own_values;              // [W, d, L], [W, L, d]
+  int64_t prompt_length, head;
+  float *scores, *out;
+};
+
+// N of its queries, from number `begin` on: query i is that of row i / group on the i % group-th of the head's queries.
+template <int64_t N>
+SRCFAST_INLINE void attend_some(const Sample& sample, const Shape& shape, int64_t begin) {
+  const int64_t group = shape.heads / shape.kv_heads, size = shape.size, room = shape.own_room;
+  const int64_t seen = padded(sample.prompt_length), apart = seen + room;
   const float hidden = -std::numeric_limits<float>::infinity();
-  for (int64_t begin = first * group; begin < last * group; begin += kTogether) {
-    const int64_t count = std::min(kTogether, last * group - begin);
-    const float* queries[kTogether];
-    float* outputs[kTogether];
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t row = (begin + n) / group, of_head = head * group + (begin + n) % group;
-      queries[n] = q + row * shape.q_stride + of_head * size;
-      outputs[n] = out + (row * shape.heads + of_head) * size;
-      std::fill(outputs[n], outputs[n] + size, 0.0f);
-    }
-    if (count == kTogether) {
-      score_prompt<kTogether>(queries, prompt_keys, prompt_length, shape, scores, apart);
-    } else {
-      for (int64_t n = 0; n < count; ++n) score_prompt<1>(queries + n, prompt_keys, prompt_length, shape, scores + n * apart, apart);
-    }
-    float sums[kTogether];
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t row = (begin + n) / group, length = lengths[row] + 1;
-      const int64_t own = ((slot * shape.kv_heads + head) * shape.width + places[row] % shape.width) * shape.own_room * size;
-      float *keys = caches.own_keys + own, *values = caches.own_values + own;
-      std::copy_n(k + row * shape.k_stride + head * size, size, keys + (length - 1) * size);
-      std::copy_n(v + row * shape.v_stride + head * size, size, values + (length - 1) * size);
-      float* mine = scores + n * apart;
-      std::fill(mine + prompt_length, mine + seen, hidden);
-      score_own(queries[n], keys, length, shape, mine + seen);
-      std::fill(mine + seen + length, mine + seen + padded(length), hidden);
-      sums[n] = exponentials(mine, seen + padded(length));
-      add_values<1>(mine + seen, apart, values, length, size, outputs + n);
-    }
-    if (count == kTogether) {
-      add_values<kTogether>(scores, apart, prompt_values, prompt_length, size, outputs);
-    } else {
-      for (int64_t n = 0; n < count; ++n) add_values<1>(scores + n * apart, apart, prompt_values, prompt_length, size, outputs + n);
-    }
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t j = 0; j < size; ++j) outputs[n][j] /= sums[n];
-    }
+  const float* queries[N];
+  float *outputs[N], sums[N];
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t row = (begin + n) / group, head = sample.head * group + (begin + n) % group;
+    queries[n] = sample.q + row * shape.q_stride + head * size;
+    outputs[n] = sample.out + (row * shape.heads + head) * size;
+    std::fill(outputs[n], outputs[n] + size, 0.0f);
   }
+  score<N>(queries, sample.prompt_keys, shape.prompt_room, sample.prompt_length, shape, sample.scores, apart);
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t row = (begin + n) / group, length = sample.lengths[row] + 1;
+    const int64_t own = sample.places[row] % shape.width * room * size;
+    float *keys = sample.own_keys + own, *values = sample.own_values + own;
+    const float* key = sample.k + row * shape.k_stride + sample.head * size;
+    for (int64_t j = 0; j < size; ++j) keys[j * room + length - 1] = key[j];
+    std::copy_n(sample.v + row * shape.v_stride + sample.head * size, size, values + (length - 1) * size);
+    float* scores = sample.scores + n * apart;
+    std::fill(scores + sample.prompt_length, scores + seen, hidden);
+    score<1>(queries + n, keys, room, length, shape, scores + seen, apart);
+    std::fill(scores + seen + length, scores + seen + padded(length), hidden);
+    sums[n] = exponentials(scores, seen + padded(length));
+    add_values<1>(scores + seen, apart, values, length, size, outputs + n);
+  }
+  add_values<N>(sample.scores, apart, sample.prompt_values, sample.prompt_length, size, outputs);
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t j = 0; j < size; ++j) outputs[n][j] /= sums[n];
+  }
+}
+
+// All queries of its rows `first` to `last`.
+SRCFAST_CLONES void attend(const Sample& sample, const Shape& shape, int64_t first, int64_t last) {
+  const int64_t group = shape.heads / shape.kv_heads;
+  int64_t begin = first * group;
+  for (; begin + kTogether <= last * group; begin += kTogether) attend_some<kTogether>(sample, shape, begin);
+  const int64_t left = last * group - begin;
+  if (left == 3) attend_some<3>(sample, shape, begin);
+  if (left == 2) attend_some<2>(sample, shape, begin);
+  if (left == 1) attend_some<1>(sample, shape, begin);
 }
 
 float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // q [R, H, d], k and v [R, Hkv, d], contiguous within a row; prompt_keys [S, Hkv, d, P] and prompt_values [S, Hkv, P, d], P a multiple
-// of 16; own_keys and own_values [S, Hkv, W, L, d]; prompt_lengths [S], places [R] ascending and lengths [R] int64: the newest position
+// of 16; own_keys [S, Hkv, W, d, L] and own_values [S, Hkv, W, L, d], L one, too; prompt_lengths [S], places [R] ascending and lengths [R] int64: the newest position
 // of row r is lengths[r]. Writes it, and out [R, H, d]. d is a multiple of 16.
 void decode_attention(
     Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor own_keys, Tensor own_values,
     Tensor prompt_lengths, Tensor places, Tensor lengths, double scale, Tensor out) {
   const int64_t rows = q.size(0);
-  const Shape shape{q.size(1), k.size(1), own_keys.size(2), q.size(2), prompt_keys.size(3), own_keys.size(3),
+  const Shape shape{q.size(1), k.size(1), own_keys.size(2), q.size(2), prompt_keys.size(3), own_keys.size(4),
                     q.stride(0), k.stride(0), v.stride(0), static_cast<float>(scale)};
-  STD_TORCH_CHECK(shape.size % kLanes == 0 && shape.prompt_room % kLanes == 0, "d and P are multiples of 16");
+  STD_TORCH_CHECK(shape.size % kLanes == 0 && shape.prompt_room % kLanes == 0 && shape.own_room % kLanes == 0, "d, P and L are multiples of 16");
   for (const Tensor* one : {&q, &k, &v}) {
     STD_TORCH_CHECK(one->stride(2) == 1 && one->stride(1) == shape.size, "rows are contiguous");
   }
@@ -208,16 +226,17 @@ void decode_attention(
   bounds.push_back(rows);
   const int64_t longest = *std::max_element(prompt_length_of, prompt_length_of + prompt_lengths.numel());
   STD_TORCH_CHECK(longest <= shape.prompt_room, "prompts that have room");
-  const Caches caches{data(prompt_keys), data(prompt_values), data(own_keys), data(own_values)};
-  const float *query = data(q), *key = data(k), *value = data(v);
-  float* output = data(out);
   const int64_t units = static_cast<int64_t>(bounds.size() - 1) * shape.kv_heads;
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(kTogether * (padded(longest) + padded(shape.own_room)));
+    std::vector<float> scores(kTogether * (padded(longest) + shape.own_room));
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t sample = unit / shape.kv_heads, head = unit % shape.kv_heads;
-      attend(query, key, value, caches, shape, place_of, length_of, prompt_length_of[place_of[bounds[sample]] / shape.width],
-             bounds[sample], bounds[sample + 1], head, scores.data(), output);
+      const int64_t number = unit / shape.kv_heads, head = unit % shape.kv_heads;
+      const int64_t slot = place_of[bounds[number]] / shape.width, place = slot * shape.kv_heads + head;
+      const int64_t prompt = place * shape.size * shape.prompt_room, own = place * shape.width * shape.own_room * shape.size;
+      const Sample sample{data(q), data(k), data(v), place_of, length_of, data(prompt_keys) + prompt,
+                          data(prompt_values) + prompt, data(own_keys) + own, data(own_values) + own,
+                          prompt_length_of[slot], head, scores.data(), data(out)};
+      attend(sample, shape, bounds[number], bounds[number + 1]);
     }
   });
 }

@@ -43,16 +43,16 @@ class SlotCache:
         self.scale = config.head_dim**-0.5
         self._options = {"dtype": weight.dtype, "device": weight.device}
         # Never left unset: what no mask lets through is still multiplied by 0.
-        room = _rounded(prompt_room, LANES) if fixed else 0
+        seen = _rounded(prompt_room, LANES) if fixed else 0
         shape = (self.layers, slots, self.kv_heads)
-        self.prompt_keys = torch.zeros(*shape, self.size, room, **self._options)
-        self.prompt_values = torch.zeros(*shape, room, self.size, **self._options)
-        self.own = torch.zeros(
-            2, *shape, width, own_room if fixed else GROWTH, self.size, **self._options
-        )  # keys, values
+        self.prompt_keys = torch.zeros(*shape, self.size, seen, **self._options)
+        self.prompt_values = torch.zeros(*shape, seen, self.size, **self._options)
+        room = _rounded(own_room, LANES) if fixed else GROWTH
+        self.own_keys = torch.zeros(*shape, width, self.size, room, **self._options)
+        self.own_values = torch.zeros(*shape, width, room, self.size, **self._options)
         self.prompt_lengths = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         # Added to scores. A row sees its own first position at least, so that no row of scores is all -inf.
-        self.prompt_mask = torch.full((slots, room), float("-inf"), **self._options)
+        self.prompt_mask = torch.full((slots, seen), float("-inf"), **self._options)
         self._native = (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
@@ -105,8 +105,10 @@ class SlotCache:
         self.release(slot)
         copies = [copy for row in rows for copy in pages.extend(row, row.length + limit)]
         if copies:
-            held = self.own[:, :, slot, :, :, : max(copy.length for copy in copies)]
-            held[:, :, :, [copy.target for copy in copies]] = held[:, :, :, [copy.source for copy in copies]]
+            longest = max(copy.length for copy in copies)
+            sources, targets = [copy.source for copy in copies], [copy.target for copy in copies]
+            for held in (self.own_keys[:, slot, ..., :longest], self.own_values[:, slot, :, :, :longest]):
+                held[:, :, targets] = held[:, :, sources]
         self._rows[slot] = {row.pages[0]: row for row in rows}
         return [slot * self.width + row.pages[0] for row in rows]
 
@@ -118,7 +120,7 @@ class SlotCache:
 
     def move(self, source: int, target: int) -> None:
         """A sample moves to a free slot, its rows each to the same place within it."""
-        for kept in (self.prompt_keys, self.prompt_values, *self.own):
+        for kept in (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values):
             kept[:, target] = kept[:, source]
         for by_slot in (self.prompt_mask, self.prompt_lengths):
             by_slot[target] = by_slot[source]
@@ -136,8 +138,9 @@ class SlotCache:
             used: slots beyond which none is taken.
             longest: number of own positions of the longest row, the next one included.
         """
-        if longest > self.own.shape[5]:
-            self.own = _grown(self.own, 5, _rounded(longest, GROWTH))
+        if longest > self.own_keys.shape[5]:
+            self.own_keys = _grown(self.own_keys, 5, _rounded(longest, GROWTH))
+            self.own_values = _grown(self.own_values, 4, _rounded(longest, GROWTH))
         if self._native:
             self._places, self._lengths = places, lengths[places]
             return
@@ -145,8 +148,8 @@ class SlotCache:
         slot, within = places // width, places % width
         head = torch.arange(heads, device=device)
         self._index = ((slot[:, None] * heads + head) * width + within[:, None]).flatten()  # [R * Hkv]
-        room = self.own.shape[5]
-        self._next = self._index * room + lengths[places].repeat_interleave(heads)  # [R * Hkv]
+        room = self.own_keys.shape[5]
+        self._newest = lengths[places].repeat_interleave(heads)  # [R * Hkv]
         self._used = used
         # To the end of the room, not of the longest row: on a CPU a product over all of it, in one piece, is the faster one.
         unseen = torch.arange(room, device=device) > lengths[: used * width, None]  # [S * W, L]
@@ -160,17 +163,18 @@ class SlotCache:
         if self._native:
             return self._attend_natively(layer, q, k, v)
         rows, (slots, width, group) = len(q), (self._used, self.width, self.group)
-        for kept, new in ((self.own[0, layer], k), (self.own[1, layer], v)):
-            kept.view(-1, self.size).index_copy_(0, self._next, new.reshape(-1, self.size))
+        own_keys, own_values = self.own_keys[layer].flatten(0, 2), self.own_values[layer].flatten(0, 2)
+        own_keys[self._index, :, self._newest] = k.reshape(-1, self.size)
+        own_values[self._index, self._newest] = v.reshape(-1, self.size)
         self._queries.index_copy_(0, self._index, q.reshape(-1, group * self.size))
         queries = self._queries[: slots * self.kv_heads * width]
         of_sample = queries.view(slots * self.kv_heads, width * group, self.size)
         of_row = queries.view(-1, group, self.size)
         prompt_keys = self.prompt_keys[layer, :slots].flatten(0, 1)  # [S * Hkv, d, P]
         prompt_values = self.prompt_values[layer, :slots].flatten(0, 1)  # [S * Hkv, P, d]
-        own_keys, own_values = self.own[:, layer, :slots].flatten(1, 3)  # [S * Hkv * W, L, d] each
+        own_keys, own_values = own_keys[: len(of_row)], own_values[: len(of_row)]  # [S * Hkv * W, d, L], [..., L, d]
         on_prompt = torch.baddbmm(self._mask, of_sample, prompt_keys, alpha=self.scale)  # [S * Hkv, W * G, P]
-        on_own = torch.baddbmm(self._own_mask, of_row, own_keys.mT, alpha=self.scale)  # [S * Hkv * W, G, L]
+        on_own = torch.baddbmm(self._own_mask, of_row, own_keys, alpha=self.scale)  # [S * Hkv * W, G, L]
         seen = on_prompt.shape[-1]
         weights = torch.cat((on_prompt.view(len(of_row), group, seen), on_own), dim=-1).softmax(-1)
         of_prompt = torch.bmm(weights.view(*of_sample.shape[:2], -1)[:, :, :seen], prompt_values)
@@ -185,8 +189,8 @@ class SlotCache:
             v,
             self.prompt_keys[layer],
             self.prompt_values[layer],
-            self.own[0, layer],
-            self.own[1, layer],
+            self.own_keys[layer],
+            self.own_values[layer],
             self.prompt_lengths,
             self._places,
             self._lengths,
