@@ -253,7 +253,7 @@ def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
     """Of a layer that is computed for `rows`: its MLP, the norm and weights before it, or its attention."""
     shapes, width = model.shapes, model.dtype_bytes
     whole = shapes.hidden * shapes.intermediate * width if model.quantised or model.trained else 0
-    gated = 3 if model.device_type == "cuda" else 5  # its gradients come from one kernel, or from several operations
+    gated = 3 if model.device_type == "cuda" else 4  # its gradients come from one kernel, or from several operations
     mlp = width * rows * (gated * shapes.intermediate + 2 * shapes.hidden)
     inputs = width * rows * (2 * shapes.intermediate + 4 * shapes.hidden) + whole
     attention: float = width * (rows * (2 * shapes.hidden + 3 * shapes.query) + 2 * reads.keys * shapes.key)
