@@ -120,6 +120,7 @@ def sentence_beam_search(
     *,
     slots: int = 8,
     on_done: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
 ) -> tuple[list[list[Generated]], int]:
     """Search candidates of every sample.
 
@@ -129,6 +130,7 @@ def sentence_beam_search(
         features: image keys -> embeddings.
         slots: samples searched at once; as one ends, the next takes its place.
         on_done: told of the samples done and the tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs.
 
     Returns:
         Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
@@ -145,6 +147,7 @@ def sentence_beam_search(
         limit=settings.max_new_tokens + settings.max_sentence_tokens,
         sampling=Sampling(settings.temperature, settings.top_p),
         on_done=on_done,
+        graphs=graphs,
     )
     return [_choose(model, search, settings) for search in searches], tokens_run
 

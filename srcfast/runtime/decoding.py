@@ -30,6 +30,7 @@ from srcfast.runtime.cpu_decoder import CPUDecoder, Forward
 from srcfast.runtime.sampling import draw_tokens
 from srcfast.runtime.sentences import SentenceEnds
 from srcfast.runtime.slot_cache import SlotCache
+from srcfast.runtime.step_graphs import StepGraphs
 
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> embeddings [n, D] each
 PREFILL_TOKENS = 4096  # of the prompts that are run together, unless one alone has more
@@ -123,6 +124,7 @@ def decode(
     limit: int,
     sampling: Sampling,
     on_done: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
 ) -> int:
     """Decode all tasks, taken up in this order, `slots` of them at once.
 
@@ -132,13 +134,15 @@ def decode(
         width: most rows that a task writes at once.
         limit: most tokens that a row has in the end, those of the rows that it continues included.
         on_done: told of samples done and tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs (see `step_graphs`); on a CPU there are none.
 
     Returns:
         Tokens run: of prompts and of rows.
     """
     if not tasks:
         return 0
-    return _Decoding(model, tasks, features, min(slots, len(tasks)), width, limit, sampling).run(on_done)
+    graphs = graphs and model.decoder.head_weight.is_cuda
+    return _Decoding(model, tasks, features, min(slots, len(tasks)), width, limit, sampling, graphs).run(on_done)
 
 
 class _Decoding:
@@ -153,6 +157,7 @@ class _Decoding:
         width: int,
         limit: int,
         sampling: Sampling,
+        graphs: bool,
     ) -> None:
         self.model, self.features, self.sampling, self.width = model, features, sampling, width
         self.queue = deque(tasks)
@@ -163,11 +168,12 @@ class _Decoding:
         self.forward: Forward = fast or decoder
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(next_logits, model)
         longest = max(len(task.prompt.token_ids) for task in tasks)
-        self.cache = SlotCache(decoder.config, slots, width, longest, limit, decoder.head_weight)
+        # Graphs fill up their rows with those of a spare slot behind the others.
+        self.cache = SlotCache(decoder.config, slots + graphs, width, longest, limit, decoder.head_weight, fixed=graphs)
         self.ends = SentenceEnds.of(model.tokenizer, len(decoder.head_weight))
         self.slots: list[_Slot | None] = [None] * slots
         self.images: dict[str, Tensor] = {}
-        places = slots * width
+        places = (slots + graphs) * width
         self.going = np.zeros(places, dtype=bool)
         self.waiting = np.zeros(places, dtype=bool)  # for the character that tells whether a sentence has ended
         self.by_sentence = np.zeros(places, dtype=bool)
@@ -183,13 +189,14 @@ class _Decoding:
         self.pending = torch.zeros(places, dtype=torch.int64, device=self.device)  # drawn, not yet run
         self.steps: deque[_Step] = deque()  # that the host has not looked at
         self.tokens_run = 0
+        self.graphs = StepGraphs(partial(self._run, slots + 1), slots * width, limit) if graphs else None
 
     def run(self, on_done: Callable[[int, int], None] | None) -> int:
         told = 0
         while self.queue or any(self.slots):
             if self.queue and None in self.slots:
                 self._admit()
-            elif not self.steps:
+            elif not self.steps and self.graphs is None:
                 self._close_ranks()
             stepped = self._step()
             done = 0
@@ -222,7 +229,9 @@ class _Decoding:
         places = np.concatenate([self._slot(slot).places for slot in slots])
         counts = torch.tensor([len(start.room) for start in starts])
         logits = logits.repeat_interleave(self._sent(counts), dim=0, output_size=len(places))
-        self._drew(places, *self._draw(logits, self._sent(self.draws[places, 0])), self._sent(places))
+        tokens, logprobs = self._draw(logits, self._sent(self.draws[places, 0]))
+        self.pending[self._sent(places)] = tokens
+        self._drew(places, tokens, logprobs)
 
     def _prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> Tensor:
         """Run prompts once, keep their keys and values, and give the logits [S, V] of what follows them."""
@@ -266,24 +275,34 @@ class _Decoding:
         live = np.flatnonzero(self.going & (self.drawn < self.limits))
         if not len(live):
             return False
-        places = self._sent(live)
-        used = 1 + max(slot for slot, held in enumerate(self.slots) if held is not None)
-        self.cache.begin(places, self._sent(self.lengths), used, int(self.lengths[live].max()) + 1)
-        embeddings = self.model.decoder.embed(self.pending[places])
-        hidden = self.forward(embeddings, self._sent(self.prompts[live] + self.lengths[live]), self.cache.attend)
-        uniform = self._sent(self.draws[live, self.drawn[live]])
-        self._drew(live, *self._draw(self.head(hidden), uniform), places)
+        longest = int(self.lengths[live].max()) + 1
+        positions, uniform = self.prompts[live] + self.lengths[live], self.draws[live, self.drawn[live]]
+        places, positions, uniform, lengths = map(self._sent, (live, positions, uniform, self.lengths))
+        if self.graphs is not None:
+            self._drew(live, *self.graphs(places, positions, uniform, lengths, longest))
+        else:
+            used = 1 + max(slot for slot, held in enumerate(self.slots) if held is not None)
+            self._drew(live, *self._run(used, places, positions, uniform, lengths, longest))
         self.lengths[live] += 1
         return True
+
+    def _run(
+        self, used: int, places: Tensor, positions: Tensor, uniform: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """The step itself, which looks at no tensor's values: tokens [R] and their log-probabilities [R]."""
+        self.cache.begin(places, lengths, used, longest)
+        hidden = self.forward(self.model.decoder.embed(self.pending[places]), positions, self.cache.attend)
+        tokens, logprobs = self._draw(self.head(hidden), uniform)
+        self.pending[places] = tokens
+        return tokens, logprobs
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         return draw_tokens(logits, uniform, self.sampling.temperature, self.sampling.top_p)
 
-    def _drew(self, rows: np.ndarray, tokens: Tensor, logprobs: Tensor, places: Tensor) -> None:
-        """Tokens [R] were drawn for the rows at `places` [R], on the host `rows`: they are run next, and looked at later."""
-        self.pending[places] = tokens
+    def _drew(self, rows: np.ndarray, tokens: Tensor, logprobs: Tensor) -> None:
+        """Tokens [R] were drawn for the rows at these places; the host will look at them."""
         arrived = None
-        if self.late:
+        if tokens.is_cuda:
             tokens, logprobs = (x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
             arrived = torch.cuda.Event()
             arrived.record()

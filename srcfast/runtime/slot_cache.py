@@ -136,7 +136,7 @@ class SlotCache:
             places: [R] int64, ascending: the rows that take part.
             lengths: [S * W] int64 by place: positions of its own that a row has; the step writes the next one.
             used: slots beyond which none is taken.
-            longest: number of own positions of the longest row, the next one included.
+            longest: at least the number of own positions of the longest row, the next one included.
         """
         if longest > self.own_keys.shape[5]:
             self.own_keys = _grown(self.own_keys, 5, _rounded(longest, GROWTH))
@@ -151,7 +151,8 @@ class SlotCache:
         room = self.own_keys.shape[5]
         self._newest = lengths[places].repeat_interleave(heads)  # [R * Hkv]
         self._used = used
-        # To the end of the room, not of the longest row: on a CPU a product over all of it, in one piece, is the faster one.
+        # On a CPU to the end of the room, not of the longest row: a product over all of it, in one piece, is the faster one.
+        self._read = room = longest if self.fixed else room
         unseen = torch.arange(room, device=device) > lengths[: used * width, None]  # [S * W, L]
         mask = torch.zeros(unseen.shape, **self._options).masked_fill_(unseen, float("-inf"))
         self._own_mask = mask.view(used, 1, width, room).expand(-1, heads, -1, -1).reshape(-1, 1, room)
@@ -172,7 +173,8 @@ class SlotCache:
         of_row = queries.view(-1, group, self.size)
         prompt_keys = self.prompt_keys[layer, :slots].flatten(0, 1)  # [S * Hkv, d, P]
         prompt_values = self.prompt_values[layer, :slots].flatten(0, 1)  # [S * Hkv, P, d]
-        own_keys, own_values = own_keys[: len(of_row)], own_values[: len(of_row)]  # [S * Hkv * W, d, L], [..., L, d]
+        own_keys = own_keys[: len(of_row), :, : self._read]  # [S * Hkv * W, d, L]
+        own_values = own_values[: len(of_row), : self._read]  # [S * Hkv * W, L, d]
         on_prompt = torch.baddbmm(self._mask, of_sample, prompt_keys, alpha=self.scale)  # [S * Hkv, W * G, P]
         on_own = torch.baddbmm(self._own_mask, of_row, own_keys, alpha=self.scale)  # [S * Hkv * W, G, L]
         seen = on_prompt.shape[-1]
