@@ -117,6 +117,7 @@ class Calibration:
                     self.config.evaluation.max_new_tokens,
                     self.config.evaluation.batch_size,
                     progress,
+                    self.config.evaluation.cuda_graphs,
                 )
                 write_predictions(self._predictions(model, one), predictions)
                 entries.append(
@@ -443,6 +444,7 @@ class Calibration:
             seed=self.config.seed + iteration,
             batch_size=section.batch_size,
             progress=progress,
+            graphs=section.cuda_graphs,
         )
 
     def _round(self, iteration: int) -> list[Sample]:

@@ -238,6 +238,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
             seed=config.seed,
             batch_size=config.candidates.batch_size,
             progress=progress,
+            graphs=config.candidates.cuda_graphs,
         )
     write_shards(output, (candidate.to_json() for own in found for candidate in own))
 
@@ -410,7 +411,13 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         set_aside(rejected, len(samples), config.max_rejected, output)
         with track(f"evaluate {dataset.name} {dataset.split}", len(samples), quiet=config.quiet) as progress:
             predictions = answer_greedily(
-                model, samples, features_of(model, samples), settings.max_new_tokens, settings.batch_size, progress
+                model,
+                samples,
+                features_of(model, samples),
+                settings.max_new_tokens,
+                settings.batch_size,
+                progress,
+                settings.cuda_graphs,
             )
         write_predictions(output / "predictions" / f"{dataset.name}-{dataset.split}", predictions)
         entries.append(

@@ -193,12 +193,13 @@ class CandidatesSection(Section):
     length_penalty: float = Field(1.0, ge=0, description="log-probability is divided by tokens to this power")
     diversity: float = Field(0.5, ge=0, description="weight of the diversity term, in nats a token")
     batch_size: int = Field(8, ge=1, description="samples searched at once")
+    cuda_graphs: bool = Field(True, description="replay decoding steps as CUDA graphs; on a CPU there are none")
 
     def settings(self) -> BeamSettings:
         """For `srcfast.runtime.beam_search.sentence_beam_search`."""
         from srcfast.runtime.beam_search import BeamSettings
 
-        return BeamSettings(**self.model_dump(exclude={"samples", "batch_size"}))
+        return BeamSettings(**self.model_dump(exclude={"samples", "batch_size", "cuda_graphs"}))
 
 
 class CurationSection(Section):
@@ -274,6 +275,7 @@ class ScorerTrainingSection(TrainingConfig):
 class EvaluationSection(Section):
     max_new_tokens: int = Field(384, ge=1, description="tokens a response")
     batch_size: int = Field(32, ge=1, description="samples decoded at once")
+    cuda_graphs: bool = Field(True, description="replay decoding steps as CUDA graphs; on a CPU there are none")
     bootstrap_resamples: int = Field(1000, ge=100, le=100_000, description="of the 95 % intervals")
     headroom_samples: int = Field(500, ge=0, description="samples for pass@N and best-of-N; 0 = not measured")
 

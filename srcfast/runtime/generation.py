@@ -45,15 +45,17 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
 ) -> list[Generated]:
     """The likeliest token at each step, until the end token or `max_new_tokens`; in the order of `prompts`.
 
     Args:
         batch_size: prompts decoded at once; as one ends, the next takes its place.
         on_batch: told of the samples done and the tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs.
     """
     tasks = [_Responses(prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
-    _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch)
+    _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs)
     return [_generated(model, task)[0] for task in tasks]
 
 
@@ -69,6 +71,7 @@ def sample_responses(
     top_p: float = 1.0,
     slots: int = 8,
     on_done: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
 ) -> list[list[Generated]]:
     """`count` independent samples of a response to each prompt.
 
@@ -76,9 +79,10 @@ def sample_responses(
         seed: with a prompt's key it decides the prompt's draws.
         slots: prompts decoded at once; as one ends, the next takes its place.
         on_done: told of the samples done and the tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs.
     """
     tasks = [_Responses(prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts]
-    _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done)
+    _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs)
     return [_generated(model, task) for task in tasks]
 
 
@@ -89,10 +93,21 @@ def _respond(
     slots: int,
     sampling: Sampling,
     on_done: Callable[[int, int], None] | None,
+    graphs: bool,
 ) -> None:
     order = sorted(tasks, key=lambda task: len(task.prompt.token_ids))  # like lengths together: less padding
     width, limit = tasks[0].draws.shape if tasks else (0, 0)
-    decode(model, order, features, slots=slots, width=width, limit=limit, sampling=sampling, on_done=on_done)
+    decode(
+        model,
+        order,
+        features,
+        slots=slots,
+        width=width,
+        limit=limit,
+        sampling=sampling,
+        on_done=on_done,
+        graphs=graphs,
+    )
 
 
 def _generated(model: Any, task: _Responses) -> list[Generated]:

@@ -36,6 +36,7 @@ def generate_candidates(
     seed: int,
     batch_size: int,
     progress: Progress | None = None,
+    graphs: bool = True,
 ) -> list[list[Candidate]]:
     """Up to `settings.num_candidates` distinct candidates a sample, best score first.
 
@@ -46,11 +47,14 @@ def generate_candidates(
         seed: with a sample's id it decides the sample's draws.
         batch_size: samples searched at once; as one ends, the next takes its place.
         progress: told of samples done and tokens run.
+        graphs: on a GPU, replay steps as CUDA graphs.
     """
     prompts = prompts_of(model, samples)
     on_done = None if progress is None else progress.advance
     with folded_lora(model):
-        found, _ = sentence_beam_search(model, prompts, features, settings, seed, slots=batch_size, on_done=on_done)
+        found, _ = sentence_beam_search(
+            model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs
+        )
     return [
         [_candidate(model, sample, number, one) for number, one in enumerate(own)]
         for sample, own in zip(samples, found, strict=True)

@@ -54,11 +54,16 @@ def answer_greedily(
     max_new_tokens: int,
     batch_size: int,
     progress: Progress | None = None,
+    graphs: bool = True,
 ) -> list[Prediction]:
-    """Greedy responses of an LVLM to every sample, parsed and judged; `progress` is told of samples and tokens."""
+    """Greedy responses of an LVLM to every sample, parsed and judged; `progress` is told of samples and tokens.
+
+    `graphs`: on a GPU, replay steps as CUDA graphs.
+    """
     on_batch = None if progress is None else progress.advance
     with folded_lora(model):
-        generated = generate_greedy(model, prompts_of(model, samples), features, max_new_tokens, batch_size, on_batch)
+        prompts = prompts_of(model, samples)
+        generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs)
     return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 
 
