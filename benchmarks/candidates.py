@@ -6,7 +6,7 @@ response ends where the model ends it, or at the limit. The model is random, its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ MODELS: dict[str, ModelShape] = {
 }
 ROUNDS = 3  # each with draws of its own; the first, of some prompts, warms up
 WARM_UP_PROMPTS = 8
+SLOTS = {"sampling": 16, "beam search": 32}  # prompts that srcfast decodes at once
 
 
 def prepare(shape: Shape, folder: Path, device: str) -> None:
@@ -56,19 +57,13 @@ def read_samples(folder: Path) -> list[Sample]:
     return [Sample.from_json(row, file=file, line=line, image_root=root) for line, row in read_jsonl(file)]
 
 
-def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, diverse: bool = True) -> None:
-    """Sentence-level beam search; or, not `diverse`, as many independent samples."""
-    from srcfast.models import ImageFeatures, load_lvlm
+def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
+    """Sentence-level beam search."""
     from srcfast.runtime.beam_search import BeamSettings
-    from srcfast.stages.candidates import generate_candidates, prompts_of
-    from srcfast.stages.rationale import image_loader
+    from srcfast.stages.candidates import generate_candidates
 
-    samples = read_samples(folder)
-    model = load_lvlm(folder / "model", dtype=getattr(torch, shape["dtype"]), device=device)
     count, most = shape["candidates"], shape["most_tokens"]
     settings = BeamSettings(num_candidates=count, num_beams=count // 2, proposals=2, max_new_tokens=most)
-    if not diverse:
-        settings = replace(settings, num_beams=count, proposals=1, max_sentences=1, max_sentence_tokens=most)
 
     class Progress:
         tokens = 0
@@ -76,20 +71,58 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, diverse: b
         def advance(self, n: int = 1, tokens: int = 0) -> None:
             self.tokens += tokens
 
-    watch.start()
-    for number in range(ROUNDS):
-        own = samples if number else samples[:WARM_UP_PROMPTS]
-        progress, features = Progress(), ImageFeatures(model, image_loader(own))
-        generate_candidates(
-            model, own, settings, features=features, seed=number, batch_size=len(own), progress=progress
-        )
-        with watch.paused():
-            drawn = progress.tokens - sum(len(prompt.token_ids) for prompt in prompts_of(model, own))
-        watch.lap(drawn, drawn, samples=len(own))
+    def write(model: Any, samples: list[Sample], features: Any, seed: int) -> int:
+        progress = Progress()
+        options = {"features": features, "seed": seed, "batch_size": SLOTS["beam search"], "progress": progress}
+        generate_candidates(model, samples, settings, **options)
+        return progress.tokens
+
+    _srcfast(shape, folder, device, watch, write)
 
 
 def srcfast_sampling(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    srcfast(shape, folder, device, watch, diverse=False)
+    """Independent samples, as transformers gives them."""
+    from srcfast.models.lora import folded_lora
+    from srcfast.runtime.generation import sample_responses
+    from srcfast.stages.candidates import prompts_of
+
+    def write(model: Any, samples: list[Sample], features: Any, seed: int) -> int:
+        run: list[int] = []
+        options = {"count": shape["candidates"], "max_new_tokens": shape["most_tokens"], "slots": SLOTS["sampling"]}
+        with folded_lora(model):
+            sample_responses(
+                model,
+                prompts_of(model, samples),
+                features,
+                seed=seed,
+                on_done=lambda _, tokens: run.append(tokens),
+                **options,
+            )
+        return sum(run)
+
+    _srcfast(shape, folder, device, watch, write)
+
+
+def _srcfast(
+    shape: Shape,
+    folder: Path,
+    device: str,
+    watch: Watch,
+    write: Callable[[Any, list[Sample], Any, int], int],  # -> tokens run, prompts included
+) -> None:
+    from srcfast.models import ImageFeatures, load_lvlm
+    from srcfast.stages.candidates import prompts_of
+    from srcfast.stages.rationale import image_loader
+
+    samples = read_samples(folder)
+    model = load_lvlm(folder / "model", dtype=getattr(torch, shape["dtype"]), device=device)
+    watch.start()
+    for number in range(ROUNDS):
+        own = samples if number else samples[:WARM_UP_PROMPTS]
+        tokens = write(model, own, ImageFeatures(model, image_loader(own)), number)
+        with watch.paused():
+            drawn = tokens - sum(len(prompt.token_ids) for prompt in prompts_of(model, own))
+        watch.lap(drawn, drawn, samples=len(own))
 
 
 def transformers(shape: Shape, folder: Path, device: str, watch: Watch, *, at_once: int = 64) -> None:

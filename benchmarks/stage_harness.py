@@ -188,16 +188,14 @@ def _rows(
         rates = [one["units"] / one["seconds"] for one in rounds]
         low, middle, high = np.quantile(rates, (0.2, 0.5, 0.8))
         row |= {"per_second": middle, "low": low, "high": high, "rounds": len(rounds), "processes": len(runs)}
-        seconds = sum(one["seconds"] for one in rounds)
         for name in ("tokens", "samples"):
-            row[f"{name}_per_second"] = sum(one[name] for one in rounds) / seconds
-        # Short rounds weigh as much as long ones in the median; over all rounds they don't.
-        row["per_second_overall"] = sum(one["units"] for one in rounds) / seconds
+            row[f"{name}_per_second"] = float(np.median([one[name] / one["seconds"] for one in rounds]))
+        row["per_second_overall"] = sum(one["units"] for one in rounds) / sum(one["seconds"] for one in rounds)
         row["extra_mebibytes"] = memory[way]["extra_mebibytes"]
         row["values"] = [one["value"] for one in runs[0]["rounds"] if one["value"] is not None]
         row |= {key: value for key, value in runs[0].items() if key not in ("rounds", "extra_mebibytes")}
         first = next((other for other in rows if "failed" not in other), row)
-        row["speedup"] = row["per_second_overall"] / first["per_second_overall"]
+        row["speedup"] = row["per_second"] / first["per_second"]
         if first["extra_mebibytes"] >= 1.0:  # less is a page or two of anything
             row["memory_ratio"] = row["extra_mebibytes"] / first["extra_mebibytes"]
         if row["values"] and first["values"]:
@@ -221,7 +219,7 @@ def tables(benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> Iterator[Ta
                 continue
             spread = f"{row['low']:.3g} to {row['high']:.3g}"
             cells = [
-                f"{row['per_second_overall']:.3g}",
+                f"{row['per_second']:.3g}",
                 spread,
                 f"{row['speedup']:.2f}",
                 f"{row['extra_mebibytes']:.0f}",
@@ -246,9 +244,7 @@ def plot(path: Path, benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> N
     figure, axes = plt.subplots(
         1, 2 + curves, figsize=(11, 1.4 + 0.35 * len(good) + 1.6 * curves), layout="constrained"
     )
-    panels = zip(
-        axes, ("per_second_overall", "extra_mebibytes"), (f"{benchmark.unit}/s", "extra memory, MiB"), strict=False
-    )
+    panels = zip(axes, ("per_second", "extra_mebibytes"), (f"{benchmark.unit}/s", "extra memory, MiB"), strict=False)
     for axis, key, label in panels:
         values = [row[key] for row in good]
         axis.barh([row["way"] for row in good], values, color=[f"C{number}" for number in range(len(good))])

@@ -22,8 +22,8 @@ INTRODUCTION = """# Benchmarks
 
 Written by `python -m srcfast_benchmarks.summary` from the files in `benchmarks/results/`, which `srcfast bench` writes. {missing}
 
-**Stages**: the same work by srcfast and by peers, in processes run in turn. The rate is all that was done over all the time it
-took; beside it the 20th and 80th percentile of single rounds. Memory is the peak beyond what was held when the stage began.
+**Stages**: the same work by srcfast and by peers, in processes run in turn. The rate is the median over rounds (steps, batches of
+samples) of all processes, beside it the 20th and 80th percentile. Memory is the peak beyond what was held when the stage began.
 
 **Operations**: time and memory are relative to the first way of each table: less is better. Milliseconds are medians of
 forward and backward together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond
@@ -107,7 +107,7 @@ def stage_section(name: str, device: str, result: dict[str, Any]) -> str:
         for row in rows:
             off = f"{row['largest_difference']:.1e}" if "largest_difference" in row else ""
             counts = f"{row['rounds'] // row['processes']} x {row['processes']}"
-            cells = [row["way"], number(row["per_second_overall"]), f"{number(row['low'])} to {number(row['high'])}"]
+            cells = [row["way"], number(row["per_second"]), f"{number(row['low'])} to {number(row['high'])}"]
             cells += [
                 f"{row['speedup']:.2f}",
                 f"{row['extra_mebibytes']:.0f}",
@@ -184,7 +184,7 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
             ours, peers = ([row for row in rows if row["way"].startswith(OURS) == is_ours] for is_ours in (True, False))
             title = f"{name}: {shape}" if len(by_shape(result)) > 1 else name
             for own, peer in product(ours, peers):
-                rates = [one["per_second_overall"] for one in (own, peer)]
+                rates = [one["per_second"] for one in (own, peer)]
                 memory = [one["extra_mebibytes"] for one in (own, peer)]
                 way = own["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
                 cells = [title, way, peer["way"], f"**{rates[0] / rates[1]:.1f}**"]

@@ -139,8 +139,8 @@ def test_a_run_ends_in_a_table_a_file_and_a_plot(tmp_path: Path) -> None:
     assert "ValueError" in broken["failed"]
     assert ours["rounds"] == 3 and ours["processes"] == 1  # the first of four warms up
     # A tenth of the sleep, and what a round costs beside; pauses are on nobody's time.
-    assert 1.5 < ours["speedup"] < 10.5 and peer["speedup"] == 1.0 and peer["per_second_overall"] < 3 / 0.2
+    assert 1.5 < ours["speedup"] < 10.5 and peer["speedup"] == 1.0 and peer["per_second"] < 3 / 0.2
     assert ours["largest_difference"] == 0.5
-    assert ours["tokens_per_second"] == pytest.approx(10 * ours["per_second_overall"])
+    assert ours["tokens_per_second"] == pytest.approx(10 * ours["per_second"])
     assert "<svg" in (tmp_path / "made_up_cpu.svg").read_text(encoding="utf-8")
     assert "srcfast" in done.stdout and "failed" in done.stdout
