@@ -6,11 +6,17 @@ take less than half the time. No gradient goes through any of these.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# oneDNN and PyTorch's layer over it keep what they compiled for each shape, about a mebibyte: by default of the last 1,024. Rows
+# differ from step to step, so that would be a gibibyte; a step needs some twenty shapes. Read when the first product is made.
+for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "32")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
