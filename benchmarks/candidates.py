@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,6 @@ def _prompt(tokenizer: Any, sample: Sample) -> str:
     )
 
 
-def transformers_in_eights(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    transformers(shape, folder, device, watch, at_once=8)
-
-
 BENCHMARK = StageBenchmark(
     name="candidates",
     unit="tokens",
@@ -184,7 +181,7 @@ BENCHMARK = StageBenchmark(
     prepare=prepare,
     ways={
         "transformers, all prompts at once": transformers,
-        "transformers, 8 prompts at once": transformers_in_eights,
+        "transformers, 8 prompts at once": partial(transformers, at_once=8),
         "srcfast, sampling": srcfast_sampling,
         "srcfast, sentence-level beam search": srcfast,
     },

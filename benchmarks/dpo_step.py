@@ -8,6 +8,7 @@ the way `references computed` counts the pass that computes them, for one epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,6 @@ def srcfast(
     )
 
 
-def srcfast_references_computed(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    srcfast(shape, folder, device, watch, computed=True)
-
-
-def srcfast_checkpointing(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    """Every layer recomputed, as TRL does by default."""
-    srcfast(shape, folder, device, watch, checkpointing=1)
-
-
 def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
     """As TRL's documentation has it for LVLMs; `gradient_checkpointing` is its default."""
     from trl import DPOConfig, DPOTrainer
@@ -240,11 +232,6 @@ def trl_trainer(
     return trainer
 
 
-def trl_kept(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    """Without recomputation: faster, and more memory."""
-    trl(shape, folder, device, watch, gradient_checkpointing=False)
-
-
 def trl_liger(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     if device != "cuda":
         raise ImportError("Liger's loss wants a GPU")
@@ -260,11 +247,11 @@ BENCHMARK = StageBenchmark(
     prepare=prepare,
     ways={
         "TRL": trl,
-        "TRL, no checkpointing": trl_kept,
+        "TRL, no checkpointing": partial(trl, gradient_checkpointing=False),
         "TRL, Liger": trl_liger,
         "srcfast": srcfast,
-        "srcfast, references computed": srcfast_references_computed,
-        "srcfast, checkpointing": srcfast_checkpointing,
+        "srcfast, references computed": partial(srcfast, computed=True),
+        "srcfast, checkpointing": partial(srcfast, checkpointing=1),  # every layer recomputed, as TRL does by default
     },
     headline="srcfast, references computed",
     warm_up=2,

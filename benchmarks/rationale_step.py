@@ -5,6 +5,7 @@ The loss is that of the responses' tokens alone, averaged over a batch's tokens;
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,6 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, checkpoint
     )
 
 
-def srcfast_checkpointing(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    """Every layer recomputed, as TRL does by default."""
-    srcfast(shape, folder, device, watch, checkpointing=1)
-
-
 def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -60,11 +56,6 @@ def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -
     trl_trainer(shape, folder, device, watch, SFTTrainer, SFTConfig, rows, completion_only_loss=True, **options).train()
 
 
-def trl_kept(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
-    """Without recomputation: faster, and more memory."""
-    trl(shape, folder, device, watch, gradient_checkpointing=False)
-
-
 BENCHMARK = StageBenchmark(
     name="rationale_step",
     unit="samples",
@@ -72,9 +63,9 @@ BENCHMARK = StageBenchmark(
     prepare=prepare,
     ways={
         "TRL": trl,
-        "TRL, no checkpointing": trl_kept,
+        "TRL, no checkpointing": partial(trl, gradient_checkpointing=False),
         "srcfast": srcfast,
-        "srcfast, checkpointing": srcfast_checkpointing,
+        "srcfast, checkpointing": partial(srcfast, checkpointing=1),  # every layer recomputed, as TRL does by default
     },
     headline="srcfast",
     warm_up=2,
