@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ class ConfigError(SrcfastError):
 
 class OutOfMemory(SrcfastError):
     """A stage that found less memory than it needs: with its forecast, and the setting to change."""
+
+
+class Interrupted(SrcfastError):
+    """A run that a signal asked to stop; the exit status of its process is `status`, 128 + the signal's number.
+
+    Args:
+        number: the signal's.
+        done: what was done last, or "at once".
+    """
+
+    def __init__(self, number: int, done: str = "") -> None:
+        self.status = 128 + number
+        where = "" if not done else f" {done}" if done == "at once" else f" after {done}"
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}. The same command continues")
 
 
 class InputError(SrcfastError):
