@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
+
+# Control characters but tab and line break, marks that turn the direction of writing, halves of surrogate pairs.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text out of data, fit for a terminal: what the terminal would obey instead of show is spelled out (\\x1b)."""
+    return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class SrcfastError(Exception):
