@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +19,8 @@ from typing import Any
 import yaml
 
 from srcfast.data.jsonl import read_lines, write_json, write_jsonl, write_text
-from srcfast.errors import ConfigError, InputError
+from srcfast.errors import ConfigError, InputError, SrcfastError
+from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter
 
 
@@ -49,11 +55,22 @@ class RunDirectory:
         """Appends to `metrics.jsonl`."""
         return MetricsWriter(self.metrics_file)
 
-    def forget_metrics(self, stage: str) -> None:
-        """Drop what a stopped attempt at a stage has left in `metrics.jsonl`, a half-written line included."""
+    def forget_metrics(self, stage: str, instead: Iterable[dict[str, Any]] = ()) -> None:
+        """Drop what a stopped attempt at a stage has left in `metrics.jsonl`, a half-written line included.
+
+        `instead`: metrics of the stage's steps that need not be done again.
+        """
+        rows: list[dict[str, Any]] = []
         if self.metrics_file.is_file():
-            rows = [row for _, row in read_lines(self.metrics_file) if not isinstance(row, InputError)]
-            write_jsonl(self.metrics_file, (row for row in rows if row["stage"] != stage))
+            found = [row for _, row in read_lines(self.metrics_file) if not isinstance(row, InputError)]
+            rows = [row for row in found if row["stage"] != stage]
+        rows += ({"stage": stage} | metrics for metrics in instead)
+        if rows or self.metrics_file.is_file():
+            write_jsonl(self.metrics_file, rows)
+
+    def checkpoint(self, stage: str) -> Path:
+        """Where a training stage is saved until it is finished."""
+        return self.path / "checkpoint" / stage
 
     def write_config(self, config: Any) -> None:
         """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""
@@ -87,7 +104,7 @@ class RunDirectory:
         entry = self.manifest().get(name)
         if entry is None:
             return None
-        wanted, stored = _flat(_plain(settings)), _flat(entry["settings"])
+        wanted, stored = flat(plain(settings)), flat(entry["settings"])
         changed = [key for key in wanted | stored if wanted.get(key) != stored.get(key)]
         if changed:
             key = changed[0]
@@ -105,7 +122,7 @@ class RunDirectory:
         """Enter a stage as finished; what it wrote must be on disk. Returns its entry."""
         entries = self.manifest()
         entries[name] = {
-            "settings": _plain(settings),
+            "settings": plain(settings),
             "seconds": seconds,
             "tokens": tokens,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,18 +132,81 @@ class RunDirectory:
         return entries[name]
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
+    """No other process works in this directory for as long as the body runs; the ranks of one torchrun count as one.
+
+    What killed processes have left half-written (`.name.PID.tmp`) is removed first.
+
+    Args:
+        directory: made where there is none.
+        whole: all folders below are a run's, too; else only what lies in the directory itself, and in `checkpoint/`.
+
+    Raises:
+        SrcfastError: another process works there, or it can't be written.
+    """
+    lock: Any = None
+
+    def take() -> None:
+        nonlocal lock
+        lock = _lock(directory)
+        places = (
+            directory.rglob(".*.tmp") if whole else (*directory.glob(".*.tmp"), *directory.glob("checkpoint/.*.tmp"))
+        )
+        for path in list(places):
+            if _LEFT.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    distributed.from_main(take)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()  # which opens the lock; so does the end of the process, however it ends
+
+
+_LEFT = re.compile(r"\..+\.\d+\.tmp")
+
+
+def _lock(directory: Path) -> Any:
+    """The open lock file. A record lock: the worker processes that are forked while it is held don't hold it, too."""
+    file = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (closed by the caller)
+    except OSError as error:
+        raise SrcfastError(
+            f"{directory}: expected a directory that can be written, found {error.strerror or error}. "
+            "Mend: name another output directory, or see to its permissions"
+        ) from error
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        opened.seek(0)
+        holder = opened.read().strip() or "unknown"
+        opened.close()
+        raise SrcfastError(
+            f"{directory}: expected no other process to work here, found one ({holder}) that holds {file.name} ({error}). "
+            "Mend: wait until it has ended, or take another name or output directory"
+        ) from error
+    opened.truncate(0)
+    opened.write(f"process {os.getpid()} on {platform.node()}\n")
+    opened.flush()
+    return opened
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: tuples are lists, paths are strings."""
     return json.loads(json.dumps(settings, default=str))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted names to leaves."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+        found |= flat(inner, f"{prefix}.{key}" if prefix else key)
     return found
 
 

@@ -1,0 +1,278 @@
+"""A training on disk, so that it continues bit for bit where it was stopped.
+
+`checkpoint/step-NNNNNNNN/` holds `weights.safetensors` (what is trained), `optimizer.safetensors` (its moments), `state.json`
+(step, metrics so far, whose training it is, each file's SHA-256) and last `COMPLETE` (the SHA-256 of `state.json`). Nothing else
+changes while training: the learning rate, the order of the items and what dropout drops are functions of seed and step.
+
+The directory is written under a temporary name, flushed and renamed; the last two are kept, so that a damaged newest one costs
+the steps between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from srcfast.data.jsonl import COMPLETE, write_json
+from srcfast.errors import ConfigError, SrcfastError
+from srcfast.models.checkpoint import save_tensors
+from srcfast.runtime import distributed
+from srcfast.runtime.run_directory import flat, plain
+
+if TYPE_CHECKING:
+    from srcfast.runtime.training import TrainingItem
+
+STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+KEPT = 2
+_NAME = re.compile(r"step-\d{8,}")
+# Settings that change no number of a training: it may continue with others, after running out of memory for instance.
+_NO_MATTER = ("loader_workers", "activation_checkpointing")
+
+
+@dataclass
+class TrainingCheckpoints:
+    """Where and how often a training is saved, and whose it is.
+
+    Args:
+        directory: of its checkpoints, and of nothing else.
+        settings: all that its numbers depend on beside what `train` is given; what JSON can say. A checkpoint of other
+            settings is refused.
+        minutes: between two saves; 0: not by the clock.
+        steps: between two saves; 0: not by their number.
+        on_continue: called with the metrics of the steps that need not be done again, and the seconds they took.
+    """
+
+    directory: Path
+    settings: Mapping[str, Any]
+    minutes: float = 10.0
+    steps: int = 0
+    on_continue: Callable[[list[dict[str, Any]], float], None] | None = None
+    _last: float = field(default_factory=time.monotonic, init=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+    _saved: int = field(default=0, init=False)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to save after this many steps."""
+        by_clock = self.minutes and time.monotonic() - self._last >= 60.0 * self.minutes
+        return bool(by_clock or (self.steps and step % self.steps == 0))
+
+    def save(self, training: SavedTraining) -> None:
+        """Save unless that is done already. Rank 0 alone does it, for all ranks have the same.
+
+        Raises:
+            SrcfastError: it can't be written.
+        """
+        if training.step != self._saved and distributed.is_main():
+            training.seconds = time.monotonic() - self._began
+            save_training(self.directory, training)
+        self._saved, self._last = training.step, time.monotonic()
+
+    def load(self, identity: Mapping[str, Any]) -> SavedTraining | None:
+        """What to continue from, see `load_training`: the one that rank 0 finds whole. The clock goes on from there."""
+        found: SavedTraining | None = None
+
+        def search() -> int | None:
+            nonlocal found
+            found = load_training(self.directory, identity)
+            return None if found is None else found.step
+
+        step = distributed.from_main(search)
+        if step is not None and found is None:
+            found = _read(_place(self.directory, step))
+        if found is not None:
+            self._saved, self._began = found.step, time.monotonic() - found.seconds
+        return found
+
+    def remove(self) -> None:
+        """Forget them all: the training's result is on disk."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@dataclass
+class SavedTraining:
+    """A training between two steps.
+
+    Attributes:
+        step: updates done.
+        weights: all that is trained, `[n]`.
+        optimizer: as `AdamW.state_dict` gives it.
+        history: metrics of each step done.
+        identity: whose training it is, see `identity_of`.
+        seconds: that the steps took.
+    """
+
+    step: int
+    weights: Tensor
+    optimizer: Mapping[str, Tensor]
+    history: list[dict[str, Any]]
+    identity: Mapping[str, Any]
+    seconds: float = 0.0
+
+
+def identity_of(
+    settings: Mapping[str, Any], loop: Mapping[str, Any], items: Sequence[TrainingItem], weights: Tensor
+) -> dict[str, Any]:
+    """What makes two trainings the same one: their settings, and hashes of their items and of the weights they start from.
+
+    Args:
+        settings: of the stage.
+        loop: `TrainingSettings` as a dict.
+        items: what is trained on.
+        weights: before the first step, `[n]`.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        for segment in item.tree.segments:
+            digest.update(np.array([segment.parent, segment.tokens.size]).tobytes() + segment.tokens.tobytes())
+        digest.update(repr((item.tree.images, item.tree.key, item.meta)).encode())
+    return plain(
+        {"stage": settings, "loop": loop, "items": digest.hexdigest(), "starting weights": weights_hash(weights)}
+    )
+
+
+def weights_hash(weights: Tensor) -> str:
+    """SHA-256 of a tensor's bits."""
+    return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def save_training(directory: Path, training: SavedTraining) -> None:
+    """Write `step-NNNNNNNN/` whole or not at all, and drop all but the last two.
+
+    Raises:
+        SrcfastError: it can't be written.
+    """
+    final = _place(directory, training.step)
+    temporary = _temporary(final)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_tensors(temporary / WEIGHTS, {"weights": training.weights})
+        save_tensors(temporary / OPTIMIZER, training.optimizer)
+        state = {
+            "step": training.step,
+            "seconds": training.seconds,
+            "identity": training.identity,
+            "sha256": {name: _file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
+            "history": training.history,
+        }
+        write_json(temporary / STATE, state)
+        write_json(temporary / COMPLETE, {STATE: _file_hash(temporary / STATE)})
+        _sync(temporary)
+        if final.exists():  # damaged: else training would have continued from it
+            _discard(final)
+        os.replace(temporary, final)
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
+        raise SrcfastError(
+            f"{final}: expected room and permission to save the training, found {error}. Mend: see to these; the same "
+            "command then continues from the last save"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(directory)[:-KEPT]:
+        _discard(old)
+
+
+def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining | None:
+    """The newest whole checkpoint; None where there is none. A damaged one is passed over with a warning.
+
+    Raises:
+        ConfigError: it is another training's; the first setting that differs is named.
+    """
+    found = _checkpoints(directory)
+    for path in reversed(found):
+        try:
+            training = _read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            older = path != found[0]
+            instead = "the one before is used" if older else "this training begins anew"
+            warnings.warn(f"{path}: a damaged checkpoint ({error}): {instead}", RuntimeWarning, stacklevel=2)
+            continue
+        _refuse_foreign(path, training.identity, identity)
+        return training
+    return None
+
+
+def _read(path: Path) -> SavedTraining:
+    """Raises ValueError and the like where anything isn't as it was written."""
+    marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    _check_hash(path / STATE, marker[STATE])
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, expected in state["sha256"].items():
+        _check_hash(path / name, expected)
+    return SavedTraining(
+        step=state["step"],
+        weights=load_file(path / WEIGHTS)["weights"],
+        optimizer=load_file(path / OPTIMIZER),
+        history=state["history"],
+        identity=state["identity"],
+        seconds=state["seconds"],
+    )
+
+
+def _check_hash(file: Path, expected: str) -> None:
+    if (found := _file_hash(file)) != expected:
+        raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {found}")
+
+
+def _refuse_foreign(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    old, new = flat(dict(stored)), flat(dict(wanted))
+    changed = [key for key in new | old if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _NO_MATTER]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{path}: this checkpoint is of a training with {key} = {old.get(key)!r}, this run has {new.get(key)!r}. "
+            f"Mend: set {key} back, take another name or output directory, or remove {path.parent} to begin anew"
+        )
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Oldest first."""
+    if not directory.is_dir():
+        return []
+    found: Iterable[Path] = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _place(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def _discard(path: Path) -> None:
+    """Under another name first, so that no half of it is ever taken for a damaged checkpoint."""
+    temporary = _temporary(path)
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    """Names in a directory to disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
