@@ -78,7 +78,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # left by a killed process of this number, or a link planted there
+        with open(temporary, "xb") as file:  # a new file: never through a link, readable as the umask says
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -157,12 +158,19 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"}
-    )
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, file)
+    temporary.unlink(missing_ok=True)  # never written through a link that is planted there
+    try:
+        with open(temporary, "xb") as made:
+            mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(values, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, mode)  # as the umask says: safetensors puts a file there that its owner alone may read
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def model_hash(path: str | Path) -> str:

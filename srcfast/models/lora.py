@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from srcfast.data.jsonl import write_json
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import save_tensors
 from srcfast.models.quantized import NF4Linear
@@ -259,9 +259,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         "use_rslora": False,
         "modules_to_save": None,
     }
-    temporary = directory / f".{ADAPTER_CONFIG}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / ADAPTER_CONFIG)
+    write_json(directory / ADAPTER_CONFIG, settings)
 
 
 def _peft_prefix(model: nn.Module) -> str:
