@@ -19,7 +19,7 @@ from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, 
 from srcfast.models.decoder import Decoder
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import NF4Linear
-from srcfast.models.text_model import build_decoder, copy_companions, load_tokenizer, own_tensors
+from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
 from srcfast.runtime.attention import forest_attend
 from srcfast.runtime.loader import send
@@ -64,12 +64,7 @@ class LVLM(nn.Module):
                     mend="name images under 'images' only, and leave out the tokenizer's control tokens",
                 )
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=None if self.tokenizer.chat_template else LLAVA_TEMPLATE,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = chat_text(self.tokenizer, content, None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
         ids = np.array(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
         repeats = np.ones(len(ids), dtype=np.int64)
         places = np.flatnonzero(ids == self.image_token_id)

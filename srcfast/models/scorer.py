@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
-from srcfast.models.text_model import TextModel, load_text_model
+from srcfast.models.text_model import TextModel, chat_text, load_text_model
 
 VerdictForm = Literal["choice", "graded"]
 
@@ -277,9 +277,7 @@ def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, .
 def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens before and after the user's turn, by the tokenizer's own chat template."""
     mark = "\u0001"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
+    text = chat_text(tokenizer, mark)
     before, found, after = text.partition(mark)
     if not found:
         raise InputError(

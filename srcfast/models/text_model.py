@@ -142,6 +142,28 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) -> str:
+    """A user's turn and the generation prompt, by the tokenizer's chat template or the one given; it runs in a sandbox.
+
+    Raises:
+        InputError: the template fails, or reaches for what transformers' sandbox keeps from it.
+    """
+    turns = [{"role": "user", "content": content}]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        )
+    except (
+        Exception
+    ) as error:  # a template raises whatever it meets first: SecurityError, UndefinedError, TypeError, ...
+        raise InputError(
+            field="chat_template",
+            expected="a template that shows a user's turn",
+            found=f"{type(error).__name__}: {error}",
+            mend="repair the checkpoint's chat template",
+        ) from error
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config, tokenizer, processor and template files: everything in JSON, Jinja or text but the weights' index."""
     target.mkdir(parents=True, exist_ok=True)
