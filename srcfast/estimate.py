@@ -13,6 +13,7 @@ import torch
 
 from srcfast.config import Config, DatasetConfig
 from srcfast.data.forest import Forest
+from srcfast.errors import printable
 from srcfast.plan import (
     DECODING,
     STAGES,
@@ -272,5 +273,5 @@ def table(title: str, rows: Sequence[Sequence[str]], header: bool = False) -> No
         for name in rows[0]:
             shown.add_column(Text(name))
     for row in rows[1:] if header else rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(shown)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from srcfast.commands import ENDINGS, Source, need, read_all, set_aside
 from srcfast.config import Config
 from srcfast.data.jsonl import write_jsonl
-from srcfast.errors import ConfigError, InputError, SrcfastError
+from srcfast.errors import ConfigError, InputError, SrcfastError, printable
 from srcfast.estimate import table
 from srcfast.loading import load_model
 
@@ -70,7 +70,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     print(f"{target}: {count} records, {len(rejected)} rejected")
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
-        print(f"fields that {formats[1]} can't carry and that were left out: {names}")
+        print(f"fields that {formats[1]} can't carry and that were left out: {printable(names)}")
 
 
 def _format_of(named: str | None, path: Path, option: str) -> str:
@@ -98,17 +98,21 @@ def inspect(config: Config, source: Source, index: int) -> None:
     model = load_model(config, None)
     images = [load_image(sample.image_root, image) for image in sample.images]
     prompt, target = model.encode_prompt(sample.question, images, sample.id), model.encode_response(response)
-    show = Console(highlight=False, soft_wrap=True).print  # every cell is Text: markup in a record stays text
-    show(Text(f"sample {sample.id}", style="bold"))
+    console = Console(highlight=False, soft_wrap=True)
+
+    def show(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style))  # Text: markup in a record stays text
+
+    show(f"sample {sample.id}", "bold")
     for name, image in zip(sample.images, images, strict=True):
         tokens = model.vision.num_tokens(image)
-        show(Text(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens"))
+        show(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens")
     image_tokens = int((prompt == model.image_token_id).sum())
-    show(Text(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss"))
-    show(Text(_condensed(model, prompt), style="dim"))
+    show(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss")
+    show(_condensed(model, prompt), "dim")
     what = "response" if raps else f"bare answer (no rationale: {', '.join(dropped)})"
-    show(Text(f"{what}: {len(target)} tokens; loss on each"))
-    show(Text(model.tokenizer.decode(target, skip_special_tokens=False), style="green"))
+    show(f"{what}: {len(target)} tokens; loss on each")
+    show(model.tokenizer.decode(target, skip_special_tokens=False), "green")
 
 
 def _condensed(model: LVLM, prompt: Iterable[int]) -> str:

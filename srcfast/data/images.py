@@ -81,12 +81,13 @@ def from_base64(text: str, name: str) -> bytes:
 
 def _read(file: Path) -> bytes:
     try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise _error(file, f"at most {MAX_BYTES:,} bytes", f"{size:,} bytes", "shrink the image")
-        return file.read_bytes()
+        with open(file, "rb") as opened:
+            data = opened.read(MAX_BYTES + 1)  # bounded here, since a file may grow after its size was asked for
     except OSError as error:
         raise _error(file, "a readable file", error.strerror or error, "correct its permissions") from error
+    if len(data) > MAX_BYTES:
+        raise _error(file, f"at most {MAX_BYTES:,} bytes", "more", "shrink the image")
+    return data
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from srcfast.data.images import load_image
 from srcfast.data.rationale_format import parse_response
+from srcfast.errors import InputError
 from srcfast.report.run_files import RunFiles
 from srcfast.report.sections import NOT_MEASURED, case_name
 
@@ -95,9 +95,8 @@ def _sentence(sentence: str, verdict: str | None) -> str:
 def embedded_image(path: Path, description: str) -> str:
     """An `img` that holds the picture itself, scaled down to MOST_PIXELS; a note where it can't be read."""
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        picture = load_image(path.parent, path.name)
+    except InputError:
         return '<div class="missing soft">image not available</div>'
     picture.thumbnail((MOST_PIXELS, MOST_PIXELS))
     photo = max(picture.size) > SMALL

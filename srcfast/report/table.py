@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
+
+from srcfast.errors import printable
 
 
 def results_table(summary: dict[str, Any]) -> Table:
@@ -17,10 +20,10 @@ def results_table(summary: dict[str, Any]) -> Table:
     entries = summary["evaluations"]
     for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
         own = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
-        table.add_row(f"[bold]{dataset} {split}[/bold] ({own[0]['n']})")
+        table.add_row(Text(printable(f"{dataset} {split} ({own[0]['n']})"), style="bold"))
         for entry in own:
             table.add_row(
-                f"  {entry['model']}",
+                Text(printable(f"  {entry['model']}")),  # Text: markup in a name stays text
                 _share(entry["accuracy"], entry["accuracy_ci95"]),
                 _share(entry["alignment"], entry.get("alignment_ci95")),
                 _share(entry["right_answer_wrong_rationale"], None),

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from srcfast.errors import printable
+
 if TYPE_CHECKING:
     from srcfast.data.forest import Forest
 
@@ -26,7 +28,7 @@ class Track:
     """How far a stage is. `seconds` and `tokens` remain readable after it ended."""
 
     def __init__(self, name: str, total: int, unit: str = "samples", quiet: bool = False) -> None:
-        self.name, self.total, self.unit = name, total, unit
+        self.name, self.total, self.unit = printable(name), total, unit
         self.done = 0
         self.tokens = 0
         self._began = time.perf_counter()
@@ -40,7 +42,7 @@ class Track:
             self._bar = Progress(
                 *columns, TextColumn("{task.fields[state]}", markup=False), console=Console(stderr=True)
             )
-            self._task = self._bar.add_task(name, total=max(1, total), state="")
+            self._task = self._bar.add_task(self.name, total=max(1, total), state="")
             self._bar.start()
 
     @property
