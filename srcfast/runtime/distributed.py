@@ -1,20 +1,34 @@
 """One node, many ranks: who this process is, what the ranks tell each other, and who takes the next piece of work.
 
-Started by `torchrun`; without it there is one rank, and nothing here talks to anyone.
+Started by `torchrun`; without it there is one rank, and nothing here talks to anyone. What ranks tell each other is JSON,
+never a pickle. Every wait has an end: where a rank stays away, the others raise an error that names it.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from srcfast.errors import ConfigError, SrcfastError
+
+Found = TypeVar("Found")
+
+START_TIMEOUT = timedelta(minutes=30)  # models are read, kernels compiled, caches filled: ranks may be far apart
+TIMEOUT = timedelta(minutes=10)
 
 _store: dist.Store | None = None
+_short: timedelta | None = None  # the timeout still to be set once all ranks are under way
+_arrived = 0  # collectives that this rank has come to
+_alone: dict[str, int] = {}
 
 
 def rank() -> int:
@@ -33,27 +47,75 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks; RuntimeError where one does not come within the process group's timeout."""
-    if size() > 1:
-        dist.barrier()
+    """Wait for all ranks. Raises SrcfastError where one does not come within the timeout."""
+    gather(None)
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Rank 0's value, of what JSON can say, on every rank. Raises SrcfastError where a rank stays away."""
+    return gather(value if is_main() else None)[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks, on every rank."""
+    """Every rank's value, of what JSON can say, in the order of the ranks, on every rank.
+
+    Raises:
+        SrcfastError: a rank stays away; it is named.
+    """
     if size() == 1:
         return [value]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, value)
-    return found
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)  # [n]
+    lengths = gather_tensor(torch.tensor([len(own)])).flatten().tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(own)] = own
+    parts = gather_tensor(padded)  # [ranks, longest]
+    return [json.loads(bytes(part[:length].tolist())) for part, length in zip(parts, lengths, strict=True)]
+
+
+def gather_tensor(own: Tensor) -> Tensor:
+    """Every rank's tensor of this shape and dtype: [ranks, ...], on its device.
+
+    Raises:
+        SrcfastError: a rank stays away; it is named.
+    """
+    if size() == 1:
+        return own[None]
+    parts = [torch.empty_like(own) for _ in range(size())]
+    _together(lambda: dist.all_gather(parts, own))
+    return torch.stack(parts)
+
+
+def start_sum(tensor: Tensor) -> Callable[[], None]:
+    """Begin to add up a tensor over the ranks, in place; it is whole once what is returned was called.
+
+    On a GPU that call waits for nothing but orders what follows behind the sum.
+    """
+    if size() == 1:
+        return lambda: None
+    work = _together(lambda: dist.all_reduce(tensor, async_op=True))
+    return lambda: _finish(work.wait)
+
+
+def from_main(work: Callable[[], Found]) -> Found:
+    """Rank 0 does the work while the others wait; all get what it returns, of what JSON can say.
+
+    Raises:
+        SrcfastError: on the other ranks, when rank 0 raises anything: no rank waits for one that has failed.
+    """
+    if size() == 1:
+        return work()
+    if not is_main():
+        told = broadcast(None)
+        if "error" in told:
+            raise SrcfastError(f"rank 0 has failed: {told['error']}")
+        return told["value"]
+    try:
+        value = work()
+    except Exception as error:
+        broadcast({"error": f"{type(error).__name__}: {error}"})
+        raise
+    broadcast({"value": value})
+    return value
 
 
 def next_number(name: str) -> int:
@@ -64,34 +126,93 @@ def next_number(name: str) -> int:
     return _store.add(f"srcfast/next/{name}", 1) - 1
 
 
-_alone: dict[str, int] = {}
+def under_way() -> None:
+    """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
+    global _short
+    if _short is not None:
+        _set_pg_timeout(_short)
+        _short = None
 
 
 @contextmanager
-def process_group(timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
+def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator[None]:
     """The ranks that `torchrun` has started, for as long as the body runs; without it, nothing.
 
-    NCCL where there is a GPU, gloo otherwise; on a GPU each rank takes the device of its local rank.
+    gloo on a CPU; with a GPU NCCL beside it, and each rank takes the device of its local rank.
+
+    Args:
+        timeout: longest wait for another rank once they are `under_way`; before that `START_TIMEOUT` if it is longer.
+        device: the settings' `model.device`.
+
+    Raises:
+        ConfigError: one GPU is named, or fewer are here than ranks.
     """
-    global _store
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    global _store, _short, _arrived
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.device(device).type == "cuda"
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, own_rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+        _take_gpu(device)
+    at_start = max(timeout, START_TIMEOUT)
+    store, own_rank, world_size = next(dist.rendezvous("env://", timeout=at_start))
+    store.set_timeout(at_start)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("srcfast/group", store),
         rank=own_rank,
         world_size=world_size,
-        timeout=timeout,
+        timeout=at_start,
     )
-    _store = store
+    _store, _short, _arrived = store, timeout, 0
+    # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
+    # connection or from torchrun.
+    yield
+    _store = _short = None
+    dist.destroy_process_group()
+
+
+def _take_gpu(device: str) -> None:
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if torch.device(device).index is not None:
+        raise ConfigError(
+            f"model.device: expected cuda under torchrun, of which each rank takes its own, found {device}. "
+            "Mend: model.device=cuda, and CUDA_VISIBLE_DEVICES to choose"
+        )
+    if local >= here:
+        raise ConfigError(
+            f"torchrun: expected at most as many ranks on a node as it has GPUs ({here}), found rank {local}. "
+            f"Mend: --nproc-per-node={here}"
+        )
+    torch.cuda.set_device(local)
+
+
+def _together(collective: Callable[[], Found]) -> Found:
+    """A collective, counted before it begins: so that a rank which is not there can be named."""
+    global _arrived
+    assert _store is not None
+    _arrived += 1
+    _store.add(f"srcfast/arrived/{rank()}", 1)
+    return _finish(collective)
+
+
+def _finish(wait: Callable[[], Found]) -> Found:
     try:
-        yield
-    finally:
-        _store = None
-        dist.destroy_process_group()
+        return wait()
+    except RuntimeError as error:
+        raise SrcfastError(
+            f"rank {rank()} of {size()} waited in vain for {_missing()}: "
+            "expected all ranks to come to the same exchange. Mend: see the first error that another rank shows; where there "
+            "is none, it hangs, or it is slower than distributed.timeout_seconds allows"
+            f" ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def _missing() -> str:
+    """The ranks that have come to fewer collectives than this one."""
+    away = []
+    with suppress(RuntimeError):  # the store may be gone with its host
+        assert _store is not None
+        away = [str(other) for other in range(size()) if _store.add(f"srcfast/arrived/{other}", 0) < _arrived]
+    return f"rank {', '.join(away)}" if away else "another rank"

@@ -25,7 +25,7 @@ Request = tuple[int, tuple[str, ...]]  # a step, and its images that are to be p
 
 @dataclass
 class PackedStep:
-    """A global batch on the host.
+    """A rank's share of a global batch, on the host; it may be empty.
 
     Attributes:
         step: its number.
@@ -79,6 +79,25 @@ class _Steps(Dataset[PackedStep]):
                 with suppress(SrcfastError):
                     made.prepared[key] = self.prepare(key)
         return made
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Shares of a global batch that are as equal in tokens as may be: one list of places, ascending, for each rank.
+
+    The largest first, each to the rank that has the fewest tokens yet (of several the first); so a share is a pure function
+    of the batch and the number of ranks. Where ranks outnumber items, some shares are empty.
+
+    Args:
+        sizes: tokens of each item.
+        ranks: how many shares.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place], place)):
+        poorest = tokens.index(min(tokens))
+        shares[poorest].append(place)
+        tokens[poorest] += sizes[place]
+    return [sorted(share) for share in shares]
 
 
 def packed_steps(

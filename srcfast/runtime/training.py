@@ -2,7 +2,7 @@
 
 A global batch is `micro_batch_size * gradient_accumulation_steps` items. Its order is a pure function of
 (seed, epoch), and the loss's denominator is taken over all of it before the first backward; how it is then
-cut into forests (micro-batches, token budget) changes nothing but rounding.
+dealt over the ranks and cut into forests (micro-batches, token budget) changes nothing but rounding.
 
 A GPU is never waited for but for one step back: the update is skipped on the device where loss or norm is not finite,
 and the numbers of a step are read while the device computes the next one, before that one's update.
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor
 
 from srcfast.data.forest import Forest, Tree, pack_sizes
-from srcfast.errors import SrcfastError
+from srcfast.errors import Interrupted, SrcfastError
+from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.forecast import plan_checkpointing
-from srcfast.runtime.loader import PackedStep, packed_steps
+from srcfast.runtime.loader import PackedStep, deal, packed_steps
 from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.telemetry import StepMeter
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 
 Metrics = dict[str, Any]
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, D] each
@@ -113,6 +117,14 @@ def global_batch(count: int, step: int, settings: TrainingSettings) -> list[int]
     return epoch_order(count, settings.seed, epoch)[begin : begin + settings.global_batch_size].tolist()
 
 
+def own_share(
+    count: int, step: int, settings: TrainingSettings, sizes: Sequence[int], rank: int, ranks: int
+) -> list[int]:
+    """Indices of the items of update `step` that this rank of so many runs; `sizes` are the items' tokens."""
+    batch = global_batch(count, step, settings)
+    return [batch[place] for place in deal([sizes[index] for index in batch], ranks)[rank]]
+
+
 def train(
     model: Any,
     items: Sequence[TrainingItem],
@@ -126,8 +138,12 @@ def train(
     rows: Callable[[Forest], Tensor] | None = None,
     head_rows: Callable[[Forest], int] | None = None,
     profiler: StepProfiler | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
     """Train the model's parameters that require gradients; the others stay as they are.
+
+    On several ranks all call this with the same model and items. Each runs its share of every global batch, the gradients are
+    added up over the ranks once a step, and all make the same update: the metrics are of the whole batch on every rank.
 
     Args:
         model: `model(forest, features)` (without `features`: `model(forest)`) gives hidden states `[T, D]`;
@@ -146,14 +162,20 @@ def train(
             `[M, D]`. Kept in the forest's cache by the caller: it is asked for by a worker first.
         head_rows: how many rows of a forest meet the head, for MFU; default: all tokens below the roots.
         profiler: of some steps.
+        checkpoints: where the training is saved, and continued from bit for bit. `on_step` is called for the steps that
+            are still to be done. A signal that asks to stop is then obeyed after a step, see `interrupt`.
 
     Returns:
         One dict a step: step, loss, learning_rate, grad_norm (before clipping), tokens, tokens_per_second,
-        wasted_tokens, forests, mfu, peak_memory_bytes (see `StepMeter`), and the loss function's own.
+        wasted_tokens, forests, mfu, peak_memory_bytes (see `StepMeter`; these two are of this rank), and the loss
+        function's own.
 
     Raises:
         SrcfastError: nothing to train on, or a loss or gradient that is not finite, by step and keys: that step's
-            update, and every later one, has not been made.
+            update, and every later one, has not been made. Or a rank that stays away, or that began with other weights
+            or items. Or a checkpoint can't be written.
+        ConfigError: the checkpoint is another training's.
+        Interrupted: a signal asked to stop; all steps so far are saved.
         InputError: an item larger than the token budget, by its key, before anything is trained.
     """
     if not items:
@@ -164,8 +186,11 @@ def train(
     device = next(model.parameters()).device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trainable, weight_decay=settings.weight_decay, name=settings.optimizer)
-    state = TrainingState(optimizer)
+    state, history = TrainingState(optimizer), list[Metrics]()
     total = num_steps(len(items), settings)
+    check_same_start(optimizer.weights, trees)
+    if checkpoints is not None:
+        state.step, history = checkpoints.begin(optimizer, asdict(settings), items)
     late = reads_late(device) and optimizer.skips_on_device
     if rows is not None and not takes_rows(model):
         rows = None
@@ -173,7 +198,6 @@ def train(
     model.train()
     decoder.checkpoint_layers = checkpoint_layers(model, trees, settings)
     meter = StepMeter(model, head_rows)
-    history: list[Metrics] = []
     pending: StepNumbers | None = None
 
     def check(numbers: StepNumbers) -> Metrics:
@@ -190,7 +214,14 @@ def train(
     packed = packed_steps(
         trees,
         range(state.step, total),
-        partial(global_batch, len(items), settings=settings),
+        partial(
+            own_share,
+            len(items),
+            settings=settings,
+            sizes=[tree.num_tokens for tree in trees],
+            rank=distributed.rank(),
+            ranks=distributed.size(),
+        ),
         token_budget=settings.token_budget,
         most_trees=settings.micro_batch_size,
         features=features,
@@ -199,27 +230,41 @@ def train(
         pin=device.type == "cuda",
     )
     try:
-        for step in packed:
-            if profiler is not None:
-                profiler.begin(step.step, total)
-            batch = [items[i] for i in step.indices]
-            numbers = accumulate(model, step, batch, loss, denominator(batch), state, features, rows, device)
-            numbers.learning_rate = learning_rate_at(
-                step.step, total, settings.learning_rate, settings.warmup_ratio, settings.min_learning_rate_ratio
-            )
-            if pending is not None:
-                report(pending, check(pending))
-                pending = None
-            if late and step.step > 0:
-                optimizer.clip(numbers.norm, settings.max_grad_norm)
-                optimizer.step(numbers.learning_rate, numbers.finite)
-                pending = numbers
-            else:
-                metrics = check(numbers)
-                optimizer.clip(metrics["grad_norm"], settings.max_grad_norm)
-                optimizer.step(numbers.learning_rate)
-                report(numbers, metrics)
-            state.step += 1
+        with nullcontext() if checkpoints is None else interrupt.at_boundaries():
+            for step in packed:
+                if profiler is not None:
+                    profiler.begin(step.step, total)
+                torch.manual_seed(dropout_seed(settings.seed, step.step, distributed.rank()))
+                batch = [items[i] for i in step.indices]
+                whole = denominator([items[i] for i in global_batch(len(items), step.step, settings)])
+                numbers = accumulate(model, step, batch, loss, whole, state, features, rows, device)
+                numbers.learning_rate = learning_rate_at(
+                    step.step, total, settings.learning_rate, settings.warmup_ratio, settings.min_learning_rate_ratio
+                )
+                if pending is not None:
+                    report(pending, check(pending))
+                    pending = None
+                if late and step.step > 0:
+                    optimizer.clip(numbers.norm, settings.max_grad_norm)
+                    optimizer.step(numbers.learning_rate, numbers.finite)
+                    pending = numbers
+                else:
+                    metrics = check(numbers)
+                    optimizer.clip(metrics["grad_norm"], settings.max_grad_norm)
+                    optimizer.step(numbers.learning_rate)
+                    report(numbers, metrics)
+                state.step += 1
+                distributed.under_way()
+                if checkpoints is None:
+                    continue
+                stop, save = checkpoints.asked(state.step)
+                if save:
+                    if pending is not None:  # what is saved has no step whose numbers weren't looked at
+                        report(pending, check(pending))
+                        pending = None
+                    checkpoints.save(state.step, optimizer, history)
+                if stop:
+                    raise Interrupted(stop, f"step {state.step} of {total}")
         if pending is not None:
             report(pending, check(pending))
     finally:
@@ -228,6 +273,11 @@ def train(
         model.train(was_training)
         decoder.checkpoint_layers = 0
     return history
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of what dropout drops in a step, so that no generator's state has to be saved."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def reads_late(device: torch.device) -> bool:
@@ -249,23 +299,42 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSetti
     )
 
 
+def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:
+    """Raises SrcfastError where ranks begin to train with other weights or items than rank 0: their sum would mean nothing."""
+    if distributed.size() == 1:
+        return
+    own = [sha256(weights.detach().cpu().view(torch.uint8).numpy()).hexdigest()]
+    own += [sha256(repr([(str(tree.key), tree.num_tokens) for tree in trees]).encode()).hexdigest()]
+    every = distributed.gather(own)
+    for rank, other in enumerate(every):
+        for what, expected, found in zip(("weights", "items"), every[0], other, strict=True):
+            if found != expected:
+                raise SrcfastError(
+                    f"training: expected the same {what} on all ranks, found others on rank {rank} than on rank 0. "
+                    "Mend: start all ranks with the same command, files and versions"
+                )
+
+
 @dataclass
 class StepNumbers:
     """The numbers of a global batch, on their way from the device.
 
     Attributes:
         step: its number.
-        forests: on the host.
-        names: of the loss function's metrics, the last of `values`.
+        forests: of this rank, on the host.
+        shared: of each rank what its host knows of its share: tokens, wasted_tokens, forests, names of its metrics.
+        names: of the metrics of all ranks.
         norm: of the gradients, a scalar on the device.
-        finite: on the device, whether loss and norm are.
-        values: on the host: each forest's loss, the norm, the metrics; complete once `arrived` is.
+        finite: on the device, whether all losses and the norm are.
+        values: on the host, complete once `arrived` is: this rank's forests' losses, the norm, then of each rank its
+            loss and its metrics by `names`.
         arrived: None where nothing is waited for.
         learning_rate: of the update.
     """
 
     step: int
     forests: list[Forest]
+    shared: list[dict[str, Any]]
     names: list[str]
     norm: Tensor
     finite: Tensor
@@ -274,35 +343,59 @@ class StepNumbers:
     learning_rate: float = 0.0
 
     @classmethod
-    def of(cls, step: PackedStep, losses: list[Tensor], norm: Tensor, totals: dict[str, Tensor]) -> StepNumbers:
-        """Sends all numbers of a step to the host, in one transfer that isn't waited for."""
-        stacked = torch.stack([scalar.double() for scalar in (*losses, norm, *totals.values())])
-        finite = torch.isfinite(stacked[: len(losses) + 1]).all()
+    def of(
+        cls, step: PackedStep, losses: list[Tensor], optimizer: AdamW, totals: dict[str, Tensor], device: torch.device
+    ) -> StepNumbers:
+        """Adds up the gradients over the ranks, and sends all numbers to the host in one transfer that isn't waited for."""
+        added = distributed.start_sum(optimizer.gradients)
+        shared = distributed.gather(
+            {
+                "tokens": sum(forest.num_tokens for forest in step.forests),
+                "wasted_tokens": sum(forest.wasted_tokens for forest in step.forests),
+                "forests": len(step.forests),
+                "names": list(totals),
+            }
+        )
+        names = list(dict.fromkeys(name for own in shared for name in own["names"]))
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        scalars = [sum(losses, nothing), *(totals.get(name, nothing) for name in names)]
+        every = distributed.gather_tensor(torch.stack([scalar.double() for scalar in scalars]))  # [ranks, 1 + names]
+        added()
+        norm = optimizer.gradient_norm()
+        stacked = torch.cat([torch.stack([loss.double() for loss in (*losses, norm)]), every.flatten()])
+        finite = torch.isfinite(norm) & torch.isfinite(every[:, 0]).all()
         arrived = None
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
             stacked = host
-        return cls(step.step, step.forests, list(totals), norm, finite, stacked, arrived)
+        return cls(step.step, step.forests, shared, names, norm, finite, stacked, arrived)
 
     def read(self) -> Metrics:
         """The step's metrics, once they are here. Raises SrcfastError where loss or norm is not finite."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        values, count = self.values.tolist(), len(self.forests)
+        values, count, width = self.values.tolist(), len(self.forests), 1 + len(self.names)
         losses, norm, rest = values[:count], values[count], values[count + 1 :]
-        _check_finite(self.step, losses, norm, self.forests)
+        every = [rest[start : start + width] for start in range(0, len(rest), width)]  # a list for each rank
+        loss = sum(own[0] for own in every)
+        _check_finite(self.step, loss, losses, norm, self.forests)
         return {
             "step": self.step,
-            "loss": sum(losses),
+            "loss": loss,
             "grad_norm": norm,
-            "tokens": sum(forest.num_tokens for forest in self.forests),
-            "wasted_tokens": sum(forest.wasted_tokens for forest in self.forests),
-            "forests": count,
+            **{name: sum(own[name] for own in self.shared) for name in ("tokens", "wasted_tokens", "forests")},
             "learning_rate": self.learning_rate,
-            **dict(zip(self.names, rest, strict=True)),
+            **{
+                name: self._over_ranks(name, [own[1 + place] for own in every]) for place, name in enumerate(self.names)
+            },
         }
+
+    def _over_ranks(self, name: str, values: Sequence[float]) -> float:
+        """A metric of the whole batch from those of the ranks that have it."""
+        known = [value for value, own in zip(values, self.shared, strict=True) if name in own["names"]]
+        return max(known) if name.startswith("max_") else sum(known)
 
 
 def accumulate(
@@ -316,9 +409,13 @@ def accumulate(
     rows: Callable[[Forest], Tensor] | None,
     device: torch.device,
 ) -> StepNumbers:
-    """Gradients of one global batch, forest by forest, into the optimizer's buffer; its numbers are not waited for."""
+    """Gradients of one global batch into the optimizer's buffer; its numbers are not waited for.
+
+    Forest by forest of this rank's share, then added up over the ranks. A rank whose share is empty adds nothing, and takes
+    part in the same exchanges.
+    """
     inputs: tuple[Mapping[str, Tensor], ...] = ()
-    if features is not None:
+    if features is not None and step.forests:
         given = (step.prepared,) if step.prepared else ()
         inputs = (features(step.images, *given),)
     state.optimizer.zero_grad()
@@ -339,18 +436,22 @@ def accumulate(
                 totals[name] = torch.maximum(totals[name], value.detach())
             else:
                 totals[name] = totals[name] + value.detach()
-    return StepNumbers.of(step, losses, state.optimizer.gradient_norm(), totals)
+    return StepNumbers.of(step, losses, state.optimizer, totals, device)
 
 
-def _check_finite(step: int, losses: Sequence[float], norm: float, forests: Sequence[Forest]) -> None:
-    if math.isfinite(norm) and all(map(math.isfinite, losses)):
+def _check_finite(step: int, loss: float, losses: Sequence[float], norm: float, forests: Sequence[Forest]) -> None:
+    """All ranks see the same `loss` and `norm` and so stop alike; then each tells of its own forests and their `losses`."""
+    if math.isfinite(norm) and math.isfinite(loss):
         return
     bad = [forest for forest, value in zip(forests, losses, strict=True) if not math.isfinite(value)]
-    what = "the loss" if bad else "the gradient"
-    keys = [str(tree.key) for forest in bad or forests for tree in forest.trees]
-    shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    keys = [[str(tree.key) for forest in some for tree in forest.trees] for some in (bad, forests)]
+    told = distributed.gather(keys)
+    culprits = [key for own, _ in told for key in own]
+    what = "the gradient" if math.isfinite(loss) else "the loss"
+    keys_of_all = culprits or [key for _, own in told for key in own]
+    shown = ", ".join(keys_of_all[:8]) + (f" and {len(keys_of_all) - 8} more" if len(keys_of_all) > 8 else "")
     raise SrcfastError(
-        f"step {step}: {what} is not finite (loss {sum(losses)}, gradient norm {norm}) among the samples "
+        f"step {step}: {what} is not finite (loss {loss}, gradient norm {norm}) among the samples "
         f"{shown}; this step has not changed the weights. Mend: lower learning_rate, or look at the samples "
         "with `inspect`"
     )

@@ -1,0 +1,76 @@
+"""Real ranks for tests: processes that meet over gloo as torchrun's would, each running one function."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srcfast.runtime import distributed
+
+LIMIT = 120.0  # seconds that a test waits for its ranks: a hang is a failure
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["rank_processes", "srcfast.stages.preference"])
+
+
+def run_ranks(
+    ranks: int, work: Callable[[Path], Any], folder: Path, timeout: timedelta = timedelta(seconds=60)
+) -> list[dict[str, Any]]:
+    """What each rank's `work(folder)` returned (`value`) or raised (`error`), and its `exit` status.
+
+    A rank that is still there after `LIMIT` is killed, and `exit` is negative.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _context.Process(target=_rank, args=(rank, ranks, port, work, folder, timeout)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + LIMIT
+    found = []
+    for rank, process in enumerate(processes):
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+        file = folder / f"rank-{rank}-of-{ranks}.json"
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        found.append(told | {"exit": process.exitcode})
+    return found
+
+
+def values_of(found: list[dict[str, Any]]) -> list[Any]:
+    """The ranks' values; fails with the first error."""
+    for rank, one in enumerate(found):
+        assert one["exit"] == 0, f"rank {rank}: {one.get('trace', one)}"
+    return [one["value"] for one in found]
+
+
+def _rank(rank: int, ranks: int, port: int, work: Callable[[Path], Any], folder: Path, timeout: timedelta) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    file = folder / f"rank-{rank}-of-{ranks}.json"
+    try:
+        with distributed.process_group(timeout):
+            file.write_text(json.dumps({"value": work(folder)}))
+    except Exception as error:
+        file.write_text(json.dumps({"error": str(error), "trace": traceback.format_exc()}))
+        os._exit(1)  # as a process that dies: nothing is tidied up

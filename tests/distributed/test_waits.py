@@ -1,0 +1,94 @@
+"""No wait is without an end: a rank that hangs, raises or is killed ends the others with an error that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_processes import run_ranks, values_of
+
+from srcfast.errors import InputError
+from srcfast.runtime import distributed
+
+SHORT = timedelta(seconds=3)
+
+
+def hang(folder: Path) -> None:
+    distributed.barrier()
+    distributed.under_way()
+    if distributed.rank() == 1:
+        time.sleep(30)
+    distributed.barrier()
+
+
+def be_killed(folder: Path) -> None:
+    distributed.barrier()
+    distributed.under_way()
+    if distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.barrier()
+
+
+def fail(folder: Path) -> None:
+    distributed.barrier()
+    distributed.under_way()
+    if distributed.rank() == 1:
+        raise InputError(field="image", expected="a picture", found="none")
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("work", [hang, be_killed, fail])
+def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path, work: Any) -> None:
+    began = time.monotonic()
+    here = run_ranks(2, work, tmp_path, SHORT)[0]
+    assert here["exit"] == 1
+    assert "waited in vain for rank 1" in here["error"] and "distributed.timeout_seconds" in here["error"]
+    assert time.monotonic() - began < 60  # START_TIMEOUT, which holds before, is longer
+
+
+def main_fails(folder: Path) -> None:
+    def read() -> dict[str, int]:
+        raise InputError(file="config.yaml", expected="a mapping", found="a list")
+
+    distributed.from_main(read)
+
+
+def test_what_rank_0_alone_can_not_do_ends_all(tmp_path: Path) -> None:
+    found = run_ranks(2, main_fails, tmp_path)
+    assert [one["exit"] for one in found] == [1, 1]
+    assert found[0]["error"].startswith("config.yaml: expected a mapping")
+    assert found[1]["error"].startswith("rank 0 has failed: InputError: config.yaml: expected a mapping")
+
+
+def exchange(folder: Path) -> dict[str, Any]:
+    own = {"rank": distributed.rank(), "words": ["ä"] * distributed.rank()}
+    numbers = [distributed.next_number("piece") for _ in range(5)]
+    return {
+        "gathered": distributed.gather(own),
+        "broadcast": distributed.broadcast(own),
+        "main": distributed.from_main(lambda: {"of": distributed.rank()}),
+        "numbers": distributed.gather(numbers),
+    }
+
+
+def test_ranks_tell_each_other_values_and_share_numbers_without_a_gap(tmp_path: Path) -> None:
+    everyone = [{"rank": rank, "words": ["ä"] * rank} for rank in range(3)]
+    for told in values_of(run_ranks(3, exchange, tmp_path)):
+        assert told["gathered"] == everyone
+        assert told["broadcast"] == everyone[0]
+        assert told["main"] == {"of": 0}
+        assert sorted(sum(told["numbers"], [])) == list(range(15))
+
+
+def test_one_process_alone_needs_no_one() -> None:
+    distributed.barrier()
+    distributed.under_way()
+    assert distributed.gather(3) == [3] and distributed.broadcast({"a": 1}) == {"a": 1}
+    assert distributed.from_main(lambda: 7) == 7
+    with distributed.process_group():
+        assert (distributed.rank(), distributed.size(), distributed.is_main()) == (0, 1, True)
