@@ -60,14 +60,14 @@ def by_shape(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def where(machine: dict[str, Any], device: str) -> str:
-    """`2 threads of ...; torch ...; commit ...`."""
+def where(machine: dict[str, Any], device: str, *others: dict[str, Any]) -> str:
+    """`2 threads of ...; torch ...; commit ...`; with the commits of other results from the same machine."""
     place = machine["gpu"] if device == "cuda" else f"{machine['threads']} threads of {machine['cpu']}"
     versions = machine["versions"]
     if not isinstance(versions, str):
         versions = " ".join(f"{name}={version}" for name, version in versions.items())
-    commit = machine["git_commit"].removesuffix("-dirty")[:10]
-    return f"{place}; torch {machine['torch']} {versions}; commit {commit}."
+    commits = dict.fromkeys(one["git_commit"].removesuffix("-dirty")[:10] for one in (machine, *others))
+    return f"{place}; torch {machine['torch']} {versions}; commit {', '.join(commits)}."
 
 
 # The page ---------------------------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
         rates = [1 / seconds[who] for who in ("ours", "peer")]
         cells = ["**a sample through all four**", "its way that does all of the work", "the fastest of each"]
         cells += [f"**{rates[0] / rates[1]:.1f}**", f"{number(rates[0])}, {number(rates[1])} samples/s", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    machine = next(iter(stages.values()))["machine"]
-    return [*lines, "", f"On {where(machine, device)}", ""]
+        lines.insert(2, f"| {' | '.join(cells)} |")
+    machines = [result["machine"] for result in stages.values()]
+    return [*lines, "", f"On {where(machines[0], device, *machines[1:])}", ""]
 
 
 def operations_in_short(operations: dict[str, list[dict[str, Any]]], device: str) -> list[str]:
