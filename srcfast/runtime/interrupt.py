@@ -69,13 +69,6 @@ def stop_if_asked(done: str = "") -> None:
         raise Interrupted(_asked, done)
 
 
-def agreed() -> int:
-    """The signal that any rank was asked to stop by, the same on all ranks; 0 for none. All ranks must call it together."""
-    from srcfast.runtime import distributed  # with it comes torch, which the command line doesn't load before it has to
-
-    return max(distributed.gather(_asked))
-
-
 def _receive(number: int, frame: FrameType | None) -> None:
     global _asked
     if _loops and not _asked:

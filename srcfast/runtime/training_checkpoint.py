@@ -31,10 +31,11 @@ from torch import Tensor
 from srcfast.data.jsonl import COMPLETE, write_json
 from srcfast.errors import ConfigError, SrcfastError
 from srcfast.models.checkpoint import save_tensors
-from srcfast.runtime import distributed
+from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.run_directory import flat, plain
 
 if TYPE_CHECKING:
+    from srcfast.runtime.optimizer import AdamW
     from srcfast.runtime.training import TrainingItem
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
@@ -62,45 +63,69 @@ class TrainingCheckpoints:
     minutes: float = 10.0
     steps: int = 0
     on_continue: Callable[[list[dict[str, Any]], float], None] | None = None
+    _identity: Mapping[str, Any] = field(default_factory=dict, init=False)
+    _saved: int = field(default=0, init=False)
     _last: float = field(default_factory=time.monotonic, init=False)
     _began: float = field(default_factory=time.monotonic, init=False)
-    _saved: int = field(default=0, init=False)
 
-    def due(self, step: int) -> bool:
-        """Whether it is time to save after this many steps."""
+    def begin(
+        self, optimizer: AdamW, loop: Mapping[str, Any], items: Sequence[TrainingItem]
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """Take over what is saved of the training that begins with these weights, items and settings of the loop.
+
+        On several ranks all take what rank 0 finds whole; there may be another number of them than before.
+
+        Returns:
+            Steps done, and their metrics.
+
+        Raises:
+            ConfigError: what is saved is another training's, see `load_training`.
+        """
+        self._identity = identity_of(self.settings, loop, items, optimizer.weights)
+        found: SavedTraining | None = None
+
+        def search() -> int | None:
+            nonlocal found
+            found = load_training(self.directory, self._identity)
+            return None if found is None else found.step
+
+        step = distributed.from_main(search)
+        if step is None:
+            return 0, []
+        if found is None:
+            found = _read(_place(self.directory, step))
+        with torch.no_grad():
+            optimizer.weights.copy_(found.weights)
+        optimizer.load_state_dict(found.optimizer)
+        self._saved, self._began = step, time.monotonic() - found.seconds
+        if self.on_continue is not None:
+            self.on_continue(found.history, found.seconds)
+        return step, list(found.history)
+
+    def asked(self, step: int) -> tuple[int, bool]:
+        """After this many steps: the signal to stop by (0: none), and whether to save; the same on all ranks."""
         by_clock = self.minutes and time.monotonic() - self._last >= 60.0 * self.minutes
-        return bool(by_clock or (self.steps and step % self.steps == 0))
+        due = bool(by_clock or (self.steps and step % self.steps == 0))
+        told = distributed.gather([interrupt.asked(), due])
+        stop = max(signal for signal, _ in told)
+        return stop, bool(stop) or told[0][1]
 
-    def save(self, training: SavedTraining) -> None:
+    def save(self, step: int, optimizer: AdamW, history: list[dict[str, Any]]) -> None:
         """Save unless that is done already. Rank 0 alone does it, for all ranks have the same.
 
         Raises:
             SrcfastError: it can't be written.
         """
-        if training.step != self._saved and distributed.is_main():
-            training.seconds = time.monotonic() - self._began
-            save_training(self.directory, training)
-        self._saved, self._last = training.step, time.monotonic()
-
-    def load(self, identity: Mapping[str, Any]) -> SavedTraining | None:
-        """What to continue from, see `load_training`: the one that rank 0 finds whole. The clock goes on from there."""
-        found: SavedTraining | None = None
-
-        def search() -> int | None:
-            nonlocal found
-            found = load_training(self.directory, identity)
-            return None if found is None else found.step
-
-        step = distributed.from_main(search)
-        if step is not None and found is None:
-            found = _read(_place(self.directory, step))
-        if found is not None:
-            self._saved, self._began = found.step, time.monotonic() - found.seconds
-        return found
+        if step != self._saved and distributed.is_main():
+            seconds = time.monotonic() - self._began
+            weights, moments = optimizer.weights, optimizer.state_dict()
+            save_training(self.directory, SavedTraining(step, weights, moments, history, self._identity, seconds))
+        self._saved, self._last = step, time.monotonic()
 
     def remove(self) -> None:
         """Forget them all: the training's result is on disk."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @dataclass
@@ -121,7 +146,7 @@ class SavedTraining:
     optimizer: Mapping[str, Tensor]
     history: list[dict[str, Any]]
     identity: Mapping[str, Any]
-    seconds: float = 0.0
+    seconds: float
 
 
 def identity_of(
@@ -255,7 +280,7 @@ def _place(directory: Path, step: int) -> Path:
 
 def _discard(path: Path) -> None:
     """Under another name first, so that no half of it is ever taken for a damaged checkpoint."""
-    temporary = _temporary(path)
+    temporary = _temporary(path.with_name(f"{path.name}.old"))
     os.replace(path, temporary)
     shutil.rmtree(temporary)
 

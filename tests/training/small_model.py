@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srcfast.data.forest import Forest
+from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.training import TrainingItem
 
 IMAGE, END = 1, 2
 TOKENS_PER_IMAGE = 3
@@ -72,6 +73,18 @@ def image_embedding(key: str) -> Tensor:
 
 def random_text(rng: np.random.Generator, most: int) -> str:
     return "".join(rng.choice(list("abcdefghijklmnop "), rng.integers(1, most)))
+
+
+def response_items(count: int, images: bool = False) -> list[TrainingItem]:
+    rng = np.random.default_rng(7)
+    items = []
+    for number in range(count):
+        picture = [IMAGE] * TOKENS_PER_IMAGE if images else []
+        prompt = Segment(np.array([*picture, *letters(random_text(rng, 24))]))
+        response = Segment(np.array([*letters(random_text(rng, 17)), END]), 0)
+        keys = (f"image-{number % 3}",) if images else ()
+        items.append(TrainingItem(Tree((prompt, response), keys, key=f"sample-{number}")))
+    return items
 
 
 def random_preferences(count: int, seed: int = 0) -> list[Preference]:

@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 import torch
 from small_model import (
-    END,
-    IMAGE,
-    TOKENS_PER_IMAGE,
     SmallModel,
     image_embedding,
-    letters,
     random_preferences,
-    random_text,
+    response_items,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,18 +42,6 @@ from srcfast.stages.rationale import rationale_loss, response_tokens
 SETTINGS = TrainingSettings(
     micro_batch_size=8, token_budget=4096, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, seed=3
 )
-
-
-def response_items(count: int, images: bool = False) -> list[TrainingItem]:
-    rng = np.random.default_rng(7)
-    items = []
-    for number in range(count):
-        picture = [IMAGE] * TOKENS_PER_IMAGE if images else []
-        prompt = Segment(np.array([*picture, *letters(random_text(rng, 24))]))
-        response = Segment(np.array([*letters(random_text(rng, 17)), END]), 0)
-        keys = (f"image-{number % 3}",) if images else ()
-        items.append(TrainingItem(Tree((prompt, response), keys, key=f"sample-{number}")))
-    return items
 
 
 def trained_weights(settings: TrainingSettings, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:

@@ -1,0 +1,184 @@
+"""A training that is stopped anywhere goes on bit for bit; a damaged or foreign checkpoint is never continued from."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_model import SmallModel, response_items
+
+from srcfast.errors import ConfigError, Interrupted, SrcfastError
+from srcfast.models.lora import LoRAConfig
+from srcfast.runtime import interrupt
+from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps, train
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.stages.rationale import rationale_loss, response_tokens
+
+# 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
+SETTINGS = TrainingSettings(
+    epochs=2, micro_batch_size=2, gradient_accumulation_steps=2, token_budget=4096, learning_rate=1e-2, seed=3
+)
+STEPS = num_steps(5, SETTINGS)
+MEASURED = ("tokens_per_second", "mfu", "peak_memory_bytes")  # of the clock and the machine
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def trained(
+    directory: Path | None,
+    settings: TrainingSettings = SETTINGS,
+    on_step: OnStep | None = None,
+    items: list[TrainingItem] | None = None,
+    seed: int = 0,
+    beta: float = 0.1,
+    **keep: Any,
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Weights and metrics of a training in this directory, by a process that knows nothing but the directory."""
+    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2, seed=seed))
+    checkpoints = None
+    if directory is not None:
+        checkpoints = TrainingCheckpoints(directory, {"beta": beta}, **({"minutes": 0} | keep))
+    history = train(
+        model,
+        items or response_items(5),
+        loss=rationale_loss,
+        denominator=response_tokens,
+        settings=settings,
+        on_step=on_step,
+        checkpoints=checkpoints,
+    )
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return weights, [{name: row[name] for name in row if name not in MEASURED} for row in history]
+
+
+def signal_at(step: int, steps_seen: list[int] | None = None) -> OnStep:
+    def on_step(metrics: dict[str, Any]) -> None:
+        if steps_seen is not None:
+            steps_seen.append(metrics["step"])
+        if metrics["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return on_step
+
+
+def stop_after(step: int, directory: Path, settings: TrainingSettings = SETTINGS, **keep: Any) -> list[int]:
+    seen: list[int] = []
+    with interrupt.listening(), pytest.raises(Interrupted, match=rf"SIGTERM after step {step + 1} of {STEPS}") as error:
+        trained(directory, settings, signal_at(step, seen), **keep)
+    assert error.value.status == 143
+    return seen
+
+
+def crash_at(step: int, directory: Path, **keep: Any) -> None:
+    def on_step(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == step:
+            raise KeyError("killed")
+
+    with pytest.raises(KeyError, match="killed"):
+        trained(directory, SETTINGS, on_step, **keep)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_at_any_step_a_training_goes_on_bit_for_bit(tmp_path: Path, workers: int) -> None:
+    settings = replace(SETTINGS, loader_workers=workers)
+    weights, history = trained(None, settings)
+    for step in range(STEPS):
+        directory = tmp_path / str(step)
+        seen = stop_after(step, directory, settings)
+        again: list[int] = []
+        resumed, resumed_history = trained(directory, settings, lambda metrics, to=again: to.append(metrics["step"]))
+        assert torch.equal(resumed, weights)
+        assert resumed_history == history
+        assert seen + again == list(range(STEPS))
+
+
+def test_stopped_after_every_step_in_turn_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    weights, history = trained(None)
+    for step in range(STEPS):
+        assert stop_after(step, tmp_path) == [step]
+    resumed, resumed_history = trained(tmp_path)
+    assert torch.equal(resumed, weights)
+    assert resumed_history == history
+
+
+def test_8_bit_moments_go_on_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    for name in ("adamw_8bit", "paged_adamw"):
+        settings = replace(SETTINGS, optimizer=name)
+        weights, _ = trained(None, settings)
+        stop_after(1, tmp_path / name, settings)
+        assert torch.equal(trained(tmp_path / name, settings)[0], weights)
+
+
+def test_a_crash_costs_the_steps_since_the_last_save(tmp_path: Path) -> None:
+    weights, history = trained(None)
+    crash_at(2, tmp_path, steps=2)
+    again: list[int] = []
+    known: list[list[int]] = []
+    resumed, resumed_history = trained(
+        tmp_path,
+        on_step=lambda metrics: again.append(metrics["step"]),
+        steps=2,
+        on_continue=lambda rows, seconds: known.append([row["step"] for row in rows]),
+    )
+    assert (known, again) == ([[0, 1]], list(range(2, STEPS)))
+    assert torch.equal(resumed, weights)
+    assert resumed_history == history
+
+
+def test_the_last_two_are_kept_and_nothing_half_written(tmp_path: Path) -> None:
+    trained(tmp_path, steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (STEPS - 1, STEPS)]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path], None], file: str) -> None:
+    weights, history = trained(None)
+    crash_at(2, tmp_path, steps=1)  # steps 1 and 2 are saved
+    damage(tmp_path / "step-00000002" / file)
+    with pytest.warns(RuntimeWarning, match="step-00000002: a damaged checkpoint .* the one before is used"):
+        resumed, resumed_history = trained(tmp_path, steps=1)
+    assert torch.equal(resumed, weights)
+    assert resumed_history == history
+
+
+def test_where_both_are_damaged_training_begins_anew(tmp_path: Path) -> None:
+    weights, _ = trained(None)
+    crash_at(2, tmp_path, steps=1)
+    for name in ("step-00000001", "step-00000002"):
+        flip_a_bit(tmp_path / name / "optimizer.safetensors")
+    with pytest.warns(RuntimeWarning, match="step-00000001: a damaged checkpoint .* this training begins anew"):
+        assert torch.equal(trained(tmp_path, steps=1)[0], weights)
+
+
+def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path: Path) -> None:
+    stop_after(1, tmp_path)
+    with pytest.raises(ConfigError, match=r"with stage.beta = 0.1, this run has 0.2.*Mend: set stage.beta back"):
+        trained(tmp_path, beta=0.2)
+    with pytest.raises(ConfigError, match="with loop.learning_rate = 0.01, this run has 0.02"):
+        trained(tmp_path, replace(SETTINGS, learning_rate=0.02))
+    with pytest.raises(ConfigError, match="with items = "):
+        trained(tmp_path, items=response_items(6)[1:])
+    with pytest.raises(ConfigError, match="with starting weights = "):
+        trained(tmp_path, seed=1)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected room and permission.*Mend"):
+        trained(tmp_path / "file" / "checkpoint", steps=1)
