@@ -1,7 +1,8 @@
 """Self-Rationale Calibration on one page: rationale fine-tuning, then rounds of candidates, scores, curation and DPO.
 
 Every stage reads files of the run directory and writes files there. A stage that is finished is never run again: the same
-command continues a run that was stopped.
+command continues a run that was stopped. On several ranks all go through all stages together; what a run has once (its
+settings, manifest, metrics, adapters, summary, page) rank 0 writes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.report.page import write_report
+from srcfast.runtime import distributed
 from srcfast.runtime.measure import measured
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.run_directory import RunDirectory
@@ -74,8 +76,8 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
         run.preferences(iteration)
         run.preference_tuning(iteration)
         run.evaluate(f"iteration-{iteration}", run.directory.adapter(iteration))
-    run.write_summary()
-    return write_report(run.directory.path)
+    distributed.from_main(run.write_summary)
+    return run.directory.report_file
 
 
 class Calibration:
@@ -85,13 +87,13 @@ class Calibration:
         self.began = time.perf_counter()
         self.config, self.profile = config, profile
         self.directory = RunDirectory(config.run_path)
-        self.directory.write_config(config)
+        distributed.from_main(lambda: self.directory.write_config(config))
         self.images = Path(config.output) / "images"
         rejected: list[dict[str, Any]] = []
         self.rationale_samples = read_training_samples(config, "rationale", self.images, rejected)
         self.calibration_samples = read_training_samples(config, "calibration", self.images, rejected)
         self.evaluation_sets = read_evaluation_sets(config, self.images, rejected)
-        write_jsonl(self.directory.rejected_file, rejected)
+        distributed.from_main(lambda: write_jsonl(self.directory.rejected_file, rejected))
         self.rejected = len(rejected)
         self.samples = {
             sample.id: sample
@@ -119,7 +121,8 @@ class Calibration:
                     progress,
                     self.config.evaluation.cuda_graphs,
                 )
-                write_predictions(self._predictions(model, one), predictions)
+                if distributed.is_main():
+                    write_predictions(self._predictions(model, one), predictions)
                 entries.append(
                     summarise(
                         predictions,
@@ -165,7 +168,8 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             found = self._search(samples, iteration, progress)
-            write_shards(self._shards(iteration, "candidates"), (c.to_json() for own in found for c in own))
+            if distributed.is_main():
+                write_shards(self._shards(iteration, "candidates"), (c.to_json() for own in found for c in own))
             return {"diversity": diversity(found)}
 
         self._stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
@@ -197,7 +201,8 @@ class Calibration:
             section, adaptive = self.config.scorer, self.config.scorer.adaptive()
             own, budget = self._candidates(iteration), section.token_budget
             rows = scored_rows(self._load_judge(), samples, own, budget, section.mode, progress, adaptive)
-            write_shards(self._shards(iteration, "scores"), rows)
+            if distributed.is_main():
+                write_shards(self._shards(iteration, "scores"), rows)
             return {} if adaptive is None else {"adaptive": adaptive.report()}
 
         self._stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
@@ -234,8 +239,9 @@ class Calibration:
                 seed=self.config.seed + iteration,
             )
             progress.advance(len(samples))
-            write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
-            self._write_gallery(iteration, done)
+            if distributed.is_main():
+                write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
+                self._write_gallery(iteration, done)
             return {"funnel": funnel, "references": takeover.to_json()}
 
         self._stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)
@@ -275,7 +281,7 @@ class Calibration:
     # The summary ------------------------------------------------------------------------------------------
 
     def write_summary(self) -> None:
-        """`summary.json` from the manifest: what every stage found, how long it took, and the headroom recovered."""
+        """`summary.json` from the manifest: what every stage found, how long it took, the headroom recovered; and the page."""
         manifest = self.directory.manifest()
         headroom = [dict(e) for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
         for entry in headroom:
@@ -314,6 +320,7 @@ class Calibration:
             "seconds": sum(stage["seconds"] for stage in manifest.values()),
         }
         write_json(self.directory.summary_file, summary)
+        write_report(self.directory.path)
 
     def _write_gallery(self, iteration: int, pairs: list[Preference]) -> None:
         """`gallery.json`: some of the last round's samples with all candidates, scores and the oracle's judgement."""
@@ -366,6 +373,8 @@ class Calibration:
     ) -> None:
         """Run a stage unless the manifest has it, with a progress bar, and enter it when all it wrote is on disk.
 
+        All ranks do it, as rank 0 finds it in the manifest; none leaves before rank 0 has entered it.
+
         Args:
             name: the manifest's.
             sections: settings that the stage depends on, beside those of all stages.
@@ -377,9 +386,9 @@ class Calibration:
         resolved = self.config.model_dump(mode="json")
         shared = ("seed", "model", "data")
         settings = {key: resolved[key] for key in dict.fromkeys((*shared, *sections))}
-        if self.directory.stage_done(name, settings):
+        if distributed.from_main(lambda: self.directory.stage_done(name, settings) is not None):
             return
-        self.directory.forget_metrics(name)
+        distributed.from_main(lambda: self.directory.forget_metrics(name))
         kind = name.rpartition("/")[2]
         self.forecast = forecast_stage(self.config, kind, images=len(self.samples))
         if not adapted:
@@ -395,22 +404,29 @@ class Calibration:
         found["memory"] = taken.record(self.forecast, self._models())
         self.judge = None
         found["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
-        self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
+        distributed.from_main(
+            lambda: self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
+        )
+        distributed.under_way()
 
     def _step(self, stage: str, progress: Track) -> Callable[[dict[str, Any]], None]:
         def on_step(metrics: dict[str, Any]) -> None:
-            with self.directory.metrics() as writer:
-                writer.write({"stage": stage} | metrics)
+            if distributed.is_main():
+                with self.directory.metrics() as writer:
+                    writer.write({"stage": stage} | metrics)
             progress.advance(1, tokens=metrics["tokens"])
 
         return on_step
 
     def _profiler(self, stage: str) -> StepProfiler | None:
-        return None if self.profile is None else StepProfiler(self.profile, self.directory.path / "profile" / stage)
+        if self.profile is None or not distributed.is_main():
+            return None
+        return StepProfiler(self.profile, self.directory.path / "profile" / stage)
 
     def _keep_adapter(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.policy.model, directory)
+        if distributed.is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+            save_adapter(self.policy.model, directory)
         self.policy.adapter = directory
         self.policy.model.zero_grad(set_to_none=True)  # no later stage needs the gradients' memory
 

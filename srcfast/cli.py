@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from srcfast.errors import ConfigError, InputError, SrcfastError
+from srcfast.errors import ConfigError, InputError, SrcfastError, printable
 
 
 class Commands(TyperGroup):
@@ -16,10 +18,25 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return recorded(super().invoke)(ctx)
         except SrcfastError as error:
-            typer.echo(f"srcfast: {error}", err=True)
+            who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
+            typer.echo(f"{who}: {printable(str(error))}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError | InputError) else 1) from None
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of torchrun's ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Under torchrun an error is also written where torchrun looks for it, which then shows the first of all ranks'."""
+    if not under_torchrun():
+        return work
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(work)
 
 
 app = typer.Typer(

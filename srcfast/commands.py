@@ -17,7 +17,17 @@ from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shard
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
-from srcfast.loading import draw, features_of, load_judge, load_model, policy_hash, rationale_pairs, read_dataset
+from srcfast.loading import (
+    draw,
+    features_of,
+    load_judge,
+    load_model,
+    on_all_ranks,
+    policy_hash,
+    rationale_pairs,
+    read_dataset,
+)
+from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
 
 if TYPE_CHECKING:
@@ -130,7 +140,7 @@ def set_aside(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float,
     if not rejected and kept:
         return
     file = output / "rejected.jsonl"
-    if rejected:
+    if rejected and distributed.is_main():
         write_jsonl(file, rejected)
     check_rejected(rejected, len(rejected) + kept, limit)
     if not kept:
@@ -167,16 +177,16 @@ def _read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
 # Stages ---------------------------------------------------------------------------------------------------------------
 
 
-def meets_out_of_memory(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command, of which the settings are the first argument, that says what to change where memory runs out."""
+def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command, of which the settings are the first argument, on all ranks; it says what to change where memory runs out."""
 
     def of(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(config: Config, *arguments: Any) -> None:
             from srcfast.plan import out_of_memory_is_met
 
-            with out_of_memory_is_met(config, stage):
-                command(config, *arguments)
+            with on_all_ranks(config) as own, out_of_memory_is_met(own, stage):
+                command(own, *arguments)
 
         return run
 
@@ -190,14 +200,17 @@ def calibrate(config: Config, profile: range | None = None) -> None:
     from srcfast.calibrate import calibrate as run
     from srcfast.report.table import results_table
 
-    page = run(config, profile)
+    with on_all_ranks(config) as own:
+        page = run(own, profile)
+        if not distributed.is_main():
+            return
     if not config.quiet:
         summary = json.loads((config.run_path / "summary.json").read_text(encoding="utf-8"))
         Console().print(results_table(summary))
     print(f"page: {page}")
 
 
-@meets_out_of_memory("rationale")
+@on_ranks("rationale")
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
@@ -213,13 +226,14 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
         fine_tune_rationale(
             model, raps, loop, features=features, on_step=run.step, on_items=run.expect, profiler=run.profiler
         )
-    save_adapter(model, output)
+    if distributed.is_main():
+        save_adapter(model, output)
     run.write_summary(
         model=str(model.path), samples=len(raps) + dropped.total(), pairs=len(raps), dropped=dict(dropped)
     )
 
 
-@meets_out_of_memory("candidates")
+@on_ranks("candidates")
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of every sample into shards under `output`."""
     from srcfast.stages.candidates import generate_candidates
@@ -243,7 +257,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     write_shards(output, (candidate.to_json() for own in found for candidate in own))
 
 
-@meets_out_of_memory("scores")
+@on_ranks("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Judge candidates into shards under `output`."""
     from srcfast.stages.scoring import scored_rows
@@ -259,10 +273,13 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
         write_json(output / "adaptive.json", adaptive.report())
 
 
+@on_ranks("preferences")
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
-    """Choose pairs into shards under `output`, with `funnel.json` beside them."""
+    """Choose pairs into shards under `output`, with `funnel.json` beside them; rank 0 does it alone."""
     from srcfast.stages.curation import curate as choose
 
+    if not distributed.is_main():
+        return
     output = need(output, "--output", "a folder for the preferences")
     samples = read_all(config, source, "calibration", output)
     rows = iter(()) if scores is None else (row for _, _, row in read_shards(scores))
@@ -276,7 +293,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
         print(json.dumps({"pairs": len(pairs), "dropped": funnel["dropped"]}))
 
 
-@meets_out_of_memory("dpo")
+@on_ranks("dpo")
 def dpo(
     config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
 ) -> None:
@@ -327,12 +344,16 @@ def dpo(
             on_items=run.expect,
             profiler=run.profiler,
         )
-    save_adapter(model, output)
+    if distributed.is_main():
+        save_adapter(model, output)
     run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
 
 
 class TrainingRun:
-    """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured."""
+    """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured.
+
+    Only rank 0 writes.
+    """
 
     def __init__(
         self,
@@ -348,16 +369,20 @@ class TrainingRun:
         from srcfast.runtime.profiling import StepProfiler
         from srcfast.runtime.training import num_steps
 
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "metrics.jsonl").unlink(missing_ok=True)
+        self.writer: MetricsWriter | None = None
+        if distributed.is_main():
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "metrics.jsonl").unlink(missing_ok=True)
+            self.writer = MetricsWriter(output / "metrics.jsonl")
         self.name, self.loop, self.output, self.config, self.model = name, loop, output, config, model
         self.history: list[dict[str, Any]] = []
         self.forecast: Forecast | None = None
-        self.writer = MetricsWriter(output / "metrics.jsonl")
         self.memory = ExitStack()
         self.taken = self.memory.enter_context(measured(config.model.device, model.parameters))
         self.progress = Track(name, num_steps(items, loop), "steps", config.quiet)
-        self.profiler = None if profile is None else StepProfiler(profile, output / "profile")
+        self.profiler: StepProfiler | None = None
+        if profile is not None and distributed.is_main():
+            self.profiler = StepProfiler(profile, output / "profile")
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -365,7 +390,8 @@ class TrainingRun:
     def __exit__(self, *error: object) -> None:
         self.memory.close()
         self.progress.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
         if self.profiler is not None:
             self.profiler.show()
 
@@ -377,10 +403,13 @@ class TrainingRun:
 
     def step(self, metrics: dict[str, Any]) -> None:
         self.history.append(metrics)
-        self.writer.write(metrics)
+        if self.writer is not None:
+            self.writer.write(metrics)
         self.progress.advance(1, tokens=metrics["tokens"])
 
     def write_summary(self, **more: Any) -> None:
+        if not distributed.is_main():
+            return
         summary = {
             **more,
             "steps": len(self.history),
@@ -396,7 +425,7 @@ class TrainingRun:
         write_json(self.output / "summary.json", summary)
 
 
-@meets_out_of_memory("evaluation")
+@on_ranks("evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Greedy answers to every evaluation dataset: `predictions/` and `summary.json` under `output`."""
     from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
@@ -435,12 +464,17 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         print(json.dumps(entries, indent=2))
 
 
-@meets_out_of_memory("preferences")
+@on_ranks("preferences")
 def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """{images, prompt, response} in, {logprob, tokens} out, line for line; a bad line stops it at once."""
+    """{images, prompt, response} in, {logprob, tokens} out, line for line; a bad line stops it at once.
+
+    Rank 0 does it alone.
+    """
     from srcfast.stages.preference import response_logprobs
     from srcfast.stages.rationale import PromptEncoder, image_keys
 
+    if not distributed.is_main():
+        return
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
     rows = [
@@ -461,7 +495,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
     write_jsonl(output, ({"logprob": value, "tokens": tokens} for value, tokens in found))
 
 
-@meets_out_of_memory("scorer_training")
+@on_ranks("scorer_training")
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
     from srcfast.data.rationale_format import parse_response
@@ -492,6 +526,8 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     judge, loop = load_judge(config), own.training_settings(config.seed)
     with TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run:
         train_scorer(judge, train, loop, run.step, run.profiler)
+    if not distributed.is_main():
+        return
     save_text_model(judge.text_model, output)
     result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
     run.write_summary(model=config.scorer.path, examples=len(train), held_out=result)

@@ -280,6 +280,14 @@ class EvaluationSection(Section):
     headroom_samples: int = Field(500, ge=0, description="samples for pass@N and best-of-N; 0 = not measured")
 
 
+class DistributedSection(Section):
+    timeout_seconds: int = Field(
+        600,
+        ge=1,
+        description="longest wait of a rank for another once all are under way; then the run ends with an error",
+    )
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -308,6 +316,7 @@ class Config(Section):
     dpo: DPOSection = DPOSection()  # type: ignore[call-arg]
     scorer_training: ScorerTrainingSection = ScorerTrainingSection()  # type: ignore[call-arg]
     evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
+    distributed: DistributedSection = DistributedSection()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _rejected_fits(self) -> Self:

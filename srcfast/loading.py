@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,18 @@ from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.plan import policy_stays
+from srcfast.runtime import distributed
 from srcfast.runtime.forecast import image_cache, images_at_once
 from srcfast.runtime.memory import ModelSizes, limit_memory, memory_of, parse_bytes
 from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
 from srcfast.world.samples import world_samples
+
+
+@contextmanager
+def on_all_ranks(config: Config) -> Iterator[Config]:
+    """The settings as this rank has them, among the ranks that `torchrun` has started: only rank 0 shows progress."""
+    with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
+        yield config if distributed.is_main() else config.model_copy(update={"quiet": True})
 
 
 @dataclass(frozen=True)

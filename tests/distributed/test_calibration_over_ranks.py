@@ -1,0 +1,116 @@
+"""`torchrun -m srcfast`: a whole calibration on 1, 2 and 4 ranks, continued with another number, and errors shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+SETTINGS = """
+name: small
+quiet: true
+threads: 1
+model: {path: embedded}
+scorer: {path: embedded}
+data:
+  train:
+    - {name: world, format: world, split: train, limit: 32, use: [rationale]}
+    - {name: world-fresh, format: world, split: train, seed: 1, limit: 16, use: [calibration]}
+  evaluation:
+    - {name: world, format: world, split: test, limit: 7}
+lora: {r: 8, alpha: 16}
+rationale: {samples: 32, epochs: 6, micro_batch_size: 5, gradient_accumulation_steps: 1, learning_rate: 2.0e-3}
+candidates: {samples: 16, num_candidates: 3, max_sentence_tokens: 24, max_new_tokens: 96, batch_size: 4}
+curation: {min_margin: 0.0, min_confidence: 0.0, min_rating: 0.0}
+dpo: {epochs: 1, micro_batch_size: 6, gradient_accumulation_steps: 1, rehearsal_weight: 1.0}
+evaluation: {max_new_tokens: 96, batch_size: 4, bootstrap_resamples: 100, headroom_samples: 3}
+"""
+KEPT = ("base/evaluation", "rationale", "rationale/evaluation")
+FILES = ("candidates", "scores", "preferences")
+
+
+def srcfast(ranks: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line on so many ranks, as it is started by hand."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, "srcfast", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def calibrate(ranks: int, config: Path, output: Path) -> Path:
+    done = srcfast(ranks, "calibrate", config, f"output={output}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output / "small"
+
+
+def tuned(run: Path, adapter: str) -> np.ndarray:
+    tensors = load_file(run / adapter / "adapter_model.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def rounds_off(run: Path, copy: Path) -> Path:
+    """The run as it was before its first round."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "iteration-1")
+    (copy / "summary.json").unlink()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({name: manifest[name] for name in KEPT}))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SETTINGS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(1, config, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_run_continued_on_other_ranks_gives_the_same_files(
+    config: Path, alone: Path, tmp_path: Path, ranks: int
+) -> None:
+    output = tmp_path / "output"
+    rounds_off(alone, output / "small")
+    run = calibrate(ranks, config, output)
+    for kind in FILES:
+        shards = sorted((alone / "iteration-1" / kind).glob("*.jsonl"))
+        assert shards
+        for shard in shards:
+            assert (run / "iteration-1" / kind / shard.name).read_bytes() == shard.read_bytes(), shard
+    adapter = "iteration-1/adapter"
+    np.testing.assert_allclose(tuned(run, adapter), tuned(alone, adapter), rtol=1e-3, atol=2e-6)
+    summary, own = (json.loads((one / "summary.json").read_text()) for one in (run, alone))
+    assert summary["funnel"] == own["funnel"] and summary["diversity"] == own["diversity"]
+    assert (run / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_rationale_tuning_on_ranks_gives_the_adapter_of_one(config: Path, alone: Path, tmp_path: Path) -> None:
+    run = calibrate(2, config, tmp_path)
+    # AdamW divides by the gradient's size, which enlarges rounding in fp32.
+    np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if row["stage"] == "rationale"] == list(range(42))  # written once, in order
+    base = "predictions/base/world-test.jsonl"
+    assert (run / base).read_bytes() == (alone / base).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_error_on_the_ranks_is_shown_and_the_status_is_not_0(tmp_path: Path) -> None:
+    done = srcfast(2, "rationale", f"--data={tmp_path / 'none.jsonl'}", f"--output={tmp_path / 'adapter'}")
+    assert done.returncode != 0
+    assert "none.jsonl: expected a readable file" in done.stderr  # the rank's words
+    assert "InputError" in done.stderr  # torchrun's account of the first failure
