@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +38,19 @@ KEPT = ("base/evaluation", "rationale", "rationale/evaluation")
 FILES = ("candidates", "scores", "preferences")
 
 
+def launcher(ranks: int) -> list[str]:
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    return [sys.executable, "-m", *torchrun]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def srcfast(ranks: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """The command line on so many ranks, as it is started by hand."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "srcfast", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    command = [*launcher(ranks), "srcfast", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
 
 
 def calibrate(ranks: int, config: Path, output: Path) -> Path:
@@ -114,3 +123,27 @@ def test_an_error_on_the_ranks_is_shown_and_the_status_is_not_0(tmp_path: Path) 
     assert done.returncode != 0
     assert "none.jsonl: expected a readable file" in done.stderr  # the rank's words
     assert "InputError" in done.stderr  # torchrun's account of the first failure
+
+
+def children(process: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for torchrun's processes in /proc")
+def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_continues_it(
+    config: Path, alone: Path, tmp_path: Path
+) -> None:
+    command = [*launcher(2), "srcfast", "calibrate", str(config), f"output={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
+    metrics = tmp_path / "small" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()):  # until the first step of training is done
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "SIGKILL" in errors
+    run = calibrate(1, config, tmp_path)
+    np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
+    assert (run / "report" / "index.html").is_file()
