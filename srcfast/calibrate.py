@@ -37,9 +37,10 @@ from srcfast.report.page import write_report
 from srcfast.runtime import distributed
 from srcfast.runtime.measure import measured
 from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.run_directory import RunDirectory
+from srcfast.runtime.run_directory import RunDirectory, alone_in
 from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
 from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.candidates import diversity, generate_candidates
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
@@ -61,23 +62,26 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
         profile: steps of each training stage, written to the run directory's `profile/STAGE/`.
 
     Raises:
-        ConfigError: the run directory holds a stage that was finished with other settings.
+        ConfigError: the run directory holds a stage that was finished, or begun, with other settings.
+        SrcfastError: another process works in the run directory.
+        Interrupted: a signal asked to stop; the same call continues.
         InputError: data that can't be used, by file, line and field.
     """
-    with out_of_memory_is_met(config, "evaluation"):
-        run = Calibration(config, profile)
-    run.evaluate("base", None)
-    run.rationale()
-    run.evaluate("rationale", run.directory.rationale_adapter)
-    for iteration in range(1, config.iterations + 1):
-        run.candidates(iteration)
-        run.headroom(iteration)
-        run.scores(iteration)
-        run.preferences(iteration)
-        run.preference_tuning(iteration)
-        run.evaluate(f"iteration-{iteration}", run.directory.adapter(iteration))
-    distributed.from_main(run.write_summary)
-    return run.directory.report_file
+    with alone_in(config.run_path, whole=True):
+        with out_of_memory_is_met(config, "evaluation"):
+            run = Calibration(config, profile)
+        run.evaluate("base", None)
+        run.rationale()
+        run.evaluate("rationale", run.directory.rationale_adapter)
+        for iteration in range(1, config.iterations + 1):
+            run.candidates(iteration)
+            run.headroom(iteration)
+            run.scores(iteration)
+            run.preferences(iteration)
+            run.preference_tuning(iteration)
+            run.evaluate(f"iteration-{iteration}", run.directory.adapter(iteration))
+        distributed.from_main(run.write_summary)
+        return run.directory.report_file
 
 
 class Calibration:
@@ -154,6 +158,7 @@ class Calibration:
                 on_step=self._step("rationale", progress),
                 on_items=self._expect("rationale", loop),
                 profiler=profiler,
+                checkpoints=self._checkpoints("rationale", ("lora", "rationale"), progress),
             )
             if profiler is not None:
                 profiler.show()
@@ -268,6 +273,7 @@ class Calibration:
                 rehearsal=rehearsal,
                 on_items=self._expect("dpo", loop),
                 profiler=profiler,
+                checkpoints=self._checkpoints(f"iteration-{iteration}/dpo", ("curation", "dpo"), progress),
             )
             if profiler is not None:
                 profiler.show()
@@ -383,10 +389,9 @@ class Calibration:
             unit: what is counted.
             adapted: whether the policy has an adapter.
         """
-        resolved = self.config.model_dump(mode="json")
-        shared = ("seed", "model", "data")
-        settings = {key: resolved[key] for key in dict.fromkeys((*shared, *sections))}
+        settings = self._settings(sections)
         if distributed.from_main(lambda: self.directory.stage_done(name, settings) is not None):
+            distributed.from_main(lambda: self.directory.forget_checkpoint(name))
             return
         distributed.from_main(lambda: self.directory.forget_metrics(name))
         kind = name.rpartition("/")[2]
@@ -407,7 +412,24 @@ class Calibration:
         distributed.from_main(
             lambda: self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)
         )
+        distributed.from_main(lambda: self.directory.forget_checkpoint(name))
         distributed.under_way()
+
+    def _settings(self, sections: tuple[str, ...]) -> dict[str, Any]:
+        """Those of all stages, and of these sections."""
+        resolved = self.config.model_dump(mode="json")
+        return {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
+
+    def _checkpoints(self, stage: str, sections: tuple[str, ...], progress: Track) -> TrainingCheckpoints:
+        """Of a training stage, whose metrics and progress go on where it does."""
+
+        def on_continue(history: list[dict[str, Any]], seconds: float) -> None:
+            distributed.from_main(lambda: self.directory.forget_metrics(stage, history))
+            progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
+
+        often = self.config.checkpoint
+        place, settings = self.directory.checkpoint(stage), self._settings(sections)
+        return TrainingCheckpoints(place, settings, often.minutes, often.steps, on_continue)
 
     def _step(self, stage: str, progress: Track) -> Callable[[dict[str, Any]], None]:
         def on_step(metrics: dict[str, Any]) -> None:

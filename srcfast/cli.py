@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from srcfast.errors import ConfigError, InputError, SrcfastError, printable
+from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
+from srcfast.runtime import interrupt
 
 
 class Commands(TyperGroup):
@@ -18,11 +19,19 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return recorded(super().invoke)(ctx)
+            with interrupt.listening():
+                return recorded(super().invoke)(ctx)
         except SrcfastError as error:
             who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
             typer.echo(f"{who}: {printable(str(error))}", err=True)
-            raise typer.Exit(2 if isinstance(error, ConfigError | InputError) else 1) from None
+            raise typer.Exit(exit_status(error)) from None
+
+
+def exit_status(error: SrcfastError) -> int:
+    """128 + the signal's number where one has stopped the command, 2 for settings and input, 1 for the rest."""
+    if isinstance(error, Interrupted):
+        return error.status
+    return 2 if isinstance(error, ConfigError | InputError) else 1
 
 
 def under_torchrun() -> bool:

@@ -224,7 +224,14 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     loop = config.rationale.training_settings(config.seed)
     with TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run:
         fine_tune_rationale(
-            model, raps, loop, features=features, on_step=run.step, on_items=run.expect, profiler=run.profiler
+            model,
+            raps,
+            loop,
+            features=features,
+            on_step=run.step,
+            on_items=run.expect,
+            profiler=run.profiler,
+            checkpoints=run.checkpoints,
         )
     if distributed.is_main():
         save_adapter(model, output)
@@ -254,7 +261,8 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
             progress=progress,
             graphs=config.candidates.cuda_graphs,
         )
-    write_shards(output, (candidate.to_json() for own in found for candidate in own))
+    if distributed.is_main():
+        write_shards(output, (candidate.to_json() for own in found for candidate in own))
 
 
 @on_ranks("scores")
@@ -263,6 +271,8 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     from srcfast.stages.scoring import scored_rows
 
     output = need(output, "--output", "a folder for the scores")
+    if not distributed.is_main():
+        return
     samples = read_all(config, source, "calibration", output)
     own, section, adaptive = _read_candidates(candidates), config.scorer, config.scorer.adaptive()
     ids = {row["sample_id"] for *_, row in read_shards(need(candidates, "--candidates", "a folder"))}
@@ -343,6 +353,7 @@ def dpo(
             on_step=run.step,
             on_items=run.expect,
             profiler=run.profiler,
+            checkpoints=run.checkpoints,
         )
     if distributed.is_main():
         save_adapter(model, output)
@@ -352,7 +363,8 @@ def dpo(
 class TrainingRun:
     """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured.
 
-    Only rank 0 writes.
+    Only rank 0 writes. From its start until the summary is written no other process works in `output`; until then
+    `checkpoint/` lies there, from which the same command continues.
     """
 
     def __init__(
@@ -367,13 +379,17 @@ class TrainingRun:
     ) -> None:
         from srcfast.runtime.measure import measured
         from srcfast.runtime.profiling import StepProfiler
+        from srcfast.runtime.run_directory import alone_in
         from srcfast.runtime.training import num_steps
+        from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 
+        self.alone = ExitStack()
+        self.alone.enter_context(alone_in(output))
+        self.metrics_file = output / "metrics.jsonl"
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "metrics.jsonl").unlink(missing_ok=True)
-            self.writer = MetricsWriter(output / "metrics.jsonl")
+            self.metrics_file.unlink(missing_ok=True)
+            self.writer = MetricsWriter(self.metrics_file)
         self.name, self.loop, self.output, self.config, self.model = name, loop, output, config, model
         self.history: list[dict[str, Any]] = []
         self.forecast: Forecast | None = None
@@ -383,6 +399,15 @@ class TrainingRun:
         self.profiler: StepProfiler | None = None
         if profile is not None and distributed.is_main():
             self.profiler = StepProfiler(profile, output / "profile")
+        resolved = config.model_dump(mode="json")
+        sections = ("seed", "model", "lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
+        self.checkpoints = TrainingCheckpoints(
+            output / "checkpoint",
+            {key: resolved[key] for key in sections},
+            config.checkpoint.minutes,
+            config.checkpoint.steps,
+            self.go_on,
+        )
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -394,6 +419,17 @@ class TrainingRun:
             self.writer.close()
         if self.profiler is not None:
             self.profiler.show()
+        if error[0] is not None:
+            self.alone.close()
+
+    def go_on(self, history: list[dict[str, Any]], seconds: float) -> None:
+        """These steps were done before this process began: in the file they stand once, whatever it had of them."""
+        self.history = list(history)
+        if self.writer is not None:
+            self.writer.close()
+            write_jsonl(self.metrics_file, history)
+            self.writer = MetricsWriter(self.metrics_file)
+        self.progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
 
     def expect(self, items: Sequence[TrainingItem]) -> None:
         """Forecast the memory of training on these items."""
@@ -408,6 +444,7 @@ class TrainingRun:
         self.progress.advance(1, tokens=metrics["tokens"])
 
     def write_summary(self, **more: Any) -> None:
+        """The training's result is on disk: with its summary it is over."""
         if not distributed.is_main():
             return
         summary = {
@@ -423,6 +460,8 @@ class TrainingRun:
         if self.forecast is not None:
             summary["memory"] = self.taken.record(self.forecast, [self.model])
         write_json(self.output / "summary.json", summary)
+        self.checkpoints.remove()
+        self.alone.close()
 
 
 @on_ranks("evaluation")
@@ -448,7 +487,8 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
                 progress,
                 settings.cuda_graphs,
             )
-        write_predictions(output / "predictions" / f"{dataset.name}-{dataset.split}", predictions)
+        if distributed.is_main():
+            write_predictions(output / "predictions" / f"{dataset.name}-{dataset.split}", predictions)
         entries.append(
             summarise(
                 predictions,
@@ -459,7 +499,8 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
                 seed=config.seed,
             )
         )
-    write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
+    if distributed.is_main():
+        write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
     if not config.quiet:
         print(json.dumps(entries, indent=2))
 
@@ -525,7 +566,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
         )
     judge, loop = load_judge(config), own.training_settings(config.seed)
     with TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run:
-        train_scorer(judge, train, loop, run.step, run.profiler)
+        train_scorer(judge, train, loop, run.step, run.profiler, run.checkpoints)
     if not distributed.is_main():
         return
     save_text_model(judge.text_model, output)

@@ -280,6 +280,13 @@ class EvaluationSection(Section):
     headroom_samples: int = Field(500, ge=0, description="samples for pass@N and best-of-N; 0 = not measured")
 
 
+class CheckpointSection(Section):
+    """How often a training stage is saved, beside the time when a signal stops it; what is first due counts."""
+
+    minutes: float = Field(10.0, ge=0, description="between two saves; 0 = not by the clock")
+    steps: int = Field(0, ge=0, description="between two saves; 0 = not by their number")
+
+
 class DistributedSection(Section):
     timeout_seconds: int = Field(
         600,
@@ -316,6 +323,7 @@ class Config(Section):
     dpo: DPOSection = DPOSection()  # type: ignore[call-arg]
     scorer_training: ScorerTrainingSection = ScorerTrainingSection()  # type: ignore[call-arg]
     evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
+    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
     distributed: DistributedSection = DistributedSection()  # type: ignore[call-arg]
 
     @model_validator(mode="after")

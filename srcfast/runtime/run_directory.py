@@ -63,7 +63,7 @@ class RunDirectory:
         rows: list[dict[str, Any]] = []
         if self.metrics_file.is_file():
             found = [row for _, row in read_lines(self.metrics_file) if not isinstance(row, InputError)]
-            rows = [row for row in found if row["stage"] != stage]
+            rows = [row for row in found if row.get("stage") != stage]
         rows += ({"stage": stage} | metrics for metrics in instead)
         if rows or self.metrics_file.is_file():
             write_jsonl(self.metrics_file, rows)
@@ -71,6 +71,10 @@ class RunDirectory:
     def checkpoint(self, stage: str) -> Path:
         """Where a training stage is saved until it is finished."""
         return self.path / "checkpoint" / stage
+
+    def forget_checkpoint(self, stage: str) -> None:
+        """Of a stage that is finished."""
+        shutil.rmtree(self.checkpoint(stage), ignore_errors=True)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""

@@ -32,7 +32,8 @@ from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
-from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
 
 # How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
@@ -299,8 +300,8 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
     """The loss function that `train` calls: the formula at the top of this file, and what to watch.
 
     Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
-    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob; and max_drift, the greatest |log pi -
-    log pi_ref| as a share of 1 + |log pi_ref|.
+    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob; max_drift, the greatest |log pi -
+    log pi_ref| as a share of 1 + |log pi_ref|; and max_logprob, the greatest log pi.
     """
 
     def loss(
@@ -372,6 +373,7 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
             if denominator.rehearsed:
                 metrics["rehearsal_loss"] = rehearsed
             metrics["max_drift"] = ((policy - reference).abs() / (1 + reference.abs())).max()
+            metrics["max_logprob"] = policy.max()
         return total, metrics
 
     return loss
@@ -399,6 +401,7 @@ def train_preference(
     rehearsal: Sequence[Rap] = (),
     profiler: StepProfiler | None = None,
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
     """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
 
@@ -411,11 +414,12 @@ def train_preference(
         rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
         profiler: of some steps.
         on_items: called with what is trained on, before it is.
+        checkpoints: see `train`.
 
     Raises:
-        InputError: a pair whose responses are the same, or that has no reference, or another one's.
+        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0.
         SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
-            the hash fits.
+            the hash fits. Or a log-probability is above 0.
     """
     for preference in preferences:
         _check_reference(preference, expected_reference_hash)
@@ -439,6 +443,7 @@ def train_preference(
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
 
     def check_start(metrics: Metrics) -> None:
+        refuse_certainty(metrics)
         if metrics["step"] == 0 and not dropout and metrics.get("max_drift", 0.0) > tolerance:
             raise SrcfastError(
                 "before the first update the policy must equal its reference, but a stored log-probability "
@@ -458,6 +463,7 @@ def train_preference(
         before_update=check_start,
         rows=loss_rows,
         profiler=profiler,
+        checkpoints=checkpoints,
     )
 
 
@@ -473,3 +479,13 @@ def _check_reference(preference: Preference, expected_hash: str) -> None:
             found="none" if found is None else f"those of {found}",
             mend="compute the reference again with the base and adapter that training starts from",
         )
+    for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
+        value = getattr(preference, field)
+        if not value <= 0:
+            raise InputError(
+                sample_id=preference.sample_id,
+                field=field,
+                expected="a log-probability, at most 0",
+                found=value,
+                mend="compute the reference again: leave these fields out",
+            )

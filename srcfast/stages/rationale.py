@@ -21,12 +21,15 @@ from srcfast.data.images import load_image
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Preference, Sample
-from srcfast.errors import InputError
+from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast_kernels import linear_logprob
+
+_ROUNDING = 1e-3  # above 0, of a log-probability
 
 Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
 
@@ -203,7 +206,8 @@ def rationale_loss(
     places = places_of(rows, hidden, forest, response_rows(forest))
     index = send(np.stack([places, targets]), hidden.device)  # [2, n]
     logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
-    return -logps.sum() / denominator, {"response_tokens": logps.new_full((), float(len(logps)))}
+    counted = {"response_tokens": logps.new_full((), float(len(logps)))}
+    return -logps.sum() / denominator, counted | {"max_logprob": logps.detach().max()}
 
 
 def target_rows(forest: Forest) -> np.ndarray:
@@ -226,10 +230,14 @@ def fine_tune_rationale(
     on_step: Callable[[Metrics], None] | None = None,
     profiler: StepProfiler | None = None,
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
     """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step.
 
-    `on_items` is called with what is trained on, before it is.
+    `on_items` is called with what is trained on, before it is; for `checkpoints` see `train`.
+
+    Raises:
+        SrcfastError: a log-probability above 0.
     """
     items = rationale_trees(model, raps)
     if on_items is not None:
@@ -242,6 +250,18 @@ def fine_tune_rationale(
         settings=settings,
         features=features,
         on_step=on_step,
+        before_update=refuse_certainty,
         rows=response_rows,
         profiler=profiler,
+        checkpoints=checkpoints,
     )
+
+
+def refuse_certainty(metrics: Metrics) -> None:
+    """Raises SrcfastError where a log-probability is above 0 by more than rounding: then no number of the step is right."""
+    if metrics.get("max_logprob", 0.0) > _ROUNDING:
+        raise SrcfastError(
+            f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
+            "Mend: see whether the checkpoint's weights are whole, and try another dtype; "
+            "`srcfast doctor` says which kernels are used"
+        )

@@ -27,6 +27,7 @@ from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Metrics, TrainingItem, TrainingSettings, train
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.scoring import sample_reference
 
 Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
@@ -178,11 +179,12 @@ def train_scorer(
     settings: TrainingSettings,
     on_step: Callable[[Metrics], None] | None = None,
     profiler: StepProfiler | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
     """Cross entropy over the verdict tokens alone, at the verdict slots alone.
 
     The adapter is trained where there is one, else the whole model. The loss is the mean over the slots of
-    the global batch, however it is cut.
+    the global batch, however it is cut. For `checkpoints` see `train`.
 
     Returns:
         The steps' metrics, `accuracy` over the step's slots among them.
@@ -217,6 +219,7 @@ def train_scorer(
         rows=segment_ends,  # the slots are among them
         head_rows=lambda forest: 0,  # of the verdict tokens alone: next to nothing
         profiler=profiler,
+        checkpoints=checkpoints,
     )
 
 
