@@ -16,10 +16,12 @@ from rank_processes import run_ranks, values_of
 from small_model import END, SmallModel, letters, random_preferences, random_text
 
 from srcfast.data.forest import Segment, Tree
+from srcfast.errors import SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime import distributed
+from srcfast.runtime import distributed, training
 from srcfast.runtime.loader import deal
 from srcfast.runtime.training import TrainingItem, TrainingSettings, train
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.preference import (
     PairMeta,
     PreferenceSettings,
@@ -137,6 +139,57 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_words(tmp
 def test_ranks_with_other_weights_are_refused_before_the_first_step(tmp_path: Path) -> None:
     for one in run_ranks(2, other_weights_on_one_rank, tmp_path):
         assert "the same weights on all ranks, found others on rank 1" in one["error"]
+
+
+def train_with_workers_and_late_numbers(folder: Path) -> dict[str, Any]:
+    training.reads_late = lambda device: True  # as on a GPU; this process ends with the test
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+    settings = replace(SETTINGS, loader_workers=2)
+    history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=settings)
+    return {"weights": weights_of(model), "history": history}
+
+
+def test_worker_processes_and_numbers_read_late_change_nothing_on_ranks(tmp_path: Path) -> None:
+    alone = train_responses(tmp_path)
+    for one in values_of(run_ranks(2, train_with_workers_and_late_numbers, tmp_path)):
+        np.testing.assert_allclose(one["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
+        assert [row["tokens"] for row in one["history"]] == [row["tokens"] for row in alone["history"]]
+
+
+def train_on_from_a_checkpoint(folder: Path) -> dict[str, Any]:
+    """Stops before the fourth update where none is saved; else goes on from what is."""
+    saved = TrainingCheckpoints(folder / "checkpoint", {}, steps=1)
+    first = not saved.directory.exists()
+    distributed.barrier()
+    stepped = []
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if first and metrics["step"] == 3:
+            raise SrcfastError("stopped here")
+
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+    history = train(
+        model,
+        response_items(13),
+        loss=rationale_loss,
+        denominator=response_tokens,
+        settings=SETTINGS,
+        before_update=stop,
+        on_step=lambda metrics: stepped.append(metrics["step"]),
+        checkpoints=saved,
+    )
+    return {"weights": weights_of(model), "stepped": stepped, "steps": [row["step"] for row in history]}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
+def test_a_training_that_was_stopped_goes_on_with_another_number_of_ranks(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    alone = train_responses(tmp_path)
+    assert {one["error"] for one in run_ranks(before, train_on_from_a_checkpoint, tmp_path)} == {"stopped here"}
+    for one in values_of(run_ranks(after, train_on_from_a_checkpoint, tmp_path)):
+        assert one["stepped"] == [3, 4, 5] and one["steps"] == [0, 1, 2, 3, 4, 5]
+        np.testing.assert_allclose(one["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
