@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from srcfast.data.jsonl import COMPLETE, write_json
+from srcfast.data.jsonl import COMPLETE, replacing, write_json
 from srcfast.errors import ConfigError, SrcfastError
-from srcfast.models.checkpoint import save_tensors
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.run_directory import flat, plain
 
@@ -186,8 +186,8 @@ def save_training(directory: Path, training: SavedTraining) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_tensors(temporary / WEIGHTS, {"weights": training.weights})
-        save_tensors(temporary / OPTIMIZER, training.optimizer)
+        _write_tensors(temporary / WEIGHTS, {"weights": training.weights})
+        _write_tensors(temporary / OPTIMIZER, training.optimizer)
         state = {
             "step": training.step,
             "seconds": training.seconds,
@@ -272,6 +272,11 @@ def _checkpoints(directory: Path) -> list[Path]:
         return []
     found: Iterable[Path] = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with replacing(file) as opened:
+        opened.write(to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def _place(directory: Path, step: int) -> Path:
