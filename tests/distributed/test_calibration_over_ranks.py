@@ -131,8 +131,9 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for torchrun's processes in /proc")
-def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_continues_it(
-    config: Path, alone: Path, tmp_path: Path
+@pytest.mark.parametrize("how", ["one rank is killed", "torchrun is asked to stop"])
+def test_a_run_that_is_stopped_ends_and_the_same_command_continues_it(
+    config: Path, alone: Path, tmp_path: Path, how: str
 ) -> None:
     command = [*launcher(2), "srcfast", "calibrate", str(config), f"output={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
@@ -141,9 +142,16 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_continues_it(
     while not (metrics.is_file() and metrics.read_text()):  # until the first step of training is done
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
+    if how == "one rank is killed":
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+    else:
+        process.terminate()
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode != 0 and "SIGKILL" in errors
+    assert process.returncode != 0, errors
+    if how == "one rank is killed":
+        assert "SIGKILL" in errors
+    else:  # nothing is done again
+        assert list((tmp_path / "small" / "checkpoint" / "rationale").glob("step-*/COMPLETE")), errors
     run = calibrate(1, config, tmp_path)
     np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
     assert (run / "report" / "index.html").is_file()
