@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from srcfast.config import Config, DatasetConfig, load_config
 from srcfast.data.in_order import InOrder
@@ -28,13 +27,7 @@ from srcfast.loading import (
     read_dataset,
 )
 from srcfast.runtime import distributed
-from srcfast.runtime.telemetry import MetricsWriter, Track, peak_rss_bytes, track
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from srcfast.runtime.forecast import Forecast
-    from srcfast.runtime.training import TrainingItem, TrainingSettings
+from srcfast.runtime.telemetry import track
 
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
@@ -215,6 +208,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
     from srcfast.stages.rationale import fine_tune_rationale
+    from srcfast.training_run import TrainingRun
 
     output = need(output, "--output", "a folder for the adapter")
     samples = read_all(config, source, "rationale", output)
@@ -310,6 +304,7 @@ def dpo(
     """Preference-tune an adapter (a given one, or a new one) into `output`."""
     from srcfast.models.lora import save_adapter
     from srcfast.stages.preference import reference_logprobs, train_preference
+    from srcfast.training_run import TrainingRun
 
     output = need(output, "--output", "a folder for the adapter")
     if config.dpo.rehearsal_weight:
@@ -358,110 +353,6 @@ def dpo(
     if distributed.is_main():
         save_adapter(model, output)
     run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
-
-
-class TrainingRun:
-    """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured.
-
-    Only rank 0 writes. From its start until the summary is written no other process works in `output`; until then
-    `checkpoint/` lies there, from which the same command continues.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        items: int,
-        loop: TrainingSettings,
-        output: Path,
-        config: Config,
-        model: nn.Module,
-        profile: range | None = None,
-    ) -> None:
-        from srcfast.runtime.measure import measured
-        from srcfast.runtime.profiling import StepProfiler
-        from srcfast.runtime.run_directory import alone_in
-        from srcfast.runtime.training import num_steps
-        from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-
-        self.alone = ExitStack()
-        self.alone.enter_context(alone_in(output))
-        self.metrics_file = output / "metrics.jsonl"
-        self.writer: MetricsWriter | None = None
-        if distributed.is_main():
-            self.metrics_file.unlink(missing_ok=True)
-            self.writer = MetricsWriter(self.metrics_file)
-        self.name, self.loop, self.output, self.config, self.model = name, loop, output, config, model
-        self.history: list[dict[str, Any]] = []
-        self.forecast: Forecast | None = None
-        self.memory = ExitStack()
-        self.taken = self.memory.enter_context(measured(config.model.device, model.parameters))
-        self.progress = Track(name, num_steps(items, loop), "steps", config.quiet)
-        self.profiler: StepProfiler | None = None
-        if profile is not None and distributed.is_main():
-            self.profiler = StepProfiler(profile, output / "profile")
-        resolved = config.model_dump(mode="json")
-        sections = ("seed", "model", "lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
-        self.checkpoints = TrainingCheckpoints(
-            output / "checkpoint",
-            {key: resolved[key] for key in sections},
-            config.checkpoint.minutes,
-            config.checkpoint.steps,
-            self.go_on,
-        )
-
-    def __enter__(self) -> TrainingRun:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.memory.close()
-        self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.profiler is not None:
-            self.profiler.show()
-        if error[0] is not None:
-            self.alone.close()
-
-    def go_on(self, history: list[dict[str, Any]], seconds: float) -> None:
-        """These steps were done before this process began: in the file they stand once, whatever it had of them."""
-        self.history = list(history)
-        if self.writer is not None:
-            self.writer.close()
-            write_jsonl(self.metrics_file, history)
-            self.writer = MetricsWriter(self.metrics_file)
-        self.progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
-
-    def expect(self, items: Sequence[TrainingItem]) -> None:
-        """Forecast the memory of training on these items."""
-        from srcfast.plan import forecast_items
-
-        self.forecast = forecast_items(self.config, self.name, [item.tree for item in items], self.loop)
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        self.history.append(metrics)
-        if self.writer is not None:
-            self.writer.write(metrics)
-        self.progress.advance(1, tokens=metrics["tokens"])
-
-    def write_summary(self, **more: Any) -> None:
-        """The training's result is on disk: with its summary it is over."""
-        if not distributed.is_main():
-            return
-        summary = {
-            **more,
-            "steps": len(self.history),
-            "tokens": self.progress.tokens,
-            "seconds": self.progress.seconds,
-            "tokens_per_second": self.progress.tokens_per_second,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "first_step": self.history[0],
-            "last_step": self.history[-1],
-        }
-        if self.forecast is not None:
-            summary["memory"] = self.taken.record(self.forecast, [self.model])
-        write_json(self.output / "summary.json", summary)
-        self.checkpoints.remove()
-        self.alone.close()
 
 
 @on_ranks("evaluation")
@@ -543,6 +434,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     from srcfast.models.text_model import save_text_model
     from srcfast.stages.rationale import build_raps
     from srcfast.stages.scorer_training import evaluate_scorer, scorer_examples, train_scorer
+    from srcfast.training_run import TrainingRun
 
     output = need(output, "--output", "a folder for the R-Scorer")
     samples = read_all(config, source, "rationale", output)
