@@ -17,3 +17,18 @@ def sentence(rng: random.Random, length: int) -> str:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {
+            "sample_id": f"p{index}",
+            "images": [rng.choice(("a.png", "b.png", "c.png"))],
+            "prompt": sentence(rng, rng.randint(3, 9)),
+            "chosen": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> two </answer>",
+            "rejected": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> three </answer>",
+            "confidence": rng.uniform(0.2, 1.0),
+        }
+        for index in range(count)
+    ]

@@ -10,31 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
-from made_rows import sentence, write_rows
+from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
 Srcfast = Callable[..., Result]
-
-
-def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    return [
-        {
-            "sample_id": f"p{index}",
-            "images": [rng.choice(("a.png", "b.png", "c.png"))],
-            "prompt": sentence(rng, rng.randint(3, 9)),
-            "chosen": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> two </answer>",
-            "rejected": f"<see> {sentence(rng, rng.randint(2, 12))} </see> <answer> three </answer>",
-            "confidence": rng.uniform(0.2, 1.0),
-        }
-        for index in range(count)
-    ]
 
 
 def test_help_is_quick() -> None:

@@ -1,0 +1,61 @@
+"""Signals wait for a boundary where there are any; where there are none, and the second time, they stop at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from srcfast.errors import Interrupted
+from srcfast.runtime import interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_a_loop_a_signal_waits_for_the_boundary(number: signal.Signals) -> None:
+    done = []
+    with interrupt.listening(), interrupt.at_boundaries(), pytest.raises(Interrupted) as error:
+        for piece in range(3):
+            if piece == 1:
+                signal.raise_signal(number)
+            done.append(piece)
+            interrupt.stop_if_asked(f"piece {piece + 1} of 3")
+    assert done == [0, 1]
+    assert error.value.status == 128 + number
+    assert str(error.value) == f"stopped by {number.name} after piece 2 of 3. The same command continues"
+
+
+def test_outside_of_loops_a_signal_stops_at_once() -> None:
+    with interrupt.listening(), pytest.raises(Interrupted, match="SIGTERM at once"):
+        with interrupt.at_boundaries():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with interrupt.listening(), interrupt.at_boundaries():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGINT at once"):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_are_what_they_were_afterwards() -> None:
+    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
+    with interrupt.listening(), interrupt.at_boundaries():
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked() == signal.SIGTERM
+    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
+    assert not interrupt.asked()
+    interrupt.stop_if_asked()
+
+
+def test_in_another_thread_nothing_is_listened_to() -> None:
+    def listen() -> None:
+        with interrupt.listening():
+            pass
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()  # signal.signal would have raised in it
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
