@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.images import check_image
 from srcfast.data.jsonl import DECODER, is_unicode, read_jsonl, read_lines
 from srcfast.data.records import Fields, Preference, Sample
@@ -160,6 +161,7 @@ def _with_unique_ids(
         yield line, sample
 
 
+@no_full_passes()
 def _keep_good(
     found: Iterable[tuple[int, Record | InputError]],
     path: str | Path,
@@ -190,7 +192,8 @@ def _problem(sound: dict[str, InputError | None], root: Path, image: str) -> Inp
         try:
             check_image(root, image)
         except InputError as error:
-            sound[image] = error
+            error.__cause__ = error.__context__ = None  # their traces would keep the file's bytes in memory
+            sound[image] = error.with_traceback(None)
     return sound[image]
 
 
@@ -232,7 +235,7 @@ def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
 def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
     at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
@@ -284,8 +287,6 @@ def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: 
 def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
     pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
     fields = Fields(row, path, line)
-    if pair.chosen == pair.rejected:
-        raise fields.error("rejected", "a response other than the chosen one", pair.rejected, "leave the pair out")
     return replace(pair, prompt=_without_marks(pair.prompt, len(pair.images), fields, "prompt"))
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Candidate, Preference, Sample
@@ -72,6 +73,7 @@ class CurationSettings:
                 raise ConfigError(f"curation.{name}: expected {expected}, found {getattr(self, name)!r}")
 
 
+@no_full_passes()
 def curate(
     samples: Sequence[Sample],
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],

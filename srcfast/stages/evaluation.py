@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.convert import write_predictions_tsv
 from srcfast.data.jsonl import write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
@@ -64,7 +65,8 @@ def answer_greedily(
     with folded_lora(model):
         prompts = prompts_of(model, samples)
         generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs)
-    return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
+    with no_full_passes():
+        return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -151,7 +153,10 @@ def _mean(values: Sequence[bool]) -> float | None:
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """95 % percentile bootstrap interval of the mean of `values` [n] (Efron, 1979): [low, high]."""
     generator = np.random.default_rng(seed)
-    # One resample after the other: all at once would take some gigabytes where there are many samples.
-    means = [values[generator.integers(0, len(values), size=len(values))].mean() for _ in range(resamples)]
+    # How often a resample holds each distinct value is multinomial: drawing that asks for no sample one by one. One resample
+    # after the other, since all at once would take some gigabytes where there are many values.
+    levels, counts = np.unique(values, return_counts=True)
+    shares = counts / len(values)
+    means = [generator.multinomial(len(values), shares) @ levels / len(values) for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.errors import InputError, SrcfastError
@@ -164,6 +165,7 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
     return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
 
 
+@no_full_passes()
 def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
     """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
     prompt = PromptEncoder(model)

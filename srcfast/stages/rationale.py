@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.images import load_image
 from srcfast.data.jsonl import read_jsonl
@@ -170,6 +171,7 @@ class PromptEncoder:
 # Training ---------------------------------------------------------------------------------------------------
 
 
+@no_full_passes()
 def rationale_trees(model: Any, raps: Sequence[Rap]) -> list[TrainingItem]:
     """One tree a RAP: prompt -> response with the end token.
 
