@@ -55,8 +55,8 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
     file = root / split / "questions.json"
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        questions = [(str(text), str(answer), int(image)) for text, answer, image in rows]
-    except (OSError, ValueError, TypeError) as error:
+        questions = [_row(*row) for row in rows]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             file=file,
             expected="a JSON list of [question, answer, image number]",
@@ -73,6 +73,14 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(f"easy-vqa/{split}/{seed}").sample(chosen, limit))
     return [_sample(split, index, *questions[index], programs[index], scenes, root) for index in chosen]
+
+
+def _row(text: object, answer: object, image: object) -> tuple[str, str, int]:
+    if not isinstance(text, str) or not text.strip() or not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"question {text!r} with answer {answer!r}")
+    if type(image) is not int or image < 0:
+        raise ValueError(f"image number {image!r} of question {text!r}")
+    return text, answer, image
 
 
 def data_folder() -> Path:

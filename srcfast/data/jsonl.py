@@ -22,7 +22,29 @@ def _finite(text: str) -> float:
     return value
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object of which no key is there twice and no number is infinite. Raises ValueError for anything else."""
+    try:
+        value = _STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} instead of an object")
+    return value
 
 
 def is_unicode(text: str, value: Any) -> bool:
@@ -48,8 +70,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputEr
     """Like `read_jsonl`, but a malformed line is yielded as its InputError, so that the reader can go on."""
     try:
         file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    except OSError as error:
-        raise InputError(file=path, expected="a readable file", found=error.strerror or error) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        found = getattr(error, "strerror", None) or error
+        raise InputError(file=path, expected="a readable file", found=found) from error
     with file:
         for line, text in enumerate(file, start=1):
             text = text.strip()
@@ -145,9 +168,11 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
             file=directory, expected=f"a finished stage ({COMPLETE} marker)", found="none", mend="run the stage before"
         )
     try:
-        marker = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
-        shards, rows = int(marker["shards"]), int(marker["rows"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        marker = parse_object((directory / COMPLETE).read_bytes())
+        shards, rows = marker["shards"], marker["rows"]
+        if any(type(count) is not int or count < 0 for count in (shards, rows)):
+            raise ValueError(f"{shards!r} shards of {rows!r} rows")
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
             file=directory / COMPLETE,
             expected='{"rows": n, "shards": k}',

@@ -130,12 +130,17 @@ class Preference:
         confidence = reader.number("confidence", default=1.0)
         if not 0.0 < confidence <= 1.0:
             raise reader.error("confidence", "a number in (0, 1]", confidence, "leave pairs of no confidence out")
+        sample_id = reader.identifier("sample_id", default="" if line is None else f"line-{line}")
+        images, prompt = reader.images(), reader.text("prompt")
+        chosen, rejected = reader.text("chosen"), reader.text("rejected")
+        if chosen == rejected:
+            raise reader.error("rejected", "a response other than the chosen one", rejected, "leave the pair out")
         return cls(
-            sample_id=reader.identifier("sample_id", default="" if line is None else f"line-{line}"),
-            images=reader.images(),
-            prompt=reader.text("prompt"),
-            chosen=reader.text("chosen"),
-            rejected=reader.text("rejected"),
+            sample_id=sample_id,
+            images=images,
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
             confidence=confidence,
             reference_chosen_logprob=reader.optional_number("reference_chosen_logprob"),
             reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
@@ -209,8 +214,8 @@ class Fields:
 
     def integers(self, name: str) -> tuple[int, ...]:
         value = self.left.pop(name, [])
-        if not isinstance(value, list) or any(not isinstance(x, int) or isinstance(x, bool) for x in value):
-            raise self.error(name, "a list of integers", value)
+        if not isinstance(value, list) or any(type(x) is not int or not 0 <= x < 2**31 for x in value):
+            raise self.error(name, "a list of token ids, integers of at least 0", value)
         return tuple(value)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -218,9 +223,12 @@ class Fields:
             self.left.pop(name, None)
             return default
         value = self.take(name, "a finite number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(name, "a finite number", value)
-        return float(value)
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise self.error(name, "a finite number", value)
+            return float(value)
+        except OverflowError as error:
+            raise self.error(name, "a finite number", "an integer beyond all floats") from error
 
     def optional_number(self, name: str) -> float | None:
         if self.left.get(name) is None:

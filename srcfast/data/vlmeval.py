@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.images import from_base64, image_suffix, resolve
-from srcfast.data.jsonl import replacing
+from srcfast.data.jsonl import is_unicode, replacing
 from srcfast.data.records import Fields, Sample
 from srcfast.errors import InputError
 
@@ -62,9 +62,10 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]
 
             reader = csv.reader(lines(), delimiter="\t", strict=True)
             header = next(reader, [])
-            if not set(_COLUMNS) <= set(header) or len(set(header)) < len(header):
-                expected = f"columns {', '.join(_COLUMNS)}, each once"
-                raise InputError(file=path, line=1, field="header", expected=expected, found=", ".join(header)[:200])
+            names = ", ".join(header)
+            if not set(_COLUMNS) <= set(header) or len(set(header)) < len(header) or not is_unicode(names, header):
+                expected = f"columns {', '.join(_COLUMNS)}, each once, in UTF-8"
+                raise InputError(file=path, line=1, field="header", expected=expected, found=ascii(names[:200]))
             line = 1
             while True:
                 line += len(taken)
@@ -82,7 +83,7 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]
                     return
                 if cells:
                     yield line, _row(header, cells, path, line)
-    except (OSError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: a NUL in the path
         raise InputError(file=path, expected="a readable table", found=error) from error
 
 
