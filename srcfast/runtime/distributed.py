@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,10 +25,13 @@ Found = TypeVar("Found")
 
 START_TIMEOUT = timedelta(minutes=30)  # models are read, kernels compiled, caches filled: ranks may be far apart
 TIMEOUT = timedelta(minutes=10)
+POLL = 0.1  # seconds between two looks at who is still away
 
 _store: dist.Store | None = None
 _short: timedelta | None = None  # the timeout still to be set once all ranks are under way
-_arrived = 0  # collectives that this rank has come to
+_patience = START_TIMEOUT  # the one that holds now
+_arrived = 0  # exchanges that this rank has come to
+_sign = 0.0  # when this rank last gave a sign of life
 _alone: dict[str, int] = {}
 
 
@@ -49,6 +53,33 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for all ranks. Raises SrcfastError where one does not come within the timeout."""
     gather(None)
+
+
+def meet() -> None:
+    """Wait for all ranks, however long the others' work takes: as long as they show signs of life, see `alive`.
+
+    Raises:
+        SrcfastError: a rank that is still away has shown none for the timeout; it is named.
+    """
+    if size() == 1:
+        return
+    _arrive()
+    signs, since = None, time.monotonic()
+    while away := _finish(_away):
+        found = _finish(lambda: [_counter(f"alive/{other}") for other in away])  # noqa: B023  (called at once)
+        if found != signs:
+            signs, since = found, time.monotonic()
+        elif time.monotonic() - since > _patience.total_seconds():
+            raise _in_vain("no sign of life")
+        time.sleep(POLL)
+
+
+def alive() -> None:
+    """A sign of life for the ranks that `meet`: called by a rank whose work advances, as often as it likes."""
+    global _sign
+    if _store is not None and time.monotonic() - _sign > 1.0:
+        _sign = time.monotonic()
+        _store.add(f"srcfast/alive/{rank()}", 1)
 
 
 def broadcast(value: Any) -> Any:
@@ -128,10 +159,10 @@ def next_number(name: str) -> int:
 
 def under_way() -> None:
     """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
-    global _short
+    global _short, _patience
     if _short is not None:
         _set_pg_timeout(_short)
-        _short = None
+        _patience, _short = _short, None
 
 
 @contextmanager
@@ -147,7 +178,7 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
     Raises:
         ConfigError: one GPU is named, or fewer are here than ranks.
     """
-    global _store, _short, _arrived
+    global _store, _short, _arrived, _patience
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         yield
@@ -165,7 +196,7 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
         world_size=world_size,
         timeout=at_start,
     )
-    _store, _short, _arrived = store, timeout, 0
+    _store, _short, _arrived, _patience = store, timeout, 0, at_start
     # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
     # connection or from torchrun.
     yield
@@ -190,29 +221,41 @@ def _take_gpu(device: str) -> None:
 
 def _together(collective: Callable[[], Found]) -> Found:
     """A collective, counted before it begins: so that a rank which is not there can be named."""
+    _arrive()
+    return _finish(collective)
+
+
+def _arrive() -> None:
     global _arrived
     assert _store is not None
     _arrived += 1
     _store.add(f"srcfast/arrived/{rank()}", 1)
-    return _finish(collective)
+
+
+def _counter(name: str) -> int:
+    assert _store is not None
+    return _store.add(f"srcfast/{name}", 0)
+
+
+def _away() -> list[int]:
+    """The ranks that have come to fewer exchanges than this one."""
+    return [other for other in range(size()) if _counter(f"arrived/{other}") < _arrived]
 
 
 def _finish(wait: Callable[[], Found]) -> Found:
     try:
         return wait()
     except RuntimeError as error:
-        raise SrcfastError(
-            f"rank {rank()} of {size()} waited in vain for {_missing()}: "
-            "expected all ranks to come to the same exchange. Mend: see the first error that another rank shows; where there "
-            "is none, it hangs, or it is slower than distributed.timeout_seconds allows"
-            f" ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise _in_vain(str(error).splitlines()[0][:200]) from error
 
 
-def _missing() -> str:
-    """The ranks that have come to fewer collectives than this one."""
-    away = []
-    with suppress(RuntimeError):  # the store may be gone with its host
-        assert _store is not None
-        away = [str(other) for other in range(size()) if _store.add(f"srcfast/arrived/{other}", 0) < _arrived]
-    return f"rank {', '.join(away)}" if away else "another rank"
+def _in_vain(why: str) -> SrcfastError:
+    away: list[int] = []
+    with suppress(RuntimeError):  # who counts may be gone with its host
+        away = _away()
+    missing = f"rank {', '.join(map(str, away))}" if away else "another rank"
+    return SrcfastError(
+        f"rank {rank()} of {size()} waited in vain for {missing}: expected all ranks to come to the same exchange. "
+        "Mend: see the first error that another rank shows; where there is none, it hangs, or it is slower than "
+        f"distributed.timeout_seconds allows ({why})"
+    )

@@ -31,6 +31,7 @@ class Track:
         self.name, self.total, self.unit = printable(name), total, unit
         self.done = 0
         self.tokens = 0
+        self.on_advance: Callable[[], None] | None = None  # told whenever the stage advances
         self._began = time.perf_counter()
         self._ended: float | None = None
         self._last_line = self._began
@@ -58,6 +59,8 @@ class Track:
         """`n` more units are done, in which `tokens` tokens were run."""
         self.done += n
         self.tokens += tokens
+        if self.on_advance is not None:
+            self.on_advance()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, state=self._state())
         elif self._lines and time.perf_counter() - self._last_line >= LINE_INTERVAL:

@@ -22,7 +22,7 @@ def hang(folder: Path) -> None:
     distributed.barrier()
     distributed.under_way()
     if distributed.rank() == 1:
-        time.sleep(30)
+        time.sleep(10)
     distributed.barrier()
 
 
@@ -49,6 +49,36 @@ def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path, work
     assert here["exit"] == 1
     assert "waited in vain for rank 1" in here["error"] and "distributed.timeout_seconds" in here["error"]
     assert time.monotonic() - began < 60  # START_TIMEOUT, which holds before, is longer
+
+
+def be_slow(folder: Path) -> float:
+    distributed.barrier()
+    distributed.under_way()
+    began = time.monotonic()
+    if distributed.rank() == 1:
+        for _ in range(20):
+            time.sleep(0.3)
+            distributed.alive()
+    distributed.meet()
+    return time.monotonic() - began
+
+
+def hang_at_work(folder: Path) -> None:
+    distributed.barrier()
+    distributed.under_way()
+    if distributed.rank() == 1:
+        distributed.alive()
+        time.sleep(10)
+    distributed.meet()
+
+
+def test_a_rank_that_is_slow_is_waited_for_as_long_as_it_shows_signs_of_life(tmp_path: Path) -> None:
+    assert min(values_of(run_ranks(2, be_slow, tmp_path, SHORT))) > 2 * SHORT.total_seconds() - 1
+
+
+def test_a_rank_that_shows_none_is_not(tmp_path: Path) -> None:
+    here = run_ranks(2, hang_at_work, tmp_path, SHORT)[0]
+    assert "waited in vain for rank 1" in here["error"] and "no sign of life" in here["error"]
 
 
 def main_fails(folder: Path) -> None:
