@@ -6,7 +6,7 @@ The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are relative to the worki
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from srcfast.errors import ConfigError
+from srcfast.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from srcfast.models.lora import LoRAConfig
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from srcfast.stages.preference import PreferenceSettings
 
 Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
+MAX_NODES = 10_000  # values of a settings file
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -408,19 +409,50 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(f"{path}: expected a readable YAML file, found {error}") from error
-    try:
-        tree = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: expected YAML, found {error}") from error
+    tree = _parse_yaml(text, str(path), lambda node: _lines(node, "", path, places))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected settings `key: value`, found {type(tree).__name__}")
-    _lines(node, "", path, places)
     return tree
+
+
+def _parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
+    """The value of a YAML text; `look` sees its nodes first.
+
+    Raises:
+        ConfigError: no YAML, a tag that is no plain value's, or aliases that swell to more than any settings have.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _swells(node):
+            raise ConfigError(f"{where}: expected at most {MAX_NODES:,} values, found more. Mend: leave aliases out")
+        look(node)
+        return yaml.safe_load(text)
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"{where}: expected settings, found YAML that is nested too deep, or holds itself") from error
+    except (
+        Exception
+    ) as error:  # PyYAML lets through what a value's parser raises: ValueError for 2001-99-99, KeyError, ...
+        found = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where}: expected YAML, found {found}") from error
+
+
+def _swells(node: Any) -> bool:
+    """Whether a YAML node has more than MAX_NODES below it, an alias counted as all that it stands for."""
+    left, count = [node], 0
+    while left and count <= MAX_NODES:
+        count += 1
+        one = left.pop()
+        if isinstance(one, yaml.MappingNode):
+            left += (part for pair in one.value for part in pair)
+        elif isinstance(one, yaml.SequenceNode):
+            left += one.value
+    return count > MAX_NODES
 
 
 def _lines(node: Any, prefix: str, path: Path, places: dict[str, str]) -> None:
@@ -447,12 +479,12 @@ def _read_override(word: str, section: str | None) -> tuple[str, Any]:
     known = known_keys()
     if section is not None and f"{section}.{key}" in known:
         key = f"{section}.{key}"
+    elif key.startswith(("data.train.", "data.evaluation.")):
+        whole = ".".join(key.split(".")[:2])
+        raise ConfigError(f"override {word!r}: expected {whole} as a whole list, found a part of one")
     elif key not in known:
         raise ConfigError(f"override {word!r}: {_unknown(key, section)}")
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {word!r}: expected a YAML value, found {text!r} ({error})") from error
+    return key, _parse_yaml(text, f"override {word!r}", lambda node: _lines(node, f"{key}.", Path(word), {}))
 
 
 def _assign(tree: dict[str, Any], keys: Sequence[str], value: Any, word: str) -> None:
@@ -505,6 +537,8 @@ def _explain(error: Any, places: dict[str, str]) -> str:
     where = f"{place}: " if place else ""
     if error["type"] == "extra_forbidden":
         return where + _unknown(dotted)
+    if error["type"] == "invalid_key":
+        return f"{where}{dotted + ': ' if dotted else ''}expected the name of a setting, found {error['input']!r}"
     if error["type"] == "missing":
         return f"{where}{'.'.join(str(part) for part in error['loc'])}: expected a value, found none"
     if error["type"] == "value_error":
@@ -514,7 +548,7 @@ def _explain(error: Any, places: dict[str, str]) -> str:
     expected = error["msg"].removeprefix("Input should be ").replace(" or instance of", ", the settings of")
     if bounds and field is not None:
         expected = f"{'a whole number' if field.annotation is int else 'a number'} {bounds}"
-    return f"{where}{dotted}: expected {expected}, found {error['input']!r}"
+    return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}"
 
 
 def _ancestors(dotted: str) -> list[str]:

@@ -70,7 +70,7 @@ class InputError(SrcfastError):
         self.line = line
         self.field = field
         self.expected = expected
-        self.found = _shorten(str(found))
+        self.found = shorten(str(found))
         self.mend = mend
         self.sample_id = sample_id
         super().__init__(self._text())
@@ -100,5 +100,6 @@ class InputError(SrcfastError):
         }
 
 
-def _shorten(text: str, limit: int = 200) -> str:
+def shorten(text: str, limit: int = 200) -> str:
+    """A text for an error, cut off after `limit` characters."""
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

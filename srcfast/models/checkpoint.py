@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +17,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import nf4_dequantize
 from srcfast_kernels.nf4 import nf4_from_state_dict
 
+# Of any model that srcfast runs, with room to spare: what is beyond is a damaged config, not a larger model.
+LARGEST = {
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 4096,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 28,
+    "image_size": 1 << 14,
+    "patch_size": 1 << 14,
+}
 WEIGHTS = "model.safetensors"
+READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantised, or no weights
 INDEX = "model.safetensors.index.json"
 
 
@@ -34,11 +48,27 @@ def read_config(path: str | Path) -> Any:
             file=path, expected="a model directory with config.json", found="none", mend="name the directory"
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # its checks raise whatever they meet first: TypeError, RecursionError, its own, ...
+        found = f"{type(error).__name__}: {error}"
         raise InputError(
-            file=Path(path) / "config.json", expected="a config that transformers knows", found=error
+            file=Path(path) / "config.json", expected="a config that transformers knows", found=found
         ) from error
+    parts = {part: getattr(config, part) for part in ("text_config", "vision_config") if hasattr(config, part)}
+    for part, settings in (parts or {"": config}).items():
+        _check_sizes(settings, f"{part}." if part else "", Path(path) / "config.json")
+    return config
+
+
+def _check_sizes(settings: Any, prefix: str, file: Path) -> None:
+    """Before anything is allocated by them. Raises InputError naming the field."""
+    for field, most in LARGEST.items():
+        value = getattr(settings, field, 1)
+        if value is None and field in ("num_key_value_heads", "head_dim"):
+            continue  # derived from the others
+        if type(value) is not int or not 1 <= value <= most:
+            expected = f"a whole number from 1 to {most:,}"
+            raise InputError(file=file, field=prefix + field, expected=expected, found=repr(value))
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -46,8 +76,10 @@ def weight_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if (path / INDEX).is_file():
         try:
-            shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(parse_object((path / INDEX).read_bytes())["weight_map"].values()))
+            if not shards or not all(isinstance(shard, str) and "\0" not in shard for shard in shards):
+                raise ValueError(f"shards {shards}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 file=path / INDEX, field="weight_map", expected="tensor names and their shards, in JSON", found=error
             ) from error
@@ -71,12 +103,21 @@ def weight_files(path: str | Path) -> list[Path]:
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) over all of a checkpoint's files."""
     for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(file=file, expected="a whole safetensors file", found=error) from error
+        yield from read_file(file)
+
+
+def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of one safetensors file. Raises InputError where it is damaged or holds a name twice."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            with open(file, "rb") as opened:  # safetensors itself takes the last tensor of a name
+                parse_object(opened.read(int.from_bytes(opened.read(8), "little")))
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, tensors.get_tensor(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            file=file, expected="a whole safetensors file", found=error, mend="fetch the file again"
+        ) from error
 
 
 def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tensor]], path: str | Path) -> None:
@@ -97,8 +138,11 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
         four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
         missing |= {(part, name) for name in module.state_dict() if not name.endswith("position_ids")}
     missing |= set(four_bits)
-    unexpected = []
+    unexpected, seen = [], set()
     for part, name, tensor in tensors:
+        if (part, name) in seen:
+            raise InputError(file=path, field=name, expected="each tensor once", found="a second one of this name")
+        seen.add((part, name))
         weight, _, detail = name.partition(".weight.")
         place = (part, f"{weight}.weight") if detail else (part, name)
         missing.discard(place)
@@ -110,6 +154,9 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
             linear = four_bits.get(place)
             shape = own[place].shape if linear is None else (linear.out_features, linear.in_features)
             _check_shape(path, name, shape, tensor.shape)
+            if tensor.dtype not in READ and (linear is not None or own[place].is_floating_point()):
+                expected, found = "float16, bfloat16, float32 or float64", str(tensor.dtype).removeprefix("torch.")
+                raise InputError(file=path, field=name, expected=expected, found=found)
             with torch.no_grad():
                 if linear is None:
                     own[place].copy_(tensor)
@@ -129,7 +176,7 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
         device, dtype = _like(parts[part])
         try:
             quantised = nf4_from_state_dict({key: tensor.to(device) for key, tensor in state.items()})
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(
                 file=path, field=name, expected="a weight in NF4 as bitsandbytes writes it", found=error
             ) from error

@@ -66,6 +66,13 @@ class DecoderConfig:
             )
         scaling = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
         theta = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        if config.num_attention_heads % kv_heads:
+            raise InputError(
+                field="num_key_value_heads",
+                expected=f"a divisor of the {config.num_attention_heads} attention heads",
+                found=kv_heads,
+            )
         attention_bias = bool(getattr(config, "attention_bias", False))
         return cls(
             vocab_size=config.vocab_size,
@@ -73,7 +80,7 @@ class DecoderConfig:
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            num_kv_heads=kv_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
             rope_theta=float(theta),

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from srcfast.data.jsonl import write_json
+from srcfast.data.jsonl import parse_object, write_json
 from srcfast.errors import InputError
-from srcfast.models.checkpoint import save_tensors
+from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import swiglu
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
@@ -275,19 +273,25 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
     directory = Path(directory)
     file = directory / ADAPTER_CONFIG
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(directory / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        settings = parse_object(file.read_bytes())
+        tensors = dict(read_file(directory / ADAPTER_WEIGHTS))
+    except (OSError, ValueError, InputError) as error:
         raise InputError(
             file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
     for key, needed in UNDERSTOOD.items():
         if (settings.get(key) or needed) != needed:
             raise InputError(file=file, field=key, expected=str(needed), found=settings[key])
-    try:
-        rank, alpha, dropout = int(settings["r"]), float(settings["lora_alpha"]), float(settings.get("lora_dropout", 0))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(file=file, expected="numbers for r, lora_alpha and lora_dropout", found=repr(error)) from error
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
+    dropout: Any = settings.get("lora_dropout", 0)
+    for field, value, kinds, fits, expected in (
+        ("r", rank, (int,), lambda r: 1 <= r <= 4096, "a rank, a whole number from 1 to 4096"),
+        ("lora_alpha", alpha, (int, float), lambda a: 0 < a < 1e9, "a number above 0"),
+        ("lora_dropout", dropout, (int, float), lambda share: 0 <= share < 1, "a share from 0 to below 1"),
+    ):
+        if type(value) not in kinds or not fits(value):
+            raise InputError(file=file, field=field, expected=expected, found=repr(value))
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".lora_")
@@ -300,11 +304,25 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
             raise InputError(
                 file=directory / ADAPTER_WEIGHTS, field=key, expected="layers of the decoder only", found=key
             )
+        if tensor.dtype not in READ or not tensor.isfinite().all():
+            found = (
+                f"{str(tensor.dtype).removeprefix('torch.')}, some not finite" if tensor.dtype in READ else tensor.dtype
+            )
+            raise InputError(
+                file=directory / ADAPTER_WEIGHTS, field=key, expected="finite numbers in 16, 32 or 64 bits", found=found
+            )
         modules.setdefault(name[position:], {})[part[0]] = tensor
     if not modules:
         raise InputError(file=directory / ADAPTER_WEIGHTS, expected="an adapter's tensors", found="none")
     targets = tuple(sorted({name.rpartition(".")[2] for name in modules}))
-    add_lora(model, LoRAConfig(rank, alpha, dropout, targets))
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise InputError(
+            file=directory / ADAPTER_WEIGHTS,
+            field="target_modules",
+            expected=f"layers among {', '.join(TARGETS)}",
+            found=", ".join(unknown),
+        )
+    add_lora(model, LoRAConfig(rank, float(alpha), float(dropout), targets))
     layers = adapters(model)
     if missing := sorted(set(layers) ^ set(modules)):
         raise InputError(
@@ -333,7 +351,12 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
 def adapter_hash(directory: str | Path) -> str:
     """SHA-256 over an adapter's weights and the settings that matter."""
     directory = Path(directory)
-    settings = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    try:
+        settings = parse_object((directory / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            file=directory / ADAPTER_CONFIG, expected="an adapter's settings in JSON", found=error
+        ) from error
     kept = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     digest.update((directory / ADAPTER_WEIGHTS).read_bytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from srcfast.data.forest import Forest
+from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.memory import read_headers
 
 
 class TextModel(nn.Module):
@@ -94,7 +96,10 @@ def build_decoder(
             decoder = Decoder(DecoderConfig.from_huggingface(config))
             if quantize == "nf4":
                 quantize_linears(decoder)
-        return decoder.to(dtype=dtype).to_empty(device=device)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(
+            file=Path(path) / "config.json", expected="settings of a decoder", found=f"{type(error).__name__}: {error}"
+        ) from error
     except InputError as error:
         raise InputError(
             file=Path(path) / "config.json",
@@ -103,6 +108,22 @@ def build_decoder(
             found=error.found,
             mend=error.mend,
         ) from error
+    asked, stored = sum(parameter.numel() for parameter in decoder.parameters()), _stored(path)
+    if stored is not None and asked > 2 * stored:  # before memory is taken for them
+        raise InputError(
+            file=Path(path) / "config.json",
+            expected=f"a model of the {stored:,} weights that its files hold",
+            found=f"settings of one of {asked:,}",
+            mend="the checkpoint does not fit its config.json",
+        )
+    return decoder.to(dtype=dtype).to_empty(device=device)
+
+
+def _stored(path: str | Path) -> int | None:
+    """How many weights a checkpoint's files hold; None where there are none, or bitsandbytes has packed them."""
+    shapes = dict(read_headers(path))
+    packed = not shapes or any(name.endswith(".absmax") for name in shapes)
+    return None if packed else sum(math.prod(shape) for shape in shapes.values())
 
 
 def own_tensors(
@@ -133,12 +154,22 @@ def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer, without remote code, and with the chat template wherever it lies. Raises InputError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise InputError(file=path, expected="a tokenizer beside the model", found=error) from error
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it can't read
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(file=path, expected="a tokenizer beside the model", found=found) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            file=path, field="eos_token", expected="a tokenizer with an end token", found="none", mend="name it"
+        )
     # Where processors of transformers 4 kept it; the tokenizer may have the text model's template, which shows no image.
     beside = Path(path) / "chat_template.json"
     if beside.is_file() and not (Path(path) / "chat_template.jinja").is_file():
-        tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+        try:
+            tokenizer.chat_template = parse_object(beside.read_bytes())["chat_template"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                file=beside, field="chat_template", expected="a template, in JSON", found=repr(error)
+            ) from error
     return tokenizer
 
 

@@ -35,8 +35,23 @@ class Vision(nn.Module):
                 mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
             )
         self.config = config
+        if config.vision_feature_select_strategy not in ("default", "full"):
+            raise InputError(
+                file=path,
+                field="vision_feature_select_strategy",
+                expected="default or full",
+                found=repr(config.vision_feature_select_strategy),
+            )
         self.processor = load_image_processor(path)
-        self.model = bare_model(config)
+        try:
+            self.model = bare_model(config)
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            found = f"{type(error).__name__}: {error}"
+            raise InputError(
+                file=path, field="vision_config", expected="settings of a vision tower", found=found
+            ) from error
         self._waiting: list[Tensor] = []  # weights on the host, of a tower that waits there
 
     def rest(self) -> None:
@@ -117,5 +132,5 @@ def load_image_processor(path: str | Path) -> Any:
     """The checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # TypeError, KeyError, ... for a file of other fields
         raise InputError(file=path, expected="an image processor's preprocessor_config.json", found=error) from error

@@ -333,7 +333,7 @@ def memory_of(device: torch.device | str) -> int:
 
 def parse_bytes(text: str, setting: str = "--memory") -> int:
     """`12GiB`, `80 GB`, `500000`: a size in bytes. Raises ConfigError, which names the setting, where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
         raise ConfigError(f"{setting}: expected a size such as 12GiB, found {text!r}")
     unit = found[2].lower()
