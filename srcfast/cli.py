@@ -331,6 +331,16 @@ def bench(
 
 
 @app.command()
+def replay(
+    place: Annotated[Path, typer.Argument(help="the not-finite/ directory that a stopped training has named")],
+) -> None:
+    """Run a batch again whose loss or gradient was not finite: does it come out as before?"""
+    from srcfast import tools
+
+    tools.replay(place)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")]) -> None:
     """Draw a run's page anew."""
     from srcfast import tools

@@ -207,6 +207,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on RAPs into `output`."""
     from srcfast.models.lora import save_adapter
+    from srcfast.replay import kept_if_not_finite
     from srcfast.stages.rationale import fine_tune_rationale
     from srcfast.training_run import TrainingRun
 
@@ -216,7 +217,10 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     model = load_model(config, config.lora.lora_config(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
     loop = config.rationale.training_settings(config.seed)
-    with TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run:
+    with (
+        TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run,
+        kept_if_not_finite("rationale", config, model, raps, loop, output),
+    ):
         fine_tune_rationale(
             model,
             raps,
@@ -303,6 +307,7 @@ def dpo(
 ) -> None:
     """Preference-tune an adapter (a given one, or a new one) into `output`."""
     from srcfast.models.lora import save_adapter
+    from srcfast.replay import kept_if_not_finite
     from srcfast.stages.preference import reference_logprobs, train_preference
     from srcfast.training_run import TrainingRun
 
@@ -337,7 +342,10 @@ def dpo(
             preferences[index] = pair
     loop = config.dpo.training_settings(config.seed)
     loss = config.dpo.preference_settings(config.curation.weighting)
-    with TrainingRun("dpo", len(preferences), loop, output, config, model, profile) as run:
+    with (
+        TrainingRun("dpo", len(preferences), loop, output, config, model, profile) as run,
+        kept_if_not_finite("dpo", config, model, preferences, loop, output),
+    ):
         train_preference(
             model,
             preferences,

@@ -191,6 +191,21 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
     print(f"results and plots: {output}")
 
 
+def replay(place: Path) -> None:
+    """Run a kept batch again. Raises SrcfastError where its loss or gradient is not finite again."""
+    from srcfast.replay import replay as run
+    from srcfast.runtime.training import NotFinite
+
+    try:
+        metrics = run(place)
+    except NotFinite as error:
+        raise SrcfastError(f"reproduced: {error}") from error
+    print(
+        f"not reproduced: step {metrics['step']} has loss {metrics['loss']:.6g} and gradient norm {metrics['grad_norm']:.6g} "
+        "here. Other hardware, kernels or versions may have made the difference"
+    )
+
+
 def report(run: Path) -> None:
     """Draw the page of a run directory."""
     from srcfast.report.page import write_report

@@ -41,6 +41,14 @@ Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, 
 Loss = Callable[[Tensor, Forest, Tensor, Sequence["TrainingItem"], Any], tuple[Tensor, dict[str, Tensor]]]
 
 
+class NotFinite(SrcfastError):
+    """A loss or gradient of this step is not finite; the weights are those before it."""
+
+    def __init__(self, step: int, message: str) -> None:
+        self.step = step
+        super().__init__(message)
+
+
 @dataclass(frozen=True)
 class TrainingItem:
     """A tree to train on, and what the loss function needs to know of it."""
@@ -171,8 +179,9 @@ def train(
         function's own.
 
     Raises:
-        SrcfastError: nothing to train on, or a loss or gradient that is not finite, by step and keys: that step's
-            update, and every later one, has not been made. Or a rank that stays away, or that began with other weights
+        NotFinite: a loss or gradient is not finite, by step and keys: that step's update, and every later one, has not been
+            made.
+        SrcfastError: nothing to train on. Or a rank that stays away, or that began with other weights
             or items. Or a checkpoint can't be written.
         ConfigError: the checkpoint is another training's.
         Interrupted: a signal asked to stop; all steps so far are saved.
@@ -273,6 +282,40 @@ def train(
         model.train(was_training)
         decoder.checkpoint_layers = 0
     return history
+
+
+def run_again(
+    model: Any,
+    batch: Sequence[TrainingItem],
+    step: int,
+    *,
+    loss: Loss,
+    denominator: Callable[[Sequence[TrainingItem]], Any],
+    settings: TrainingSettings,
+    features: Features | None = None,
+    rows: Callable[[Forest], Tensor] | None = None,
+) -> Metrics:
+    """The numbers of one step of `train`, with its global batch and the weights before it; no weight changes.
+
+    Raises:
+        NotFinite: loss or gradient is not finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    packed = packed_steps(
+        [item.tree for item in batch],
+        [step],
+        lambda number: list(range(len(batch))),
+        token_budget=settings.token_budget,
+        most_trees=settings.micro_batch_size,
+        features=features,
+        plan=rows,
+    )
+    model.train()
+    torch.manual_seed(dropout_seed(settings.seed, step, 0))
+    wanted = rows if takes_rows(model) else None
+    state = TrainingState(optimizer, step)
+    return accumulate(model, next(packed), batch, loss, denominator(batch), state, features, wanted, device).read()
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -450,8 +493,9 @@ def _check_finite(step: int, loss: float, losses: Sequence[float], norm: float, 
     what = "the gradient" if math.isfinite(loss) else "the loss"
     keys_of_all = culprits or [key for _, own in told for key in own]
     shown = ", ".join(keys_of_all[:8]) + (f" and {len(keys_of_all) - 8} more" if len(keys_of_all) > 8 else "")
-    raise SrcfastError(
+    raise NotFinite(
+        step,
         f"step {step}: {what} is not finite (loss {loss}, gradient norm {norm}) among the samples "
         f"{shown}; this step has not changed the weights. Mend: lower learning_rate, or look at the samples "
-        "with `inspect`"
+        "with `inspect`",
     )

@@ -391,6 +391,29 @@ def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
     return PairDenominator(sum(item.meta.weight for item in pairs), len(pairs), len(items) - len(pairs))
 
 
+def preference_items(
+    model: Any,
+    preferences: Sequence[Preference],
+    preference_settings: PreferenceSettings,
+    rehearsal: Sequence[Rap] = (),
+) -> list[TrainingItem]:
+    """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
+    weighted = preference_settings.weighting == "confidence"
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                preference.confidence if weighted else 1.0,
+                preference.confidence,
+                float(preference.reference_chosen_logprob or 0.0),
+                float(preference.reference_rejected_logprob or 0.0),
+            ),
+        )
+        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    return items + rationale_trees(model, rehearsal)
+
+
 def train_preference(
     model: Any,
     preferences: Sequence[Preference],
@@ -425,20 +448,7 @@ def train_preference(
     """
     for preference in preferences:
         _check_reference(preference, expected_reference_hash)
-    weighted = preference_settings.weighting == "confidence"
-    items = [
-        TrainingItem(
-            tree,
-            PairMeta(
-                preference.confidence if weighted else 1.0,
-                preference.confidence,
-                float(preference.reference_chosen_logprob or 0.0),
-                float(preference.reference_rejected_logprob or 0.0),
-            ),
-        )
-        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
-    ]
-    items += rationale_trees(model, rehearsal)
+    items = preference_items(model, preferences, preference_settings, rehearsal)
     if on_items is not None:
         on_items(items)
     dropout = getattr(getattr(model, "lora_config", None), "dropout", 0.0) > 0  # then the start is noisy

@@ -1,0 +1,160 @@
+"""A batch whose loss or gradient was not finite: kept on disk with the weights it met, and run again.
+
+`not-finite/` holds `batch.json` (the step's records, its settings, the hash of the trained weights) and `adapter/` (those
+weights, before the step). `srcfast replay not-finite` runs the step again and says whether it comes out as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srcfast.config import Config
+from srcfast.data.jsonl import write_json
+from srcfast.data.records import Preference, Sample
+from srcfast.errors import InputError, SrcfastError
+from srcfast.loading import features_of, load_model
+from srcfast.models.lora import lora_parameters, save_adapter
+from srcfast.runtime import distributed
+from srcfast.runtime.training import Metrics, NotFinite, TrainingSettings, global_batch, run_again
+from srcfast.runtime.training_checkpoint import weights_hash
+from srcfast.stages.preference import loss_rows, pair_denominator, preference_items, preference_loss
+from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
+
+DIRECTORY, BATCH = "not-finite", "batch.json"
+
+
+@contextmanager
+def kept_if_not_finite(
+    stage: str,
+    config: Config,
+    model: Any,
+    records: Sequence[Preference | Rap],
+    loop: TrainingSettings,
+    directory: Path,
+) -> Iterator[None]:
+    """The body trains `model` on items made of these records, one each, in their order.
+
+    Args:
+        stage: "rationale" or "dpo".
+        config: the run's.
+        model: with an adapter.
+        records: preferences, or samples with their responses.
+        loop: the training's settings.
+        directory: in which `not-finite/` is made.
+
+    Raises:
+        SrcfastError: a loss or gradient was not finite; the command that runs the batch again is told.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        place, step, text = directory / DIRECTORY, error.step, str(error)
+        batch = [records[index] for index in global_batch(len(records), step, loop)]
+        distributed.from_main(lambda: _write(place, stage, config, model, batch, loop, step, text))
+        raise SrcfastError(f"{text}. The batch is kept; to run it again: srcfast replay {place}") from error
+
+
+def replay(place: Path) -> Metrics:
+    """Run the kept batch again; its numbers, where they are finite this time.
+
+    Raises:
+        NotFinite: it came out as before.
+        InputError: what was kept can't be read, or has been changed.
+    """
+    file = place / BATCH
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        config = Config.model_validate(found["config"])
+        loop = TrainingSettings(**found["loop"])
+        root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
+        pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
+        raps = [_rap(row, root) for row in found["rationales"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            file=file,
+            expected="a batch that was kept for its numbers",
+            found=error,
+            mend="name a not-finite/ directory",
+        ) from error
+    model = load_model(config, place / "adapter")
+    if _trained(model) != expected:
+        raise InputError(file=place / "adapter", expected=f"weights with SHA-256 {expected}", found=_trained(model))
+    features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
+    if stage == "rationale":
+        items = rationale_trees(model, raps)
+        return run_again(
+            model,
+            items,
+            step,
+            loss=rationale_loss,
+            denominator=response_tokens,
+            settings=loop,
+            features=features,
+            rows=response_rows,
+        )
+    settings = config.dpo.preference_settings(config.curation.weighting)
+    return run_again(
+        model,
+        preference_items(model, pairs, settings, raps),
+        step,
+        loss=preference_loss(settings),
+        denominator=pair_denominator,
+        settings=loop,
+        features=features,
+        rows=loss_rows,
+    )
+
+
+def _write(
+    place: Path,
+    stage: str,
+    config: Config,
+    model: Any,
+    batch: Sequence[Preference | Rap],
+    loop: TrainingSettings,
+    step: int,
+    error: str,
+) -> None:
+    pairs = [record for record in batch if isinstance(record, Preference)]
+    raps = [record for record in batch if not isinstance(record, Preference)]
+    owners: list[Preference | Sample] = [*pairs, *(sample for sample, _ in raps)]
+    root = Path(os.path.commonpath([owner.image_root.resolve() for owner in owners]))
+    kept = {
+        "stage": stage,
+        "step": step,
+        "error": error,
+        "weights_sha256": _trained(model),
+        "command": f"srcfast replay {place}",
+        "loop": asdict(loop),
+        "config": config.model_dump(mode="json"),
+        "image_root": str(root),
+        "preferences": [replace(pair, images=_below(pair, root)).to_json() for pair in pairs],
+        "rationales": [
+            {"id": sample.id, "images": _below(sample, root), "question": sample.question, "response": response}
+            for sample, response in raps
+        ],
+    }
+    place.mkdir(parents=True, exist_ok=True)
+    save_adapter(model, place / "adapter")
+    write_json(place / BATCH, kept)
+
+
+def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
+    """The record's images relative to `root`."""
+    return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
+
+
+def _rap(row: dict[str, Any], root: Path) -> Rap:
+    return Sample(row["id"], tuple(row["images"]), row["question"], "", image_root=root), row["response"]
+
+
+def _trained(model: Any) -> str:
+    return weights_hash(torch.cat([parameter.detach().reshape(-1) for parameter in lora_parameters(model)]))
