@@ -33,6 +33,7 @@ from srcfast.loading import (
 from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
+from srcfast.replay import kept_if_not_finite
 from srcfast.report.page import write_report
 from srcfast.runtime import distributed
 from srcfast.runtime.measure import measured
@@ -150,16 +151,17 @@ class Calibration:
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
             profiler = self._profiler("rationale")
-            fine_tune_rationale(
-                lvlm,
-                raps,
-                loop,
-                features=self.policy.features,
-                on_step=self._step("rationale", progress),
-                on_items=self._expect("rationale", loop),
-                profiler=profiler,
-                checkpoints=self._checkpoints("rationale", ("lora", "rationale"), progress),
-            )
+            with kept_if_not_finite("rationale", self.config, lvlm, raps, loop, self.directory.path):
+                fine_tune_rationale(
+                    lvlm,
+                    raps,
+                    loop,
+                    features=self.policy.features,
+                    on_step=self._step("rationale", progress),
+                    on_items=self._expect("rationale", loop),
+                    profiler=profiler,
+                    checkpoints=self._checkpoints("rationale", ("lora", "rationale"), progress),
+                )
             if profiler is not None:
                 profiler.show()
             self._keep_adapter(self.directory.rationale_adapter)
@@ -262,19 +264,20 @@ class Calibration:
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.use(self.directory.adapter(iteration - 1))
             profiler = self._profiler(f"iteration-{iteration}/dpo")
-            train_preference(
-                lvlm,
-                pairs,
-                self.config.dpo.preference_settings(self.config.curation.weighting),
-                loop,
-                expected_reference_hash=self.policy.hash(),
-                features=self.policy.features,
-                on_step=self._step(f"iteration-{iteration}/dpo", progress),
-                rehearsal=rehearsal,
-                on_items=self._expect("dpo", loop),
-                profiler=profiler,
-                checkpoints=self._checkpoints(f"iteration-{iteration}/dpo", ("curation", "dpo"), progress),
-            )
+            with kept_if_not_finite("dpo", self.config, lvlm, [*pairs, *rehearsal], loop, self.directory.path):
+                train_preference(
+                    lvlm,
+                    pairs,
+                    self.config.dpo.preference_settings(self.config.curation.weighting),
+                    loop,
+                    expected_reference_hash=self.policy.hash(),
+                    features=self.policy.features,
+                    on_step=self._step(f"iteration-{iteration}/dpo", progress),
+                    rehearsal=rehearsal,
+                    on_items=self._expect("dpo", loop),
+                    profiler=profiler,
+                    checkpoints=self._checkpoints(f"iteration-{iteration}/dpo", ("curation", "dpo"), progress),
+                )
             if profiler is not None:
                 profiler.show()
             self._keep_adapter(self.directory.adapter(iteration))
