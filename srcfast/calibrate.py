@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from srcfast.loading import (
     read_evaluation_sets,
     read_training_samples,
 )
+from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
@@ -42,14 +44,22 @@ from srcfast.runtime.run_directory import RunDirectory, alone_in
 from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
 from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.stages.candidates import diversity, generate_candidates
+from srcfast.runtime.work_list import Parts
+from srcfast.stages.candidates import diversity
 from srcfast.stages.curation import curate
-from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
+from srcfast.stages.evaluation import summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom, recovered
+from srcfast.stages.pieces import (
+    answers_in_pieces,
+    candidates_in_pieces,
+    predictions_of,
+    references_in_pieces,
+    scores_in_pieces,
+)
 from srcfast.stages.preference import train_preference
 from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.references import references_from_candidates
-from srcfast.stages.scoring import samples_in_order, score_candidates, scored_rows
+from srcfast.stages.scoring import group_by_sample, samples_in_order, score_candidates
 from srcfast.world.oracle import judge_sample
 
 GALLERY = 12  # samples shown on the page
@@ -117,31 +127,36 @@ class Calibration:
             lvlm = self.policy.use(adapter)
             entries = []
             for one in self.evaluation_sets:
-                predictions = answer_greedily(
+                answers = answers_in_pieces(
+                    self.directory.checkpoint(stage) / f"{one.name}-{one.split}",
+                    self._depends_on(sections, policy=True),
                     lvlm,
                     one.samples,
-                    self.policy.features,
-                    self.config.evaluation.max_new_tokens,
-                    self.config.evaluation.batch_size,
-                    progress,
-                    self.config.evaluation.cuda_graphs,
+                    features=self.policy.features,
+                    max_new_tokens=self.config.evaluation.max_new_tokens,
+                    batch_size=self.config.evaluation.batch_size,
+                    progress=progress,
+                    graphs=self.config.evaluation.cuda_graphs,
                 )
-                if distributed.is_main():
-                    write_predictions(self._predictions(model, one), predictions)
-                entries.append(
-                    summarise(
-                        predictions,
-                        model=model,
-                        dataset=one.name,
-                        split=one.split,
-                        resamples=self.config.evaluation.bootstrap_resamples,
-                        seed=self.config.seed,
-                    )
-                )
+                entries.append(distributed.from_main(partial(self._summarise, model, one, answers)))
             return {"entries": entries}
 
+        stage, sections = f"{model}/evaluation", ("data", "evaluation")
         total = sum(len(one.samples) for one in self.evaluation_sets)
-        self._stage(f"{model}/evaluation", ("data", "evaluation"), total, work, adapted=adapter is not None)
+        self._stage(stage, sections, total, work, adapted=adapter is not None)
+
+    def _summarise(self, model: str, one: EvaluationSet, answers: Parts) -> dict[str, Any]:
+        """Write the predictions; the entry of the summary."""
+        predictions = predictions_of(one.samples, answers)
+        write_predictions(self._predictions(model, one), predictions)
+        return summarise(
+            predictions,
+            model=model,
+            dataset=one.name,
+            split=one.split,
+            resamples=self.config.evaluation.bootstrap_resamples,
+            seed=self.config.seed,
+        )
 
     def rationale(self) -> None:
         """Stage 1: LoRA on rationale-answer pairs."""
@@ -174,31 +189,38 @@ class Calibration:
         samples = self._round(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            found = self._search(samples, iteration, progress)
-            if distributed.is_main():
-                write_shards(self._shards(iteration, "candidates"), (c.to_json() for own in found for c in own))
-            return {"diversity": diversity(found)}
+            found = self._search(self.directory.checkpoint(stage), sections, samples, iteration, progress)
+            distributed.from_main(lambda: write_shards(self._shards(iteration, "candidates"), found.rows()))
+            return {"diversity": diversity(own for _, own in self._candidates(iteration).rest())}
 
-        self._stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
+        stage, sections = f"iteration-{iteration}/candidates", ("candidates",)
+        self._stage(stage, sections, len(samples), work)
 
     def headroom(self, iteration: int) -> None:
         """What the round's starting model could reach on held-out samples: candidates and the R-Scorer's pick."""
         chosen = self._headroom_samples()
 
         def work(progress: Track) -> dict[str, Any]:
-            searched = [self._search(samples, iteration, progress) for _, samples in chosen]
+            place = self.directory.checkpoint(stage)
+            searched = [
+                self._search(place / f"{one.name}-{one.split}", sections, samples, iteration, progress)
+                for one, samples in chosen
+            ]
             judge = self._load_judge()
             entries = []
             for (one, samples), candidates in zip(chosen, searched, strict=True):
-                found = {sample.id: own for sample, own in zip(samples, candidates, strict=True)}
+                found = group_by_sample(
+                    Candidate.from_json(row, file=place, line=None, image_root=self.images) for row in candidates.rows()
+                )
                 rows = score_candidates(judge, samples, found, self.config.scorer.token_budget, self.config.scorer.mode)
                 good = self._greedy_aligned(self._model_before(iteration), one)
                 entry = measure_headroom(samples, [good[s.id] for s in samples], found, rows)
                 entries.append({"iteration": iteration, "dataset": one.name, "split": one.split} | entry)
             return {"entries": entries}
 
+        stage, sections = f"iteration-{iteration}/headroom", ("candidates", "scorer", "evaluation")
         total = sum(len(samples) for _, samples in chosen)
-        self._stage(f"iteration-{iteration}/headroom", ("candidates", "scorer", "evaluation"), total, work)
+        self._stage(stage, sections, total, work)
 
     def scores(self, iteration: int) -> None:
         """Stage 3: the R-Scorer compares every sample's candidates."""
@@ -206,13 +228,23 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             section, adaptive = self.config.scorer, self.config.scorer.adaptive()
-            own, budget = self._candidates(iteration), section.token_budget
-            rows = scored_rows(self._load_judge(), samples, own, budget, section.mode, progress, adaptive)
-            if distributed.is_main():
-                write_shards(self._shards(iteration, "scores"), rows)
-            return {} if adaptive is None else {"adaptive": adaptive.report()}
+            judge = self._load_judge()
+            found = scores_in_pieces(
+                self.directory.checkpoint(stage),
+                self._depends_on(sections),
+                judge,
+                samples,
+                lambda: self._candidates(iteration).rest(),
+                section.token_budget,
+                section.mode,
+                progress,
+                adaptive,
+            )
+            distributed.from_main(lambda: write_shards(self._shards(iteration, "scores"), found.rows()))
+            return {} if adaptive is None else {"adaptive": replace(adaptive, counts=found.counts()).report()}
 
-        self._stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
+        stage, sections = f"iteration-{iteration}/scores", ("scorer",)
+        self._stage(stage, sections, len(samples), work)
 
     def preferences(self, iteration: int) -> None:
         """Stage 4, first half: pairs, their confidences, and the reference's log-probabilities."""
@@ -244,6 +276,9 @@ class Calibration:
                 token_budget=self.config.dpo.token_budget,
                 on_forest=lambda forest: progress.advance(0, tokens=forest.num_tokens),
                 seed=self.config.seed + iteration,
+                logprobs=references_in_pieces(
+                    self.directory.checkpoint(stage), self._depends_on(sections, policy=True), progress
+                ),
             )
             progress.advance(len(samples))
             if distributed.is_main():
@@ -251,7 +286,8 @@ class Calibration:
                 self._write_gallery(iteration, done)
             return {"funnel": funnel, "references": takeover.to_json()}
 
-        self._stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)
+        stage, sections = f"iteration-{iteration}/preferences", ("curation",)
+        self._stage(stage, sections, len(samples), work)
 
     def preference_tuning(self, iteration: int) -> None:
         """Stage 4, second half: confidence-weighted DPO from the round's starting policy, which is the reference."""
@@ -475,9 +511,24 @@ class Calibration:
 
         return forecast
 
-    def _search(self, samples: list[Sample], iteration: int, progress: Track) -> list[list[Candidate]]:
+    def _depends_on(self, sections: tuple[str, ...], policy: bool = False) -> Callable[[], dict[str, Any]]:
+        """What a stage's pieces depend on beside their items: settings, and the policy as it is then or the R-Scorer."""
+
+        def found() -> dict[str, Any]:
+            if policy:
+                return {**self._settings(sections), "policy": self.policy.hash()}
+            assert self.judge is not None
+            return {**self._settings(sections), "scorer": model_hash(self.judge.text_model.path)}
+
+        return found
+
+    def _search(
+        self, place: Path, sections: tuple[str, ...], samples: list[Sample], iteration: int, progress: Track
+    ) -> Parts:
         section = self.config.candidates
-        return generate_candidates(
+        return candidates_in_pieces(
+            place,
+            self._depends_on(sections, policy=True),
             self.policy.use(self.directory.adapter(iteration - 1)),
             samples,
             section.settings(),

@@ -95,14 +95,15 @@ def work_through(
     if before := [_head(file) for number, file in enumerate(files) if number not in waiting]:
         took = sum(head["seconds"] for head in before)
         progress.went_on(sum(head["items"] for head in before), sum(head["tokens"] for head in before), took)
+    progress.on_advance = distributed.alive
     with at_boundaries():
         while (turn := distributed.next_number(f"{place}/{_lists}")) < len(left):
             number = left[turn]
-            began, tokens = time.perf_counter(), progress.tokens
+            began, done, tokens = time.perf_counter(), progress.done, progress.tokens
             rows, counts = work(pieces[number])
             head = {
                 "fingerprint": prints[number],
-                "items": len(pieces[number]),
+                "items": progress.done - done,
                 "counts": dict(counts),
                 "tokens": progress.tokens - tokens,
                 "seconds": (time.perf_counter() - began) / distributed.size(),
@@ -111,7 +112,7 @@ def work_through(
             waiting.discard(number)
             _hear_of_others(files, waiting, progress)
             stop_if_asked(f"part {number + 1} of {len(files)}")
-    distributed.barrier()
+    distributed.meet()
     _hear_of_others(files, waiting, progress)
     return Parts(files)
 

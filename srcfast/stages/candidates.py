@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,7 +75,7 @@ def _candidate(model: Any, sample: Sample, number: int, generated: Generated) ->
     )
 
 
-def diversity(candidates: Sequence[Sequence[Candidate]]) -> dict[str, float]:
+def diversity(candidates: Iterable[Sequence[Candidate]]) -> dict[str, float]:
     """How much the candidates of a sample differ, on average over samples with at least two.
 
     `distinct_texts` and `distinct_answers` are shares of a sample's candidates; `bigram_overlap` is the mean Jaccard overlap of

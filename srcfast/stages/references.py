@@ -58,6 +58,7 @@ def references_from_candidates(
     features: Features | None = None,
     on_forest: Callable[[Forest], None] | None = None,
     seed: int = 0,
+    logprobs: Callable[..., list[Preference]] = reference_logprobs,
 ) -> tuple[list[Preference], Takeover]:
     """`reference_logprobs`, but for pairs whose log-probabilities generation has found already.
 
@@ -68,6 +69,7 @@ def references_from_candidates(
         candidates: sample id -> candidates, whose `logprob` is the model's own over `token_ids`; asked once for each run of
             pairs of one sample.
         seed: of the part that is rechecked.
+        logprobs: computes those that are not taken over.
     """
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
     known: list[tuple[float, float] | None] = []
@@ -80,7 +82,7 @@ def references_from_candidates(
     done = list(preferences)
 
     def compute(indices: Sequence[int]) -> None:
-        exact = reference_logprobs(
+        exact = logprobs(
             model,
             [preferences[index] for index in indices],
             reference_hash=reference_hash,

@@ -107,7 +107,12 @@ def fail_on_one_rank(folder: Path) -> Any:
     work = CountedWork(folder / "parts", fails_at=0 if distributed.rank() else None)
     if distributed.is_main():  # slow enough to leave the other rank a piece
         piece = work.piece
-        work.piece = lambda numbers: (time.sleep(0.5), piece(numbers))[1]  # type: ignore[method-assign]
+
+        def slow(numbers: Any) -> Any:
+            time.sleep(0.5)
+            return piece(numbers)
+
+        work.piece = slow  # type: ignore[method-assign]
     work()
 
 

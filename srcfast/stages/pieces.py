@@ -1,0 +1,185 @@
+"""The stages that run a model over samples one by one, in pieces that are kept: see `runtime.work_list`.
+
+Each returns its parts; their rows, in order, are what the stage writes. A batch or a forest never reaches from one piece into the
+next, and images are encoded anew in each: what was computed beside a sample moves its numbers by rounding, and must not depend
+on which rank did what before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from srcfast.data.forest import Forest
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.models import ImageFeatures
+from srcfast.models.scorer import Scorer
+from srcfast.runtime.beam_search import BeamSettings
+from srcfast.runtime.telemetry import Track
+from srcfast.runtime.work_list import BATCHES, Done, Parts, work_through
+from srcfast.stages.adaptive_pairs import AdaptivePairs
+from srcfast.stages.candidates import generate_candidates
+from srcfast.stages.evaluation import Prediction, answer_greedily, predict
+from srcfast.stages.preference import reference_logprobs
+from srcfast.stages.scoring import BLOCK, Mode, scored_rows
+
+PAIRS = 256  # preference pairs a piece
+
+DependsOn = Callable[[], Mapping[str, Any]]
+Groups = Iterator[tuple[str, list[Candidate]]]
+
+
+def candidates_in_pieces(
+    place: Path,
+    depends_on: DependsOn,
+    model: Any,
+    samples: Sequence[Sample],
+    settings: BeamSettings,
+    *,
+    features: ImageFeatures,
+    seed: int,
+    batch_size: int,
+    progress: Track,
+    graphs: bool = True,
+) -> Parts:
+    """`generate_candidates`, as rows of candidates."""
+
+    def work(piece: Sequence[Sample]) -> Done:
+        features.forget()
+        found = generate_candidates(
+            model,
+            piece,
+            settings,
+            features=features,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            graphs=graphs,
+        )
+        return [candidate.to_json() for own in found for candidate in own], {}
+
+    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress)
+
+
+def scores_in_pieces(
+    place: Path,
+    depends_on: DependsOn,
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    candidates: Callable[[], Groups],
+    token_budget: int,
+    mode: Mode,
+    progress: Track,
+    adaptive: AdaptivePairs | None = None,
+) -> Parts:
+    """`scored_rows` in the order of the candidates; the parts' counts are `adaptive`'s.
+
+    Args:
+        candidates: reads (sample id, its candidates), from the beginning each time. They are read twice: once for what there
+            is, once to judge it, a piece at a time.
+
+    Raises:
+        InputError: a candidate that can't be read, or a sample's candidates are not one after the other.
+    """
+    known = {sample.id: sample for sample in samples}
+    digest, judged = hashlib.sha256(), []
+    for sample_id, own in candidates():
+        if sample_id in known:
+            judged.append(known[sample_id])
+            digest.update(json.dumps([(one.id, one.text) for one in own]).encode())
+    groups = candidates()
+
+    def work(piece: Sequence[Sample]) -> Done:
+        counted = None if adaptive is None else replace(adaptive, counts=Counter())
+        own = _next_of(groups, {sample.id for sample in piece})
+        rows = list(scored_rows(scorer, piece, own, token_budget, mode, progress, counted))
+        return rows, {} if counted is None else counted.counts
+
+    def on_candidates() -> Mapping[str, Any]:
+        return {**depends_on(), "candidates": digest.hexdigest()}
+
+    return work_through(place, judged, 4 * BLOCK, on_candidates, work, progress)
+
+
+def _next_of(groups: Groups, wanted: set[str]) -> dict[str, list[Candidate]]:
+    """The next candidates of these samples, of which none was passed over yet; others' on the way are other ranks' work."""
+    found: dict[str, list[Candidate]] = {}
+    while len(found) < len(wanted):
+        sample_id, own = next(groups)
+        if sample_id in wanted:
+            found[sample_id] = own
+    return found
+
+
+def answers_in_pieces(
+    place: Path,
+    depends_on: DependsOn,
+    model: Any,
+    samples: Sequence[Sample],
+    *,
+    features: ImageFeatures,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Track,
+    graphs: bool = True,
+) -> Parts:
+    """`answer_greedily`, as rows {id, text}; `predictions_of` reads them."""
+
+    def work(piece: Sequence[Sample]) -> Done:
+        features.forget()
+        found = answer_greedily(model, piece, features, max_new_tokens, batch_size, progress, graphs)
+        return [{"id": one.sample.id, "text": one.text} for one in found], {}
+
+    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress)
+
+
+def predictions_of(samples: Sequence[Sample], answers: Parts) -> list[Prediction]:
+    """The samples' answers, parsed and judged."""
+    return [predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True)]
+
+
+def references_in_pieces(place: Path, depends_on: DependsOn, progress: Track) -> Callable[..., list[Preference]]:
+    """What stands in for `reference_logprobs`: the same, in pieces; each call has a folder of its own under `place`."""
+    calls = count()
+
+    def logprobs(
+        model: Any,
+        preferences: Sequence[Preference],
+        *,
+        reference_hash: str,
+        token_budget: int,
+        features: ImageFeatures,
+        on_forest: Callable[[Forest], None] | None = None,
+    ) -> list[Preference]:
+        def work(piece: Sequence[Preference]) -> Done:
+            features.forget()
+            done = reference_logprobs(
+                model,
+                piece,
+                reference_hash=reference_hash,
+                token_budget=token_budget,
+                features=features,
+                on_forest=on_forest,
+            )
+            return [
+                {"chosen": one.reference_chosen_logprob, "rejected": one.reference_rejected_logprob} for one in done
+            ], {}
+
+        parts = work_through(place / str(next(calls)), preferences, PAIRS, depends_on, work, progress)
+        return [
+            replace(
+                pair,
+                reference_chosen_logprob=row["chosen"],
+                reference_rejected_logprob=row["rejected"],
+                extra={**pair.extra, "reference_hash": reference_hash},
+            )
+            for pair, row in zip(preferences, parts.rows(), strict=True)
+        ]
+
+    return logprobs
