@@ -1,0 +1,176 @@
+"""Runs `srcfast` in forked children that a fault befalls; what is heavy is imported once, before.
+
+A program: one JSON request a line on stdin, one JSON answer a line on stdout. A request: `words` (the command line), `fault`
+(see `Faults`), `log` (where the child's output goes) and `limit` (seconds). The answer: `status` as `subprocess` gives it,
+negative for a signal, and the `points` of writing at which something befell it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+
+class Faults:
+    """What befalls this process at its points of writing.
+
+    A point is an event on a file within `inside` and how often it was met: `os.rename small/manifest.json 2`. Temporary names
+    carry no process number. Points come before what they name: `open` to write, `rename`, `remove`, `mkdir`, `rmdir`, `fsync`.
+
+    Args:
+        fault: `inside` (a directory), `kind`:
+            "kill": SIGKILL at the first point that is not in `seen`, of those whose checksum `every` divides;
+            "tear": the same at an fsync only, the file cut in half before, as a machine leaves it that loses its power;
+            "full": nothing more can be written from that point on (ENOSPC), unless `room`;
+            "backwards": the clock goes back by an hour at each call;
+            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`;
+            "none".
+        points: appended to by one line a point, at once, so that a killed process has told them.
+    """
+
+    def __init__(self, fault: dict[str, Any], points: Any) -> None:
+        self.fault = fault
+        self.kind, self.inside = fault.get("kind", "none"), fault.get("inside", "")
+        self.seen, self.every, self.points = set(fault.get("seen", ())), fault.get("every", 1), points
+        self.met: dict[str, int] = {}
+        self.full = False
+
+    def begin(self) -> None:
+        fsync, clock = os.fsync, time.time
+        os.fsync = lambda handle: (self.at("fsync", os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))[1]
+        sys.addaudithook(self.audit)
+        if self.kind == "full":
+            self.fill()
+        if self.kind == "moment":
+            self.expect()
+        if self.kind == "backwards":
+            calls = iter(range(1, 1 << 40))
+            time.time = lambda: clock() - 3600.0 * next(calls)
+
+    def fill(self) -> None:
+        """Files are opened as ever and take no byte: also what is buffered fails."""
+        opened = builtins.open
+
+        def on_a_full_disk(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+            if self.full and set(mode) & set("wxa+") and str(file).startswith(self.inside):
+                opened(file, mode, *more, **options).close()
+                return opened("/dev/full", "wb" if "b" in mode else "w", **({} if "b" in mode else options))
+            return opened(file, mode, *more, **options)
+
+        builtins.open = on_a_full_disk
+
+    def expect(self) -> None:
+        """A process that strikes this one is started when the stage's progress begins to be shown."""
+        from srcfast.runtime.telemetry import Track
+
+        begin, fault, victim = Track.__init__, self.fault, os.getpid()
+
+        def begin_and_expect(track: Any, name: str, *more: Any, **options: Any) -> None:
+            begin(track, name, *more, **options)
+            if name == fault["stage"] and os.fork() == 0:
+                os.close(self.points)
+                time.sleep(fault["after"])
+                if os.getppid() == victim:
+                    os.kill(victim, fault["signal"])
+                os._exit(0)
+
+        Track.__init__ = begin_and_expect
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, str) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self.at("open", path)
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            self.at(event, os.fspath(arguments[1] if event == "os.rename" else arguments[0]))
+
+    def at(self, event: str, path: Any) -> None:
+        if not isinstance(path, str) or not path.startswith(self.inside):
+            return
+        if event == "fsync" and self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        name = re.sub(r"\.\d+\.tmp", ".tmp", f"{event} {path.removeprefix(self.inside).lstrip('/')}")
+        self.met[name] = self.met.get(name, 0) + 1
+        point = f"{name} {self.met[name]}"
+        if self.kind not in ("kill", "tear", "full") or self.full or point in self.seen:
+            return
+        if zlib.crc32(point.encode()) % self.every or (self.kind == "tear" and event != "fsync"):
+            return
+        os.write(self.points, f"{point}\n".encode())
+        if self.kind == "full":
+            self.full = True
+            return
+        if self.kind == "tear" and os.path.isfile(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(request: dict[str, Any], points: Any) -> None:
+    """Run the command line as a process of its own and end with its status."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from srcfast.cli import app
+
+    status = 1
+    try:
+        Faults(request["fault"], points).begin()
+        app(request["words"])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def attempt(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork, wait, and tell how it ended."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        child(request, writing)
+    os.close(writing)
+    end = time.monotonic() + request.get("limit", 120.0)
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() >= end:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+    with os.fdopen(reading, encoding="utf-8") as told:
+        points = told.read().splitlines()
+    return {"status": os.waitstatus_to_exitcode(status), "points": points}
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import srcfast.calibrate
+    import srcfast.commands
+    import srcfast.world.pretrain  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(attempt(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+    main()
