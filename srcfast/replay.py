@@ -21,7 +21,7 @@ from srcfast.data.jsonl import write_json
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.loading import features_of, load_model
-from srcfast.models.lora import lora_parameters, save_adapter
+from srcfast.models.lora import load_adapter, lora_parameters, save_adapter
 from srcfast.runtime import distributed
 from srcfast.runtime.training import Metrics, NotFinite, TrainingSettings, global_batch, run_again
 from srcfast.runtime.training_checkpoint import weights_hash
@@ -84,7 +84,8 @@ def replay(place: Path) -> Metrics:
             found=error,
             mend="name a not-finite/ directory",
         ) from error
-    model = load_model(config, place / "adapter")
+    model = load_model(config, None)
+    load_adapter(model, place / "adapter")  # which before the first step changes nothing
     if _trained(model) != expected:
         raise InputError(file=place / "adapter", expected=f"weights with SHA-256 {expected}", found=_trained(model))
     features = features_of(model, [*pairs, *(sample for sample, _ in raps)])

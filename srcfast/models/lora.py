@@ -105,11 +105,24 @@ def _with_dropout(x: Tensor, linear: nn.Module) -> Tensor:
 
 
 def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
-    """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none."""
+    """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none.
+
+    Raises:
+        InputError: see `load_adapter`; or the saved adapter changes nothing: what is done with it would pass for its work.
+    """
     if isinstance(lora, LoRAConfig):
         add_lora(model, lora)
     elif lora is not None:
         load_adapter(model, lora)
+        layers = adapters(model)
+        if not any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
+            raise InputError(
+                file=Path(lora) / ADAPTER_WEIGHTS,
+                field="lora_B",
+                expected="an adapter that changes the model",
+                found=f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them",
+                mend="train the adapter first, or leave it out",
+            )
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> None:

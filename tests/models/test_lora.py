@@ -214,6 +214,17 @@ def test_a_setting_that_would_be_ignored_is_refused(field: str, value: Any, tmp_
         pair.load(lora=tmp_path / "adapter")
 
 
+def test_an_adapter_that_changes_nothing_is_refused_by_name(pair: Pair, tmp_path: Path) -> None:
+    ours = pair.load(lora=CONFIG)
+    save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"lora_B.*an adapter that changes the model.*zero.*Mend: train the adapter"):
+        pair.load(lora=tmp_path / "adapter")
+    with torch.no_grad():
+        lora_parameters(ours)[1][0, 0] = 1e-8  # one entry of one B is enough
+    save_adapter(ours, tmp_path / "adapter")
+    pair.load(lora=tmp_path / "adapter")
+
+
 def test_an_adapter_on_the_vision_tower_is_refused_by_name(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     pair = Pair("lvlm", tmp_path / "base")

@@ -27,7 +27,7 @@ from srcfast.stages.preference import (
     response_logprobs,
     train_preference,
 )
-from srcfast.stages.rationale import rationale_trees
+from srcfast.stages.rationale import rationale_trees, refuse_certainty
 
 SETTINGS = TrainingSettings(micro_batch_size=8, token_budget=4096, learning_rate=3e-3, warmup_ratio=0.0, seed=1)
 
@@ -275,3 +275,25 @@ def test_a_pair_of_identical_responses_is_refused_by_name() -> None:
     pair = referenced(model, 1)[0]
     with pytest.raises(InputError, match="sample-0.*the same tokens"):
         trained(model, [replace(pair, rejected=pair.chosen)], PreferenceSettings(), SETTINGS)
+
+
+def test_a_reference_above_0_is_refused_by_name() -> None:
+    model = SmallModel(lora=LoRAConfig(r=3))
+    pairs = referenced(model, 3)
+    pairs[1] = replace(pairs[1], reference_rejected_logprob=0.25)
+    with pytest.raises(InputError, match="sample-1.*reference_rejected_logprob.*at most 0, found 0.25.*Mend"):
+        trained(model, pairs, PreferenceSettings(), SETTINGS)
+
+
+def test_a_log_probability_above_0_is_an_error_and_rounding_is_none() -> None:
+    refuse_certainty({"step": 3, "max_logprob": 1e-6})
+    with pytest.raises(SrcfastError, match="step 3: expected log-probabilities of at most 0, found 0.01"):
+        refuse_certainty({"step": 3, "max_logprob": 0.01})
+
+
+def test_the_greatest_log_probability_of_a_step_is_watched() -> None:
+    model = SmallModel(lora=LoRAConfig(r=3))
+    pairs = referenced(model, 4)
+    first = trained(model, pairs, PreferenceSettings(), SETTINGS)[0]
+    stored = [value for pair in pairs for value in (pair.reference_chosen_logprob, pair.reference_rejected_logprob)]
+    assert first["max_logprob"] == pytest.approx(max(stored), rel=1e-6)
