@@ -30,12 +30,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from srcfast.data.collector import no_full_passes
 from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.data.readers import read_preferences, read_samples
-from srcfast.data.records import Candidate, Sample
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.report.gallery import MOST_CARDS as GALLERY
 from srcfast.report.page import write_report
 from srcfast.stages.curation import CurationSettings, curate
 from srcfast.stages.evaluation import Prediction, summarise
@@ -109,7 +111,8 @@ class Stages:
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
         self.samples: list[Sample] = []
-        self.pairs: list[Any] = []
+        self.pairs: list[Preference] = []
+        self.funnel: dict[str, Any] = {}
         (folder / "images").mkdir()
         for number in range(IMAGES):
             Image.new("RGB", (64, 64), (16 * number, 0, 0)).save(folder / "images" / f"{number}.png")
@@ -126,13 +129,17 @@ class Stages:
         return len(read_easy_vqa("train", self.size))
 
     def build_and_pack_trees(self) -> int:
-        """A prompt, chosen and rejected a sample; each forest is let go of, as when a pass runs over them."""
+        """A prompt, chosen and rejected a sample; each forest is let go of, as when a pass runs over them.
+
+        What tokenizing adds is left out. The collector is held as `preference_trees` does.
+        """
         rng = np.random.default_rng(3)
         sizes = np.stack([rng.integers(*PROMPT, self.size), *(rng.integers(*RESPONSE, (2, self.size)))], axis=1)
-        trees = [
-            Tree(tuple(Segment(np.zeros(n, dtype=np.int64), min(0, k - 1)) for k, n in enumerate(row)), key=number)
-            for number, row in enumerate(sizes.tolist())
-        ]
+        with no_full_passes():
+            trees = [
+                Tree(tuple(Segment(np.zeros(n, dtype=np.int64), min(0, k - 1)) for k, n in enumerate(row)), key=number)
+                for number, row in enumerate(sizes.tolist())
+            ]
         packed = sum(len(forest.trees) for forest in Forest.packed(trees, TOKEN_BUDGET))
         assert packed == self.size
         return packed
@@ -148,8 +155,8 @@ class Stages:
 
     def curate(self) -> int:
         rows = (row for *_, row in read_shards(self.folder / "scores"))
-        self.pairs, funnel = curate(self.samples, self._candidates(), rows, CurationSettings())
-        assert funnel["samples"] == self.size
+        self.pairs, self.funnel = curate(self.samples, self._candidates(), rows, CurationSettings())
+        assert self.funnel["samples"] == self.size
         return self.size
 
     def write_preferences(self) -> int:
@@ -164,17 +171,18 @@ class Stages:
         return count
 
     def sum_up_answers(self) -> int:
-        """Accuracy and its interval from one answer a sample."""
+        """Accuracy and its interval from one answer a sample, made as `answer_greedily` does."""
         parsed = parse_response(format_response(["There is a red circle."], ["So it is red."], "red", "tagged"))
-        made = [
-            Prediction(sample, "", "", parsed.answer, number % 3 > 0, None)
-            for number, sample in enumerate(self.samples)
-        ]
+        with no_full_passes():
+            made = [
+                Prediction(sample, "", "", parsed.answer, number % 3 > 0, None)
+                for number, sample in enumerate(self.samples)
+            ]
         self.entry = summarise(made, model="base", dataset="made up", split="test", resamples=1000, seed=0)
         return len(made)
 
     def draw_report(self) -> int:
-        """With a training step for each 16 samples."""
+        """With a training step for each 16 samples, the funnel, and a gallery as long as a run's."""
         steps = self.size // 16
         rng = np.random.default_rng(4)
         rows = (
@@ -182,10 +190,25 @@ class Stages:
             for step, value in enumerate(rng.random(steps).tolist())
         )
         write_jsonl(self.folder / "metrics.jsonl", rows)
-        write_json(self.folder / "summary.json", {"evaluations": [self.entry], "seconds": 1.0})
+        summary = {"evaluations": [self.entry], "funnel": {"iteration-1": self.funnel}, "seconds": 1.0}
+        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "gallery.json", [self._card(pair) for pair in self.pairs[:GALLERY]])
         (self.folder / "config.yaml").write_text(yaml.safe_dump({"name": "growth"}), encoding="utf-8")
         write_report(self.folder)
         return self.size
+
+    def _card(self, pair: Preference) -> dict[str, Any]:
+        texts, keys = (pair.chosen, pair.rejected), ("chosen_score", "rejected_score")
+        return {
+            "sample_id": pair.sample_id,
+            "image": str(pair.image_root / pair.images[0]),
+            "question": pair.prompt,
+            "gold": "red",
+            "candidates": [{"text": text, "score": pair.extra[key]} for text, key in zip(texts, keys, strict=True)],
+            "chosen": 0,
+            "rejected": 1,
+            "confidence": pair.confidence,
+        }
 
     def _candidates(self) -> Any:
         found = read_shards(self.folder / "candidates")

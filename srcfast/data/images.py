@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def from_base64(text: str, name: str) -> bytes:
 def _read(file: Path) -> bytes:
     try:
         with open(file, "rb") as opened:
-            data = opened.read(MAX_BYTES + 1)  # bounded here, since a file may grow after its size was asked for
+            size = os.fstat(opened.fileno()).st_size
+            data = opened.read(min(size, MAX_BYTES) + 1)  # bounded here: a file may grow after its size was asked for
     except OSError as error:
         raise _error(file, "a readable file", error.strerror or error, "correct its permissions") from error
     if len(data) > MAX_BYTES:
