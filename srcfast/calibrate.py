@@ -445,6 +445,7 @@ class Calibration:
             track(name, total, unit, quiet=self.config.quiet) as progress,
         ):
             found = work(progress)
+            distributed.meet()  # nothing that a rank still reads is removed
         found["memory"] = taken.record(self.forecast, self._models())
         self.judge = None
         found["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several

@@ -240,16 +240,20 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 
 @on_ranks("candidates")
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """Search candidates of every sample into shards under `output`."""
-    from srcfast.stages.candidates import generate_candidates
+    """Search candidates of every sample into shards under `output`; stopped, the same command continues."""
+    from srcfast.runtime.run_directory import alone_in
+    from srcfast.runtime.work_list import forget
+    from srcfast.stages.pieces import candidates_in_pieces
 
     output = need(output, "--output", "a folder for the candidates")
     samples = read_all(config, source, "calibration", output)
     if config.candidates.samples:
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
-    model = load_model(config, adapter)
-    with track("candidates", len(samples), quiet=config.quiet) as progress:
-        found = generate_candidates(
+    model, place = load_model(config, adapter), output / "checkpoint"
+    with alone_in(output), track("candidates", len(samples), quiet=config.quiet) as progress:
+        found = candidates_in_pieces(
+            place,
+            lambda: _depends_on(config, "candidates", policy=policy_hash(config, model, adapter)),
             model,
             samples,
             config.candidates.settings(),
@@ -259,26 +263,45 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
             progress=progress,
             graphs=config.candidates.cuda_graphs,
         )
-    if distributed.is_main():
-        write_shards(output, (candidate.to_json() for own in found for candidate in own))
+        distributed.from_main(lambda: write_shards(output, found.rows()))
+        forget(place)
 
 
 @on_ranks("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
-    """Judge candidates into shards under `output`."""
-    from srcfast.stages.scoring import scored_rows
+    """Judge candidates into shards under `output`; stopped, the same command continues."""
+    from srcfast.models.checkpoint import model_hash
+    from srcfast.runtime.run_directory import alone_in
+    from srcfast.runtime.work_list import forget
+    from srcfast.stages.pieces import scores_in_pieces
 
     output = need(output, "--output", "a folder for the scores")
-    if not distributed.is_main():
-        return
     samples = read_all(config, source, "calibration", output)
-    own, section, adaptive = _read_candidates(candidates), config.scorer, config.scorer.adaptive()
-    ids = {row["sample_id"] for *_, row in read_shards(need(candidates, "--candidates", "a folder"))}
-    with track("score", sum(sample.id in ids for sample in samples), quiet=config.quiet) as progress:
-        rows = scored_rows(load_judge(config), samples, own, section.token_budget, section.mode, progress, adaptive)
-        write_shards(output, rows)
-    if adaptive is not None:
-        write_json(output / "adaptive.json", adaptive.report())
+    own, section, adaptive = need(candidates, "--candidates", "a folder"), config.scorer, config.scorer.adaptive()
+    ids = {row["sample_id"] for *_, row in read_shards(own)}
+    judge, place, judged = load_judge(config), output / "checkpoint", sum(sample.id in ids for sample in samples)
+    with alone_in(output), track("score", judged, quiet=config.quiet) as progress:
+        found = scores_in_pieces(
+            place,
+            lambda: _depends_on(config, "scorer", scorer=model_hash(judge.text_model.path)),
+            judge,
+            samples,
+            lambda: _read_candidates(own).rest(),
+            section.token_budget,
+            section.mode,
+            progress,
+            adaptive,
+        )
+        distributed.from_main(lambda: write_shards(output, found.rows()))
+        if adaptive is not None and distributed.is_main():
+            write_json(output / "adaptive.json", replace(adaptive, counts=found.counts()).report())
+        forget(place)
+
+
+def _depends_on(config: Config, section: str, **names: str) -> dict[str, Any]:
+    """What a stage's pieces depend on beside their samples: settings, and whose weights they are computed with."""
+    resolved = config.model_dump(mode="json")
+    return {key: resolved[key] for key in ("seed", "model", section)} | names
 
 
 @on_ranks("preferences")
@@ -366,7 +389,10 @@ def dpo(
 @on_ranks("evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Greedy answers to every evaluation dataset: `predictions/` and `summary.json` under `output`."""
-    from srcfast.stages.evaluation import answer_greedily, summarise, write_predictions
+    from srcfast.runtime.run_directory import alone_in
+    from srcfast.runtime.work_list import forget
+    from srcfast.stages.evaluation import summarise, write_predictions
+    from srcfast.stages.pieces import answers_in_pieces, predictions_of
 
     output = need(output, "--output", "a folder for predictions and summary")
     model = load_model(config, adapter)
@@ -376,18 +402,26 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
     for dataset in datasets(config, source, "evaluation"):
         samples = read_dataset(dataset, Path(config.output) / "images", rejected)
         set_aside(rejected, len(samples), config.max_rejected, output)
-        with track(f"evaluate {dataset.name} {dataset.split}", len(samples), quiet=config.quiet) as progress:
-            predictions = answer_greedily(
+        name, place = f"{dataset.name}-{dataset.split}", output / "checkpoint"
+        with (
+            alone_in(output),
+            track(f"evaluate {dataset.name} {dataset.split}", len(samples), quiet=config.quiet) as progress,
+        ):
+            answers = answers_in_pieces(
+                place / name,
+                lambda: _depends_on(config, "evaluation", policy=policy_hash(config, model, adapter)),
                 model,
                 samples,
-                features_of(model, samples),
-                settings.max_new_tokens,
-                settings.batch_size,
-                progress,
-                settings.cuda_graphs,
+                features=features_of(model, samples),
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                progress=progress,
+                graphs=settings.cuda_graphs,
             )
-        if distributed.is_main():
-            write_predictions(output / "predictions" / f"{dataset.name}-{dataset.split}", predictions)
+        if not distributed.is_main():
+            continue
+        predictions = predictions_of(samples, answers)
+        write_predictions(output / "predictions" / name, predictions)
         entries.append(
             summarise(
                 predictions,
@@ -400,7 +434,8 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         )
     if distributed.is_main():
         write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
-    if not config.quiet:
+        forget(output / "checkpoint")
+    if not config.quiet and distributed.is_main():
         print(json.dumps(entries, indent=2))
 
 
