@@ -55,6 +55,8 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
     file = root / split / "questions.json"
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no list of questions")
         questions = [_row(*row) for row in rows]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(

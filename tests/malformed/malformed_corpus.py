@@ -1,0 +1,10 @@
+"""The whole corpus, kind by kind."""
+
+from __future__ import annotations
+
+import malformed_images
+import malformed_records
+import malformed_settings
+from malformed_case import Case
+
+CORPUS: list[Case] = [*malformed_records.cases(), *malformed_images.cases(), *malformed_settings.cases()]

@@ -1,0 +1,387 @@
+"""Malformed data files: conversations, preferences, tables, JSON lines, shards, rationales, predictions."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from malformed_case import Case, changed, file_of, folder_of, missing
+from malformed_images import picture_bytes
+
+from srcfast.data.easy_vqa import read_easy_vqa
+from srcfast.data.jsonl import COMPLETE, read_shards
+from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
+from srcfast.data.records import Candidate, Preference
+from srcfast.data.stage_rows import read_aligned, read_scores
+
+SAMPLE = {"id": "s", "question": "What color?", "answer": "red"}
+PAIR = {"sample_id": "s", "prompt": "What color?", "chosen": "red", "rejected": "blue"}
+TURNS = [{"from": "human", "value": "What color?"}, {"from": "gpt", "value": "red"}]
+TALK = {"id": "s", "conversations": TURNS}
+CANDIDATE = {"id": "c", "sample_id": "s", "text": "Answer: red", "logprob": -1.0, "token_ids": [1, 2]}
+SCORES = {
+    "sample_id": "s",
+    "candidate_ids": ["a", "b"],
+    "scores": [0.5, 0.5],
+    "confidence": [[0, 0.5], [0.5, 0]],
+    "alone": [0.5, 0.5],
+    "flip_rate": 0.0,
+    "tie_rate": 0.0,
+    "pairs": 1,
+    "verdicts": 2,
+}
+TAUGHT = {"id": "s", "rationale": "It is red.", "answer": "red"}
+ASKED = {"prompt": "What color?", "response": "red"}
+PREDICTED = {"id": "s", "aligned": True}
+
+# Lines that are no record, whatever the record is.
+BAD_LINES: dict[str, tuple[bytes, str]] = {
+    "half an object": (b'{"id": "x", "image": ', "one JSON object"),
+    "two objects in a line": (b'{"id": "x"} {"id": "y"}', "Extra data"),
+    "a list for an object": (b'["x"]', "list instead of an object"),
+    "null": (b"null", "NoneType instead of an object"),
+    "NaN": (b'{"id": "x", "weight": NaN}', "not a finite number"),
+    "Infinity": (b'{"id": "x", "weight": -Infinity}', "not a finite number"),
+    "a number beyond all floats": (b'{"id": "x", "weight": 1e999}', "not a finite number"),
+    "an integer of 5,000 digits": (b'{"id": ' + b"9" * 5000 + b"}", "one JSON object"),
+    "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
+    "UTF-16": ('{"id": "x"}'.encode("utf-16"), "one JSON object"),
+    "half of a surrogate pair": (b'{"id": "\\ud800"}', "not UTF-8"),
+    "100,000 brackets": (b"[" * 100_000, "recursion"),
+    "single quotes": (b"{'id': 'x'}", "one JSON object"),
+    "a NUL": (b'{"id": "\0"}', "one JSON object"),
+}
+
+
+def set_aside(format: str, read: Callable[..., Any] = read_samples) -> Callable[[Path], list[dict[str, Any]]]:
+    """Reads a file and returns what was set aside; the file's folder is the image root."""
+
+    def act(path: Path) -> list[dict[str, Any]]:
+        rejected: list[dict[str, Any]] = []
+        read(path, format=format, image_root=path.parent, rejected=rejected)
+        return rejected
+
+    return act
+
+
+def candidates(path: Path) -> None:
+    for file, line, row in read_shards(path):
+        Candidate.from_json(row, file=file, line=line, image_root=path)
+
+
+def pairs(path: Path) -> None:
+    for file, line, row in read_shards(path):
+        Preference.from_json(row, file=file, line=line, image_root=path)
+
+
+def teacher(path: Path) -> None:
+    from srcfast.stages.rationale import read_teacher
+
+    read_teacher(path)
+
+
+def shards(*lines: str, marker: str | bytes | None = None) -> Callable[[Path], Path]:
+    """Makes a folder of one shard; the marker says so unless another one is given."""
+
+    def make(folder: Path) -> Path:
+        place = folder / "shards"
+        file_of("\n".join(lines), "shards/00000.jsonl")(folder)
+        told = marker if marker is not None else json.dumps({"rows": len(lines), "shards": 1})
+        file_of(told, f"shards/{COMPLETE}")(folder)
+        return place
+
+    return make
+
+
+def table(*rows: str, header: str = "index\timage\tquestion\tanswer") -> Callable[[Path], Path]:
+    return file_of("\n".join((header, *rows)) + "\n", "table.tsv")
+
+
+def package(text: str | bytes) -> Callable[[Path], Path]:
+    return file_of(text, "train/questions.json")
+
+
+def easy_vqa(path: Path) -> None:
+    with mock.patch("srcfast.data.easy_vqa.data_folder", lambda: path.parents[1]):
+        read_easy_vqa("train")
+
+
+IMAGE = base64.b64encode(picture_bytes("PNG")).decode()
+HALF_IMAGE = base64.b64encode(picture_bytes("PNG")[:-30]).decode()
+
+_NUMBER, _TEXT, _ID = "a finite number", "a non-empty string", "an id"
+SAMPLE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no id": ({"id": None}, _ID),
+    "an empty id": ({"id": ""}, _ID),
+    "an id that is a list": ({"id": ["x"]}, _ID),
+    "an id that is a number with a point": ({"id": 1.5}, _ID),
+    "no question": ({"question": None}, "no such key"),
+    "a question that is a number": ({"question": 3}, _TEXT),
+    "a question of image marks alone": ({"question": "<image>", "image": "a.png"}, "text beside the image marks"),
+    "no target: no answer": ({"answer": None}, "'answer'"),
+    "no target: an empty answer": ({"answer": " "}, "'answer'"),
+    "an answer that is a list": ({"answer": ["red"]}, _TEXT),
+    "an answer that is true": ({"answer": True}, _TEXT),
+    "a rationale that is an object": ({"rationale": {}}, "a string"),
+    "an empty fact": ({"facts": ["It is red.", ""]}, "sentences"),
+    "facts that are numbers": ({"facts": [1]}, "sentences"),
+    "an image that is an object": ({"image": {"bytes": "x"}}, "an image path"),
+    "image and images": ({"image": "a.png", "images": ["a.png"]}, "both"),
+    "more image marks than images": ({"question": "<image> What?"}, "as many as are marked"),
+    "an image that is not there": ({"image": "none.png"}, "no such file"),
+    "an image outside of the root": ({"image": "../x.png"}, "a path below"),
+    "an image path with a NUL": ({"image": "a\0.png"}, "'image'"),
+    "an image path of 10,000 characters": ({"image": "a" * 10_000}, "'image'"),
+    "an image path that is a folder": ({"image": "."}, "a folder"),
+}
+PAIR_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"prompt": None}, "'prompt'"),
+    "no target: an empty chosen": ({"chosen": "\n"}, "'chosen'"),
+    "no target: no rejected": ({"rejected": None}, "'rejected'"),
+    "identical chosen and rejected": ({"rejected": "red"}, "other than the chosen"),
+    "a confidence of 0": ({"confidence": 0}, "(0, 1]"),
+    "a confidence above 1": ({"confidence": 1.01}, "(0, 1]"),
+    "a confidence in words": ({"confidence": "high"}, _NUMBER),
+    "a confidence that is true": ({"confidence": True}, _NUMBER),
+    "an integer beyond all floats for a confidence": ({"confidence": 10**400}, _NUMBER),
+    "a reference log-probability in words": ({"reference_chosen_logprob": "low"}, _NUMBER),
+    "a reference log-probability that is a list": ({"reference_rejected_logprob": [-1]}, _NUMBER),
+    "a sample_id that is an object": ({"sample_id": {}}, _ID),
+    "an image that is not there": ({"images": ["none.png"]}, "no such file"),
+}
+TRL_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "two turns in the prompt": ({"prompt": [{"role": "user", "content": "a"}] * 2}, "split several turns"),
+    "a user who answers": ({"chosen": [{"role": "user", "content": "red"}]}, "'assistant'"),
+    "no message": ({"chosen": []}, "one message"),
+    "a message without content": ({"chosen": [{"role": "assistant"}]}, "'chosen'"),
+    "parts that are strings": ({"rejected": [{"role": "assistant", "content": ["blue"]}]}, "'rejected'"),
+    "an image in a response": (
+        {"chosen": [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]},
+        "keep images in the prompt",
+    ),
+    "an image part without an image": (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]},
+        "as many as are marked",
+    ),
+    "identical responses": ({"rejected": [{"role": "assistant", "content": "red"}]}, "other than the chosen"),
+    "a message that is null": ({"prompt": [None]}, "'prompt'"),
+    "a role that is a list": ({"prompt": [{"role": ["user"], "content": "q"}]}, "'prompt'"),
+}
+TALK_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no conversations": ({"conversations": None}, "no such key"),
+    "conversations that are text": ({"conversations": "What? Red."}, "pairs of turns"),
+    "no turn": ({"conversations": []}, "pairs of turns"),
+    "a question without an answer": ({"conversations": TURNS[:1]}, "pairs of turns"),
+    "the answer before the question": ({"conversations": TURNS[::-1]}, "pairs of turns"),
+    "a turn that is text": ({"conversations": ["a", "b"]}, "pairs of turns"),
+    "a value that is a number": ({"conversations": [TURNS[0], {"from": "gpt", "value": 3}]}, "pairs of turns"),
+    "a speaker that is a list": ({"conversations": [{"from": [], "value": "a"}, TURNS[1]]}, "pairs of turns"),
+    "no target: an empty answer": ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "non-empty answer"),
+    "an empty question": ({"conversations": [{"from": "human", "value": ""}, TURNS[1]]}, "non-empty question"),
+    "an image mark without an image": (
+        {"conversations": [{"from": "human", "value": "<image> a"}, TURNS[1]]},
+        "as many as are marked",
+    ),
+    "an image that is not there": ({"image": "none.png"}, "no such file"),
+}
+BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
+    "a list that is not closed": ('[{"id": "x"}', "the end of the file"),
+    "a list cut off within a record": ('[{"id": "x", "conv', "a JSON list of records"),
+    "no comma between records": ('[{"id": "x"} {"id": "y"}]', "',' or ']'"),
+    "text behind the list": ('[{"id": "x"}] [', "nothing after the list"),
+    "a number in the list": ("[7]", "one JSON object"),
+    "a list that is not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
+    "100,000 lists within each other": ("[" * 100_000, "recursion"),
+    "a list with half of a surrogate pair": ('[{"id": "\\udfff"}]', "surrogate"),
+}
+TABLE_ROWS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "no header": (file_of(b"", "table.tsv"), "columns index"),
+    "a column missing": (table(header="index\timage\tquestion"), "columns index"),
+    "a column twice": (table(header="index\timage\tquestion\tanswer\tanswer"), "each once"),
+    "commas for tabs": (table(header="index,image,question,answer"), "columns index"),
+    "a header that is not UTF-8": (file_of(b"index\timage\tquestion\tanswer\t\xff\n", "table.tsv"), "in UTF-8"),
+    "a cell too few": (table(f"1\t{IMAGE}\tq"), "4 cells"),
+    "a cell too many": (table(f"1\t{IMAGE}\tq\ta\tb"), "4 cells"),
+    "an open quote": (table(f'1\t{IMAGE}\t"q\ta'), "a table row"),
+    "a cell that is not UTF-8": (
+        file_of(b"index\timage\tquestion\tanswer\n1\tx\t\xff\ta\n", "table.tsv"),
+        "text in UTF-8",
+    ),
+    "no index": (table(f"\t{IMAGE}\tq\ta"), "'index'"),
+    "no image": (table("1\t\tq\ta"), "'image'"),
+    "no question": (table(f"1\t{IMAGE}\t\ta"), "'question'"),
+    "no target: no answer": (table(f"1\t{IMAGE}\tq\t"), "'answer'"),
+    "base64 of half an image": (table(f"1\t{HALF_IMAGE}\tq\ta"), "a whole image"),
+    "base64 of text": (table(f"1\t{base64.b64encode(b'no image' * 20).decode()}\tq\ta"), "a whole image"),
+    "no base64": (table(f"1\t{'?' * 100}\tq\ta"), "base64"),
+    "base64 of a wrong length": (table(f"1\t{'A' * 101}\tq\ta"), "base64"),
+    "an empty list of images": (table(f"1\t[{' ' * 100}]\tq\ta"), "an empty list"),
+    "the index of no row": (table("1\t7\tq\ta"), "the index of a row that has it"),
+    "an index twice": (table(f"1\t{IMAGE}\tq\ta", f"1\t{IMAGE}\tq\ta"), "occurs once"),
+    "an index that names itself": (table("1\t1\tq\ta"), "the index of a row that has it"),
+}
+SHARDS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "no folder": (missing("shards"), "a finished stage"),
+    "no marker": (file_of("", "00000.jsonl"), "a finished stage"),
+    "an empty marker": (shards(marker=b""), '"rows": n'),
+    "a marker that is a list": (shards(marker="[1, 1]"), '"rows": n'),
+    "a marker without rows": (shards(marker='{"shards": 1}'), '"rows": n'),
+    "a marker in words": (shards(marker='{"rows": "one", "shards": 1}'), '"rows": n'),
+    "a marker of fewer than no rows": (shards(marker='{"rows": -1, "shards": 1}'), '"rows": n'),
+    "a marker of half a shard": (shards(marker='{"rows": 1, "shards": 0.5}'), '"rows": n'),
+    "a marker that is true": (shards("{}", marker='{"rows": true, "shards": true}'), '"rows": n'),
+    "a marker with rows twice": (shards(marker='{"rows": 0, "rows": 1, "shards": 1}'), "there twice"),
+    "a marker that is not UTF-8": (shards(marker=b"\xff"), '"rows": n'),
+    "a marker of more shards": (shards("{}", marker='{"rows": 1, "shards": 2}'), "a readable file"),
+    "a marker of more rows": (shards("{}", marker='{"rows": 2, "shards": 1}'), "2 rows"),
+    "a marker of fewer rows": (shards("{}", "{}", marker='{"rows": 1, "shards": 1}'), "1 rows"),
+    "half a line": (shards('{"id": "x'), "one JSON object"),
+}
+CANDIDATE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no id": ({"id": None}, _ID),
+    "no sample_id": ({"sample_id": None}, _ID),
+    "no text": ({"text": None}, "'text'"),
+    "no target: an empty text": ({"text": ""}, "'text'"),
+    "no log-probability": ({"logprob": None}, _NUMBER),
+    "a log-probability in words": ({"logprob": "low"}, _NUMBER),
+    "an integer beyond all floats for a log-probability": ({"logprob": -(10**400)}, _NUMBER),
+    "a rationale that is a list": ({"rationale": ["a"]}, "a string"),
+    "token_ids that are text": ({"token_ids": "1 2"}, "token ids"),
+    "a token id below 0": ({"token_ids": [-1]}, "token ids"),
+    "a token id beyond any vocabulary": ({"token_ids": [2**40]}, "token ids"),
+    "a token id that is true": ({"token_ids": [True]}, "token ids"),
+}
+SCORE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no sample_id": ({"sample_id": None}, _ID),
+    "no candidate_ids": ({"candidate_ids": None}, "'candidate_ids'"),
+    "candidate_ids that are numbers": ({"candidate_ids": [1, 2]}, "a list of ids"),
+    "no scores": ({"scores": None}, "'scores'"),
+    "a score too few": ({"scores": [0.5]}, "2 numbers"),
+    "a score above 1": ({"scores": [0.5, 1.5]}, "from 0 to 1"),
+    "a score that is text": ({"scores": ["0.5", 0.5]}, "from 0 to 1"),
+    "a rating below 0": ({"alone": [-1, 0]}, "'alone'"),
+    "a confidence that is a row": ({"confidence": [0, 0.5]}, "2 x 2"),
+    "a confidence with a hole": ({"confidence": [[0, 0.5], [0.5]]}, "2 x 2"),
+    "no pairs": ({"pairs": None}, "'pairs'"),
+    "a rate above 1": ({"flip_rate": 2}, "a share"),
+    "a count below 0": ({"verdicts": -1}, "a count"),
+}
+TEACHER_FIELDS: dict[str, tuple[str, str]] = {
+    "no id": (changed(TAUGHT, {"id": None}), "'id'"),
+    "an id that is a number": (changed(TAUGHT, {"id": 3}), "'id'"),
+    "no rationale": (changed(TAUGHT, {"rationale": None}), "'rationale'"),
+    "an empty rationale": (changed(TAUGHT, {"rationale": " "}), "'rationale'"),
+    "a rationale that is a list": (changed(TAUGHT, {"rationale": ["a"]}), "'rationale'"),
+    "an answer that is a number": (changed(TAUGHT, {"answer": 3}), "'answer'"),
+    "an id twice": (f"{json.dumps(TAUGHT)}\n{json.dumps(TAUGHT)}", "an id of its own"),
+}
+PREDICTION_FIELDS: dict[str, tuple[str, str]] = {
+    "no id": (changed(PREDICTED, {"id": None}), "'id'"),
+    "no verdict": (changed(PREDICTED, {"aligned": None}), "'aligned'"),
+    "a verdict in words": (changed(PREDICTED, {"aligned": "yes"}), "'aligned'"),
+    "an id twice": (f"{json.dumps(PREDICTED)}\n{json.dumps(PREDICTED)}", "occurs once"),
+}
+ASKED_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"prompt": None}, "'prompt'"),
+    "no target: an empty response": ({"response": ""}, "'response'"),
+    "a response that is a list": ({"response": ["red"]}, "'response'"),
+    "an image that is not there": ({"images": ["none.png"]}, "no such file"),
+}
+PACKAGE_FILES: dict[str, str | bytes] = {
+    "an empty file": b"",
+    "an object": "{}",
+    "a row of two": '[["Is there a red shape?", "yes"]]',
+    "a row that is text": '["Is there a red shape?"]',
+    "an image in words": '[["Is there a red shape?", "yes", "one"]]',
+    "an image that is true": '[["Is there a red shape?", "yes", true]]',
+    "no target: an empty answer": '[["Is there a red shape?", "", 1]]',
+    "an answer that is null": '[["Is there a red shape?", null, 1]]',
+    "not UTF-8": b'[["\xff", "yes", 1]]',
+    "100,000 brackets": "[" * 100_000,
+}
+
+
+def _by_field(
+    kind: str,
+    row: dict[str, Any],
+    fields: dict[str, tuple[dict[str, Any], str]],
+    act: Callable[[Path], Any],
+    make: Callable[[str], Callable[[Path], Path]],
+) -> list[Case]:
+    return [Case(kind, wrong, make(changed(row, change)), act, (word,)) for wrong, (change, word) in fields.items()]
+
+
+def _too_many(path: Path) -> None:
+    rejected = set_aside("jsonl")(path)
+    check_rejected(rejected, 3, 1)
+
+
+def cases() -> list[Case]:
+    """All of them."""
+
+    def lines(text: str | bytes) -> Callable[[Path], Path]:
+        return file_of(text, "rows.jsonl")
+
+    samples, trl, llava = set_aside("jsonl"), set_aside("trl", read_preferences), set_aside("llava")
+    tsv = set_aside("vlmeval_tsv")
+    found = [
+        Case("JSON lines", wrong, lines(text), samples, ("line 1", word)) for wrong, (text, word) in BAD_LINES.items()
+    ]
+    found += [
+        Case("JSON lines", "no file", missing("rows.jsonl"), samples, ("a readable file",)),
+        Case("JSON lines", "a folder", folder_of("rows.jsonl"), samples, ("a readable file",)),
+        Case("JSON lines", "a path with a NUL", missing("a\0b"), samples, ("a readable file",)),
+        Case("JSON lines", "an unknown format", lines("{}"), set_aside("csv"), ("'format'", "csv")),
+        Case("JSON lines", "an id twice", lines(f"{json.dumps(SAMPLE)}\n" * 2), samples, ("occurs once",)),
+        Case("JSON lines", "more bad rows than max_rejected", lines("{}\n{}\n{}"), _too_many, ("max_rejected",)),
+    ]
+    found += _by_field("Samples", SAMPLE, SAMPLE_FIELDS, samples, lines)
+    found += _by_field("Preferences", PAIR, PAIR_FIELDS, set_aside("jsonl", read_preferences), lines)
+    shard_fields = {wrong: value for wrong, value in PAIR_FIELDS.items() if not wrong.startswith("an image")}
+    found += _by_field("Preferences in shards", PAIR, shard_fields, pairs, shards)
+    found += _by_field("TRL preferences", PAIR, TRL_FIELDS | PAIR_FIELDS, trl, lines)
+    found += [
+        Case("TRL preferences", "an unknown format", lines("{}"), set_aside("csv", read_preferences), ("'format'",)),
+        Case("TRL preferences", "no file", missing("rows.json"), trl, ("a readable file",)),
+    ]
+    found += _by_field("LLaVA conversations", TALK, TALK_FIELDS, llava, lines)
+    for kind, act in (("LLaVA conversations", llava), ("TRL preferences", trl)):
+        found += [Case(kind, wrong, lines(text), act, (word,)) for wrong, (text, word) in BAD_LISTS.items()]
+    found += [
+        Case("LLaVA conversations", "a path with a NUL", missing("a\0b"), llava, ("a readable file",)),
+        Case("LLaVA conversations", "a folder", folder_of("rows.json"), llava, ("a readable file",)),
+    ]
+    found += [Case("VLMEvalKit tables", wrong, make, tsv, (word,)) for wrong, (make, word) in TABLE_ROWS.items()]
+    found += [
+        Case("VLMEvalKit tables", "no file", missing("table.tsv"), tsv, ("a readable table",)),
+        Case("VLMEvalKit tables", "a folder", folder_of("table.tsv"), tsv, ("a readable table",)),
+        Case("VLMEvalKit tables", "a path with a NUL", missing("a\0b"), tsv, ("a readable table",)),
+    ]
+    found += [
+        Case("Shards", wrong, make, lambda path: list(read_shards(path)) and None, (word,))
+        for wrong, (make, word) in SHARDS.items()
+    ]
+    found += _by_field("Candidates", CANDIDATE, CANDIDATE_FIELDS, candidates, shards)
+    found += _by_field("Scores", SCORES, SCORE_FIELDS, lambda path: list(read_scores(path)) and None, shards)
+    found += [
+        Case("Teacher rationales", wrong, lines(text), teacher, ("line", word))
+        for wrong, (text, word) in TEACHER_FIELDS.items()
+    ]
+    found += [
+        Case("Predictions", wrong, lines(text), read_aligned, ("line", word))
+        for wrong, (text, word) in PREDICTION_FIELDS.items()
+    ]
+    found += _by_field(
+        "Log-probabilities asked for",
+        ASKED,
+        ASKED_FIELDS,
+        lambda path: read_logprob_rows(path, path.parent) and None,
+        lines,
+    )
+    found += [Case("easy-VQA", wrong, package(text), easy_vqa, ("question",)) for wrong, text in PACKAGE_FILES.items()]
+    found.append(Case("easy-VQA", "no file", missing("train/questions.json"), easy_vqa, ("reinstall",)))
+    return found
