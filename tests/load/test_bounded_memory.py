@@ -33,7 +33,7 @@ KEPT = {
     Stages.write_preferences: 0,
     Stages.read_preferences: 0,
     Stages.sum_up_answers: 1 * KiB,
-    Stages.draw_report: 1 * KiB,
+    Stages.draw_report: 3 * KiB,  # matplotlib keeps more of one picture than of another, whatever their size
 }
 SLACK = MiB // 8  # of every stage: caches, buffers
 
