@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -140,19 +141,31 @@ def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_si
     (directory / COMPLETE).unlink(missing_ok=True)
     for stale in directory.glob("[0-9]*.jsonl"):
         stale.unlink()
-    count = shards = 0
+    count = 0
+    hashes: list[str] = []
     shard: list[dict[str, Any]] = []
+
+    def write_shard() -> None:
+        file = directory / f"{len(hashes):05d}.jsonl"
+        write_jsonl(file, shard)
+        hashes.append(file_hash(file))
+        shard.clear()
+
     for row in rows:
         shard.append(row)
         count += 1
         if len(shard) == shard_size:
-            write_jsonl(directory / f"{shards:05d}.jsonl", shard)
-            shard, shards = [], shards + 1
-    if shard or not shards:
-        write_jsonl(directory / f"{shards:05d}.jsonl", shard)
-        shards += 1
-    write_json(directory / COMPLETE, {"rows": count, "shards": shards})
+            write_shard()
+    if shard or not hashes:
+        write_shard()
+    write_json(directory / COMPLETE, {"rows": count, "shards": len(hashes), "sha256": hashes})
     return count
+
+
+def file_hash(file: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -161,7 +174,11 @@ def is_complete(directory: str | Path) -> bool:
 
 
 def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """Yield (file, line, object) over all shards in order. Raises InputError where the directory is not whole."""
+    """Yield (file, line, object) over all shards in order.
+
+    Raises:
+        InputError: the directory is not whole, or a shard is not as it was written; a marker without hashes is taken as it is.
+    """
     directory = Path(directory)
     if not is_complete(directory):
         raise InputError(
@@ -172,16 +189,27 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
         shards, rows = marker["shards"], marker["rows"]
         if any(type(count) is not int or count < 0 for count in (shards, rows)):
             raise ValueError(f"{shards!r} shards of {rows!r} rows")
+        hashes = marker.get("sha256", [None] * shards)
+        if not isinstance(hashes, list) or len(hashes) != shards:
+            raise ValueError(f"{hashes!r} for {shards} shards")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             file=directory / COMPLETE,
-            expected='{"rows": n, "shards": k}',
+            expected='{"rows": n, "shards": k, "sha256": [one a shard]}',
             found=repr(error),
             mend="run the stage again",
         ) from error
     count = 0
-    for shard in range(shards):
+    for shard, expected in enumerate(hashes):
         path = directory / f"{shard:05d}.jsonl"
+        if expected is not None and path.is_file() and (found := file_hash(path)) != expected:
+            raise InputError(
+                file=path,
+                expected=f"the shard that was written ({rows} rows in all), of SHA-256 {expected}, as {COMPLETE} says",
+                found=found,
+                mend="put it back as it was, or remove the directory and run the stage again; to change rows by hand, "
+                f"take sha256 out of {COMPLETE}",
+            )
         for line, row in read_jsonl(path):
             count += 1
             yield path, line, row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from srcfast.data.jsonl import read_lines, write_json, write_jsonl, write_text
+from srcfast.data.jsonl import file_hash, read_lines, write_json, write_jsonl, write_text
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter
@@ -27,8 +28,8 @@ from srcfast.runtime.telemetry import MetricsWriter
 class RunDirectory:
     """Where everything of a run lies; the manifest says what is finished.
 
-    `manifest.json`: stage -> {settings, seconds, tokens, finished (UTC), ...}. A stage is entered when all it
-    wrote is on disk.
+    `manifest.json`: stage -> {settings, seconds, tokens, finished (UTC), ..., files (what it wrote: SHA-256), sha256 (of the
+    entry)}. A stage is entered when all it wrote is on disk.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -97,13 +98,47 @@ class RunDirectory:
                 found=entries,
                 mend="take another output directory",
             )
+        for name, entry in entries.items():
+            if not isinstance(entry, dict) or entry.get("sha256", whole := _entry_hash(name, entry)) != whole:
+                raise InputError(
+                    file=self.manifest_file,
+                    field=name,
+                    expected="the entry as it was written, by its sha256",
+                    found="another",
+                    mend=f"put the file back as it was, or remove {name!r} and what comes after it: that is done again",
+                )
         return entries
+
+    def written_by(self, stage: str) -> list[Path]:
+        """The files that a finished stage has left for others."""
+        of, _, kind = stage.rpartition("/")
+        places = {
+            "rationale": self.rationale_adapter,
+            "dpo": self.path / of / "adapter",
+            "evaluation": self.path / "predictions" / of,
+        }
+        return sorted(file for file in places.get(kind, self.path / stage).glob("*") if file.is_file())
+
+    def check_files(self, stage: str, entry: Mapping[str, Any]) -> None:
+        """Raises InputError where a file that a finished stage wrote is no longer what it was."""
+        for name, expected in entry.get("files", {}).items():
+            file = self.path / name
+            found = file_hash(file) if file.is_file() else "no file"
+            if found != expected:
+                raise InputError(
+                    file=file,
+                    expected=f"what stage {stage!r} wrote, of SHA-256 {expected}",
+                    found=found,
+                    mend=f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: "
+                    "that is done again",
+                )
 
     def stage_done(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The manifest's entry if the stage finished with these settings, None if it did not finish.
 
         Raises:
             ConfigError: it finished with other settings; the first changed one is named.
+            InputError: the manifest, or a file that the stage wrote, is damaged.
         """
         entry = self.manifest().get(name)
         if entry is None:
@@ -118,6 +153,7 @@ class RunDirectory:
                 f"this run asks for {wanted.get(key)!r}{more}. "
                 f"Mend: set {key} back, or take another name or output directory"
             )
+        self.check_files(name, entry)
         return entry
 
     def finish_stage(
@@ -125,13 +161,15 @@ class RunDirectory:
     ) -> dict[str, Any]:
         """Enter a stage as finished; what it wrote must be on disk. Returns its entry."""
         entries = self.manifest()
-        entries[name] = {
+        entry = {
             "settings": plain(settings),
             "seconds": seconds,
             "tokens": tokens,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
+            "files": {str(file.relative_to(self.path)): file_hash(file) for file in self.written_by(name)},
         }
+        entries[name] = entry | {"sha256": _entry_hash(name, plain(entry))}
         write_json(self.manifest_file, entries)
         return entries[name]
 
@@ -197,6 +235,12 @@ def _lock(directory: Path) -> Any:
     opened.write(f"process {os.getpid()} on {platform.node()}\n")
     opened.flush()
     return opened
+
+
+def _entry_hash(name: str, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of a stage's entry in the manifest, its name with it."""
+    rest = {key: value for key, value in entry.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

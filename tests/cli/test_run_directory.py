@@ -41,6 +41,26 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         RunDirectory(tmp_path).stage_done("dpo", {})
 
 
+def test_a_finished_stage_whose_files_or_entry_changed_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    adapter = run.adapter(1) / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_bytes(b"weights")
+    run.finish_stage("iteration-1/dpo", {"seed": 3}, seconds=1.0, pairs=12)
+    assert run.stage_done("iteration-1/dpo", {"seed": 3}) is not None
+    adapter.write_bytes(b"weighty")
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: expected what stage 'iteration-1/dpo' wrote"):
+        run.stage_done("iteration-1/dpo", {"seed": 3})
+    adapter.unlink()
+    with pytest.raises(InputError, match="no file"):
+        run.stage_done("iteration-1/dpo", {"seed": 3})
+    run.manifest_file.write_text(run.manifest_file.read_text().replace('"pairs": 12', '"pairs": 13'))
+    with pytest.raises(
+        InputError, match=r"manifest.json, field 'iteration-1/dpo': expected the entry as it was written"
+    ):
+        run.manifest()
+
+
 def test_settings_and_surroundings_are_written(tmp_path: Path) -> None:
     run, config = RunDirectory(tmp_path), load_config(None, ["seed=5"])
     run.write_config(config)

@@ -148,3 +148,14 @@ def test_shards_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     (tmp_path / COMPLETE).write_text("{}")
     with pytest.raises(InputError, match="shards"):
         list(read_shards(tmp_path))
+
+
+def test_a_flipped_bit_within_a_shard_is_found(tmp_path: Path) -> None:
+    write_shards(tmp_path, rows_of(9), shard_size=4)
+    assert len(list(read_shards(tmp_path))) == 9
+    shard = tmp_path / "00001.jsonl"
+    shard.write_bytes(shard.read_bytes().replace(b"5", b"7", 1))  # as good JSON as before
+    with pytest.raises(InputError, match=r"00001.jsonl: expected the shard that was written .* SHA-256"):
+        list(read_shards(tmp_path))
+    (tmp_path / COMPLETE).write_text('{"rows": 9, "shards": 3}')  # a marker of before there were hashes
+    assert len(list(read_shards(tmp_path))) == 9

@@ -48,6 +48,7 @@ NOT_COMPARED = (
     "peak_rss_bytes",
     "peak_memory_bytes",
     "tokens",
+    "sha256",  # of a manifest entry, its times with it
 )
 NOT_COMPARED_FILES = ("environment.json", "summary.json", "report/index.html", ".lock")
 
