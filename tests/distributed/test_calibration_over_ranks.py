@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+# Pieces of 8 batches of one: two of the candidates, two of each evaluation.
 SETTINGS = """
 name: small
 quiet: true
@@ -26,13 +27,13 @@ data:
     - {name: world, format: world, split: train, limit: 32, use: [rationale]}
     - {name: world-fresh, format: world, split: train, seed: 1, limit: 16, use: [calibration]}
   evaluation:
-    - {name: world, format: world, split: test, limit: 7}
+    - {name: world, format: world, split: test, limit: 12}
 lora: {r: 8, alpha: 16}
 rationale: {samples: 32, epochs: 6, micro_batch_size: 5, gradient_accumulation_steps: 1, learning_rate: 2.0e-3}
-candidates: {samples: 16, num_candidates: 3, max_sentence_tokens: 24, max_new_tokens: 96, batch_size: 4}
+candidates: {samples: 16, num_candidates: 3, max_sentence_tokens: 24, max_new_tokens: 96, batch_size: 1}
 curation: {min_margin: 0.0, min_confidence: 0.0, min_rating: 0.0}
 dpo: {epochs: 1, micro_batch_size: 6, gradient_accumulation_steps: 1, rehearsal_weight: 1.0}
-evaluation: {max_new_tokens: 96, batch_size: 4, bootstrap_resamples: 100, headroom_samples: 3}
+evaluation: {max_new_tokens: 96, batch_size: 1, bootstrap_resamples: 100, headroom_samples: 3}
 """
 KEPT = ("base/evaluation", "rationale", "rationale/evaluation")
 FILES = ("candidates", "scores", "preferences")
@@ -115,6 +116,23 @@ def test_rationale_tuning_on_ranks_gives_the_adapter_of_one(config: Path, alone:
     assert [row["step"] for row in steps if row["stage"] == "rationale"] == list(range(42))  # written once, in order
     base = "predictions/base/world-test.jsonl"
     assert (run / base).read_bytes() == (alone / base).read_bytes()
+
+
+@pytest.mark.slow
+def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        for command, *words in (
+            ("candidates", "--output=candidates"),
+            ("score", "--candidates=candidates", "--output=scores"),
+            ("evaluate", "--output=evaluation"),
+        ):
+            options = [word.replace("=", f"={tmp_path}/{ranks}/") for word in words]
+            done = srcfast(ranks, command, config, f"output={tmp_path}/{ranks}", *options)
+            assert done.returncode == 0, done.stderr[-4000:]
+    files = [path.relative_to(tmp_path / "1") for path in sorted((tmp_path / "1").rglob("*.json*"))]
+    assert len(files) > 3
+    for file in files:
+        assert (tmp_path / "2" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
 
 
 @pytest.mark.slow
