@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,12 @@ def count_over_ranks(folder: Path) -> Any:
     work = CountedWork(folder / "parts")
     parts = work()
     numbers = [row["id"] for row in parts.rows()]  # each rank reads what all have done
+    distributed.barrier()  # rank 0 holds the store that the others ask
     return {"given": work.given, "numbers": numbers, "done": work.progress.done, "tokens": work.progress.tokens}
 
 
 def fail_on_one_rank(folder: Path) -> Any:
+    distributed.under_way()  # from here on the timeout counts
     work = CountedWork(folder / "parts", fails_at=0 if distributed.rank() else None)
     if distributed.is_main():  # slow enough to leave the other rank a piece
         piece = work.piece
@@ -129,7 +132,7 @@ def test_each_piece_is_done_by_one_rank_and_all_see_all(tmp_path: Path, ranks: i
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
-    found = run_ranks(2, fail_on_one_rank, tmp_path)
+    found = run_ranks(2, fail_on_one_rank, tmp_path, timedelta(seconds=4))
     assert all(one["exit"] != 0 for one in found)
     assert "no more" in found[1]["error"]
     again = CountedWork(tmp_path / "parts")

@@ -1,0 +1,202 @@
+"""Stages in pieces: the same bytes when stopped in the middle and continued, and on two ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from counted_work import merged
+from PIL import Image
+from rank_processes import run_ranks, values_of
+from small_lvlm import IMAGES, load_image, write_small_lvlm
+from small_scorer import small_tokenizer, write_text_model
+
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models.scorer import load_scorer
+from srcfast.runtime import distributed
+from srcfast.runtime.beam_search import BeamSettings
+from srcfast.runtime.telemetry import Track
+from srcfast.runtime.work_list import Parts
+from srcfast.stages.adaptive_pairs import AdaptivePairs
+from srcfast.stages.pieces import (
+    PAIRS,
+    answers_in_pieces,
+    candidates_in_pieces,
+    predictions_of,
+    references_in_pieces,
+    scores_in_pieces,
+)
+from srcfast.stages.rationale import image_keys
+
+SEARCH = BeamSettings(num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10)
+ADAPTIVE = AdaptivePairs(margin=0.05, contenders=1, audit=0.3)
+
+
+def asked(number: int, folder: Path) -> Sample:
+    question = " ".join(["Why?", "What is left of the red square?"][: 1 + number % 2] * (1 + number % 3))
+    return Sample(f"s{number}", (f"image-{number % 4}.png",), question, "3", None, (), {}, image_root=folder)
+
+
+class Stages:
+    """The stages that work in pieces, over small models in `folder`; images are read until one is unreadable."""
+
+    def __init__(self, folder: Path, unreadable_after: int | None = None) -> None:
+        self.folder, self.left = folder, unreadable_after
+        torch.set_num_threads(1)
+        self.samples = [asked(number, folder) for number in range(36)]  # in batches of 2: pieces of 16, 16 and 4
+        self.model = load_lvlm(folder / "lvlm")
+        names = {key: f"image-{n % 4}" for n, sample in enumerate(self.samples) for key in image_keys(sample)}
+        self.features = ImageFeatures(self.model, lambda key: self.load(names[key]))
+
+    def load(self, name: str) -> Image.Image:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the disk is gone")
+        return load_image(name)
+
+    def candidates(self) -> Parts:
+        options: dict[str, Any] = {"features": self.features, "seed": 3, "batch_size": 2}
+        place = self.folder / "candidates-parts"
+        progress = Track("candidates", 36, quiet=True)
+        return candidates_in_pieces(place, dict, self.model, self.samples, SEARCH, progress=progress, **options)
+
+    def answers(self) -> Parts:
+        options: dict[str, Any] = {"features": self.features, "max_new_tokens": 6, "batch_size": 2}
+        place = self.folder / "answers-parts"
+        progress = Track("answers", 36, quiet=True)
+        return answers_in_pieces(place, dict, self.model, self.samples, progress=progress, **options)
+
+
+class Judging:
+    """290 samples with 1 to 4 candidates each; `until` is the sample at which their file can't be read any more."""
+
+    def __init__(self, folder: Path, until: int | None = None) -> None:
+        self.folder, self.until = folder, until
+        torch.set_num_threads(1)
+        self.samples = [asked(number, folder) for number in range(290)]
+        self.scorer = load_scorer(folder / "scorer")
+        self.reads = 0
+
+    def candidates(self) -> Iterator[tuple[str, list[Candidate]]]:
+        self.reads += 1
+        for number, sample in enumerate(self.samples):
+            if self.reads == 2 and number == self.until:
+                raise OSError("the disk is gone")
+            if number % 7 != 5:  # some have none
+                texts = [f"It is {'red blue green gold'.split()[(number + k) % 4]}" for k in range(1 + number % 4)]
+                yield sample.id, [Candidate(f"{number}#{k}", sample.id, t, "", "", 0.0) for k, t in enumerate(texts)]
+
+    def scores(self) -> Parts:
+        progress = Track("scores", 290, quiet=True)
+        place = self.folder / "scores-parts"
+        return scores_in_pieces(
+            place, dict, self.scorer, self.samples, self.candidates, 4096, "pairwise", progress, ADAPTIVE
+        )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_small_lvlm(folder / "lvlm")
+    write_text_model(folder / "scorer", small_tokenizer())
+    return folder
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A folder of its own with the models in it."""
+
+    def made(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        for file in models.iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+        for image in IMAGES:
+            load_image(image).save(tmp_path / name / f"{image}.png")
+        return tmp_path / name
+
+    return made
+
+
+@pytest.mark.parametrize("stage", ["candidates", "answers"])
+def test_generation_stopped_in_a_later_piece_and_continued_gives_the_same_bytes(
+    folder: Callable[[str], Path], stage: str
+) -> None:
+    whole = folder("whole")
+    expected = merged(getattr(Stages(whole), stage)(), whole / "shards")
+    assert len(expected.splitlines()) > 20
+    stopped = folder("stopped")
+    with pytest.raises(OSError, match="disk is gone"):  # 4 images a piece
+        getattr(Stages(stopped, unreadable_after=5), stage)()
+    assert [file.name for file in (stopped / f"{stage}-parts").iterdir()] == ["00000.jsonl"]
+    assert merged(getattr(Stages(stopped), stage)(), stopped / "shards") == expected
+
+
+def test_scores_stopped_in_a_later_piece_and_continued_give_the_same_bytes_and_counts(
+    folder: Callable[[str], Path],
+) -> None:
+    whole, stopped = folder("whole"), folder("stopped")
+    parts = Judging(whole).scores()
+    judged = [row["sample_id"] for row in parts.rows()]
+    assert judged == [f"s{number}" for number in range(290) if number % 7 != 5]
+    counts = parts.counts()
+    # Lone texts are not compared; more are there than one piece holds only if samples without candidates are left out.
+    assert counts["samples"] == sum(number % 4 > 0 for number in range(290) if number % 7 != 5)
+    assert 0 < counts["pairs"] < counts["all_pairs"] and counts["audited"] > 0
+    expected = merged(parts, whole / "shards")
+    with pytest.raises(OSError, match="disk is gone"):
+        Judging(stopped, until=10).scores()
+    again = Judging(stopped)
+    assert merged(again.scores(), stopped / "shards") == expected and again.scores().counts() == counts
+
+
+def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
+    from srcfast.stages.preference import reference_logprobs
+
+    stages = Stages(folder("references"))
+    pairs = [
+        Preference(
+            s.id, s.images, s.question, "It is 3.", f"No {k}!", 1.0, None, None, {"k": k}, image_root=s.image_root
+        )
+        for k in range(8)
+        for s in stages.samples
+    ]
+    assert len(pairs) > PAIRS
+    options: dict[str, Any] = {"reference_hash": "abc", "token_budget": 3000, "features": stages.features}
+    logprobs = references_in_pieces(stages.folder / "parts", dict, Track("references", 0, quiet=True))
+    found = logprobs(stages.model, pairs, **options)
+    few = logprobs(stages.model, pairs[:3], **options)
+    for one, other in zip(found, reference_logprobs(stages.model, pairs, **options), strict=True):
+        assert one.extra == other.extra and one.chosen == other.chosen and one.rejected == other.rejected
+        assert one.reference_chosen_logprob == pytest.approx(other.reference_chosen_logprob, abs=1e-4)
+        assert one.reference_rejected_logprob == pytest.approx(other.reference_rejected_logprob, abs=1e-4)
+    assert [one.reference_chosen_logprob for one in few] == pytest.approx(
+        [one.reference_chosen_logprob for one in found[:3]], abs=1e-4
+    )
+
+
+def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
+    stages = Stages(folder("answers"))
+    answers = stages.answers()
+    predictions = predictions_of(stages.samples, answers)
+    assert [one.sample.id for one in predictions] == [sample.id for sample in stages.samples]
+    assert [one.text for one in predictions] == [row["text"] for row in answers.rows()]
+
+
+def all_stages(folder: Path) -> Any:
+    stages, judging = Stages(folder), Judging(folder)
+    found = {"candidates": stages.candidates(), "answers": stages.answers(), "scores": judging.scores()}
+    distributed.barrier()  # rank 0 holds the store that the others ask
+    return {name: list(parts.rows()) for name, parts in found.items()} | {"counts": found["scores"].counts()}
+
+
+def test_two_ranks_give_what_one_gives(folder: Callable[[str], Path]) -> None:
+    alone = all_stages(folder("alone"))
+    for told in values_of(run_ranks(2, all_stages, folder("ranks"))):
+        assert Counter(told.pop("counts")) == alone["counts"]
+        assert told == {name: alone[name] for name in told} and len(told) == 3
