@@ -146,7 +146,7 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     root = source.image_root or path.parent
     if path.is_dir():
         return [
-            Preference.from_json(row, file=file, line=line, image_root=Path(row.pop("image_root", root)))
+            Preference.from_json(row, file=file, line=line, image_root=_own_root(row, file, line, root, source))
             for file, line, row in read_shards(path)
         ]
     from srcfast.data.readers import read_preferences
@@ -156,6 +156,21 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
     set_aside(rejected, len(preferences), config.max_rejected, output)
     return preferences
+
+
+def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source) -> Path:
+    """The folder of a pair's images that travels with it, else `root`.
+
+    Raises:
+        InputError: it is no path, or lies outside of the --image-root that is given.
+    """
+    own = row.pop("image_root", str(root))
+    if isinstance(own, str) and "\0" not in own:
+        if source.image_root is None or Path(own).resolve().is_relative_to(source.image_root.resolve()):
+            return Path(own)
+    expected = "a path" if source.image_root is None else f"a path below --image-root ({source.image_root})"
+    mend = "name another --image-root, or none where the shards are your own"
+    raise InputError(file=file, line=line, field="image_root", expected=expected, found=repr(own), mend=mend)
 
 
 def _read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:

@@ -17,6 +17,7 @@ from click.testing import Result
 from PIL import Image, PngImagePlugin
 
 from srcfast.data.images import MAX_BYTES, check_image, decode_image, load_image
+from srcfast.data.jsonl import write_shards
 from srcfast.data.readers import read_preferences, read_samples
 from srcfast.errors import InputError
 from srcfast.report.gallery import embedded_image
@@ -112,6 +113,21 @@ def test_a_command_with_an_image_from_outside_writes_nothing(
     file.write_text(json.dumps({"images": ["file.png"], "prompt": "what", "response": "red"}) + "\n")
     result = srcfast("logprob", "--model", sound_model, "--data", file, "--image-root", root, "--output", output)
     assert result.exit_code == 2 and "line 1" in result.output and not output.exists()
+
+
+@pytest.mark.parametrize("own", ["/", "..", "SECRET", "ROOT/folder", 5, None, ["/"], "a\0"])
+def test_pairs_that_name_a_root_of_their_own_stay_below_the_one_given(
+    srcfast: Callable[..., Result], sound_model: Path, root: Path, tmp_path: Path, own: object
+) -> None:
+    """Shards carry their images' folder; from someone else's, --image-root holds."""
+    if isinstance(own, str):
+        own = own.replace("SECRET", str(tmp_path / "secret")).replace("ROOT", str(root))
+    row = {"sample_id": "s", "images": ["secret.png"], "prompt": "what", "chosen": "red", "rejected": "blue"}
+    write_shards(tmp_path / "pairs", [row | {"image_root": own}])
+    words = ("--model", sound_model, "--data", tmp_path / "pairs", "--output", tmp_path / "out")
+    result = srcfast("dpo", *words, "--image-root", root)
+    assert result.exit_code == 2 and "line 1, field 'image_root'" in result.output, (result.output, result.exception)
+    assert not (tmp_path / "out").exists()
 
 
 # Hostile files -------------------------------------------------------------------------------------------------
