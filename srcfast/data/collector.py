@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def no_full_passes() -> Iterator[None]:
     """Within (or in a function decorated with it) the collector looks at young objects alone.
 
-    Its full passes go through all that lives, and come again and again while that grows: half of the time of reading a
+    Its full passes go through all that lives, and come again and again while that grows: a third of the time of reading a
     hundred thousand records. Cycles among what one record needed for a moment are freed as ever.
     """
     young, middle, old = gc.get_threshold()
