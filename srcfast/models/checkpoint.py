@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,23 +49,27 @@ def read_config(path: str | Path) -> Any:
         raise InputError(
             file=path, expected="a model directory with config.json", found="none", mend="name the directory"
         )
+    file = Path(path) / "config.json"
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # its checks raise whatever they meet first: TypeError, RecursionError, its own, ...
+        told = parse_object(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(file=file, expected="a model's config in JSON", found=error) from error
+    _check_sizes(told, "", file)
+    for part in ("text_config", "vision_config"):
+        _check_sizes(told.get(part), f"{part}.", file)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # its checks raise whatever they meet first: TypeError, KeyError, its own, ...
         found = f"{type(error).__name__}: {error}"
-        raise InputError(
-            file=Path(path) / "config.json", expected="a config that transformers knows", found=found
-        ) from error
-    parts = {part: getattr(config, part) for part in ("text_config", "vision_config") if hasattr(config, part)}
-    for part, settings in (parts or {"": config}).items():
-        _check_sizes(settings, f"{part}." if part else "", Path(path) / "config.json")
-    return config
+        raise InputError(file=file, expected="a config that transformers knows", found=found) from error
 
 
 def _check_sizes(settings: Any, prefix: str, file: Path) -> None:
-    """Before anything is allocated by them. Raises InputError naming the field."""
-    for field, most in LARGEST.items():
-        value = getattr(settings, field, 1)
+    """Before anything is allocated by them; what is not there has its default. Raises InputError naming the field."""
+    if not isinstance(settings, dict):
+        return
+    for field in LARGEST.keys() & settings.keys():
+        value, most = settings[field], LARGEST[field]
         if value is None and field in ("num_key_value_heads", "head_dim"):
             continue  # derived from the others
         if type(value) is not int or not 1 <= value <= most:
@@ -108,12 +114,29 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of one safetensors file. Raises InputError where it is damaged or holds a name twice."""
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+            yield name, tensors.get_tensor(name)
+
+
+def stored_weights(path: str | Path) -> int | None:
+    """How many weights a checkpoint's files hold; None where bitsandbytes has packed them. Raises InputError as `read_file`."""
+    count, packed = 0, False
+    for file in weight_files(path):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                count += math.prod(tensors.get_slice(name).get_shape())
+                packed |= name.endswith(".absmax")
+    return None if packed else count
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as tensors:
             with open(file, "rb") as opened:  # safetensors itself takes the last tensor of a name
                 parse_object(opened.read(int.from_bytes(opened.read(8), "little")))
-            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             file=file, expected="a whole safetensors file", found=error, mend="fetch the file again"

@@ -214,11 +214,6 @@ def load_lvlm(
         raise InputError(field="quantize", expected="None or nf4", found=quantize)
     path = EMBEDDED if str(path) == "embedded" else Path(path)
     config = read_config(path)
-    token = getattr(config, "image_token_id", None)
-    if hasattr(config, "vision_config") and (type(token) is not int or not 0 <= token < config.text_config.vocab_size):
-        raise InputError(
-            file=path / "config.json", field="image_token_id", expected="a token of the vocabulary", found=repr(token)
-        )
     vision = Vision(config, path)
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
     decoder = build_decoder(config.text_config, path, device, dtype, quantize)

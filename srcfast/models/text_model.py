@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,12 +14,11 @@ from transformers import AutoTokenizer
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
-from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
+from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors, stored_weights
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
 from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.memory import read_headers
 
 
 class TextModel(nn.Module):
@@ -108,8 +106,10 @@ def build_decoder(
             found=error.found,
             mend=error.mend,
         ) from error
-    asked, stored = sum(parameter.numel() for parameter in decoder.parameters()), _stored(path)
-    if stored is not None and asked > 2 * stored:  # before memory is taken for them
+    if torch.device(device).type == "meta":
+        return decoder.to(dtype=dtype)
+    asked, stored = sum(parameter.numel() for parameter in decoder.parameters()), stored_weights(path)
+    if stored and asked > 2 * stored:  # before memory is taken for them
         raise InputError(
             file=Path(path) / "config.json",
             expected=f"a model of the {stored:,} weights that its files hold",
@@ -117,13 +117,6 @@ def build_decoder(
             mend="the checkpoint does not fit its config.json",
         )
     return decoder.to(dtype=dtype).to_empty(device=device)
-
-
-def _stored(path: str | Path) -> int | None:
-    """How many weights a checkpoint's files hold; None where there are none, or bitsandbytes has packed them."""
-    shapes = dict(read_headers(path))
-    packed = not shapes or any(name.endswith(".absmax") for name in shapes)
-    return None if packed else sum(math.prod(shape) for shape in shapes.values())
 
 
 def own_tensors(

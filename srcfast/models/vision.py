@@ -35,6 +35,9 @@ class Vision(nn.Module):
                 mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
             )
         self.config = config
+        token = config.image_token_id
+        if type(token) is not int or not 0 <= token < config.text_config.vocab_size:
+            raise InputError(file=path, field="image_token_id", expected="a token of the vocabulary", found=repr(token))
         if config.vision_feature_select_strategy not in ("default", "full"):
             raise InputError(
                 file=path,

@@ -290,7 +290,7 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
             for name, entry in header.items():
                 if name != "__metadata__":
                     yield name, [int(extent) for extent in entry["shape"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 file=file, expected="a safetensors header", found=error, mend="fetch the file again"
             ) from error

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import malformed_checkpoints
 import malformed_images
 import malformed_records
 import malformed_settings
 from malformed_case import Case
 
-CORPUS: list[Case] = [*malformed_records.cases(), *malformed_images.cases(), *malformed_settings.cases()]
+CORPUS: list[Case] = [
+    *malformed_records.cases(),
+    *malformed_images.cases(),
+    *malformed_settings.cases(),
+    *malformed_checkpoints.cases(),
+]

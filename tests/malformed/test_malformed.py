@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import malformed_checkpoints
 import pytest
 from malformed_case import Case, ending
 from malformed_corpus import CORPUS
@@ -40,3 +41,8 @@ def test_16_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(SOUND["a PNG of 16 bits"])
     image = load_image(tmp_path, "a.png")
     assert (image.getpixel((0, 0)), image.getpixel((0, 1))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_what_the_malformed_checkpoints_are_made_from_is_sound(tmp_path: Path) -> None:
+    malformed_checkpoints.read_adapter(malformed_checkpoints.adapter()(tmp_path))
+    malformed_checkpoints.read_lvlm(malformed_checkpoints.lvlm({})(tmp_path))
