@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from srcfast.data.jsonl import read_shards
+
 # Pieces of 8 batches of one: two of the candidates, two of each evaluation.
 SETTINGS = """
 name: small
@@ -108,7 +110,7 @@ def test_a_run_continued_on_other_ranks_gives_the_same_files(
 
 
 @pytest.mark.slow
-def test_rationale_tuning_on_ranks_gives_the_adapter_of_one(config: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tmp_path: Path) -> None:
     run = calibrate(2, config, tmp_path)
     # AdamW divides by the gradient's size, which enlarges rounding in fp32.
     np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
@@ -116,6 +118,13 @@ def test_rationale_tuning_on_ranks_gives_the_adapter_of_one(config: Path, alone:
     assert [row["step"] for row in steps if row["stage"] == "rationale"] == list(range(42))  # written once, in order
     base = "predictions/base/world-test.jsonl"
     assert (run / base).read_bytes() == (alone / base).read_bytes()
+    for kind, names in (
+        ("candidates", ("id", "text", "token_ids")),
+        ("scores", ("sample_id", "scores")),
+        ("preferences", ("sample_id", "chosen", "rejected", "confidence")),
+    ):
+        rows, own = ([row for *_, row in read_shards(one / "iteration-1" / kind)] for one in (run, alone))
+        assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in own]
 
 
 @pytest.mark.slow
