@@ -45,6 +45,7 @@ from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
 from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.runtime.work_list import Parts
+from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import diversity
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import summarise, write_predictions
@@ -59,7 +60,7 @@ from srcfast.stages.pieces import (
 from srcfast.stages.preference import train_preference
 from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.references import references_from_candidates
-from srcfast.stages.scoring import group_by_sample, samples_in_order, score_candidates
+from srcfast.stages.scoring import samples_in_order
 from srcfast.world.oracle import judge_sample
 
 GALLERY = 12  # samples shown on the page
@@ -206,15 +207,14 @@ class Calibration:
                 self._search(place / f"{one.name}-{one.split}", sections, samples, iteration, progress)
                 for one, samples in chosen
             ]
-            judge = self._load_judge()
+            judge, quiet = self._load_judge(), Track("scores", 0, quiet=True)
             entries = []
-            for (one, samples), candidates in zip(chosen, searched, strict=True):
-                found = group_by_sample(
-                    Candidate.from_json(row, file=place, line=None, image_root=self.images) for row in candidates.rows()
-                )
-                rows = score_candidates(judge, samples, found, self.config.scorer.token_budget, self.config.scorer.mode)
+            for (one, samples), parts in zip(chosen, searched, strict=True):
+                found = dict(self._read(place, parts).rest())
+                scores = place / f"{one.name}-{one.split}-scores"
+                rows = self._compare(scores, sections, judge, samples, partial(self._read, place, parts), quiet).rows()
                 good = self._greedy_aligned(self._model_before(iteration), one)
-                entry = measure_headroom(samples, [good[s.id] for s in samples], found, rows)
+                entry = measure_headroom(samples, [good[s.id] for s in samples], found, list(rows))
                 entries.append({"iteration": iteration, "dataset": one.name, "split": one.split} | entry)
             return {"entries": entries}
 
@@ -227,19 +227,9 @@ class Calibration:
         samples = self._round(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            section, adaptive = self.config.scorer, self.config.scorer.adaptive()
-            judge = self._load_judge()
-            found = scores_in_pieces(
-                self.directory.checkpoint(stage),
-                self._depends_on(sections),
-                judge,
-                samples,
-                lambda: self._candidates(iteration).rest(),
-                section.token_budget,
-                section.mode,
-                progress,
-                adaptive,
-            )
+            place, own = self.directory.checkpoint(stage), partial(self._candidates, iteration)
+            adaptive = self.config.scorer.adaptive()
+            found = self._compare(place, sections, self._load_judge(), samples, own, progress, adaptive)
             distributed.from_main(lambda: write_shards(self._shards(iteration, "scores"), found.rows()))
             return {} if adaptive is None else {"adaptive": replace(adaptive, counts=found.counts()).report()}
 
@@ -539,6 +529,26 @@ class Calibration:
             progress=progress,
             graphs=section.cuda_graphs,
         )
+
+    def _compare(
+        self,
+        place: Path,
+        sections: tuple[str, ...],
+        judge: Scorer,
+        samples: list[Sample],
+        candidates: Callable[[], InOrder[list[Candidate]]],
+        progress: Track,
+        adaptive: AdaptivePairs | None = None,
+    ) -> Parts:
+        section, depends_on = self.config.scorer, self._depends_on(sections)
+        budget, mode = section.token_budget, section.mode
+        return scores_in_pieces(
+            place, depends_on, judge, samples, lambda: candidates().rest(), budget, mode, progress, adaptive
+        )
+
+    def _read(self, place: Path, parts: Parts) -> InOrder[list[Candidate]]:
+        rows = parts.rows()
+        return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=self.images) for row in rows)
 
     def _round(self, iteration: int) -> list[Sample]:
         """Fresh samples each round, from one shuffle; they begin anew once all had their turn."""
