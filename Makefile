@@ -7,17 +7,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := kernels/srcfast_kernels/_native.so
 
-.PHONY: demo test fault lint clean
+.PHONY: demo test fault fuzz lint clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
 
 test: $(NATIVE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not fault"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not fault and not fuzz"
 
 # A run killed at every point of writing and at random moments of every stage, and continued: some minutes.
 fault: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault -rA tests/fault
+
+# Each parser is given thousands of malformed inputs; `make test` gives it a hundred.
+fuzz: $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/malformed
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -88,8 +88,8 @@ class InputError(SrcfastError):
         return text if self.mend is None else f"{text}. Mend: {self.mend}"
 
     def as_record(self) -> dict[str, Any]:
-        """The row that `rejected.jsonl` keeps of this error."""
-        return {
+        """The row that `rejected.jsonl` keeps of this error: what is not UTF-8 is spelled out in it."""
+        row = {
             "file": self.file,
             "line": self.line,
             "field": self.field,
@@ -97,6 +97,10 @@ class InputError(SrcfastError):
             "found": self.found,
             "sample_id": self.sample_id,
             "reason": str(self),
+        }
+        return {
+            name: value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+            for name, value in row.items()
         }
 
 

@@ -13,7 +13,7 @@ from malformed_case import Case, changed, file_of, folder_of, missing
 from malformed_images import picture_bytes
 
 from srcfast.data.easy_vqa import read_easy_vqa
-from srcfast.data.jsonl import COMPLETE, read_shards
+from srcfast.data.jsonl import COMPLETE, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference
 from srcfast.data.stage_rows import read_aligned, read_scores
@@ -63,6 +63,7 @@ def set_aside(format: str, read: Callable[..., Any] = read_samples) -> Callable[
     def act(path: Path) -> list[dict[str, Any]]:
         rejected: list[dict[str, Any]] = []
         read(path, format=format, image_root=path.parent, rejected=rejected)
+        write_jsonl(path.with_name("rejected.jsonl"), rejected)
         return rejected
 
     return act
@@ -209,6 +210,10 @@ TABLE_ROWS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an open quote": (table(f'1\t{IMAGE}\t"q\ta'), "a table row"),
     "a cell that is not UTF-8": (
         file_of(b"index\timage\tquestion\tanswer\n1\tx\t\xff\ta\n", "table.tsv"),
+        "text in UTF-8",
+    ),
+    "an index that is not UTF-8": (
+        file_of(b"index\timage\tquestion\tanswer\n" + b"\xff\tx\tq\ta\n", "table.tsv"),
         "text in UTF-8",
     ),
     "no index": (table(f"\t{IMAGE}\tq\ta"), "'index'"),
