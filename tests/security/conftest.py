@@ -34,10 +34,12 @@ def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sound_adapter(sound_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the sound model."""
     from srcfast.models import load_lvlm
-    from srcfast.models.lora import LoRAConfig, save_adapter
+    from srcfast.models.lora import LoRAConfig, adapters, save_adapter
 
-    directory = tmp_path_factory.mktemp("adapter")
-    save_adapter(load_lvlm(sound_model, lora=LoRAConfig(r=2)), directory)
+    directory, model = tmp_path_factory.mktemp("adapter"), load_lvlm(sound_model, lora=LoRAConfig(r=2))
+    for layer in adapters(model).values():
+        torch.nn.init.constant_(layer.lora_B, 0.01)  # one that changes nothing is refused
+    save_adapter(model, directory)
     return directory
 
 
