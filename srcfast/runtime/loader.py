@@ -6,7 +6,8 @@ prepared is decided in this process when the step is asked for. So the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -111,8 +112,8 @@ def packed_steps(
     plan: Callable[[Forest], object] | None = None,
     workers: int = 0,
     pin: bool = False,
-) -> Iterator[PackedStep]:
-    """The steps one after the other, some of them ahead.
+) -> Generator[PackedStep, None, None]:
+    """The steps one after the other, some of them ahead; to be closed, with which its processes end.
 
     Args:
         trees: of all items.
@@ -148,6 +149,7 @@ def packed_steps(
         collate_fn=_as_it_is,
         pin_memory=pin,
         generator=torch.Generator(),  # else a seed for the workers would be drawn from dropout's numbers
+        worker_init_fn=_leave_process_group,
         multiprocessing_context="fork",  # workers share the trees, and touch no GPU
     )
     yield from loader
@@ -164,6 +166,11 @@ def send(values: Any, device: torch.device, dtype: torch.dtype | None = None) ->
 def _pinned(forest: Forest) -> Forest:
     names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
     return replace(forest, **{name: getattr(forest, name).pin_memory() for name in names})
+
+
+def _leave_process_group(worker: int) -> None:
+    """A signal that asks the whole group to stop would else end the workers, while the training needs them for its step."""
+    os.setpgid(0, 0)
 
 
 def _as_it_is(made: PackedStep) -> PackedStep:

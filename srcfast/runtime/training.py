@@ -277,6 +277,7 @@ def train(
         if pending is not None:
             report(pending, check(pending))
     finally:
+        packed.close()
         if profiler is not None:
             profiler.end()
         model.train(was_training)

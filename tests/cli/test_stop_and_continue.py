@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,17 +48,19 @@ def assert_whole(output: Path, expected: dict[str, torch.Tensor]) -> None:
     assert not (output / "checkpoint").exists() and not list(output.rglob(".*.tmp"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_signal_ends_a_training_after_its_step_and_the_same_command_continues(
-    srcfast: Srcfast, words: list[str], tmp_path: Path
+    srcfast: Srcfast, words: list[str], tmp_path: Path, workers: int
 ) -> None:
     assert srcfast(*words, "--output", tmp_path / "whole").exit_code == 0
     output = tmp_path / "stopped"
-    command = [*words, "--output", str(output)]
-    process = subprocess.Popen([sys.executable, "-m", "srcfast", *command], stderr=subprocess.PIPE, text=True)
+    command = [*words, "--output", str(output), f"loader_workers={workers}"]
+    words = [sys.executable, "-m", "srcfast", *command]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     file = output / "metrics.jsonl"
     while process.poll() is None and not (file.is_file() and file.stat().st_size):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # its worker processes, too, as a terminal or a scheduler does
     _, told = process.communicate(timeout=120)
     if process.returncode:  # it may have been at its end when the signal came
         assert process.returncode == 128 + signal.SIGTERM

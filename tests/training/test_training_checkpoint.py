@@ -90,7 +90,7 @@ def test_stopped_at_any_step_a_training_goes_on_bit_for_bit(tmp_path: Path, work
         directory = tmp_path / str(step)
         seen = stop_after(step, directory, settings)
         again: list[int] = []
-        resumed, resumed_history = trained(directory, settings, lambda metrics, to=again: to.append(metrics["step"]))
+        resumed, resumed_history = trained(directory, settings, signal_at(STEPS, again))
         assert torch.equal(resumed, weights)
         assert resumed_history == history
         assert seen + again == list(range(STEPS))
