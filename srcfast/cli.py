@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +21,27 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with interrupt.listening():
+            with interrupt.listening(), disk_is_met():
                 return recorded(super().invoke)(ctx)
         except SrcfastError as error:
             who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
             typer.echo(f"{who}: {printable(str(error))}", err=True)
             raise typer.Exit(exit_status(error)) from None
+
+
+@contextmanager
+def disk_is_met() -> Iterator[None]:
+    """A disk that is full, or can't be written, is told as srcfast's own errors are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise SrcfastError(
+            f"{where}{error.strerror}. What was finished is kept. Mend: make room, or see to the file system; "
+            "the same command continues"
+        ) from error
 
 
 def exit_status(error: SrcfastError) -> int:

@@ -28,9 +28,12 @@ class Faults:
 
     Args:
         fault: `inside` (a directory), `kind`:
-            "kill": SIGKILL at the first point that is not in `seen`, of those whose checksum `every` divides;
+            "kill": SIGKILL at the first point that is not in `seen`, of those that begin with `only` and whose checksum `every`
+            divides; so the next ones, too;
             "tear": the same at an fsync only, the file cut in half before, as a machine leaves it that loses its power;
-            "full": nothing more can be written from that point on (ENOSPC), unless `room`;
+            "full": from that point on files take no byte (ENOSPC);
+            "read-only": from that point on nothing can be opened to write, renamed or removed (EROFS);
+            "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
             "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`;
             "none".
@@ -40,9 +43,9 @@ class Faults:
     def __init__(self, fault: dict[str, Any], points: Any) -> None:
         self.fault = fault
         self.kind, self.inside = fault.get("kind", "none"), fault.get("inside", "")
-        self.seen, self.every, self.points = set(fault.get("seen", ())), fault.get("every", 1), points
+        self.seen, self.points = set(fault.get("seen", ())), points
         self.met: dict[str, int] = {}
-        self.full = False
+        self.failing = False  # the disk is full, or read-only
 
     def begin(self) -> None:
         fsync, clock = os.fsync, time.time
@@ -61,7 +64,7 @@ class Faults:
         opened = builtins.open
 
         def on_a_full_disk(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
-            if self.full and set(mode) & set("wxa+") and str(file).startswith(self.inside):
+            if self.failing and set(mode) & set("wxa+") and str(file).startswith(self.inside):
                 opened(file, mode, *more, **options).close()
                 return opened("/dev/full", "wb" if "b" in mode else "w", **({} if "b" in mode else options))
             return opened(file, mode, *more, **options)
@@ -96,22 +99,34 @@ class Faults:
     def at(self, event: str, path: Any) -> None:
         if not isinstance(path, str) or not path.startswith(self.inside):
             return
-        if event == "fsync" and self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        if self.failing and (self.kind == "read-only" or event == "fsync"):
+            number = errno.EROFS if self.kind == "read-only" else errno.ENOSPC
+            raise OSError(number, os.strerror(number), path)
         name = re.sub(r"\.\d+\.tmp", ".tmp", f"{event} {path.removeprefix(self.inside).lstrip('/')}")
         self.met[name] = self.met.get(name, 0) + 1
         point = f"{name} {self.met[name]}"
-        if self.kind not in ("kill", "tear", "full") or self.full or point in self.seen:
+        if self.failing or point in self.seen or not point.startswith(self.fault.get("only", "")):
             return
-        if zlib.crc32(point.encode()) % self.every or (self.kind == "tear" and event != "fsync"):
+        if zlib.crc32(point.encode()) % self.fault.get("every", 1) or (self.kind == "tear" and event != "fsync"):
             return
-        os.write(self.points, f"{point}\n".encode())
-        if self.kind == "full":
-            self.full = True
-            return
-        if self.kind == "tear" and os.path.isfile(path):
-            os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind in ("kill", "tear", "full", "read-only", "twice"):
+            os.write(self.points, f"{point}\n".encode())
+            self.befall(point, path)
+
+    def befall(self, point: str, path: str) -> None:
+        if self.kind in ("full", "read-only"):
+            self.failing = True
+        elif self.kind == "twice":
+            self.seen.add(point)
+            if (second := os.fork()) == 0:
+                run_and_end(self.fault["words"])
+            status = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+            os.write(self.points, f"the second one ended with status {status}\n".encode())
+            self.kind = "none"
+        else:
+            if self.kind == "tear" and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def child(request: dict[str, Any], points: Any) -> None:
@@ -120,12 +135,17 @@ def child(request: dict[str, Any], points: Any) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    Faults(request["fault"] | {"words": request["words"]}, points).begin()
+    run_and_end(request["words"])
+
+
+def run_and_end(words: list[str]) -> None:
+    """The command line with these words, as the rest of this process."""
     from srcfast.cli import app
 
     status = 1
     try:
-        Faults(request["fault"], points).begin()
-        app(request["words"])
+        app(words)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
