@@ -18,9 +18,10 @@ import torch
 
 from srcfast.config import Config
 from srcfast.data.in_order import InOrder
-from srcfast.data.jsonl import read_jsonl, read_shards, write_json, write_jsonl, write_shards
+from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
 from srcfast.errors import InputError
 from srcfast.loading import (
     EvaluationSet,
@@ -569,7 +570,7 @@ class Calibration:
 
     def _greedy_aligned(self, model: str, one: EvaluationSet) -> dict[str, bool]:
         """Sample id -> whether the model's greedy answer is right and aligned, from its predictions."""
-        return {row["id"]: bool(row["aligned"]) for _, row in read_jsonl(f"{self._predictions(model, one)}.jsonl")}
+        return read_aligned(f"{self._predictions(model, one)}.jsonl")
 
     def _predictions(self, model: str, one: EvaluationSet) -> Path:
         return self.directory.path / "predictions" / model / f"{one.name}-{one.split}"
@@ -581,7 +582,7 @@ class Calibration:
         return self.directory.iteration(iteration) / kind
 
     def _scores(self, iteration: int) -> Iterator[dict[str, Any]]:
-        return (row for _, _, row in read_shards(self._shards(iteration, "scores")))
+        return read_scores(self._shards(iteration, "scores"))
 
     def _candidates(self, iteration: int) -> InOrder[list[Candidate]]:
         rows = read_shards(self._shards(iteration, "candidates"))
@@ -590,7 +591,4 @@ class Calibration:
         )
 
     def _preferences(self, iteration: int) -> list[Preference]:
-        return [
-            Preference.from_json(row, file=file, line=line, image_root=self.samples[str(row["sample_id"])].image_root)
-            for file, line, row in read_shards(self._shards(iteration, "preferences"))
-        ]
+        return read_pairs(self._shards(iteration, "preferences"), self.samples)

@@ -15,6 +15,7 @@ from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.stage_rows import read_scores
 from srcfast.errors import ConfigError, InputError
 from srcfast.loading import (
     draw,
@@ -293,7 +294,7 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
     own, section, adaptive = need(candidates, "--candidates", "a folder"), config.scorer, config.scorer.adaptive()
-    ids = {row["sample_id"] for *_, row in read_shards(own)}
+    ids = {str(row.get("sample_id")) for *_, row in read_shards(own)}  # what lacks it is named when it is read
     judge, place, judged = load_judge(config), output / "checkpoint", sum(sample.id in ids for sample in samples)
     with alone_in(output), track("score", judged, quiet=config.quiet) as progress:
         found = scores_in_pieces(
@@ -328,7 +329,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
         return
     output = need(output, "--output", "a folder for the preferences")
     samples = read_all(config, source, "calibration", output)
-    rows = iter(()) if scores is None else (row for _, _, row in read_shards(scores))
+    rows = iter(()) if scores is None else read_scores(scores)
     if scores is None and config.curation.pairing == "score":
         raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Mend: name it")
     pairs, funnel = choose(samples, _read_candidates(candidates), rows, config.curation.settings(), config.seed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from srcfast.data.jsonl import read_jsonl, read_shards
-from srcfast.data.records import Fields
+from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError
 
 _COUNTS = ("pairs", "verdicts")
@@ -55,6 +56,24 @@ def _is_shares(values: Any, count: int) -> bool:
         and len(values) == count
         and all(type(value) in (int, float) and -1e-6 <= value <= 1 + 1e-6 for value in values)
     )
+
+
+def read_pairs(directory: str | Path, samples: Mapping[str, Sample]) -> list[Preference]:
+    """The preferences that curation wrote, with the image roots of their samples, which `samples` has by id.
+
+    Raises:
+        InputError: the directory is not whole, a field is missing or of another kind, or a sample is none of these.
+    """
+    pairs = []
+    for file, line, row in read_shards(directory):
+        pair = Preference.from_json(row, file=file, line=line, image_root=Path())
+        sample = samples.get(pair.sample_id)
+        if sample is None:
+            raise InputError(
+                file=file, line=line, field="sample_id", expected="a sample of this run", found=pair.sample_id
+            )
+        pairs.append(replace(pair, image_root=sample.image_root))
+    return pairs
 
 
 def read_aligned(file: str | Path) -> dict[str, bool]:

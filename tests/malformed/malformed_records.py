@@ -16,7 +16,7 @@ from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.jsonl import COMPLETE, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference
-from srcfast.data.stage_rows import read_aligned, read_scores
+from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
 
 SAMPLE = {"id": "s", "question": "What color?", "answer": "red"}
 PAIR = {"sample_id": "s", "prompt": "What color?", "chosen": "red", "rejected": "blue"}
@@ -348,6 +348,16 @@ def cases() -> list[Case]:
     found += _by_field("Preferences", PAIR, PAIR_FIELDS, set_aside("jsonl", read_preferences), lines)
     shard_fields = {wrong: value for wrong, value in PAIR_FIELDS.items() if not wrong.startswith("an image")}
     found += _by_field("Preferences in shards", PAIR, shard_fields, pairs, shards)
+    strange = shards(json.dumps(PAIR))
+    found.append(
+        Case(
+            "Preferences in shards",
+            "a sample of another run",
+            strange,
+            lambda path: read_pairs(path, {}) and None,
+            ("a sample of this run",),
+        )
+    )
     found += _by_field("TRL preferences", PAIR, TRL_FIELDS | PAIR_FIELDS, trl, lines)
     found += [
         Case("TRL preferences", "an unknown format", lines("{}"), set_aside("csv", read_preferences), ("'format'",)),
