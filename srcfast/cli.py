@@ -23,7 +23,7 @@ class Commands(TyperGroup):
         try:
             with interrupt.listening(), disk_is_met():
                 return recorded(super().invoke)(ctx)
-        except SrcfastError as error:
+        except (SrcfastError, Interrupted) as error:
             who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
             typer.echo(f"{who}: {printable(str(error))}", err=True)
             raise typer.Exit(exit_status(error)) from None
@@ -44,7 +44,7 @@ def disk_is_met() -> Iterator[None]:
         ) from error
 
 
-def exit_status(error: SrcfastError) -> int:
+def exit_status(error: SrcfastError | Interrupted) -> int:
     """128 + the signal's number where one has stopped the command, 2 for settings and input, 1 for the rest."""
     if isinstance(error, Interrupted):
         return error.status

@@ -28,8 +28,11 @@ class OutOfMemory(SrcfastError):
     """A stage that found less memory than it needs: with its forecast, and the setting to change."""
 
 
-class Interrupted(SrcfastError):
+class Interrupted(BaseException):
     """A run that a signal asked to stop; the exit status of its process is `status`, 128 + the signal's number.
+
+    No `Exception`, as KeyboardInterrupt is none: where any error of a library is taken for a bad image or file, a signal that
+    arrives at that moment must not be.
 
     Args:
         number: the signal's.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from srcfast.errors import ConfigError, SrcfastError
+from srcfast.errors import ConfigError, Interrupted, SrcfastError
 
 Found = TypeVar("Found")
 
@@ -142,7 +142,7 @@ def from_main(work: Callable[[], Found]) -> Found:
         return told["value"]
     try:
         value = work()
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         broadcast({"error": f"{type(error).__name__}: {error}"})
         raise
     broadcast({"value": value})

@@ -59,3 +59,12 @@ def test_in_another_thread_nothing_is_listened_to() -> None:
     thread.start()
     thread.join()  # signal.signal would have raised in it
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_any_error_is_handled_a_signal_is_none() -> None:
+    """As where an image is decoded, whose library raises whatever it meets."""
+    with pytest.raises(Interrupted), interrupt.listening():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("the signal was taken for an error")
