@@ -35,7 +35,7 @@ class Faults:
             "read-only": from that point on nothing can be opened to write, renamed or removed (EROFS);
             "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
-            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`;
+            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`, and before its end;
             "none".
         points: appended to by one line a point, at once, so that a killed process has told them.
     """
@@ -72,21 +72,29 @@ class Faults:
         builtins.open = on_a_full_disk
 
     def expect(self) -> None:
-        """A process that strikes this one is started when the stage's progress begins to be shown."""
+        """A process that strikes this one is started with the stage's progress; the stage isn't entered before it has."""
+        from srcfast.runtime.run_directory import RunDirectory
         from srcfast.runtime.telemetry import Track
 
-        begin, fault, victim = Track.__init__, self.fault, os.getpid()
+        begin, finish, victim = Track.__init__, RunDirectory.finish_stage, os.getpid()
+        striker = 0
 
         def begin_and_expect(track: Any, name: str, *more: Any, **options: Any) -> None:
+            nonlocal striker
             begin(track, name, *more, **options)
-            if name == fault["stage"] and os.fork() == 0:
+            if name == self.fault["stage"] and (striker := os.fork()) == 0:
                 os.close(self.points)
-                time.sleep(fault["after"])
+                time.sleep(self.fault["after"])
                 if os.getppid() == victim:
-                    os.kill(victim, fault["signal"])
+                    os.kill(victim, self.fault["signal"])
                 os._exit(0)
 
-        Track.__init__ = begin_and_expect
+        def finish_once_struck(directory: Any, name: str, *more: Any, **options: Any) -> Any:
+            if name == self.fault["stage"]:
+                os.waitpid(striker, 0)
+            return finish(directory, name, *more, **options)
+
+        Track.__init__, RunDirectory.finish_stage = begin_and_expect, finish_once_struck
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

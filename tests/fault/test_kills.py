@@ -65,7 +65,7 @@ def strike_stages(
         for _ in range(strikes):
             moment = {"stage": stage, "after": rng.random() * seconds[stage], "signal": int(number)}
             attempt = server.run(output, {"kind": "moment", **moment})
-            if attempt.status == 0:  # the run was quicker than the signal
+            if attempt.status == 0:  # the signal came behind the last boundary of all
                 break
             assert attempt.status == expected, attempt.said
             assert number == signal.SIGKILL or "The same command continues" in attempt.said
@@ -94,12 +94,7 @@ def test_signals_at_some_random_moments_lose_nothing(
 def test_signals_at_random_moments_of_every_stage_lose_nothing(
     server: Server, undisturbed: Path, truth: dict[str, Any], tmp_path: Path, number: int
 ) -> None:
-    struck = Counter[str]()
-    for attempt in range(4):
-        struck += strike_stages(server, tmp_path / f"{attempt}", STAGES, seconds_of(undisturbed), number, strikes=3)
-        assert_same(tmp_path / f"{attempt}" / "small", truth)
-        if all(struck[stage] for stage in STAGES):
-            break
+    struck = strike_stages(server, tmp_path, STAGES, seconds_of(undisturbed), number, strikes=4)
+    assert_same(tmp_path / "small", truth)
     print(f"{struck.total()} signals {number}: {dict(struck)}")
-    assert all(struck[stage] for stage in STAGES), struck
-    assert struck.total() >= 15
+    assert struck.total() >= 30 and len(struck) >= len(STAGES) - 1, struck
