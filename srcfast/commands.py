@@ -357,7 +357,7 @@ def dpo(
             f"found {config.dpo.rehearsal_weight}. Mend: leave it out, or use `srcfast calibrate`"
         )
     preferences = read_preference_file(config, source, output)
-    model = load_model(config, adapter or config.lora.lora_config(config.seed))
+    model = load_model(config, adapter or config.lora.lora_config(config.seed), to_train=True)
     features = features_of(model, preferences)
     name = policy_hash(config, model, adapter)
     # A reference that came without a hash is taken at its word; training's first step checks it.

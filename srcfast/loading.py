@@ -21,7 +21,7 @@ from srcfast.data.records import Preference, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
-from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora
+from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora, refuse_idle_adapter
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.plan import policy_stays
 from srcfast.runtime import distributed
@@ -159,6 +159,8 @@ class Policy:
         """The model with this adapter, trainable, or the bare base."""
         if adapter != self.adapter:
             self._adapt(adapter)
+            if adapter is not None:
+                refuse_idle_adapter(self.model, adapter)
             self.adapter = adapter
         return self.model
 
@@ -198,8 +200,8 @@ def remove_adapter(model: LVLM) -> None:
         setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
-def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
-    """The LVLM of the settings."""
+def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = False) -> LVLM:
+    """The LVLM of the settings. Unless it is to be trained, InputError where a saved adapter changes nothing."""
     _limit_memory(config)
     model = load_lvlm(
         config.model.path,
@@ -208,6 +210,8 @@ def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
         device=config.model.device,
         lora=lora,
     )
+    if isinstance(lora, Path) and not to_train:
+        refuse_idle_adapter(model, lora)
     if config.model.vision_offload:
         model.vision.rest()
     return model

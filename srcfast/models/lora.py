@@ -108,21 +108,29 @@ def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
     """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none.
 
     Raises:
-        InputError: see `load_adapter`; or the saved adapter changes nothing: what is done with it would pass for its work.
+        InputError: see `load_adapter`.
     """
     if isinstance(lora, LoRAConfig):
         add_lora(model, lora)
     elif lora is not None:
         load_adapter(model, lora)
-        layers = adapters(model)
-        if not any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
-            raise InputError(
-                file=Path(lora) / ADAPTER_WEIGHTS,
-                field="lora_B",
-                expected="an adapter that changes the model",
-                found=f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them",
-                mend="train the adapter first, or leave it out",
-            )
+
+
+def refuse_idle_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Raises InputError where the adapter read from the directory changes nothing: the base's work would pass for its.
+
+    Training may begin with one: as PEFT makes them, new adapters are such.
+    """
+    layers = adapters(model)
+    if any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
+        return
+    raise InputError(
+        file=Path(directory) / ADAPTER_WEIGHTS,
+        field="lora_B",
+        expected="an adapter that changes the model",
+        found=f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them",
+        mend="train the adapter first, or leave it out",
+    )
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> None:

@@ -33,6 +33,7 @@ from srcfast.models.lora import (
     load_adapter,
     lora_parameters,
     merge_lora,
+    refuse_idle_adapter,
     save_adapter,
 )
 from srcfast.models.lvlm import save_lvlm
@@ -217,12 +218,13 @@ def test_a_setting_that_would_be_ignored_is_refused(field: str, value: Any, tmp_
 def test_an_adapter_that_changes_nothing_is_refused_by_name(pair: Pair, tmp_path: Path) -> None:
     ours = pair.load(lora=CONFIG)
     save_adapter(ours, tmp_path / "adapter")
+    idle = pair.load(lora=tmp_path / "adapter")  # training may begin with it
     with pytest.raises(InputError, match=r"lora_B.*an adapter that changes the model.*zero.*Mend: train the adapter"):
-        pair.load(lora=tmp_path / "adapter")
+        refuse_idle_adapter(idle, tmp_path / "adapter")
     with torch.no_grad():
         lora_parameters(ours)[1][0, 0] = 1e-8  # one entry of one B is enough
     save_adapter(ours, tmp_path / "adapter")
-    pair.load(lora=tmp_path / "adapter")
+    refuse_idle_adapter(pair.load(lora=tmp_path / "adapter"), tmp_path / "adapter")
 
 
 def test_an_adapter_on_the_vision_tower_is_refused_by_name(tmp_path: Path) -> None:
