@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -51,14 +51,14 @@ def test_signals_are_what_they_were_afterwards() -> None:
 
 
 def test_in_another_thread_nothing_is_listened_to() -> None:
-    def listen() -> None:
-        with interrupt.listening():
-            pass
+    def listen() -> str:
+        with interrupt.listening():  # signal.signal would raise in a thread
+            return "done"
 
-    thread = threading.Thread(target=listen)
-    thread.start()
-    thread.join()  # signal.signal would have raised in it
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(listen).result() == "done"
+    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
 
 
 def test_where_any_error_is_handled_a_signal_is_none() -> None:
