@@ -272,9 +272,7 @@ class Calibration:
                 ),
             )
             progress.advance(len(samples))
-            if distributed.is_main():
-                write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in done))
-                self._write_gallery(iteration, done)
+            distributed.from_main(partial(self._write_preferences, iteration, done))
             return {"funnel": funnel, "references": takeover.to_json()}
 
         stage, sections = f"iteration-{iteration}/preferences", ("curation",)
@@ -357,6 +355,10 @@ class Calibration:
         }
         write_json(self.directory.summary_file, summary)
         write_report(self.directory.path)
+
+    def _write_preferences(self, iteration: int, pairs: list[Preference]) -> None:
+        write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
+        self._write_gallery(iteration, pairs)
 
     def _write_gallery(self, iteration: int, pairs: list[Preference]) -> None:
         """`gallery.json`: some of the last round's samples with all candidates, scores and the oracle's judgement."""
