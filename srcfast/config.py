@@ -435,9 +435,7 @@ def _parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
         raise
     except RecursionError as error:
         raise ConfigError(f"{where}: expected settings, found YAML that is nested too deep, or holds itself") from error
-    except (
-        Exception
-    ) as error:  # PyYAML lets through what a value's parser raises: ValueError for 2001-99-99, KeyError, ...
+    except Exception as error:  # PyYAML lets through what a value's parser raises: ValueError for 2001-99-99, ...
         found = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"{where}: expected YAML, found {found}") from error
 

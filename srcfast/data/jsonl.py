@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any, BinaryIO
 from srcfast.errors import InputError
 
 COMPLETE = "COMPLETE"  # marker of a finished directory of shards, written last
+
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def _finite(text: str) -> float:
@@ -95,12 +99,22 @@ def _parse_line(path: str | Path, line: int, text: str) -> dict[str, Any] | Inpu
     return InputError(file=path, line=line, field="record", expected="one JSON object in UTF-8", found=found)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where what will be `path` is written by this process; whoever takes a run directory removes those of killed ones."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is a `temporary_of` some path, by any process."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once all is written; if writing fails, nothing changes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process of this number, or a link planted there
         with open(temporary, "xb") as file:  # a new file: never through a link, readable as the umask says
@@ -163,6 +177,11 @@ def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_si
         write_shard()
     write_json(directory / COMPLETE, {"rows": count, "shards": len(hashes), "sha256": hashes})
     return count
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of what JSON says of a value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(file: str | Path) -> str:

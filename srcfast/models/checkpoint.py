@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from srcfast.data.jsonl import parse_object
+from srcfast.data.jsonl import parse_object, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import nf4_dequantize
@@ -227,7 +227,7 @@ def _like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(file)
     temporary.unlink(missing_ok=True)  # never written through a link that is planted there
     try:
         with open(temporary, "xb") as made:

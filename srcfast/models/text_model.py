@@ -177,9 +177,7 @@ def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) ->
         return tokenizer.apply_chat_template(
             turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
         )
-    except (
-        Exception
-    ) as error:  # a template raises whatever it meets first: SecurityError, UndefinedError, TypeError, ...
+    except Exception as error:  # a template raises what it meets first: SecurityError, UndefinedError, ...
         raise InputError(
             field="chat_template",
             expected="a template that shows a user's turn",

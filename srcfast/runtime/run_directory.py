@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from srcfast.data.jsonl import file_hash, read_lines, write_json, write_jsonl, write_text
+from srcfast.data.jsonl import file_hash, is_temporary, json_hash, read_lines, write_json, write_jsonl, write_text
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter
@@ -196,7 +194,7 @@ def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
             directory.rglob(".*.tmp") if whole else (*directory.glob(".*.tmp"), *directory.glob("checkpoint/.*.tmp"))
         )
         for path in list(places):
-            if _LEFT.fullmatch(path.name):
+            if is_temporary(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     distributed.from_main(take)
@@ -205,9 +203,6 @@ def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()  # which opens the lock; so does the end of the process, however it ends
-
-
-_LEFT = re.compile(r"\..+\.\d+\.tmp")
 
 
 def _lock(directory: Path) -> Any:
@@ -240,7 +235,7 @@ def _lock(directory: Path) -> Any:
 def _entry_hash(name: str, entry: Mapping[str, Any]) -> str:
     """SHA-256 of a stage's entry in the manifest, its name with it."""
     rest = {key: value for key, value in entry.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
+    return json_hash([name, rest])
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
-from hashlib import sha256
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from srcfast.data.forest import Forest, Tree, pack_sizes
+from srcfast.data.jsonl import json_hash
 from srcfast.errors import Interrupted, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.forecast import plan_checkpointing
@@ -31,7 +31,7 @@ from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.telemetry import StepMeter
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints, weights_hash
 
 Metrics = dict[str, Any]
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, D] each
@@ -108,6 +108,7 @@ class TrainingState:
     step: int = 0
 
 
+@lru_cache(maxsize=2)  # each step of an epoch asks, some of them twice; loaders are an epoch ahead at most
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation `[count]` of the items in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -347,8 +348,7 @@ def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:
     """Raises SrcfastError where ranks begin to train with other weights or items than rank 0: their sum would mean nothing."""
     if distributed.size() == 1:
         return
-    own = [sha256(weights.detach().cpu().view(torch.uint8).numpy()).hexdigest()]
-    own += [sha256(repr([(str(tree.key), tree.num_tokens) for tree in trees]).encode()).hexdigest()]
+    own = [weights_hash(weights), json_hash([(str(tree.key), tree.num_tokens) for tree in trees])]
     every = distributed.gather(own)
     for rank, other in enumerate(every):
         for what, expected, found in zip(("weights", "items"), every[0], other, strict=True):

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from srcfast.data.jsonl import COMPLETE, replacing, write_json
+from srcfast.data.jsonl import COMPLETE, file_hash, replacing, temporary_of, write_json
 from srcfast.errors import ConfigError, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.run_directory import flat, plain
@@ -182,7 +182,7 @@ def save_training(directory: Path, training: SavedTraining) -> None:
         SrcfastError: it can't be written.
     """
     final = _place(directory, training.step)
-    temporary = _temporary(final)
+    temporary = temporary_of(final)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -192,11 +192,11 @@ def save_training(directory: Path, training: SavedTraining) -> None:
             "step": training.step,
             "seconds": training.seconds,
             "identity": training.identity,
-            "sha256": {name: _file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
+            "sha256": {name: file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
             "history": training.history,
         }
         write_json(temporary / STATE, state)
-        write_json(temporary / COMPLETE, {STATE: _file_hash(temporary / STATE)})
+        write_json(temporary / COMPLETE, {STATE: file_hash(temporary / STATE)})
         _sync(temporary)
         if final.exists():  # damaged: else training would have continued from it
             _discard(final)
@@ -251,7 +251,7 @@ def _read(path: Path) -> SavedTraining:
 
 
 def _check_hash(file: Path, expected: str) -> None:
-    if (found := _file_hash(file)) != expected:
+    if (found := file_hash(file)) != expected:
         raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {found}")
 
 
@@ -285,18 +285,9 @@ def _place(directory: Path, step: int) -> Path:
 
 def _discard(path: Path) -> None:
     """Under another name first, so that no half of it is ever taken for a damaged checkpoint."""
-    temporary = _temporary(path.with_name(f"{path.name}.old"))
+    temporary = temporary_of(path.with_name(f"{path.name}.old"))
     os.replace(path, temporary)
     shutil.rmtree(temporary)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _file_hash(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _sync(directory: Path) -> None:

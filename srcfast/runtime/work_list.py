@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from srcfast.data.jsonl import read_jsonl, replacing
+from srcfast.data.jsonl import json_hash, read_jsonl, replacing
 from srcfast.runtime import distributed
 from srcfast.runtime.interrupt import at_boundaries, stop_if_asked
 from srcfast.runtime.telemetry import Track
@@ -170,8 +170,7 @@ def _write(file: Path, head: dict[str, Any], rows: Sequence[Mapping[str, Any]]) 
 
 
 def _checksum(head: Mapping[str, Any]) -> str:
-    told = {key: value for key, value in head.items() if key != "head_sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json_hash({key: value for key, value in head.items() if key != "head_sha256"})
 
 
 def _head(file: Path) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_processes import run_ranks, values_of
-from small_model import END, SmallModel, letters, random_preferences, random_text
+from small_model import SmallModel, random_preferences, response_items
 
-from srcfast.data.forest import Segment, Tree
 from srcfast.errors import SrcfastError
 from srcfast.models.lora import LoRAConfig
 from srcfast.runtime import distributed, training
@@ -43,22 +42,6 @@ SETTINGS = TrainingSettings(
     seed=3,
 )
 SUMMED = ("tokens", "response_tokens")
-
-
-def response_items(count: int) -> list[TrainingItem]:
-    rng = np.random.default_rng(7)
-    return [
-        TrainingItem(
-            Tree(
-                (
-                    Segment(np.array(letters(random_text(rng, 24)))),
-                    Segment(np.array([*letters(random_text(rng, 17)), END]), 0),
-                ),
-                key=f"sample-{number}",
-            )
-        )
-        for number in range(count)
-    ]
 
 
 def weights_of(model: SmallModel) -> list[float]:
