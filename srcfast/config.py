@@ -294,6 +294,10 @@ class DistributedSection(Section):
         ge=1,
         description="longest wait of a rank for another once all are under way; then the run ends with an error",
     )
+    shard: bool = Field(
+        False, description="a node's ranks share out the base's layers, for a base that no card holds alone; slower"
+    )
+    ranks: int = Field(0, ge=0, le=4096, description="of a node, for `estimate`; 0 = as torchrun starts them")
 
 
 class Config(Section):

@@ -209,6 +209,7 @@ def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = 
         dtype=getattr(torch, config.model.dtype),
         device=config.model.device,
         lora=lora,
+        shard=config.distributed.shard,
     )
     if isinstance(lora, Path) and not to_train:
         refuse_idle_adapter(model, lora)

@@ -20,6 +20,7 @@ from srcfast.config import Config
 from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.errors import OutOfMemory
 from srcfast.models.sizes import checkpoint_shapes
+from srcfast.runtime import distributed
 from srcfast.runtime.activations import ForestSizes
 from srcfast.runtime.decoding import IMAGES_AHEAD, PREFILL_TOKENS
 from srcfast.runtime.forecast import (
@@ -75,7 +76,15 @@ def policy_sizes(config: Config) -> ModelSizes:
         target_modules=config.lora.target_modules,
         dropout=config.lora.dropout,
         vision_offload=config.model.vision_offload,
+        ranks=sharing_ranks(config),
     )
+
+
+def sharing_ranks(config: Config) -> int:
+    """How many ranks share out the base: those of a node, or as many as the settings plan for; 1 where none do."""
+    if not config.distributed.shard:
+        return 1
+    return config.distributed.ranks or distributed.ranks_of_node()
 
 
 def judge_sizes(config: Config) -> ModelSizes:

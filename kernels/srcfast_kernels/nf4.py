@@ -24,6 +24,7 @@ from torch import Tensor
 from srcfast_kernels import native
 from srcfast_kernels.homes import Home, home_of
 
+DEFAULT_BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 BLOCK = 2048  # bytes that a program of the dequantising kernel takes
 QUANTIZED_VALUES = 4096  # that a program of the quantising kernel takes, in whole blocks
@@ -71,7 +72,7 @@ class NF4Weight:
         return sum(part.numel() * part.element_size() for part in tensors if part is not None)
 
 
-def nf4_quantize(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+def nf4_quantize(weight: Tensor, *, blocksize: int = DEFAULT_BLOCKSIZE, double_quant: bool = True) -> NF4Weight:
     """Quantise a weight of any shape in row-major order.
 
     Args:
@@ -225,6 +226,52 @@ def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
         dtype=getattr(torch, settings["dtype"]),
         blocksize=settings["blocksize"],
     )
+
+
+def nf4_flat_size(count: int) -> int:
+    """Bytes of `nf4_flat` for `count` weights."""
+    return sum(_flat_parts(count))
+
+
+def nf4_flat(weight: NF4Weight) -> Tensor:
+    """All that a weight in blocks of 64 with double quantisation consists of, as one row of bytes: [nf4_flat_size] uint8.
+
+    Raises:
+        ValueError: other blocks, or scales that are not quantised.
+    """
+    if weight.blocksize != DEFAULT_BLOCKSIZE or weight.nested_absmax is None or weight.offset is None:
+        found = f"blocks of {weight.blocksize}, scales in {str(weight.absmax.dtype).removeprefix('torch.')}"
+        raise ValueError(f"expected NF4 in blocks of {DEFAULT_BLOCKSIZE} with double quantisation, found {found}")
+    parts = (
+        weight.packed,
+        weight.absmax,
+        weight.nested_absmax.view(torch.uint8),
+        weight.offset[None].view(torch.uint8),
+    )
+    sizes = _flat_parts(math.prod(weight.shape))
+    return torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes, strict=True)])
+
+
+def nf4_from_flat(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Weight:
+    """A weight [shape] that looks at its bytes [nf4_flat_size] uint8, without a copy."""
+    packed, absmax, nested, offset = flat.split(_flat_parts(math.prod(shape)))
+    blocks = math.ceil(math.prod(shape) / DEFAULT_BLOCKSIZE)
+    return NF4Weight(
+        packed=packed[: math.ceil(math.prod(shape) / 2)],
+        absmax=absmax[:blocks],
+        nested_absmax=nested.view(torch.float32)[: math.ceil(blocks / NESTED_BLOCKSIZE)],
+        offset=offset.view(torch.float32)[0],
+        shape=shape,
+        dtype=dtype,
+        blocksize=DEFAULT_BLOCKSIZE,
+    )
+
+
+def _flat_parts(count: int) -> list[int]:
+    """Bytes of packed codes, absmax, nested absmax and offset; each begins where a GPU reads it 16 bytes at a time."""
+    blocks = math.ceil(count / DEFAULT_BLOCKSIZE)
+    sizes = (math.ceil(count / 2), blocks, 4 * math.ceil(blocks / NESTED_BLOCKSIZE), 4)
+    return [math.ceil(size / 16) * 16 for size in sizes]
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from srcfast.data.jsonl import parse_object, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
+from srcfast.runtime.sharded import keep
 from srcfast_kernels import nf4_dequantize
 from srcfast_kernels.nf4 import nf4_from_state_dict
 
@@ -159,7 +160,8 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
             own[part, name] = tensor
         linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, NF4Linear)}
         four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
-        missing |= {(part, name) for name in module.state_dict() if not name.endswith("position_ids")}
+        whole = {name for name in module.state_dict() if not name.endswith(("position_ids", ".flat"))}
+        missing |= {(part, name) for name in whole}
     missing |= set(four_bits)
     unexpected, seen = [], set()
     for part, name, tensor in tensors:
@@ -182,7 +184,7 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
                 raise InputError(file=path, field=name, expected=expected, found=found)
             with torch.no_grad():
                 if linear is None:
-                    own[place].copy_(tensor)
+                    keep(own[place], tensor)
                 else:
                     device, dtype = _like(parts[part])
                     linear.set_weight(tensor.to(device=device, dtype=dtype))
@@ -208,9 +210,18 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
         _check_shape(path, name, shape, quantised.shape)
         with torch.no_grad():
             if linear is None:
-                own[part, name].copy_(nf4_dequantize(quantised))
-            else:
-                linear.weight = replace(quantised, dtype=dtype)
+                keep(own[part, name], nf4_dequantize(quantised))
+                continue
+            try:
+                linear.set_quantized(replace(quantised, dtype=dtype))
+            except ValueError as error:
+                raise InputError(
+                    file=path,
+                    field=name,
+                    expected="NF4 that ranks can share out",
+                    found=error,
+                    mend="distributed.shard=false, or quantise the checkpoint anew",
+                ) from error
 
 
 def _check_shape(path: str | Path, name: str, expected: Sequence[int], found: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from srcfast.data.jsonl import parse_object, write_json
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.quantized import NF4Linear
+from srcfast.runtime.sharded import is_sharded
 from srcfast_kernels import swiglu
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 
@@ -210,9 +211,10 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 def folded_lora(model: nn.Module) -> Iterator[None]:
     """Within: the same outputs from base weights that hold the adapter, for decoding, where its small products cost much.
 
-    Weights of 16 or 4 bits are left as they are: folded, they would be rounded anew.
+    Weights of 16 or 4 bits are left as they are: folded, they would be rounded anew. So are weights that ranks share out.
     """
-    layers = [layer for layer in adapters(model).values() if isinstance(layer.base, nn.Linear) and layer.active]
+    whole = {} if is_sharded(model.decoder) else adapters(model)  # type: ignore[arg-type]
+    layers = [layer for layer in whole.values() if isinstance(layer.base, nn.Linear) and layer.active]
     layers = [layer for layer in layers if layer.base.weight.dtype in (torch.float32, torch.float64)]
     kept = [layer.base.weight.data for layer in layers]
     for layer in layers:

@@ -196,6 +196,7 @@ def load_lvlm(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     lora: str | Path | LoRAConfig | None = None,
+    shard: bool = False,
 ) -> LVLM:
     """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint from a Hugging Face directory, frozen but for a new adapter.
 
@@ -206,6 +207,7 @@ def load_lvlm(
             taken as it is. Weights are quantised one by one as they are read, on the device.
         dtype: of all other weights, and of the products.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
+        shard: share the decoder's layers out over the ranks, see `runtime.sharded`; all ranks then have to read it.
 
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
@@ -216,7 +218,7 @@ def load_lvlm(
     config = read_config(path)
     vision = Vision(config, path)
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
-    decoder = build_decoder(config.text_config, path, device, dtype, quantize)
+    decoder = build_decoder(config.text_config, path, device, dtype, quantize, shard)
     vision = vision.to(device=device, dtype=dtype)
     placed = ((*_place(name), tensor) for name, tensor in read_tensors(path))
     fill({"language": decoder, "sight": vision.model}, own_tensors(decoder, placed, path), path)

@@ -8,21 +8,45 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
+from srcfast.runtime.sharded import keep
 from srcfast_kernels import NF4Weight, nf4_linear, nf4_quantize
+from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 
 
 class NF4Linear(nn.Module):
-    """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set."""
+    """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    With `flat`, codes and scales are one parameter [bytes] uint8, which ranks can share out (`runtime.sharded`).
+    """
+
+    flat: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, flat: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight: NF4Weight | None = None
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.dtype = torch.get_default_dtype()
+        self._weight: NF4Weight | None = None
+        codes = torch.empty(nf4_flat_size(out_features * in_features), dtype=torch.uint8) if flat else None
+        self.flat = None if codes is None else nn.Parameter(codes, requires_grad=False)
+
+    @property
+    def weight(self) -> NF4Weight | None:
+        if self.flat is None:
+            return self._weight
+        return nf4_from_flat(self.flat, torch.Size((self.out_features, self.in_features)), self.dtype)
 
     def set_weight(self, weight: Tensor) -> None:
         """Quantise [out, in]; products will be in its dtype."""
-        self.weight = nf4_quantize(weight)
+        self.set_quantized(nf4_quantize(weight))
+
+    def set_quantized(self, weight: NF4Weight) -> None:
+        """Take over a weight in 4 bits. Raises ValueError where it can't be kept flat."""
+        if self.flat is None:
+            self._weight = weight
+        else:
+            self.dtype = weight.dtype
+            keep(self.flat, nf4_flat(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None, "a checkpoint sets it"
@@ -31,18 +55,19 @@ class NF4Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move the weight with the module, but never cast its scales."""
         super()._apply(fn, recurse)
-        if self.weight is not None:
-            device = fn(self.weight.packed).device
-            parts = {field.name: getattr(self.weight, field.name) for field in fields(self.weight)}
+        if self._weight is not None:
+            device = fn(self._weight.packed).device
+            parts = {field.name: getattr(self._weight, field.name) for field in fields(self._weight)}
             moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
-            self.weight = replace(self.weight, **moved)
+            self._weight = replace(self._weight, **moved)
         return self
 
 
-def quantize_linears(decoder: nn.Module) -> None:
+def quantize_linears(decoder: nn.Module, flat: bool = False) -> None:
     """Replace the linear layers of a decoder's blocks, not yet filled, by 4-bit ones. Embedding and head stay."""
     for layer in decoder.layers:  # type: ignore[union-attr]
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):
-                    setattr(part, name, NF4Linear(linear.in_features, linear.out_features, linear.bias is not None))
+                    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+                    setattr(part, name, NF4Linear(*sizes, bias, flat))

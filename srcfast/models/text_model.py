@@ -19,6 +19,7 @@ from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.sharded import shard_layers
 
 
 class TextModel(nn.Module):
@@ -82,9 +83,16 @@ def save_text_model(model: TextModel, directory: str | Path) -> None:
 
 
 def build_decoder(
-    config: Any, path: str | Path, device: str | torch.device, dtype: torch.dtype, quantize: str | None = None
+    config: Any,
+    path: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    shard: bool = False,
 ) -> Decoder:
     """A decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
+
+    With `shard` its layers are shared out over the ranks, and each takes memory for its own part alone.
 
     Raises:
         InputError: another architecture; the config's file and field are named.
@@ -93,7 +101,7 @@ def build_decoder(
         with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
             decoder = Decoder(DecoderConfig.from_huggingface(config))
             if quantize == "nf4":
-                quantize_linears(decoder)
+                quantize_linears(decoder, flat=shard)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(
             file=Path(path) / "config.json", expected="settings of a decoder", found=f"{type(error).__name__}: {error}"
@@ -116,7 +124,10 @@ def build_decoder(
             found=f"settings of one of {asked:,}",
             mend="the checkpoint does not fit its config.json",
         )
-    return decoder.to(dtype=dtype).to_empty(device=device)
+    decoder = decoder.to(dtype=dtype)
+    if shard:
+        shard_layers(decoder, device)
+    return decoder.to_empty(device=device)
 
 
 def own_tensors(

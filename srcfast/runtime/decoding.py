@@ -29,6 +29,7 @@ from srcfast.runtime.attention import forest_attend
 from srcfast.runtime.cpu_decoder import CPUDecoder, Forward
 from srcfast.runtime.sampling import draw_tokens
 from srcfast.runtime.sentences import SentenceEnds
+from srcfast.runtime.sharded import is_sharded
 from srcfast.runtime.slot_cache import SlotCache
 from srcfast.runtime.step_graphs import StepGraphs
 
@@ -113,7 +114,6 @@ class _Step:
     arrived: torch.cuda.Event | None  # when both are on the host
 
 
-@torch.inference_mode()
 def decode(
     model: Any,
     tasks: Sequence[Task],
@@ -134,15 +134,18 @@ def decode(
         width: most rows that a task writes at once.
         limit: most tokens that a row has in the end, those of the rows that it continues included.
         on_done: told of samples done and tokens run since the last time.
-        graphs: on a GPU, replay steps as CUDA graphs (see `step_graphs`); on a CPU there are none.
+        graphs: on a GPU, replay steps as CUDA graphs (see `step_graphs`); none on a CPU or of layers that ranks share out.
 
     Returns:
         Tokens run: of prompts and of rows.
     """
     if not tasks:
         return 0
-    graphs = graphs and model.decoder.head_weight.is_cuda
-    return _Decoding(model, tasks, features, min(slots, len(tasks)), width, limit, sampling, graphs).run(on_done)
+    shared = is_sharded(model.decoder)
+    graphs = graphs and model.decoder.head_weight.is_cuda and not shared
+    # A layer that is put together in inference mode could not be put together outside of it again.
+    with torch.inference_mode(not shared), torch.no_grad():
+        return _Decoding(model, tasks, features, min(slots, len(tasks)), width, limit, sampling, graphs).run(on_done)
 
 
 class _Decoding:
@@ -164,7 +167,7 @@ class _Decoding:
         decoder = model.decoder
         self.device = decoder.head_weight.device
         self.late = int(self.device.type == "cuda")  # steps by which the host looks at tokens late
-        fast = CPUDecoder.of(decoder)
+        fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
         self.forward: Forward = fast or decoder
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(next_logits, model)
         longest = max(len(task.prompt.token_ids) for task in tasks)

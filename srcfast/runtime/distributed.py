@@ -33,6 +33,7 @@ _patience = START_TIMEOUT  # the one that holds now
 _arrived = 0  # exchanges that this rank has come to
 _sign = 0.0  # when this rank last gave a sign of life
 _alone: dict[str, int] = {}
+_groups: list[dist.ProcessGroup] = []  # of some of the ranks, beside the one of all
 
 
 def rank() -> int:
@@ -43,6 +44,11 @@ def rank() -> int:
 def size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_of_node() -> int:
+    """How many of the ranks are on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -161,8 +167,15 @@ def under_way() -> None:
     """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
     global _short, _patience
     if _short is not None:
-        _set_pg_timeout(_short)
+        for group in (None, *_groups):
+            _set_pg_timeout(_short, group)
         _patience, _short = _short, None
+
+
+def join(group: dist.ProcessGroup) -> None:
+    """A group of some of the ranks, whose waits are to end as those of all do."""
+    _groups.append(group)
+    _set_pg_timeout(_patience, group)
 
 
 @contextmanager
@@ -199,8 +212,14 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
     _store, _short, _arrived, _patience = store, timeout, 0, at_start
     # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
     # connection or from torchrun.
-    yield
+    try:
+        yield
+    except RuntimeError as error:  # where ranks put a layer together, PyTorch's own words name none of them
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise _in_vain(_first_line(error)) from error
+        raise
     _store = _short = None
+    _groups.clear()
     dist.destroy_process_group()
 
 
@@ -246,7 +265,11 @@ def _finish(wait: Callable[[], Found]) -> Found:
     try:
         return wait()
     except RuntimeError as error:
-        raise _in_vain(str(error).splitlines()[0][:200]) from error
+        raise _in_vain(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _in_vain(why: str) -> SrcfastError:

@@ -132,7 +132,7 @@ def forecast_training(
         kept.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
         kept.below + _backward_bytes(model, forest.tokens, forest.every),
     )
-    during += forest.every.plan_bytes + forest.last.plan_bytes
+    during += forest.every.plan_bytes + forest.last.plan_bytes + model.gathered_bytes
     return Forecast(
         stage=stage,
         weights=float(model.weight_bytes),
@@ -202,7 +202,8 @@ def forecast_decoding(
     sampling = samples * rows * shapes.vocabulary * (width + 6 * 4 + 8)
     attention = samples * rows * shapes.heads * (prompt_tokens + new_tokens) * 3 * max(width, 4)
     # fp32 weights are folded with their adapter into a copy.
-    folded = 4.0 * shapes.linear_weights if width == 4 and not model.quantised and model.lora is not None else 0.0
+    folds = width == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
+    folded = 4.0 * shapes.linear_weights if folds else 0.0
     step = folded + max(sampling, attention)
     before = max(_forward_bytes(model, prefill), encoding)  # the cache is there already
     found = _inference(model, stage, features, max(step, before))
@@ -223,7 +224,7 @@ def _inference(model: ModelSizes, stage: str, features: float, workspace: float)
         quantisation_state=float(model.quantisation_bytes),
         adapter=0.0 if model.lora is None else 4.0 * model.lora.parameters,
         image_features=features,
-        workspace=workspace,
+        workspace=workspace + model.gathered_bytes,
     )
 
 

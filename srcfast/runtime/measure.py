@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from srcfast.runtime.forecast import Forecast
+from srcfast.runtime.memory import whole_nf4
+from srcfast.runtime.sharded import held
 from srcfast.runtime.telemetry import peak_rss_bytes
-from srcfast_kernels import NF4Weight
 
 
 @dataclass
@@ -51,9 +52,8 @@ class Measurement:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """A model's weights, the scales of 4-bit ones and its adapter included."""
-    scales = (module.weight for module in model.modules() if isinstance(getattr(module, "weight", None), NF4Weight))
-    return sum(parameter.nbytes for parameter in model.parameters()) + sum(weight.num_bytes for weight in scales)
+    """A model's weights, the scales of 4-bit ones and its adapter included; of what ranks share out, this one's share."""
+    return sum(held(own).nbytes for own in model.parameters()) + sum(own.num_bytes for own in whole_nf4(model))
 
 
 @contextmanager
@@ -110,7 +110,7 @@ class SavedTensors:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if not self._holders:  # a pass begins; the optimizer may have moved the parameters since the last
-            self._left_out = {own.untyped_storage().data_ptr() for own in self._parameters()}
+            self._left_out = {held(own).untyped_storage().data_ptr() for own in self._parameters()}
         if key in self._left_out:
             return _Held(tensor, None, key, 0)
         count = self._holders.get(key, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from srcfast.errors import ConfigError, InputError
+from srcfast.runtime.sharded import GATHERED_LAYERS, gathered_bytes, held
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -135,6 +136,7 @@ class ModelSizes:
         vision: the tower of an LVLM.
         waiting_bytes: of weights that are on the device only while images are encoded.
         trained: weights of the base that are trained themselves.
+        gathered_bytes: of layers that ranks share out, what is whole for a moment while they compute.
     """
 
     shapes: Shapes
@@ -147,6 +149,7 @@ class ModelSizes:
     vision: VisionSizes | None = None
     waiting_bytes: float = 0.0
     trained: int = 0
+    gathered_bytes: float = 0.0
 
     @property
     def quantised(self) -> bool:
@@ -157,7 +160,7 @@ class ModelSizes:
         """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
         decoder: Any = model.decoder
         parameters: dict[str, int] = {}
-        weights = scales = waiting = trained = 0
+        weights, scales, waiting, trained = 0.0, 0.0, 0, 0
         device = decoder.embed_tokens.weight.device
         ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
         for name, parameter in model.named_parameters():
@@ -167,18 +170,23 @@ class ModelSizes:
                 dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
                 if name.endswith("lora_A"):
                     ranks.add(len(parameter))
+            elif name.endswith(".flat"):  # codes and scales of a 4-bit weight that ranks share out
+                linear: Any = model.get_submodule(name.rpartition(".")[0])
+                count, share = linear.in_features * linear.out_features, held(parameter).nbytes / parameter.nbytes
+                parameters["decoder"] = parameters.get("decoder", 0) + count
+                weights += share * math.ceil(count / 2)
+                scales += share * (parameter.nbytes - math.ceil(count / 2))
             else:
                 part = part_of(name)
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
-                weights += parameter.nbytes if parameter.device == device else 0
-                waiting += parameter.nbytes if parameter.device != device else 0
+                own = held(parameter).nbytes
+                weights += own if parameter.device == device else 0
+                waiting += own if parameter.device != device else 0
                 trained += parameter.numel() if parameter.requires_grad else 0
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, NF4Weight):
-                parameters["decoder"] = parameters.get("decoder", 0) + math.prod(weight.shape)
-                weights += weight.packed.nbytes
-                scales += weight.num_bytes - weight.packed.nbytes
+        for weight in whole_nf4(model):
+            parameters["decoder"] = parameters.get("decoder", 0) + math.prod(weight.shape)
+            weights += weight.packed.nbytes
+            scales += weight.num_bytes - weight.packed.nbytes
         embedding = decoder.embed_tokens.weight
         lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
         vision = getattr(model, "vision", None)
@@ -187,12 +195,13 @@ class ModelSizes:
             device_type=device_type or embedding.device.type,
             dtype_bytes=embedding.element_size(),
             parameters=parameters,
-            weight_bytes=weights,
-            quantisation_bytes=scales,
+            weight_bytes=round(weights),
+            quantisation_bytes=round(scales),
             lora=lora,
             vision=None if vision is None else VisionSizes.of(vision.config),
-            waiting_bytes=waiting,
+            waiting_bytes=round(waiting),
             trained=trained,
+            gathered_bytes=gathered_bytes(decoder),
         )
 
     @classmethod
@@ -208,6 +217,7 @@ class ModelSizes:
         target_modules: Sequence[str] = (),
         dropout: float = 0.0,
         vision_offload: bool = False,
+        ranks: int = 1,
     ) -> ModelSizes:
         """Of a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
@@ -219,34 +229,48 @@ class ModelSizes:
             target_modules: its layers.
             dropout: on its input.
             vision_offload: the vision tower waits on the host, where that is another device.
+            ranks: that share out the decoder's layers.
         """
         parameters = dict.fromkeys(PARTS, 0)
-        weights = scales = waiting = 0
+        weights = scales = waiting = linears = 0.0
         adapter = 0
         for name, shape in tensors.items():
             count, part = math.prod(shape), part_of(name)
             parameters[part] += count
             linear = part == "decoder" and name.endswith("_proj.weight")
             if linear and quantize == "nf4":
-                weights += math.ceil(count / 2)
-                scales += nf4_scale_bytes(count)
+                weights += math.ceil(count / 2) / ranks
+                scales += nf4_scale_bytes(count) / ranks
+                linears += math.ceil(count / 2) + nf4_scale_bytes(count)
+            elif linear:
+                weights += count * DTYPE_BYTES[dtype] / ranks
+                linears += count * DTYPE_BYTES[dtype]
             elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
                 waiting += count * DTYPE_BYTES[dtype]
             else:
                 weights += count * DTYPE_BYTES[dtype]
             if linear and name.split(".")[-2] in target_modules:
                 adapter += lora_r * sum(shape)
+        shapes = Shapes.of(config)
         return cls(
-            shapes=Shapes.of(config),
+            shapes=shapes,
             device_type=device_type,
             dtype_bytes=DTYPE_BYTES[dtype],
             parameters={part: count for part, count in parameters.items() if count},
-            weight_bytes=weights,
-            quantisation_bytes=scales,
+            weight_bytes=round(weights),
+            quantisation_bytes=round(scales),
             lora=LoRASizes(lora_r, tuple(target_modules), dropout, adapter) if lora_r else None,
             vision=VisionSizes.of(config),
-            waiting_bytes=waiting,
+            waiting_bytes=round(waiting),
+            gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,
         )
+
+
+def whole_nf4(model: nn.Module) -> Iterator[NF4Weight]:
+    """The 4-bit weights of a model, but for those that ranks share out."""
+    for module in model.modules():
+        if getattr(module, "flat", None) is None and isinstance(weight := getattr(module, "weight", None), NF4Weight):
+            yield weight
 
 
 PARTS = ("vision", "projector", "embedding", "decoder", "head")

@@ -28,8 +28,10 @@ from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.forecast import plan_checkpointing
 from srcfast.runtime.loader import PackedStep, deal, packed_steps
 from srcfast.runtime.loss_rows import takes_rows
+from srcfast.runtime.memory import memory_of
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
 from srcfast.runtime.profiling import StepProfiler
+from srcfast.runtime.sharded import empty_step, is_sharded
 from srcfast.runtime.telemetry import StepMeter
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints, weights_hash
 
@@ -334,7 +336,7 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSetti
     """Layers a group whose activations are recomputed: what the settings say, or as few as the memory asks for."""
     if settings.activation_checkpointing != "auto":
         return settings.activation_checkpointing
-    return plan_checkpointing(
+    planned = plan_checkpointing(
         model,
         trees,
         token_budget=settings.token_budget,
@@ -342,6 +344,10 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSetti
         optimizer=settings.optimizer,
         images_a_step=settings.global_batch_size,
     )
+    if not is_sharded(model.decoder):
+        return planned
+    room = memory_of(next(model.parameters()).device)
+    return min(distributed.gather([room, planned]))[1]  # all alike, as the one with the least memory needs it
 
 
 def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:
@@ -456,13 +462,15 @@ def accumulate(
     """Gradients of one global batch into the optimizer's buffer; its numbers are not waited for.
 
     Forest by forest of this rank's share, then added up over the ranks. A rank whose share is empty adds nothing, and takes
-    part in the same exchanges.
+    part in the same exchanges; where the ranks share out the layers, also in the passes that others have more of.
     """
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     if features is not None and step.forests:
         given = (step.prepared,) if step.prepared else ()
         inputs = (features(step.images, *given),)
     state.optimizer.zero_grad()
+    # No exchange comes between the passes of ranks that need each other for every layer.
+    passes = max(distributed.gather(len(step.forests))) if is_sharded(model.decoder) else 0
     losses: list[Tensor] = []
     totals: dict[str, Tensor] = {}
     for forest in step.forests:
@@ -480,6 +488,8 @@ def accumulate(
                 totals[name] = torch.maximum(totals[name], value.detach())
             else:
                 totals[name] = totals[name] + value.detach()
+    for _ in range(passes - len(step.forests)):
+        empty_step(model.decoder)
     return StepNumbers.of(step, losses, state.optimizer, totals, device)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from srcfast.data.jsonl import json_hash, read_jsonl, replacing
+from srcfast.errors import Interrupted
 from srcfast.runtime import distributed
 from srcfast.runtime.interrupt import at_boundaries, stop_if_asked
 from srcfast.runtime.telemetry import Track
@@ -67,6 +68,7 @@ def work_through(
     depends_on: Callable[[], Mapping[str, Any]],
     work: Callable[[Sequence[Item]], Done],
     progress: Track,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Parts:
     """Do all items piece by piece, together with the other ranks; returns when all pieces are done.
 
@@ -81,6 +83,8 @@ def work_through(
         work: rows and counts of one piece. Nothing may carry over from one piece to the next. Its pieces come to a rank in
             ascending order.
         progress: told by `work` of its items and tokens, and here of what was done before and of what other ranks do.
+        meanwhile: called on each rank that takes no more pieces, returns when no rank has one left: where ranks need each
+            other to compute.
 
     Raises:
         Interrupted: a signal asked to stop; what was begun has been finished and kept.
@@ -111,7 +115,12 @@ def work_through(
             _write(files[number], head, rows)
             waiting.discard(number)
             _hear_of_others(files, waiting, progress)
-            stop_if_asked(f"part {number + 1} of {len(files)}")
+            try:
+                stop_if_asked(f"part {number + 1} of {len(files)}")
+            except Interrupted:  # the others are asked, too, and still have theirs to finish
+                meanwhile()
+                raise
+        meanwhile()
     distributed.meet()
     _hear_of_others(files, waiting, progress)
     return Parts(files)

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.models import ImageFeatures
 from srcfast.models.scorer import Scorer
 from srcfast.runtime.beam_search import BeamSettings
+from srcfast.runtime.sharded import keep_in_step
 from srcfast.runtime.telemetry import Track
 from srcfast.runtime.work_list import BATCHES, Done, Parts, work_through
 from srcfast.stages.adaptive_pairs import AdaptivePairs
@@ -64,7 +66,7 @@ def candidates_in_pieces(
         )
         return [candidate.to_json() for own in found for candidate in own], {}
 
-    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress)
+    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
 
 
 def scores_in_pieces(
@@ -136,12 +138,17 @@ def answers_in_pieces(
         found = answer_greedily(model, piece, features, max_new_tokens, batch_size, progress, graphs)
         return [{"id": one.sample.id, "text": one.text} for one in found], {}
 
-    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress)
+    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
 
 
 def predictions_of(samples: Sequence[Sample], answers: Parts) -> list[Prediction]:
     """The samples' answers, parsed and judged."""
     return [predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True)]
+
+
+def in_step_with(model: Any) -> Callable[[], None]:
+    """What a rank does that has no piece left: nothing, unless the model's layers are shared out over the ranks."""
+    return partial(keep_in_step, model.decoder)
 
 
 def references_in_pieces(place: Path, depends_on: DependsOn, progress: Track) -> Callable[..., list[Preference]]:
@@ -171,7 +178,8 @@ def references_in_pieces(place: Path, depends_on: DependsOn, progress: Track) ->
                 {"chosen": one.reference_chosen_logprob, "rejected": one.reference_rejected_logprob} for one in done
             ], {}
 
-        parts = work_through(place / str(next(calls)), preferences, PAIRS, depends_on, work, progress)
+        beside = in_step_with(model)
+        parts = work_through(place / str(next(calls)), preferences, PAIRS, depends_on, work, progress, beside)
         return [
             replace(
                 pair,
