@@ -25,6 +25,7 @@ from srcfast.plan import (
     judge_sizes,
     largest_value,
     policy_sizes,
+    sharing_ranks,
     typical_tree,
     with_setting,
 )
@@ -210,11 +211,16 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
 
 
 def _print_model(config: Config, summary: dict[str, Any], room: float) -> None:
+    ranks = sharing_ranks(config)
+    shared = f", layers shared out over {ranks} ranks" if ranks > 1 else ""
     rows = [(f"parameters: {part}", f"{count:,}") for part, count in summary["parameters"].items()]
     rows += [
         ("parameters", f"{summary['total_parameters']:,}"),
         ("adapter's parameters", f"{summary['adapter_parameters']:,}"),
-        (f"weights ({config.model.dtype}, quantize {config.model.quantize})", show_bytes(summary["weight_bytes"])),
+        (
+            f"weights ({config.model.dtype}, quantize {config.model.quantize}{shared})",
+            show_bytes(summary["weight_bytes"]),
+        ),
         ("of these, scales of 4-bit weights", show_bytes(summary["quantisation_bytes"])),
         ("adapter", show_bytes(summary["adapter_bytes"])),
         ("gradients and optimizer", show_bytes(summary["optimizer_bytes"])),

@@ -81,9 +81,14 @@ def policy_sizes(config: Config) -> ModelSizes:
 
 
 def sharing_ranks(config: Config) -> int:
-    """How many ranks share out the base: those of a node, or as many as the settings plan for; 1 where none do."""
+    """How many ranks share out the base."""
     if not config.distributed.shard:
         return 1
+    return node_ranks(config)
+
+
+def node_ranks(config: Config) -> int:
+    """The ranks of a node: as many as the settings plan for, or those that there are."""
     return config.distributed.ranks or distributed.ranks_of_node()
 
 
@@ -275,8 +280,8 @@ def advice(
     """What to change, in this order, until the stage fits; each on top of those before. Empty where it fits as it is.
 
     What costs least comes first. For training: recomputing activations, 4-bit weights, fewer tokens at once, an optimizer
-    in 8 bits, one whose moments are paged out, a lower rank. Fewer tokens, samples or beams are the largest number that
-    fits; where not even the least does, the others come first.
+    in 8 bits, one whose moments are paged out, weights in 16 bits, a base that the node's ranks share out, a lower rank.
+    Fewer tokens, samples or beams are the largest number that fits; where not even the least does, the others come first.
 
     Args:
         memory: bytes that the device has.
@@ -319,6 +324,7 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
     """Settings and values to try, in order; None for the largest value that fits."""
     nf4 = [("model.quantize", "nf4")] if config.model.quantize == "none" else []
     half = [("model.dtype", "bfloat16")] if config.model.dtype == "float32" else []
+    share = [("distributed.shard", True)] if node_ranks(config) > 1 and not config.distributed.shard else []
     if stage in TRAINING:
         yield f"{stage}.activation_checkpointing", "auto"
         yield from nf4
@@ -326,7 +332,7 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
         yield f"{stage}.token_budget", None
         yield f"{stage}.optimizer", "adamw_8bit"
         yield f"{stage}.optimizer", "paged_adamw_8bit"
-        yield from half
+        yield from [*half, *share]
         r = config.lora.r
         while r > 8:
             r //= 2
@@ -337,13 +343,13 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
             yield "scorer.dtype", "float16"
     elif stage == "preferences":
         yield "dpo.token_budget", None
-        yield from [*nf4, *half]
+        yield from [*nf4, *half, *share]
     else:
         yield f"{stage}.batch_size", None
         yield from nf4
         if stage == "candidates":
             yield "candidates.num_beams", None
-        yield from half
+        yield from [*half, *share]
 
 
 def largest_value(

@@ -159,6 +159,16 @@ class ImageFeatures:
         self._kept.clear()
         self._bytes = 0
 
+    def for_training(self) -> ImageFeatures | EncodedAnew:
+        """What a training is given, which has to go on bit for bit where it was stopped, with nothing in memory.
+
+        Kept embeddings are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
+        make of them; in 16 bits, or on a GPU, only encoding anew in every step gives the same ones again.
+        """
+        parameter = next(self.model.parameters())
+        exact = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
+        return self if exact else EncodedAnew(self)
+
     def prepare(self, key: str) -> dict[str, Tensor]:
         """The image read, and made ready for the vision tower: on the host, in whatever process."""
         return self.model.vision.prepare(self.load(key))
@@ -187,6 +197,22 @@ class ImageFeatures:
         while self._bytes > self.max_bytes and self._kept:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
+
+
+class EncodedAnew:
+    """`ImageFeatures` that keep nothing from one call to the next."""
+
+    def __init__(self, features: ImageFeatures) -> None:
+        self.features, self.prepare = features, features.prepare
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        return list(keys)
+
+    def __call__(
+        self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        self.features.forget()
+        return self.features(keys, prepared)
 
 
 def load_lvlm(

@@ -163,8 +163,8 @@ def train(
         loss: loss and metrics of one forest, see `Loss`.
         denominator: of a global batch's items; handed to `loss`.
         settings: see there.
-        features: image keys to embeddings; called once a step with the step's distinct keys. With `missing` and
-            `prepare` (see `packed_steps`) also with the images that the workers prepared.
+        features: image keys to embeddings; called once a step with the step's distinct keys, or what its `for_training()`
+            gives is. With `missing` and `prepare` (see `packed_steps`) also with the images that the workers prepared.
         on_step: called after each update with its metrics; on a GPU one step late.
         before_update: called with the step's metrics before the weights change; what it raises stops the run
             there. On a GPU that holds for step 0; later steps' are called together with `on_step`.
@@ -192,6 +192,7 @@ def train(
     """
     if not items:
         raise SrcfastError("nothing to train on: expected at least one training item, found none")
+    features = getattr(features, "for_training", lambda: features)()
     # An item that is too large is refused before anything is trained.
     keys, trees = [item.tree.key for item in items], [item.tree for item in items]
     pack_sizes([tree.num_tokens for tree in trees], settings.token_budget, keys=keys)

@@ -118,6 +118,33 @@ def test_what_fits_is_left_alone(shapes_7b: tuple[Path, Path]) -> None:
     assert all(not advice(settings_7b(shapes_7b), stage, memory=200 * GIB) for stage in STAGES)
 
 
+def test_a_base_shared_out_over_ranks_takes_its_part_and_two_whole_layers(srcfast: Srcfast, model_dir: Path) -> None:
+    words = ("--model", model_dir, "--memory", "1GiB")
+    whole = estimate(srcfast, *words)
+    shared = estimate(srcfast, *words, "distributed.shard=true", "distributed.ranks=4")
+    tensors = load_file(model_dir / "model.safetensors")
+    linear = 4 * sum(t.numel() for n, t in tensors.items() if "language_model" in n and n.endswith("_proj.weight"))
+    assert whole["weight_bytes"] - shared["weight_bytes"] == 0.75 * linear
+    for before, after in zip(whole["stages"], shared["stages"], strict=True):
+        if before["stage"] in ("preferences", "dpo"):  # of two layers, all is whole for a moment
+            less = before["peak_bytes"] - after["peak_bytes"]
+            assert less == pytest.approx(0.75 * linear - linear, abs=2)
+
+
+def test_sharing_the_base_out_is_advised_where_there_are_ranks_and_it_is_needed(
+    shapes_7b: tuple[Path, Path],
+) -> None:
+    def asked(*words: str) -> set[str]:
+        config = settings_7b(shapes_7b, "model.quantize=nf4", *words)
+        return {change.setting for change in advice(config, "dpo", memory=4.5 * GIB)}
+
+    assert "distributed.shard" in asked("distributed.ranks=8")
+    assert "distributed.shard" not in asked()
+    config = settings_7b(shapes_7b, "distributed.ranks=8", "distributed.shard=true")
+    assert not forecast_stage(settings_7b(shapes_7b), "dpo", memory=12 * GIB).fits(12 * GIB)
+    assert forecast_stage(config, "dpo", memory=12 * GIB).fits(12 * GIB)
+
+
 def test_time_is_the_necessary_work_over_the_stated_rate(srcfast: Srcfast, shapes_7b: tuple[Path, Path]) -> None:
     # 640 prompt and 192 response tokens, shared prefix, references stored, nothing recomputed: 27.9 TFLOP a pair without
     # adapters, by an independent count of published implementations.

@@ -1,0 +1,53 @@
+"""A training on images goes on bit for bit in 16 bits, too, where what is encoded beside an image moves its embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from srcfast.data.records import Sample
+from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models.lora import LoRAConfig, lora_parameters
+from srcfast.runtime.training import TrainingSettings
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.world.samples import world_samples
+
+# Three steps an epoch; the images of the second epoch were encoded in the first, in other company.
+SETTINGS = TrainingSettings(epochs=2, micro_batch_size=4, token_budget=2048, learning_rate=1e-3, loader_workers=0)
+
+
+class Killed(Exception):
+    pass
+
+
+def trained(samples: list[Sample], dtype: torch.dtype, directory: Path, until: int = 99) -> torch.Tensor:
+    """The adapter after a training that begins, or goes on, with nothing in memory; it dies before step `until`."""
+    model = load_lvlm("embedded", dtype=dtype, lora=LoRAConfig(r=4, alpha=8.0))
+    pairs, _ = build_raps(samples, "tagged")
+
+    def before(metrics: dict[str, Any]) -> None:
+        if metrics["step"] + 1 == until:
+            raise Killed
+
+    fine_tune_rationale(
+        model,
+        pairs,
+        SETTINGS,
+        features=ImageFeatures(model, image_loader(samples)),
+        on_step=before,
+        checkpoints=TrainingCheckpoints(directory, {}, steps=1),
+    )
+    return torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_bit_for_bit_in_the_second_epoch(tmp_path: Path, dtype: torch.dtype) -> None:
+    samples = world_samples("train", 12, 3, image_dir=tmp_path / "images")
+    undisturbed = trained(samples, dtype, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        trained(samples, dtype, tmp_path / "stopped", until=5)
+    assert torch.equal(trained(samples, dtype, tmp_path / "stopped"), undisturbed)
