@@ -6,6 +6,7 @@ two-round mixer ("lowbias32", https://nullprogram.com/blog/2018/07/31/), then th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,12 +71,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, home: Home) -> Tensor:
         ctx.save_for_backward(keys)
         ctx.layer, ctx.share, ctx.home = layer, share, home
-        return dropped(x, keys, layer, share, home)
+        return dropped([x], keys, layer, share, home)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (keys,) = ctx.saved_tensors
-        return dropped(gradients[0], keys, ctx.layer, ctx.share, ctx.home), None, None, None, None
+        return dropped(gradients, keys, ctx.layer, ctx.share, ctx.home)[0], None, None, None, None
 
 
 class _DropoutProduct(torch.autograd.Function):
@@ -83,44 +84,49 @@ class _DropoutProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor, home: Home) -> Tensor:
         ctx.save_for_backward(x, keys, weight)
         ctx.layer, ctx.share, ctx.home = layer, share, home
-        return thin_product(dropped(x, keys, layer, share, home), weight.T)
+        return thin_product(dropped([x], keys, layer, share, home)[0], weight.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # [T, r]
         x, keys, weight = ctx.saved_tensors
-        mask = (keys, ctx.layer, ctx.share, ctx.home)
-        grad_x = grad_weight = None
+        wanted = []
         if ctx.needs_input_grad[0]:
-            grad_x = dropped(gradient @ weight.to(gradient.dtype), *mask)
+            wanted.append(gradient @ weight.to(gradient.dtype))
         if ctx.needs_input_grad[4]:
-            grad_weight = product(gradient.T, dropped(x, *mask).to(gradient.dtype))
+            wanted.append(x)
+        made = dropped(wanted, keys, ctx.layer, ctx.share, ctx.home)
+        grad_x = made[0] if ctx.needs_input_grad[0] else None
+        grad_weight = product(gradient.T, made[-1].to(gradient.dtype)) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_weight, None
 
 
-def dropped(x: Tensor, keys: Tensor, layer: int, share: float, home: Home) -> Tensor:
-    """`dropout` without a graph: of x, or of the result's gradient."""
+def dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float, home: Home) -> list[Tensor]:
+    """`dropout` without a graph, of several [T, C] under one mask: of x, or of the result's gradient."""
     if home == "reference":
-        return dropout_reference(x, keys, layer, share)
+        return [dropout_reference(x, keys, layer, share) for x in xs]
     if home == "triton":
-        return _dropped_triton(x.contiguous(), keys, layer, share)
-    return _dropped(x, keys, layer, share)
+        return [_dropped_triton(x.contiguous(), keys, layer, share) for x in xs]
+    return _dropped(xs, keys, layer, share)
 
 
-def _dropped(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
+def _dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float) -> list[Tensor]:
+    count, size = xs[0].shape
     first, second = _row_words(keys, layer)
-    columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).mul_(_signed(SPREAD))  # [C]
-    out = x * (1.0 / (1.0 - share))
-    rows = max(1, min(len(x), CHUNK_ELEMENTS // max(1, x.shape[1])))
-    bits, shifted = (torch.empty(rows, x.shape[1], dtype=torch.int32, device=x.device) for _ in range(2))
-    for start in range(0, len(x), rows):
-        part = slice(start, min(start + rows, len(x)))
+    columns = torch.arange(size, dtype=torch.int32, device=keys.device).mul_(_signed(SPREAD))  # [C]
+    outs = [torch.empty_like(x) for x in xs]
+    rows = max(1, min(count, CHUNK_ELEMENTS // max(1, size)))
+    bits, shifted = (torch.empty(rows, size, dtype=torch.int32, device=keys.device) for _ in range(2))
+    for start in range(0, count, rows):
+        part = slice(start, min(start + rows, count))
         bits, shifted = bits[: part.stop - start], shifted[: part.stop - start]
         torch.bitwise_xor(first[part, None], columns, out=bits)
         _shift_xor(bits, 16, shifted).mul_(FIRST.value).bitwise_xor_(second[part, None])
         _shift_xor(bits, 15, shifted).mul_(_signed(SECOND))
-        out[part].masked_fill_(bits < threshold(share), 0.0)
-    return out
+        mask = bits < threshold(share)
+        for x, out in zip(xs, outs, strict=True):
+            torch.mul(x[part], 1.0 / (1.0 - share), out=out[part]).masked_fill_(mask, 0.0)
+    return outs
 
 
 def _row_words(keys: Tensor, layer: int) -> tuple[Tensor, Tensor]:
