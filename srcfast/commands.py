@@ -491,6 +491,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
     from srcfast.data.rationale_format import parse_response
     from srcfast.models.text_model import save_text_model
+    from srcfast.replay import kept_if_not_finite
     from srcfast.stages.rationale import build_raps
     from srcfast.stages.scorer_training import evaluate_scorer, scorer_examples, train_scorer
     from srcfast.training_run import TrainingRun
@@ -516,7 +517,10 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     judge, loop = load_judge(config), own.training_settings(config.seed)
-    with TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run:
+    with (
+        TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run,
+        kept_if_not_finite("scorer", config, judge, train, loop, output),
+    ):
         train_scorer(judge, train, loop, run.step, run.profiler, run.checkpoints)
     if not distributed.is_main():
         return

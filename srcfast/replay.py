@@ -1,7 +1,8 @@
 """A batch whose loss or gradient was not finite: kept on disk with the weights it met, and run again.
 
-`not-finite/` holds `batch.json` (the step's records, its settings, the hash of the trained weights) and `adapter/` (those
-weights, before the step). `srcfast replay not-finite` runs the step again and says whether it comes out as before.
+`not-finite/` holds `batch.json` (the step's records, its settings, the hash of the trained weights) and those weights, before
+the step: `adapter/`, or the R-Scorer that is trained whole, `scorer/`. `srcfast replay not-finite` runs the step again, on one
+device whatever number of ranks it had, and says whether it comes out as before.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from srcfast.config import Config
 from srcfast.data.jsonl import write_json
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.loading import features_of, load_model
+from srcfast.loading import features_of, load_judge, load_model
 from srcfast.models.lora import load_adapter, lora_parameters, save_adapter
+from srcfast.models.scorer import Scorer
+from srcfast.models.text_model import save_text_model
 from srcfast.runtime import distributed
 from srcfast.runtime.training import Metrics, NotFinite, TrainingSettings, global_batch, run_again
 from srcfast.runtime.training_checkpoint import weights_hash
 from srcfast.stages.preference import loss_rows, pair_denominator, preference_items, preference_loss
 from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
+from srcfast.stages.scorer_training import ScorerExample, Variant, num_slots, scorer_items, scorer_loss, segment_ends
 
 DIRECTORY, BATCH = "not-finite", "batch.json"
 
@@ -36,17 +38,17 @@ def kept_if_not_finite(
     stage: str,
     config: Config,
     model: Any,
-    records: Sequence[Preference | Rap],
+    records: Sequence[Preference | Rap | ScorerExample],
     loop: TrainingSettings,
     directory: Path,
 ) -> Iterator[None]:
     """The body trains `model` on items made of these records, one each, in their order.
 
     Args:
-        stage: "rationale" or "dpo".
+        stage: "rationale", "dpo" or "scorer".
         config: the run's.
-        model: with an adapter.
-        records: preferences, or samples with their responses.
+        model: with an adapter; or the R-Scorer.
+        records: preferences, or samples with their responses; or the R-Scorer's examples.
         loop: the training's settings.
         directory: in which `not-finite/` is made.
 
@@ -75,8 +77,12 @@ def replay(place: Path) -> Metrics:
         config = Config.model_validate(found["config"])
         loop = TrainingSettings(**found["loop"])
         root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
+        places = [int(place) for place in found["places"]]
         pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
         raps = [_rap(row, root) for row in found["rationales"]]
+        examples = [_example(row) for row in found["examples"]]
+        if sorted(places) != list(range(len(pairs) + len(raps) + len(examples))):
+            raise ValueError(f"places {places} of {len(pairs) + len(raps) + len(examples)} records")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             file=file,
@@ -84,16 +90,16 @@ def replay(place: Path) -> Metrics:
             found=error,
             mend="name a not-finite/ directory",
         ) from error
+    if stage == "scorer":
+        return _replay_scorer(place, config, examples, step, loop, expected)
     model = load_model(config, None)
     load_adapter(model, place / "adapter")  # which before the first step changes nothing
-    if _trained(model) != expected:
-        raise InputError(file=place / "adapter", expected=f"weights with SHA-256 {expected}", found=_trained(model))
+    _check_weights(place / "adapter", model, expected)
     features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
     if stage == "rationale":
-        items = rationale_trees(model, raps)
         return run_again(
             model,
-            items,
+            rationale_trees(model, raps),
             step,
             loss=rationale_loss,
             denominator=response_tokens,
@@ -102,9 +108,10 @@ def replay(place: Path) -> Metrics:
             rows=response_rows,
         )
     settings = config.dpo.preference_settings(config.curation.weighting)
+    items = dict(zip(places, preference_items(model, pairs, settings, raps), strict=True))
     return run_again(
         model,
-        preference_items(model, pairs, settings, raps),
+        [items[number] for number in range(len(items))],
         step,
         loss=preference_loss(settings),
         denominator=pair_denominator,
@@ -114,20 +121,50 @@ def replay(place: Path) -> Metrics:
     )
 
 
+def _replay_scorer(
+    place: Path,
+    config: Config,
+    examples: Sequence[ScorerExample],
+    step: int,
+    loop: TrainingSettings,
+    expected: str,
+) -> Metrics:
+    kept = config.scorer.model_copy(update={"path": str(place / "scorer")})
+    judge = load_judge(config.model_copy(update={"scorer": kept})).requires_grad_(True)
+    _check_weights(place / "scorer", judge, expected)
+    return run_again(
+        judge.text_model,
+        scorer_items(judge, examples),
+        step,
+        loss=scorer_loss(judge),
+        denominator=num_slots,
+        settings=loop,
+        rows=segment_ends,
+    )
+
+
+def _check_weights(place: Path, model: Any, expected: str) -> None:
+    if (found := _trained(model)) != expected:
+        raise InputError(file=place, expected=f"weights with SHA-256 {expected}", found=found)
+
+
 def _write(
     place: Path,
     stage: str,
     config: Config,
     model: Any,
-    batch: Sequence[Preference | Rap],
+    batch: Sequence[Preference | Rap | ScorerExample],
     loop: TrainingSettings,
     step: int,
     error: str,
 ) -> None:
     pairs = [record for record in batch if isinstance(record, Preference)]
-    raps = [record for record in batch if not isinstance(record, Preference)]
+    raps = [record for record in batch if isinstance(record, tuple)]
+    examples = [record for record in batch if isinstance(record, ScorerExample)]
+    kinds = [isinstance(record, Preference) for record in batch]
     owners: list[Preference | Sample] = [*pairs, *(sample for sample, _ in raps)]
-    root = Path(os.path.commonpath([owner.image_root.resolve() for owner in owners]))
+    # Examples of the R-Scorer have no images.
+    root = Path(os.path.commonpath([owner.image_root.resolve() for owner in owners] or [Path.cwd()]))
     kept = {
         "stage": stage,
         "step": step,
@@ -137,14 +174,20 @@ def _write(
         "loop": asdict(loop),
         "config": config.model_dump(mode="json"),
         "image_root": str(root),
+        # Of the records below, in the batch: what dropout drops of a tree depends on it.
+        "places": sorted(range(len(batch)), key=lambda number: not kinds[number]),
         "preferences": [replace(pair, images=_below(pair, root)).to_json() for pair in pairs],
         "rationales": [
             {"id": sample.id, "images": _below(sample, root), "question": sample.question, "response": response}
             for sample, response in raps
         ],
+        "examples": [asdict(example) for example in examples],
     }
     place.mkdir(parents=True, exist_ok=True)
-    save_adapter(model, place / "adapter")
+    if isinstance(model, Scorer):
+        save_text_model(model.text_model, place / "scorer")
+    else:
+        save_adapter(model, place / "adapter")
     write_json(place / BATCH, kept)
 
 
@@ -157,5 +200,11 @@ def _rap(row: dict[str, Any], root: Path) -> Rap:
     return Sample(row["id"], tuple(row["images"]), row["question"], "", image_root=root), row["response"]
 
 
+def _example(row: dict[str, Any]) -> ScorerExample:
+    variants = tuple(Variant(**variant) for variant in row["variants"])
+    pairs = tuple((int(first), int(second)) for first, second in row["pairs"])
+    return ScorerExample(row["key"], row["reference"], variants, pairs)
+
+
 def _trained(model: Any) -> str:
-    return weights_hash(torch.cat([parameter.detach().reshape(-1) for parameter in lora_parameters(model)]))
+    return weights_hash(*(model.parameters() if isinstance(model, Scorer) else lora_parameters(model)))

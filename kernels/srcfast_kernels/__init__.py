@@ -1,5 +1,6 @@
 """srcfast's operations: each with a plain PyTorch reference beside it. Imported as `srcfast_kernels`."""
 
+from srcfast_kernels.dropout import dropout
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.lora_linear import lora_linear
 from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
@@ -14,6 +15,7 @@ __all__ = [
     "DPOOutput",
     "NF4Weight",
     "VerdictOutput",
+    "dropout",
     "linear_logprob",
     "linear_weighted_dpo",
     "lora_linear",

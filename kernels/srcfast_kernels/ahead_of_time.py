@@ -24,6 +24,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from srcfast_kernels.dropout import BLOCK as DROPOUT_BLOCK
+from srcfast_kernels.dropout import dropout_kernel, threshold
 from srcfast_kernels.gather_rows import COPIES, TILE, backward_warps, gather_rows_backward_kernel, gather_rows_kernel
 from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
 from srcfast_kernels.linear_logprob import logprob_rows_kernel
@@ -191,6 +193,10 @@ def _layer_cases() -> Iterator[Case]:
             if argument not in constants
         }
         yield Case(name, kernel, types, constants, {})
+    for dtype in ("bf16", "fp32"):
+        types = {"x_ptr": f"*{dtype}", "keys_ptr": "*i64", "out_ptr": f"*{dtype}", "size": "i32", "layer": "i32"}
+        constants = {"THRESHOLD": threshold(0.1), "SCALE": 1 / 0.9, "ACC": tl.float32, "BLOCK": DROPOUT_BLOCK}
+        yield Case(f"dropout {dtype}", dropout_kernel, types, constants, {})
 
 
 def _gather_cases() -> Iterator[Case]:

@@ -132,17 +132,21 @@ class Attention(nn.Module):
         layer: int,
         attend: Attend,
         rows: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] of x [T, D], or [M, D]: what the rows [M] attend to among all T."""
+        """[T, D] of x [T, D], or [M, D]: what the rows [M] attend to among all T. `keys` [T] as of the decoder."""
         if rows is None:
-            parts = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
-            turn = (cos, sin)
+            parts = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm, keys=keys)
+            turn, own = (cos, sin), keys
         else:
-            parts = (*project(x[rows], self.q_proj, norm=norm), *project(x, self.k_proj, self.v_proj, norm=norm))
+            own = None if keys is None else keys[rows]
+            queries = project(x[rows], self.q_proj, norm=norm, keys=own)
+            parts = (*queries, *project(x, self.k_proj, self.v_proj, norm=norm, keys=keys))
             turn = (cos[rows], sin[rows])
         q, k, v = (part.view(part.shape[0], -1, self.head_dim) for part in parts)  # [M, H, d], [T, Hkv, d] twice
         q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(layer, rope(q, *turn), rope(k, cos, sin), v).reshape(q.shape[0], -1))
+        attended = attend(layer, rope(q, *turn), rope(k, cos, sin), v).reshape(q.shape[0], -1)  # [M, H * d]
+        return project(attended, self.o_proj, keys=own)[0]
 
 
 class MLP(nn.Module):
@@ -154,9 +158,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)  # [T, F] each
-        return project_swiglu(gate, up, self.down_proj)
+    def forward(self, x: Tensor, norm: RMSNorm, keys: Tensor | None = None) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm, keys=keys)  # [T, F] each
+        return project_swiglu(gate, up, self.down_proj, keys)
 
 
 class Layer(nn.Module):
@@ -170,11 +174,20 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: int,
+        attend: Attend,
+        rows: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        attended = self.self_attn(x, self.input_layernorm, cos, sin, layer, attend, rows)
-        x = (x if rows is None else x[rows]) + attended
-        return x + self.mlp(x, self.post_attention_layernorm)
+        attended = self.self_attn(x, self.input_layernorm, cos, sin, layer, attend, rows, keys)
+        if rows is not None:
+            x, keys = x[rows], None if keys is None else keys[rows]
+        x = x + attended
+        return x + self.mlp(x, self.post_attention_layernorm, keys)
 
 
 class Decoder(nn.Module):
@@ -182,6 +195,9 @@ class Decoder(nn.Module):
 
     With `checkpoint_layers` n > 0 (Chen et al., 2016, arXiv 1604.06174) only each n-th layer's input is kept for backward,
     which computes what lies between two of them again, dropout included: the same gradients for less memory.
+
+    Adapters that drop need `dropout_keys`, [T] int64 on the device, set before each forward pass: a row's key decides with the
+    layer and the column what is dropped (`srcfast_kernels.dropout`).
     """
 
     inverse_frequencies: Tensor
@@ -190,6 +206,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_layers = 0
+        self.dropout_keys: Tensor | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -226,22 +243,31 @@ class Decoder(nn.Module):
                 same but for rounding; the last layer computes keys and values of all rows, all else for these.
         """
         cos, sin = self.rotary(positions, embeddings.dtype)
-        x, count = embeddings, len(self.layers)
+        x, keys, count = embeddings, self.dropout_keys, len(self.layers)
         every = self.checkpoint_layers or count
         for start in range(0, count, every):
             layers = range(start, min(start + every, count))
             # What the last group keeps is what any group needs while it is run again: nothing is saved by dropping it.
             if layers.stop < count and torch.is_grad_enabled():
-                x = checkpoint(self._run, layers, x, cos, sin, attend, None, use_reentrant=False)
+                x = checkpoint(self._run, layers, x, cos, sin, attend, None, keys, use_reentrant=False)
             else:
-                x = self._run(layers, x, cos, sin, attend, rows)
+                x = self._run(layers, x, cos, sin, attend, rows, keys)
         return self.norm(x)
 
-    def _run(self, layers: range, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        layers: range,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        rows: Tensor | None,
+        keys: Tensor | None,
+    ) -> Tensor:
         """Some layers in turn; the decoder's last one for `rows` alone."""
         for index in layers:
             wanted = rows if index == len(self.layers) - 1 else None
-            x = self.layers[index](x, cos, sin, index, attend, wanted)
+            x = self.layers[index](x, cos, sin, index, attend, wanted, keys)
         return x
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srcfast.data.jsonl import parse_object, write_json
-from srcfast.errors import InputError
+from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.quantized import NF4Linear
 from srcfast.runtime.sharded import is_sharded
 from srcfast_kernels import swiglu
+from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,10 +51,10 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with an adapter beside it."""
+    """A frozen linear with an adapter beside it; its number tells its dropout from that of the decoder's other linears."""
 
     def __init__(
-        self, base: nn.Linear | NF4Linear, config: LoRAConfig, device: torch.device, dtype: torch.dtype
+        self, base: nn.Linear | NF4Linear, config: LoRAConfig, device: torch.device, dtype: torch.dtype, number: int = 0
     ) -> None:
         super().__init__()
         self.base: Any = base
@@ -63,6 +63,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, **options))
         self.scaling = config.alpha / config.r
         self.dropout = config.dropout
+        self.number = number
         self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,35 +75,45 @@ class LoRALinear(nn.Module):
         return Adapted(self.base.weight, self.base.bias, a, b, self.scaling)
 
 
-def project(x: Tensor, *linears: nn.Module, norm: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """[T, out_i] of several linears of one input [T, in], after a norm where one is given; adapted ones together."""
+def project(
+    x: Tensor, *linears: nn.Module, norm: nn.Module | None = None, keys: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """[T, out_i] of several linears of one input [T, in], after a norm where one is given; adapted ones together.
+
+    `keys` are those of the rows' dropout, [T] int64; see `Decoder.dropout_keys`.
+    """
     if not all(_is_adapted(one) for one in linears):
         x = x if norm is None else norm(x)
         return tuple(one.base(x) if isinstance(one, LoRALinear) and not one.active else one(x) for one in linears)
     if any(one.training and one.dropout for one in linears):  # of an input of its own each
         x = x if norm is None else norm(x)
-        return tuple(_with_dropout(x, one) for one in linears)
+        return tuple(_with_dropout(x, one, keys) for one in linears)
     adapted = [one.adapted(x.dtype) for one in linears]  # type: ignore[operator]
     if norm is None or norm.weight.requires_grad:  # type: ignore[union-attr]
         return lora_linears(x if norm is None else norm(x), adapted)
     return lora_linears(x, adapted, Norm(norm.weight, norm.eps))  # type: ignore[arg-type]
 
 
-def project_swiglu(gate: Tensor, up: Tensor, linear: nn.Module) -> Tensor:
+def project_swiglu(gate: Tensor, up: Tensor, linear: nn.Module, keys: Tensor | None = None) -> Tensor:
     """[T, out] of a linear of silu(gate) * up, [T, in] each; an adapted one keeps no product."""
     if _is_adapted(linear) and not (linear.training and linear.dropout):
         return swiglu_lora_linear(gate, up, linear.adapted(gate.dtype))  # type: ignore[operator]
-    return project(swiglu(gate, up), linear)[0]
+    return project(swiglu(gate, up), linear, keys=keys)[0]
 
 
 def _is_adapted(linear: nn.Module) -> bool:
     return isinstance(linear, LoRALinear) and linear.active
 
 
-def _with_dropout(x: Tensor, linear: nn.Module) -> Tensor:
+def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
+    if keys is None:
+        raise SrcfastError(
+            "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Mend: train with "
+            "srcfast.runtime.training, or set model.decoder.dropout_keys to [T] int64 before each forest"
+        )
     own = linear.adapted(x.dtype)
-    dropped = F.dropout(x, linear.dropout, linear.training)
-    return torch.addmm(linear.base(x), dropped @ own.lora_a.T, own.lora_b.T, alpha=own.scaling)
+    low = dropout_product(x, keys, linear.number, linear.dropout, own.lora_a)  # [T, r]
+    return torch.addmm(linear.base(x), low, own.lora_b.T, alpha=own.scaling)
 
 
 def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
@@ -147,11 +158,11 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     exact = torch.promote_types(embedding.dtype, torch.float32)  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(config.seed)
     found = set()
-    for parent, name, linear in list(_linears(model.decoder)):
+    for number, (parent, name, linear) in enumerate(list(_linears(model.decoder))):
         if name not in config.target_modules:
             continue
         found.add(name)
-        adapted = LoRALinear(linear, config, embedding.device, exact)
+        adapted = LoRALinear(linear, config, embedding.device, exact, number)
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         with torch.no_grad():

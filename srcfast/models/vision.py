@@ -57,6 +57,10 @@ class Vision(nn.Module):
             ) from error
         self._waiting: list[Tensor] = []  # weights on the host, of a tower that waits there
 
+    def train(self, mode: bool = True) -> Vision:
+        """Never: a tower's own dropout would make of one image another in each run."""
+        return super().train(False)
+
     def rest(self) -> None:
         """From now on the weights wait on the host, and are on their device within `awake` alone. Not where that is the host."""
         parameters = list(self.model.parameters())

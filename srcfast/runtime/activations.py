@@ -187,9 +187,8 @@ def _adapter_bytes(model: ModelSizes, tokens: float, rows: float) -> float:
         size = sizes.get(names[0], shapes.hidden)
         adapted = sum(name in lora.target_modules for name in names)
         total += count * adapted * lora.r * width  # low-rank activations
-        if lora.dropout:  # each its own input, and which of it was dropped
-            total += count * adapted * size * (width + (1 if model.device_type == "cuda" else width))
-        elif 0 < adapted < len(names):  # the normalised input
+        # The common input, which else is made again; that of o_proj is what attention keeps.
+        if 0 < adapted < len(names) or (adapted and lora.dropout and "o_proj" not in names):
             total += count * size * width
     return total
 
@@ -199,7 +198,7 @@ def _attention_bytes(model: ModelSizes, reads: Reads) -> float:
     if model.device_type == "cuda":
         return 2 * rows * shapes.query * width + 2 * reads.keys * shapes.key * width + 4 * rows * shapes.heads
     kept = (rows * shapes.query + 2 * reads.keys * shapes.key) * max(width, 4)  # the CPU's attention is in fp32
-    keeps_result = lora is not None and "o_proj" in lora.target_modules and not lora.dropout
+    keeps_result = lora is not None and "o_proj" in lora.target_modules
     return kept + (rows * shapes.query * width if keeps_result else 0)
 
 

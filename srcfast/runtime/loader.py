@@ -148,7 +148,7 @@ def packed_steps(
         prefetch_factor=AHEAD,
         collate_fn=_as_it_is,
         pin_memory=pin,
-        generator=torch.Generator(),  # else a seed for the workers would be drawn from dropout's numbers
+        generator=torch.Generator(),  # else a seed for the workers would be drawn from the caller's numbers
         worker_init_fn=_leave_process_group,
         multiprocessing_context="fork",  # workers share the trees, and touch no GPU
     )

@@ -23,6 +23,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
 from srcfast.runtime import distributed
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.dropout_keys import dropping
 
 GATHERED_LAYERS = 2  # whole at once: the one that computes, and the next, which is on its way
 
@@ -138,6 +139,7 @@ def _empty_pass(decoder: Any) -> Tensor:
     forest = Forest.of([Tree((Segment(np.zeros(1, dtype=np.int64)),))]).to(decoder.embed_tokens.weight.device)
     decoder.idle = True
     try:
-        return decoder(decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
+        with dropping(decoder, torch.zeros_like(forest.positions)):
+            return decoder(decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
     finally:
         decoder.idle = False

@@ -25,8 +25,9 @@ from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
 from srcfast.errors import Interrupted, SrcfastError
 from srcfast.runtime import distributed, interrupt
+from srcfast.runtime.dropout_keys import dropping, drops, step_keys
 from srcfast.runtime.forecast import plan_checkpointing
-from srcfast.runtime.loader import PackedStep, deal, packed_steps
+from srcfast.runtime.loader import PackedStep, deal, packed_steps, send
 from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.memory import memory_of
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
@@ -73,7 +74,7 @@ class TrainingSettings:
         min_learning_rate_ratio: where the cosine ends, as a share of the peak.
         weight_decay: of matrices.
         max_grad_norm: global norm to which gradients are clipped.
-        seed: of the order.
+        seed: of the order, and of what dropout drops.
         optimizer: see `AdamW`.
         activation_checkpointing: layers a group whose activations are recomputed in backward instead of kept; 0 for none,
             "auto": as few as fit into the device's memory (`plan_checkpointing`).
@@ -207,7 +208,7 @@ def train(
     late = reads_late(device) and optimizer.skips_on_device
     if rows is not None and not takes_rows(model):
         rows = None
-    was_training, decoder = model.training, model.decoder
+    was_training, decoder, has_dropout = model.training, model.decoder, drops(model)
     model.train()
     decoder.checkpoint_layers = checkpoint_layers(model, trees, settings)
     meter = StepMeter(model, head_rows)
@@ -247,10 +248,11 @@ def train(
             for step in packed:
                 if profiler is not None:
                     profiler.begin(step.step, total)
-                torch.manual_seed(dropout_seed(settings.seed, step.step, distributed.rank()))
-                batch = [items[i] for i in step.indices]
-                whole = denominator([items[i] for i in global_batch(len(items), step.step, settings)])
-                numbers = accumulate(model, step, batch, loss, whole, state, features, rows, device)
+                batch, chosen = [items[i] for i in step.indices], global_batch(len(items), step.step, settings)
+                whole, drop_by = denominator([items[i] for i in chosen]), None
+                if has_dropout:
+                    drop_by = step_keys(settings.seed, step.step, [chosen.index(i) for i in step.indices])
+                numbers = accumulate(model, step, batch, loss, whole, state, features, rows, drop_by, device)
                 numbers.learning_rate = learning_rate_at(
                     step.step, total, settings.learning_rate, settings.warmup_ratio, settings.min_learning_rate_ratio
                 )
@@ -317,15 +319,10 @@ def run_again(
         plan=rows,
     )
     model.train()
-    torch.manual_seed(dropout_seed(settings.seed, step, 0))
     wanted = rows if takes_rows(model) else None
-    state = TrainingState(optimizer, step)
-    return accumulate(model, next(packed), batch, loss, denominator(batch), state, features, wanted, device).read()
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of what dropout drops in a step, so that no generator's state has to be saved."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    drop_by = step_keys(settings.seed, step, range(len(batch))) if drops(model) else None
+    state, whole = TrainingState(optimizer, step), denominator(batch)
+    return accumulate(model, next(packed), batch, loss, whole, state, features, wanted, drop_by, device).read()
 
 
 def reads_late(device: torch.device) -> bool:
@@ -458,12 +455,14 @@ def accumulate(
     state: TrainingState,
     features: Features | None,
     rows: Callable[[Forest], Tensor] | None,
+    drop_by: Callable[[Forest], Tensor] | None,
     device: torch.device,
 ) -> StepNumbers:
     """Gradients of one global batch into the optimizer's buffer; its numbers are not waited for.
 
     Forest by forest of this rank's share, then added up over the ranks. A rank whose share is empty adds nothing, and takes
-    part in the same exchanges; where the ranks share out the layers, also in the passes that others have more of.
+    part in the same exchanges; where the ranks share out the layers, also in the passes that others have more of. `drop_by`
+    are the keys [T] of a forest's dropout, where there is any.
     """
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     if features is not None and step.forests:
@@ -477,7 +476,8 @@ def accumulate(
     for forest in step.forests:
         moved = forest.to(device)
         wanted = {} if rows is None else {"rows": rows(forest)}
-        hidden = model(moved, *inputs, **wanted)  # [T, D], or [M, D]
+        with dropping(model.decoder, None if drop_by is None else send(drop_by(forest), device)):
+            hidden = model(moved, *inputs, **wanted)  # [T, D], or [M, D]
         inside = [batch[i] for i in forest.indices]
         part, measured = loss(hidden, moved, model.decoder.head_weight, inside, normaliser)
         part.backward()

@@ -170,9 +170,12 @@ def identity_of(
     )
 
 
-def weights_hash(weights: Tensor) -> str:
-    """SHA-256 of a tensor's bits."""
-    return hashlib.sha256(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def weights_hash(*weights: Tensor) -> str:
+    """SHA-256 of the bits of one tensor after the other."""
+    digest = hashlib.sha256()
+    for tensor in weights:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_training(directory: Path, training: SavedTraining) -> None:

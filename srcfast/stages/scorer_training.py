@@ -26,7 +26,7 @@ from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_ro
 from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of
 from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.training import Metrics, TrainingItem, TrainingSettings, train
+from srcfast.runtime.training import Loss, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.scoring import sample_reference
 
@@ -191,13 +191,38 @@ def train_scorer(
     """
     if not any(parameter.requires_grad for parameter in scorer.parameters()):
         scorer.requires_grad_(True)
-    num_verdicts = len(scorer.verdict_values)
+    return train(
+        scorer.text_model,
+        scorer_items(scorer, examples),
+        loss=scorer_loss(scorer),
+        denominator=num_slots,
+        settings=settings,
+        on_step=on_step,
+        rows=segment_ends,  # the slots are among them
+        head_rows=lambda forest: 0,  # of the verdict tokens alone: next to nothing
+        profiler=profiler,
+        checkpoints=checkpoints,
+    )
+
+
+def scorer_items(scorer: Scorer, examples: Sequence[ScorerExample]) -> list[TrainingItem]:
+    """What `train_scorer` trains on: an example's tree each, and the right verdict of each of its slots."""
     items = []
     for example in examples:
         one = judge_tree_of(scorer, example)
         pairs = zip(one.first.tolist(), one.second.tolist(), strict=True)
-        targets = [target_verdict(example, *pair, num_verdicts) for pair in pairs]
+        targets = [target_verdict(example, *pair, len(scorer.verdict_values)) for pair in pairs]
         items.append(TrainingItem(one.tree, (one, torch.tensor(targets))))
+    return items
+
+
+def num_slots(batch: Sequence[TrainingItem]) -> int:
+    """Verdict slots of a global batch: the loss's denominator."""
+    return sum(len(item.meta[1]) for item in batch)
+
+
+def scorer_loss(scorer: Scorer) -> Loss:
+    """Cross entropy over the scorer's verdict tokens, for `train`."""
 
     def loss(
         hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], slots: int
@@ -209,18 +234,7 @@ def train_scorer(
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
 
-    return train(
-        scorer.text_model,
-        items,
-        loss=loss,
-        denominator=lambda batch: sum(len(item.meta[1]) for item in batch),
-        settings=settings,
-        on_step=on_step,
-        rows=segment_ends,  # the slots are among them
-        head_rows=lambda forest: 0,  # of the verdict tokens alone: next to nothing
-        profiler=profiler,
-        checkpoints=checkpoints,
-    )
+    return loss
 
 
 def segment_ends(forest: Forest) -> Tensor:

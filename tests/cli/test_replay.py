@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from made_rows import preference_rows, write_rows
+from safetensors.torch import load_file, save_file
 
+import srcfast.world
 from srcfast.config import load_config
-from srcfast.data.records import Sample
+from srcfast.data.rationale_format import parse_response
+from srcfast.data.readers import read_samples
+from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
-from srcfast.loading import features_of, load_model
+from srcfast.loading import features_of, load_judge, load_model
 from srcfast.replay import kept_if_not_finite
-from srcfast.runtime.training import NotFinite
-from srcfast.stages.rationale import fine_tune_rationale
+from srcfast.runtime.training import NotFinite, global_batch
+from srcfast.stages.preference import train_preference
+from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.stages.scorer_training import scorer_examples, train_scorer
+from srcfast.world.claims import VOCABULARY
+from srcfast.world.samples import world_samples
 
+EMBEDDED = Path(srcfast.world.__file__).parent / "assets" / "scorer"
 Srcfast = Callable[..., Result]
 LOOP = ("micro_batch_size=2", "gradient_accumulation_steps=1", "--quiet")
 
@@ -72,18 +82,24 @@ def test_a_directory_that_holds_no_batch_is_named(srcfast: Srcfast, tmp_path: Pa
     assert result.exit_code == 2 and "batch.json" in result.output and "Traceback" not in result.output
 
 
-def test_a_step_run_again_has_the_numbers_of_the_training(
-    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
-) -> None:
-    config = load_config(None, [f"model.path={model_dir}", "lora.r=4", "rationale.micro_batch_size=2"], None)
-    loop = config.rationale.training_settings(0)
-    raps = [
+def rationale_pairs(image_root: Path) -> list[Rap]:
+    return [
         (
             Sample(f"s{n}", (name,), "what color is it", "red", image_root=image_root),
             f"<see> {name}. </see> <answer> red </answer>",
         )
         for n, name in enumerate(("a.png", "b.png", "c.png"))
     ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_run_again_has_the_numbers_of_the_training(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path, dropout: float
+) -> None:
+    words = [f"model.path={model_dir}", "lora.r=4", f"lora.dropout={dropout}", "rationale.micro_batch_size=2"]
+    config = load_config(None, words, None)
+    loop = config.rationale.training_settings(0)
+    raps = rationale_pairs(image_root)
     model = load_model(config, config.lora.lora_config(0))
     with (
         pytest.raises(SrcfastError, match="step 0: made up.*srcfast replay"),
@@ -94,3 +110,115 @@ def test_a_step_run_again_has_the_numbers_of_the_training(
     first = fine_tune_rationale(model, raps, loop, features=features)[0]
     told = srcfast("replay", tmp_path / "not-finite").output
     assert f"has loss {first['loss']:.6g} and gradient norm {first['grad_norm']:.6g} here" in told
+
+
+def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_its_order(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    words = [f"model.path={model_dir}", "lora.r=4", "lora.dropout=0.3", "dpo.rehearsal_weight=0.5"]
+    config = load_config(None, [*words, "dpo.micro_batch_size=3", "dpo.gradient_accumulation_steps=3"], None)
+    loop, settings = config.dpo.training_settings(0), config.dpo.preference_settings("confidence")
+    known = {"reference_chosen_logprob": -20.0, "reference_rejected_logprob": -25.0, "reference_hash": "made up"}
+    pairs = [
+        Preference.from_json(row | known, file="pairs", line=number, image_root=image_root)
+        for number, row in enumerate(preference_rows(4, seed=2))
+    ]
+    raps = rationale_pairs(image_root)
+    model = load_model(config, config.lora.lora_config(0))
+    records = [*pairs, *raps]
+    kinds = [isinstance(records[index], Preference) for index in global_batch(7, 0, loop)]
+    assert kinds != sorted(kinds, reverse=True)  # mixed: their order can't be told from what they are
+    with (
+        pytest.raises(SrcfastError, match="srcfast replay"),
+        kept_if_not_finite("dpo", config, model, records, loop, tmp_path),
+    ):
+        raise NotFinite(0, "step 0: made up")
+    features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
+    first = train_preference(
+        model, pairs, settings, loop, expected_reference_hash="made up", features=features, rehearsal=raps
+    )[0]
+    told = srcfast("replay", tmp_path / "not-finite").output
+    assert f"has loss {first['loss']:.6g} and gradient norm {first['grad_norm']:.6g} here" in told
+
+
+# The R-Scorer, which is trained whole -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of samples from which rationale-answer pairs, and faults in them, are made."""
+    folder = tmp_path_factory.mktemp("world")
+    samples = world_samples("train", 9, 5, image_dir=folder)
+    return write_rows(folder / "samples.jsonl", [sample.to_json() for sample in samples])
+
+
+def with_a_bad_weight(folder: Path) -> Path:
+    """A copy of the embedded R-Scorer in which one weight is not finite."""
+    folder.mkdir()
+    for file in EMBEDDED.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def stopped_scorer(srcfast: Srcfast, world: Path, tmp_path: Path) -> tuple[Path, str]:
+    """(not-finite/, what was said) of an R-Scorer's training with such a weight."""
+    files = ("--data", world, "--image-root", world.parent, "--scorer", with_a_bad_weight(tmp_path / "bad"))
+    result = srcfast("scorer", *files, "--output", tmp_path / "out", *LOOP)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    return tmp_path / "out" / "not-finite", result.output
+
+
+def test_a_batch_of_the_r_scorer_s_is_kept_and_comes_out_as_before(
+    srcfast: Srcfast, stopped_scorer: tuple[Path, str]
+) -> None:
+    place, told = stopped_scorer
+    assert f"srcfast replay {place}" in told
+    kept = json.loads((place / "batch.json").read_text())
+    assert len(kept["examples"]) == 2 and kept["stage"] == "scorer" and kept["step"] == 0
+    result = srcfast("replay", place)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "reproduced: step 0: the loss is not finite" in result.output
+    assert kept["examples"][0]["key"] in result.output  # named as in the training
+
+
+def test_another_r_scorer_than_the_one_it_met_is_refused(srcfast: Srcfast, stopped_scorer: tuple[Path, str]) -> None:
+    place, _ = stopped_scorer
+    (place / "scorer" / "model.safetensors").write_bytes((EMBEDDED / "model.safetensors").read_bytes())
+    result = srcfast("replay", place)
+    assert result.exit_code == 2 and "expected weights with SHA-256" in result.output
+
+
+def test_a_step_of_the_r_scorer_s_run_again_has_the_numbers_of_the_training(
+    srcfast: Srcfast, world: Path, tmp_path: Path
+) -> None:
+    config = load_config(None, ["scorer_training.micro_batch_size=3"], None)
+    loop = config.scorer_training.training_settings(0)
+    samples = read_samples(world, format="jsonl", image_root=world.parent, rejected=[])
+    parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, "tagged")[0]]
+    raps = [(one, own.perception, own.reasoning, own.answer or "") for one, own in parsed]
+    examples = scorer_examples(raps, random.Random(0), dict(VOCABULARY))
+    judge = load_judge(config)
+    with (
+        pytest.raises(SrcfastError, match="srcfast replay"),
+        kept_if_not_finite("scorer", config, judge, examples, loop, tmp_path),
+    ):
+        raise NotFinite(1, "step 1: made up")
+    # The step's examples come first in another training, whose first step has the same weights.
+    batch = [examples[index] for index in global_batch(len(examples), 1, loop)]
+    first = train_scorer(judge, batch, loop)[0]
+    told = srcfast("replay", tmp_path / "not-finite").output
+    assert f"has loss {first['loss']:.6g} and gradient norm {first['grad_norm']:.6g} here" in told
+
+
+def test_a_batch_whose_records_were_changed_in_number_is_refused(
+    srcfast: Srcfast, stopped_scorer: tuple[Path, str]
+) -> None:
+    place, _ = stopped_scorer
+    kept = json.loads((place / "batch.json").read_text())
+    (place / "batch.json").write_text(json.dumps(kept | {"examples": kept["examples"][:1]}))
+    result = srcfast("replay", place)
+    assert result.exit_code == 2 and "expected a batch that was kept for its numbers" in result.output

@@ -14,6 +14,7 @@ from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora
 from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.dropout_keys import dropout_keys, dropping, drops
 from srcfast.runtime.loss_rows import response_rows
 from srcfast_kernels import linear_logprob
 
@@ -78,7 +79,9 @@ def run(model: SmallModel, forest: Forest, on_loss: Callable[[], None] = lambda:
     found = [host.target_rows(i, range(1, len(tree.segments))) for i, tree in enumerate(forest.trees)]
     targets = torch.cat([own for _, own in found]).to(forest.token_ids.device)
     places = torch.searchsorted(rows, torch.cat([own for own, _ in found])).to(targets.device)
-    hidden = model(forest, rows)
+    keys = dropout_keys(forest, 0, 0, range(len(forest.trees))) if drops(model) else None
+    with dropping(model.decoder, keys):
+        hidden = model(forest, rows)
     logps = linear_logprob(hidden.index_select(0, places), model.decoder.head_weight, targets)
     on_loss()
     logps.sum().backward()

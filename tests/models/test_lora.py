@@ -22,7 +22,8 @@ from small_checkpoints import (
 )
 from torch import Tensor
 
-from srcfast.errors import InputError
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.errors import InputError, SrcfastError
 from srcfast.models import load_lvlm, load_text_model
 from srcfast.models.lora import (
     LoRAConfig,
@@ -37,6 +38,7 @@ from srcfast.models.lora import (
     save_adapter,
 )
 from srcfast.models.lvlm import save_lvlm
+from srcfast.runtime.dropout_keys import dropout_keys, dropping
 
 RNG = np.random.default_rng(11)
 IMAGE = random_image(RNG, 40, 30)
@@ -170,15 +172,21 @@ def test_the_hash_follows_weights_and_scaling(tmp_path: Path) -> None:
 def test_only_the_adapter_gets_gradients_and_dropout_acts_in_training_alone(pair: Pair) -> None:
     ours = pair.load(lora=LoRAConfig(r=3, dropout=0.5))
     randomise_adapter(ours)
-    evaluated = pair.logits(ours.eval())
-    torch.manual_seed(0)
-    assert not torch.allclose(pair.logits(ours.train()), evaluated, atol=1e-3)
-    assert torch.equal(pair.logits(ours.eval()), evaluated)
-    from srcfast.data.forest import Forest, Segment, Tree
-
     forest = Forest.of([Tree((Segment(RESPONSE),))])
-    hidden = ours(forest, {}) if pair.kind == "lvlm" else ours(forest)
-    hidden.square().sum().backward()
+
+    def hidden() -> Tensor:
+        return ours(forest, {}) if pair.kind == "lvlm" else ours(forest)
+
+    evaluated = hidden()
+    ours.train()
+    with pytest.raises(SrcfastError, match=r"(?s)lora\.dropout: expected the rows' keys.*Mend: train with"):
+        hidden()
+    with dropping(ours.decoder, dropout_keys(forest, 0, 0, [0])):
+        trained = hidden()
+        ours.eval()
+        assert torch.equal(hidden(), evaluated)
+    assert not torch.allclose(trained, evaluated, atol=1e-3)
+    trained.square().sum().backward()
     gradients = {name for name, p in ours.named_parameters() if p.grad is not None}
     assert gradients == {name for name, _ in ours.named_parameters() if ".lora_" in name}
 

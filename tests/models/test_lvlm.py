@@ -273,6 +273,18 @@ def test_nothing_but_an_adapter_is_ever_trained(tmp_path: Path) -> None:
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
 
 
+def test_a_tower_s_own_dropout_never_acts(tmp_path: Path) -> None:
+    write_lvlm(tmp_path)
+    ours = load_lvlm(tmp_path)
+    image = random_image(np.random.default_rng(3), 31, 45)
+    (expected,) = ours.vision([image])
+    for layer in ours.vision.model.modules():
+        if hasattr(layer, "dropout"):
+            layer.dropout = 0.9
+    assert ours.train().decoder.training
+    assert torch.equal(ours.vision([image])[0], expected)
+
+
 def test_each_distinct_image_is_encoded_once_while_it_is_kept(tmp_path: Path) -> None:
     write_lvlm(tmp_path, kind="llava_next")
     ours = load_lvlm(tmp_path)

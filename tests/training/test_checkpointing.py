@@ -16,6 +16,7 @@ from srcfast.data.forest import Forest
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
 from srcfast.runtime.attention import forest_attend
+from srcfast.runtime.dropout_keys import dropout_keys, dropping
 from srcfast.runtime.loss_rows import response_rows
 from srcfast.runtime.training import TrainingItem, TrainingSettings, train
 from srcfast.stages.preference import pair_logprobs, preference_tree
@@ -75,8 +76,9 @@ def pair_forest(seed: int = 0, pairs: int = 5) -> Forest:
 def gradients(model: Deep, forest: Forest, every: int, rows: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     model.decoder.checkpoint_layers = every
     model.zero_grad()
-    torch.manual_seed(11)
-    chosen, rejected = pair_logprobs(model(forest, rows), forest, model.decoder.head_weight)
+    with dropping(model.decoder, dropout_keys(forest, 11, 0, range(len(forest.trees)))):
+        hidden = model(forest, rows)
+    chosen, rejected = pair_logprobs(hidden, forest, model.decoder.head_weight)
     (chosen - 0.7 * rejected).sum().backward()
     return torch.cat([chosen, rejected]).detach(), [p.grad.clone() for p in lora_parameters(model)]
 
@@ -132,7 +134,6 @@ def test_the_setting_holds_for_the_training_alone_and_changes_nothing_of_it() ->
     weights, runs = [], []
     for every in (0, 2):
         model = Deep(dropout=0.2)
-        torch.manual_seed(3)
         settings = TrainingSettings(micro_batch_size=3, learning_rate=1e-2, activation_checkpointing=every)
         train(model, items, loss=rationale_loss, denominator=response_tokens, settings=settings)
         assert model.decoder.checkpoint_layers == 0
@@ -155,12 +156,14 @@ def test_response_rows_are_those_that_predict_a_response_s_token() -> None:
     assert len(needed) < forest.num_tokens
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("every", [0, 2])
-def test_with_the_needed_rows_alone_log_probabilities_and_gradients_are_the_same(every: int) -> None:
-    model, forest = Deep().train(), pair_forest()
+def test_with_the_needed_rows_alone_log_probabilities_and_gradients_are_the_same(every: int, dropout: float) -> None:
+    model, forest = Deep(dropout).train(), pair_forest()
     rows = response_rows(forest)
-    assert model(forest, rows).shape == (len(rows), 24)
-    torch.testing.assert_close(model(forest, rows), model(forest)[rows], rtol=1e-10, atol=1e-12)
+    with dropping(model.decoder, dropout_keys(forest, 11, 0, range(len(forest.trees)))):
+        assert model(forest, rows).shape == (len(rows), 24)
+        torch.testing.assert_close(model(forest, rows), model(forest)[rows], rtol=1e-10, atol=1e-12)
     whole, expected = gradients(model, forest, 0)
     values, found = gradients(model, forest, every, rows)
     # fp64 sums in another order.

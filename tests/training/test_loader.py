@@ -94,7 +94,6 @@ def test_training_is_the_same_with_any_number_of_workers(lora: LoRAConfig) -> No
     weights, encoded = [], []
     for workers in (0, 2):
         model, pictures = SmallModel(lora=lora), Pictures()
-        torch.manual_seed(8)
         train(
             model,
             picture_items(),
