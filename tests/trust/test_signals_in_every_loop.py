@@ -47,7 +47,9 @@ class Strikes:
         monkeypatch.setattr(TrainingCheckpoints, "asked", strike_and_ask)
 
     def strike(self, place: Path) -> None:
-        stage = max((stage for stage in STAGES if place.is_relative_to(RunDirectory(self.run).checkpoint(stage))), key=len)
+        stage = max(
+            (stage for stage in STAGES if place.is_relative_to(RunDirectory(self.run).checkpoint(stage))), key=len
+        )
         if stage not in self.struck:
             self.struck[stage] = (signal.SIGTERM, signal.SIGINT)[len(self.struck) % 2]
             signal.raise_signal(self.struck[stage])
@@ -66,7 +68,9 @@ def test_in_every_loop_a_signal_saves_at_the_next_boundary(tmp_path: Path, monke
         result = CliRunner().invoke(app, ["calibrate", str(config), f"output={tmp_path}", *FINE])
         number = strikes.struck[stage]
         assert result.exit_code == 128 + number, result.output
-        done = re.search(rf"stopped by {number.name} after (part|step) 1 of (\d+)\. The same command continues", result.output)
+        done = re.search(
+            rf"stopped by {number.name} after (part|step) 1 of (\d+)\. The same command continues", result.output
+        )
         assert done is not None and int(done[2]) > 1, result.output
         kept = "step-00000001/COMPLETE" if done[1] == "step" else "**/00000.jsonl"
         assert list(RunDirectory(run).checkpoint(stage).glob(kept))
