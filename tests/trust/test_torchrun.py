@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -35,32 +36,45 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    file = tmp_path / "small.yaml"
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
     file.write_text(SETTINGS, encoding="utf-8")
     return file
 
 
-@pytest.mark.slow
-def test_a_calibration_runs_over_two_nodes_as_torchrun_starts_them(config: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def over_two_nodes(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The output of a calibration that two launches of torchrun made together, under umask 077; what each launch said."""
+    output = tmp_path_factory.mktemp("nodes")
     where = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
-    words = ["-m", "srcfast", "calibrate", str(config), f"output={tmp_path}"]
+    command = [*TORCHRUN, *where, "--rdzv-id=two-nodes", "-m", "srcfast", "calibrate", str(config), f"output={output}"]
     nodes = [
         subprocess.Popen(
-            [*TORCHRUN, *where, "--rdzv-id=two-nodes", *words],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, env=ENVIRONMENT, umask=0o077, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for _ in range(2)
     ]
     told = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
+    return output, told
+
+
+@pytest.mark.slow
+def test_a_calibration_runs_over_two_nodes_as_torchrun_starts_them(over_two_nodes: tuple[Path, list[str]]) -> None:
+    output, told = over_two_nodes
     assert sorted("page: " in one for one in told) == [False, True], "one rank of the two speaks"
-    assert tuple(finished_stages(tmp_path / "small")) == STAGES
-    assert (tmp_path / "small" / "report" / "index.html").is_file()
+    assert tuple(finished_stages(output / "small")) == STAGES
+    assert (output / "small" / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_is_open_to_others_than_the_umask_says(over_two_nodes: tuple[Path, list[str]]) -> None:
+    output, _ = over_two_nodes
+    modes = {path.relative_to(output): stat.S_IMODE(path.stat().st_mode) for path in output.rglob("*")}
+    assert len(modes) > 50 and Path("small/.lock") in modes and Path("small/report/index.html") in modes
+    assert {path: oct(mode) for path, mode in modes.items() if mode not in (0o600, 0o700)} == {}
+    assert all(mode == 0o700 for path, mode in modes.items() if (output / path).is_dir())
 
 
 @pytest.mark.slow
