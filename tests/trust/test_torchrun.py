@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import SETTINGS, STAGES, finished_stages
+
+from srcfast.errors import ConfigError
+from srcfast.runtime import distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -89,3 +93,17 @@ def test_the_error_of_the_rank_that_failed_is_the_one_shown(config: Path, tmp_pa
     assert "rank      : 1 " in root_cause, done.stderr[-4000:]
     assert "train.jsonl, line 7: expected JSON, found a hole in the disk" in root_cause
     assert "srcfast rank 1: train.jsonl, line 7: expected JSON" in done.stderr
+
+
+def test_a_rank_takes_the_gpu_of_its_place_on_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 11 of two nodes with 8 GPUs each is the fourth of its node."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    distributed._take_gpu("cuda")
+    assert taken == [3]
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(ConfigError, match=r"at most as many ranks on a node as it has GPUs \(8\).*--nproc-per-node=8"):
+        distributed._take_gpu("cuda")
