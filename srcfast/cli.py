@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with interrupt.listening(), disk_is_met():
+            with interrupt.listening(), disk_is_met(), warnings_are_printable():
                 return recorded(super().invoke)(ctx)
         except (SrcfastError, Interrupted) as error:
             who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
@@ -42,6 +43,17 @@ def disk_is_met() -> Iterator[None]:
             f"{where}{error.strerror}. What was finished is kept. Mend: make room, or see to the file system; "
             "the same command continues"
         ) from error
+
+
+@contextmanager
+def warnings_are_printable() -> Iterator[None]:
+    """What warnings quote of damaged files is shown, never obeyed by the terminal."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *told, **more: printable(plain(*told, **more))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def exit_status(error: SrcfastError | Interrupted) -> int:

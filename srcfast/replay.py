@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -61,7 +62,7 @@ def kept_if_not_finite(
         place, step, text = directory / DIRECTORY, error.step, str(error)
         batch = [records[index] for index in global_batch(len(records), step, loop)]
         distributed.from_main(lambda: _write(place, stage, config, model, batch, loop, step, text))
-        raise SrcfastError(f"{text}. The batch is kept; to run it again: srcfast replay {place}") from error
+        raise SrcfastError(f"{text}. The batch is kept; to run it again: {_command(place)}") from error
 
 
 def replay(place: Path) -> Metrics:
@@ -170,7 +171,7 @@ def _write(
         "step": step,
         "error": error,
         "weights_sha256": _trained(model),
-        "command": f"srcfast replay {place}",
+        "command": _command(place),
         "loop": asdict(loop),
         "config": config.model_dump(mode="json"),
         "image_root": str(root),
@@ -189,6 +190,11 @@ def _write(
     else:
         save_adapter(model, place / "adapter")
     write_json(place / BATCH, kept)
+
+
+def _command(place: Path) -> str:
+    """For a shell, whatever the directory is called."""
+    return f"srcfast replay {shlex.quote(str(place))}"
 
 
 def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:

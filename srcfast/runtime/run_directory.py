@@ -68,8 +68,12 @@ class RunDirectory:
             write_jsonl(self.metrics_file, rows)
 
     def checkpoint(self, stage: str) -> Path:
-        """Where a training stage is saved until it is finished."""
-        return self.path / "checkpoint" / stage
+        """Where a stage's work is saved until it is finished: a folder that lies within no other stage's.
+
+        "rationale/evaluation" would lie within "rationale", and be forgotten with it.
+        """
+        of, _, kind = stage.rpartition("/")
+        return self.path / "checkpoint" / (f"evaluation/{of}" if kind == "evaluation" else stage)
 
     def forget_checkpoint(self, stage: str) -> None:
         """Of a stage that is finished."""

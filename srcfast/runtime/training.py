@@ -23,7 +23,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
-from srcfast.errors import Interrupted, SrcfastError
+from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.dropout_keys import dropping, drops, step_keys
 from srcfast.runtime.forecast import plan_checkpointing
@@ -189,10 +189,20 @@ def train(
             or items. Or a checkpoint can't be written.
         ConfigError: the checkpoint is another training's.
         Interrupted: a signal asked to stop; all steps so far are saved.
-        InputError: an item larger than the token budget, by its key, before anything is trained.
+        InputError: an item larger than the token budget, or without a token to predict, by its key, before anything is
+            trained.
     """
     if not items:
         raise SrcfastError("nothing to train on: expected at least one training item, found none")
+    for item in items:
+        if len(item.tree.segments) < 2:  # a segment is never empty
+            raise InputError(
+                sample_id=str(item.tree.key),
+                field="response",
+                expected="at least one token to predict after the prompt",
+                found="none",
+                mend="drop this sample: nothing can be learnt from it",
+            )
     features = getattr(features, "for_training", lambda: features)()
     # An item that is too large is refused before anything is trained.
     keys, trees = [item.tree.key for item in items], [item.tree for item in items]
@@ -273,7 +283,7 @@ def train(
                 if checkpoints is None:
                     continue
                 stop, save = checkpoints.asked(state.step)
-                if save:
+                if save or state.step == total:  # whatever stops the process before the result is on disk costs no step
                     if pending is not None:  # what is saved has no step whose numbers weren't looked at
                         report(pending, check(pending))
                         pending = None

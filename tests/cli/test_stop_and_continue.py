@@ -19,6 +19,7 @@ from made_rows import preference_rows, write_rows
 from safetensors.torch import load_file
 
 from srcfast.errors import SrcfastError
+from srcfast.models import lora
 from srcfast.runtime import training
 from srcfast.runtime.run_directory import RunDirectory, alone_in
 
@@ -75,6 +76,7 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_continues(
 KILLED_IN_STEP_3 = """
 import os, signal, sys
 from srcfast.cli import app
+from srcfast.models import lora
 from srcfast.runtime import training
 
 accumulate = training.accumulate
@@ -110,6 +112,20 @@ def test_after_kill_9_a_training_goes_on_from_the_last_save(
     assert srcfast(*command).exit_code == 0
     assert begun == [2, 3, 4, 5]
     assert_whole(output, adapter_of(tmp_path / "whole"))
+
+
+def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
+    srcfast: Srcfast, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert srcfast(*words, "--output", tmp_path / "whole").exit_code == 0
+    command = [*words, "--output", str(tmp_path / "stopped"), "checkpoint.minutes=0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(lora, "save_adapter", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+        assert srcfast(*command).exit_code == 128 + signal.SIGTERM
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "accumulate", lambda *arguments: pytest.fail("a step was done again"))
+        assert srcfast(*command).exit_code == 0
+    assert_whole(tmp_path / "stopped", adapter_of(tmp_path / "whole"))
 
 
 HOLD = """

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from click.testing import Result
 from rich.console import Console
 
+from srcfast import tools
 from srcfast.errors import printable
 from srcfast.estimate import table
 from srcfast.report.page import write_report
@@ -220,3 +222,14 @@ def test_inspect_shows_records_as_they_are(
     text = STYLES.sub("", result.output)
     assert not OBEYED.search(text), text
     assert f"sample {printable(evil)}" in text
+
+
+@pytest.mark.parametrize("evil", TERMINAL)
+def test_warnings_quote_damaged_files_as_they_are(srcfast: Srcfast, evil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*arguments: Any) -> None:
+        warnings.warn(f"a damaged checkpoint (found {evil})", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setattr(tools, "doctor", warn)
+    monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
+    result = srcfast("doctor")
+    assert f"(found {printable(evil)})" in result.output and not OBEYED.search(result.output)

@@ -162,6 +162,22 @@ def test_nothing_to_train_on_and_items_that_do_not_fit_are_refused_first() -> No
     assert not stepped
 
 
+def test_an_item_without_a_token_to_predict_is_refused_by_name_before_anything_is_trained() -> None:
+    bare = TrainingItem(Tree((Segment(np.arange(4, 9)),), key="all-prompt"))
+    for items in ([bare], [*response_items(20), bare]):
+        model, stepped = SmallModel(), []
+        with pytest.raises(InputError, match="'all-prompt'.*at least one token to predict.*found none.*Mend"):
+            train(
+                model,
+                items,
+                loss=rationale_loss,
+                denominator=response_tokens,
+                settings=SETTINGS,
+                on_step=stepped.append,
+            )
+        assert not stepped
+
+
 # What a GPU's queue asks for: nothing read between backward and update -----------------------------------------
 
 
