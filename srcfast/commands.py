@@ -436,11 +436,10 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             )
         if not distributed.is_main():
             continue
-        predictions = predictions_of(samples, answers)
-        write_predictions(output / "predictions" / name, predictions)
+        path = output / "predictions" / name
         entries.append(
             summarise(
-                predictions,
+                write_predictions(path, samples, predictions_of(samples, answers)),
                 model="base" if adapter is None else str(adapter),
                 dataset=dataset.name,
                 split=dataset.split,

@@ -139,9 +139,9 @@ def answers_in_pieces(
     return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress)
 
 
-def predictions_of(samples: Sequence[Sample], answers: Parts) -> list[Prediction]:
-    """The samples' answers, parsed and judged."""
-    return [predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True)]
+def predictions_of(samples: Sequence[Sample], answers: Parts) -> Iterator[Prediction]:
+    """The samples' answers, parsed and judged as they are read, one at a time."""
+    return (predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True))
 
 
 def references_in_pieces(place: Path, depends_on: DependsOn, progress: Track) -> Callable[..., list[Preference]]:

@@ -183,7 +183,7 @@ def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str],
 def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
     stages = Stages(folder("answers"))
     answers = stages.answers()
-    predictions = predictions_of(stages.samples, answers)
+    predictions = list(predictions_of(stages.samples, answers))
     assert [one.sample.id for one in predictions] == [sample.id for sample in stages.samples]
     assert [one.text for one in predictions] == [row["text"] for row in answers.rows()]
 
