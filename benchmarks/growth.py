@@ -40,7 +40,7 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.report.gallery import MOST_CARDS as GALLERY
 from srcfast.report.page import write_report
 from srcfast.stages.curation import CurationSettings, curate
-from srcfast.stages.evaluation import Prediction, summarise
+from srcfast.stages.evaluation import Counts, Prediction, summarise
 from srcfast.stages.scoring import samples_in_order
 from srcfast_benchmarks.harness import RESULTS, resident, write_csv
 
@@ -171,15 +171,13 @@ class Stages:
         return count
 
     def sum_up_answers(self) -> int:
-        """Accuracy and its interval from one answer a sample, made as `answer_greedily` does."""
+        """Accuracy and its interval from one answer a sample, counted as `write_predictions` does."""
         parsed = parse_response(format_response(["There is a red circle."], ["So it is red."], "red", "tagged"))
-        with no_full_passes():
-            made = [
-                Prediction(sample, "", "", parsed.answer, number % 3 > 0, None)
-                for number, sample in enumerate(self.samples)
-            ]
-        self.entry = summarise(made, model="base", dataset="made up", split="test", resamples=1000, seed=0)
-        return len(made)
+        counts = Counts()
+        for number, sample in enumerate(self.samples):
+            counts.add(Prediction(sample, "", "", parsed.answer, number % 3 > 0, None))
+        self.entry = summarise(counts, model="base", dataset="made up", split="test", resamples=1000, seed=0)
+        return self.size
 
     def draw_report(self) -> int:
         """With a training step for each 16 samples, the funnel, and a gallery as long as a run's."""

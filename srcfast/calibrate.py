@@ -2,13 +2,14 @@
 
 Every stage reads files of the run directory and writes files there. A stage that is finished is never run again: the same
 command continues a run that was stopped. On several ranks all go through all stages together; what a run has once (its
-settings, manifest, metrics, adapters, summary, page) rank 0 writes.
+settings, manifest, metrics, adapters, summary, page) rank 0 writes. How stages read what others have written is in
+`stages.run_records`, what a finished run comes to in `stages.summary`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,13 @@ import torch
 
 from srcfast.config import Config
 from srcfast.data.in_order import InOrder
-from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
-from srcfast.data.rationale_format import parse_response
+from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
 from srcfast.errors import InputError
 from srcfast.loading import (
     EvaluationSet,
     Policy,
-    draw,
+    draw_round,
     load_judge,
     rationale_pairs,
     read_evaluation_sets,
@@ -50,7 +49,7 @@ from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import diversity
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import summarise, write_predictions
-from srcfast.stages.headroom import measure_headroom, recovered
+from srcfast.stages.headroom import headroom_samples, measure_headroom, with_next
 from srcfast.stages.pieces import (
     answers_in_pieces,
     candidates_in_pieces,
@@ -61,10 +60,8 @@ from srcfast.stages.pieces import (
 from srcfast.stages.preference import train_preference
 from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.references import references_from_candidates
-from srcfast.stages.scoring import samples_in_order
-from srcfast.world.oracle import judge_sample
-
-GALLERY = 12  # samples shown on the page
+from srcfast.stages.run_records import RunRecords
+from srcfast.stages.summary import gallery_of, summary_of
 
 
 def calibrate(config: Config, profile: range | None = None) -> Path:
@@ -117,6 +114,7 @@ class Calibration:
             for group in (self.rationale_samples, self.calibration_samples, *(e.samples for e in self.evaluation_sets))
             for sample in group
         }
+        self.records = RunRecords(self.directory, self.samples, self.images)
         self.policy = Policy(config, list(self.samples.values()))
         self.judge: Scorer | None = None
 
@@ -140,19 +138,18 @@ class Calibration:
                     progress=progress,
                     graphs=self.config.evaluation.cuda_graphs,
                 )
-                entries.append(distributed.from_main(partial(self._summarise, model, one, answers)))
+                entries.append(distributed.from_main(partial(self._sum_up, model, one, answers)))
             return {"entries": entries}
 
         stage, sections = f"{model}/evaluation", ("data", "evaluation")
         total = sum(len(one.samples) for one in self.evaluation_sets)
         self._stage(stage, sections, total, work, adapted=adapter is not None)
 
-    def _summarise(self, model: str, one: EvaluationSet, answers: Parts) -> dict[str, Any]:
+    def _sum_up(self, model: str, one: EvaluationSet, answers: Parts) -> dict[str, Any]:
         """Write the predictions; the entry of the summary."""
-        predictions = predictions_of(one.samples, answers)
-        write_predictions(self._predictions(model, one), predictions)
+        path = self.records.predictions(model, one.name, one.split)
         return summarise(
-            predictions,
+            write_predictions(path, one.samples, predictions_of(one.samples, answers)),
             model=model,
             dataset=one.name,
             split=one.split,
@@ -188,12 +185,12 @@ class Calibration:
 
     def candidates(self, iteration: int) -> None:
         """Stage 2: diverse candidates of this round's samples."""
-        samples = self._round(iteration)
+        samples = self._samples_of(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
             found = self._search(self.directory.checkpoint(stage), sections, samples, iteration, progress)
-            distributed.from_main(lambda: write_shards(self._shards(iteration, "candidates"), found.rows()))
-            return {"diversity": diversity(own for _, own in self._candidates(iteration).rest())}
+            distributed.from_main(lambda: write_shards(self.records.shards(iteration, "candidates"), found.rows()))
+            return {"diversity": diversity(own for _, own in self.records.candidates(iteration).rest())}
 
         stage, sections = f"iteration-{iteration}/candidates", ("candidates",)
         self._stage(stage, sections, len(samples), work)
@@ -201,6 +198,7 @@ class Calibration:
     def headroom(self, iteration: int) -> None:
         """What the round's starting model could reach on held-out samples: candidates and the R-Scorer's pick."""
         chosen = self._headroom_samples()
+        before = "rationale" if iteration == 1 else f"iteration-{iteration - 1}"
 
         def work(progress: Track) -> dict[str, Any]:
             place = self.directory.checkpoint(stage)
@@ -211,11 +209,11 @@ class Calibration:
             judge, quiet = self._load_judge(), Track("scores", 0, quiet=True)
             entries = []
             for (one, samples), parts in zip(chosen, searched, strict=True):
-                found = dict(self._read(place, parts).rest())
+                found = partial(self.records.candidates_in, place, parts)
                 scores = place / f"{one.name}-{one.split}-scores"
-                rows = self._compare(scores, sections, judge, samples, partial(self._read, place, parts), quiet).rows()
-                good = self._greedy_aligned(self._model_before(iteration), one)
-                entry = measure_headroom(samples, [good[s.id] for s in samples], found, list(rows))
+                rows = self._compare(scores, sections, judge, samples, found, quiet).rows()
+                good = self.records.aligned(before, one.name, one.split, samples)
+                entry = measure_headroom(samples, good, found(), rows)
                 entries.append({"iteration": iteration, "dataset": one.name, "split": one.split} | entry)
             return {"entries": entries}
 
@@ -225,13 +223,13 @@ class Calibration:
 
     def scores(self, iteration: int) -> None:
         """Stage 3: the R-Scorer compares every sample's candidates."""
-        samples = self._round(iteration)
+        samples = self._samples_of(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
-            place, own = self.directory.checkpoint(stage), partial(self._candidates, iteration)
+            place, own = self.directory.checkpoint(stage), partial(self.records.candidates, iteration)
             adaptive = self.config.scorer.adaptive()
             found = self._compare(place, sections, self._load_judge(), samples, own, progress, adaptive)
-            distributed.from_main(lambda: write_shards(self._shards(iteration, "scores"), found.rows()))
+            distributed.from_main(lambda: write_shards(self.records.shards(iteration, "scores"), found.rows()))
             return {} if adaptive is None else {"adaptive": replace(adaptive, counts=found.counts()).report()}
 
         stage, sections = f"iteration-{iteration}/scores", ("scorer",)
@@ -239,13 +237,13 @@ class Calibration:
 
     def preferences(self, iteration: int) -> None:
         """Stage 4, first half: pairs, their confidences, and the reference's log-probabilities."""
-        samples = self._round(iteration)
+        samples = self._samples_of(iteration)
 
         def work(progress: Track) -> dict[str, Any]:
             pairs, funnel = curate(
                 samples,
-                self._candidates(iteration),
-                self._scores(iteration),
+                self.records.candidates(iteration),
+                self.records.scores(iteration),
                 self.config.curation.settings(),
                 self.config.seed,
             )
@@ -261,7 +259,7 @@ class Calibration:
                 self.policy.use(self.directory.adapter(iteration - 1)),
                 pairs,
                 self.samples,
-                self._candidates(iteration) if reuse else {},  # without candidates all are computed
+                self.records.candidates(iteration) if reuse else {},  # without candidates all are computed
                 reference_hash=self.policy.hash(),
                 features=self.policy.features,
                 token_budget=self.config.dpo.token_budget,
@@ -280,7 +278,7 @@ class Calibration:
 
     def preference_tuning(self, iteration: int) -> None:
         """Stage 4, second half: confidence-weighted DPO from the round's starting policy, which is the reference."""
-        pairs = list(self._preferences(iteration))
+        pairs = self.records.preferences(iteration)
         rehearsal, _ = (
             rationale_pairs(self.config, self.rationale_samples) if self.config.dpo.rehearsal_weight else ([], {})
         )
@@ -316,87 +314,20 @@ class Calibration:
 
     def write_summary(self) -> None:
         """`summary.json` from the manifest: what every stage found, how long it took, the headroom recovered; and the page."""
-        manifest = self.directory.manifest()
-        headroom = [dict(e) for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
-        for entry in headroom:
-            one = next(s for s in self.evaluation_sets if (s.name, s.split) == (entry["dataset"], entry["split"]))
-            after = self._greedy_aligned(f"iteration-{entry['iteration']}", one)
-            chosen = next(samples for other, samples in self._headroom_samples() if other is one)
-            entry["next_pass_at_1"] = sum(after[s.id] for s in chosen) / len(chosen)
-            entry["recovered"] = recovered(entry, entry["next_pass_at_1"])
-        summary = {
-            "evaluations": [e for name, s in manifest.items() if name.endswith("/evaluation") for e in s["entries"]],
-            "headroom": headroom,
-            "funnel": {
-                name.partition("/")[0]: stage["funnel"]
-                for name, stage in manifest.items()
-                if name.endswith("/preferences")
-            },
-            "diversity": {
-                name.partition("/")[0]: stage["diversity"]
-                for name, stage in manifest.items()
-                if name.endswith("/candidates")
-            },
-            "adaptive": {
-                name.partition("/")[0]: stage["adaptive"] for name, stage in manifest.items() if "adaptive" in stage
-            },
-            "rejected": self.rejected,
-            "stages": [
-                {
-                    "name": name,
-                    "seconds": s["seconds"],
-                    "tokens_per_second": s["tokens"] / max(s["seconds"], 1e-9),
-                    "memory": s.get("memory"),
-                }
-                for name, s in manifest.items()
-            ],
-            "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
-            "seconds": sum(stage["seconds"] for stage in manifest.values()),
-        }
-        write_json(self.directory.summary_file, summary)
+        manifest, headroom = self.directory.manifest(), []
+        for entry in (e for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]):
+            name, split = entry["dataset"], entry["split"]
+            samples = next(own for one, own in self._headroom_samples() if (one.name, one.split) == (name, split))
+            after = self.records.aligned(f"iteration-{entry['iteration']}", name, split, samples)
+            headroom.append(with_next(entry, after))
+        write_json(self.directory.summary_file, summary_of(manifest, headroom, self.rejected))
         write_report(self.directory.path)
 
     def _write_preferences(self, iteration: int, pairs: list[Preference]) -> None:
-        write_shards(self._shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
-        self._write_gallery(iteration, pairs)
-
-    def _write_gallery(self, iteration: int, pairs: list[Preference]) -> None:
-        """`gallery.json`: some of the last round's samples with all candidates, scores and the oracle's judgement."""
-        first_of: dict[str, Preference] = {}
-        for pair in pairs:
-            first_of.setdefault(pair.sample_id, pair)
-        candidates = self._candidates(iteration)
-        scores = InOrder((row["sample_id"], row["scores"]) for row in self._scores(iteration))
-        shown: list[dict[str, Any]] = []
-        for pair in list(first_of.values())[:GALLERY]:
-            sample, own = self.samples[pair.sample_id], candidates.get(pair.sample_id) or []
-            places = {candidate.id: index for index, candidate in enumerate(own)}
-            shown.append(
-                {
-                    "sample_id": sample.id,
-                    "iteration": iteration,
-                    "image": str((sample.image_root / sample.images[0]).resolve()) if sample.images else None,
-                    "question": sample.question,
-                    "gold": sample.answer,
-                    "candidates": [
-                        self._shown_candidate(sample, c, score)
-                        for c, score in zip(own, scores.get(sample.id) or [], strict=True)
-                    ],
-                    "chosen": places[pair.extra["chosen_id"]],
-                    "rejected": places[pair.extra["rejected_id"]],
-                    "confidence": pair.confidence,
-                }
-            )
-        write_json(self.directory.path / "gallery.json", shown)
-
-    @staticmethod
-    def _shown_candidate(sample: Sample, candidate: Candidate, score: float) -> dict[str, Any]:
-        judgement = judge_sample(sample, parse_response(candidate.text))
-        shown: dict[str, Any] = {"text": candidate.text, "answer": candidate.answer, "score": score}
-        if judgement is not None:
-            shown["case"] = judgement.case
-            shown["claims"] = [[c[0], c[1], c[2]] for c in judgement.claims]
-        return shown
+        """A round's pairs, and `gallery.json`, which shows some of the last round's."""
+        write_shards(self.records.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
+        candidates, scores = self.records.candidates(iteration), self.records.scores(iteration)
+        write_json(self.directory.path / "gallery.json", gallery_of(iteration, pairs, self.samples, candidates, scores))
 
     # Helpers ----------------------------------------------------------------------------------------------
 
@@ -549,48 +480,11 @@ class Calibration:
             place, depends_on, judge, samples, lambda: candidates().rest(), budget, mode, progress, adaptive
         )
 
-    def _read(self, place: Path, parts: Parts) -> InOrder[list[Candidate]]:
-        rows = parts.rows()
-        return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=self.images) for row in rows)
-
-    def _round(self, iteration: int) -> list[Sample]:
-        """Fresh samples each round, from one shuffle; they begin anew once all had their turn."""
-        shuffled = draw(self.calibration_samples, 0, f"calibration/{self.config.seed}")
-        count = min(self.config.candidates.samples or len(shuffled), len(shuffled))
-        start = (iteration - 1) * count
-        return [shuffled[i % len(shuffled)] for i in range(start, start + count)]
+    def _samples_of(self, iteration: int) -> list[Sample]:
+        return draw_round(self.calibration_samples, self.config.candidates.samples, iteration, self.config.seed)
 
     def _headroom_samples(self) -> list[tuple[EvaluationSet, list[Sample]]]:
-        """The first samples of each evaluation set that the oracle can judge."""
+        """The evaluation sets of which the oracle can judge samples, with the first of these."""
         most = self.config.evaluation.headroom_samples
-        found = []
-        for one in self.evaluation_sets:
-            judged = [s for s in one.samples if "program" in s.extra and "scene" in s.extra][:most]
-            if judged:
-                found.append((one, judged))
-        return found
-
-    def _greedy_aligned(self, model: str, one: EvaluationSet) -> dict[str, bool]:
-        """Sample id -> whether the model's greedy answer is right and aligned, from its predictions."""
-        return read_aligned(f"{self._predictions(model, one)}.jsonl")
-
-    def _predictions(self, model: str, one: EvaluationSet) -> Path:
-        return self.directory.path / "predictions" / model / f"{one.name}-{one.split}"
-
-    def _model_before(self, iteration: int) -> str:
-        return f"iteration-{iteration - 1}" if iteration > 1 else "rationale"
-
-    def _shards(self, iteration: int, kind: str) -> Path:
-        return self.directory.iteration(iteration) / kind
-
-    def _scores(self, iteration: int) -> Iterator[dict[str, Any]]:
-        return read_scores(self._shards(iteration, "scores"))
-
-    def _candidates(self, iteration: int) -> InOrder[list[Candidate]]:
-        rows = read_shards(self._shards(iteration, "candidates"))
-        return samples_in_order(
-            Candidate.from_json(row, file=file, line=line, image_root=self.images) for file, line, row in rows
-        )
-
-    def _preferences(self, iteration: int) -> list[Preference]:
-        return read_pairs(self._shards(iteration, "preferences"), self.samples)
+        chosen = [(one, headroom_samples(one.samples, most)) for one in self.evaluation_sets]
+        return [(one, samples) for one, samples in chosen if samples]

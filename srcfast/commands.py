@@ -294,9 +294,8 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
     own, section, adaptive = need(candidates, "--candidates", "a folder"), config.scorer, config.scorer.adaptive()
-    ids = {str(row.get("sample_id")) for *_, row in read_shards(own)}  # what lacks it is named when it is read
-    judge, place, judged = load_judge(config), output / "checkpoint", sum(sample.id in ids for sample in samples)
-    with alone_in(output), track("score", judged, quiet=config.quiet) as progress:
+    judge, place = load_judge(config), output / "checkpoint"
+    with alone_in(output), track("score", len(samples), quiet=config.quiet) as progress:
         found = scores_in_pieces(
             place,
             lambda: _depends_on(config, "scorer", scorer=model_hash(judge.text_model.path)),
@@ -347,7 +346,9 @@ def dpo(
     """Preference-tune an adapter (a given one, or a new one) into `output`."""
     from srcfast.models.lora import save_adapter
     from srcfast.replay import kept_if_not_finite
-    from srcfast.stages.preference import reference_logprobs, train_preference
+    from srcfast.runtime.run_directory import alone_in
+    from srcfast.stages.pieces import references_in_pieces
+    from srcfast.stages.preference import train_preference
     from srcfast.training_run import TrainingRun
 
     output = need(output, "--output", "a folder for the adapter")
@@ -368,8 +369,11 @@ def dpo(
         if pair.reference_chosen_logprob is None or pair.reference_rejected_logprob is None
     ]
     if missing:
-        with track("reference", len(missing), "pairs", config.quiet) as progress:
-            done = reference_logprobs(
+        # Kept until the adapter is written: beside the training's checkpoints, and removed with these.
+        place = output / "checkpoint" / "references"
+        with alone_in(output), track("reference", len(missing), "pairs", config.quiet) as progress:
+            logprobs = references_in_pieces(place, lambda: _depends_on(config, "dpo", policy=name), progress)
+            done = logprobs(
                 model,
                 [preferences[index] for index in missing],
                 reference_hash=name,
@@ -379,6 +383,7 @@ def dpo(
             )
         for index, pair in zip(missing, done, strict=True):
             preferences[index] = pair
+        features.forget()  # training begins alike, whichever of these were computed here and now
     loop = config.dpo.training_settings(config.seed)
     loss = config.dpo.preference_settings(config.curation.weighting)
     with (
@@ -436,11 +441,10 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             )
         if not distributed.is_main():
             continue
-        predictions = predictions_of(samples, answers)
-        write_predictions(output / "predictions" / name, predictions)
+        path = output / "predictions" / name
         entries.append(
             summarise(
-                predictions,
+                write_predictions(path, samples, predictions_of(samples, answers)),
                 model="base" if adapter is None else str(adapter),
                 dataset=dataset.name,
                 split=dataset.split,
@@ -459,31 +463,32 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
 def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """{images, prompt, response} in, {logprob, tokens} out, line for line; a bad line stops it at once.
 
-    Rank 0 does it alone.
+    Finished parts lie in a folder beside `output` until that is written; stopped, the same command continues.
     """
-    from srcfast.stages.preference import response_logprobs
-    from srcfast.stages.rationale import PromptEncoder, image_keys
+    from srcfast.runtime.run_directory import alone_in
+    from srcfast.runtime.work_list import forget
+    from srcfast.stages.pieces import logprobs_in_pieces
 
-    if not distributed.is_main():
-        return
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
     rows = [
         Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root)
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
     ]
-    model = load_model(config, adapter)
-    encode = PromptEncoder(model)
-    items = [(encode(row, row.question, row.id), image_keys(row), model.encode_response(row.answer)) for row in rows]
-    with track("logprob", len({prompt.tobytes() for prompt, _, _ in items}), "prompts", config.quiet) as progress:
-        found = response_logprobs(
+    model, place = load_model(config, adapter), output.with_name(f"{output.name}.checkpoint")
+    root = str((source.image_root or path.parent).resolve())
+    with alone_in(place), track("logprob", len(rows), "responses", config.quiet) as progress:
+        found = logprobs_in_pieces(
+            place,
+            lambda: _depends_on(config, "dpo", policy=policy_hash(config, model, adapter), image_root=root),
             model,
-            items,
-            token_budget=config.dpo.token_budget,
+            rows,
             features=features_of(model, rows),
-            on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
+            token_budget=config.dpo.token_budget,
+            progress=progress,
         )
-    write_jsonl(output, ({"logprob": value, "tokens": tokens} for value, tokens in found))
+        distributed.from_main(lambda: write_jsonl(output, found.rows()))
+        forget(place)
 
 
 @on_ranks("scorer_training")

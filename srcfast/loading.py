@@ -115,6 +115,14 @@ def draw(samples: Sequence[Sample], count: int, seed: str) -> list[Sample]:
     return shuffled[: count or len(shuffled)]
 
 
+def draw_round(samples: Sequence[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
+    """`count` fresh samples each round (0 for all), from one shuffle; they begin anew once all had their turn."""
+    shuffled = draw(samples, 0, f"calibration/{seed}")
+    count = min(count or len(shuffled), len(shuffled))
+    start = (iteration - 1) * count
+    return [shuffled[i % len(shuffled)] for i in range(start, start + count)]
+
+
 def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rap], Counter[str]]:
     """The rationale-answer pairs that stage 1 trains on, and how many samples were dropped for which reason.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,31 +149,35 @@ def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def write_predictions_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write predictions as VLMEvalKit scores them; returns how many.
+def write_predictions_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]], letters: Sequence[str]) -> int:
+    """Write predictions as VLMEvalKit scores them, row by row; returns how many.
 
     Args:
         rows: index (or id), question, answer, prediction (the bare answer), and if known rationale, category (or
             ability), split, and options (capital letter -> text; options in another form are left out).
+        letters: `letters_of` all rows' options; each has a column.
     """
-    table = list(_prediction_rows(rows))
-    letters = [letter for letter in OPTION_LETTERS if any(letter in row for row in table)]
     columns = ("index", "question", *letters, "answer", "prediction", "rationale", "category", "split")
-    return write_table(path, columns, table)
+    return write_table(path, columns, map(_prediction_row, rows))
 
 
-def _prediction_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield {
-            "index": row["index"] if "index" in row else row["id"],
-            "question": row["question"],
-            "answer": row["answer"],
-            "prediction": row["prediction"],
-            "rationale": row.get("rationale"),
-            "category": row.get("category") or row.get("ability"),
-            "split": row.get("split"),
-            **_lettered(row.get("options")),
-        }
+def letters_of(options: Iterable[object]) -> list[str]:
+    """The letters that some of these options have, in their order."""
+    found = {letter for one in options for letter in _lettered(one)}
+    return [letter for letter in OPTION_LETTERS if letter in found]
+
+
+def _prediction_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "index": row["index"] if "index" in row else row["id"],
+        "question": row["question"],
+        "answer": row["answer"],
+        "prediction": row["prediction"],
+        "rationale": row.get("rationale"),
+        "category": row.get("category") or row.get("ability"),
+        "split": row.get("split"),
+        **_lettered(row.get("options")),
+    }
 
 
 def _lettered(options: object) -> dict[str, Any]:

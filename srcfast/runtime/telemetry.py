@@ -55,6 +55,12 @@ class Track:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
+    def expect(self, total: int) -> None:
+        """There are so many units to do, as has been found since it began."""
+        self.total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=max(1, total))
+
     def advance(self, n: int = 1, tokens: int = 0) -> None:
         """`n` more units are done, in which `tokens` tokens were run."""
         self.done += n

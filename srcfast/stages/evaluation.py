@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from srcfast.data.collector import no_full_passes
-from srcfast.data.convert import write_predictions_tsv
-from srcfast.data.jsonl import write_jsonl
+from srcfast.data.convert import letters_of, write_predictions_tsv
+from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
@@ -69,16 +70,28 @@ def answer_greedily(
         return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write `path`.jsonl with everything, and `path`.tsv as VLMEvalKit scores it (the bare answer in `prediction`)."""
-    rows = [prediction.to_json() for prediction in predictions]
-    write_jsonl(f"{path}.jsonl", rows)
-    write_predictions_tsv(f"{path}.tsv", map(_table_row, predictions, rows))
+def write_predictions(path: Path, samples: Sequence[Sample], predictions: Iterable[Prediction]) -> Counts:
+    """Write `path`.jsonl with everything, and `path`.tsv as VLMEvalKit scores it (the bare answer in `prediction`).
+
+    Args:
+        path: without its ending.
+        samples: those of the predictions, in their order.
+        predictions: made as they are asked for; none is held once it is written.
+
+    Returns:
+        What the summary needs of them.
+    """
+    counts = Counts()
+    write_jsonl(f"{path}.jsonl", (prediction.to_json() for prediction in counts.counted(predictions)))
+    written = zip(samples, read_jsonl(f"{path}.jsonl"), strict=True)
+    letters = letters_of(sample.extra.get("options") for sample in samples)
+    write_predictions_tsv(f"{path}.tsv", (_table_row(sample, row) for sample, (_, row) in written), letters)
+    return counts
 
 
-def _table_row(prediction: Prediction, row: dict[str, Any]) -> dict[str, Any]:
+def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
     """With what a table of VLMEvalKit's had beside: the question before its options were written into it, the split."""
-    extra = prediction.sample.extra
+    extra = sample.extra
     return row | {
         "question": extra.get(QUESTION_KEY, row["question"]),
         "options": extra.get("options"),
@@ -94,69 +107,96 @@ def predict(sample: Sample, text: str) -> Prediction:
     return Prediction(sample, text, parsed.rationale, parsed.answer, right, judge_sample(sample, parsed))
 
 
-def summarise(
-    predictions: Sequence[Prediction], *, model: str, dataset: str, split: str, resamples: int, seed: int
-) -> dict[str, Any]:
+class Counts:
+    """What `summarise` needs of predictions, counted as they pass by: it takes the same memory for any number of them."""
+
+    def __init__(self) -> None:
+        self.of_all: Counter[str] = Counter()
+        self.of_ability: dict[str, Counter[str]] = defaultdict(Counter)
+        self.cases = dict.fromkeys(CASES, 0)
+
+    def counted(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        """The same predictions, each counted before it is handed on."""
+        for prediction in predictions:
+            self.add(prediction)
+            yield prediction
+
+    def add(self, prediction: Prediction) -> None:
+        """Count one prediction."""
+        judgement = prediction.judgement
+        found: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
+        if judgement is not None:
+            self.cases[judgement.case] += 1
+            found |= {
+                "judged": 1,
+                "aligned": judgement.aligned,
+                "rationale_right": judgement.rationale_right,
+                "perception_right": judgement.perception_right,
+                "reasoning_right": judgement.reasoning_right,
+            }
+        for counts in (self.of_all, self.of_ability[str(prediction.sample.extra.get("ability", "all"))]):
+            for name, value in found.items():
+                counts[name] += value
+
+
+def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples: int, seed: int) -> dict[str, Any]:
     """One entry of `summary.json`'s `evaluations`.
 
     `accuracy` is the share of right answers; `alignment` the share of samples whose answer is right and whose
     rationale is right and leads to it; `rationale_accuracy` the share whose rationale is right. A response that does
     not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples.
     """
-    right = np.array([p.right for p in predictions], dtype=float)
+    found = counts.of_all
+    n, judged = found["n"], found["judged"]
     entry: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
         "split": split,
-        "n": len(predictions),
-        "accuracy": float(right.mean()),
-        "accuracy_ci95": bootstrap_interval(right, resamples, seed),
-        "unparsed": sum(p.answer is None for p in predictions),
-        "by_ability": _by_ability(predictions),
+        "n": n,
+        "accuracy": found["right"] / n,
+        "accuracy_ci95": _interval_of_share(found["right"], n, resamples, seed),
+        "unparsed": found["unparsed"],
+        "by_ability": {
+            ability: {
+                "n": group["n"],
+                "accuracy": group["right"] / group["n"],
+                "alignment": group["aligned"] / group["judged"] if group["judged"] else None,
+            }
+            for ability, group in sorted(counts.of_ability.items())
+        },
     }
-    judged = [p.judgement for p in predictions if p.judgement is not None]
     if not judged:
         return entry | {"rationale_accuracy": None, "right_answer_wrong_rationale": None, "alignment": None}
-    aligned = np.array([j.aligned for j in judged], dtype=float)
-    rationale_right = np.array([j.rationale_right for j in judged], dtype=float)
-    cases = {case: sum(j.case == case for j in judged) for case in CASES}
     return entry | {
-        "rationale_accuracy": float(rationale_right.mean()),
-        "rationale_accuracy_ci95": bootstrap_interval(rationale_right, resamples, seed),
-        "perception_accuracy": float(np.mean([j.perception_right for j in judged])),
-        "reasoning_accuracy": float(np.mean([j.reasoning_right for j in judged])),
-        "right_answer_wrong_rationale": cases["right_answer_wrong_rationale"] / len(judged),
-        "alignment": float(aligned.mean()),
-        "alignment_ci95": bootstrap_interval(aligned, resamples, seed),
-        "cases": cases,
+        "rationale_accuracy": found["rationale_right"] / judged,
+        "rationale_accuracy_ci95": _interval_of_share(found["rationale_right"], judged, resamples, seed),
+        "perception_accuracy": found["perception_right"] / judged,
+        "reasoning_accuracy": found["reasoning_right"] / judged,
+        "right_answer_wrong_rationale": counts.cases["right_answer_wrong_rationale"] / judged,
+        "alignment": found["aligned"] / judged,
+        "alignment_ci95": _interval_of_share(found["aligned"], judged, resamples, seed),
+        "cases": dict(counts.cases),
     }
-
-
-def _by_ability(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault(str(prediction.sample.extra.get("ability", "all")), []).append(prediction)
-    return {
-        ability: {
-            "n": len(group),
-            "accuracy": float(np.mean([p.right for p in group])),
-            "alignment": _mean([p.judgement.aligned for p in group if p.judgement is not None]),
-        }
-        for ability, group in sorted(groups.items())
-    }
-
-
-def _mean(values: Sequence[bool]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """95 % percentile bootstrap interval of the mean of `values` [n] (Efron, 1979): [low, high]."""
-    generator = np.random.default_rng(seed)
+    levels, counts = np.unique(values, return_counts=True)
+    return _interval(levels, counts, resamples, seed)
+
+
+def _interval_of_share(hits: int, n: int, resamples: int, seed: int) -> list[float]:
+    """`bootstrap_interval` of n values, of which so many are 1 and the others 0."""
+    counts = np.array([n - hits, hits])
+    there = counts > 0
+    return _interval(np.array([0.0, 1.0])[there], counts[there], resamples, seed)
+
+
+def _interval(levels: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """The interval from the distinct values, ascending, and how often each is there."""
+    generator, n = np.random.default_rng(seed), int(counts.sum())
     # How often a resample holds each distinct value is multinomial: drawing that asks for no sample one by one. One resample
     # after the other, since all at once would take some gigabytes where there are many values.
-    levels, counts = np.unique(values, return_counts=True)
-    shares = counts / len(values)
-    means = [generator.multinomial(len(values), shares) @ levels / len(values) for _ in range(resamples)]
+    means = [generator.multinomial(n, counts / n) @ levels / n for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]

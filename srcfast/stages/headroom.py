@@ -7,11 +7,13 @@ recover of the gap from pass@1 to best-of-N says how much of the headroom prefer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
 from srcfast.world.oracle import judge_sample
@@ -23,42 +25,54 @@ def aligned(sample: Sample, text: str) -> bool:
     return judgement is not None and judgement.aligned
 
 
+def headroom_samples(samples: Iterable[Sample], most: int) -> list[Sample]:
+    """The first samples that the oracle can judge."""
+    return list(islice((s for s in samples if "program" in s.extra and "scene" in s.extra), most))
+
+
 def measure_headroom(
     samples: Sequence[Sample],
     greedy_aligned: Sequence[bool],
-    candidates: Mapping[str, Sequence[Candidate]],
-    score_rows: Sequence[Mapping[str, Any]],
+    candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
+    score_rows: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """pass@1, pass@N, best-of-N, and how often the R-Scorer prefers the aligned one of two candidates.
 
     Args:
         samples: held-out ones that the oracle can judge.
         greedy_aligned: of the same samples, whether the greedy answer is aligned.
-        candidates: sample id -> candidates.
-        score_rows: the R-Scorer's rows of those candidates.
+        candidates: sample id -> candidates; read as they are needed: in the samples' order one sample's are held.
+        score_rows: the R-Scorer's rows of those candidates, read likewise.
     """
-    rows = {row["sample_id"]: row for row in score_rows}
-    some, best, agreements, counts = [], [], [], []
+    rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
+    proposed = some = best = agreed = compared = 0
     for sample in samples:
-        own = list(candidates.get(sample.id, ()))
+        own, row = candidates.get(sample.id) or (), rows.get(sample.id)
         good = [aligned(sample, candidate.text) for candidate in own]
-        counts.append(len(own))
-        some.append(any(good))
-        row = rows.get(sample.id)
-        best.append(bool(row and good[int(np.argmax(row["scores"]))]))
-        if row:
-            wins = row["win_probability"]
-            agreements += [
-                wins[i][j] > 0.5 for i in range(len(own)) for j in range(len(own)) if good[i] and not good[j]
-            ]
+        proposed += len(good)
+        some += any(good)
+        if row is None:
+            continue
+        best += good[int(np.argmax(row["scores"]))]
+        wins = row["win_probability"]
+        verdicts = [wins[i][j] > 0.5 for i, one in enumerate(good) for j, other in enumerate(good) if one and not other]
+        agreed += sum(verdicts)
+        compared += len(verdicts)
+    n = len(samples)
     return {
-        "n": len(samples),
-        "n_candidates": float(np.mean(counts)),
-        "pass_at_1": float(np.mean(greedy_aligned)),
-        "pass_at_n": float(np.mean(some)),
-        "best_of_n": float(np.mean(best)),
-        "scorer_oracle_agreement": float(np.mean(agreements)) if agreements else None,
+        "n": n,
+        "n_candidates": proposed / n,
+        "pass_at_1": sum(greedy_aligned) / n,
+        "pass_at_n": some / n,
+        "best_of_n": best / n,
+        "scorer_oracle_agreement": agreed / compared if compared else None,
     }
+
+
+def with_next(entry: Mapping[str, Any], next_aligned: Sequence[bool]) -> dict[str, Any]:
+    """The entry with the next model's pass@1, and what it recovers; `next_aligned` as `measure_headroom`'s `greedy_aligned`."""
+    pass_at_1 = sum(next_aligned) / len(next_aligned)
+    return {**entry, "next_pass_at_1": pass_at_1, "recovered": recovered(entry, pass_at_1)}
 
 
 def recovered(headroom: Mapping[str, Any], next_pass_at_1: float) -> float | None:

@@ -28,10 +28,11 @@ from srcfast.runtime.work_list import BATCHES, Done, Parts, work_through
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.evaluation import Prediction, answer_greedily, predict
-from srcfast.stages.preference import reference_logprobs
+from srcfast.stages.preference import reference_logprobs, response_logprobs
+from srcfast.stages.rationale import PromptEncoder, image_keys
 from srcfast.stages.scoring import BLOCK, Mode, scored_rows
 
-PAIRS = 256  # preference pairs a piece
+PAIRS = 256  # preference pairs a piece, or requests for a log-probability
 
 DependsOn = Callable[[], Mapping[str, Any]]
 Groups = Iterator[tuple[str, list[Candidate]]]
@@ -85,6 +86,7 @@ def scores_in_pieces(
     Args:
         candidates: reads (sample id, its candidates), from the beginning each time. They are read twice: once for what there
             is, once to judge it, a piece at a time.
+        progress: told how many samples have candidates.
 
     Raises:
         InputError: a candidate that can't be read, or a sample's candidates are not one after the other.
@@ -95,6 +97,7 @@ def scores_in_pieces(
         if sample_id in known:
             judged.append(known[sample_id])
             digest.update(json.dumps([(one.id, one.text) for one in own]).encode())
+    progress.expect(len(judged))
     groups = candidates()
 
     def work(piece: Sequence[Sample]) -> Done:
@@ -141,9 +144,9 @@ def answers_in_pieces(
     return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
 
 
-def predictions_of(samples: Sequence[Sample], answers: Parts) -> list[Prediction]:
-    """The samples' answers, parsed and judged."""
-    return [predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True)]
+def predictions_of(samples: Sequence[Sample], answers: Parts) -> Iterator[Prediction]:
+    """The samples' answers, parsed and judged as they are read, one at a time."""
+    return (predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True))
 
 
 def in_step_with(model: Any) -> Callable[[], None]:
@@ -191,3 +194,38 @@ def references_in_pieces(place: Path, depends_on: DependsOn, progress: Track) ->
         ]
 
     return logprobs
+
+
+def logprobs_in_pieces(
+    place: Path,
+    depends_on: DependsOn,
+    model: Any,
+    requests: Sequence[Sample],
+    *,
+    features: ImageFeatures,
+    token_budget: int,
+    progress: Track,
+) -> Parts:
+    """`response_logprobs` of the requests' answers, each after its question, as rows {logprob, tokens}.
+
+    Answers to the same prompt share it within a piece.
+    """
+
+    def work(piece: Sequence[Sample]) -> Done:
+        features.forget()
+        encode = PromptEncoder(model)
+        items = [
+            (encode(one, one.question, one.id), image_keys(one), model.encode_response(one.answer)) for one in piece
+        ]
+        found = response_logprobs(
+            model,
+            items,
+            token_budget=token_budget,
+            features=features,
+            on_forest=lambda forest: progress.advance(
+                sum(len(tree.segments) - 1 for tree in forest.trees), tokens=forest.num_tokens
+            ),
+        )
+        return [{"logprob": value, "tokens": tokens} for value, tokens in found], {}
+
+    return work_through(place, requests, PAIRS, depends_on, work, progress)

@@ -15,7 +15,7 @@ def test_a_table_s_question_options_and_split_come_back_with_the_bare_answer(tmp
         predict(Sample("1", (), asked, "B", extra=extra), "<see> It is blue. </see> <answer> B </answer>"),
         predict(Sample("2", (), "How many?", "2"), "no idea at all about what you may mean"),
     ]
-    write_predictions(tmp_path / "p", rows)
+    write_predictions(tmp_path / "p", [row.sample for row in rows], iter(rows))
     with open(tmp_path / "p.tsv", encoding="utf-8", newline="") as file:
         first, second = csv.DictReader(file, delimiter="\t")
     assert (first["question"], first["A"], first["B"], first["split"]) == ("Which?", "red", "blue", "dev")

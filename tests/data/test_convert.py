@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srcfast.data.convert import convert, write_predictions_tsv
+from srcfast.data.convert import convert, letters_of, write_predictions_tsv
 from srcfast.data.readers import read_preferences, read_samples
 from srcfast.errors import InputError
 
@@ -178,7 +178,8 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
         {"id": "1", "question": "a\tb\nc", "answer": "A", "prediction": "B", "options": {"A": "x", "B": "y"}},
         {"index": 2, "question": "q", "answer": "yes", "prediction": "", "rationale": 'It "is".', "ability": "logic"},
     ]
-    assert write_predictions_tsv(tmp_path / "p.tsv", iter(rows)) == 2
+    letters = letters_of(row.get("options") for row in rows)
+    assert write_predictions_tsv(tmp_path / "p.tsv", iter(rows), letters) == 2
     with open(tmp_path / "p.tsv", encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file, delimiter="\t"))
     assert list(read[0]) == ["index", "question", "A", "B", "answer", "prediction", "rationale", "category", "split"]
@@ -190,7 +191,7 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [["A", "B"], {"a": "red"}, "ABLE", None])
 def test_options_in_another_form_do_not_stop_the_predictions(tmp_path: Path, options: object) -> None:
     row = {"id": "1", "question": "q", "answer": "a", "prediction": "a", "options": options}
-    assert write_predictions_tsv(tmp_path / "p.tsv", [row]) == 1
+    assert write_predictions_tsv(tmp_path / "p.tsv", [row], letters_of([options])) == 1
     header = "index\tquestion\tanswer\tprediction\trationale\tcategory\tsplit"
     assert (tmp_path / "p.tsv").read_text().splitlines() == [header, "1\tq\ta\ta\t\t\t"]
 

@@ -129,6 +129,19 @@ def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tm
 
 @pytest.mark.slow
 def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Path) -> None:
+    data, (red, blue) = tmp_path / "requests.jsonl", ("There is a red circle.", "There is no blue square.")
+    asked = [
+        {
+            "id": f"{n}",
+            "images": [],
+            "prompt": f"Is it {n}?",
+            "chosen": f"{red} Answer: {n}",
+            "rejected": f"{blue} Answer: no",
+        }
+        for n in range(300)  # more than one part
+    ]
+    data.write_text("".join(json.dumps(row | {"response": row["chosen"]}) + "\n" for row in asked))
+    tuning = ("learning_rate=1e-3", "epochs=1", "micro_batch_size=100", "lora.r=2", "rehearsal_weight=0")
     for ranks in (1, 2):
         for command, *words in (
             ("candidates", "--output=candidates"),
@@ -138,10 +151,18 @@ def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Pa
             options = [word.replace("=", f"={tmp_path}/{ranks}/") for word in words]
             done = srcfast(ranks, command, config, f"output={tmp_path}/{ranks}", *options)
             assert done.returncode == 0, done.stderr[-4000:]
+        done = srcfast(ranks, "logprob", config, f"--data={data}", f"--output={tmp_path}/{ranks}/logprobs.jsonl")
+        assert done.returncode == 0, done.stderr[-4000:]
+        done = srcfast(ranks, "dpo", config, f"--data={data}", f"--output={tmp_path}/dpo-{ranks}", *tuning)
+        assert done.returncode == 0, done.stderr[-4000:]
+        summary = json.loads((tmp_path / f"dpo-{ranks}" / "summary.json").read_text())
+        assert summary["references_computed"] == 300
     files = [path.relative_to(tmp_path / "1") for path in sorted((tmp_path / "1").rglob("*.json*"))]
-    assert len(files) > 3
+    assert len(files) > 4
     for file in files:
         assert (tmp_path / "2" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
+    # AdamW divides by the gradient's size, which enlarges rounding in fp32.
+    np.testing.assert_allclose(tuned(tmp_path, "dpo-2"), tuned(tmp_path, "dpo-1"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from srcfast.stages.pieces import (
     PAIRS,
     answers_in_pieces,
     candidates_in_pieces,
+    logprobs_in_pieces,
     predictions_of,
     references_in_pieces,
     scores_in_pieces,
 )
-from srcfast.stages.rationale import image_keys
+from srcfast.stages.preference import reference_logprobs, response_logprobs
+from srcfast.stages.rationale import PromptEncoder, image_keys
 
 SEARCH = BeamSettings(num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10)
 ADAPTIVE = AdaptivePairs(margin=0.05, contenders=1, audit=0.3)
@@ -71,6 +74,36 @@ class Stages:
         place = self.folder / "answers-parts"
         progress = Track("answers", 36, quiet=True)
         return answers_in_pieces(place, dict, self.model, self.samples, progress=progress, **options)
+
+    def logprobs(self) -> Parts:
+        place = self.folder / "logprobs-parts"
+        progress = Track("logprobs", len(self.requests), unit="responses", quiet=True)
+        options: dict[str, Any] = {"features": self.features, "token_budget": 3000, "progress": progress}
+        parts = logprobs_in_pieces(place, dict, self.model, self.requests, **options)
+        assert progress.done == len(self.requests)
+        return parts
+
+    def references(self) -> list[Preference]:
+        progress = Track("references", len(self.pairs), unit="pairs", quiet=True)
+        logprobs = references_in_pieces(self.folder / "references-parts", dict, progress)
+        return logprobs(self.model, self.pairs, reference_hash="abc", token_budget=3000, features=self.features)
+
+    @property
+    def pairs(self) -> list[Preference]:
+        """More than a piece has."""
+        return [
+            Preference(
+                s.id, s.images, s.question, "It is 3.", f"No {k}!", 1.0, None, None, {"k": k}, image_root=s.image_root
+            )
+            for k in range(8)
+            for s in self.samples
+        ]
+
+    @property
+    def requests(self) -> list[Sample]:
+        """More than a piece has; half of them ask the same again."""
+        answers = [f"It is {' '.join('3' * (1 + k))}." for k in range(1 + PAIRS // len(self.samples))]
+        return [replace(sample, answer=answer) for answer in answers for sample in self.samples]
 
 
 class Judging:
@@ -123,8 +156,8 @@ def folder(models: Path, tmp_path: Path) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("stage", ["candidates", "answers"])
-def test_generation_stopped_in_a_later_piece_and_continued_gives_the_same_bytes(
+@pytest.mark.parametrize("stage", ["candidates", "answers", "logprobs"])
+def test_a_stage_stopped_in_a_later_piece_and_continued_gives_the_same_bytes(
     folder: Callable[[str], Path], stage: str
 ) -> None:
     whole = folder("whole")
@@ -156,20 +189,12 @@ def test_scores_stopped_in_a_later_piece_and_continued_give_the_same_bytes_and_c
 
 
 def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
-    from srcfast.stages.preference import reference_logprobs
-
     stages = Stages(folder("references"))
-    pairs = [
-        Preference(
-            s.id, s.images, s.question, "It is 3.", f"No {k}!", 1.0, None, None, {"k": k}, image_root=s.image_root
-        )
-        for k in range(8)
-        for s in stages.samples
-    ]
+    pairs = stages.pairs
     assert len(pairs) > PAIRS
     options: dict[str, Any] = {"reference_hash": "abc", "token_budget": 3000, "features": stages.features}
-    logprobs = references_in_pieces(stages.folder / "parts", dict, Track("references", 0, quiet=True))
-    found = logprobs(stages.model, pairs, **options)
+    found = stages.references()
+    logprobs = references_in_pieces(stages.folder / "few", dict, Track("references", 0, quiet=True))
     few = logprobs(stages.model, pairs[:3], **options)
     for one, other in zip(found, reference_logprobs(stages.model, pairs, **options), strict=True):
         assert one.extra == other.extra and one.chosen == other.chosen and one.rejected == other.rejected
@@ -180,10 +205,24 @@ def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str],
     )
 
 
+def test_logprobs_in_pieces_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
+    stages = Stages(folder("logprobs"))
+    assert len(stages.requests) > PAIRS
+    encode = PromptEncoder(stages.model)
+    items = [
+        (encode(s, s.question, s.id), image_keys(s), stages.model.encode_response(s.answer)) for s in stages.requests
+    ]
+    expected = response_logprobs(stages.model, items, token_budget=3000, features=stages.features)
+    found = list(stages.logprobs().rows())
+    assert [row["tokens"] for row in found] == [tokens for _, tokens in expected]
+    # Packed otherwise: rounding of fp32.
+    assert [row["logprob"] for row in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
 def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
     stages = Stages(folder("answers"))
     answers = stages.answers()
-    predictions = predictions_of(stages.samples, answers)
+    predictions = list(predictions_of(stages.samples, answers))
     assert [one.sample.id for one in predictions] == [sample.id for sample in stages.samples]
     assert [one.text for one in predictions] == [row["text"] for row in answers.rows()]
 
@@ -191,12 +230,15 @@ def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str
 def all_stages(folder: Path) -> Any:
     stages, judging = Stages(folder), Judging(folder)
     found = {"candidates": stages.candidates(), "answers": stages.answers(), "scores": judging.scores()}
+    found["logprobs"] = stages.logprobs()
+    references = [pair.to_json() for pair in stages.references()]
     distributed.barrier()  # rank 0 holds the store that the others ask
-    return {name: list(parts.rows()) for name, parts in found.items()} | {"counts": found["scores"].counts()}
+    rows = {name: list(parts.rows()) for name, parts in found.items()}
+    return {**rows, "references": references, "counts": found["scores"].counts()}
 
 
 def test_two_ranks_give_what_one_gives(folder: Callable[[str], Path]) -> None:
     alone = all_stages(folder("alone"))
     for told in values_of(run_ranks(2, all_stages, folder("ranks"))):
         assert Counter(told.pop("counts")) == alone["counts"]
-        assert told == {name: alone[name] for name in told} and len(told) == 3
+        assert told == {name: alone[name] for name in told} and len(told) == 5

@@ -1,0 +1,115 @@
+"""Commands run a model over pieces that are kept until the result is on disk, and read no file more often than needed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from made_rows import preference_rows, sentence, write_rows
+from safetensors.torch import load_file
+
+from srcfast import commands
+from srcfast.data.jsonl import read_shards, write_shards
+from srcfast.stages import pieces, preference
+
+Srcfast = Callable[..., Result]
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the power is gone")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PAIRS", 3)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_references_that_dpo_has_computed_outlast_a_training_that_fails(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(7, seed=1))
+    words = ["dpo", "--model", model_dir, "--data", data, "--image-root", image_root, "--quiet", "lora.r=4"]
+    assert srcfast(*words, "--output", tmp_path / "whole").exit_code == 0
+    output = tmp_path / "stopped"
+    with monkeypatch.context() as fault:
+        fault.setattr(preference, "train", broken)
+        assert "the power is gone" in str(srcfast(*words, "--output", output).exception)
+    kept = sorted((output / "checkpoint" / "references").rglob("*.jsonl"))
+    assert [file.name for file in kept] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+    kept[1].unlink()
+    computed: list[int] = []
+    exact = pieces.reference_logprobs
+
+    def counted(model: Any, pairs: Any, **options: Any) -> Any:
+        computed.append(len(pairs))
+        return exact(model, pairs, **options)
+
+    monkeypatch.setattr(pieces, "reference_logprobs", counted)
+    assert srcfast(*words, "--output", output).exit_code == 0
+    assert computed == [3]  # the missing part's pairs, and no others
+    found, expected = (load_file(one / "adapter_model.safetensors") for one in (output, tmp_path / "whole"))
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert json.loads((output / "summary.json").read_text())["references_computed"] == 7
+    assert not (output / "checkpoint").exists()
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_logprob_goes_on_behind_its_last_finished_part_and_leaves_nothing_beside_its_output(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(6)
+    rows = [
+        {"images": [f"{'abc'[n % 3]}.png"], "prompt": "what color", "response": sentence(rng, n + 1)} for n in range(8)
+    ]
+    data = write_rows(tmp_path / "in.jsonl", rows)
+    words = ["logprob", "--model", model_dir, "--data", data, "--image-root", image_root, "--quiet"]
+    assert srcfast(*words, "--output", tmp_path / "whole.jsonl").exit_code == 0
+    exact, sizes, out = pieces.response_logprobs, [], tmp_path / "out.jsonl"
+
+    def counted(model: Any, items: Any, **options: Any) -> Any:
+        sizes.append(len(items))
+        return broken() if sizes == [3, 3] else exact(model, items, **options)
+
+    monkeypatch.setattr(pieces, "response_logprobs", counted)
+    assert "the power is gone" in str(srcfast(*words, "--output", out).exception)
+    assert not out.exists()
+    sizes[:] = [0]
+    assert srcfast(*words, "--output", out).exit_code == 0
+    assert sizes == [0, 3, 2]  # the second and the third part
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(out.read_text().splitlines()) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+def test_score_reads_the_candidates_twice_and_says_how_many_samples_have_some(
+    srcfast: Srcfast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [
+        {"id": f"s{n}", "question": "How many?", "answer": "2", "facts": ["There is a red circle."]} for n in range(5)
+    ]
+    data = write_rows(tmp_path / "samples.jsonl", samples)
+    texts = ["Red. Answer: 2", "Green. Answer: 3"]
+    rows = [
+        {"id": f"s{n}/{k}", "sample_id": f"s{n}", "text": text, "logprob": -1.0}
+        for n in (1, 3, 4)
+        for k, text in enumerate(texts)
+    ]
+    write_shards(tmp_path / "candidates", rows)
+    read: list[Path] = []
+
+    def counted(directory: Path) -> Any:
+        read.append(directory)
+        return read_shards(directory)
+
+    monkeypatch.setattr(commands, "read_shards", counted)
+    words = ["--data", data, "--candidates", tmp_path / "candidates", "--output", tmp_path / "scores"]
+    result = srcfast("score", *words, "scorer.path=embedded")
+    assert result.exit_code == 0, result.output
+    assert read == [tmp_path / "candidates"] * 2
+    assert "3/3 samples" in result.output
+    assert [row["sample_id"] for *_, row in read_shards(tmp_path / "scores")] == ["s1", "s3", "s4"]
