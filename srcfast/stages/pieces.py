@@ -228,4 +228,4 @@ def logprobs_in_pieces(
         )
         return [{"logprob": value, "tokens": tokens} for value, tokens in found], {}
 
-    return work_through(place, requests, PAIRS, depends_on, work, progress)
+    return work_through(place, requests, PAIRS, depends_on, work, progress, in_step_with(model))
