@@ -229,12 +229,14 @@ def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
 
 
 def nf4_flat_size(count: int) -> int:
-    """Bytes of `nf4_flat` for `count` weights."""
-    return sum(_flat_parts(count))
+    """Words of `nf4_flat` for `count` weights."""
+    return sum(_flat_parts(count)) // 4
 
 
 def nf4_flat(weight: NF4Weight) -> Tensor:
-    """All that a weight in blocks of 64 with double quantisation consists of, as one row of bytes: [nf4_flat_size] uint8.
+    """All that a weight in blocks of 64 with double quantisation consists of, as one row: [nf4_flat_size] fp32.
+
+    Nothing in it but the scales is a number: the type is one that parameters may have.
 
     Raises:
         ValueError: other blocks, or scales that are not quantised.
@@ -249,12 +251,13 @@ def nf4_flat(weight: NF4Weight) -> Tensor:
         weight.offset[None].view(torch.uint8),
     )
     sizes = _flat_parts(math.prod(weight.shape))
-    return torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes, strict=True)])
+    filled = [F.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(filled).view(torch.float32)
 
 
 def nf4_from_flat(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Weight:
-    """A weight [shape] that looks at its bytes [nf4_flat_size] uint8, without a copy."""
-    packed, absmax, nested, offset = flat.split(_flat_parts(math.prod(shape)))
+    """A weight [shape] that looks at its row [nf4_flat_size] fp32, without a copy."""
+    packed, absmax, nested, offset = flat.view(torch.uint8).split(_flat_parts(math.prod(shape)))
     blocks = math.ceil(math.prod(shape) / DEFAULT_BLOCKSIZE)
     return NF4Weight(
         packed=packed[: math.ceil(math.prod(shape) / 2)],

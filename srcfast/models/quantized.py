@@ -16,7 +16,8 @@ from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 class NF4Linear(nn.Module):
     """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set.
 
-    With `flat`, codes and scales are one parameter [bytes] uint8, which ranks can share out (`runtime.sharded`).
+    With `flat`, codes and scales are one parameter, a row of fp32 words, which ranks can share out (`runtime.sharded`): FSDP2
+    of PyTorch 2.11 takes no integers.
     """
 
     flat: nn.Parameter | None
@@ -27,7 +28,7 @@ class NF4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.dtype = torch.get_default_dtype()
         self._weight: NF4Weight | None = None
-        codes = torch.empty(nf4_flat_size(out_features * in_features), dtype=torch.uint8) if flat else None
+        codes = torch.empty(nf4_flat_size(out_features * in_features), dtype=torch.float32) if flat else None
         self.flat = None if codes is None else nn.Parameter(codes, requires_grad=False)
 
     @property
@@ -54,7 +55,13 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move the weight with the module, but never cast its scales."""
-        super()._apply(fn, recurse)
+        flat = self.flat
+
+        def move(part: Tensor) -> Tensor:
+            new = fn(part)
+            return part.to(new.device) if part is flat and new.dtype != part.dtype else new
+
+        super()._apply(move, recurse)
         if self._weight is not None:
             device = fn(self._weight.packed).device
             parts = {field.name: getattr(self._weight, field.name) for field in fields(self._weight)}

@@ -99,7 +99,7 @@ def build_decoder(
     """
     try:
         with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
-            decoder = Decoder(DecoderConfig.from_huggingface(config))
+            decoder = Decoder(DecoderConfig.from_huggingface(config)).to(dtype=dtype)
             if quantize == "nf4":
                 quantize_linears(decoder, flat=shard)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -115,7 +115,7 @@ def build_decoder(
             mend=error.mend,
         ) from error
     if torch.device(device).type == "meta":
-        return decoder.to(dtype=dtype)
+        return decoder
     asked, stored = sum(parameter.numel() for parameter in decoder.parameters()), stored_weights(path)
     if stored and asked > 2 * stored:  # before memory is taken for them
         raise InputError(
@@ -124,7 +124,6 @@ def build_decoder(
             found=f"settings of one of {asked:,}",
             mend="the checkpoint does not fit its config.json",
         )
-    decoder = decoder.to(dtype=dtype)
     if shard:
         shard_layers(decoder, device)
     return decoder.to_empty(device=device)

@@ -46,7 +46,8 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
         return
     mesh = _mesh(torch.device(device).type, here, dist.group.WORLD)
     for layer in decoder.layers:  # type: ignore[union-attr]
-        small = {parameter for parameter in layer.parameters() if parameter.ndim < 2 and parameter.is_floating_point()}
+        named = layer.named_parameters()
+        small = {parameter for name, parameter in named if parameter.ndim < 2 and not name.endswith(".flat")}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=small)
     inside = {parameter for layer in decoder.layers for parameter in layer.parameters()}  # type: ignore[union-attr]
     whole = {parameter for parameter in decoder.parameters() if parameter not in inside}

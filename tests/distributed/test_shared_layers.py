@@ -34,6 +34,7 @@ from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.pieces import answers_in_pieces
 from srcfast.stages.rationale import image_loader, rationale_loss, response_tokens
 from srcfast.world.samples import world_samples
+from srcfast_kernels import nf4_dequantize, nf4_quantize
 
 ASSETS = Path(__file__).parents[2] / "srcfast" / "world" / "assets" / "base"
 LORA = LoRAConfig(r=3, alpha=12.0, dropout=0.1)
@@ -264,13 +265,17 @@ def test_a_rank_that_dies_within_a_layer_is_an_error_by_name(tmp_path: Path) -> 
     assert "rank 0 of 2 waited in vain for rank 1" in left["error"]
 
 
-def other_blocks(folder: Path) -> None:
-    from srcfast_kernels import nf4_quantize
-
-    linear = NF4Linear(64, 32, False, flat=True)
-    linear.set_quantized(nf4_quantize(torch.randn(32, 64), blocksize=128))
-
-
 def test_a_four_bit_weight_that_cannot_be_shared_out_is_named() -> None:
+    linear = NF4Linear(64, 32, False, flat=True)
     with pytest.raises(ValueError, match="blocks of 64 with double quantisation, found blocks of 128"):
-        other_blocks(Path())
+        linear.set_quantized(nf4_quantize(torch.randn(32, 64), blocksize=128))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (7, 9), (130, 257)])
+def test_a_four_bit_weight_in_one_row_is_the_weight_and_is_never_cast(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    linear = NF4Linear(shape[1], shape[0], False, flat=True)
+    linear.set_weight(weight)
+    linear.to(torch.bfloat16)
+    assert linear.weight is not None
+    assert torch.equal(nf4_dequantize(linear.weight), nf4_dequantize(nf4_quantize(weight)))
