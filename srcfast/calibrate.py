@@ -37,6 +37,7 @@ from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.replay import kept_if_not_finite
+from srcfast.report.gallery import image_names
 from srcfast.report.page import write_report
 from srcfast.runtime import distributed
 from srcfast.runtime.measure import measured
@@ -375,7 +376,7 @@ class Calibration:
                 {
                     "sample_id": sample.id,
                     "iteration": iteration,
-                    "image": str((sample.image_root / sample.images[0]).resolve()) if sample.images else None,
+                    **image_names(sample, self.directory.path, Path(self.config.output)),
                     "question": sample.question,
                     "gold": sample.answer,
                     "candidates": [
