@@ -15,6 +15,8 @@ import pytest
 from small_disk import Disk, DiskServer, why_not
 from small_run import Attempt, Server, assert_same, finished_stages
 
+from srcfast.runtime.telemetry import MetricsWriter
+
 NO_ROOM, READ_ONLY, NO_QUOTA = "No space left on device", "Read-only file system", "Disk quota exceeded"
 # Where the disk fills: at the opening of what file.
 FILLED = (
@@ -196,3 +198,11 @@ def test_a_quota_that_is_told_at_the_flush_to_disk_is_told_by_file_and_the_run_g
     assert not list((tmp_path / "small").rglob(".*.tmp"))
     assert server.run(tmp_path).status == 0
     assert_same(tmp_path / "small", truth)
+
+
+def test_metrics_without_room_name_their_file() -> None:
+    writer = MetricsWriter("/dev/full")
+    with pytest.raises(OSError, match=f"{NO_ROOM}: '/dev/full'"):
+        writer.write({"loss": 1.0})
+    with pytest.raises(OSError, match=f"{NO_ROOM}: '/dev/full'"):  # it tries once more
+        writer.close()
