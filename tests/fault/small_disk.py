@@ -20,7 +20,7 @@ def why_not() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         return f"no mount namespaces here: {error}"
-    return done.stderr.strip() and f"no mount namespaces here: {done.stderr.strip()}"
+    return f"no mount namespaces here: {done.stderr.strip()}" if done.returncode else ""
 
 
 class DiskServer(Server):
