@@ -38,8 +38,8 @@ def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None
         output: the folder that the run lies in, with the images that were drawn for it: these are moved together.
 
     Returns:
-        `image`: its path from the run's directory where it lies in `output`; None where there is none. Else its whole path, which
-        stays right when the run alone is moved, and as `image_from_run` the one that stays right when all is.
+        `image`: its path from the run's directory where it lies in `output`; None where there is none. Else its whole path,
+        which stays right when the run alone is moved, and as `image_from_run` the one that stays right when all is.
     """
     if not sample.images:
         return {"image": None}

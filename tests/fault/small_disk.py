@@ -1,4 +1,4 @@
-"""A server of attempts in a mount namespace of its own, where real small disks (tmpfs) are mounted, filled, grown and locked."""
+"""A server of attempts in a mount namespace of its own, where real small disks (tmpfs) are mounted, filled and grown."""
 
 from __future__ import annotations
 
