@@ -36,6 +36,7 @@ from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.replay import kept_if_not_finite
+from srcfast.report.gallery import image_names
 from srcfast.report.page import write_report
 from srcfast.runtime import distributed
 from srcfast.runtime.measure import measured
@@ -327,7 +328,9 @@ class Calibration:
         """A round's pairs, and `gallery.json`, which shows some of the last round's."""
         write_shards(self.records.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
         candidates, scores = self.records.candidates(iteration), self.records.scores(iteration)
-        write_json(self.directory.path / "gallery.json", gallery_of(iteration, pairs, self.samples, candidates, scores))
+        names = partial(image_names, run=self.directory.path, output=Path(self.config.output))
+        shown = gallery_of(iteration, pairs, self.samples, candidates, scores, names)
+        write_json(self.directory.path / "gallery.json", shown)
 
     # Helpers ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -160,13 +161,15 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
 
 
 def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source) -> Path:
-    """The folder of a pair's images that travels with it, else `root`.
+    """The folder of a pair's images that travels with it; `root` where it names none, or one that is no longer there.
 
     Raises:
         InputError: it is no path, or lies outside of the --image-root that is given.
     """
     own = row.pop("image_root", str(root))
     if isinstance(own, str) and "\0" not in own:
+        if source.image_root is not None and not os.path.lexists(own):
+            return source.image_root  # the images were moved
         if source.image_root is None or Path(own).resolve().is_relative_to(source.image_root.resolve()):
             return Path(own)
     expected = "a path" if source.image_root is None else f"a path below --image-root ({source.image_root})"

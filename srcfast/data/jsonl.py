@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,27 +105,49 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def remove_temporary(path: Path) -> None:
+    """Remove what lies under a `temporary_of` name, if anything does: a file, a folder, or a link as such."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def is_temporary(path: Path) -> bool:
     """Whether this is a `temporary_of` some path, by any process."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once all is written; if writing fails, nothing changes."""
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the body names this file, not a temporary one or, as where there was no room for bytes, none at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and (error.filename is None or is_temporary(Path(error.filename))):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def replacing(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once all is written; if writing fails, nothing changes.
+
+    `durable`: its bytes are on the disk before its name is, so that not even a power cut leaves half of it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process of this number, or a link planted there
-        with open(temporary, "xb") as file:  # a new file: never through a link, readable as the umask says
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk doesn't say whose bytes it had no room for
+        with naming(path):
+            remove_temporary(temporary)  # left by a killed process of this number, or a link planted there
+            with open(temporary, "xb") as file:  # a new file: never through a link, readable as the umask says
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

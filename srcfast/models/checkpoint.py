@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from srcfast.data.jsonl import parse_object, temporary_of
+from srcfast.data.jsonl import naming, parse_object, remove_temporary, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
 from srcfast.runtime.sharded import keep
@@ -236,22 +238,28 @@ def _like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically. Raises OSError where it can't be written."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own, for what safetensors writes first has a name by chance, which no one would know to be left over.
     temporary = temporary_of(file)
-    temporary.unlink(missing_ok=True)  # never written through a link that is planted there
+    written = temporary / file.name
+    remove_temporary(temporary)  # never written through a link that is planted there
     try:
-        with open(temporary, "xb") as made:
-            mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
-        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(values, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, mode)  # as the umask says: safetensors puts a file there that its owner alone may read
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with naming(file):
+            temporary.mkdir()
+            values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(values, written, metadata={"format": "pt"})
+            # As the umask says: safetensors puts a file there that its owner alone may read.
+            os.chmod(written, stat.S_IMODE(temporary.stat().st_mode) & 0o666)
+            with open(written, "rb") as opened:
+                os.fsync(opened.fileno())
+            os.replace(written, file)
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def model_hash(path: str | Path) -> str:

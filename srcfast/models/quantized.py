@@ -58,8 +58,8 @@ class NF4Linear(nn.Module):
         flat = self.flat
 
         def move(part: Tensor) -> Tensor:
-            new = fn(part)
-            return part.to(new.device) if part is flat and new.dtype != part.dtype else new
+            moved: Tensor = fn(part)
+            return moved if part is not flat or moved.dtype == part.dtype else part.to(moved.device)
 
         super()._apply(move, recurse)
         if self._weight is not None:

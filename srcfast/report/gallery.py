@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.images import load_image
+from srcfast.data.images import load_image, resolve
 from srcfast.data.rationale_format import parse_response
+from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.report.run_files import RunFiles
 from srcfast.report.sections import NOT_MEASURED, case_name
@@ -25,6 +27,37 @@ def gallery(run: RunFiles) -> str:
     if not run.gallery:
         return NOT_MEASURED
     return "".join(_card(entry, run.path) for entry in run.gallery[:MOST_CARDS])
+
+
+def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None]:
+    """The fields by which `gallery.json` names a sample's first image, so that the page finds it in a run that was moved, too.
+
+    Args:
+        sample: whose image.
+        run: the run's directory.
+        output: the folder that the run lies in, with the images that were drawn for it: these are moved together.
+
+    Returns:
+        `image`: its path from the run's directory where it lies in `output`; None where there is none. Else its whole path,
+        which stays right when the run alone is moved, and as `image_from_run` the one that stays right when all is.
+    """
+    if not sample.images:
+        return {"image": None}
+    image = (sample.image_root / sample.images[0]).resolve()
+    from_run = os.path.relpath(image, run.resolve())
+    if image.is_relative_to(output.resolve()):
+        return {"image": from_run}
+    return {"image": str(image), "image_from_run": from_run}
+
+
+def _file_of(entry: dict[str, Any], run: Path) -> Path:
+    """The image of an entry of the gallery; where the run was moved with all its data, by the path from its directory."""
+    file = run / entry["image"]
+    try:
+        resolve(file.parent, file.name)
+    except InputError:
+        return run / entry.get("image_from_run", entry["image"])
+    return file
 
 
 def _card(entry: dict[str, Any], root: Path) -> str:
@@ -52,7 +85,7 @@ def _card(entry: dict[str, Any], root: Path) -> str:
         said.append(f"iteration {escape(str(entry['iteration']))}")
     said.append(f"<code>{escape(str(entry['sample_id']))}</code>")
     head = "".join(f"<span>{item}</span>" for item in said)
-    picture = embedded_image(root / entry["image"], entry["question"]) if entry.get("image") else ""
+    picture = embedded_image(_file_of(entry, root), entry["question"]) if entry.get("image") else ""
     return (
         f'<article class="card"><div>{picture}</div><div>'
         f"<h3>{escape(entry['question'])}</h3><div class=head>{head}</div>{''.join(parts)}</div></article>"

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,17 @@ from typing import Any
 
 import yaml
 
-from srcfast.data.jsonl import file_hash, is_temporary, json_hash, read_lines, write_json, write_jsonl, write_text
+from srcfast.data.jsonl import (
+    file_hash,
+    is_temporary,
+    json_hash,
+    naming,
+    read_lines,
+    remove_temporary,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter
@@ -199,7 +209,7 @@ def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
         )
         for path in list(places):
             if is_temporary(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove_temporary(path)
 
     distributed.from_main(take)
     try:
@@ -230,9 +240,15 @@ def _lock(directory: Path) -> Any:
             f"{directory}: expected no other process to work here, found one ({holder}) that holds {file.name} ({error}). "
             "Mend: wait until it has ended, or take another name or output directory"
         ) from error
-    opened.truncate(0)
-    opened.write(f"process {os.getpid()} on {platform.node()}\n")
-    opened.flush()
+    try:
+        with naming(file):
+            opened.truncate(0)
+            opened.write(f"process {os.getpid()} on {platform.node()}\n")
+            opened.flush()
+    except OSError:
+        with suppress(OSError):  # closing tries to write once more
+            opened.close()
+        raise
     return opened
 
 

@@ -54,10 +54,17 @@ class NotFinite(SrcfastError):
 
 @dataclass(frozen=True)
 class TrainingItem:
-    """A tree to train on, and what the loss function needs to know of it."""
+    """A tree to train on.
+
+    Attributes:
+        tree: its positions.
+        meta: what the loss function needs to know of it.
+        images: what tells its images from others wherever their folder lies, as `image_prints` gives it; None: their keys do.
+    """
 
     tree: Tree
     meta: Any = None
+    images: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """What makes two trainings the same one: their settings, and hashes of their items and of the weights they start from.
 
+    Not where their images lie: a run that was moved with its images, stopped in mid-training, goes on.
+
     Args:
         settings: of the stage.
         loop: `TrainingSettings` as a dict.
@@ -164,7 +166,8 @@ def identity_of(
     for item in items:
         for segment in item.tree.segments:
             digest.update(np.array([segment.parent, segment.tokens.size]).tobytes() + segment.tokens.tobytes())
-        digest.update(repr((item.tree.images, item.tree.key, item.meta)).encode())
+        images = item.tree.images if item.images is None else item.images
+        digest.update(repr((images, item.tree.key, item.meta)).encode())
     return plain(
         {"stage": settings, "loop": loop, "items": digest.hexdigest(), "starting weights": weights_hash(weights)}
     )

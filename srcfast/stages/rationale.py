@@ -18,8 +18,8 @@ from torch import Tensor
 
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.images import load_image
-from srcfast.data.jsonl import read_jsonl
+from srcfast.data.images import load_image, resolve
+from srcfast.data.jsonl import file_hash, read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import InputError, SrcfastError
@@ -138,6 +138,27 @@ def image_keys(record: Sample | Preference) -> tuple[str, ...]:
     return tuple(str(record.image_root / image) for image in record.images)
 
 
+def image_prints(records: Iterable[Sample | Preference]) -> list[tuple[str, ...]]:
+    """Of each record, its images' names and SHA-256: the same when their folder is moved, others for other images.
+
+    Raises:
+        InputError: an image that is missing, or lies outside of its root.
+    """
+    known: dict[str, str] = {}
+
+    def print_of(key: str, root: Path, name: str) -> str:
+        if key not in known:
+            known[key] = f"{name} {file_hash(resolve(root, name))}"
+        return known[key]
+
+    return [
+        tuple(
+            print_of(key, record.image_root, name) for key, name in zip(image_keys(record), record.images, strict=True)
+        )
+        for record in records
+    ]
+
+
 def image_loader(records: Iterable[Sample | Preference]) -> Callable[[str], Image.Image]:
     """The function that opens the records' images by `image_keys`, for `srcfast.models.ImageFeatures`."""
     places = {
@@ -189,9 +210,10 @@ def rationale_trees(model: Any, raps: Sequence[Rap]) -> list[TrainingItem]:
                 ),
                 image_keys(sample),
                 key=sample.id,
-            )
+            ),
+            images=images,
         )
-        for sample, response in raps
+        for (sample, response), images in zip(raps, image_prints(sample for sample, _ in raps), strict=True)
     ]
 
 

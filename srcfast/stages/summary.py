@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from srcfast.data.in_order import InOrder
@@ -57,6 +57,7 @@ def gallery_of(
     samples: Mapping[str, Sample],
     candidates: InOrder[list[Candidate]],
     score_rows: Iterable[Mapping[str, Any]],
+    image_names: Callable[[Sample], Mapping[str, str | None]],
 ) -> list[dict[str, Any]]:
     """`gallery.json`: some of a round's samples with all candidates, scores and the oracle's judgement.
 
@@ -66,6 +67,7 @@ def gallery_of(
         samples: by id.
         candidates: by sample id, read as far as they are shown.
         score_rows: of these candidates, read likewise.
+        image_names: the fields by which a sample's image is found.
     """
     first_of: dict[str, Preference] = {}
     for pair in pairs:
@@ -74,19 +76,15 @@ def gallery_of(
         first_of.setdefault(pair.sample_id, pair)
     scores = InOrder((row["sample_id"], row["scores"]) for row in score_rows)
     return [
-        _shown(iteration, pair, samples[sample_id], candidates.get(sample_id) or [], scores.get(sample_id) or [])
+        {"sample_id": sample_id, "iteration": iteration, **image_names(samples[sample_id])}
+        | _shown(pair, samples[sample_id], candidates.get(sample_id) or [], scores.get(sample_id) or [])
         for sample_id, pair in first_of.items()
     ]
 
 
-def _shown(
-    iteration: int, pair: Preference, sample: Sample, own: Sequence[Candidate], scores: Sequence[float]
-) -> dict[str, Any]:
+def _shown(pair: Preference, sample: Sample, own: Sequence[Candidate], scores: Sequence[float]) -> dict[str, Any]:
     places = {candidate.id: index for index, candidate in enumerate(own)}
     return {
-        "sample_id": sample.id,
-        "iteration": iteration,
-        "image": str((sample.image_root / sample.images[0]).resolve()) if sample.images else None,
         "question": sample.question,
         "gold": sample.answer,
         "candidates": [_shown_candidate(sample, one, score) for one, score in zip(own, scores, strict=True)],

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from srcfast.data.jsonl import is_temporary, remove_temporary, replacing
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.world.questions import ABILITIES, ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render
 from srcfast.world.scenes import Scene, scene_digest, scene_stream
+
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk of any PNG file: its name and checksum
 
 
 def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_rationale: bool = True) -> list[Sample]:
@@ -26,13 +32,16 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
     rng = random.Random(f"{split}/{seed}/questions")
     asked = dict.fromkeys(ABILITIES, 0)
     samples: list[Sample] = []
+    scenes: dict[str, Scene] = {}
     for scene in scene_stream(split, seed):
         if len(samples) == n:
             break
         wanted = min(rng.choice((2, 3, 4)), n - len(samples))
         behind = sorted(ABILITIES, key=lambda ability: (asked[ability], rng.random()))[:wanted]
         questions = ask(scene, rng, behind, wanted)
-        image = _write_image(scene, split, image_dir) if questions else ""
+        image = f"{split}-{scene_digest(scene)[:16]}.png"
+        if questions:
+            scenes[image] = scene
         for question in questions:
             asked[question.ability] += 1
             see, think = true_rationale(scene, question)
@@ -57,16 +66,50 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
                     image_root=image_dir,
                 )
             )
+    _draw(scenes, image_dir)
     return samples
 
 
-def _write_image(scene: Scene, split: str, image_dir: Path) -> str:
-    """Render a scene into `image_dir` unless it is there; written under another name first, then renamed."""
-    digest = scene_digest(scene)
-    name = f"{split}-{digest[:16]}.png"
-    path = image_dir / name
-    if not path.exists():
-        partial = image_dir / f".{name}.{os.getpid()}.partial"
-        render(scene, seed=int(digest[16:28], 16)).save(partial, format="PNG")
-        os.replace(partial, path)
-    return name
+def _draw(scenes: Mapping[str, Scene], image_dir: Path) -> None:
+    """Render scenes into files of these names, but for those that are there whole.
+
+    Processes that draw into one folder take turns, so that each finds what the one before has drawn, and removes what a killed
+    one has left half-drawn. Where the file system has no locks all draw: files are renamed when they are whole.
+    """
+    missing = {name: scene for name, scene in scenes.items() if not _is_whole(image_dir / name)}
+    if not missing:
+        return
+    with _turn(image_dir) as alone:
+        for path in list(image_dir.glob(".*.tmp")) if alone else ():
+            if is_temporary(path):
+                remove_temporary(path)
+        for name, scene in missing.items():
+            if not _is_whole(image_dir / name):
+                picture = render(scene, seed=int(scene_digest(scene)[16:28], 16))
+                with replacing(image_dir / name, durable=False) as file:  # one cut short is drawn again
+                    picture.save(file, format="PNG")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is there to its last byte, which without a flush a power cut doesn't leave."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # none, or shorter than that
+        return False
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[bool]:
+    """Wait until no other process is within the same directory's turn; gives whether there is such a lock."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            alone = True
+        except OSError:  # over NFS for one a directory has none
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)  # which ends the turn; so does the end of the process, however it ends

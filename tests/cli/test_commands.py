@@ -18,6 +18,11 @@ from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
+from srcfast.commands import Source, read_preference_file
+from srcfast.config import Config
+from srcfast.data.jsonl import write_shards
+from srcfast.errors import InputError
+
 Srcfast = Callable[..., Result]
 
 
@@ -319,6 +324,24 @@ def test_stages_hand_their_files_on(srcfast: Srcfast, model_dir: Path, tmp_path:
     )
     assert srcfast("dpo", *words).exit_code == 0
     assert json.loads((out / "summary.json").read_text())["pairs"] == 9
+
+
+def test_curated_pairs_are_read_with_another_image_root_once_their_own_is_gone(tmp_path: Path) -> None:
+    row = {"sample_id": "s", "images": ["a.png"], "prompt": "what", "chosen": "red", "rejected": "blue"}
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    write_shards(tmp_path / "pairs", [row | {"image_root": str(old)}])
+
+    def root_given(root: Path | None) -> Path:
+        (pair,) = read_preference_file(Config(), Source(tmp_path / "pairs", None, root), tmp_path)
+        return pair.image_root
+
+    assert root_given(None) == root_given(tmp_path) == old
+    with pytest.raises(InputError, match="image_root"):  # there, and outside
+        root_given(new)
+    old.rename(new)
+    assert root_given(new) == new
+    assert root_given(None) == old  # which the first image then names
 
 
 def test_convert_sets_bad_records_aside(srcfast: Srcfast, image_root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -32,7 +33,11 @@ class Faults:
             divides; so the next ones, too;
             "tear": the same at an fsync only, the file cut in half before, as a machine leaves it that loses its power;
             "full": from that point on files take no byte (ENOSPC);
+            "quota": from that point on what is written is found to have no room when it is flushed to disk (EDQUOT at fsync);
             "read-only": from that point on nothing can be opened to write, renamed or removed (EROFS);
+            "fill": at that point `filler` takes all room of the disk that it lies on but for `leave` bytes, or, where `filler`
+            ends in "/", all its inodes;
+            "cover": at that point the directory `cover` is mounted read-only over itself, as it is;
             "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
             "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`, and before its end;
@@ -107,7 +112,9 @@ class Faults:
     def at(self, event: str, path: Any) -> None:
         if not isinstance(path, str) or not path.startswith(self.inside):
             return
-        if self.failing and (self.kind == "read-only" or event == "fsync"):
+        if self.failing and self.kind == "quota" and event == "fsync":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))  # of a handle, so without a name
+        if self.failing and self.kind != "quota" and (self.kind == "read-only" or event == "fsync"):
             number = errno.EROFS if self.kind == "read-only" else errno.ENOSPC
             raise OSError(number, os.strerror(number), path)
         name = re.sub(r"\.\d+\.tmp", ".tmp", f"{event} {path.removeprefix(self.inside).lstrip('/')}")
@@ -117,13 +124,16 @@ class Faults:
             return
         if zlib.crc32(point.encode()) % self.fault.get("every", 1) or (self.kind == "tear" and event != "fsync"):
             return
-        if self.kind in ("kill", "tear", "full", "read-only", "twice"):
+        if self.kind not in ("none", "moment", "backwards"):
             os.write(self.points, f"{point}\n".encode())
             self.befall(point, path)
 
     def befall(self, point: str, path: str) -> None:
-        if self.kind in ("full", "read-only"):
+        if self.kind in ("full", "quota", "read-only"):
             self.failing = True
+        elif self.kind in ("fill", "cover"):
+            kind, self.kind = self.kind, "none"
+            fill(self.fault["filler"], self.fault.get("leave", 0)) if kind == "fill" else cover(self.fault["cover"])
         elif self.kind == "twice":
             self.seen.add(point)
             if (second := os.fork()) == 0:
@@ -135,6 +145,29 @@ class Faults:
             if self.kind == "tear" and os.path.isfile(path):
                 os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill(filler: str, leave: int) -> None:
+    """Take all room of the disk that `filler` lies on but for `leave` bytes, or, where it ends in "/", all inodes."""
+    try:
+        if filler.endswith("/"):
+            os.makedirs(filler)
+            for number in range(1 << 20):
+                open(f"{filler}{number}", "x").close()
+        with open(filler, "xb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    if leave:
+        os.truncate(filler, os.path.getsize(filler) - leave)
+
+
+def cover(directory: str) -> None:
+    """Mount a directory read-only over itself: what is opened in it already stays writable, as the file that holds the lock."""
+    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
 
 
 def child(request: dict[str, Any], points: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,42 @@ NOT_COMPARED_FILES = ("environment.json", "summary.json", "report/index.html", "
 
 
 class Server:
-    """The process that forks the attempts, see `attempts_server`."""
+    """The process that forks the attempts, see `attempts_server`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the settings' file.
+        inside: words before the command that starts it, of a program that it then runs in.
+    """
+
+    def __init__(self, folder: Path, inside: Sequence[str] = ()) -> None:
         self.config = folder / "small.yaml"
         self.config.write_text(SETTINGS, encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("attempts_server.py"))],
+            [*inside, sys.executable, str(Path(__file__).with_name("attempts_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
 
-    def run(self, output: Path, fault: dict[str, Any] | None = None, **more: Any) -> Attempt:
-        """`srcfast calibrate` once, into this directory."""
+    def run(
+        self, output: Path, fault: dict[str, Any] | None = None, log: Path | None = None, words: Sequence[str] = ()
+    ) -> Attempt:
+        """`srcfast calibrate` once, into this directory.
+
+        Args:
+            output: the run lies in its `small/`.
+            fault: see `attempts_server.Faults`.
+            log: of what is said, by all attempts; default: in `output`.
+            words: more of the command line.
+        """
         output.mkdir(parents=True, exist_ok=True)
-        log = output / "log.txt"
+        log = log or output / "log.txt"
         before = log.stat().st_size if log.is_file() else 0
         inside = {"inside": str(output / "small")}
-        request = {"words": ["calibrate", str(self.config), f"output={output}"], "log": str(log)}
-        request |= {"fault": (fault or {}) | inside, **more}
+        request = {"words": ["calibrate", str(self.config), f"output={output}", *words], "log": str(log)}
+        request |= {"fault": (fault or {}) | inside}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -108,8 +123,11 @@ def without_times(value: Any) -> Any:
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
-def result_of(run: Path) -> dict[str, Any]:
-    """All files of a run by name: their bytes, of manifest and metrics what is no measurement; paths made alike."""
+def result_of(run: Path, output: Path | None = None) -> dict[str, Any]:
+    """All files of a run by name: their bytes, of manifest and metrics what is no measurement; paths made alike.
+
+    `output`: the directory as the run was told of it, where it is seen from elsewhere or was moved.
+    """
     found: dict[str, Any] = {}
     for file in sorted(run.rglob("*")):
         name = str(file.relative_to(run))
@@ -118,7 +136,7 @@ def result_of(run: Path) -> dict[str, Any]:
         if name in NOT_COMPARED_FILES:
             found[name] = "there"
             continue
-        data = file.read_bytes().replace(str(run.parent).encode(), b"OUTPUT")
+        data = file.read_bytes().replace(str(output or run.parent).encode(), b"OUTPUT")
         if name == "manifest.json":
             found[name] = without_times(json.loads(data))
         elif name == "metrics.jsonl":
@@ -128,8 +146,8 @@ def result_of(run: Path) -> dict[str, Any]:
     return found
 
 
-def assert_same(run: Path, truth: dict[str, Any]) -> None:
+def assert_same(run: Path, truth: dict[str, Any], output: Path | None = None) -> None:
     """The run's files are those of the run that nothing befell: none more, none less, none other."""
-    own = result_of(run)
+    own = result_of(run, output)
     assert sorted(own) == sorted(truth)
     assert [name for name in own if own[name] != truth[name]] == []

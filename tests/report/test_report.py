@@ -12,10 +12,12 @@ import pytest
 from made_up_run import MODELS, make_run
 from PIL import Image
 
+from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.report import plots
+from srcfast.report.gallery import gallery, image_names
 from srcfast.report.page import write_report
-from srcfast.report.run_files import read_run
+from srcfast.report.run_files import RunFiles, read_run
 
 SECTIONS = (
     "results",
@@ -238,3 +240,23 @@ def test_a_sample_without_an_image_has_its_card(tmp_path: Path) -> None:
     (run / "gallery.json").write_text(json.dumps(entries))
     html = write_report(run).read_text(encoding="utf-8")
     assert "<img" not in html and "not available" not in html and html.count('<article class="card">') == 1
+
+
+@pytest.mark.parametrize("together", [("runs",), ("runs", "data")])
+def test_the_gallery_finds_its_images_in_a_moved_run_whether_or_not_they_were_moved_too(
+    tmp_path: Path, together: tuple[str, ...]
+) -> None:
+    entries = []
+    for place in ("data", "runs/images"):
+        folder = tmp_path / "old" / place
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4), (9, 9, 9)).save(folder / "a.png")
+        sample = Sample("s", ("a.png",), "What?", "red", image_root=folder)
+        names = image_names(sample, tmp_path / "old" / "runs" / "one", tmp_path / "old" / "runs")
+        entries.append({**names, "sample_id": "s", "question": "What?", "gold": "red", "candidates": []})
+    (tmp_path / "old" / "runs" / "one").mkdir()
+    (tmp_path / "new").mkdir()
+    for place in together:
+        (tmp_path / "old" / place).rename(tmp_path / "new" / place)
+    run = RunFiles(tmp_path / "new" / "runs" / "one", {}, [], entries, {}, {})
+    assert gallery(run).count("<img") == 2

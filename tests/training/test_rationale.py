@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding
 
@@ -13,6 +14,7 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.runtime.training import TrainingSettings
+from srcfast.runtime.training_checkpoint import identity_of
 from srcfast.stages.rationale import (
     TeacherRationale,
     build_raps,
@@ -129,3 +131,21 @@ def test_fine_tuning_with_images_lowers_the_loss(tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=15, micro_batch_size=3, gradient_accumulation_steps=2, learning_rate=5e-3)
     history = fine_tune_rationale(model, raps, settings, features=features)
     assert len(history) == 15 and history[-1]["loss"] < 0.85 * history[0]["loss"]
+
+
+def test_a_training_s_images_are_known_by_name_and_contents_wherever_they_lie(tmp_path: Path) -> None:
+    def identity(folder: Path, name: str = "a.png", id: str = "1", facts: tuple[str, ...] = ("It is red",)) -> str:
+        raps, _ = build_raps([sample(id, facts=facts, images=(name,), root=folder)])
+        items = rationale_trees(SmallModel(), raps)
+        return identity_of({}, {}, items, torch.zeros(3))["items"]
+
+    for folder, color in (("one", 1), ("two", 1), ("three", 2)):
+        (tmp_path / folder).mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (5, 4), (color, 0, 0)).save(tmp_path / folder / name)
+    first = identity(tmp_path / "one")
+    assert identity(tmp_path / "two") == first
+    assert identity(tmp_path / "three") != first  # other contents under the same name
+    assert identity(tmp_path / "one", name="b.png") != first  # the same contents under another name
+    assert identity(tmp_path / "one", id="2") != first
+    assert identity(tmp_path / "one", facts=("It is blue",)) != first

@@ -1,8 +1,13 @@
 """The world and easy-VQA as data sets: files, ids, splits, facts, and rationales that the oracle confirms."""
 
+import errno
 import json
+import multiprocessing
+import os
+import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,9 @@ from srcfast.errors import InputError, SrcfastError
 from srcfast.stages.rationale import build_raps
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ABILITIES
+from srcfast.world.render import render
 from srcfast.world.samples import world_samples
+from srcfast.world.scenes import Scene, scene_digest
 
 
 def aligned(sample: Sample) -> bool:
@@ -55,6 +62,78 @@ def test_world_samples_are_repeatable_and_images_are_drawn_once(tmp_path: Path) 
     world_samples("train", 30, seed=1, image_dir=other)
     for sample in first:
         assert (other / sample.images[0]).read_bytes() == (tmp_path / sample.images[0]).read_bytes()
+
+
+def in_processes(work: Callable[[], object], count: int) -> list[int | None]:
+    """Do this in so many processes at once; their exit codes."""
+    processes = [multiprocessing.get_context("fork").Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def assert_drawn(samples: list[Sample], folder: Path, elsewhere: Path) -> None:
+    """All images are in the folder, as they are drawn elsewhere, and nothing else is."""
+    undisturbed = world_samples("train", len(samples), seed=3, image_dir=elsewhere)
+    assert [sample.images for sample in samples] == [sample.images for sample in undisturbed]
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert found == {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+
+
+def test_what_a_killed_process_has_half_drawn_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = tmp_path / "images", os.replace
+
+    def draw_and_die() -> None:
+        def kill_at_the_fifth(source: Path, target: Path) -> None:
+            replace(source, target)
+            if len([path for path in folder.iterdir() if path.suffix == ".png"]) == 4:
+                (folder / f".half.png.{os.getpid()}.tmp").write_bytes(b"half a picture")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(os, "replace", kill_at_the_fifth)
+        world_samples("train", 30, seed=3, image_dir=folder)
+
+    assert in_processes(draw_and_die, 1) == [-signal.SIGKILL]
+    assert len(list(folder.iterdir())) == 5
+    assert_drawn(world_samples("train", 30, seed=3, image_dir=folder), folder, tmp_path / "other")
+
+
+def test_a_picture_that_a_power_cut_has_cut_short_is_drawn_again(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    samples = world_samples("train", 12, seed=3, image_dir=folder)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        os.truncate(file, (0, 3, file.stat().st_size - 1)[number % 3])
+    assert_drawn(world_samples("train", len(samples), seed=3, image_dir=folder), folder, tmp_path / "other")
+
+
+def test_processes_that_draw_into_one_folder_draw_each_picture_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, drawn = tmp_path / "images", tmp_path / "drawn.txt"
+
+    def render_and_tell(scene: Scene, seed: int) -> Image.Image:
+        with open(drawn, "a", encoding="utf-8") as file:
+            file.write(f"{scene_digest(scene)}\n")
+        return render(scene, seed)
+
+    monkeypatch.setattr("srcfast.world.samples.render", render_and_tell)
+    assert in_processes(lambda: world_samples("train", 120, seed=3, image_dir=folder), 4) == [0, 0, 0, 0]
+    told = drawn.read_text(encoding="utf-8").splitlines()
+    assert len(told) == len(set(told)) == len(list(folder.iterdir()))
+    assert_drawn(world_samples("train", 120, seed=3, image_dir=folder), folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize("error", [errno.EBADF, errno.ENOLCK])
+def test_without_locks_processes_draw_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    folder = tmp_path / "images"
+    assert in_processes(lambda: world_samples("train", 60, seed=3, image_dir=folder), 3) == [0, 0, 0]
+    assert_drawn(world_samples("train", 60, seed=3, image_dir=folder), folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
