@@ -56,12 +56,12 @@ NOT_COMPARED_FILES = ("environment.json", "summary.json", "report/index.html", "
 class Server:
     """The process that forks the attempts, see `attempts_server`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: str = "attempts_server.py") -> None:
         self.config = folder / "small.yaml"
         self.config.write_text(SETTINGS, encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("attempts_server.py"))],
+            [sys.executable, str(Path(__file__).with_name(program))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -76,11 +76,15 @@ class Server:
         inside = {"inside": str(output / "small")}
         request = {"words": ["calibrate", str(self.config), f"output={output}"], "log": str(log)}
         request |= {"fault": (fault or {}) | inside, **more}
+        answer = self.ask(request)
+        return Attempt(answer["status"], answer["points"], log.read_text(encoding="utf-8")[before:])
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The program's answer to a request."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return Attempt(answer["status"], answer["points"], log.read_text(encoding="utf-8")[before:])
+        return dict(json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         assert self.process.stdin is not None
