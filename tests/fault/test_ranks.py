@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from small_run import STAGES, assert_same, finished_stages, result_of
 
 RANKS = 4
-TIMEOUT = 6  # seconds that a rank waits for another
+TIMEOUT = 8  # seconds that a rank waits for another
 SLACK = 20.0  # seconds in which the processes then end, on a machine that is busy
 # Stages in pieces before the preference tuning: which rank did what changes no byte. Training's sums do, by rounding.
 ANY_RANKS = ("rationale/evaluation", "iteration-1/candidates", "iteration-1/headroom", "iteration-1/scores")
@@ -99,19 +99,18 @@ def strike_ranks(
             agent = strike % 2 == 1
             ranks, victim = RANKS, rng.randrange(RANKS)
             if agent and stage in ANY_RANKS:
-                ranks, victim = rng.choice((2, 3)), 0  # rank 0 is always struck before the stage is entered as finished
-            fault = {"kind": "moment", "stage": stage, "after": rng.random() * seconds[stage], "signal": signal.SIGKILL}
+                ranks = rng.choice((2, 3))
+                victim = rng.randrange(ranks)
+            after = rng.random() * min(seconds[stage], TIMEOUT / 2)
+            fault = {"kind": "moment", "stage": stage, "after": after, "signal": signal.SIGKILL}
             timeout = 600 if agent else TIMEOUT
             attempt = server.run_ranks(ranks, output, timeout, victim=victim, fault=fault, agent=agent)
-            if attempt.statuses[victim] == 0:  # the moment was behind its last stage
-                break
             assert attempt.statuses[victim] == -signal.SIGKILL, "\n".join(attempt.said)
-            here = next((one for one in STAGES if one not in finished_stages(output / "small")), "page")
             if agent:
                 assert attempt.seconds is not None and attempt.seconds < SLACK, attempt
-            elif here != "page":
+            else:
                 assert_others_end(attempt, victim, always_named=False)
-            struck[here] += 1
+            struck[next(one for one in STAGES if one not in finished_stages(output / "small"))] += 1
     done(server, RANKS, output)
     return struck
 
@@ -127,7 +126,7 @@ def test_one_of_four_ranks_killed_at_a_random_moment_loses_nothing(
 ) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    assert strike_ranks(rank_server, tmp_path, ["rationale"], seconds_of(together), strikes=1, seed=seed)
+    assert strike_ranks(rank_server, tmp_path, ["rationale"], seconds_of(together), strikes=1, seed=seed).total() == 1
     assert_same(tmp_path / "small", truth)
 
 
@@ -139,8 +138,7 @@ def test_one_of_four_ranks_killed_at_random_moments_of_every_stage_loses_nothing
     print(f"seed {seed}")
     struck = strike_ranks(rank_server, tmp_path, STAGES, seconds_of(together), strikes=2, seed=seed)
     assert_same(tmp_path / "small", truth)
-    print(f"{struck.total()} ranks killed: {dict(struck)}")
-    assert struck.total() >= 14 and len(struck) >= len(STAGES) - 2, struck
+    assert struck == dict.fromkeys(STAGES, 2)  # no stage is entered as finished without the rank that was killed
 
 
 @pytest.mark.slow
@@ -152,7 +150,8 @@ def test_one_of_four_ranks_that_hangs_or_raises_ends_the_others(
     if stage != "rationale":
         after_stage_1(together, tmp_path)
     victim = random.randrange(RANKS)
-    fault = {"kind": "moment", "stage": stage, "after": 0.5 * random.random() * seconds_of(together)[stage]}
+    after = random.random() * min(seconds_of(together)[stage], TIMEOUT / 2)
+    fault = {"kind": "moment", "stage": stage, "after": after}
     attempt = rank_server.run_ranks(RANKS, tmp_path, TIMEOUT, victim=victim, fault=fault | {"signal": how})
     assert attempt.statuses[victim] == (-signal.SIGKILL if how == signal.SIGSTOP else 1), "\n".join(attempt.said)
     assert stage not in finished_stages(tmp_path / "small")
