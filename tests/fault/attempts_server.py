@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import glob
 import json
 import os
 import re
@@ -35,7 +36,8 @@ class Faults:
             "read-only": from that point on nothing can be opened to write, renamed or removed (EROFS);
             "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
-            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`, and before its end;
+            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage` (or from when there is a
+            file that `behind` matches), and before its end;
             "none".
         points: appended to by one line a point, at once, so that a killed process has told them.
     """
@@ -88,6 +90,9 @@ class Faults:
             begin(track, name, *more, **options)
             if name == self.fault["stage"] and (striker := os.fork()) == 0:
                 os.close(self.points)
+                behind = os.path.join(self.inside, self.fault.get("behind", ""))
+                while not glob.glob(behind) and os.getppid() == victim:
+                    time.sleep(0.002)
                 time.sleep(self.fault["after"])
                 if os.getppid() == victim:
                     os.kill(victim, self.fault["signal"])

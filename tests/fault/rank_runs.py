@@ -39,6 +39,8 @@ class RankServer(Server):
         logs = [output / f"log-{rank}.txt" for rank in range(ranks)]
         words = ["calibrate", str(self.config), f"output={output}", f"distributed.timeout_seconds={timeout}"]
         request = {"words": [*words, *BATCHES_OF_ONE], "ranks": ranks, "logs": [str(log) for log in logs]}
+        if fault:
+            fault["fault"] |= {"inside": str(output / "small")}
         answer = self.ask(request | {"limit": limit} | fault)
         said = [log.read_text(encoding="utf-8") for log in logs]
         return RankAttempt(answer["statuses"], said, answer["seconds"])

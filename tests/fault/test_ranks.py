@@ -90,7 +90,7 @@ def strike_ranks(
     seconds: dict[str, float],
     strikes: int,
     seed: int,
-    earliest: float = 0.0,
+    behind: str = "",
 ) -> Counter[str]:
     """One rank is killed at so many random moments of each stage; then the run is finished. Returns the stages struck.
 
@@ -98,7 +98,7 @@ def strike_ranks(
 
     Args:
         seconds: that each stage takes undisturbed.
-        earliest: share of these before which no moment is.
+        behind: a pattern of files, and no moment is before there is one.
     """
     rng, struck = random.Random(seed), Counter[str]()
     for stage in stages:
@@ -108,8 +108,8 @@ def strike_ranks(
             if agent and stage in ANY_RANKS:
                 ranks = rng.choice((2, 3))
                 victim = rng.randrange(ranks)
-            after = rng.uniform(earliest, 1.0) * seconds[stage]
-            fault = {"kind": "moment", "stage": stage, "after": after, "signal": signal.SIGKILL}
+            after = rng.random() * seconds[stage]
+            fault = {"kind": "moment", "stage": stage, "after": after, "behind": behind, "signal": signal.SIGKILL}
             timeout = 600 if agent else TIMEOUT
             attempt = server.run_ranks(ranks, output, timeout, victim=victim, fault=fault, agent=agent)
             assert attempt.statuses[victim] == -signal.SIGKILL, "\n".join(attempt.said)
@@ -129,13 +129,13 @@ def seconds_of(run: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_one_of_four_ranks_killed_at_a_random_moment_loses_nothing(
-    rank_server: RankServer, together: Path, truth: dict[str, Any], tmp_path: Path
+    rank_server: RankServer, truth: dict[str, Any], tmp_path: Path
 ) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    # Late in a training, so that it goes on from a checkpoint.
-    seconds = seconds_of(together)
-    struck = strike_ranks(rank_server, tmp_path, ["rationale"], seconds, strikes=1, seed=seed, earliest=0.5)
+    # In the midst of a training of 36 steps, so that it goes on from a checkpoint.
+    seconds, behind = {"rationale": 0.2}, "checkpoint/rationale/step-*8"
+    struck = strike_ranks(rank_server, tmp_path, ["rationale"], seconds, strikes=1, seed=seed, behind=behind)
     assert struck == {"rationale": 1}
     assert_same(tmp_path / "small", truth)
 
