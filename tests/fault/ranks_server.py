@@ -24,8 +24,8 @@ from attempts_server import Faults, run_and_end
 START_TIMEOUT = timedelta(seconds=20)  # nothing is compiled here, and no large model is read
 
 
-class RankFailed(Exception):
-    """What a rank raises at SIGUSR1, wherever it is."""
+class RankFailed(BaseException):
+    """What a rank raises at SIGUSR1, wherever it is: where an image is read, too, and is not taken for a bad image."""
 
 
 def keep_store() -> tuple[int, int]:
