@@ -57,8 +57,8 @@ def test_nccl_connects_only_once_all_ranks_have_come(tmp_path: Path) -> None:
     (late := tmp_path / "late").mkdir()
     assert values_of(run_ranks(3, sum_on_a_device, late)) == [[True]] * 3
     (never := tmp_path / "never").mkdir()
-    for here in run_ranks(3, sum_on_a_device, never, SHORT)[:2]:
-        assert "waited in vain for rank 2:" in here["error"]
+    here = run_ranks(3, sum_on_a_device, never, SHORT)[0]  # which holds the store, and so can always name
+    assert "waited in vain for rank 2:" in here["error"]
 
 
 def wait_for_a_device(folder: Path) -> float:
