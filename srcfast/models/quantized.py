@@ -55,11 +55,11 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move the weight with the module, but never cast its scales."""
-        flat = self.flat
 
         def move(part: Tensor) -> Tensor:
             moved: Tensor = fn(part)
-            return moved if part is not flat or moved.dtype == part.dtype else part.to(moved.device)
+            is_flat = part is self.flat
+            return part.to(moved.device) if is_flat and moved.dtype != part.dtype else moved
 
         super()._apply(move, recurse)
         if self._weight is not None:

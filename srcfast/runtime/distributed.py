@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
 
@@ -25,11 +25,17 @@ Found = TypeVar("Found")
 
 START_TIMEOUT = timedelta(minutes=30)  # models are read, kernels compiled, caches filled: ranks may be far apart
 TIMEOUT = timedelta(minutes=10)
+# NCCL ends the whole process, and names no rank; so it comes behind gloo, which leaves it to us to name the one that is away.
+NCCL_LATER = timedelta(minutes=1)
 POLL = 0.1  # seconds between two looks at who is still away
+DEVICE_POLL = 0.0002  # seconds between two looks at whether a device is done
+SETTLE = 1.0  # seconds in which the ranks that a failed exchange has in common hear of it
 
 _store: dist.Store | None = None
 _short: timedelta | None = None  # the timeout still to be set once all ranks are under way
 _patience = START_TIMEOUT  # the one that holds now
+_nccl = False  # whether there is NCCL beside gloo
+_connected = False  # whether it has connected the ranks' devices
 _arrived = 0  # exchanges that this rank has come to
 _sign = 0.0  # when this rank last gave a sign of life
 _alone: dict[str, int] = {}
@@ -81,11 +87,15 @@ def meet() -> None:
 
 
 def alive() -> None:
-    """A sign of life for the ranks that `meet`: called by a rank whose work advances, as often as it likes."""
+    """A sign of life for the ranks that `meet`: called by a rank whose work advances, as often as it likes.
+
+    Raises:
+        SrcfastError: the host that counts is gone.
+    """
     global _sign
     if _store is not None and time.monotonic() - _sign > 1.0:
         _sign = time.monotonic()
-        _store.add(f"srcfast/alive/{rank()}", 1)
+        _add(f"alive/{rank()}", 1)
 
 
 def broadcast(value: Any) -> Any:
@@ -117,9 +127,27 @@ def gather_tensor(own: Tensor) -> Tensor:
     """
     if size() == 1:
         return own[None]
+    if own.is_cuda:
+        _connect()
     parts = [torch.empty_like(own) for _ in range(size())]
     _together(lambda: dist.all_gather(parts, own))
     return torch.stack(parts)
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Wait until a device has come to this event, behind sums over the ranks: as long as for another rank, and no longer.
+
+    Raises:
+        SrcfastError: it has not; a rank that has come to fewer exchanges is named.
+    """
+    if size() == 1:
+        event.synchronize()
+        return
+    since = time.monotonic()
+    while not event.query():
+        if time.monotonic() - since > _patience.total_seconds():
+            raise _in_vain("the device is still busy")
+        time.sleep(DEVICE_POLL)
 
 
 def start_sum(tensor: Tensor) -> Callable[[], None]:
@@ -129,6 +157,8 @@ def start_sum(tensor: Tensor) -> Callable[[], None]:
     """
     if size() == 1:
         return lambda: None
+    if tensor.is_cuda:
+        _connect()
     work = _together(lambda: dist.all_reduce(tensor, async_op=True))
     return lambda: _finish(work.wait)
 
@@ -156,26 +186,29 @@ def from_main(work: Callable[[], Found]) -> Found:
 
 
 def next_number(name: str) -> int:
-    """0, 1, 2, ...: each is given to one rank only, to whichever asks first. Ranks that share work take it by these."""
+    """0, 1, 2, ...: each is given to one rank only, to whichever asks first. Ranks that share work take it by these.
+
+    Raises:
+        SrcfastError: the host that counts is gone.
+    """
     if _store is None:
         _alone[name] = _alone.get(name, -1) + 1
         return _alone[name]
-    return _store.add(f"srcfast/next/{name}", 1) - 1
+    return _add(f"next/{name}", 1) - 1
 
 
 def under_way() -> None:
     """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
     global _short, _patience
     if _short is not None:
-        for group in (None, *_groups):
-            _set_pg_timeout(_short, group)
-        _patience, _short = _short, None
+        _set_timeout(_short)
+        _short = None
 
 
 def join(group: dist.ProcessGroup) -> None:
     """A group of some of the ranks, whose waits are to end as those of all do."""
     _groups.append(group)
-    _set_pg_timeout(_patience, group)
+    _set_timeout(_patience)
 
 
 @contextmanager
@@ -191,7 +224,7 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
     Raises:
         ConfigError: one GPU is named, or fewer are here than ranks.
     """
-    global _store, _short, _arrived, _patience
+    global _store, _short, _arrived, _nccl, _connected
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         yield
@@ -209,7 +242,8 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
         world_size=world_size,
         timeout=at_start,
     )
-    _store, _short, _arrived, _patience = store, timeout, 0, at_start
+    _store, _short, _arrived, _nccl, _connected = store, timeout, 0, cuda, False
+    _set_timeout(at_start)
     # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
     # connection or from torchrun.
     try:
@@ -238,6 +272,24 @@ def _take_gpu(device: str) -> None:
     torch.cuda.set_device(local)
 
 
+def _set_timeout(timeout: timedelta) -> None:
+    """Of all exchanges that begin from now on."""
+    global _patience
+    _patience = timeout
+    for group in (_get_default_group(), *_groups):
+        _set_pg_timeout(timeout, group)
+        if _nccl:
+            group._get_backend(torch.device("cuda"))._set_default_timeout(timeout + NCCL_LATER)
+
+
+def _connect() -> None:
+    """Before NCCL's first exchange, in which it connects the devices and waits without an end for a rank that is away."""
+    global _connected
+    if not _connected:
+        barrier()
+        _connected = True
+
+
 def _together(collective: Callable[[], Found]) -> Found:
     """A collective, counted before it begins: so that a rank which is not there can be named."""
     _arrive()
@@ -246,12 +298,19 @@ def _together(collective: Callable[[], Found]) -> Found:
 
 def _arrive() -> None:
     global _arrived
-    assert _store is not None
     _arrived += 1
-    _store.add(f"srcfast/arrived/{rank()}", 1)
+    _add(f"arrived/{rank()}", 1)
+
+
+def _add(name: str, number: int) -> int:
+    """Add to a counter that all ranks see; returns what it is then. Raises SrcfastError where the host that counts is gone."""
+    assert _store is not None
+    store = _store
+    return _finish(lambda: store.add(f"srcfast/{name}", number))
 
 
 def _counter(name: str) -> int:
+    """Raises RuntimeError where the host that counts is gone."""
     assert _store is not None
     return _store.add(f"srcfast/{name}", 0)
 
@@ -275,10 +334,29 @@ def _first_line(error: Exception) -> str:
 def _in_vain(why: str) -> SrcfastError:
     away: list[int] = []
     with suppress(RuntimeError):  # who counts may be gone with its host
-        away = _away()
+        away = _away() or _silent()
     missing = f"rank {', '.join(map(str, away))}" if away else "another rank"
     return SrcfastError(
         f"rank {rank()} of {size()} waited in vain for {missing}: expected all ranks to come to the same exchange. "
         "Mend: see the first error that another rank shows; where there is none, it hangs, or it is slower than "
         f"distributed.timeout_seconds allows ({why})"
     )
+
+
+def _silent() -> list[int]:
+    """The one rank that has stopped within an exchange to which all have come: all others give it up, it does not.
+
+    Empty where several don't within SETTLE: some may not have heard of it yet.
+    """
+    assert _store is not None
+    _store.add(f"srcfast/gave up/{rank()}", 1)
+    end = time.monotonic() + SETTLE
+    while True:
+        left = [
+            other
+            for other in range(size())
+            if _counter(f"arrived/{other}") == _arrived and not _counter(f"gave up/{other}")
+        ]
+        if len(left) <= 1 or time.monotonic() > end:
+            return left if len(left) == 1 else []
+        time.sleep(POLL)

@@ -438,9 +438,9 @@ class StepNumbers:
         return cls(step.step, step.forests, shared, names, norm, finite, stacked, arrived)
 
     def read(self) -> Metrics:
-        """The step's metrics, once they are here. Raises SrcfastError where loss or norm is not finite."""
+        """The step's metrics, once they are here. Raises SrcfastError where loss or norm is not finite, or a rank is away."""
         if self.arrived is not None:
-            self.arrived.synchronize()
+            distributed.wait_for(self.arrived)
         values, count, width = self.values.tolist(), len(self.forests), 1 + len(self.names)
         losses, norm, rest = values[:count], values[count], values[count + 1 :]
         every = [rest[start : start + width] for start in range(0, len(rest), width)]  # a list for each rank

@@ -110,8 +110,9 @@ def test_a_run_continued_on_other_ranks_gives_the_same_files(
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tmp_path: Path) -> None:
-    run = calibrate(2, config, tmp_path)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tmp_path: Path, ranks: int) -> None:
+    run = calibrate(ranks, config, tmp_path)
     # AdamW divides by the gradient's size, which enlarges rounding in fp32.
     np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

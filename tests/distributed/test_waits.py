@@ -51,6 +51,38 @@ def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path, work
     assert time.monotonic() - began < 60  # START_TIMEOUT, which holds before, is longer
 
 
+def stop_within_an_exchange(folder: Path) -> None:
+    distributed.barrier()
+    distributed.under_way()
+    if distributed.rank() == 2:
+        distributed._arrive()  # it has come, and is stopped before it says anything
+        time.sleep(10)
+    distributed.barrier()
+
+
+def test_of_four_ranks_one_that_stops_within_an_exchange_is_named(tmp_path: Path) -> None:
+    found = run_ranks(4, stop_within_an_exchange, tmp_path, SHORT)
+    assert "waited in vain for rank 2:" in found[0]["error"]
+    for here in (
+        found[1],
+        found[3],
+    ):  # the store by which they name it may have ended with rank 0: there is no torchrun
+        assert here["exit"] == 1 and "waited in vain for" in here["error"]
+
+
+def lose_the_store(folder: Path) -> None:
+    distributed.barrier()
+    if distributed.is_main():  # which holds the store, for there is no torchrun here
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    {1: distributed.barrier, 2: distributed.alive, 3: lambda: distributed.next_number("piece")}[distributed.rank()]()
+
+
+def test_a_host_that_counts_and_is_gone_is_an_error_of_ours(tmp_path: Path) -> None:
+    for here in run_ranks(4, lose_the_store, tmp_path)[1:]:
+        assert "waited in vain for another rank" in here["error"] and "SrcfastError" in here["trace"]
+
+
 def be_slow(folder: Path) -> float:
     distributed.barrier()
     distributed.under_way()

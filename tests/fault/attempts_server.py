@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import glob
 import json
 import os
 import re
@@ -40,7 +41,8 @@ class Faults:
             "cover": at that point the directory `cover` is mounted read-only over itself, as it is;
             "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
-            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage`, and before its end;
+            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage` (or from when there is a
+            file that `behind` matches), and before its end;
             "none".
         points: appended to by one line a point, at once, so that a killed process has told them.
     """
@@ -77,11 +79,15 @@ class Faults:
         builtins.open = on_a_full_disk
 
     def expect(self) -> None:
-        """A process that strikes this one is started with the stage's progress; the stage isn't entered before it has."""
+        """A process that strikes this one is started with the stage's progress; the stage isn't entered before it has.
+
+        Of several ranks any may be struck: none waits for the others at the end of its work before it was.
+        """
+        from srcfast.runtime import distributed
         from srcfast.runtime.run_directory import RunDirectory
         from srcfast.runtime.telemetry import Track
 
-        begin, finish, victim = Track.__init__, RunDirectory.finish_stage, os.getpid()
+        begin, finish, meet, victim = Track.__init__, RunDirectory.finish_stage, distributed.meet, os.getpid()
         striker = 0
 
         def begin_and_expect(track: Any, name: str, *more: Any, **options: Any) -> None:
@@ -89,17 +95,31 @@ class Faults:
             begin(track, name, *more, **options)
             if name == self.fault["stage"] and (striker := os.fork()) == 0:
                 os.close(self.points)
+                behind = os.path.join(self.inside, self.fault.get("behind", ""))
+                while not glob.glob(behind) and os.getppid() == victim:
+                    time.sleep(0.002)
                 time.sleep(self.fault["after"])
                 if os.getppid() == victim:
                     os.kill(victim, self.fault["signal"])
                 os._exit(0)
 
-        def finish_once_struck(directory: Any, name: str, *more: Any, **options: Any) -> Any:
-            if name == self.fault["stage"]:
+        def be_struck() -> None:
+            nonlocal striker
+            if striker:
                 os.waitpid(striker, 0)
+                striker = 0
+
+        def finish_once_struck(directory: Any, name: str, *more: Any, **options: Any) -> Any:
+            be_struck()
             return finish(directory, name, *more, **options)
 
+        def meet_once_struck() -> None:
+            if distributed.size() > 1:
+                be_struck()
+            meet()
+
         Track.__init__, RunDirectory.finish_stage = begin_and_expect, finish_once_struck
+        distributed.meet = meet_once_struck
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

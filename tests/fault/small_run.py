@@ -60,14 +60,15 @@ class Server:
     Args:
         folder: of the settings' file.
         inside: words before the command that starts it, of a program that it then runs in.
+        program: the server's, beside this file.
     """
 
-    def __init__(self, folder: Path, inside: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, inside: Sequence[str] = (), program: str = "attempts_server.py") -> None:
         self.config = folder / "small.yaml"
         self.config.write_text(SETTINGS, encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [*inside, sys.executable, str(Path(__file__).with_name("attempts_server.py"))],
+            [*inside, sys.executable, str(Path(__file__).with_name(program))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,7 +76,12 @@ class Server:
         )
 
     def run(
-        self, output: Path, fault: dict[str, Any] | None = None, log: Path | None = None, words: Sequence[str] = ()
+        self,
+        output: Path,
+        fault: dict[str, Any] | None = None,
+        log: Path | None = None,
+        words: Sequence[str] = (),
+        **more: Any,
     ) -> Attempt:
         """`srcfast calibrate` once, into this directory.
 
@@ -84,18 +90,23 @@ class Server:
             fault: see `attempts_server.Faults`.
             log: of what is said, by all attempts; default: in `output`.
             words: more of the command line.
+            more: for other programs' servers.
         """
         output.mkdir(parents=True, exist_ok=True)
         log = log or output / "log.txt"
         before = log.stat().st_size if log.is_file() else 0
         inside = {"inside": str(output / "small")}
         request = {"words": ["calibrate", str(self.config), f"output={output}", *words], "log": str(log)}
-        request |= {"fault": (fault or {}) | inside}
+        request |= {"fault": (fault or {}) | inside, **more}
+        answer = self.ask(request)
+        return Attempt(answer["status"], answer["points"], log.read_text(encoding="utf-8")[before:])
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The program's answer to a request."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return Attempt(answer["status"], answer["points"], log.read_text(encoding="utf-8")[before:])
+        return dict(json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         assert self.process.stdin is not None
