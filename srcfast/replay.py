@@ -6,7 +6,6 @@ weights, before the step). `srcfast replay not-finite` runs the step again and s
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from srcfast.config import Config
-from srcfast.data.jsonl import write_json
-from srcfast.data.records import Preference, Sample
+from srcfast.data.jsonl import parse_object, regular, write_json
+from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.loading import features_of, load_model
 from srcfast.models.lora import load_adapter, lora_parameters, save_adapter
@@ -71,12 +71,16 @@ def replay(place: Path) -> Metrics:
     """
     file = place / BATCH
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_object(regular(file).read_bytes())
         config = Config.model_validate(found["config"])
-        loop = TrainingSettings(**found["loop"])
+        loop = TypeAdapter(TrainingSettings).validate_python(found["loop"])
         root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
         pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
-        raps = [_rap(row, root) for row in found["rationales"]]
+        raps = [_rap(row, file, root) for row in found["rationales"]]
+        if type(step) is not int or not 0 <= step < 1 << 31 or stage not in ("rationale", "dpo"):
+            raise ValueError(f"step {step!r} of stage {stage!r}")
+        if not (raps if stage == "rationale" else pairs):
+            raise ValueError(f"nothing that stage {stage!r} trains on")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             file=file,
@@ -153,8 +157,10 @@ def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
     return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
 
 
-def _rap(row: dict[str, Any], root: Path) -> Rap:
-    return Sample(row["id"], tuple(row["images"]), row["question"], "", image_root=root), row["response"]
+def _rap(row: dict[str, Any], file: Path, root: Path) -> Rap:
+    fields = Fields(row, file, None)
+    sample = Sample(fields.identifier("id"), fields.images(), fields.text("question"), "", image_root=root)
+    return sample, fields.text("response")
 
 
 def _trained(model: Any) -> str:

@@ -39,12 +39,21 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object of which no key is there twice and no number is infinite. Raises ValueError for anything else."""
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says in UTF-8, where no key is there twice and no number is infinite. Raises ValueError for anything else."""
+    text = text if isinstance(text, str) else text.decode("utf-8")
     try:
-        value = DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
+        value = DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+    if not is_unicode(text, value):
+        raise ValueError("half of a surrogate pair")
+    return value
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """`parse_json` of an object. Raises ValueError for anything else."""
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of an object")
     return value
