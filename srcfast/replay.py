@@ -73,12 +73,14 @@ def replay(place: Path) -> Metrics:
     try:
         found = parse_object(regular(file).read_bytes())
         config = Config.model_validate(found["config"])
-        loop = TypeAdapter(TrainingSettings).validate_python(found["loop"])
+        loop = TypeAdapter(TrainingSettings).validate_python(asdict(TrainingSettings(**found["loop"])))
         root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
         pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
         raps = [_rap(row, file, root) for row in found["rationales"]]
         if type(step) is not int or not 0 <= step < 1 << 31 or stage not in ("rationale", "dpo"):
             raise ValueError(f"step {step!r} of stage {stage!r}")
+        if min(loop.micro_batch_size, loop.gradient_accumulation_steps, loop.token_budget) < 1:
+            raise ValueError(f"batches of none: {loop}")
         if not (raps if stage == "rationale" else pairs):
             raise ValueError(f"nothing that stage {stage!r} trains on")
     except (OSError, ValueError, KeyError, TypeError) as error:
