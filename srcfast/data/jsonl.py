@@ -212,7 +212,7 @@ def file_hash(file: str | Path) -> str:
 
 def is_complete(directory: str | Path) -> bool:
     """Whether `write_shards` finished here."""
-    return (Path(directory) / COMPLETE).is_file()
+    return os.path.isfile(Path(directory) / COMPLETE)  # False for a path that is none, where pathlib raises OSError
 
 
 def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:

@@ -45,7 +45,7 @@ INDEX = "model.safetensors.index.json"
 
 def read_config(path: str | Path) -> Any:
     """The transformers config of a checkpoint directory. Raises InputError where there is none."""
-    if not (Path(path) / "config.json").is_file():
+    if not os.path.isfile(Path(path) / "config.json"):
         raise InputError(
             file=path, expected="a model directory with config.json", found="none", mend="name the directory"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def read_run(path: Path) -> RunFiles:
     Raises:
         InputError: there is no `summary.json`, or a file is not what a run writes.
     """
-    if not (path / "summary.json").is_file():
+    if not os.path.isfile(path / "summary.json"):
         raise InputError(
             file=path / "summary.json",
             expected="the summary of a run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import malformed_checkpoints
 import malformed_images
+import malformed_places
 import malformed_records
 import malformed_runs
 import malformed_settings
@@ -15,4 +16,5 @@ CORPUS: list[Case] = [
     *malformed_settings.cases(),
     *malformed_checkpoints.cases(),
     *malformed_runs.cases(),
+    *malformed_places.cases(),
 ]
