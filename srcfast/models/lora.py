@@ -295,11 +295,13 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
     file = directory / ADAPTER_CONFIG
     try:
         settings = parse_object(regular(file).read_bytes())
-    except (OSError, ValueError) as error:
+        tensors = dict(read_file(directory / ADAPTER_WEIGHTS))
+    except (OSError, ValueError, InputError) as error:
+        if isinstance(error, InputError) and error.field is not None:
+            raise  # it names the tensor
         raise InputError(
             file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
-    tensors = dict(read_file(directory / ADAPTER_WEIGHTS))
     for key, needed in UNDERSTOOD.items():
         if (settings.get(key) or needed) != needed:
             raise InputError(file=file, field=key, expected=str(needed), found=settings[key])

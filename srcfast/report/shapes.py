@@ -83,7 +83,7 @@ class Funnel(Shape):
 
 
 class Headroom(Shape):
-    iteration: Count
+    iteration: Count | str
     dataset: str
     split: str
     n: Count
