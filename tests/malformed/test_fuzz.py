@@ -287,29 +287,6 @@ def test_tower_settings(folder: Path, told: dict[str, Any]) -> None:
         Vision(read_config(place), place)
 
 
-@fuzz(
-    st.dictionaries(
-        st.sampled_from(["", "absmax", "nested_absmax", "quant_map", "nested_quant_map"]),
-        st.lists(st.integers(0, 255), max_size=40) | st.lists(st.floats(width=32), max_size=4) | st.booleans(),
-        max_size=2,
-    ),
-    row_like({"shape": [8, 8], "dtype": "float32", "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.0}),
-)
-def test_weights_in_4_bits(folder: Path, change: dict[str, Any], told: dict[str, Any]) -> None:
-    import torch
-
-    from srcfast.models.checkpoint import fill
-    from srcfast_kernels import nf4_quantize
-    from srcfast_kernels.nf4 import nf4_state_dict
-
-    parts = nf4_state_dict(nf4_quantize(torch.ones(8, 8)))
-    parts |= {name: torch.tensor(values) for name, values in change.items()}
-    parts["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
-    tensors = [("only", f"weight.{name}" if name else "weight", tensor) for name, tensor in parts.items()]
-    with suppress(SrcfastError):
-        fill({"only": torch.nn.Linear(8, 8, bias=False)}, tensors, folder)
-
-
 ENTRY = {"settings": {"seed": 3}, "seconds": 1.0, "tokens": 7, "files": {"a": "b"}}
 
 
