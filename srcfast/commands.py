@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from srcfast.config import Config, DatasetConfig, load_config
+from srcfast.config import Config, DatasetConfig, load_config, read_yaml
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.readers import check_rejected, read_logprob_rows
@@ -553,12 +553,10 @@ def _vocabulary(path: str | None) -> dict[str, Sequence[str]]:
         from srcfast.world.claims import VOCABULARY
 
         return dict(VOCABULARY)
-    import yaml
-
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"scorer_training.vocabulary: {path}: expected readable YAML, found {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(words, list) and len(words) > 1 for words in found.values()):
+        found = read_yaml(Path(path), {})
+    except ConfigError as error:
+        raise ConfigError(f"scorer_training.vocabulary: {error}") from error
+    if not found or not all(isinstance(words, list) and len(words) > 1 for words in found.values()):
         raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}")
     return {str(name): tuple(str(word) for word in words) for name, words in found.items()}

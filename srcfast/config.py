@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from srcfast.data.jsonl import regular
 from srcfast.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
@@ -372,7 +373,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), section:
     tree: dict[str, Any] = {}
     places: dict[str, str] = {}  # dotted key -> where it was set
     if path is not None:
-        tree = _read_yaml(Path(path), places)
+        tree = read_yaml(Path(path), places)
     for word in overrides:
         key, value = _read_override(word, section)
         places.update(dict.fromkeys([key, *_dotted(value, key)], f"override {word!r}"))
@@ -386,7 +387,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), section:
 def _preset(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings of the preset that a tree names, if it names one that there is."""
     name = tree.get("preset")
-    return _read_yaml(PRESETS / f"{name}.yaml", {}) if name in get_args(Preset) else {}
+    return read_yaml(PRESETS / f"{name}.yaml", {}) if name in get_args(Preset) else {}
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -410,9 +411,14 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
+def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
+    """The mapping in a YAML file, {} if it is empty; `places` takes the line of every key.
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping, or a key that is there twice.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(f"{path}: expected a readable YAML file, found {error}") from error
     tree = _parse_yaml(text, str(path), lambda node: _lines(node, "", path, places))

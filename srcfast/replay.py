@@ -7,7 +7,6 @@ device whatever number of ranks it had, and says whether it comes out as before.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from srcfast.config import Config
-from srcfast.data.jsonl import write_json
-from srcfast.data.records import Preference, Sample
+from srcfast.data.jsonl import parse_object, regular, write_json
+from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.loading import features_of, load_judge, load_model
 from srcfast.models.lora import load_adapter, lora_parameters, save_adapter
@@ -74,14 +75,21 @@ def replay(place: Path) -> Metrics:
     """
     file = place / BATCH
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_object(regular(file).read_bytes())
         config = Config.model_validate(found["config"])
-        loop = TrainingSettings(**found["loop"])
+        loop = TypeAdapter(TrainingSettings).validate_python(asdict(TrainingSettings(**found["loop"])))
         root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
         places = [int(place) for place in found["places"]]
         pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
-        raps = [_rap(row, root) for row in found["rationales"]]
+        raps = [_rap(row, file, root) for row in found["rationales"]]
         examples = [_example(row) for row in found["examples"]]
+        records: dict[str, Sequence[Any]] = {"rationale": raps, "dpo": pairs, "scorer": examples}
+        if type(step) is not int or not 0 <= step < 1 << 31 or stage not in records:
+            raise ValueError(f"step {step!r} of stage {stage!r}")
+        if min(loop.micro_batch_size, loop.gradient_accumulation_steps, loop.token_budget) < 1:
+            raise ValueError(f"batches of none: {loop}")
+        if not records[stage]:
+            raise ValueError(f"nothing that stage {stage!r} trains on")
         if sorted(places) != list(range(len(pairs) + len(raps) + len(examples))):
             raise ValueError(f"places {places} of {len(pairs) + len(raps) + len(examples)} records")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -202,8 +210,10 @@ def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
     return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
 
 
-def _rap(row: dict[str, Any], root: Path) -> Rap:
-    return Sample(row["id"], tuple(row["images"]), row["question"], "", image_root=root), row["response"]
+def _rap(row: dict[str, Any], file: Path, root: Path) -> Rap:
+    fields = Fields(row, file, None)
+    sample = Sample(fields.identifier("id"), fields.images(), fields.text("question"), "", image_root=root)
+    return sample, fields.text("response")
 
 
 def _example(row: dict[str, Any]) -> ScorerExample:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from srcfast.data.jsonl import regular
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
@@ -54,7 +55,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
     root = data_folder()
     file = root / split / "questions.json"
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(regular(file).read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not rows:
             raise ValueError("no list of questions")
         questions = [_row(*row) for row in rows]
@@ -80,7 +81,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
 def _row(text: object, answer: object, image: object) -> tuple[str, str, int]:
     if not isinstance(text, str) or not text.strip() or not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"question {text!r} with answer {answer!r}")
-    if type(image) is not int or image < 0:
+    if type(image) is not int or not 0 <= image < 1 << 31:
         raise ValueError(f"image number {image!r} of question {text!r}")
     return text, answer, image
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,18 +37,24 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+DECODER = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says in UTF-8, where no key is there twice and no number is infinite. Raises ValueError for anything else."""
+    text = text if isinstance(text, str) else text.decode("utf-8")
+    try:
+        value = DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not is_unicode(text, value):
+        raise ValueError("half of a surrogate pair")
+    return value
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object of which no key is there twice and no number is infinite. Raises ValueError for anything else."""
-    try:
-        value = _STRICT.decode(text if isinstance(text, str) else text.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    """`parse_json` of an object. Raises ValueError for anything else."""
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of an object")
     return value
@@ -64,6 +71,19 @@ def is_unicode(text: str, value: Any) -> bool:
     return True
 
 
+def regular(path: str | Path) -> Path:
+    """The path itself, if what can be read there has an end: one waits on a pipe for ever, and on some devices, too.
+
+    Raises:
+        OSError: nothing is there, or a pipe, socket or device. A folder is left to whoever opens it.
+        ValueError: a NUL in the path.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError("a pipe, socket or device: write it into a file first")
+    return Path(path)
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (1-based line, object); blank lines are passed over. Raises InputError at a malformed line."""
     for line, row in read_lines(path):
@@ -75,7 +95,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Like `read_jsonl`, but a malformed line is yielded as its InputError, so that the reader can go on."""
     try:
-        file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+        file = open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         found = getattr(error, "strerror", None) or error
         raise InputError(file=path, expected="a readable file", found=found) from error
@@ -215,7 +235,7 @@ def file_hash(file: str | Path) -> str:
 
 def is_complete(directory: str | Path) -> bool:
     """Whether `write_shards` finished here."""
-    return (Path(directory) / COMPLETE).is_file()
+    return os.path.isfile(Path(directory) / COMPLETE)  # False for a path that is none, where pathlib raises OSError
 
 
 def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
@@ -234,8 +254,8 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
         shards, rows = marker["shards"], marker["rows"]
         if any(type(count) is not int or count < 0 for count in (shards, rows)):
             raise ValueError(f"{shards!r} shards of {rows!r} rows")
-        hashes = marker.get("sha256", [None] * shards)
-        if not isinstance(hashes, list) or len(hashes) != shards:
+        hashes = marker.get("sha256")
+        if hashes is not None and (not isinstance(hashes, list) or len(hashes) != shards):
             raise ValueError(f"{hashes!r} for {shards} shards")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -245,8 +265,8 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
             mend="run the stage again",
         ) from error
     count = 0
-    for shard, expected in enumerate(hashes):
-        path = directory / f"{shard:05d}.jsonl"
+    for shard in range(shards):
+        path, expected = directory / f"{shard:05d}.jsonl", None if hashes is None else hashes[shard]
         if expected is not None and path.is_file() and (found := file_hash(path)) != expected:
             raise InputError(
                 file=path,

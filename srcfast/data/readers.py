@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from srcfast.data.collector import no_full_passes
 from srcfast.data.images import check_image
-from srcfast.data.jsonl import DECODER, is_unicode, read_jsonl, read_lines
+from srcfast.data.jsonl import DECODER, is_unicode, read_jsonl, read_lines, regular
 from srcfast.data.records import Fields, Preference, Sample
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
@@ -234,7 +234,7 @@ def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
 
 def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
     at = _skip_space(text, 0)

@@ -10,6 +10,8 @@ from typing import Any
 
 from srcfast.errors import InputError
 
+LOGPROB_ROUNDING = 1e-3  # a log-probability is above 0 by no more than this
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -89,7 +91,7 @@ class Candidate:
             text=reader.text("text"),
             rationale=reader.optional_text("rationale") or "",
             answer=reader.optional_text("answer") or "",
-            logprob=reader.number("logprob"),
+            logprob=reader.logprob("logprob"),
             token_ids=reader.integers("token_ids"),
             extra=reader.rest(),
         )
@@ -142,8 +144,8 @@ class Preference:
             chosen=chosen,
             rejected=rejected,
             confidence=confidence,
-            reference_chosen_logprob=reader.optional_number("reference_chosen_logprob"),
-            reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
+            reference_chosen_logprob=reader.optional_logprob("reference_chosen_logprob"),
+            reference_rejected_logprob=reader.optional_logprob("reference_rejected_logprob"),
             extra=reader.rest(),
             image_root=image_root,
         )
@@ -230,11 +232,17 @@ class Fields:
         except OverflowError as error:
             raise self.error(name, "a finite number", "an integer beyond all floats") from error
 
-    def optional_number(self, name: str) -> float | None:
+    def logprob(self, name: str) -> float:
+        value = self.number(name)
+        if value > LOGPROB_ROUNDING:
+            raise self.error(name, "a log-probability, at most 0", value, "compute it anew: it is none of any response")
+        return value
+
+    def optional_logprob(self, name: str) -> float | None:
         if self.left.get(name) is None:
             self.left.pop(name, None)
             return None
-        return self.number(name)
+        return self.logprob(name)
 
     def images(self) -> tuple[str, ...]:
         one, several = self.left.pop("image", None), self.left.pop("images", None)

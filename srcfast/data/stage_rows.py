@@ -32,17 +32,18 @@ def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
     fields = Fields(row, file, line)
     fields.identifier("sample_id")
     ids = fields.take("candidate_ids", "a list of ids")
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-        raise fields.error("candidate_ids", "a list of ids", ids, MEND)
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
+        raise fields.error("candidate_ids", "a list of ids, each once", ids, MEND)
     n = len(ids)
     for name in ("scores", *(("alone",) if "alone" in row else ())):
         values = fields.take(name, f"{n} numbers from 0 to 1")
         if not _is_shares(values, n):
             raise fields.error(name, f"{n} numbers from 0 to 1", values, MEND)
     expected = f"{n} x {n} numbers from 0 to 1"
-    confidence = fields.take("confidence", expected)
-    if not isinstance(confidence, list) or len(confidence) != n or not all(_is_shares(one, n) for one in confidence):
-        raise fields.error("confidence", expected, confidence, MEND)
+    for name in ("win_probability", "confidence"):
+        matrix = fields.take(name, expected)
+        if not isinstance(matrix, list) or len(matrix) != n or not all(_is_shares(one, n) for one in matrix):
+            raise fields.error(name, expected, matrix, MEND)
     for name in (*_COUNTS, *_RATES):
         value = fields.number(name)
         if value < 0 or (name in _RATES and value > 1):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.images import from_base64, image_suffix, resolve
-from srcfast.data.jsonl import is_unicode, replacing
+from srcfast.data.jsonl import is_unicode, regular, replacing
 from srcfast.data.records import Fields, Sample
 from srcfast.errors import InputError
 
@@ -51,7 +51,7 @@ def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int
 def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]:
     csv.field_size_limit(sys.maxsize)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             again: deque[str] = deque()  # lines to read once more
             taken: list[str] = []  # lines of the row that is being read
 
@@ -93,8 +93,10 @@ def _row(header: Sequence[str], cells: Sequence[str], path: str | Path, line: in
         return InputError(file=path, line=line, sample_id=cells[0], field="record", expected=expected, found=found)
     row = dict(zip(header, cells, strict=True))
     for name, cell in row.items():
-        if not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell):
-            return InputError(file=path, line=line, field=name, expected="text in UTF-8", found=ascii(cell[:100]))
+        odd = not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell)
+        if odd or "\0" in cell:
+            expected = "text in UTF-8 without a NUL"
+            return InputError(file=path, line=line, field=name, expected=expected, found=ascii(cell[:100]))
     return row
 
 

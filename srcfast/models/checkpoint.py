@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from srcfast.data.jsonl import naming, parse_object, remove_temporary, temporary_of
+from srcfast.data.jsonl import naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
 from srcfast.runtime.sharded import keep
-from srcfast_kernels import nf4_dequantize
-from srcfast_kernels.nf4 import nf4_from_state_dict
+from srcfast_kernels import NF4Weight, nf4_dequantize
+from srcfast_kernels.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, nf4_from_state_dict
 
 # Of any model that srcfast runs, with room to spare: what is beyond is a damaged config, not a larger model.
 LARGEST = {
@@ -48,7 +48,7 @@ INDEX = "model.safetensors.index.json"
 
 def read_config(path: str | Path) -> Any:
     """The transformers config of a checkpoint directory. Raises InputError where there is none."""
-    if not (Path(path) / "config.json").is_file():
+    if not os.path.isfile(Path(path) / "config.json"):
         raise InputError(
             file=path, expected="a model directory with config.json", found="none", mend="name the directory"
         )
@@ -116,27 +116,61 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of one safetensors file. Raises InputError where it is damaged or holds a name twice."""
+    """Yield (name, tensor) of one safetensors file.
+
+    Raises:
+        InputError: it is damaged, holds a name twice, or a number that is not finite: the tensor is named.
+    """
     with _opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-            yield name, tensors.get_tensor(name)
+            tensor = tensors.get_tensor(name)
+            # The sum of what is finite may overflow, but no other sum is finite: one pass, at the speed of memory.
+            if tensor.dtype in READ and not math.isfinite(tensor.sum()):
+                odd = int((~tensor.isfinite()).sum())
+                if odd:
+                    raise InputError(
+                        file=file,
+                        field=name,
+                        expected="finite numbers",
+                        found=f"{odd:,} of {tensor.numel():,} that are NaN or infinite",
+                        mend="fetch the file again",
+                    )
+            yield name, tensor
 
 
-def stored_weights(path: str | Path) -> int | None:
-    """How many weights a checkpoint's files hold; None where bitsandbytes has packed them. Raises InputError as `read_file`."""
-    count, packed = 0, False
+def stored_weights(path: str | Path, parts: Sequence[str] = ("",)) -> int:
+    """How many weights a checkpoint's files hold in tensors whose names have one of `parts` in them; two in a byte of 4 bits.
+
+    Raises:
+        InputError: as `read_file`.
+    """
+    count = 0
     for file in weight_files(path):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                count += math.prod(tensors.get_slice(name).get_shape())
-                packed |= name.endswith(".absmax")
-    return None if packed else count
+                if any(part in name for part in parts):
+                    stored = tensors.get_slice(name)
+                    count += math.prod(stored.get_shape()) * (2 if stored.get_dtype() == "U8" else 1)
+    return count
+
+
+def refuse_more_than_stored(modules: Iterable[nn.Module], path: str | Path, parts: Sequence[str] = ("",)) -> None:
+    """Before memory is taken for them. Raises InputError where modules ask for more than twice what the files hold."""
+    asked = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    stored = stored_weights(path, parts)
+    if asked > 2 * stored:
+        raise InputError(
+            file=Path(path) / "config.json",
+            expected=f"a model of the {stored:,} weights that its files hold",
+            found=f"settings of one of {asked:,}",
+            mend="the checkpoint does not fit its config.json",
+        )
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(regular(file), framework="pt") as tensors:
             with open(file, "rb") as opened:  # safetensors itself takes the last tensor of a name
                 parse_object(opened.read(int.from_bytes(opened.read(8), "little")))
             yield tensors
@@ -184,6 +218,7 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
             if tensor.dtype not in READ and (linear is not None or own[place].is_floating_point()):
                 expected, found = "float16, bfloat16, float32 or float64", str(tensor.dtype).removeprefix("torch.")
                 raise InputError(file=path, field=name, expected=expected, found=found)
+            _check_range(path, name, tensor, own[place].dtype if linear is None else _like(parts[part])[1])
             with torch.no_grad():
                 if linear is None:
                     keep(own[place], tensor)
@@ -203,7 +238,8 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
         device, dtype = _like(parts[part])
         try:
             quantised = nf4_from_state_dict({key: tensor.to(device) for key, tensor in state.items()})
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            _check_nf4(quantised)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise InputError(
                 file=path, field=name, expected="a weight in NF4 as bitsandbytes writes it", found=error
             ) from error
@@ -229,6 +265,34 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
 def _check_shape(path: str | Path, name: str, expected: Sequence[int], found: Sequence[int]) -> None:
     if tuple(expected) != tuple(found):
         raise InputError(file=path, field=name, expected=f"shape {list(expected)}", found=list(found))
+
+
+def _check_range(path: str | Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raises InputError where a number of a checkpoint is beyond all of the type that it is read into."""
+    if not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
+        return
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(tensor.dtype).max and (largest := max(abs(float(one)) for one in tensor.aminmax())) > limit:
+        expected = f"numbers that {str(dtype).removeprefix('torch.')} holds, at most {limit:g}"
+        mend = "load it in bfloat16 or float32, which hold larger ones"
+        raise InputError(file=path, field=name, expected=expected, found=f"{largest:g}", mend=mend)
+
+
+def _check_nf4(weight: NF4Weight) -> None:
+    """Raises ValueError where codes and scales don't belong to each other: no kernel may read behind their ends."""
+    if type(weight.blocksize) is not int or weight.blocksize not in BLOCKSIZES or weight.dtype not in READ:
+        raise ValueError(f"blocks of {weight.blocksize!r} weights of {weight.dtype}")
+    count, nested = math.prod(weight.shape), weight.nested_absmax
+    blocks = math.ceil(count / weight.blocksize)
+    wanted = [("codes", weight.packed, torch.uint8, math.ceil(count / 2))]
+    wanted += [("absmax", weight.absmax, torch.float32 if nested is None else torch.uint8, blocks)]
+    if nested is not None:
+        wanted += [("nested_absmax", nested, torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))]
+    for name, tensor, dtype, size in wanted:
+        if tensor.dtype != dtype or tensor.numel() != size:
+            raise ValueError(f"{name}: expected {size} of {dtype}, found {tensor.numel()} of {tensor.dtype}")
+    if weight.offset is not None and not (weight.offset.numel() == 1 and math.isfinite(weight.offset)):
+        raise ValueError(f"nested_offset: expected a finite number, found {weight.offset.tolist()}")
 
 
 def _like(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srcfast.data.jsonl import parse_object, write_json
+from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.quantized import NF4Linear
@@ -307,9 +307,11 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
     directory = Path(directory)
     file = directory / ADAPTER_CONFIG
     try:
-        settings = parse_object(file.read_bytes())
+        settings = parse_object(regular(file).read_bytes())
         tensors = dict(read_file(directory / ADAPTER_WEIGHTS))
     except (OSError, ValueError, InputError) as error:
+        if isinstance(error, InputError) and error.field is not None:
+            raise  # it names the tensor
         raise InputError(
             file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
@@ -338,12 +340,12 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
             raise InputError(
                 file=directory / ADAPTER_WEIGHTS, field=key, expected="layers of the decoder only", found=key
             )
-        if tensor.dtype not in READ or not tensor.isfinite().all():
-            found = (
-                f"{str(tensor.dtype).removeprefix('torch.')}, some not finite" if tensor.dtype in READ else tensor.dtype
-            )
+        if tensor.dtype not in READ:
             raise InputError(
-                file=directory / ADAPTER_WEIGHTS, field=key, expected="finite numbers in 16, 32 or 64 bits", found=found
+                file=directory / ADAPTER_WEIGHTS,
+                field=key,
+                expected="numbers in 16, 32 or 64 bits",
+                found=str(tensor.dtype).removeprefix("torch."),
             )
         modules.setdefault(name[position:], {})[part[0]] = tensor
     if not modules:
@@ -386,12 +388,13 @@ def adapter_hash(directory: str | Path) -> str:
     """SHA-256 over an adapter's weights and the settings that matter."""
     directory = Path(directory)
     try:
-        settings = parse_object((directory / ADAPTER_CONFIG).read_bytes())
+        settings = parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
+        weights = regular(directory / ADAPTER_WEIGHTS).read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(
-            file=directory / ADAPTER_CONFIG, expected="an adapter's settings in JSON", found=error
+            file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
         ) from error
     kept = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    digest.update((directory / ADAPTER_WEIGHTS).read_bytes())
+    digest.update(weights)
     return digest.hexdigest()

@@ -14,7 +14,14 @@ from transformers import AutoTokenizer
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
-from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors, stored_weights
+from srcfast.models.checkpoint import (
+    WEIGHTS,
+    fill,
+    read_config,
+    read_tensors,
+    refuse_more_than_stored,
+    save_tensors,
+)
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
@@ -116,14 +123,7 @@ def build_decoder(
         ) from error
     if torch.device(device).type == "meta":
         return decoder
-    asked, stored = sum(parameter.numel() for parameter in decoder.parameters()), stored_weights(path)
-    if stored and asked > 2 * stored:  # before memory is taken for them
-        raise InputError(
-            file=Path(path) / "config.json",
-            expected=f"a model of the {stored:,} weights that its files hold",
-            found=f"settings of one of {asked:,}",
-            mend="the checkpoint does not fit its config.json",
-        )
+    refuse_more_than_stored([decoder], path)
     if shard:
         shard_layers(decoder, device)
     return decoder.to_empty(device=device)

@@ -16,8 +16,10 @@ from transformers import AutoImageProcessor, LlavaModel, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from srcfast.errors import InputError
+from srcfast.models.checkpoint import refuse_more_than_stored
 from srcfast.runtime.loader import send
 
+SIGHT = ("vision_tower.", "multi_modal_projector.", "image_newline")  # in names of tensors
 FAMILIES = {"llava": LlavaModel, "llava_next": LlavaNextModel}
 
 
@@ -45,8 +47,19 @@ class Vision(nn.Module):
                 expected="default or full",
                 found=repr(config.vision_feature_select_strategy),
             )
+        settings = config.vision_config
+        if settings.patch_size > settings.image_size:
+            raise InputError(
+                file=path,
+                field="vision_config.patch_size",
+                expected=f"at most image_size, {settings.image_size}",
+                found=settings.patch_size,
+            )
         self.processor = load_image_processor(path)
         try:
+            with torch.device("meta"):
+                sketch = bare_model(config)
+            refuse_more_than_stored([sketch], path, SIGHT)
             self.model = bare_model(config)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):

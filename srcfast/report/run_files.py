@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from srcfast.config import read_yaml
+from srcfast.data.jsonl import parse_json, parse_object, regular
 from srcfast.errors import InputError
+from srcfast.report.shapes import Card, Settings, Step, Summary, check_shape
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_run(path: Path) -> RunFiles:
     Raises:
         InputError: there is no `summary.json`, or a file is not what a run writes.
     """
-    if not (path / "summary.json").is_file():
+    if not os.path.isfile(path / "summary.json"):
         raise InputError(
             file=path / "summary.json",
             expected="the summary of a run",
@@ -76,27 +77,24 @@ def read_run(path: Path) -> RunFiles:
     gallery = path / "gallery.json"
     environment = path / "environment.json"
     config = path / "config.yaml"
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except yaml.YAMLError as error:
-        raise InputError(file=config, expected="YAML", found=error) from error
+    settings = read_yaml(config, {}) if config.is_file() else {}
+    check_shape(settings, Settings, config)
     return RunFiles(
         path=path,
-        summary=_json(path / "summary.json", dict),
+        summary=_json(path / "summary.json", Summary),
         metrics=_json_lines(path / "metrics.jsonl"),
-        gallery=_json(gallery, list) if gallery.is_file() else [],
-        config=settings or {},
-        environment=_json(environment, dict) if environment.is_file() else {},
+        gallery=_json(gallery, list[Card]) if gallery.is_file() else [],
+        config=settings,
+        environment=_json(environment, dict[str, Any]) if environment.is_file() else {},
     )
 
 
-def _json(file: Path, kind: type) -> Any:
+def _json(file: Path, shape: Any) -> Any:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(file=file, expected="JSON", found=error) from error
-    if not isinstance(value, kind):
-        raise InputError(file=file, expected=f"a JSON {kind.__name__}", found=type(value).__name__)
+    check_shape(value, shape, file)
     return value
 
 
@@ -104,12 +102,12 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a file that grows: a last line that was cut short when a run was stopped is left out."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(regular(file).read_bytes().split(b"\n")[:-1], start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_object(line))
             except ValueError as error:
-                raise InputError(file=file, line=number, expected="JSON", found=error) from error
+                raise InputError(file=file, line=number, expected="a JSON object", found=error) from error
+            check_shape(rows[-1], Step, file, number)
     return rows

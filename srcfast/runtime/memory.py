@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
 from srcfast.runtime.sharded import GATHERED_LAYERS, gathered_bytes, held
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
@@ -306,15 +306,18 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
         if file.name.startswith("adapter_"):
             continue
         try:
-            with open(file, "rb") as opened:
+            with open(regular(file), "rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
                 if not 2 <= size <= HEADER_LIMIT:
                     raise ValueError(f"a header of {size} bytes")
-                header = json.loads(opened.read(size))
+                header = parse_object(opened.read(size))
             for name, entry in header.items():
                 if name != "__metadata__":
-                    yield name, [int(extent) for extent in entry["shape"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    shape = list(entry["shape"])
+                    if any(type(extent) is not int or extent < 0 for extent in shape):
+                        raise ValueError(f"{name!r} of shape {shape}")
+                    yield name, shape
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 file=file, expected="a safetensors header", found=error, mend="fetch the file again"
             ) from error

@@ -22,6 +22,7 @@ from srcfast.data.jsonl import (
     is_temporary,
     json_hash,
     naming,
+    parse_object,
     read_lines,
     remove_temporary,
     write_json,
@@ -31,6 +32,15 @@ from srcfast.data.jsonl import (
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import MetricsWriter
+
+# A stage's name ends in one of these; before it may stand which iteration's, or which model's.
+STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation", "headroom")
+_ENTRY: Mapping[str, tuple[type, ...]] = {
+    "settings": (dict,),
+    "seconds": (int, float),
+    "tokens": (int,),
+    "files": (dict,),
+}
 
 
 class RunDirectory:
@@ -100,23 +110,21 @@ class RunDirectory:
         if not self.manifest_file.is_file():
             return {}
         try:
-            entries = json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            entries = error
-        if not isinstance(entries, dict):
+            entries = parse_object(self.manifest_file.read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(
                 file=self.manifest_file,
                 expected="a JSON object of finished stages",
-                found=entries,
+                found=error,
                 mend="take another output directory",
-            )
+            ) from error
         for name, entry in entries.items():
-            if not isinstance(entry, dict) or entry.get("sha256", whole := _entry_hash(name, entry)) != whole:
+            if fault := _entry_fault(name, entry):
                 raise InputError(
                     file=self.manifest_file,
                     field=name,
                     expected="the entry as it was written, by its sha256",
-                    found="another",
+                    found=fault,
                     mend=f"put the file back as it was, or remove {name!r} and what comes after it: that is done again",
                 )
         return entries
@@ -256,6 +264,18 @@ def _entry_hash(name: str, entry: Mapping[str, Any]) -> str:
     """SHA-256 of a stage's entry in the manifest, its name with it."""
     rest = {key: value for key, value in entry.items() if key != "sha256"}
     return json_hash([name, rest])
+
+
+def _entry_fault(name: str, entry: Any) -> str:
+    """Why this is no entry of the manifest; empty if it is one."""
+    if name.rpartition("/")[2] not in STAGES:
+        return f"a stage that is none of {', '.join(STAGES)}"
+    if not isinstance(entry, dict) or entry.get("sha256") != _entry_hash(name, entry):
+        return "another"
+    for key, kinds in _ENTRY.items():
+        if not isinstance(entry.get(key), kinds):
+            return f"{key} = {entry.get(key)!r}"
+    return ""
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

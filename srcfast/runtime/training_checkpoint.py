@@ -11,7 +11,6 @@ the steps between them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from srcfast.data.jsonl import COMPLETE, file_hash, replacing, temporary_of, write_json
+from srcfast.data.jsonl import COMPLETE, file_hash, parse_object, regular, replacing, temporary_of, write_json
 from srcfast.errors import ConfigError, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.run_directory import flat, plain
@@ -40,6 +39,13 @@ if TYPE_CHECKING:
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
 KEPT = 2
+_STATE: Mapping[str, tuple[type, ...]] = {
+    "step": (int,),
+    "seconds": (float, int),
+    "identity": (dict,),
+    "sha256": (dict,),
+    "history": (list,),
+}
 _NAME = re.compile(r"step-\d{8,}")
 # Settings that change no number of a training: it may continue with others, after running out of memory for instance.
 _NO_MATTER = ("loader_workers", "activation_checkpointing")
@@ -229,7 +235,7 @@ def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining
     for path in reversed(found):
         try:
             training = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             older = path != found[0]
             instead = "the one before is used" if older else "this training begins anew"
             warnings.warn(f"{path}: a damaged checkpoint ({error}): {instead}", RuntimeWarning, stacklevel=2)
@@ -241,11 +247,18 @@ def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining
 
 def _read(path: Path) -> SavedTraining:
     """Raises ValueError and the like where anything isn't as it was written."""
-    marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    marker = parse_object(regular(path / COMPLETE).read_bytes())
     _check_hash(path / STATE, marker[STATE])
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    for name, expected in state["sha256"].items():
-        _check_hash(path / name, expected)
+    state = parse_object((path / STATE).read_bytes())
+    for name, kind in _STATE.items():
+        if type(state[name]) not in kind:
+            raise ValueError(f"{STATE}, field {name!r}: expected {kind[0].__name__}, found {state[name]!r}"[:200])
+    if _place(path.parent, state["step"]) != path:
+        raise ValueError(f"{STATE}, field 'step': expected that of the folder's name, found {state['step']}")
+    if not all(isinstance(row, dict) for row in state["history"]):
+        raise ValueError(f"{STATE}, field 'history': expected a JSON object a step")
+    for name in (WEIGHTS, OPTIMIZER):
+        _check_hash(path / name, state["sha256"][name])
     return SavedTraining(
         step=state["step"],
         weights=load_file(path / WEIGHTS)["weights"],
@@ -257,7 +270,7 @@ def _read(path: Path) -> SavedTraining:
 
 
 def _check_hash(file: Path, expected: str) -> None:
-    if (found := file_hash(file)) != expected:
+    if (found := file_hash(regular(file))) != expected:
         raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {found}")
 
 

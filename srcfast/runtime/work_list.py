@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from srcfast.data.jsonl import json_hash, read_jsonl, replacing
+from srcfast.data.jsonl import json_hash, parse_object, read_jsonl, regular, replacing
 from srcfast.errors import Interrupted
 from srcfast.runtime import distributed
 from srcfast.runtime.interrupt import at_boundaries, stop_if_asked
@@ -154,8 +154,8 @@ def _begin(
 def _fault(file: Path, fingerprint: str) -> str:
     """Why the file can't be used; empty if it can."""
     try:
-        with open(file, "rb") as opened:
-            head, digest = json.loads(opened.readline()), hashlib.sha256()
+        with open(regular(file), "rb") as opened:
+            head, digest = parse_object(opened.readline()), hashlib.sha256()
             for line in opened:
                 digest.update(line)
         whole = digest.hexdigest() == head["sha256"] and _checksum(head) == head["head_sha256"]

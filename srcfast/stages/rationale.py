@@ -21,7 +21,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.images import load_image, resolve
 from srcfast.data.jsonl import file_hash, read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
-from srcfast.data.records import Preference, Sample
+from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows
@@ -29,8 +29,6 @@ from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast_kernels import linear_logprob
-
-_ROUNDING = 1e-3  # above 0, of a log-probability
 
 Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
 
@@ -283,7 +281,7 @@ def fine_tune_rationale(
 
 def refuse_certainty(metrics: Metrics) -> None:
     """Raises SrcfastError where a log-probability is above 0 by more than rounding: then no number of the step is right."""
-    if metrics.get("max_logprob", 0.0) > _ROUNDING:
+    if metrics.get("max_logprob", 0.0) > LOGPROB_ROUNDING:
         raise SrcfastError(
             f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
             "Mend: see whether the checkpoint's weights are whole, and try another dtype; "

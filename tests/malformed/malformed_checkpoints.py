@@ -6,7 +6,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_dropout": 0.0}
 ADAPTED = f"base_model.model.{LAYER}.self_attn.q_proj"
 ADAPTER_SHAPES: dict[str, tuple[int, ...]] = {f"{ADAPTED}.lora_A.weight": (2, 8), f"{ADAPTED}.lora_B.weight": (8, 2)}
+Content = bytes | str | Callable[[], bytes] | None  # of a file; a function makes it when it is needed; None: no file
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 
 
@@ -68,11 +70,38 @@ def tensor_file(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str] | Non
     return framed(json.dumps(header).encode(), bytes([byte]) * at)
 
 
+def odd_number(value: float, dtype: str = "float32", name: str = Q) -> bytes:
+    """A safetensors file of the sound model, one of whose numbers is this one."""
+    import torch
+    from safetensors.torch import save
+
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    tensors[name] = tensors[name].to(getattr(torch, dtype))
+    tensors[name].view(-1)[-1] = value
+    return save(tensors)
+
+
+def four_bits(change: dict[str, Any], settings: dict[str, Any]) -> bytes:
+    """A safetensors file of the sound model with one weight as bitsandbytes quantises it, some of it replaced."""
+    import torch
+    from safetensors.torch import save
+
+    from srcfast_kernels import nf4_quantize
+    from srcfast_kernels.nf4 import nf4_state_dict
+
+    parts = nf4_state_dict(nf4_quantize(torch.ones(8, 8)))
+    told = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist())) | settings
+    parts["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+    parts |= {key: torch.tensor(values) for key, values in change.items()}
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items() if name != Q}
+    return save(tensors | {f"{Q}.{key}" if key else Q: value for key, value in parts.items()})
+
+
 SOUND = tensor_file(SHAPES)
 SOUND_ADAPTER = tensor_file(ADAPTER_SHAPES, byte=0x3C)  # not 0: such an adapter changes nothing
 
 
-def model(files: dict[str, bytes | str | None], more: Callable[[Path], None] | None = None) -> Callable[[Path], Path]:
+def model(files: Mapping[str, Content], more: Callable[[Path], None] | None = None) -> Callable[[Path], Path]:
     """Makes the sound text model with some files replaced, or (None) left out."""
 
     def make(folder: Path) -> Path:
@@ -80,7 +109,7 @@ def model(files: dict[str, bytes | str | None], more: Callable[[Path], None] | N
         place.mkdir()
         for name in ("tokenizer.json", "tokenizer_config.json"):
             os.symlink(ASSETS / "scorer" / name, place / name)
-        _write(place, {"config.json": json.dumps(CONFIG), WEIGHTS: SOUND} | files)
+        _write(place, {"config.json": json.dumps(CONFIG), WEIGHTS: SOUND, **files})
         if more is not None:
             more(place)
         return place
@@ -89,7 +118,7 @@ def model(files: dict[str, bytes | str | None], more: Callable[[Path], None] | N
 
 
 def lvlm(
-    change: dict[str, Any], left_out: str = "", files: dict[str, bytes | str | None] | None = None
+    change: dict[str, Any], left_out: str = "", files: Mapping[str, Content] | None = None
 ) -> Callable[[Path], Path]:
     """Makes the embedded LVLM with some settings of config.json replaced (dotted), or a file left out."""
 
@@ -103,7 +132,7 @@ def lvlm(
         for key, value in change.items():
             part, _, name = key.rpartition(".")
             (config[part] if part else config)[name] = value
-        _write(place, {"config.json": json.dumps(config)} | (files or {}))
+        _write(place, {"config.json": json.dumps(config), **(files or {})})
         return place
 
     return make
@@ -124,9 +153,21 @@ def adapter(files: dict[str, bytes | str | None] | None = None, **settings: Any)
     return make
 
 
-def _write(place: Path, files: dict[str, bytes | str | None]) -> None:
-    for name, data in files.items():
+def blind() -> bytes:
+    """The embedded LVLM's weights with one number of the vision tower that is none."""
+    import torch
+    from safetensors.torch import load, save
+
+    tensors: dict[str, torch.Tensor] = load((ASSETS / "base" / WEIGHTS).read_bytes())
+    name = max(name for name in tensors if "vision_tower" in name)
+    tensors[name].view(-1)[0] = math.nan
+    return save(tensors)
+
+
+def _write(place: Path, files: Mapping[str, Content]) -> None:
+    for name, content in files.items():
         (place / name).unlink(missing_ok=True)
+        data = content() if callable(content) else content
         if data is not None:
             (place / name).write_bytes(data if isinstance(data, bytes) else data.encode())
 
@@ -135,6 +176,14 @@ def read_model(path: Path) -> None:
     from srcfast.models.text_model import load_text_model
 
     load_text_model(path)
+
+
+def read_model_in_half(path: Path) -> None:
+    import torch
+
+    from srcfast.models.text_model import load_text_model
+
+    load_text_model(path, dtype=torch.float16)
 
 
 def read_lvlm(path: Path) -> None:
@@ -194,7 +243,7 @@ HEADERS: dict[str, bytes] = {
 }
 TENSORS: dict[str, tuple[bytes, str]] = {
     "a tensor missing": (tensor_file(_without(Q)), "missing"),
-    "no tensor": (framed(b"{}"), "missing"),
+    "no tensor": (framed(b"{}"), "its files hold"),
     "a tensor too many": (tensor_file(SHAPES | {"model.more.weight": (3,)}), "unexpected"),
     "a tensor turned": (tensor_file(SHAPES | {f"{LAYER}.mlp.up_proj.weight": (8, 12)}), "shape [12, 8]"),
     "a tensor of one dimension": (tensor_file(SHAPES | {Q: (64,)}), "shape [8, 8]"),
@@ -202,6 +251,36 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     "truth values for weights": (tensor_file(SHAPES, {Q: "BOOL"}), "bool"),
     "8 bits without a scale": (tensor_file(SHAPES, {Q: "F8_E4M3"}), "float8"),
     "bytes without scales": (tensor_file(SHAPES, {Q: "U8"}), "NF4"),
+}
+ODD_NUMBERS: dict[str, tuple[float, str, str]] = {
+    "a weight of NaN": (math.nan, "float32", Q),
+    "a weight of Infinity": (math.inf, "float32", Q),
+    "a weight of -Infinity in 64 bits": (-math.inf, "float64", Q),
+    "a weight of NaN in float16": (math.nan, "float16", "model.embed_tokens.weight"),
+    "a weight of -Infinity in bfloat16": (-math.inf, "bfloat16", "model.norm.weight"),
+    "a head with a NaN": (math.nan, "bfloat16", "lm_head.weight"),
+}
+NF4: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a scale of NaN": ({"nested_absmax": [math.nan]}, {}, "nested_absmax"),
+    "a scale of Infinity": ({"nested_absmax": [math.inf]}, {}, "nested_absmax"),
+    "a mean of the scales that is Infinity": ({}, {"nested_offset": math.inf}, "NF4"),
+    "a mean of the scales that is a list": ({}, {"nested_offset": [0.0, 1.0]}, "NF4"),
+    "a mean of the scales in words": ({}, {"nested_offset": "small"}, "NF4"),
+    "other codes": ({"quant_map": [0.0] * 16}, {}, "codes"),
+    "a scale too many": ({"nested_absmax": [1.0, 1.0]}, {}, "nested_absmax"),
+    "scales of scales that are whole numbers": ({"nested_absmax": [1]}, {}, "nested_absmax"),
+    "scales in 64 bits": ({"absmax": [7]}, {}, "absmax"),
+    "blocks of 0": ({}, {"blocksize": 0}, "blocks of 0"),
+    "blocks of 10^12": ({}, {"blocksize": 10**12}, "blocks of"),
+    "blocks in words": ({}, {"blocksize": "64"}, "blocks of"),
+    "blocks smaller than the scales say": ({}, {"blocksize": 32}, "absmax"),
+    "a shape that its codes don't have": ({}, {"shape": [8, 4096]}, "codes"),
+    "a shape below 0": ({}, {"shape": [-8, -8]}, "shape [8, 8]"),
+    "a shape beyond all": ({}, {"shape": [10**400]}, "NF4"),
+    "no shape": ({}, {"shape": None}, "NF4"),
+    "a type that is none": ({}, {"dtype": "mine"}, "NF4"),
+    "a type that is a module": ({}, {"dtype": "nn"}, "NF4"),
+    "settings that are no JSON": ({"quant_state.bitsandbytes__nf4": [255, 254]}, {}, "NF4"),
 }
 CONFIGS: dict[str, tuple[str | bytes | None, str]] = {
     "missing": (None, "config.json"),
@@ -262,6 +341,13 @@ VISION: dict[str, tuple[dict[str, Any], str]] = {
     "a tower of 10^12": ({"vision_config.hidden_size": 10**12}, "vision_config.hidden_size"),
     "a tower of 10^9 layers": ({"vision_config.num_hidden_layers": 10**9}, "vision_config.num_hidden_layers"),
     "a patch of no pixel": ({"vision_config.patch_size": 0}, "vision_config.patch_size"),
+    "a patch larger than the image": ({"vision_config.patch_size": 4096}, "vision_config.patch_size"),
+    "an image larger than its weights": ({"vision_config.image_size": 8192}, "its files hold"),
+    "a tower wider than its weights": (
+        {"vision_config.hidden_size": 65536, "vision_config.intermediate_size": 262144},
+        "its files hold",
+    ),
+    "a tower deeper than its weights": ({"vision_config.num_hidden_layers": 1000}, "its files hold"),
     "an image of 10^9 pixels": ({"vision_config.image_size": 10**9}, "vision_config.image_size"),
     "heads that don't divide": ({"vision_config.num_attention_heads": 7}, "multiple"),
     "an unknown tower": ({"vision_config.model_type": "mine"}, "config"),
@@ -297,12 +383,12 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 _A, _B = ADAPTER_SHAPES
 ADAPTER_FILES: dict[str, tuple[bytes | None, str]] = {
-    "no weights": (None, "an adapter"),
-    "no byte": (b"", "an adapter"),
-    "cut off": (SOUND_ADAPTER[:-5], "an adapter"),
+    "no weights": (None, "safetensors"),
+    "no byte": (b"", "safetensors"),
+    "cut off": (SOUND_ADAPTER[:-5], "safetensors"),
     "a name twice": (TWICE, "there twice"),
     "no tensor": (framed(b"{}"), "an adapter's tensors"),
-    "NaN weights": (tensor_file(ADAPTER_SHAPES, byte=0xFF), "not finite"),
+    "NaN weights": (tensor_file(ADAPTER_SHAPES, byte=0xFF), "finite numbers"),
     "whole numbers for weights": (tensor_file(ADAPTER_SHAPES, {_A: "I64"}), "int64"),
     "no lora_B": (tensor_file({_A: (2, 8)}), "lora_B"),
     "another base's width": (tensor_file({_A: (2, 16), _B: (16, 2)}), "another base"),
@@ -354,6 +440,14 @@ def cases() -> list[Case]:
     found += [
         Case(weights, wrong, model({WEIGHTS: data}), read_model, (word,)) for wrong, (data, word) in TENSORS.items()
     ]
+    for wrong, (value, dtype, name) in ODD_NUMBERS.items():
+        make = model({WEIGHTS: partial(odd_number, value, dtype, name)})
+        found.append(Case(weights, wrong, make, read_model, (WEIGHTS, name, "finite numbers")))
+    large = model({WEIGHTS: partial(odd_number, 1e6)})
+    found.append(Case(weights, "a number beyond float16, read into it", large, read_model_in_half, (Q[6:], "float16")))
+    for wrong, (change, settings, word) in NF4.items():
+        make = model({WEIGHTS: partial(four_bits, change, settings)})
+        found.append(Case("Weights in 4 bits", wrong, make, read_model, (Q[6:], word)))
     pickled: dict[str, bytes | str | None] = {WEIGHTS: None, "pytorch_model.bin": b"\x80\x02."}
     found += [
         Case(weights, "no file", model({WEIGHTS: None}), read_model, ("no weights",)),
@@ -382,6 +476,7 @@ def cases() -> list[Case]:
             ("preprocessor",),
         ),
         Case("LVLM checkpoints", "no weights", lvlm({}, WEIGHTS), read_lvlm, ("no weights",)),
+        Case("LVLM checkpoints", "a tower with a NaN", lvlm({}, files={WEIGHTS: blind}), read_lvlm, ("vision_tower",)),
     ]
     found += [
         Case("Adapters", wrong, adapter(**settings), read_adapter, ("adapter", word))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import malformed_checkpoints
 import malformed_images
+import malformed_places
 import malformed_records
+import malformed_runs
 import malformed_settings
 from malformed_case import Case
 
@@ -13,4 +15,6 @@ CORPUS: list[Case] = [
     *malformed_images.cases(),
     *malformed_settings.cases(),
     *malformed_checkpoints.cases(),
+    *malformed_runs.cases(),
+    *malformed_places.cases(),
 ]

@@ -10,13 +10,15 @@ from malformed_corpus import CORPUS
 PAGE = Path(__file__).parents[2] / "docs" / "malformed.md"
 HEAD = """# Malformed input
 
-What is read from outside can be wrong in any way: data sets, images, settings, checkpoints, adapters, and the files
-that an earlier stage has left. Each ends in one of two ways, and never in a trace from the depths, a hang, or a
+What is read can be wrong in any way: data sets, images, settings, checkpoints, adapters, and the files that an earlier
+stage, or the run itself, has left. Each ends in one of three ways, and never in a trace from the depths, a hang, or a
 training on what nobody meant:
 
-- **an error by name**: file, line, field, what was expected, what was found, how to mend it; or
+- **an error by name**: file, line, field, what was expected, what was found, how to mend it;
 - **set aside**: a bad record goes to `rejected.jsonl` with its reason, the others go on, and `max_rejected` stops the
-  run where there are too many.
+  run where there are too many; or
+- **done again**: a training's damaged checkpoint, or a stage's damaged part, is passed over with a warning that says
+  what is wrong with it.
 
 `tests/malformed` holds the corpus: bytes that plain functions write, each named below, and for each the words
 that its error must say. **{count} of {count} end cleanly.** The tests also give each parser some hundred mutated

@@ -6,30 +6,39 @@ Each target has some hundred examples, the same in each run; `make fuzz` takes t
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from malformed_checkpoints import ADAPTER_CONFIG, CONFIG, SOUND, SOUND_ADAPTER, framed
+from malformed_checkpoints import ADAPTER_CONFIG, ASSETS, CONFIG, SOUND, SOUND_ADAPTER, framed, lvlm
 from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
+from malformed_runs import CARD, EVALUATED, HEADROOM, STEP, SUMMARY
 
 from srcfast.config import known_keys, load_config
 from srcfast.data.images import FORMATS, decode_image
-from srcfast.data.jsonl import COMPLETE, read_shards, write_jsonl
+from srcfast.data.jsonl import COMPLETE, json_hash, read_shards, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.readers import read_logprob_rows, read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.stage_rows import check_scores
 from srcfast.errors import SrcfastError
+from srcfast.report.page import render
+from srcfast.report.run_files import read_run
 from srcfast.runtime.memory import read_headers
+from srcfast.runtime.run_directory import RunDirectory
+from srcfast.runtime.training_checkpoint import load_training
 
 EXAMPLES = 100
+VISION_CONFIG = json.loads((ASSETS / "base" / "config.json").read_text())["vision_config"]
 
 
 def fuzz(*strategies: Any, examples: int = EXAMPLES) -> Callable[..., Any]:
@@ -262,6 +271,68 @@ def test_model_settings(folder: Path, told: bytes) -> None:
     (folder / "config.json").write_bytes(told)
     with suppress(SrcfastError):
         build_decoder(read_config(folder), folder, "meta", torch.float32)
+
+
+@fuzz(row_like(VISION_CONFIG), examples=40)
+def test_tower_settings(folder: Path, told: dict[str, Any]) -> None:
+    from srcfast.models.checkpoint import read_config
+    from srcfast.models.vision import Vision
+
+    place = folder / "lvlm"
+    if not place.exists():
+        lvlm({})(folder)
+    config = json.loads((ASSETS / "base" / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"vision_config": told}))
+    with suppress(SrcfastError):
+        Vision(read_config(place), place)
+
+
+ENTRY = {"settings": {"seed": 3}, "seconds": 1.0, "tokens": 7, "files": {"a": "b"}}
+
+
+@fuzz(st.sampled_from(["iteration-1/dpo", "dpo", "", "/", "bake"]) | st.text(), row_like(ENTRY) | VALUES, st.booleans())
+def test_manifests(folder: Path, name: str, entry: Any, signed: bool) -> None:
+    run = RunDirectory(folder)
+    if signed and isinstance(entry, dict):
+        with suppress(ValueError):  # an integer beyond what is written in digits
+            entry |= {"sha256": json_hash([name, entry])}
+    with suppress(ValueError, UnicodeEncodeError):
+        run.manifest_file.write_text(json.dumps({name: entry}))
+    with suppress(SrcfastError):
+        run.stage_done(name, {"seed": 3})
+
+
+STATE = {"step": 7, "seconds": 2.0, "identity": {"seed": 3}, "history": [{"loss": 1.0}], "sha256": {}}
+
+
+@fuzz(row_like(STATE).map(lambda told: json.dumps(told).encode()) | changed_bytes(json.dumps(STATE).encode()))
+def test_checkpoints_of_trainings(folder: Path, state: bytes) -> None:
+    place = folder / "checkpoint" / "step-00000007"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "state.json").write_bytes(state)
+    (place / COMPLETE).write_text(json.dumps({"state.json": hashlib.sha256(state).hexdigest()}))
+    with suppress(SrcfastError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_training(folder / "checkpoint", {"seed": 3})
+
+
+@fuzz(
+    row_like(SUMMARY, {"evaluations": [EVALUATED, EVALUATED | {"model": "rationale", "alignment": 0.5}]})
+    | row_like(EVALUATED, {"cases": {}, "by_ability": {"a": {"n": 3}, "b": {"accuracy": 0.5}}}).map(
+        lambda one: {"evaluations": [one]}
+    )
+    | row_like(HEADROOM).map(lambda one: {"headroom": [one]})
+    | row_like(SUMMARY["funnel"]["iteration-1"]).map(lambda one: {"funnel": {"a": one}, "evaluations": []}),
+    row_like(CARD),
+    row_like(STEP),
+    row_like({"name": "a", "model": {"path": "b"}, "seed": 3, "candidates": {"num_candidates": 4}}),
+)
+def test_pages(folder: Path, summary: Any, card: Any, step: Any, told: Any) -> None:
+    files = {"summary.json": summary, "gallery.json": [card], "config.yaml": told, "metrics.jsonl": step}
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value) + "\n")
+    with suppress(SrcfastError), mock.patch("srcfast.report.plots.can_plot", lambda: False):
+        render(read_run(folder)).encode("utf-8")
 
 
 def _decoder() -> Any:

@@ -203,7 +203,7 @@ def test_a_metrics_line_cut_short_is_left_out_and_a_damaged_one_is_named(tmp_pat
     write_report(run)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line \d+: expected JSON"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line \d+: expected a JSON object"):
         write_report(run)
 
 
@@ -212,7 +212,7 @@ def test_a_directory_without_a_summary_is_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"summary\.json: expected the summary of a run"):
         write_report(tmp_path)
     (tmp_path / "summary.json").write_text("[1]")
-    with pytest.raises(InputError, match="expected a JSON dict, found list"):
+    with pytest.raises(InputError, match=r"summary\.json: expected what a run writes .* found \[1\]"):
         write_report(tmp_path)
 
 

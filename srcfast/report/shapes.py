@@ -1,0 +1,179 @@
+"""What the page takes for granted of the files that it reads: a file of another shape is refused by name, not met half-way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from srcfast.errors import InputError
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Number = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
+Measure = Number | None
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)] | None
+Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+
+
+class Shape(BaseModel):
+    """Named keys are of these types; others may be anything."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Cases(Shape):
+    both_right: Count
+    right_answer_wrong_rationale: Count
+    right_rationale_wrong_answer: Count
+    both_wrong: Count
+
+
+class Ability(Shape):
+    n: Count = 0
+    accuracy: Measure = None
+    alignment: Measure = None
+
+
+class Evaluation(Shape):
+    model: str
+    dataset: str
+    split: str
+    n: Count
+    accuracy: Number
+    accuracy_ci95: Interval = None
+    alignment: Measure = None
+    alignment_ci95: Interval = None
+    rationale_accuracy: Measure = None
+    rationale_accuracy_ci95: Interval = None
+    right_answer_wrong_rationale: Measure = None
+    unparsed: Count = 0
+    cases: Cases | None = None
+    by_ability: dict[str, Ability] = {}
+
+
+class Histogram(Shape):
+    counts: list[Annotated[float, Field(ge=0, lt=1e15)]]
+    edges: list[Number]
+
+    @model_validator(mode="after")
+    def _edges_fit(self) -> Histogram:
+        if len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.edges)} edges for {len(self.counts)} counts")
+        return self
+
+
+class Funnel(Shape):
+    samples: Count = 0
+    with_two_parsed_distinct: Count = 0
+    with_pair: Count = 0
+    pairs_proposed: Count = 0
+    within_margin: Count = 0
+    within_confidence: Count = 0
+    kept: Count = 0
+    dropped: dict[str, Count] = {}
+    pair_correctness: dict[str, Measure] = {}
+    order_flip_rate: Measure = None
+    tie_rate: Measure = None
+    mean_confidence: Measure = None
+    mean_kept_confidence: Measure = None
+    length_correlation: Measure = None
+    score_histogram: Histogram | None = None
+    confidence_histogram: Histogram | None = None
+
+
+class Headroom(Shape):
+    iteration: Count | str
+    dataset: str
+    split: str
+    n: Count
+    n_candidates: Number
+    pass_at_1: Number
+    best_of_n: Number
+    pass_at_n: Number
+    next_pass_at_1: Measure = None
+    recovered: Measure = None
+    scorer_oracle_agreement: Measure = None
+
+
+class Stage(Shape):
+    name: str
+    seconds: Seconds
+    tokens_per_second: Measure = None
+
+
+class Summary(Shape):
+    """`summary.json`."""
+
+    evaluations: list[Evaluation] = []
+    headroom: list[Headroom] = []
+    funnel: dict[str, Funnel] = {}
+    diversity: dict[str, dict[str, Measure]] = {}
+    adaptive: dict[str, dict[str, Measure]] = {}
+    rejected: Count | None = None
+    stages: list[Stage] = []
+    peak_rss_bytes: Count | None = None
+    seconds: Seconds = 0.0
+
+
+class Candidate(Shape):
+    text: str
+    score: Number
+    case: str | None = None
+    claims: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
+
+
+class Card(Shape):
+    """An entry of `gallery.json`."""
+
+    sample_id: str
+    question: str
+    gold: str
+    candidates: list[Candidate]
+    image: str | None = None
+    chosen: Count | None = None
+    rejected: Count | None = None
+    confidence: Measure = None
+
+
+class Step(Shape):
+    """A row of `metrics.jsonl`."""
+
+    stage: str | None = None
+    step: Count = 0
+    loss: Measure = None
+    margin: Measure = None
+    reward_accuracy: Measure = None
+    chosen_reward: Measure = None
+    rejected_reward: Measure = None
+    learning_rate: Measure = None
+
+
+class EvaluationSettings(Shape):
+    max_new_tokens: Count | None = None
+    bootstrap_resamples: Count | None = None
+
+
+class Settings(Shape):
+    """What the page says of `config.yaml`."""
+
+    model: dict[str, Any] = {}
+    candidates: dict[str, Any] = {}
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+def check_shape(value: Any, shape: Any, file: Path, line: int | None = None) -> None:
+    """Raises InputError where a value that was read from this file is not of this shape; file and field are named."""
+    try:
+        TypeAdapter(shape).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = "nothing" if first["type"] == "missing" else repr(first["input"])
+        raise InputError(
+            file=file,
+            line=line,
+            field=".".join(str(part) for part in first["loc"]) or None,
+            expected=f"what a run writes ({first['msg']})",
+            found=found,
+            mend="put the file back as it was, or run the same command of the run again",
+        ) from error
