@@ -11,12 +11,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from srcfast.config import Config, DatasetConfig, load_config, read_yaml
+from srcfast.config import Config, DatasetConfig, load_config
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.stage_rows import read_scores
+from srcfast.data.yaml_file import read_yaml
 from srcfast.errors import ConfigError, InputError
 from srcfast.loading import (
     draw,

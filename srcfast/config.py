@@ -6,11 +6,10 @@ The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are relative to the worki
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,7 +21,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from srcfast.data.jsonl import regular
+from srcfast.data.yaml_file import note_lines, parse_yaml, read_yaml
 from srcfast.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from srcfast.stages.preference import PreferenceSettings
 
 Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
-MAX_NODES = 10_000  # values of a settings file
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -411,74 +409,6 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
-    """The mapping in a YAML file, {} if it is empty; `places` takes the line of every key.
-
-    Raises:
-        ConfigError: no such file, no YAML, no mapping, or a key that is there twice.
-    """
-    try:
-        text = regular(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise ConfigError(f"{path}: expected a readable YAML file, found {error}") from error
-    tree = _parse_yaml(text, str(path), lambda node: _lines(node, "", path, places))
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected settings `key: value`, found {type(tree).__name__}")
-    return tree
-
-
-def _parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
-    """The value of a YAML text; `look` sees its nodes first.
-
-    Raises:
-        ConfigError: no YAML, a tag that is no plain value's, or aliases that swell to more than any settings have.
-    """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if _swells(node):
-            raise ConfigError(f"{where}: expected at most {MAX_NODES:,} values, found more. Mend: leave aliases out")
-        look(node)
-        return yaml.safe_load(text)
-    except ConfigError:
-        raise
-    except RecursionError as error:
-        raise ConfigError(f"{where}: expected settings, found YAML that is nested too deep, or holds itself") from error
-    except Exception as error:  # PyYAML lets through what a value's parser raises: ValueError for 2001-99-99, ...
-        found = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{where}: expected YAML, found {found}") from error
-
-
-def _swells(node: Any) -> bool:
-    """Whether a YAML node has more than MAX_NODES below it, an alias counted as all that it stands for."""
-    left, count = [node], 0
-    while left and count <= MAX_NODES:
-        count += 1
-        one = left.pop()
-        if isinstance(one, yaml.MappingNode):
-            left += (part for pair in one.value for part in pair)
-        elif isinstance(one, yaml.SequenceNode):
-            left += one.value
-    return count > MAX_NODES
-
-
-def _lines(node: Any, prefix: str, path: Path, places: dict[str, str]) -> None:
-    """Note the line of every key; refuse one that is set twice (YAML would silently take the last)."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            place = f"{path}, line {key.start_mark.line + 1}"
-            if name in places:
-                raise ConfigError(f"{place}: {name} is set twice, first at {places[name]}. Mend: keep one")
-            places[name] = place
-            _lines(value, f"{name}.", path, places)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            places[f"{prefix}{index}"] = f"{path}, line {value.start_mark.line + 1}"
-            _lines(value, f"{prefix}{index}.", path, places)
-
-
 def _read_override(word: str, section: str | None) -> tuple[str, Any]:
     """(full dotted key, value) of `key=value`."""
     key, equals, text = word.partition("=")
@@ -492,7 +422,7 @@ def _read_override(word: str, section: str | None) -> tuple[str, Any]:
         raise ConfigError(f"override {word!r}: expected {whole} as a whole list, found a part of one")
     elif key not in known:
         raise ConfigError(f"override {word!r}: {_unknown(key, section)}")
-    return key, _parse_yaml(text, f"override {word!r}", lambda node: _lines(node, f"{key}.", Path(word), {}))
+    return key, parse_yaml(text, f"override {word!r}", lambda node: note_lines(node, f"{key}.", Path(word), {}))
 
 
 def _assign(tree: dict[str, Any], keys: Sequence[str], value: Any, word: str) -> None:

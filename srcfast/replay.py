@@ -30,7 +30,7 @@ from srcfast.runtime.training import Metrics, NotFinite, TrainingSettings, globa
 from srcfast.runtime.training_checkpoint import weights_hash
 from srcfast.stages.preference import loss_rows, pair_denominator, preference_items, preference_loss
 from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
-from srcfast.stages.scorer_training import ScorerExample, Variant, num_slots, scorer_items, scorer_loss, segment_ends
+from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
 
 DIRECTORY, BATCH = "not-finite", "batch.json"
 
@@ -84,7 +84,7 @@ def replay(place: Path) -> Metrics:
         raps = [_rap(row, file, root) for row in found["rationales"]]
         examples = [_example(row) for row in found["examples"]]
         records: dict[str, Sequence[Any]] = {"rationale": raps, "dpo": pairs, "scorer": examples}
-        if type(step) is not int or not 0 <= step < 1 << 31 or stage not in records:
+        if type(step) is not int or not 0 <= step < 1 << 31 or stage not in tuple(records):
             raise ValueError(f"step {step!r} of stage {stage!r}")
         if min(loop.micro_batch_size, loop.gradient_accumulation_steps, loop.token_budget) < 1:
             raise ValueError(f"batches of none: {loop}")
@@ -216,10 +216,11 @@ def _rap(row: dict[str, Any], file: Path, root: Path) -> Rap:
     return sample, fields.text("response")
 
 
-def _example(row: dict[str, Any]) -> ScorerExample:
-    variants = tuple(Variant(**variant) for variant in row["variants"])
-    pairs = tuple((int(first), int(second)) for first, second in row["pairs"])
-    return ScorerExample(row["key"], row["reference"], variants, pairs)
+def _example(row: Any) -> ScorerExample:
+    example = TypeAdapter(ScorerExample).validate_python(row)
+    if not all(0 <= first < len(example.variants) > second >= -1 for first, second in example.pairs):
+        raise ValueError(f"pairs {example.pairs} of {len(example.variants)} variants")
+    return example
 
 
 def _trained(model: Any) -> str:

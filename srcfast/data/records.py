@@ -144,8 +144,8 @@ class Preference:
             chosen=chosen,
             rejected=rejected,
             confidence=confidence,
-            reference_chosen_logprob=reader.optional_logprob("reference_chosen_logprob"),
-            reference_rejected_logprob=reader.optional_logprob("reference_rejected_logprob"),
+            reference_chosen_logprob=reader.optional_number("reference_chosen_logprob"),
+            reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
             extra=reader.rest(),
             image_root=image_root,
         )
@@ -238,11 +238,11 @@ class Fields:
             raise self.error(name, "a log-probability, at most 0", value, "compute it anew: it is none of any response")
         return value
 
-    def optional_logprob(self, name: str) -> float | None:
+    def optional_number(self, name: str) -> float | None:
         if self.left.get(name) is None:
             self.left.pop(name, None)
             return None
-        return self.logprob(name)
+        return self.number(name)
 
     def images(self) -> tuple[str, ...]:
         one, several = self.left.pop("image", None), self.left.pop("images", None)

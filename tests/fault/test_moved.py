@@ -23,7 +23,7 @@ def moved(old: Path, new: Path) -> Path:
 @pytest.mark.parametrize(
     "training, step, point",
     [
-        ("iteration-1/dpo", 4, "os.mkdir iteration-1/adapter/"),
+        ("iteration-1/dpo", 4, "open checkpoint/iteration-1/dpo/.step-00000006"),
         pytest.param("rationale", 16, "open checkpoint/rationale/.step-00000020", marks=pytest.mark.fault),
     ],
 )

@@ -167,7 +167,6 @@ PAIR_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a reference log-probability of -Infinity": ({"reference_rejected_logprob": float("-inf")}, "not a finite number"),
     "a reference log-probability in words": ({"reference_chosen_logprob": "low"}, _NUMBER),
     "a reference log-probability that is a list": ({"reference_rejected_logprob": [-1]}, _NUMBER),
-    "a reference log-probability above 0": ({"reference_chosen_logprob": 0.5}, "at most 0"),
     "an integer beyond all floats for a reference": ({"reference_rejected_logprob": 10**400}, _NUMBER),
     "a sample_id that is an object": ({"sample_id": {}}, _ID),
     "an image that is not there": ({"images": ["none.png"]}, "no such file"),

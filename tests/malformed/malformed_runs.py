@@ -277,6 +277,8 @@ def batch(change: Mapping[str, Any]) -> Callable[[Path], Path]:
             "image_root": str(folder),
             "preferences": [PAIR],
             "rationales": [],
+            "examples": [],
+            "places": [0],
         } | dict(change)
         (folder / "batch.json").write_text(json.dumps({key: one for key, one in told.items() if one is not ...}))
         return folder
@@ -323,6 +325,16 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
         "'response'",
     ),
     "a rationale that is a number": ({"stage": "rationale", "rationales": [7]}, "a JSON object"),
+    "examples that are numbers": ({"stage": "scorer", "preferences": [], "examples": [7]}, "ScorerExample"),
+    "an example whose pair is of no variant": (
+        {
+            "stage": "scorer",
+            "preferences": [],
+            "examples": [{"key": "k", "reference": "r", "variants": [{"text": "t", "faults": 0}], "pairs": [[0, 1]]}],
+        },
+        "of 1 variants",
+    ),
+    "a place that another record has": ({"places": [0, 0]}, "places [0, 0] of 1"),
     "no hash of the weights": ({"weights_sha256": ...}, "'weights_sha256'"),
     "no adapter beside it": ({}, "an adapter"),
 }

@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "srcfast_kernels": set(),
     "data": {"errors", "srcfast_kernels"},
-    "config": {"errors"},
+    "config": {"errors", "data"},
     "runtime": {"errors", "srcfast_kernels", "data"},
     "report": {"errors", "data", "runtime"},
     "models": {"errors", "srcfast_kernels", "data", "runtime"},
