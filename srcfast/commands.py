@@ -32,6 +32,7 @@ from srcfast.loading import (
 from srcfast.runtime import distributed
 from srcfast.runtime.telemetry import track
 
+REFERENCES_LOOKED_AT = 32  # of those that a file states without saying whose they are
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
 
@@ -352,7 +353,7 @@ def dpo(
     from srcfast.replay import kept_if_not_finite
     from srcfast.runtime.run_directory import alone_in
     from srcfast.stages.pieces import references_in_pieces
-    from srcfast.stages.preference import train_preference
+    from srcfast.stages.preference import check_references, train_preference
     from srcfast.training_run import TrainingRun
 
     output = need(output, "--output", "a folder for the adapter")
@@ -365,13 +366,12 @@ def dpo(
     model = load_model(config, adapter or config.lora.lora_config(config.seed), to_train=True)
     features = features_of(model, preferences)
     name = policy_hash(config, model, adapter)
-    # A reference that came without a hash is taken at its word; training's first step checks it.
+    unsigned = [pair for pair in preferences if "reference_hash" not in pair.extra and _has_reference(pair)]
     preferences = [replace(pair, extra={"reference_hash": name} | pair.extra) for pair in preferences]
-    missing = [
-        index
-        for index, pair in enumerate(preferences)
-        if pair.reference_chosen_logprob is None or pair.reference_rejected_logprob is None
-    ]
+    missing = [index for index, pair in enumerate(preferences) if not _has_reference(pair)]
+    # A reference that came without a hash is taken at its word, but for some that are looked at, and those of the first step.
+    some = random.Random(f"references/{config.seed}").sample(unsigned, min(REFERENCES_LOOKED_AT, len(unsigned)))
+    check_references(model, some, config.dpo.token_budget, features)
     if missing:
         # Kept until the adapter is written: beside the training's checkpoints, and removed with these.
         place = output / "checkpoint" / "references"
@@ -409,6 +409,10 @@ def dpo(
     if distributed.is_main():
         save_adapter(model, output)
     run.write_summary(model=str(model.path), pairs=len(preferences), references_computed=len(missing))
+
+
+def _has_reference(pair: Preference) -> bool:
+    return pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None
 
 
 @on_ranks("evaluation")

@@ -6,6 +6,7 @@ never a pickle. Every wait has an end: where a rank stays away, the others raise
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -40,6 +41,8 @@ _arrived = 0  # exchanges that this rank has come to
 _sign = 0.0  # when this rank last gave a sign of life
 _alone: dict[str, int] = {}
 _groups: list[dist.ProcessGroup] = []  # of some of the ranks, beside the one of all
+_mesh: Any = None  # of the ranks of this node, where there are others
+_meshed = False  # whether a mesh was asked for
 
 
 def rank() -> int:
@@ -205,10 +208,20 @@ def under_way() -> None:
         _short = None
 
 
-def join(group: dist.ProcessGroup) -> None:
-    """A group of some of the ranks, whose waits are to end as those of all do."""
-    _groups.append(group)
-    _set_timeout(_patience)
+def node_mesh(device_type: str) -> Any:
+    """The ranks of this node, as PyTorch's DeviceMesh; their waits end as those of all do."""
+    global _mesh, _meshed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    _meshed, here = True, ranks_of_node()
+    if here == size():
+        return init_device_mesh(device_type, (here,))
+    if _mesh is None:  # kept: a model may be read more than once, and each time new groups would be made
+        nodes = (size() // here, here)
+        _mesh = init_device_mesh(device_type, nodes, mesh_dim_names=("nodes", "ranks"))["ranks"]
+        _groups.append(_mesh.get_group())
+        _set_timeout(_patience)
+    return _mesh
 
 
 @contextmanager
@@ -252,9 +265,21 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise _in_vain(_first_line(error)) from error
         raise
+    if _meshed:
+        _let_go()
     _store = _short = None
-    _groups.clear()
     dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Of all that holds the groups: else their threads outlive them, and one that drops a tensor while Python ends, ends all."""
+    global _mesh, _meshed
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _mesh, _meshed = None, False
+    _groups.clear()
+    _clear_sharding_prop_cache()
+    gc.collect()
 
 
 def _take_gpu(device: str) -> None:

@@ -11,12 +11,10 @@ no work left runs passes over a single position, of which nothing comes, as long
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from srcfast.data.forest import Forest, Segment, Tree
@@ -44,7 +42,7 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
         )
     if here == 1:
         return
-    mesh = _mesh(torch.device(device).type, here, dist.group.WORLD)
+    mesh = distributed.node_mesh(torch.device(device).type)
     for layer in decoder.layers:  # type: ignore[union-attr]
         named = layer.named_parameters()
         small = {parameter for name, parameter in named if parameter.ndim < 2 and not name.endswith(".flat")}
@@ -55,18 +53,6 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     decoder.register_forward_pre_hook(_announce)
     decoder.is_sharded = True  # type: ignore[assignment]
-
-
-@lru_cache(maxsize=1)  # a model may be read more than once; new groups would be made each time
-def _mesh(device_type: str, here: int, world: dist.ProcessGroup | None) -> Any:
-    """The ranks of this node, of so many, among those of `world`, which is all."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if here == distributed.size():
-        return init_device_mesh(device_type, (here,))
-    nodes = init_device_mesh(device_type, (distributed.size() // here, here), mesh_dim_names=("nodes", "ranks"))
-    distributed.join(nodes["ranks"].get_group())
-    return nodes["ranks"]
 
 
 def is_sharded(decoder: nn.Module) -> bool:

@@ -29,10 +29,11 @@ from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.errors import InputError, SrcfastError
+from srcfast.runtime.dropout_keys import drops
 from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
 from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, global_batch, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, image_prints, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
@@ -445,7 +446,8 @@ def train_preference(
         checkpoints: see `train`.
 
     Raises:
-        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0.
+        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0. With
+            dropout also a pair of the first step whose stored log-probability isn't the policy's.
         SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
             the hash fits. Or a log-probability is above 0.
     """
@@ -454,8 +456,11 @@ def train_preference(
     items = preference_items(model, preferences, preference_settings, rehearsal)
     if on_items is not None:
         on_items(items)
-    dropout = getattr(getattr(model, "lora_config", None), "dropout", 0.0) > 0  # then the start is noisy
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    dropout = drops(model)
+    if dropout:  # then the first step says nothing of the start: its pairs are looked at without
+        first = [place for place in global_batch(len(items), 0, settings) if place < len(preferences)]
+        check_references(model, [preferences[place] for place in first], settings.token_budget, features)
 
     def check_start(metrics: Metrics) -> None:
         refuse_certainty(metrics)
@@ -480,6 +485,29 @@ def train_preference(
         profiler=profiler,
         checkpoints=checkpoints,
     )
+
+
+def check_references(
+    model: Any, preferences: Sequence[Preference], token_budget: int, features: Features | None = None
+) -> None:
+    """Compute the log-probabilities of some pairs anew; on several ranks each does all of it.
+
+    Raises:
+        InputError: a stored one is another model's; the pair is named.
+    """
+    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    found = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
+    for stored, exact in zip(preferences, found, strict=True):
+        for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
+            value, own = getattr(stored, field), getattr(exact, field)
+            if not abs(value - own) <= tolerance * (1 + abs(own)):
+                raise InputError(
+                    sample_id=stored.sample_id,
+                    field=field,
+                    expected=f"{own:.6g}, which the model has before the first update (rounding makes {tolerance:.0e} of it)",
+                    found=f"{value:.6g}",
+                    mend="compute the reference again with this base and adapter: leave these fields out",
+                )
 
 
 def _check_reference(preference: Preference, expected_hash: str) -> None:

@@ -25,11 +25,11 @@ LOOP = ("lora.r=4", "micro_batch_size=2", "gradient_accumulation_steps=1", "--qu
 def dpo(srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path) -> Callable[..., Result]:
     """DPO of four pairs, of which the third has these fields."""
 
-    def run(output: Path, **fields: object) -> Result:
+    def run(output: Path, *words: str, **fields: object) -> Result:
         rows = preference_rows(4, seed=5)
         rows[2] |= fields
         files = ("--data", write_rows(tmp_path / "pairs.jsonl", rows), "--image-root", image_root, "--output", output)
-        return srcfast("dpo", "--model", model_dir, *files, *LOOP)
+        return srcfast("dpo", "--model", model_dir, *files, *LOOP, *words)
 
     return run
 
@@ -43,9 +43,28 @@ def test_a_stored_log_probability_above_0_is_refused(dpo: Callable[..., Result],
 
 def test_a_margin_before_the_first_update_is_refused(dpo: Callable[..., Result], tmp_path: Path) -> None:
     result = dpo(tmp_path / "out", reference_chosen_logprob=-9.0, reference_rejected_logprob=-9.0)
-    assert result.exit_code == 1 and "Traceback" not in result.output
-    assert re.search(r"before the first update .*\(mean margin -?\d.*Mend: compute the reference again", result.output)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert re.search(
+        r"p2.*reference_chosen_logprob.*before the first update.*found -9.*Mend: compute the reference again",
+        " ".join(result.output.split()),
+    )
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_stored_references_that_are_the_policy_s_are_taken(
+    dpo: Callable[..., Result], srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path
+) -> None:
+    pair = preference_rows(4, seed=5)[2]
+    asked = [
+        {"images": pair["images"], "prompt": pair["prompt"], "response": pair[side]} for side in ("chosen", "rejected")
+    ]
+    files = ("--data", write_rows(tmp_path / "asked.jsonl", asked), "--image-root", image_root)
+    told = srcfast("logprob", "--model", model_dir, *files, "--output", tmp_path / "told.jsonl", "--quiet")
+    assert told.exit_code == 0, told.output
+    chosen, rejected = (json.loads(line)["logprob"] for line in (tmp_path / "told.jsonl").read_text().splitlines())
+    result = dpo(tmp_path / "out", reference_chosen_logprob=chosen, reference_rejected_logprob=rejected)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["references_computed"] == 3
 
 
 @pytest.mark.parametrize("command", ["evaluate", "candidates", "logprob", "merge"])
@@ -70,7 +89,7 @@ def test_the_command_that_is_printed_runs_the_batch_again_as_it_stands(
 ) -> None:
     """In a shell, and from a directory whose name a shell would take apart."""
     output = tmp_path / "my run; (2)"
-    result = dpo(output, reference_chosen_logprob=-1.0, reference_rejected_logprob=-1e300)
+    result = dpo(output, "beta=1e38")  # its gradient is none
     assert result.exit_code == 1
     printed = re.search(r"to run it again: (srcfast replay .*)", result.output)
     assert printed is not None, result.output
@@ -78,4 +97,4 @@ def test_the_command_that_is_printed_runs_the_batch_again_as_it_stands(
     assert printed[1] == kept["command"]
     shell = f'srcfast() {{ {shlex.quote(sys.executable)} -m srcfast "$@"; }}; {printed[1]}'
     again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 1 and f"reproduced: step {kept['step']}: the loss is not finite" in again.stderr
+    assert again.returncode == 1 and f"reproduced: step {kept['step']}: the gradient is not finite" in again.stderr

@@ -19,9 +19,10 @@ from srcfast.data.readers import read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.loading import features_of, load_judge, load_model
+from srcfast.models.checkpoint import model_hash
 from srcfast.replay import kept_if_not_finite
 from srcfast.runtime.training import NotFinite, global_batch
-from srcfast.stages.preference import train_preference
+from srcfast.stages.preference import reference_logprobs, train_preference
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.world.claims import VOCABULARY
@@ -39,6 +40,9 @@ def stopped(srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path)
     rows = preference_rows(4, seed=1)
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
     rows[2] |= {"reference_chosen_logprob": -1.0, "reference_rejected_logprob": -1e300}
+    rows[2] |= {
+        "reference_hash": f"base:{model_hash(model_dir)} adapter:none float32 none"
+    }  # else it would be looked at first
     bad = write_rows(tmp_path / "bad.jsonl", rows)
     assert srcfast("dpo", "--data", pairs, *files).exit_code == 0
     result = srcfast("dpo", "--data", bad, *files)
@@ -118,13 +122,16 @@ def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_i
     words = [f"model.path={model_dir}", "lora.r=4", "lora.dropout=0.3", "dpo.rehearsal_weight=0.5"]
     config = load_config(None, [*words, "dpo.micro_batch_size=3", "dpo.gradient_accumulation_steps=3"], None)
     loop, settings = config.dpo.training_settings(0), config.dpo.preference_settings("confidence")
-    known = {"reference_chosen_logprob": -20.0, "reference_rejected_logprob": -25.0, "reference_hash": "made up"}
-    pairs = [
-        Preference.from_json(row | known, file="pairs", line=number, image_root=image_root)
+    plain = [
+        Preference.from_json(row, file="pairs", line=number, image_root=image_root)
         for number, row in enumerate(preference_rows(4, seed=2))
     ]
     raps = rationale_pairs(image_root)
     model = load_model(config, config.lora.lora_config(0))
+    features = features_of(model, [*plain, *(sample for sample, _ in raps)])
+    pairs = reference_logprobs(
+        model, plain, reference_hash="made up", token_budget=loop.token_budget, features=features
+    )
     records = [*pairs, *raps]
     kinds = [isinstance(records[index], Preference) for index in global_batch(7, 0, loop)]
     assert kinds != sorted(kinds, reverse=True)  # mixed: their order can't be told from what they are
@@ -133,7 +140,6 @@ def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_i
         kept_if_not_finite("dpo", config, model, records, loop, tmp_path),
     ):
         raise NotFinite(0, "step 0: made up")
-    features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
     first = train_preference(
         model, pairs, settings, loop, expected_reference_hash="made up", features=features, rehearsal=raps
     )[0]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_processes import run_ranks, values_of
+from rank_processes import LIMIT, run_ranks, values_of
 from small_model import SmallModel, image_embedding, response_items
 from torch import Tensor, nn
 
@@ -248,6 +251,38 @@ def test_ranks_that_are_asked_to_stop_wait_for_each_other_s_pieces(tmp_path: Pat
     assert all("part" in one for one in found), found
     kept = len(list((tmp_path / "pieces").glob("*.jsonl")))
     assert 2 <= kept < 5
+
+
+def threads_of_a_group(folder: Path, rank: int, port: int) -> None:
+    """Write how many threads there are with a group in which a model is shared out, and behind it, over those before."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before = len(os.listdir("/proc/self/task"))
+    during = []
+    with distributed.process_group():
+        model = drawn_model(True)
+        gradients(model, Forest.of([item.tree for item in response_items(2)]), None)
+        during.append(len(os.listdir("/proc/self/task")) - before)
+        del model
+    during.append(len(os.listdir("/proc/self/task")) - before)
+    (folder / f"threads-{rank}.json").write_text(json.dumps(during))
+
+
+def test_no_thread_of_a_group_stays_behind_it(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=threads_of_a_group, args=(tmp_path, rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+        assert process.exitcode == 0
+    for rank in range(2):
+        during, after = json.loads((tmp_path / f"threads-{rank}.json").read_text())
+        # A thread of gloo's that lets go of a tensor while Python ends would end the process with an error.
+        assert during > after
+        assert after <= 1  # of the store, on the rank that has it
 
 
 def one_dies(folder: Path) -> None:
