@@ -446,8 +446,7 @@ def train_preference(
         checkpoints: see `train`.
 
     Raises:
-        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0. With
-            dropout also a pair of the first step whose stored log-probability isn't the policy's.
+        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0.
         SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
             the hash fits. Or a log-probability is above 0.
     """
@@ -493,20 +492,21 @@ def check_references(
     """Compute the log-probabilities of some pairs anew; on several ranks each does all of it.
 
     Raises:
-        InputError: a stored one is another model's; the pair is named.
+        SrcfastError: a stored one is another model's; the pair is named.
+        InputError: one is above 0.
     """
+    for preference in preferences:
+        _refuse_reference_above_0(preference)
     tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
     found = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
     for stored, exact in zip(preferences, found, strict=True):
         for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
             value, own = getattr(stored, field), getattr(exact, field)
             if not abs(value - own) <= tolerance * (1 + abs(own)):
-                raise InputError(
-                    sample_id=stored.sample_id,
-                    field=field,
-                    expected=f"{own:.6g}, which the model has before the first update (rounding makes {tolerance:.0e} of it)",
-                    found=f"{value:.6g}",
-                    mend="compute the reference again with this base and adapter: leave these fields out",
+                raise SrcfastError(
+                    f"sample {stored.sample_id}: before the first update the policy must equal its reference, but {field} "
+                    f"is stored as {value:.6g} and is {own:.6g} (rounding makes at most {tolerance:.0e} of it). Mend: compute "
+                    "the reference again with this base and adapter: leave these fields out"
                 )
 
 
@@ -522,6 +522,10 @@ def _check_reference(preference: Preference, expected_hash: str) -> None:
             found="none" if found is None else f"those of {found}",
             mend="compute the reference again with the base and adapter that training starts from",
         )
+    _refuse_reference_above_0(preference)
+
+
+def _refuse_reference_above_0(preference: Preference) -> None:
     for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
         value = getattr(preference, field)
         if not value <= 0:

@@ -276,7 +276,7 @@ def test_with_dropout_too_a_stored_log_probability_that_is_not_the_policy_s_is_r
     assert len(trained(model, preferences, PreferenceSettings(), SETTINGS)) == 1
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
     wrong = replace(preferences[3], reference_rejected_logprob=preferences[3].reference_rejected_logprob * 1.01)
-    with pytest.raises(InputError, match="sample-3.*reference_rejected_logprob.*before the first update.*Mend"):
+    with pytest.raises(SrcfastError, match="sample-3.*before the first update.*reference_rejected_logprob.*Mend"):
         trained(model, [*preferences[:3], wrong, *preferences[4:]], PreferenceSettings(), SETTINGS)
     assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
 
