@@ -25,6 +25,7 @@ from srcfast.models.checkpoint import (
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
+from srcfast.runtime import distributed
 from srcfast.runtime.attention import forest_attend
 from srcfast.runtime.sharded import shard_layers
 
@@ -99,11 +100,12 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
 
-    With `shard` its layers are shared out over the ranks, and each takes memory for its own part alone.
+    With `shard` its layers are shared out over the ranks of this node, and each takes memory for its own part alone.
 
     Raises:
         InputError: another architecture; the config's file and field are named.
     """
+    shard = shard and distributed.size() > 1
     try:
         with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
             decoder = Decoder(DecoderConfig.from_huggingface(config)).to(dtype=dtype)
