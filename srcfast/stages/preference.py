@@ -27,7 +27,7 @@ from torch import Tensor
 
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.records import Preference
+from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.dropout_keys import drops
 from srcfast.runtime.loader import send
@@ -42,6 +42,16 @@ from srcfast_kernels import linear_logprob, weighted_dpo_loss
 # its size: packing differently changes rounding, nothing else.
 _SAME_MODEL = {torch.float64: 1e-9, torch.float32: 1e-4}
 _SAME_MODEL_HALF = 2e-2
+
+
+def same_model_tolerance(model: Any) -> float:
+    """The largest `drift` of two computations of one log-probability by this model."""
+    return _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+
+
+def drift(value: float, exact: float) -> float:
+    """How far a log-probability is from another, as a share of 1 + the other's size."""
+    return abs(value - exact) / (1.0 + abs(exact))
 
 
 @dataclass(frozen=True)
@@ -455,7 +465,7 @@ def train_preference(
     items = preference_items(model, preferences, preference_settings, rehearsal)
     if on_items is not None:
         on_items(items)
-    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    tolerance = same_model_tolerance(model)
     dropout = drops(model)
     if dropout:  # then the first step says nothing of the start: its pairs are looked at without
         first = [place for place in global_batch(len(items), 0, settings) if place < len(preferences)]
@@ -497,16 +507,17 @@ def check_references(
     """
     for preference in preferences:
         _refuse_reference_above_0(preference)
-    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    tolerance = same_model_tolerance(model)
     found = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
     for stored, exact in zip(preferences, found, strict=True):
         for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
             value, own = getattr(stored, field), getattr(exact, field)
-            if not abs(value - own) <= tolerance * (1 + abs(own)):
+            if not drift(value, own) <= tolerance:
                 raise SrcfastError(
                     f"sample {stored.sample_id}: before the first update the policy must equal its reference, but {field} "
                     f"is stored as {value:.6g} and is {own:.6g} (rounding makes at most {tolerance:.0e} of it). Mend: compute "
-                    "the reference again with this base and adapter: leave these fields out"
+                    "the reference again with this base and adapter: leave these fields out; in a calibration: another run, with "
+                    "dpo.reuse_generation_logprobs=false"
                 )
 
 
@@ -528,7 +539,7 @@ def _check_reference(preference: Preference, expected_hash: str) -> None:
 def _refuse_reference_above_0(preference: Preference) -> None:
     for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
         value = getattr(preference, field)
-        if not value <= 0:
+        if not value <= LOGPROB_ROUNDING:
             raise InputError(
                 sample_id=preference.sample_id,
                 field=field,

@@ -16,7 +16,7 @@ from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.runtime.training import Features
-from srcfast.stages.preference import _SAME_MODEL, _SAME_MODEL_HALF, reference_logprobs
+from srcfast.stages.preference import drift, reference_logprobs, same_model_tolerance
 
 RECHECKED = 16  # pairs at least
 RECHECKED_SHARE = 0.05
@@ -71,7 +71,7 @@ def references_from_candidates(
         seed: of the part that is rechecked.
         logprobs: computes those that are not taken over.
     """
-    tolerance = _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
+    tolerance = same_model_tolerance(model)
     known: list[tuple[float, float] | None] = []
     for sample_id, pairs in groupby(preferences, key=lambda pair: pair.sample_id):
         own = {candidate.id: candidate for candidate in candidates.get(sample_id) or ()}
@@ -135,4 +135,4 @@ def _difference(pair: Preference, known: tuple[float, float] | None) -> float:
     chosen, rejected = pair.reference_chosen_logprob, pair.reference_rejected_logprob
     assert known is not None and chosen is not None and rejected is not None
     sides = zip(known, (chosen, rejected), strict=True)
-    return max(abs(own - exact) / (1.0 + abs(exact)) for own, exact in sides)
+    return max(drift(own, exact) for own, exact in sides)
