@@ -13,7 +13,7 @@ from typing import Any
 
 from srcfast.config import Config, DatasetConfig, load_config
 from srcfast.data.in_order import InOrder
-from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
+from srcfast.data.jsonl import json_hash, read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.readers import check_rejected, read_logprob_rows
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.stage_rows import read_scores
@@ -149,9 +149,13 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     path = need(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():
+        rows = list(read_shards(path))
+        recorded = sorted({str(row["image_root"]) for *_, row in rows if "image_root" in row})
         return [
-            Preference.from_json(row, file=file, line=line, image_root=_own_root(row, file, line, root, source))
-            for file, line, row in read_shards(path)
+            Preference.from_json(
+                row, file=file, line=line, image_root=_own_root(row, file, line, root, source, recorded)
+            )
+            for file, line, row in rows
         ]
     from srcfast.data.readers import read_preferences
 
@@ -162,16 +166,32 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     return preferences
 
 
-def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source) -> Path:
-    """The folder of a pair's images that travels with it; `root` where it names none, or one that is no longer there.
+def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source, recorded: Sequence[str]) -> Path:
+    """The folder of a pair's images that travels with it; `root` where it names none.
+
+    One that is no longer there is where the images were before they were moved: then it is the --image-root that is given,
+    and without one it is returned as it is, so that the first image says what is missing.
+
+    Args:
+        recorded: all folders that the shards name.
 
     Raises:
-        InputError: it is no path, or lies outside of the --image-root that is given.
+        InputError: it is no path, or lies outside of the --image-root that is given; or it is no longer there and is one of
+            several, for which one --image-root can't stand.
     """
     own = row.pop("image_root", str(root))
     if isinstance(own, str) and "\0" not in own:
         if source.image_root is not None and not os.path.lexists(own):
-            return source.image_root  # the images were moved
+            if len(recorded) < 2:
+                return source.image_root
+            raise InputError(
+                file=file,
+                line=line,
+                field="image_root",
+                expected=f"images where they were, since one --image-root can't stand for each of {', '.join(recorded)}",
+                found=f"no folder {own}",
+                mend="put them back, or curate the samples again where they are now",
+            )
         if source.image_root is None or Path(own).resolve().is_relative_to(source.image_root.resolve()):
             return Path(own)
     expected = "a path" if source.image_root is None else f"a path below --image-root ({source.image_root})"
@@ -324,6 +344,14 @@ def _depends_on(config: Config, section: str, **names: str) -> dict[str, Any]:
     return {key: resolved[key] for key in ("seed", "model", section)} | names
 
 
+def _logprobs_depend_on(config: Config, policy: str, records: Sequence[Sample | Preference]) -> dict[str, Any]:
+    """What log-probabilities depend on beside the records' text: their images' contents, and of `dpo` the budget alone."""
+    from srcfast.stages.rationale import image_prints
+
+    own = _depends_on(config, "dpo", policy=policy, images=json_hash(image_prints(records)))
+    return own | {"dpo": {"token_budget": config.dpo.token_budget}}
+
+
 @on_ranks("preferences")
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
     """Choose pairs into shards under `output`, with `funnel.json` beside them; rank 0 does it alone."""
@@ -376,10 +404,11 @@ def dpo(
         # Kept until the adapter is written: beside the training's checkpoints, and removed with these.
         place = output / "checkpoint" / "references"
         with alone_in(output), track("reference", len(missing), "pairs", config.quiet) as progress:
-            logprobs = references_in_pieces(place, lambda: _depends_on(config, "dpo", policy=name), progress)
+            asked = [preferences[index] for index in missing]
+            logprobs = references_in_pieces(place, lambda: _logprobs_depend_on(config, name, asked), progress)
             done = logprobs(
                 model,
-                [preferences[index] for index in missing],
+                asked,
                 reference_hash=name,
                 token_budget=config.dpo.token_budget,
                 features=features,
@@ -387,7 +416,6 @@ def dpo(
             )
         for index, pair in zip(missing, done, strict=True):
             preferences[index] = pair
-        features.forget()  # training begins alike, whichever of these were computed here and now
     loop = config.dpo.training_settings(config.seed)
     loss = config.dpo.preference_settings(config.curation.weighting)
     with (
@@ -479,16 +507,19 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
+    if not output.name or output.is_dir():
+        raise ConfigError(
+            f"--output: expected a file for the log-probabilities, found the folder {output}. Mend: name a file"
+        )
     rows = [
         Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root)
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
     ]
     model, place = load_model(config, adapter), output.with_name(f"{output.name}.checkpoint")
-    root = str((source.image_root or path.parent).resolve())
     with alone_in(place), track("logprob", len(rows), "responses", config.quiet) as progress:
         found = logprobs_in_pieces(
             place,
-            lambda: _depends_on(config, "dpo", policy=policy_hash(config, model, adapter), image_root=root),
+            lambda: _logprobs_depend_on(config, policy_hash(config, model, adapter), rows),
             model,
             rows,
             features=features_of(model, rows),

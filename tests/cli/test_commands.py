@@ -216,6 +216,13 @@ def test_bad_logprob_line_is_named_and_nothing_is_written(
     assert "Traceback" not in result.output and not out.exists()
 
 
+@pytest.mark.parametrize("output", [".", "/", "", ".."])
+def test_logprob_refuses_a_folder_as_its_output_before_anything_is_read(srcfast: Srcfast, output: str) -> None:
+    result = srcfast("logprob", "--model", "no-such-model", "--data", "no-such-file.jsonl", "--output", output)
+    assert result.exit_code == 2
+    assert "--output" in result.output and "folder" in result.output and "no-such" not in result.output
+
+
 def test_unknown_setting_ends_with_status_2_and_the_nearest_known(srcfast: Srcfast, tmp_path: Path) -> None:
     result = srcfast("dpo", "--data", tmp_path / "x.jsonl", "--output", tmp_path, "betta=1")
     assert result.exit_code == 2
@@ -342,6 +349,19 @@ def test_curated_pairs_are_read_with_another_image_root_once_their_own_is_gone(t
     old.rename(new)
     assert root_given(new) == new
     assert root_given(None) == old  # which the first image then names
+
+
+def test_one_image_root_stands_for_no_more_than_one_that_is_gone(tmp_path: Path) -> None:
+    row = {"sample_id": "s", "images": ["a.png"], "prompt": "what", "chosen": "red", "rejected": "blue"}
+    old, other, new = tmp_path / "old", tmp_path / "other", tmp_path / "new"
+    new.mkdir()
+    source = Source(tmp_path / "pairs", None, new)
+    write_shards(source.data or Path(), [row | {"image_root": str(root)} for root in (old, other)])
+    with pytest.raises(InputError, match="line 1.*image_root") as found:
+        read_preference_file(Config(), source, tmp_path)
+    assert f"{old}, {other}" in str(found.value)
+    write_shards(source.data or Path(), [row | {"image_root": str(old)}] * 2)
+    assert [pair.image_root for pair in read_preference_file(Config(), source, tmp_path)] == [new, new]
 
 
 def test_convert_sets_bad_records_aside(srcfast: Srcfast, image_root: Path, tmp_path: Path) -> None:

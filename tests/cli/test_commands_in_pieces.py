@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from made_rows import preference_rows, sentence, write_rows
+from PIL import Image
 from safetensors.torch import load_file
 
 from srcfast import commands
@@ -57,6 +59,62 @@ def test_references_that_dpo_has_computed_outlast_a_training_that_fails(
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert json.loads((output / "summary.json").read_text())["references_computed"] == 7
     assert not (output / "checkpoint").exists()
+
+
+@pytest.fixture
+def own_images(image_root: Path, tmp_path: Path) -> Path:
+    """A copy of the images, to change."""
+    return Path(shutil.copytree(image_root, tmp_path / "images"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_kept_references_are_used_for_the_same_images_and_budget_whatever_the_training_s_settings(
+    srcfast: Srcfast, model_dir: Path, own_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", preference_rows(4, seed=2))
+    words = ["dpo", "--model", model_dir, "--data", data, "--output", tmp_path / "out", "--quiet"]
+    computed: list[int] = []
+    exact = pieces.reference_logprobs
+
+    def counted(model: Any, pairs: Any, **options: Any) -> Any:
+        computed.append(len(pairs))
+        return exact(model, pairs, **options)
+
+    monkeypatch.setattr(pieces, "reference_logprobs", counted)
+    monkeypatch.setattr(preference, "train", broken)
+
+    def of_a_run(*more: object) -> list[int]:
+        computed.clear()
+        assert "the power is gone" in str(srcfast(*words, *more).exception)
+        return [*computed]
+
+    assert of_a_run("--image-root", own_images) == [3, 1]
+    assert of_a_run("--image-root", own_images, "learning_rate=0.01", "beta=0.3") == []
+    moved = own_images.rename(tmp_path / "moved")
+    assert of_a_run("--image-root", moved) == []
+    for file in moved.iterdir():  # others under the same names
+        Image.new("RGB", (50, 50), "red").save(file)
+    with pytest.warns(RuntimeWarning, match="done again"):
+        assert of_a_run("--image-root", moved) == [3, 1]
+    with pytest.warns(RuntimeWarning, match="done again"):
+        assert of_a_run("--image-root", moved, "token_budget=300") == [3, 1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_logprob_s_kept_parts_are_not_used_for_other_images_under_the_same_names(
+    srcfast: Srcfast, model_dir: Path, own_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"images": ["a.png"], "prompt": "what color", "response": "red" + " two" * n} for n in range(4)]
+    data, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    words = ["logprob", "--model", model_dir, "--data", data, "--image-root", own_images, "--quiet"]
+    with monkeypatch.context() as fault:
+        fault.setattr(commands, "write_jsonl", broken)
+        assert "the power is gone" in str(srcfast(*words, "--output", out).exception)
+    Image.new("RGB", (50, 50), "red").save(own_images / "a.png")
+    with pytest.warns(RuntimeWarning, match="done again"):
+        assert srcfast(*words, "--output", out).exit_code == 0
+    assert srcfast(*words, "--output", tmp_path / "whole.jsonl").exit_code == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.usefixtures("small_pieces")
