@@ -5,11 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import secrets
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from srcfast.data.jsonl import is_temporary, remove_temporary, replacing
+from PIL import Image
+
+from srcfast.data.jsonl import is_temporary, naming, remove_temporary, temporary_of
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.world.questions import ABILITIES, ask
@@ -74,20 +78,43 @@ def _draw(scenes: Mapping[str, Scene], image_dir: Path) -> None:
     """Render scenes into files of these names, but for those that are there whole.
 
     Processes that draw into one folder take turns, so that each finds what the one before has drawn, and removes what a killed
-    one has left half-drawn. Where the file system has no locks all draw: files are renamed when they are whole.
+    one of this machine has left half-drawn: a lock may hold on one machine only. Those of another machine, and where the file
+    system has no locks all, draw at the same time: files are renamed when they are whole.
     """
     missing = {name: scene for name, scene in scenes.items() if not _is_whole(image_dir / name)}
     if not missing:
         return
+    machine = _machine()
     with _turn(image_dir) as alone:
         for path in list(image_dir.glob(".*.tmp")) if alone else ():
-            if is_temporary(path):
+            if is_temporary(path) and f".{machine}." in path.name:
                 remove_temporary(path)
         for name, scene in missing.items():
             if not _is_whole(image_dir / name):
                 picture = render(scene, seed=int(scene_digest(scene)[16:28], 16))
-                with replacing(image_dir / name, durable=False) as file:  # one cut short is drawn again
-                    picture.save(file, format="PNG")
+                _save(picture, image_dir / name, machine)
+
+
+def _save(picture: Image.Image, path: Path, machine: str) -> None:
+    """First under a name that no other process has, though it be of another machine or container and have this one's number."""
+    temporary = temporary_of(path.with_name(f"{path.name}.{machine}.{secrets.token_hex(4)}"))
+    try:
+        with naming(path):
+            with open(temporary, "xb") as file:  # not flushed to the disk: one cut short is drawn again
+                picture.save(file, format="PNG")
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _machine() -> str:
+    """Names the kernel that runs, which is what a lock may be confined to; elsewhere than on Linux, the host."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _is_whole(path: Path) -> bool:

@@ -87,10 +87,10 @@ def test_what_a_killed_process_has_half_drawn_is_removed(tmp_path: Path, monkeyp
 
     def draw_and_die() -> None:
         def kill_at_the_fifth(source: Path, target: Path) -> None:
-            replace(source, target)
             if len([path for path in folder.iterdir() if path.suffix == ".png"]) == 4:
-                (folder / f".half.png.{os.getpid()}.tmp").write_bytes(b"half a picture")
+                os.truncate(source, 9)
                 os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
 
         monkeypatch.setattr(os, "replace", kill_at_the_fifth)
         world_samples("train", 30, seed=3, image_dir=folder)
@@ -134,6 +134,32 @@ def test_without_locks_processes_draw_all_the_same(tmp_path: Path, monkeypatch: 
     folder = tmp_path / "images"
     assert in_processes(lambda: world_samples("train", 60, seed=3, image_dir=folder), 3) == [0, 0, 0]
     assert_drawn(world_samples("train", 60, seed=3, image_dir=folder), folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize("locks", ["none", "of one machine"])
+def test_what_another_machine_or_container_is_drawing_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
+) -> None:
+    folder, replace, drawn = tmp_path / "images", os.replace, []
+
+    def lock(*_: object) -> None:
+        if locks == "none":
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def draw_meanwhile(source: Path, target: Path) -> None:
+        if not drawn:  # by a process of this one's number, while this one's first picture has no name yet
+            drawn.append(target)
+            with monkeypatch.context() as patch:
+                if locks != "none":
+                    patch.setattr("srcfast.world.samples._machine", lambda: "another")
+                world_samples("train", 30, seed=3, image_dir=folder)
+        replace(source, target)
+
+    monkeypatch.setattr("fcntl.flock", lock)
+    monkeypatch.setattr(os, "replace", draw_meanwhile)
+    samples = world_samples("train", 30, seed=3, image_dir=folder)
+    assert drawn
+    assert_drawn(samples, folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
