@@ -503,7 +503,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
     """
     from srcfast.runtime.run_directory import alone_in
     from srcfast.runtime.work_list import forget
-    from srcfast.stages.pieces import logprobs_in_pieces
+    from srcfast.stages.pieces import logprobs_in_pieces, logprobs_of
 
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
@@ -526,7 +526,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
             token_budget=config.dpo.token_budget,
             progress=progress,
         )
-        distributed.from_main(lambda: write_jsonl(output, found.rows()))
+        distributed.from_main(lambda: write_jsonl(output, logprobs_of(rows, found)))
         forget(place)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +207,19 @@ def logprobs_in_pieces(
     token_budget: int,
     progress: Track,
 ) -> Parts:
-    """`response_logprobs` of the requests' answers, each after its question, as rows {logprob, tokens}.
+    """`response_logprobs` of the requests' answers, each after its question; `logprobs_of` reads them.
 
-    Answers to the same prompt share it within a piece.
+    Answers to the same prompt share it within a piece, and pieces are cut where the same prompts follow each other.
+
+    Raises:
+        InputError: a prompt that does not fit the model, before any is computed; it names the request.
     """
+    encode = PromptEncoder(model)
+    for one in requests:
+        encode(one, one.question, one.id)
 
     def work(piece: Sequence[Sample]) -> Done:
         features.forget()
-        encode = PromptEncoder(model)
         items = [
             (encode(one, one.question, one.id), image_keys(one), model.encode_response(one.answer)) for one in piece
         ]
@@ -228,4 +234,16 @@ def logprobs_in_pieces(
         )
         return [{"logprob": value, "tokens": tokens} for value, tokens in found], {}
 
-    return work_through(place, requests, PAIRS, depends_on, work, progress, in_step_with(model))
+    ordered = [requests[index] for index in _same_prompts_together(requests)]
+    return work_through(place, ordered, PAIRS, depends_on, work, progress, in_step_with(model))
+
+
+def logprobs_of(requests: Sequence[Sample], logprobs: Parts) -> list[dict[str, Any]]:
+    """The requests' rows {logprob, tokens}, in the requests' order."""
+    rows = zip(_same_prompts_together(requests), logprobs.rows(), strict=True)
+    return [row for _, row in sorted(rows, key=itemgetter(0))]
+
+
+def _same_prompts_together(requests: Sequence[Sample]) -> list[int]:
+    """The requests' numbers by images and question: each image, too, is then encoded in few pieces."""
+    return sorted(range(len(requests)), key=lambda index: (requests[index].images, requests[index].question))

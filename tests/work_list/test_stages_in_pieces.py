@@ -17,18 +17,21 @@ from small_lvlm import IMAGES, load_image, write_small_lvlm
 from small_scorer import small_tokenizer, write_text_model
 
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.errors import InputError
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import load_scorer
 from srcfast.runtime import distributed
 from srcfast.runtime.beam_search import BeamSettings
 from srcfast.runtime.telemetry import Track
 from srcfast.runtime.work_list import Parts
+from srcfast.stages import pieces
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.pieces import (
     PAIRS,
     answers_in_pieces,
     candidates_in_pieces,
     logprobs_in_pieces,
+    logprobs_of,
     predictions_of,
     references_in_pieces,
     scores_in_pieces,
@@ -164,8 +167,8 @@ def test_a_stage_stopped_in_a_later_piece_and_continued_gives_the_same_bytes(
     expected = merged(getattr(Stages(whole), stage)(), whole / "shards")
     assert len(expected.splitlines()) > 20
     stopped = folder("stopped")
-    with pytest.raises(OSError, match="disk is gone"):  # 4 images a piece
-        getattr(Stages(stopped, unreadable_after=5), stage)()
+    with pytest.raises(OSError, match="disk is gone"):  # the first piece has 4 images
+        getattr(Stages(stopped, unreadable_after=4), stage)()
     assert [file.name for file in (stopped / f"{stage}-parts").iterdir()] == ["00000.jsonl"]
     assert merged(getattr(Stages(stopped), stage)(), stopped / "shards") == expected
 
@@ -213,10 +216,34 @@ def test_logprobs_in_pieces_are_those_computed_at_once(folder: Callable[[str], P
         (encode(s, s.question, s.id), image_keys(s), stages.model.encode_response(s.answer)) for s in stages.requests
     ]
     expected = response_logprobs(stages.model, items, token_budget=3000, features=stages.features)
-    found = list(stages.logprobs().rows())
+    found = logprobs_of(stages.requests, stages.logprobs())
     assert [row["tokens"] for row in found] == [tokens for _, tokens in expected]
     # Packed otherwise: rounding of fp32.
     assert [row["logprob"] for row in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+def test_requests_share_their_prompt_however_far_they_lie_apart(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, progress = Stages(folder("far")), Track("logprobs", 8, unit="responses", quiet=True)
+    monkeypatch.setattr(pieces, "PAIRS", 4)
+    model, two = stages.model, stages.samples[:2]
+    requests = [replace(sample, answer="3 " * (1 + k)) for k in range(4) for sample in two]  # in turns
+    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000, "progress": progress}
+    parts = logprobs_in_pieces(stages.folder / "parts", dict, model, requests, **options)
+    answers = [len(model.encode_response(one.answer)) for one in requests]
+    assert [row["tokens"] for row in logprobs_of(requests, parts)] == answers
+    encode = PromptEncoder(model)
+    assert progress.tokens == sum(answers) + sum(len(encode(one, one.question, one.id)) for one in two)
+
+
+def test_a_request_that_does_not_fit_the_model_is_named_before_any_is_computed(folder: Callable[[str], Path]) -> None:
+    stages, progress = Stages(folder("bad")), Track("logprobs", 300, unit="responses", quiet=True)
+    requests = [*stages.requests, replace(stages.samples[0], id="request 7", question="Why <image>?")]
+    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000, "progress": progress}
+    with pytest.raises(InputError, match="'request 7'"):
+        logprobs_in_pieces(stages.folder / "parts", dict, stages.model, requests, **options)
+    assert progress.done == 0 and not (stages.folder / "parts").exists()
 
 
 def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
