@@ -296,7 +296,7 @@ class DistributedSection(Section):
     shard: bool = Field(
         False, description="a node's ranks share out the base's layers, for a base that no card holds alone; slower"
     )
-    ranks: int = Field(0, ge=0, le=4096, description="of a node, for `estimate`; 0 = as torchrun starts them")
+    ranks: int = Field(0, ge=0, le=4096, description="of a node, for `estimate`; a run has those that torchrun starts")
 
 
 class Config(Section):

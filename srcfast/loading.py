@@ -83,13 +83,21 @@ def read_training_samples(config: Config, use: str, image_dir: Path, rejected: l
 
 
 def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[str, Any]]) -> list[EvaluationSet]:
-    """The evaluation sets, in the config's order."""
+    """The evaluation sets, in the config's order. Raises InputError where one is empty."""
     found = []
     for one in config.data.evaluation:
         own: list[dict[str, Any]] = []
         samples = read_dataset(one, image_dir, own)
         check_rejected(own, len(own) + len(samples), config.max_rejected)
         rejected += own
+        if not samples:
+            raise InputError(
+                file=one.path,
+                field="data.evaluation",
+                expected=f"at least one sample in {one.name!r}",
+                found="none",
+                mend="name data that holds some, or leave the dataset out",
+            )
         found.append(EvaluationSet(one.name, one.split, samples))
     return found
 
@@ -187,7 +195,8 @@ class Policy:
 
         Encoded images stay.
         """
-        if self._model is None or policy_stays(self.config):
+        # All ranks alike, though one may have less memory: what needs the model next reads it together where it is shared out.
+        if self._model is None or all(distributed.gather(policy_stays(self.config))):
             return
         del self.features.model
         self._model = self.adapter = None

@@ -88,8 +88,8 @@ def sharing_ranks(config: Config) -> int:
 
 
 def node_ranks(config: Config) -> int:
-    """The ranks of a node: as many as the settings plan for, or those that there are."""
-    return config.distributed.ranks or distributed.ranks_of_node()
+    """The ranks of a node: those that there are; without any, as many as the settings plan for."""
+    return distributed.ranks_of_node() if distributed.size() > 1 else config.distributed.ranks or 1
 
 
 def judge_sizes(config: Config) -> ModelSizes:

@@ -193,7 +193,8 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
     states: dict[tuple[str, str], dict[str, Tensor]] = {}
     for part, module in parts.items():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            own[part, name] = tensor
+            if not name.endswith(".flat"):  # it is set by the weight's name alone
+                own[part, name] = tensor
         linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, NF4Linear)}
         four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
         whole = {name for name in module.state_dict() if not name.endswith(("position_ids", ".flat"))}

@@ -84,7 +84,7 @@ def project(
     """
     if not all(_is_adapted(one) for one in linears):
         x = x if norm is None else norm(x)
-        return tuple(one.base(x) if isinstance(one, LoRALinear) and not one.active else one(x) for one in linears)
+        return tuple(_alone(x, one, keys) for one in linears)
     if any(one.training and one.dropout for one in linears):  # of an input of its own each
         x = x if norm is None else norm(x)
         return tuple(_with_dropout(x, one, keys) for one in linears)
@@ -92,6 +92,12 @@ def project(
     if norm is None or norm.weight.requires_grad:  # type: ignore[union-attr]
         return lora_linears(x if norm is None else norm(x), adapted)
     return lora_linears(x, adapted, Norm(norm.weight, norm.eps))  # type: ignore[arg-type]
+
+
+def _alone(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
+    if not isinstance(linear, LoRALinear):
+        return linear(x)
+    return project(x, linear, keys=keys)[0] if linear.active else linear.base(x)
 
 
 def project_swiglu(gate: Tensor, up: Tensor, linear: nn.Module, keys: Tensor | None = None) -> Tensor:

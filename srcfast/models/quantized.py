@@ -14,7 +14,7 @@ from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 
 
 class NF4Linear(nn.Module):
-    """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set.
+    """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set, but for a flat one.
 
     With `flat`, codes and scales are one parameter, a row of fp32 words, which ranks can share out (`runtime.sharded`): FSDP2
     of PyTorch 2.11 takes no integers.

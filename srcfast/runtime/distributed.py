@@ -41,8 +41,7 @@ _arrived = 0  # exchanges that this rank has come to
 _sign = 0.0  # when this rank last gave a sign of life
 _alone: dict[str, int] = {}
 _groups: list[dist.ProcessGroup] = []  # of some of the ranks, beside the one of all
-_mesh: Any = None  # of the ranks of this node, where there are others
-_meshed = False  # whether a mesh was asked for
+_mesh: Any = None  # of the ranks of this node, once it was asked for
 
 
 def rank() -> int:
@@ -210,17 +209,20 @@ def under_way() -> None:
 
 def node_mesh(device_type: str) -> Any:
     """The ranks of this node, as PyTorch's DeviceMesh; their waits end as those of all do."""
-    global _mesh, _meshed
-    from torch.distributed.device_mesh import init_device_mesh
+    global _mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    _meshed, here = True, ranks_of_node()
-    if here == size():
-        return init_device_mesh(device_type, (here,))
+    here = ranks_of_node()
     if _mesh is None:  # kept: a model may be read more than once, and each time new groups would be made
-        nodes = (size() // here, here)
-        _mesh = init_device_mesh(device_type, nodes, mesh_dim_names=("nodes", "ranks"))["ranks"]
-        _groups.append(_mesh.get_group())
-        _set_timeout(_patience)
+        if _nccl:
+            _connect()
+        if here == size():
+            _mesh = DeviceMesh.from_group(_get_default_group(), device_type)
+        else:
+            nodes = (size() // here, here)
+            _mesh = init_device_mesh(device_type, nodes, mesh_dim_names=("nodes", "ranks"))["ranks"]
+            _groups.append(_mesh.get_group())
+            _set_timeout(_patience)
     return _mesh
 
 
@@ -258,14 +260,23 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
     _store, _short, _arrived, _nccl, _connected = store, timeout, 0, cuda, False
     _set_timeout(at_start)
     # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
-    # connection or from torchrun.
+    # connection or from torchrun. After a signal a shared base is let go of as after the work: no rank needs it any more.
     try:
         yield
+    except Interrupted:
+        if _mesh is not None:
+            _end()
+        raise
     except RuntimeError as error:  # where ranks put a layer together, PyTorch's own words name none of them
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise _in_vain(_first_line(error)) from error
         raise
-    if _meshed:
+    _end()
+
+
+def _end() -> None:
+    global _store, _short
+    if _mesh is not None:
         _let_go()
     _store = _short = None
     dist.destroy_process_group()
@@ -273,10 +284,10 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
 
 def _let_go() -> None:
     """Of all that holds the groups: else their threads outlive them, and one that drops a tensor while Python ends, ends all."""
-    global _mesh, _meshed
+    global _mesh
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    _mesh, _meshed = None, False
+    _mesh = None
     _groups.clear()
     _clear_sharding_prop_cache()
     gc.collect()
@@ -382,6 +393,6 @@ def _silent() -> list[int]:
             for other in range(size())
             if _counter(f"arrived/{other}") == _arrived and not _counter(f"gave up/{other}")
         ]
-        if len(left) <= 1 or time.monotonic() > end:
+        if not left or time.monotonic() > end:
             return left if len(left) == 1 else []
         time.sleep(POLL)

@@ -52,6 +52,7 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
     # The root has no share of its own: by it the next layer is on its way while one computes.
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     decoder.register_forward_pre_hook(_announce)
+    decoder.register_forward_hook(_forget_order)
     decoder.is_sharded = True  # type: ignore[assignment]
 
 
@@ -115,6 +116,16 @@ def _announce(decoder: nn.Module, arguments: Any) -> None:
     """Before a pass without gradients: the ranks without work learn that there is one."""
     if not torch.is_grad_enabled() and not getattr(decoder, "idle", False):
         _any_busy(True)
+
+
+def _forget_order(decoder: Any, arguments: Any, hidden: Tensor) -> None:
+    """FSDP notes in which order layers ran, for the backward pass that clears it: where there is none, it would only grow."""
+    if torch.is_grad_enabled():
+        return
+    for layer in decoder.layers:
+        group = layer._get_fsdp_state()._fsdp_param_group
+        group.comm_ctx.post_forward_order.clear()
+        group._post_forward_indices.clear()
 
 
 def _any_busy(busy: bool) -> bool:

@@ -121,6 +121,7 @@ def work_through(
                 meanwhile()
                 raise
         meanwhile()
+        stop_if_asked(f"all of {len(files)} parts that were left to it")
     distributed.meet()
     _hear_of_others(files, waiting, progress)
     return Parts(files)

@@ -178,3 +178,16 @@ def test_other_settings_for_a_finished_stage_are_refused(
 ) -> None:
     result = srcfast("calibrate", config_file, f"output={whole.parent}", "rationale.epochs=7")
     assert result.exit_code != 0 and "rationale" in result.output and "Traceback" not in result.output
+
+
+def test_an_evaluation_set_that_is_empty_is_named_before_a_model_is_run(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    text = SETTINGS.replace("    - {name: easy-vqa, format: easy_vqa, split: test, limit: 8}\n", "")
+    text = text.replace(
+        "  evaluation:\n", f"  evaluation:\n    - {{name: mine, format: jsonl, path: {tmp_path}/empty.jsonl}}\n"
+    )
+    (tmp_path / "small.yaml").write_text(text, encoding="utf-8")
+    result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "small.yaml"), f"output={tmp_path}"])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "empty.jsonl" in result.output and "'mine'" in result.output and "Mend" in result.output
+    assert not (tmp_path / "small" / "manifest.json").exists()

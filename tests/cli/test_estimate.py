@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from shapes_7b import write_configs
 
 from srcfast.config import load_config
-from srcfast.plan import STAGES, Lengths, advice, forecast_stage, with_setting
+from srcfast.plan import STAGES, Lengths, advice, forecast_stage, policy_sizes, with_setting
+from srcfast.runtime import distributed
 
 Srcfast = Callable[..., Result]
 GIB = 1024**3
@@ -129,6 +130,16 @@ def test_a_base_shared_out_over_ranks_takes_its_part_and_two_whole_layers(srcfas
         if before["stage"] in ("preferences", "dpo"):  # of two layers, all is whole for a moment
             less = before["peak_bytes"] - after["peak_bytes"]
             assert less == pytest.approx(0.75 * linear - linear, abs=2)
+
+
+def test_a_run_counts_with_the_ranks_that_there_are(
+    shapes_7b: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings_7b(shapes_7b, "distributed.ranks=8", "distributed.shard=true")
+    planned = policy_sizes(config).weight_bytes
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "ranks_of_node", lambda: 2)
+    assert policy_sizes(config).weight_bytes > 2 * planned
 
 
 def test_sharing_the_base_out_is_advised_where_there_are_ranks_and_it_is_needed(

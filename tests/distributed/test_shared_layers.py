@@ -33,6 +33,7 @@ from srcfast.runtime.memory import ModelSizes
 from srcfast.runtime.sharded import held, is_share, keep, keep_in_step, shard_layers
 from srcfast.runtime.telemetry import Track
 from srcfast.runtime.training import TrainingSettings, train
+from srcfast.runtime.work_list import work_through
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.pieces import answers_in_pieces
 from srcfast.stages.rationale import image_loader, rationale_loss, response_tokens
@@ -104,6 +105,21 @@ def compare_passes(folder: Path) -> list[str]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shared_layers_give_the_numbers_and_gradients_of_whole_ones(tmp_path: Path, ranks: int) -> None:
     assert values_of(run_ranks(ranks, compare_passes, tmp_path)) == [[]] * ranks
+
+
+def notes_that_stay(folder: Path) -> int:
+    """What FSDP still keeps of twenty passes without gradients, as decoding makes them by the thousand."""
+    model = drawn_model(True).eval()
+    forest = Forest.of([item.tree for item in response_items(2)])
+    with torch.no_grad():
+        for _ in range(20):
+            model(forest)
+    groups = [layer._get_fsdp_state()._fsdp_param_group for layer in model.decoder.layers]
+    return len(groups[0].comm_ctx.post_forward_order) + sum(len(group._post_forward_indices) for group in groups)
+
+
+def test_passes_without_gradients_leave_nothing_in_memory(tmp_path: Path) -> None:
+    assert values_of(run_ranks(2, notes_that_stay, tmp_path)) == [0, 0]
 
 
 def shares(folder: Path) -> list[Any]:
@@ -251,6 +267,33 @@ def test_ranks_that_are_asked_to_stop_wait_for_each_other_s_pieces(tmp_path: Pat
     assert all("part" in one for one in found), found
     kept = len(list((tmp_path / "pieces").glob("*.jsonl")))
     assert 2 <= kept < 5
+
+
+def asked_while_idle(folder: Path) -> list[str]:
+    """Of one piece: the rank that has none is asked to stop while it keeps the other company."""
+    model = lvlm(True)
+    samples = world_samples("train", 1, 0, image_dir=folder / f"images-{distributed.rank()}")
+
+    def meanwhile() -> None:
+        interrupt._asked = signal.SIGTERM
+        keep_in_step(model.decoder)
+
+    def work(piece: Any) -> Any:
+        with torch.no_grad():
+            model.decoder(model.decoder.embed(torch.zeros(1).long()), torch.zeros(1).long(), lambda i, q, k, v: q)
+        return [{}], {}
+
+    try:
+        work_through(folder / "pieces", samples, 1, dict, work, Track("one", 1, quiet=True), meanwhile)
+    except Interrupted as error:
+        return [str(error)]
+    return ["not stopped"]
+
+
+def test_a_rank_that_is_asked_to_stop_while_it_has_no_piece_stops(tmp_path: Path) -> None:
+    for (told,) in values_of(run_ranks(2, asked_while_idle, tmp_path)):
+        assert "1 parts" in told
+    assert len(list((tmp_path / "pieces").glob("*.jsonl"))) == 1
 
 
 def threads_of_a_group(folder: Path, rank: int, port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from small_model import SmallModel, response_items
 
@@ -92,6 +93,22 @@ def test_every_adapted_layer_has_a_number_that_its_neighbours_do_not_change() ->
     numbers = {name: layer.number for name, layer in adapters(all_of_them).items()}
     assert sorted(numbers.values()) == list(range(14))
     assert {name: layer.number for name, layer in adapters(some).items()}.items() <= numbers.items()
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj",), ("k_proj", "o_proj", "up_proj")])
+def test_where_some_layers_of_one_input_are_adapted_they_drop_as_they_do_among_all(targets: tuple[str, ...]) -> None:
+    weights = []
+    for cut in ({}, {"token_budget": 70}, {"micro_batch_size": 2, "gradient_accumulation_steps": 3}):
+        model = SmallModel(lora=replace(LORA, target_modules=targets))
+        own = replace(SETTINGS, **cut)
+        train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=own)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)]))
+    for other in weights[1:]:  # in fp64: sums in another order
+        torch.testing.assert_close(other, weights[0], rtol=1e-9, atol=1e-9)
+    without = SmallModel(lora=replace(LORA, target_modules=targets, dropout=0.0))
+    train(without, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    plain = torch.cat([parameter.detach().flatten() for parameter in lora_parameters(without)])
+    assert not torch.allclose(plain, weights[0])
 
 
 def test_without_dropout_no_keys_are_made() -> None:
