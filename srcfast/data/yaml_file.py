@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: plain values alone, no key twice, and no more of them than anyone means."""
+"""YAML as settings are written in it: plain values alone, no key twice, and no more of them by aliases than anyone means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from srcfast.data.jsonl import regular
 from srcfast.errors import ConfigError
 
-MAX_NODES = 10_000  # values of a settings file
+MAX_NODES = 10_000  # values that the aliases of a file stand for beside those that are written
 
 
 def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
@@ -41,7 +41,9 @@ def parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _swells(node):
-            raise ConfigError(f"{where}: expected at most {MAX_NODES:,} values, found more. Mend: leave aliases out")
+            raise ConfigError(
+                f"{where}: expected at most {MAX_NODES:,} values by aliases, found more. Mend: leave aliases out"
+            )
         look(node)
         return yaml.safe_load(text)
     except ConfigError:
@@ -54,16 +56,17 @@ def parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
 
 
 def _swells(node: Any) -> bool:
-    """Whether a YAML node has more than MAX_NODES below it, an alias counted as all that it stands for."""
-    left, count = [node], 0
-    while left and count <= MAX_NODES:
-        count += 1
+    """Whether aliases add more than MAX_NODES to the nodes that are written, each counted as all that it stands for."""
+    left, written, added = [node], set(), 0
+    while left and added <= MAX_NODES:
         one = left.pop()
+        added += id(one) in written  # an alias is the very node that it stands for
+        written.add(id(one))
         if isinstance(one, yaml.MappingNode):
             left += (part for pair in one.value for part in pair)
         elif isinstance(one, yaml.SequenceNode):
             left += one.value
-    return count > MAX_NODES
+    return added > MAX_NODES
 
 
 def note_lines(node: Any, prefix: str, path: Path, places: dict[str, str]) -> None:
