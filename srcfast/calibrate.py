@@ -115,7 +115,7 @@ class Calibration:
             for group in (self.rationale_samples, self.calibration_samples, *(e.samples for e in self.evaluation_sets))
             for sample in group
         }
-        self.records = RunRecords(self.directory, self.samples, self.images)
+        self.records = RunRecords(self.directory, self.samples)
         self.policy = Policy(config, list(self.samples.values()))
         self.judge: Scorer | None = None
 

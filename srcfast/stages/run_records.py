@@ -23,12 +23,10 @@ class RunRecords:
     Args:
         directory: the run's.
         samples: all of the run's samples by id.
-        images: folder that stands for the images of candidates, which have none of their own.
     """
 
     directory: RunDirectory
     samples: Mapping[str, Sample]
-    images: Path
 
     def shards(self, iteration: int, kind: str) -> Path:
         """Folder of a round's "candidates", "scores" or "preferences"."""
@@ -38,13 +36,13 @@ class RunRecords:
         """A round's candidates by sample id."""
         rows = read_shards(self.shards(iteration, "candidates"))
         return samples_in_order(
-            Candidate.from_json(row, file=file, line=line, image_root=self.images) for file, line, row in rows
+            Candidate.from_json(row, file=file, line=line, image_root=Path()) for file, line, row in rows
         )
 
     def candidates_in(self, place: Path, parts: Parts) -> InOrder[list[Candidate]]:
         """Candidates of finished pieces under `place` that are not in shards yet, by sample id."""
         rows = parts.rows()
-        return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=self.images) for row in rows)
+        return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=Path()) for row in rows)
 
     def scores(self, iteration: int) -> Iterator[dict[str, Any]]:
         """A round's score rows."""
