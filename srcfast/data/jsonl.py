@@ -38,6 +38,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
+PLAIN_DECODER = json.JSONDecoder(parse_int=str)  # finds the end of what DECODER refuses: a key twice, 5,000 digits, ...
 
 
 def parse_json(text: str | bytes) -> Any:

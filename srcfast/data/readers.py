@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from srcfast.data.collector import no_full_passes
 from srcfast.data.images import check_image
-from srcfast.data.jsonl import DECODER, is_unicode, read_jsonl, read_lines, regular
+from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
 from srcfast.data.records import Fields, Preference, Sample
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
@@ -246,14 +246,13 @@ def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
-            row, end = DECODER.raw_decode(text, at)
+            row, end = _item(text, at)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
             raise InputError(file=path, line=line, expected="a JSON list of records", found=error) from error
-        if not isinstance(row, dict) or not is_unicode(text[at:end], row):
-            found = repr(row) if not isinstance(row, dict) else "half of a surrogate pair"
+        if isinstance(row, str):
             expected = "one JSON object in UTF-8"
-            yield line, InputError(file=path, line=line, field="record", expected=expected, found=found)
+            yield line, InputError(file=path, line=line, field="record", expected=expected, found=row)
         else:
             yield line, row
         at = _skip_space(text, end)
@@ -267,6 +266,22 @@ def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
     if rest < len(text):
         line = text.count("\n", 0, rest) + 1
         raise InputError(file=path, line=line, expected="nothing after the list", found=repr(text[rest : rest + 40]))
+
+
+def _item(text: str, at: int) -> tuple[dict[str, Any] | str, int]:
+    """The record of a list that begins here, or in words what it is instead; and where it ends.
+
+    Raises:
+        ValueError, RecursionError: no JSON, so that its end can't be told.
+    """
+    try:
+        row, end = DECODER.raw_decode(text, at)
+    except ValueError as error:
+        end = PLAIN_DECODER.raw_decode(text, at)[1]
+        return f"{error}: {text[at : min(end, at + 200)]!r}", end
+    if not isinstance(row, dict):
+        return repr(row), end
+    return row if is_unicode(text[at:end], row) else "half of a surrogate pair", end
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -17,7 +17,7 @@ MEND = "score these candidates anew"
 
 
 def read_scores(directory: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows that `srcfast score` wrote, n candidates each, see `srcfast.stages.scoring.scored_rows`.
+    """Score rows of n candidates each: those of `srcfast score`, see `stages.scoring.scored_rows`, or of another scorer.
 
     Raises:
         InputError: the directory is not whole, or a row lacks a field, or one is of another shape; it is named.
@@ -28,7 +28,11 @@ def read_scores(directory: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
-    """Raises InputError where a score row is not what curation takes: file, line and field are named."""
+    """Raises InputError where a score row is not what curation takes: file, line and field are named.
+
+    Curation needs `sample_id`, `candidate_ids`, `scores`, `confidence`, the rates and the counts; `alone` and `win_probability`
+    are checked where they are there.
+    """
     fields = Fields(row, file, line)
     fields.identifier("sample_id")
     ids = fields.take("candidate_ids", "a list of ids")
@@ -40,7 +44,7 @@ def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
         if not _is_shares(values, n):
             raise fields.error(name, f"{n} numbers from 0 to 1", values, MEND)
     expected = f"{n} x {n} numbers from 0 to 1"
-    for name in ("win_probability", "confidence"):
+    for name in ("confidence", *(("win_probability",) if "win_probability" in row else ())):
         matrix = fields.take(name, expected)
         if not isinstance(matrix, list) or len(matrix) != n or not all(_is_shares(one, n) for one in matrix):
             raise fields.error(name, expected, matrix, MEND)

@@ -27,6 +27,7 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         InputError: `summary.json` is missing, or a file is damaged.
+        ConfigError: `config.yaml` is damaged.
     """
     run_dir = Path(run_dir)
     output = run_dir / "report" / "index.html"

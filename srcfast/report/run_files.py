@@ -66,6 +66,7 @@ def read_run(path: Path) -> RunFiles:
 
     Raises:
         InputError: there is no `summary.json`, or a file is not what a run writes.
+        ConfigError: `config.yaml` is no YAML of settings.
     """
     if not os.path.isfile(path / "summary.json"):
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 
 from srcfast.errors import InputError
 
@@ -14,6 +14,7 @@ Number = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
 Measure = Number | None
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)] | None
 Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+Claim = Annotated[tuple[str, Any, Any], Strict(False)]  # sentence, kind, verdict; JSON has lists for tuples
 
 
 class Shape(BaseModel):
@@ -120,7 +121,7 @@ class Candidate(Shape):
     text: str
     score: Number
     case: str | None = None
-    claims: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] | None = None
+    claims: list[Claim] | None = None
 
 
 class Card(Shape):
@@ -131,6 +132,7 @@ class Card(Shape):
     gold: str
     candidates: list[Candidate]
     image: str | None = None
+    image_from_run: str = ""
     chosen: Count | None = None
     rejected: Count | None = None
     confidence: Measure = None
@@ -139,7 +141,7 @@ class Card(Shape):
 class Step(Shape):
     """A row of `metrics.jsonl`."""
 
-    stage: str | None = None
+    stage: str = ""
     step: Count = 0
     loss: Measure = None
     margin: Measure = None

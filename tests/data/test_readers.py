@@ -198,6 +198,25 @@ def test_bad_conversations_are_set_aside(tmp_path: Path, root: Path, as_list: bo
         assert_named(row, file, 2 * number + 2 + as_list, field)
 
 
+@pytest.mark.parametrize("format", ["llava", "trl"])
+@pytest.mark.parametrize(
+    "bad", ['"a": 1, "a": 2', '"a": {"b": 1, "b": 2}', '"a": [1e999]', f'"a": {"9" * 5000}', '"a": NaN']
+)
+def test_one_bad_record_of_a_list_is_set_aside_and_the_rest_is_read(
+    tmp_path: Path, root: Path, format: str, bad: str
+) -> None:
+    row = {"image": "good.png", "conversations": TURNS} if format == "llava" else PAIR
+    file, good, rejected = tmp_path / "rows.json", json.dumps(row), []
+    file.write_text(f"[\n{good},\n{good[:-1]},\n {bad}}},\n{good}\n]")
+    if format == "llava":
+        found = read_samples(file, format=format, image_root=root, rejected=rejected)
+        assert [sample.id for sample in found] == ["record-1", "record-3"]
+    else:
+        assert len(read_preferences(file, format=format, image_root=root, rejected=rejected)) == 2
+    [one] = rejected
+    assert_named(one, file, 3, "record")
+
+
 def test_later_turns_are_questions_of_their_own(tmp_path: Path, root: Path) -> None:
     more = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "3"}]
     empty = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": ""}]

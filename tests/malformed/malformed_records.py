@@ -216,8 +216,12 @@ BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
     "100,000 lists within each other": ("[" * 100_000, "recursion"),
     "a list with half of a surrogate pair": ('[{"id": "\\udfff"}]', "surrogate"),
     "a list with a key twice": ('[{"id": "x", "id": "y"}]', "'id' is there twice"),
+    "a list with a key twice in a record that is cut off": (
+        '[{"id": {"a": 1, "a": 2}, "conv',
+        "a JSON list of records",
+    ),
     "a list with a number beyond all floats": ('[{"id": 1e999}]', "not a finite number"),
-    "a list with an integer of 5,000 digits": ('[{"id": ' + "9" * 5000 + "}]", "a JSON list of records"),
+    "a list with an integer of 5,000 digits": ('[{"id": ' + "9" * 5000 + "}]", "one JSON object"),
     "a list in UTF-16": ('[{"id": "x"}]'.encode("utf-16"), "UTF-8"),
     "a list with a NUL": ('[{"id": "\0"}]', "a JSON list of records"),
 }
@@ -313,7 +317,6 @@ SCORE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a score of NaN": ({"scores": [float("nan"), 0.5]}, "not a finite number"),
     "a score beyond all floats": ({"scores": [10**400, 0.5]}, "from 0 to 1"),
     "a score that is true": ({"scores": [True, False]}, "from 0 to 1"),
-    "no win probability": ({"win_probability": None}, "'win_probability'"),
     "a win probability above 1": ({"win_probability": [[0.5, 1.1], [0.0, 0.5]]}, "'win_probability'"),
     "a win probability below 0": ({"win_probability": [[0.5, 0.5], [-0.5, 0.5]]}, "'win_probability'"),
     "a win probability of Infinity": ({"win_probability": [[0.5, float("inf")], [0.0, 0.5]]}, "not a finite number"),

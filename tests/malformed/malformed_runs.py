@@ -412,13 +412,19 @@ CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "a candidate without a score": ({"candidates": [{"text": "red"}]}, "score"),
     "a candidate's text that is a list": ({"candidates": [{"text": ["a"], "score": 1.0}]}, "text"),
     "a claim of two": ({"candidates": [{"text": "a", "score": 1.0, "claims": [["a", "b"]]}]}, "claims"),
+    "a claim of a list": (
+        {"candidates": [{"text": "a", "score": 1.0, "claims": [[["a"], "b", "true"]]}]},
+        "claims.0.0",
+    ),
     "a choice in words": ({"chosen": "first"}, "chosen"),
     "an image that is a number": ({"image": 3}, "image"),
+    "an image from the run that is a number": ({"image": "a.png", "image_from_run": 5}, "image_from_run"),
     "a question that is null": ({"question": None}, "question"),
     "a confidence in words": ({"confidence": "high"}, "confidence"),
 }
 STEPS: dict[str, tuple[dict[str, Any], str]] = {
     "a stage that is a number": ({"stage": 3}, "'stage'"),
+    "a stage that is null": ({"stage": None}, "'stage'"),
     "a step in words": ({"step": "one"}, "'step'"),
     "a loss in words": ({"loss": "low"}, "'loss'"),
     "a learning rate that is a list": ({"learning_rate": [1e-4]}, "'learning_rate'"),

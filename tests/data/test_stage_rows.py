@@ -1,0 +1,34 @@
+"""Score rows are checked for what curation reads of them, whoever wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srcfast.data.jsonl import write_shards
+from srcfast.data.stage_rows import read_scores
+from srcfast.errors import InputError
+
+ROW: dict[str, Any] = {
+    "sample_id": "s",
+    "candidate_ids": ["a", "b"],
+    "scores": [0.25, 0.75],
+    "confidence": [[0.0, 0.5], [0.5, 0.0]],
+    "flip_rate": 0.0,
+    "tie_rate": 0.5,
+    "pairs": 1,
+    "verdicts": 2,
+}
+
+
+def test_rows_of_another_scorer_are_read_without_win_probabilities(tmp_path: Path) -> None:
+    write_shards(tmp_path, [ROW])
+    assert list(read_scores(tmp_path)) == [ROW]
+
+
+def test_win_probabilities_that_are_there_are_checked(tmp_path: Path) -> None:
+    write_shards(tmp_path, [ROW | {"win_probability": [[0.5, 0.5]]}])
+    with pytest.raises(InputError, match="line 1, sample 's', field 'win_probability': expected 2 x 2 numbers"):
+        list(read_scores(tmp_path))
