@@ -59,7 +59,8 @@ class TrainingItem:
     Attributes:
         tree: its positions.
         meta: what the loss function needs to know of it.
-        images: what tells its images from others wherever their folder lies, as `image_prints` gives it; None: their keys do.
+        images: names of its images wherever their folder lies; the tree's image keys then are the files. None: there are no
+            files, the keys say all.
     """
 
     tree: Tree

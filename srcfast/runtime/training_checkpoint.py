@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from srcfast.data.jsonl import COMPLETE, file_hash, parse_object, regular, replacing, temporary_of, write_json
-from srcfast.errors import ConfigError, SrcfastError
+from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.run_directory import flat, plain
 
@@ -79,22 +80,27 @@ class TrainingCheckpoints:
     ) -> tuple[int, list[dict[str, Any]]]:
         """Take over what is saved of the training that begins with these weights, items and settings of the loop.
 
-        On several ranks all take what rank 0 finds whole; there may be another number of them than before.
+        On several ranks all take what rank 0 finds whole; there may be another number of them than before. It alone reads the
+        images, to name the training by them.
 
         Returns:
             Steps done, and their metrics.
 
         Raises:
             ConfigError: what is saved is another training's, see `load_training`.
+            InputError: an image can't be read.
         """
-        self._identity = identity_of(self.settings, loop, items, optimizer.weights)
         found: SavedTraining | None = None
 
         def search() -> int | None:
             nonlocal found
+            self._identity = identity_of(self.settings, loop, items, optimizer.weights)
+            distributed.meet()
             found = load_training(self.directory, self._identity)
             return None if found is None else found.step
 
+        if not distributed.is_main():
+            distributed.meet()  # however long rank 0 reads images
         step = distributed.from_main(search)
         if step is None:
             return 0, []
@@ -167,16 +173,32 @@ def identity_of(
         loop: `TrainingSettings` as a dict.
         items: what is trained on.
         weights: before the first step, `[n]`.
+
+    Raises:
+        InputError: an image can't be read.
     """
+    print_of = cache(image_print)  # each file is read once
     digest = hashlib.sha256()
     for item in items:
+        distributed.alive()
         for segment in item.tree.segments:
             digest.update(np.array([segment.parent, segment.tokens.size]).tobytes() + segment.tokens.tobytes())
-        images = item.tree.images if item.images is None else item.images
+        images = item.tree.images
+        if item.images is not None:
+            images = tuple(print_of(file, name) for file, name in zip(images, item.images, strict=True))
         digest.update(repr((images, item.tree.key, item.meta)).encode())
     return plain(
         {"stage": settings, "loop": loop, "items": digest.hexdigest(), "starting weights": weights_hash(weights)}
     )
+
+
+def image_print(file: str | Path, name: str) -> str:
+    """An image's name and SHA-256: the same when its folder is moved, another for another image. Raises InputError."""
+    try:
+        return f"{name} {file_hash(file)}"
+    except OSError as error:
+        found = error.strerror or error
+        raise InputError(file=file, field="images", expected="a readable file", found=found) from error
 
 
 def weights_hash(*weights: Tensor) -> str:

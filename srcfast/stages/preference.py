@@ -35,7 +35,7 @@ from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, global_batch, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, image_prints, rationale_trees, refuse_certainty
+from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
 
 # How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
@@ -419,11 +419,9 @@ def preference_items(
                 float(preference.reference_chosen_logprob or 0.0),
                 float(preference.reference_rejected_logprob or 0.0),
             ),
-            images,
+            preference.images,
         )
-        for tree, preference, images in zip(
-            preference_trees(model, preferences), preferences, image_prints(preferences), strict=True
-        )
+        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
     ]
     return items + rationale_trees(model, rehearsal)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.images import load_image, resolve
-from srcfast.data.jsonl import file_hash, read_jsonl
+from srcfast.data.jsonl import read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
@@ -27,7 +28,7 @@ from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.runtime.training_checkpoint import TrainingCheckpoints, image_print
 from srcfast_kernels import linear_logprob
 
 Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
@@ -142,19 +143,8 @@ def image_prints(records: Iterable[Sample | Preference]) -> list[tuple[str, ...]
     Raises:
         InputError: an image that is missing, or lies outside of its root.
     """
-    known: dict[str, str] = {}
-
-    def print_of(key: str, root: Path, name: str) -> str:
-        if key not in known:
-            known[key] = f"{name} {file_hash(resolve(root, name))}"
-        return known[key]
-
-    return [
-        tuple(
-            print_of(key, record.image_root, name) for key, name in zip(image_keys(record), record.images, strict=True)
-        )
-        for record in records
-    ]
+    print_of = cache(lambda root, name: image_print(resolve(root, name), name))  # each file is read once
+    return [tuple(print_of(record.image_root, name) for name in record.images) for record in records]
 
 
 def image_loader(records: Iterable[Sample | Preference]) -> Callable[[str], Image.Image]:
@@ -209,9 +199,9 @@ def rationale_trees(model: Any, raps: Sequence[Rap]) -> list[TrainingItem]:
                 image_keys(sample),
                 key=sample.id,
             ),
-            images=images,
+            images=sample.images,
         )
-        for (sample, response), images in zip(raps, image_prints(sample for sample, _ in raps), strict=True)
+        for sample, response in raps
     ]
 
 
