@@ -30,6 +30,7 @@ TIMEOUT = timedelta(minutes=10)
 NCCL_LATER = timedelta(minutes=1)
 POLL = 0.1  # seconds between two looks at who is still away
 DEVICE_POLL = 0.0002  # seconds between two looks at whether a device is done
+DROPPED = 0.2  # seconds in which threads that nobody ends any more drop what they hold
 SETTLE = 1.0  # seconds in which the ranks that a failed exchange has in common hear of it
 
 _store: dist.Store | None = None
@@ -276,10 +277,15 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
 
 def _end() -> None:
     global _store, _short
-    if _mesh is not None:
+    shared = _mesh is not None
+    if shared:
         _let_go()
     _store = _short = None
     dist.destroy_process_group()
+    if shared:
+        time.sleep(
+            DROPPED
+        )  # where PyTorch still holds the group (2.11 does), its threads let go of their tensors meanwhile
 
 
 def _let_go() -> None:

@@ -310,6 +310,9 @@ def threads_of_a_group(folder: Path, rank: int, port: int) -> None:
     (folder / f"threads-{rank}.json").write_text(json.dumps(during))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="PyTorch 2.11 holds the group; its threads are given time instead"
+)
 def test_no_thread_of_a_group_stays_behind_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
