@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.runtime.dropout_keys import dropout_keys
 from srcfast_kernels import dropout
 from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.homes import Home, use_home
@@ -84,11 +86,12 @@ def between_rows(share: float) -> Tensor:
     return mask(random_keys(256), 8192, share=share)
 
 
-def between_keys_of_one_bit(share: float) -> Tensor:
-    """Of keys that differ in one bit, or by counting: the hash alone has to tell them apart."""
-    key = int(random_keys(1)) & 0x7FFFFFFFFFFFFFFF
-    keys = [key, *(key ^ 1 << bit for bit in range(63)), *range(100), *(number << 32 for number in range(1, 64))]
-    return mask(torch.tensor(keys, device=DEVICE), 8192, share=share)
+def between_neighbours(share: float) -> Tensor:
+    """Rows of one tree, of trees in neighbouring places, and of steps in turn, with the keys that training makes."""
+    seed = int(random_keys(1)) & 0xFFFFFFFF
+    forest = Forest.of([Tree((Segment(np.zeros(32, dtype=np.int64)),)) for _ in range(3)])
+    keys = [dropout_keys(forest, seed, step, [place, place + 1, place + 2]) for step in (0, 1) for place in (0, 3)]
+    return mask(torch.cat(keys).to(DEVICE), 8192, share=share)
 
 
 def between_layers(share: float) -> Tensor:
@@ -97,7 +100,7 @@ def between_layers(share: float) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-@pytest.mark.parametrize("masks", [between_columns, between_rows, between_keys_of_one_bit, between_layers])
+@pytest.mark.parametrize("masks", [between_columns, between_rows, between_neighbours, between_layers])
 def test_no_mask_tells_anything_of_another(masks: Callable[[float], Tensor], share: float) -> None:
     found = masks(share).double()  # [masks, values]
     standard = (found - (1 - share)) / (share * (1 - share)) ** 0.5
