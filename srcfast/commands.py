@@ -149,13 +149,14 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     path = need(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():
-        rows = list(read_shards(path))
-        recorded = sorted({str(row["image_root"]) for *_, row in rows if "image_root" in row})
+        recorded: set[str] = set()  # asked for only where a folder is to stand for those that are gone
+        if source.image_root is not None:
+            recorded = {str(row["image_root"]) for *_, row in read_shards(path) if "image_root" in row}
         return [
             Preference.from_json(
                 row, file=file, line=line, image_root=_own_root(row, file, line, root, source, recorded)
             )
-            for file, line, row in rows
+            for file, line, row in read_shards(path)
         ]
     from srcfast.data.readers import read_preferences
 
@@ -166,7 +167,7 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     return preferences
 
 
-def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source, recorded: Sequence[str]) -> Path:
+def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source, recorded: set[str]) -> Path:
     """The folder of a pair's images that travels with it; `root` where it names none.
 
     One that is no longer there is where the images were before they were moved: then it is the --image-root that is given,
@@ -188,7 +189,7 @@ def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: So
                 file=file,
                 line=line,
                 field="image_root",
-                expected=f"images where they were, since one --image-root can't stand for each of {', '.join(recorded)}",
+                expected=f"images where they were, since one --image-root can't stand for each of {', '.join(sorted(recorded))}",
                 found=f"no folder {own}",
                 mend="put them back, or curate the samples again where they are now",
             )

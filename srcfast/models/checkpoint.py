@@ -197,8 +197,7 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
                 own[part, name] = tensor
         linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, NF4Linear)}
         four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
-        whole = {name for name in module.state_dict() if not name.endswith(("position_ids", ".flat"))}
-        missing |= {(part, name) for name in whole}
+        missing |= {(part, name) for name in module.state_dict() if not name.endswith(("position_ids", ".flat"))}
     missing |= set(four_bits)
     unexpected, seen = [], set()
     for part, name, tensor in tensors:

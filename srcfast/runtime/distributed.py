@@ -282,10 +282,8 @@ def _end() -> None:
         _let_go()
     _store = _short = None
     dist.destroy_process_group()
-    if shared:
-        time.sleep(
-            DROPPED
-        )  # where PyTorch still holds the group (2.11 does), its threads let go of their tensors meanwhile
+    if shared:  # where PyTorch still holds the group (2.11 does), its threads let go of their tensors meanwhile
+        time.sleep(DROPPED)
 
 
 def _let_go() -> None:

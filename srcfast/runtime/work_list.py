@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from srcfast.data.jsonl import json_hash, parse_object, read_jsonl, regular, replacing
-from srcfast.errors import Interrupted
 from srcfast.runtime import distributed
-from srcfast.runtime.interrupt import at_boundaries, stop_if_asked
+from srcfast.runtime.interrupt import asked, at_boundaries, stop_if_asked
 from srcfast.runtime.telemetry import Track
 
 BATCHES = 8  # of a batch that is refilled as its members end, a piece has so many: at its end the batch runs dry
@@ -100,6 +99,7 @@ def work_through(
         took = sum(head["seconds"] for head in before)
         progress.went_on(sum(head["items"] for head in before), sum(head["tokens"] for head in before), took)
     progress.on_advance = distributed.alive
+    done_last = f"all of {len(files)} parts that were left to it"
     with at_boundaries():
         while (turn := distributed.next_number(f"{place}/{_lists}")) < len(left):
             number = left[turn]
@@ -115,13 +115,11 @@ def work_through(
             _write(files[number], head, rows)
             waiting.discard(number)
             _hear_of_others(files, waiting, progress)
-            try:
-                stop_if_asked(f"part {number + 1} of {len(files)}")
-            except Interrupted:  # the others are asked, too, and still have theirs to finish
-                meanwhile()
-                raise
-        meanwhile()
-        stop_if_asked(f"all of {len(files)} parts that were left to it")
+            if asked():
+                done_last = f"part {number + 1} of {len(files)}"
+                break
+        meanwhile()  # the others, asked too or not, still have theirs to finish
+        stop_if_asked(done_last)
     distributed.meet()
     _hear_of_others(files, waiting, progress)
     return Parts(files)
