@@ -1,12 +1,36 @@
-"""For the whole suite: no hub is ever asked, no test fails because another one holds the cores, Triton needs no GPU."""
+"""For the whole suite: no hub is ever asked, no test fails because another one holds the cores, Triton needs no GPU.
+
+With the environment variable SIMULATED_CUDA=N the suite has N simulated CUDA devices: see simulated_cuda/README.md.
+"""
 
 import os
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import simulated_cuda
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+if simulated_cuda.VARIABLE in os.environ and simulated_cuda.unavailable_reason() is None:
+    simulated_cuda.activate(int(os.environ[simulated_cuda.VARIABLE]))
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what needs a simulated device where there is none, and what times a real one where there is none."""
+    reason = simulated_cuda.unavailable_reason() or f"needs {simulated_cuda.VARIABLE}=1"
+    for item in items:
+        if not simulated_cuda.is_active() and item.get_closest_marker("simulated"):
+            item.add_marker(pytest.mark.skip(reason=f"no simulated device: {reason}"))
+        if simulated_cuda.is_active() and item.get_closest_marker("timing"):
+            item.add_marker(pytest.mark.skip(reason="times a device, and this one is simulated"))
