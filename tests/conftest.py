@@ -24,6 +24,14 @@ settings.load_profile("busy machine")
 if simulated_cuda.VARIABLE in os.environ and simulated_cuda.unavailable_reason() is None:
     simulated_cuda.activate(int(os.environ[simulated_cuda.VARIABLE]))
     torch.set_num_threads(1)
+    # Triton's interpreter takes some 0.2 s a launch: it runs where kernels are the subject, PyTorch's backend elsewhere.
+    os.environ.setdefault("SRCFAST_KERNELS", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _kernels_by_subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if simulated_cuda.is_active() and (request.path.parent.name == "kernels" or request.node.get_closest_marker("triton")):
+        monkeypatch.setenv("SRCFAST_KERNELS", "auto")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -69,7 +69,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> t
 def _each(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Of each block: its query rows, softmax weights [H, n, m], log-sum-exp [H, n], keys and values [m, H, d], key rows [m]."""
     group = q.shape[1] // k.shape[1]
-    for start, end, key_rows in zip(blocks.bounds_q, blocks.bounds_q[1:], blocks.key_rows, strict=True):
+    for start, end, key_rows in zip(blocks.bounds_q[:-1], blocks.bounds_q[1:], blocks.key_rows, strict=True):
         rows = slice(start, end)
         queries = q[rows].float()
         keys, values = (x[key_rows].float().repeat_interleave(group, 1) for x in (k, v))
