@@ -2,8 +2,6 @@
 `srcfast_benchmarks`."""
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -31,30 +29,32 @@ EXTRAS = {
     ],
 }
 
-ROOT = Path(__file__).parent
 NATIVE = Extension(
     "srcfast_kernels._native",
     ["csrc/library.cpp", "csrc/forest.cpp", "csrc/nf4.cpp", "csrc/decode_attention.cpp"],
-    depends=["csrc/nf4.cu"],
     language="c++",
     optional=True,  # everything works without it
 )
 # 2.11: the oldest torch whose stable ABI it may use, so that one build loads on that and all later ones.
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-ARCHITECTURES = (80, 90, 100)
 
 
 class BuildNative(build_ext):
-    """csrc/ into `_native.so`, where torch can be imported and a compiler is; else a line that says why not."""
+    """Compile csrc/ into `_native.so`. Without torch or a C++ compiler print why not; the installation goes on.
+
+    The library is for CPUs alone, since GPUs have Triton's kernels: no nvcc takes part, and it links libtorch_cpu, which builds
+    of torch for CPUs and for CUDA both have.
+    """
 
     def build_extension(self, extension: Extension) -> None:
         try:
-            import torch
             from torch.utils import cpp_extension
-        except ImportError:
+        except Exception as error:
             # pip builds in isolation, without torch; fetching one to build against could be another than the one in use.
+            # A torch whose own libraries are missing raises OSError.
             print(
-                "native library left out: no torch to build against; with one installed: pip install --no-build-isolation"
+                f"native library left out: no torch to build against ({error}); with one installed: "
+                "pip install --no-build-isolation"
             )
             return
         include = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
@@ -62,27 +62,6 @@ class BuildNative(build_ext):
         extension.library_dirs = cpp_extension.library_paths()
         extension.libraries = ["torch_cpu"]
         extension.extra_link_args = ["-s"]
-        nvcc = shutil.which("nvcc")
-        if torch.version.cuda is not None and nvcc is not None:
-            place = Path(self.build_temp) / "nf4.cuda.o"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            targets = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in ARCHITECTURES]
-            command = [
-                nvcc,
-                *FLAGS,
-                *include,
-                *targets,
-                "-DUSE_CUDA",
-                "-Xcompiler=-fPIC",
-                "-c",
-                "csrc/nf4.cu",
-                "-o",
-                str(place),
-            ]
-            subprocess.run(command, check=True, cwd=ROOT)
-            extension.extra_objects = [str(place)]
-            extension.library_dirs += [str(Path(nvcc).resolve().parents[1] / "lib64")]
-            extension.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
         super().build_extension(extension)
 
     def get_ext_filename(self, name: str) -> str:

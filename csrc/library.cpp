@@ -1,5 +1,5 @@
 // The operations that Python calls as torch.ops.srcfast.*, against libtorch's stable ABI: one build serves torch 2.11 and later, and
-// every Python. The CUDA one is registered by nf4.cu, where that is built.
+// every Python. They run on CPUs; on GPUs the kernels of kernels/srcfast_kernels run.
 
 #include <torch/csrc/stable/library.h>
 

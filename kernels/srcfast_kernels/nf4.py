@@ -116,7 +116,7 @@ def _quantize_native(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize_native(weight: NF4Weight) -> Tensor:
-    """`nf4_dequantize` by csrc/: vector instructions and threads on a CPU, CUDA on a GPU where that was built."""
+    """`nf4_dequantize` by csrc/, on a CPU: vector instructions and threads."""
     device = weight.packed.device
     values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     codes, scale_codes = _nf4_codes(device), dynamic_codes(device)

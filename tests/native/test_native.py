@@ -10,11 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,9 +20,7 @@ from srcfast.data import forest
 from srcfast.data.forest import pack_sizes
 from srcfast_kernels import native, nf4_dequantize, nf4_quantize
 from srcfast_kernels.homes import use_home
-from srcfast_kernels.nf4 import nf4_dequantize_native
 
-CSRC = Path(__file__).parents[2] / "csrc"
 needs_library = pytest.mark.skipif(not native.available(), reason=f"native library: {native.why_not()}")
 
 
@@ -125,41 +121,3 @@ def test_of_torch_only_the_stable_c_interface_is_used() -> None:
     ]
     assert not mangled
     assert "torch_library_impl" in names
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_the_cuda_file_compiles_without_spills(architecture: int, tmp_path: Path) -> None:
-    from torch.utils.cpp_extension import include_paths
-
-    include = [flag for folder in include_paths() for flag in ("-isystem", folder)]
-    flags = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", f"-arch=sm_{architecture}"]
-    built = tmp_path / "nf4.o"
-    done = subprocess.run(
-        ["nvcc", *flags, *include, "-Xcompiler=-fPIC", "-c", CSRC / "nf4.cu", "-o", built],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-    used = subprocess.run([tool, "-res-usage", built], capture_output=True, text=True, check=True).stdout
-    kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", used)
-    assert len(kernels) == 3  # fp32, bf16, fp16
-    for registers, stack, shared, local in kernels:
-        assert (int(stack), int(local)) == (0, 0)
-        assert int(registers) <= 40 and int(shared) <= 6144
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not (native.available() and torch.cuda.is_available()), reason="needs a GPU and the library")
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "blocksize"), [((513, 1024), 64), ((7, 33), 32), ((257, 4097), 4096)])
-def test_dequantisation_in_cuda_is_bit_for_bit_the_same(
-    shape: Any, blocksize: int, dtype: torch.dtype, double_quant: bool
-) -> None:
-    weight = nf4_quantize(torch.randn(shape, device="cuda").to(dtype), blocksize=blocksize, double_quant=double_quant)
-    with use_home("reference"):
-        theirs = nf4_dequantize(weight)
-    assert torch.equal(nf4_dequantize_native(weight), theirs)

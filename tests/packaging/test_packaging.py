@@ -63,14 +63,19 @@ def test_the_kernels_import_from_anywhere(cwd):
 # The wheel ----------------------------------------------------------------------------------------------------
 
 
-def build_wheel(folder: Path, **environment: str) -> Path:
-    """From a copy of the sources: building leaves files behind that a later wheel would pick up."""
+def copy_sources(folder: Path) -> Path:
+    """Building leaves files behind that a later wheel would pick up."""
     source = folder / "source"
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "results")
     for part in ("srcfast", "kernels", "benchmarks", "csrc", "tests"):
         shutil.copytree(ROOT / part, source / part, ignore=left_out)
     for file in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
+    return source
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    source = copy_sources(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     command = [*pip, "-w", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
@@ -85,7 +90,17 @@ def held_by(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+    """Built beside a PyTorch that reports CUDA and an nvcc that fails, as one too old for an architecture does."""
+    surroundings = tmp_path_factory.mktemp("surroundings")
+    (surroundings / "sitecustomize.py").write_text("import torch.version\ntorch.version.cuda = '12.6'\n")
+    nvcc = surroundings / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal : Unsupported gpu architecture 'compute_100'\" >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    return build_wheel(
+        tmp_path_factory.mktemp("wheel"),
+        PYTHONPATH=str(surroundings),
+        PATH=f"{surroundings}:{os.environ['PATH']}",
+    )
 
 
 def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
@@ -110,6 +125,15 @@ def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
 def test_without_a_compiler_the_wheel_is_whole_but_for_the_native_library(wheel, tmp_path):
     built = build_wheel(tmp_path, CXX="/bin/false", CC="/bin/false")
     assert held_by(built) == held_by(wheel) - {"srcfast_kernels/_native.so"}
+
+
+def test_a_torch_that_cannot_be_imported_costs_the_native_library_alone(tmp_path):
+    broken = tmp_path / "torch"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    built = build_wheel(tmp_path, PYTHONPATH=str(tmp_path))
+    assert "srcfast_kernels/_native.so" not in held_by(built)
+    assert "srcfast_kernels/native.py" in held_by(built)
 
 
 def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
