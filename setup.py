@@ -10,8 +10,9 @@ from setuptools.command.build_ext import build_ext
 EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "data": ["easy-vqa>=1.0"],
-    "gpu": ["flash-attn>=2.8", "xformers>=0.0.35", "bitsandbytes>=0.50"],
-    "track": ["tensorboard>=2.16"],
+    # Without flash-attn, which is always built from source, and xformers, which has a wheel for x86 alone: their builds import
+    # torch, which build isolation hides, and end the whole installation. docs/forest.md says how to add them.
+    "gpu": ["bitsandbytes>=0.50"],
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
         "pytest>=8",

@@ -127,8 +127,9 @@ def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
 
 # What is not required, and what each brings.
 OPTIONAL = {
-    "flash-attn": "the fastest forest attention on NVIDIA GPUs (pip install 'srcfast[gpu]')",
-    "xformers": "forest attention on GPUs that flash-attn doesn't serve (pip install 'srcfast[gpu]')",
+    "flash-attn": "FlashAttention 2 for forests on NVIDIA GPUs, in place of PyTorch's (pip install wheel packaging ninja psutil; "
+    "pip install 'flash-attn>=2.8,<3' --no-build-isolation)",
+    "xformers": "one more backend of forest attention, for set_backend('xformers') alone (pip install 'xformers>=0.0.35')",
     "triton": "fused GPU kernels (comes with torch for CUDA)",
     "bitsandbytes": "fused 4-bit products in decoding (pip install 'srcfast[gpu]')",
     "liger-kernel": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",

@@ -1,6 +1,8 @@
 """The package as users install it: names that must not be shadowed, what a wheel holds, what a command costs."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from srcfast.tools import OPTIONAL
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
@@ -134,6 +139,39 @@ def test_a_torch_that_cannot_be_imported_costs_the_native_library_alone(tmp_path
     built = build_wheel(tmp_path, PYTHONPATH=str(tmp_path))
     assert "srcfast_kernels/_native.so" not in held_by(built)
     assert "srcfast_kernels/native.py" in held_by(built)
+
+
+def requirements_by_extra(wheel: Path) -> dict[str, set[str]]:
+    """Names of packages; those that are always required are under the empty name."""
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    found: dict[str, set[str]] = {extra: set() for extra in ["", *metadata.get_all("Provides-Extra", [])]}
+    for text in metadata.get_all("Requires-Dist", []):
+        requirement = Requirement(text)
+        for extra, names in found.items():
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                names.add(requirement.name)
+    return {extra: names if extra == "" else names - found[""] for extra, names in found.items()}
+
+
+def test_no_extra_asks_for_a_package_whose_build_imports_torch(wheel):
+    # pip builds in isolation, without torch, and then ends the whole installation.
+    asked = set().union(*requirements_by_extra(wheel).values())
+    assert "bitsandbytes" in asked
+    assert asked & {"flash-attn", "xformers"} == set()
+
+
+def test_the_doctor_advises_installations_that_bring_the_package(wheel):
+    extras = requirements_by_extra(wheel)
+    for name, advice in OPTIONAL.items():
+        if name == "triton":
+            assert name in extras[""]
+        elif (extra := re.search(r"pip install 'srcfast\[(\w+)\]'", advice)) is not None:
+            assert name in extras[extra[1]], advice
+        else:
+            assert re.search(rf"pip install '?{name}\b", advice), advice
+    assert "--no-build-isolation" in OPTIONAL["flash-attn"]
 
 
 def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
