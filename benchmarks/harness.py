@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from srcfast.report.plots import can_plot
 from srcfast.runtime.run_directory import environment, version
 
 RESULTS = Path(__file__).parent / "results"
@@ -263,10 +264,10 @@ def tables(name: str, rows: list[dict[str, Any]]) -> Iterator[Table]:
 
 def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     """Time and extra memory of each way at each shape; without matplotlib nothing."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not can_plot():
         return
+    import matplotlib
+
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = name
     import matplotlib.pyplot as plt

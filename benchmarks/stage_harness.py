@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from srcfast.data.jsonl import write_json
+from srcfast.report.plots import can_plot
 from srcfast.runtime.run_directory import environment, version
 from srcfast_benchmarks.harness import GIVES_BACK, PEERS, RESULTS, Shape, describe, resident, run_process
 
@@ -231,10 +232,10 @@ def tables(benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> Iterator[Ta
 
 def plot(path: Path, benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> None:
     """Rate, memory and, where ways are compared by a value, its course; without matplotlib nothing."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not can_plot():
         return
+    import matplotlib
+
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = benchmark.name
     import matplotlib.pyplot as plt

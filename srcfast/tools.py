@@ -134,6 +134,7 @@ OPTIONAL = {
     "bitsandbytes": "fused 4-bit products in decoding (pip install 'srcfast[gpu]')",
     "liger-kernel": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
     "cut-cross-entropy": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
+    "matplotlib": "the plots of reports and benchmarks (pip install 'srcfast[report]')",
     "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
     "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
     "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
@@ -141,8 +142,26 @@ OPTIONAL = {
 SLOWER = "NF4 on the CPU (10 to 20 times), packing of many samples (10 times)"
 
 
+def unusable() -> dict[str, str]:
+    """Import what srcfast calls of the installed optional packages. Returns why it can't be used, by package."""
+    import torch
+
+    from srcfast.runtime.run_directory import version
+    from srcfast_kernels.nf4_linear import why_not_fused
+    from srcfast_kernels.optional import import_failure
+
+    reasons = {
+        "flash-attn": import_failure("flash_attn", "flash_attn_varlen_func"),
+        "xformers": import_failure("xformers.ops", "memory_efficient_attention"),
+        "matplotlib": import_failure("matplotlib.figure", "Figure"),
+        # Of bitsandbytes what decoding calls, on GPUs alone.
+        "bitsandbytes": why_not_fused() if torch.cuda.is_available() else None,
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None and version(name) is not None}
+
+
 def doctor(as_json: bool) -> None:
-    """Print versions, backends, what is missing, and whether the embedded models are here."""
+    """Print versions, backends, what is missing or can't be used, and whether the embedded models are here."""
     import torch
 
     from srcfast.runtime.attention import available_backends
@@ -156,6 +175,7 @@ def doctor(as_json: bool) -> None:
     found["kernels"] = {device: home_of(torch.empty(0, device=device)) for device in devices}
     found["native_library"] = native.why_not() or "loaded"
     found["optional"] = {name: version(name) for name in OPTIONAL}
+    found["unusable"] = unusable()
     found["embedded"] = {name: (ASSETS / name / "config.json").is_file() for name in ("base", "scorer")}
     if as_json:
         print(json.dumps(found, indent=2))
@@ -168,7 +188,11 @@ def doctor(as_json: bool) -> None:
     rows.append(("attention backends", ", ".join(found["attention_backends"])))
     rows.append(("kernels", ", ".join(f"{home} on {device}" for device, home in found["kernels"].items())))
     rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
-    rows += [(name, held or f"missing: {OPTIONAL[name]}") for name, held in found["optional"].items()]
+    broken = {name: f", can't be used: {reason}" for name, reason in found["unusable"].items()}
+    rows += [
+        (name, f"missing: {OPTIONAL[name]}" if installed is None else installed + broken.get(name, ""))
+        for name, installed in found["optional"].items()
+    ]
     rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
     table("srcfast doctor", rows)
 

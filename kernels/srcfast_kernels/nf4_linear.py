@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from srcfast_kernels.cpu_products import linear
 from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
+from srcfast_kernels.optional import import_failure
 
 FEW_ROWS = 64  # above these, one dequantisation and a product of the GPU's own are faster
 
@@ -50,7 +49,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
     """x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, its result may be written over."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
-    if x.is_cuda and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and _has_bitsandbytes():
+    if x.is_cuda and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and why_not_fused() is None:
         return _few_rows(x, weight, bias)
     return linear(x, nf4_dequantize(weight).to(x.dtype), bias)
 
@@ -72,9 +71,18 @@ def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
 
 
 @cache
-def _has_bitsandbytes() -> bool:
-    """Whether its fused product is there, from 0.50; importing the package is what registers it."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return False
-    importlib.import_module("bitsandbytes")
-    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+def why_not_fused() -> str | None:
+    """Why bitsandbytes' fused product can't be called on a GPU; None where it can.
+
+    Importing the package registers the product, from 0.50 on. Where its CUDA library does not load, the import succeeds all the
+    same and a stand-in raises at the first call (0.50.2, bitsandbytes/cextension.py).
+    """
+    if (reason := import_failure("bitsandbytes.cextension", "lib")) is not None:
+        return reason
+    if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return "it has no gemm_4bit: expected 0.50 or later"
+    from bitsandbytes.cextension import lib
+
+    if not getattr(lib, "compiled_with_cuda", False):
+        return "its CUDA library is not loaded: see python -m bitsandbytes"
+    return None

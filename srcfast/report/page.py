@@ -57,7 +57,7 @@ def render(run: RunFiles) -> str:
     missing = (
         ""
         if drawn
-        else "<p>This page has no plots: matplotlib is not installed. "
+        else "<p>This page has no plots: matplotlib is not installed or can't be imported. "
         "<code>pip install 'srcfast[report]'</code>, then <code>srcfast report</code> with this run's "
         "directory, draws them.</p>"
     )

@@ -65,10 +65,10 @@ WIDTH = 10.4  # inches; the page scales it to its own width
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Whether matplotlib can be imported. One built for another NumPy raises more than ImportError."""
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+        import matplotlib.figure  # noqa: F401
+    except Exception:
         return False
     return True
 

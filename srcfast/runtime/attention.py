@@ -12,7 +12,6 @@ All give what every root-to-leaf path alone would give.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -27,9 +26,16 @@ from srcfast.runtime.padded_attention import Plan, padded_attention
 from srcfast.runtime.query_blocks import like_lengths, query_blocks
 from srcfast.runtime.shared_attention import shared_attention
 from srcfast.runtime.varlen_plan import varlen_plan
+from srcfast_kernels.optional import import_failure
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# What a backend calls of a package that is not required.
+_IMPORTS = {
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 
 _forced: str | None = None
 
@@ -43,20 +49,23 @@ def set_backend(name: str | None) -> None:
     global _forced
     if name is not None and name not in _BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known: {', '.join(_BACKENDS)}")
-    if name is not None and name not in available_backends():
-        raise ConfigError(f"attention backend {name!r} is not available here; available: {available_backends()}")
+    if name is not None and (reason := why_unavailable(name)) is not None:
+        raise ConfigError(
+            f"attention backend {name!r} is not available here ({reason}); available: {available_backends()}"
+        )
     _forced = name
 
 
 def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, the preferred one first."""
-    cuda = torch.cuda.is_available()
-    live = {
-        "flash_attn": cuda and _installed("flash_attn"),
-        "torch_varlen": cuda,
-        "xformers": cuda and _installed("xformers"),
-    }
-    return [name for name in _BACKENDS if live.get(name, True)]
+    return [name for name in _BACKENDS if why_unavailable(name) is None]
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why this backend can't run on this machine; None where it can."""
+    if name in ("flash_attn", "torch_varlen", "xformers") and not torch.cuda.is_available():
+        return "no CUDA device"
+    return import_failure(*_IMPORTS[name]) if name in _IMPORTS else None
 
 
 def forest_attention(
@@ -94,7 +103,10 @@ def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | Non
 
 
 def _automatic(q: Tensor) -> str:
-    return available_backends()[0] if flash_takes(q) else "blocks"
+    if not flash_takes(q):
+        return "blocks"
+    # The first alone is asked for: xformers, which comes later, takes seconds to import.
+    return next(name for name in _BACKENDS if why_unavailable(name) is None)
 
 
 def flash_takes(q: Tensor) -> bool:
@@ -102,11 +114,6 @@ def flash_takes(q: Tensor) -> bool:
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-@cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 # The CPU's way: padded groups of segments --------------------------------------------------------------------

@@ -36,7 +36,7 @@ class AdamW:
 
     Raises:
         InputError: no parameter, or several dtypes or devices.
-        ConfigError: the optimizer's package is not installed, or does not take the parameters' dtype.
+        ConfigError: the optimizer's package can't be imported, or does not take the parameters' dtype.
     """
 
     def __init__(
@@ -162,15 +162,15 @@ class AdamW:
 
 
 def _bitsandbytes(name: OptimizerName, dtype: torch.dtype) -> Any:
-    """bitsandbytes' class. Raises ConfigError where it is missing, or can't take the dtype."""
+    """bitsandbytes' class. Raises ConfigError where it can't be imported, or can't take the dtype."""
     if name not in BITSANDBYTES:
         raise ConfigError(f"optimizer: expected adamw or one of {', '.join(BITSANDBYTES)}, found {name!r}")
     try:
         import bitsandbytes
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever its libraries do
         raise ConfigError(
-            f"optimizer {name}: expected the package bitsandbytes, found none ({error}). Mend: pip install bitsandbytes, "
-            "or optimizer=adamw"
+            f"optimizer {name}: expected the package bitsandbytes, which can't be imported ({type(error).__name__}: {error}). "
+            "Mend: pip install bitsandbytes, or optimizer=adamw"
         ) from error
     if dtype == torch.float64:
         raise ConfigError(f"optimizer {name}: expected trainable weights in fp32, fp16 or bf16, found fp64")
