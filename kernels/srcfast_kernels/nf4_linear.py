@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,17 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast_kernels.cpu_products import linear
+from srcfast_kernels.homes import home_of
 from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
 from srcfast_kernels.optional import import_failure
 
 FEW_ROWS = 64  # above these, one dequantisation and a product of the GPU's own are faster
+
+# How bitsandbytes chooses between its fused kernel and a dequantisation in two passes, followed by F.linear. Read from
+# bitsandbytes 0.50.2, bitsandbytes/backends/cuda/ops.py (0.50.0 and 0.50.1 have the same names): the kernel registered for
+# gemm_4bit falls back, with a warning, where the inner dimension is no multiple of the blocksize; else the table
+# `_gemm_4bit_use_custom_fn`, which its authors calibrated by device, dtype and shape, decides. Up to `_GEMM_4BIT_CUSTOM_FLOOR_M`
+# = 4 rows it says yes on every CUDA device.
+RULE = "_gemm_4bit_use_custom_fn"
+RULE_TAKES = ["device_index", "dtype", "M", "N", "K"]
+ALWAYS_FUSED_ROWS = 4
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
 
     Backward dequantises once more: neither the dequantised weight nor x is kept between. On a GPU a few rows, as decoding
-    has them, go through bitsandbytes' fused product where it is installed: the weight is then read in 4 bits.
+    has them, go through bitsandbytes' fused product where it is installed and has one for the shape: the weight is then read in
+    4 bits. Otherwise `nf4_dequantize`, in one pass, and the GPU's own product.
     """
     return _NF4Linear.apply(x, weight, bias)
 
@@ -49,9 +62,31 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
     """x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, its result may be written over."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
-    if x.is_cuda and 0 < x.numel() <= FEW_ROWS * x.shape[-1] and why_not_fused() is None:
+    if _is_fused(x, weight):
         return _few_rows(x, weight, bias)
     return linear(x, nf4_dequantize(weight).to(x.dtype), bias)
+
+
+def _is_fused(x: Tensor, weight: NF4Weight) -> bool:
+    """Whether bitsandbytes multiplies x [..., in] by this weight [out, in] without dequantising it first."""
+    if not x.is_cuda or home_of(x) != "triton" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    out_size, in_size = weight.shape
+    rows = x.numel() // in_size
+    if not 0 < rows <= FEW_ROWS or in_size % weight.blocksize != 0 or why_not_fused() is not None:
+        return False
+    return _dispatch_rule()(x.device.index, x.dtype, rows, out_size, in_size)
+
+
+@cache
+def _dispatch_rule() -> Callable[[int, torch.dtype, int, int, int], bool]:
+    """bitsandbytes' rule; of a version that has none under this name, what every device is known to fuse."""
+    from bitsandbytes.backends.cuda import ops
+
+    rule = getattr(ops, RULE, None)
+    if rule is not None and list(inspect.signature(rule).parameters) == RULE_TAKES:
+        return rule
+    return lambda device, dtype, rows, out_size, in_size: rows <= ALWAYS_FUSED_ROWS
 
 
 def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
