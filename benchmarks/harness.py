@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from srcfast.report.plots import can_plot
+from srcfast.runtime.allocator import allocator_variables
 from srcfast.runtime.run_directory import environment, version
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,8 +221,9 @@ def in_a_process(way: str, shape: Shape, what: str, device: str) -> dict[str, An
 
 
 def run_process(arguments: list[str], surroundings: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON that a Python process prints last; {"failed": why} where it dies."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=surroundings)
+    """The JSON that a Python process prints last; {"failed": why} where it dies. Its allocator is that of srcfast's commands."""
+    variables = {**surroundings, **allocator_variables(surroundings)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     said = [line for line in done.stderr.splitlines() if re.match(r"\w*(\.\w+)*Error\b", line)]

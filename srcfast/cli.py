@@ -15,12 +15,14 @@ from typer.core import TyperGroup
 
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
 from srcfast.runtime import interrupt
+from srcfast.runtime.allocator import allocator_variables
 
 
 class Commands(TyperGroup):
     """Shows srcfast's own errors as text: exit status 2 for settings and input, 1 for the rest."""
 
     def invoke(self, ctx: Any) -> Any:
+        os.environ.update(allocator_variables(os.environ))  # first of all: `recorded` may import torch
         try:
             with interrupt.listening(), disk_is_met(), warnings_are_printable():
                 return recorded(super().invoke)(ctx)

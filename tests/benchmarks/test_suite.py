@@ -27,6 +27,16 @@ def test_every_benchmark_is_listed_and_names_its_file() -> None:
         assert set(benchmark.limits) <= set(benchmark.ways)
 
 
+def test_what_is_measured_runs_with_the_allocator_of_the_commands() -> None:
+    code = (
+        "import json, os; print(json.dumps({name: os.environ.get(name) for name in ('PYTORCH_ALLOC_CONF', 'OTHER')}))"
+    )
+    found = harness.run_process(["-c", code], {"OTHER": "kept"})
+    assert found == {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OTHER": "kept"}
+    found = harness.run_process(["-c", code], {"OTHER": "kept", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    assert found == {"PYTORCH_ALLOC_CONF": None, "OTHER": "kept"}
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "linear_logprob": {"rows": 5, "hidden_size": 8, "vocabulary": 33, "dtype": "float32"},
     "weighted_dpo": {"pairs": 2, "tokens": 3, "hidden_size": 8, "vocabulary": 33, "dtype": "float32"},
