@@ -55,7 +55,7 @@ class BuildNative(build_ext):
             # A torch whose own libraries are missing raises OSError.
             print(
                 f"native library left out: no torch to build against ({error}); with one installed: "
-                "pip install --no-build-isolation"
+                "pip install 'setuptools>=77,<82', then pip install --no-build-isolation"
             )
             return
         include = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("_native.so")
-BUILD = "pip install --no-build-isolation --no-deps --editable ."  # in a clone, beside torch; needs a C++ compiler
+# In a clone, beside torch; needs a C++ compiler. Without isolation pip installs no build requirement, and a venv of Python 3.11
+# comes with setuptools 65, which by itself makes no wheel. torch 2.11 wants it below 82.
+BUILD = "pip install 'setuptools>=77,<82' && pip install --no-build-isolation --no-deps --editable ."
 
 
 @cache

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from srcfast.tools import OPTIONAL
+from srcfast_kernels import native
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
@@ -130,6 +132,15 @@ def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
 def test_without_a_compiler_the_wheel_is_whole_but_for_the_native_library(wheel, tmp_path):
     built = build_wheel(tmp_path, CXX="/bin/false", CC="/bin/false")
     assert held_by(built) == held_by(wheel) - {"srcfast_kernels/_native.so"}
+
+
+def test_the_advised_build_asks_for_what_a_build_without_isolation_lacks():
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    before, build = native.BUILD.split(" && ")
+    assert "--no-build-isolation" in build
+    asked = {one.name: one.specifier for one in map(Requirement, re.findall(r"'([^']+)'", before))}
+    for requirement in map(Requirement, required):
+        assert set(requirement.specifier) <= set(asked[requirement.name])
 
 
 def test_a_torch_that_cannot_be_imported_costs_the_native_library_alone(tmp_path):
