@@ -117,6 +117,7 @@ def test_steps_that_name_none_are_refused(text: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_s_profile_holds_its_kernels_and_the_allocator_s_history(tmp_path: Path) -> None:
     profiler = StepProfiler(range(1, 3), tmp_path)

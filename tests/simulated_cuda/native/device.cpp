@@ -1,5 +1,6 @@
 // A simulated CUDA device for a CPU build of PyTorch: see ../README.md.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <torch/csrc/profiler/stubs/base.h>
 #include <torch/extension.h>
 
 #include "collectives.h"
@@ -44,6 +45,24 @@ struct Hooks : at::CUDAHooksInterface {
     return at::make_generator<Generator>(index < 0 ? simulated::current_device() : index, c10::default_rng_seed_val);
   }
   void deviceSynchronize(Index) const override { wait_for_all("synchronize", "device"); }
+};
+
+// Without these, the profiler raises and catches an error for every operation, which takes it minutes. It has no times to tell.
+struct ProfilerStubs final : torch::profiler::impl::ProfilerStubs {
+  using Event = torch::profiler::impl::ProfilerVoidEventStub;
+  void record(c10::DeviceIndex* index, Event*, int64_t* nanoseconds) const override {
+    if (index) *index = static_cast<c10::DeviceIndex>(simulated::current_device());
+    if (nanoseconds) *nanoseconds = 0;
+  }
+  float elapsed(const Event*, const Event*) const override { return 0; }
+  void mark(const char*) const override {}
+  void rangePush(const char*) const override {}
+  void rangePop() const override {}
+  bool enabled() const override { return true; }
+  void onEachDevice(std::function<void(int)> work) const override {
+    for (int i = 0; i < number_of_devices(); ++i) work(i);
+  }
+  void synchronize() const override {}
 };
 
 }  // namespace simulated
@@ -113,6 +132,8 @@ void record_python(py::object work, std::vector<Tensor> tensors) {  // Python co
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   c10::SetAllocator(c10::kCUDA, &device_allocator());
   take_over_hooks();
+  static ProfilerStubs profiler;
+  torch::profiler::impl::registerCUDAMethods(&profiler);
   py::module_::import("torch.distributed");
 
   m.def("set_callback", [](py::object function) { callback() = function.release().ptr(); });

@@ -104,6 +104,11 @@ inline void access(char* start, Block& block, bool writes, const std::string& na
     block.written = mine;
     block.read.clear();
   } else {
+    for (auto& other : block.read)
+      if (other.stream == stream) {
+        other.number = mine.number;
+        return;
+      }
     block.read.push_back(mine);
   }
 }
