@@ -340,8 +340,9 @@ def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
         share = min(1.0, size / whole)
         if size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
             raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of {device}, found {show_bytes(size)}")
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(share, device)
+    if device.type == "cuda":  # PyTorch raises ValueError here for a device without an index
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(share, index)
     _limit = size
 
 

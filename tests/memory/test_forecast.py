@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -335,6 +336,27 @@ def test_a_limit_on_a_gpu_is_kept_by_its_allocator(monkeypatch: pytest.MonkeyPat
     finally:
         limit_memory(None)
     assert shares == [12 / 80, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_a_limit_is_set_on_the_current_gpu_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    """Replaced is only what lies below `torch.cuda`, whose own functions check their arguments."""
+    limits: list[tuple[float, int]] = []
+    runtime = SimpleNamespace(cudaMemGetInfo=lambda index: (70 << 30, 80 << 30))
+    for module in (torch.cuda, torch.cuda.memory):
+        monkeypatch.setattr(module, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *limit: limits.append(limit), raising=False)
+    try:
+        for size in (None, 20 << 30):
+            limit_memory(size, device)
+    finally:
+        limit_memory(None)
+    assert limits == [(1.0, index), (0.25, index)]
 
 
 def test_a_steps_images_are_in_memory_even_where_fewer_would_be_kept(rng: np.random.Generator) -> None:
