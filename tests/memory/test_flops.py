@@ -110,6 +110,7 @@ def test_a_cpus_rate_is_measured_once() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timing
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_product_stays_below_its_data_sheet() -> None:
     from srcfast.runtime.flops import _measured_flops

@@ -281,11 +281,15 @@ def _module(name: str, **attributes: Any) -> types.ModuleType:
 
 @contextmanager
 def _modules(*modules: types.ModuleType) -> Iterator[None]:
+    from srcfast_kernels.optional import import_failure  # it remembers what could not be imported
+
     before = {module.__name__: sys.modules.get(module.__name__) for module in modules}
     sys.modules.update({module.__name__: module for module in modules})
+    import_failure.cache_clear()
     try:
         yield
     finally:
+        import_failure.cache_clear()
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]
