@@ -218,7 +218,8 @@ struct Call {
         TORCH_CHECK(!is_dense_integer(device.scalar_type()), "\"", name, "_cuda\" not implemented for '", device.scalar_type(), "'");
     if (waiting_operations().count(name)) wait_for_all("wait", full);
     if (full == "repeat_interleave.Tensor" && stack[begin + 1].isNone()) wait_for_all("wait", full + " without output_size");
-    if (mask_index && !fills_by_mask(stack, begin)) wait_for_all("wait", full + " with a boolean mask");
+    // index.Tensor_out comes behind a call of nonzero, which has waited.
+    if (mask_index && full != "index.Tensor_out" && !fills_by_mask(stack, begin)) wait_for_all("wait", full + " with a boolean mask");
     if (host_index) wait_for_all("wait", full + " with indices on the host");
     if (at::globalContext().deterministicAlgorithms()) check_deterministic();
   }
@@ -236,22 +237,17 @@ struct Call {
   }
 
   void note_accesses(Step* step) const {
-    const auto& arguments = op.schema().arguments();
-    bool writes_any = false;
-    for (auto& argument : arguments) writes_any = writes_any || (argument.alias_info() && argument.alias_info()->isWrite());
-    // Which argument an alias belongs to is not kept: an operation that writes one is taken to write the first.
     std::set<c10::StorageImpl*> seen;
     for (auto& [device, host] : aliases.pairs) {
       auto* storage = device.storage().unsafeGetStorageImpl();
-      if (seen.insert(storage).second) use(*storage, writes_any && is_written(device), full, step);
+      if (seen.insert(storage).second) use(*storage, written.count(storage) > 0, full, step);
     }
   }
-  std::set<const c10::TensorImpl*> written;  // device tensors behind arguments that the schema writes
-  bool is_written(const Tensor& device) const { return written.count(device.unsafeGetTensorImpl()) > 0; }
+  std::set<c10::StorageImpl*> written;  // of arguments that the schema writes
   void note_written(const torch::jit::Stack& stack, size_t begin) {
     const auto& arguments = op.schema().arguments();
     auto add = [&](const Tensor& tensor) {
-      if (tensor.defined() && tensor.is_cuda()) written.insert(tensor.unsafeGetTensorImpl());
+      if (tensor.defined() && tensor.is_cuda()) written.insert(tensor.storage().unsafeGetStorageImpl());
     };
     for (size_t i = 0; i < arguments.size(); ++i) {
       if (!arguments[i].alias_info() || !arguments[i].alias_info()->isWrite()) continue;

@@ -17,6 +17,7 @@ namespace simulated {
 
 constexpr size_t kBlock = 512;                    // the caching allocator's granularity
 constexpr size_t kSegment = size_t{2} << 20;      // and that of what it reserves
+constexpr size_t kSmall = size_t{1} << 20;        // up to which blocks are small ones
 constexpr unsigned char kPoison = 0xFF;           // NaN in every floating type, -1 in every integer
 constexpr int kMostDevices = 16;
 
@@ -86,18 +87,12 @@ void reserve(int index, size_t requested, Growth growth) {
   on.reserved.add(growth());
 }
 
-// A pool of captured graphs: segments that stay where they are as long as a graph or a tensor uses the pool. What is freed in it is
-// handed out again within the pool, also to the next graph that is captured into it.
-struct Pool {
-  int device_index;
-  int graphs = 0;   // that use it
-  size_t live = 0;  // blocks that tensors hold
+// Segments of one class of sizes: small and large blocks don't share any, as in the caching allocator.
+struct Arena {
   std::map<char*, size_t> segments;
   std::map<char*, size_t> free;
 
-  explicit Pool(int index) : device_index(index) {}
-
-  char* take(size_t bytes) {
+  char* take(int device_index, size_t bytes) {
     auto best = free.end();
     for (auto it = free.begin(); it != free.end(); ++it)
       if (it->second >= bytes && (best == free.end() || it->second < best->second)) best = it;
@@ -111,12 +106,10 @@ struct Pool {
     auto [start, size] = *best;
     free.erase(best);
     if (size > bytes) free[start + bytes] = size - bytes;
-    live++;
     return start;
   }
 
   void give(char* start, size_t bytes) {
-    live--;
     auto segment = --segments.upper_bound(start);
     auto it = free.emplace(start, bytes).first;
     auto next = std::next(it);
@@ -133,25 +126,42 @@ struct Pool {
     }
   }
 
-  bool holds(const void* address) const {
-    auto it = segments.upper_bound(static_cast<char*>(const_cast<void*>(address)));
-    if (it == segments.begin()) return false;
-    --it;
-    return static_cast<const char*>(address) < it->first + it->second;
-  }
-
-  void release_if_unused() {
-    if (graphs > 0 || live > 0) return;
+  void release(int device_index) {
     for (auto& [start, size] : segments) {
       device(device_index).reserved.take(size);
       memset(start, kPoison, size);
-      free_segment(start);
+      ::free(start);
     }
     segments.clear();
     free.clear();
   }
+};
 
-  static void free_segment(char* start) { ::free(start); }
+// A pool of captured graphs: its segments stay where they are as long as a graph or a tensor uses it. What is freed in it is handed
+// out again within the pool, also to the next graph that is captured into it.
+struct Pool {
+  int device_index;
+  int graphs = 0;   // that use it
+  size_t live = 0;  // blocks that tensors hold
+  Arena small, large;
+
+  explicit Pool(int index) : device_index(index) {}
+
+  Arena& arena_of(size_t bytes) { return bytes <= kSmall ? small : large; }
+  char* take(size_t bytes) {
+    char* start = arena_of(bytes).take(device_index, bytes);
+    live++;
+    return start;
+  }
+  void give(char* start, size_t bytes) {
+    live--;
+    arena_of(bytes).give(start, bytes);
+  }
+  void release_if_unused() {
+    if (graphs > 0 || live > 0) return;
+    small.release(device_index);
+    large.release(device_index);
+  }
 };
 
 // Accesses by streams, for the check that work on one stream waits for the other's: see streams.h.
