@@ -7,13 +7,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := kernels/srcfast_kernels/_native.so
 
-.PHONY: demo test fault fuzz lint clean
+.PHONY: demo test simulated fault fuzz lint clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
 
 test: $(NATIVE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not fault and not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not simulated and not fault and not fuzz"
+	SIMULATED_CUDA=2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "(gpu or simulated) and not long"
+
+# The simulated device's long forms: each preset on two devices.
+simulated: $(NATIVE)
+	SIMULATED_CUDA=2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "simulated and long"
 
 # A run killed at every point of writing and at random moments of every stage, and continued: some minutes.
 fault: $(NATIVE)

@@ -53,7 +53,7 @@ def activate(devices: int = 1) -> None:
     if _native is not None:
         return
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    from simulated_cuda import attention, collectives, products, torch_cuda, triton_interpreter
+    from simulated_cuda import attention, bitsandbytes_stand_in, collectives, products, torch_cuda, triton_interpreter
     from simulated_cuda.build import load_native
 
     native = load_native()
@@ -62,6 +62,7 @@ def activate(devices: int = 1) -> None:
     _held.append(products.register_products(native))
     collectives.install_nccl(native)
     triton_interpreter.install(native)
+    bitsandbytes_stand_in.install()
     _native = native
 
 

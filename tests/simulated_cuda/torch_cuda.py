@@ -33,6 +33,7 @@ def install(native: types.ModuleType, devices: int) -> None:
     for name, value in _functions(native, devices).items():
         setattr(torch._C, name, value)
     _install_classes(native)
+    _install_resize(native)
     cuda = torch.cuda
     cuda._initialized = True
     cuda._cached_device_count = None
@@ -152,6 +153,19 @@ def _properties(native: types.ModuleType, index: int) -> types.SimpleNamespace:
         is_multi_gpu_board=False,
         gcnArchName="",
     )
+
+
+def _install_resize(native: types.ModuleType) -> None:
+    """Let storages on a device change their size, as FSDP's do; a CPU build knows it for the host alone."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        if self.device.type != "cuda":
+            return resize(self, size)
+        native.resize_storage(self, size)
+        return self
+
+    torch.UntypedStorage.resize_ = resize_
 
 
 def _install_classes(native: types.ModuleType) -> None:

@@ -153,6 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Lock lock(mutex());
     for (int i = 0; i < number_of_devices(); ++i) trim(device(i));
   });
+  m.def("resize_storage", [](at::Storage storage, int64_t bytes) { set_storage_size(storage.unsafeGetStorageImpl(), static_cast<size_t>(bytes)); });
   m.def("live_blocks", [] {
     Lock lock(mutex());
     std::vector<std::pair<int64_t, int64_t>> result;

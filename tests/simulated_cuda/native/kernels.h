@@ -141,7 +141,7 @@ inline Tensor& set_tensor(Tensor& self, const Tensor& source) {
   return self;
 }
 
-inline void grow_storage(c10::StorageImpl* storage, size_t bytes) {
+inline void set_storage_size(c10::StorageImpl* storage, size_t bytes) {
   const int index = storage->device().index();
   auto fresh = DeviceAllocator::allocate_on(index, bytes);
   if (storage->nbytes() && bytes) memcpy(fresh.get(), storage->data_ptr().get(), std::min(storage->nbytes(), bytes));
@@ -152,7 +152,7 @@ inline const Tensor& resize_(const Tensor& self, c10::SymIntArrayRef size, std::
   auto sizes = C10_AS_INTARRAYREF_SLOW(size);
   const size_t bytes = (self.storage_offset() + c10::multiply_integers(sizes)) * self.itemsize();
   auto* storage = self.storage().unsafeGetStorageImpl();
-  if (bytes > storage->nbytes()) grow_storage(storage, bytes);
+  if (bytes > storage->nbytes()) set_storage_size(storage, bytes);
   self.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return self;
 }
