@@ -36,10 +36,6 @@ class RowCopies:
         torch.cumsum(torch.bincount(index, minlength=rows), 0, out=starts[1:])
         return cls(index.int(), starts, index.sort(stable=True).indices.int())
 
-    def to(self, device: torch.device) -> RowCopies:
-        parts = (self.index, self.starts, self.places)
-        return RowCopies(*(part.to(device, non_blocking=True) for part in parts))
-
 
 def gather_rows(keys: Tensor, values: Tensor, copies: RowCopies) -> tuple[Tensor, Tensor]:
     """keys[index] and values[index], both [T, H, d] -> [K, H, d]; differentiable.

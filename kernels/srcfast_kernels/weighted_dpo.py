@@ -262,6 +262,11 @@ def _fill(values_ptr, order_ptr, start, end, value, BLOCK: tl.constexpr):
         tl.store(values_ptr + token, value, mask=places < end)
 
 
+def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a tensor [] or [P], on the device of `like` and in its type; a number is filled in there, not copied."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
 def token_dpo_triton(
     logps: Tensor,
     sequence_ids: Tensor,
@@ -280,8 +285,8 @@ def token_dpo_triton(
         pair_loss(logps[:0], beta, label_smoothing, loss_type)  # which says what is wrong
     sorted_ids, order = torch.sort(sequence_ids, stable=True)  # [T] each
     starts = torch.searchsorted(sorted_ids, torch.arange(2 * pairs + 1, device=logps.device))  # [2P + 1]
-    smoothing = torch.as_tensor(label_smoothing, dtype=logps.dtype, device=logps.device).expand(pairs).contiguous()
-    total = torch.as_tensor(normalizer, dtype=logps.dtype, device=logps.device)
+    smoothing = _as_scalar(label_smoothing, logps).expand(pairs).contiguous()
+    total = _as_scalar(normalizer, logps)
     losses, chosen_rewards, rejected_rewards = logps.new_empty(3, pairs)
     loss, coefficients = logps.new_empty(()), torch.zeros_like(logps)
     token_dpo_kernel[(pairs,)](

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from srcfast.errors import InputError
 from srcfast_kernels import native
+from srcfast_kernels.transfers import indexed, send_together
 
 NATIVE_FROM = 1024  # items to pack: below, the native packer's tables cost more than they save
 NATIVE_BUDGET = 1 << 22  # its tables have an entry for every number of tokens that may be left
@@ -215,12 +216,13 @@ class Forest:
         return torch.cat(rows), torch.cat(targets)
 
     def to(self, device: torch.device | str) -> Forest:
-        """The same forest with its tensors on `device`."""
-        device = torch.device(device)
+        """The same forest with its tensors on `device`; a GPU is sent them in one copy that isn't waited for."""
+        device = indexed(device)
         if device == self.token_ids.device:
             return self
         names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        there = send_together([getattr(self.host or self, name) for name in names], device)
+        moved = dict(zip(names, there, strict=True))
         return replace(self, **moved, cache={}, host=self.host or self)
 
 

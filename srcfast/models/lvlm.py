@@ -22,7 +22,7 @@ from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
 from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.loader import send
+from srcfast_kernels.transfers import send
 
 EMBEDDED = Path(__file__).parents[1] / "world" / "assets" / "base"
 # LLaVA-1.5's own template, for checkpoints that come without one.

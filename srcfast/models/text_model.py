@@ -28,6 +28,7 @@ from srcfast.models.quantized import quantize_linears
 from srcfast.runtime import distributed
 from srcfast.runtime.attention import forest_attend
 from srcfast.runtime.sharded import shard_layers
+from srcfast_kernels.transfers import send
 
 
 class TextModel(nn.Module):
@@ -44,8 +45,7 @@ class TextModel(nn.Module):
         embeddings, attend = self.decoder.embed(forest.token_ids), forest_attend(forest, rows=rows)
         if rows is None:
             return self.decoder(embeddings, forest.positions, attend)
-        wanted = rows.to(embeddings.device, non_blocking=True)
-        return self.decoder(embeddings, forest.positions, attend, wanted)
+        return self.decoder(embeddings, forest.positions, attend, send(rows, embeddings.device))
 
 
 def load_text_model(

@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import refuse_more_than_stored
-from srcfast.runtime.loader import send
+from srcfast_kernels.transfers import send
 
 SIGHT = ("vision_tower.", "multi_modal_projector.", "image_newline")  # in names of tensors
 FAMILIES = {"llava": LlavaModel, "llava_next": LlavaNextModel}

@@ -27,6 +27,7 @@ from srcfast.runtime.query_blocks import like_lengths, query_blocks
 from srcfast.runtime.shared_attention import shared_attention
 from srcfast.runtime.varlen_plan import varlen_plan
 from srcfast_kernels.optional import import_failure
+from srcfast_kernels.transfers import send_together
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -110,10 +111,15 @@ def _automatic(q: Tensor) -> str:
 
 
 def flash_takes(q: Tensor) -> bool:
-    """Whether FlashAttention's kernels run for these queries [..., d]: half precision, Ampere or later, d = 8, 16, ..., 256."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+    """Whether FlashAttention's kernels run for these queries [..., d]: half precision, Ampere or later, d = 8, 16, ..., 256.
+
+    The backward kernels of 200 to 224 run on data-centre GPUs alone (8.0 and 9.0), in PyTorch's build as in flash-attn's.
+    """
+    size = q.shape[-1]
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or size % 8 or size > 256:
         return False
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(q.device)
+    return capability in ((8, 0), (9, 0)) if 192 < size <= 224 else capability >= (8, 0)
 
 
 # The CPU's way: padded groups of segments --------------------------------------------------------------------
@@ -143,7 +149,7 @@ def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: 
     """
     blocks = query_blocks(forest, rows)
     kv_index = (forest.host or forest).kv_index.numpy()
-    into, keys_of, groups = [], [], []
+    into, keys_of, sizes, paths_of = [], [], [], []
     out_of = np.empty(blocks.lengths.sum(), dtype=np.int64)
     begin = 0
     for members in like_lengths(blocks.lengths, blocks.paths):
@@ -156,13 +162,23 @@ def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: 
         begin += index.size
         into.append(index.ravel())
         keys_of.append(kv_index[np.maximum(blocks.key_ends[members, None] - 1 - from_end_k, 0)].ravel())
-        hidden = (from_end_k[None, :] < from_end_q[:, None]) | (from_end_k >= paths)[:, None]
-        # Half of the least number: finite, so that no row of scores is all minus infinity.
-        mask = torch.zeros(hidden.shape, dtype=dtype)  # [rows, long, wide]
-        mask.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2)
-        groups.append((len(members), long, wide, mask[:, None].to(device)))
-    together = [torch.from_numpy(x).to(device) for x in (np.concatenate(into), out_of, np.concatenate(keys_of))]
-    return together[0], together[1], together[2], groups
+        sizes.append((len(members), long, wide))
+        paths_of.append(paths[:, 0])
+    whole = [np.concatenate(into), out_of, np.concatenate(keys_of), np.concatenate(paths_of)]
+    rows_in, rows_out, key_rows, paths_there = send_together(whole, device)
+    parts = paths_there.split([count for count, _, _ in sizes])
+    groups = [(*size, _block_mask(*size[1:], part, dtype)) for size, part in zip(sizes, parts, strict=True)]
+    return rows_in, rows_out, key_rows, groups
+
+
+def _block_mask(long: int, wide: int, paths: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a group adds to its scores, [rows, 1, long, wide], made where `paths` [rows] is: masks are too large to be sent."""
+    from_end_q, from_end_k = (torch.arange(size - 1, -1, -1, device=paths.device) for size in (long, wide))
+    hidden = from_end_k < from_end_q[:, None]  # [long, wide]
+    hidden = hidden | (from_end_k >= paths[:, None])[:, None]  # [rows, long, wide]
+    # Half of the least number: finite, so that no row of scores is all minus infinity.
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=paths.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)[:, None]
 
 
 # One variable-length call -----------------------------------------------------------------------------------
@@ -223,7 +239,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | No
     bias = forest.cache.get("xformers") if rows is None else None
     if bias is None:
         bias = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            plan.cu_seqlens_q.diff().tolist(), plan.cu_seqlens_k.diff().tolist(), device=q.device
+            plan.lengths_q.tolist(), plan.lengths_k.tolist(), device=q.device
         )
     if rows is None:
         forest.cache["xformers"] = bias

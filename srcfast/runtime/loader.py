@@ -46,10 +46,9 @@ class PackedStep:
         return list(dict.fromkeys(key for forest in self.forests for key in forest.images))
 
     def pin_memory(self) -> PackedStep:
-        """With tensors in page-locked memory, from which copies to a GPU aren't waited for."""
-        forests = [_pinned(forest) for forest in self.forests]
+        """With images in page-locked memory; forests, which are small, are put there when they are sent."""
         prepared = {key: {name: part.pin_memory() for name, part in own.items()} for key, own in self.prepared.items()}
-        return PackedStep(self.step, self.indices, forests, prepared)
+        return replace(self, prepared=prepared)
 
 
 class _Steps(Dataset[PackedStep]):
@@ -125,13 +124,12 @@ def packed_steps(
             of a step that are missing when the step is asked for.
         plan: called on every forest on the host; keeps its index maps in the forest's cache.
         workers: processes; 0: each step is made here when its turn comes, its images by `features` itself.
-        pin: into page-locked memory.
+        pin: images that the workers prepared into page-locked memory.
     """
     if not workers:
         made = _Steps(trees, batch_of, token_budget, most_trees, None, plan)
         for step in steps:
-            packed = made[step, ()]
-            yield packed.pin_memory() if pin else packed
+            yield made[step, ()]
         return
     takes_prepared = hasattr(features, "missing") and hasattr(features, "prepare")
 
@@ -153,19 +151,6 @@ def packed_steps(
         multiprocessing_context="fork",  # workers share the trees, and touch no GPU
     )
     yield from loader
-
-
-def send(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """An array, tensor or list of numbers on the device, from page-locked memory where it is a GPU: nothing is waited for."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
-
-
-def _pinned(forest: Forest) -> Forest:
-    names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
-    return replace(forest, **{name: getattr(forest, name).pin_memory() for name in names})
 
 
 def _leave_process_group(worker: int) -> None:

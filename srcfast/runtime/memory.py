@@ -17,6 +17,7 @@ from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
 from srcfast.runtime.sharded import GATHERED_LAYERS, gathered_bytes, held
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from srcfast_kernels.transfers import indexed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of the memory that there is, what is planned with: the rest is for the device's context, the libraries' workspaces and what
@@ -340,9 +341,8 @@ def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
         share = min(1.0, size / whole)
         if size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
             raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of {device}, found {show_bytes(size)}")
-    if device.type == "cuda":  # PyTorch raises ValueError here for a device without an index
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.set_per_process_memory_fraction(share, index)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, indexed(device))  # raises ValueError where there is no index
     _limit = size
 
 

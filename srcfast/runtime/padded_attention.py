@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PART_BYTES = 1 << 20  # of the scores that are alive at a time; those of one segment under one head of keys may be more
-GPU_PART_BYTES = 1 << 28  # of a GPU, which takes this way in fp32
+GPU_PART_BYTES = 1 << 28  # of a GPU, which takes this way where FlashAttention has no kernels: in fp32 above all
 
 Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
 Plan = tuple[Tensor, Tensor, Tensor, list[Group]]  # rows into the padded queries, out of them, rows of the keys, groups
@@ -45,7 +45,8 @@ class _PaddedAttention(torch.autograd.Function):
         padded = q.new_zeros(len(into), q.shape[1], q.shape[2])  # padding has no gradient
         padded.index_copy_(0, out_of, gradients[0])
         grad_q = torch.empty_like(padded)
-        grad_k, grad_v = (x.new_zeros(len(x), x[0].numel()) for x in (k, v))  # [T, Hkv d]
+        wide = torch.promote_types(q.dtype, torch.float32)  # a GPU's 16 bits: what many queries add is rounded once
+        grad_k, grad_v = (x.new_zeros(len(x), x[0].numel(), dtype=wide) for x in (k, v))  # [T, Hkv d]
         for queries, keys, mask, heads in _parts(ctx.plan, q, k):
             query, key, value = _gathered(q, k, v, into[queries], keys, len(mask), heads)
             weights = _weights(query, key, mask)
@@ -57,7 +58,7 @@ class _PaddedAttention(torch.autograd.Function):
             _write(_of_heads(grad_q[queries], heads, k), torch.bmm(scores, key), len(mask), heads)
             _add_at(grad_k[:, columns], keys, torch.bmm(scores.transpose(1, 2), query), len(mask), heads)
         grad_q = grad_q.index_select(0, out_of).mul_(q.shape[-1] ** -0.5)
-        return grad_q, grad_k.view_as(k), grad_v.view_as(v), None
+        return grad_q, grad_k.view_as(k).to(k.dtype), grad_v.view_as(v).to(v.dtype), None
 
 
 def _parts(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Part]:
@@ -111,7 +112,7 @@ def _write(place: Tensor, x: Tensor, segments: int, heads: slice) -> None:
 def _add_at(total: Tensor, rows: Tensor, x: Tensor, segments: int, heads: slice) -> None:
     """total[rows] += x [segments heads, n, d], rows that occur twice twice. total: [T, heads d]."""
     flat = x.view(segments, heads.stop - heads.start, -1, x.shape[-1]).transpose(1, 2).reshape(len(rows), -1)
-    total.index_add_(0, rows, flat)
+    total.index_add_(0, rows, flat.to(total.dtype))
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.runtime import distributed, interrupt
 from srcfast.runtime.dropout_keys import dropping, drops, step_keys
 from srcfast.runtime.forecast import plan_checkpointing
-from srcfast.runtime.loader import PackedStep, deal, packed_steps, send
+from srcfast.runtime.loader import PackedStep, deal, packed_steps
 from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.memory import memory_of
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
@@ -35,6 +35,7 @@ from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.sharded import empty_step, is_sharded
 from srcfast.runtime.telemetry import StepMeter
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints, weights_hash
+from srcfast_kernels.transfers import Fetched, fetch, send
 
 Metrics = dict[str, Any]
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, D] each
@@ -392,9 +393,8 @@ class StepNumbers:
         names: of the metrics of all ranks.
         norm: of the gradients, a scalar on the device.
         finite: on the device, whether all losses and the norm are.
-        values: on the host, complete once `arrived` is: this rank's forests' losses, the norm, then of each rank its
-            loss and its metrics by `names`.
-        arrived: None where nothing is waited for.
+        values: on their way to the host: this rank's forests' losses, the norm, then of each rank its loss and its metrics
+            by `names`.
         learning_rate: of the update.
     """
 
@@ -404,8 +404,7 @@ class StepNumbers:
     names: list[str]
     norm: Tensor
     finite: Tensor
-    values: Tensor
-    arrived: torch.cuda.Event | None
+    values: Fetched
     learning_rate: float = 0.0
 
     @classmethod
@@ -430,19 +429,13 @@ class StepNumbers:
         norm = optimizer.gradient_norm()
         stacked = torch.cat([torch.stack([loss.double() for loss in (*losses, norm)]), every.flatten()])
         finite = torch.isfinite(norm) & torch.isfinite(every[:, 0]).all()
-        arrived = None
-        if stacked.is_cuda:
-            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            stacked = host
-        return cls(step.step, step.forests, shared, names, norm, finite, stacked, arrived)
+        return cls(step.step, step.forests, shared, names, norm, finite, fetch(stacked))
 
     def read(self) -> Metrics:
         """The step's metrics, once they are here. Raises SrcfastError where loss or norm is not finite, or a rank is away."""
-        if self.arrived is not None:
-            distributed.wait_for(self.arrived)
-        values, count, width = self.values.tolist(), len(self.forests), 1 + len(self.names)
+        if self.values.arrived is not None:
+            distributed.wait_for(self.values.arrived)
+        values, count, width = self.values.tensor.tolist(), len(self.forests), 1 + len(self.names)
         losses, norm, rest = values[:count], values[count], values[count + 1 :]
         every = [rest[start : start + width] for start in range(0, len(rest), width)]  # a list for each rank
         loss = sum(own[0] for own in every)

@@ -16,6 +16,7 @@ from torch import Tensor
 from srcfast.data.forest import Forest
 from srcfast.runtime.query_blocks import behind_one_another, query_blocks
 from srcfast_kernels.gather_rows import RowCopies, gather_rows
+from srcfast_kernels.transfers import send_together
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class VarlenPlan:
     `copies.index[cu_seqlens_k[b]:cu_seqlens_k[b + 1]]`, or those of the same rows where there is nothing to copy.
 
     Both are [B + 1] int32, and two tensors even where they are equal: given one object, cuDNN's path in PyTorch may align
-    causality top-left.
+    causality top-left. `lengths_q` and `lengths_k` are the blocks' numbers of queries and keys, [B].
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    lengths_q: np.ndarray
+    lengths_k: np.ndarray
     max_seqlen_q: int
     max_seqlen_k: int
     copies: RowCopies | None
@@ -39,7 +42,7 @@ class VarlenPlan:
 
 
 def varlen_plan(forest: Forest, rows: Tensor | None = None) -> VarlenPlan:
-    """The forest's plan on the device of its tensors, made once; or one for the queries of `rows` [M] alone."""
+    """The forest's plan, made on the host and sent to the device of its tensors once; or one for the queries of `rows` [M]."""
     if rows is not None:
         return _plan_of_rows(forest, rows)
     if "varlen" not in forest.cache:
@@ -74,10 +77,15 @@ def _plan_of_rows(forest: Forest, rows: Tensor) -> VarlenPlan:
 def _on_device(
     cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, copies: RowCopies | None, device: torch.device
 ) -> VarlenPlan:
+    lists = [] if copies is None else [copies.index, copies.starts, copies.places]
+    there_q, there_k, *there = send_together([cu_seqlens_q, cu_seqlens_k, *lists], device)
+    lengths_q, lengths_k = np.diff(cu_seqlens_q), np.diff(cu_seqlens_k)
     return VarlenPlan(
-        cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(device, non_blocking=True),
-        cu_seqlens_k=torch.from_numpy(cu_seqlens_k).to(device, non_blocking=True),
-        max_seqlen_q=int(np.diff(cu_seqlens_q).max()),
-        max_seqlen_k=int(np.diff(cu_seqlens_k).max()),
-        copies=None if copies is None else copies.to(device),
+        cu_seqlens_q=there_q,
+        cu_seqlens_k=there_k,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
+        copies=RowCopies(*there) if there else None,
     )

@@ -30,13 +30,13 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.dropout_keys import drops
-from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, global_batch, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
+from srcfast_kernels.transfers import send
 
 # How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
 # its size: packing differently changes rounding, nothing else.

@@ -24,12 +24,12 @@ from srcfast.data.jsonl import read_jsonl
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of, response_rows
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints, image_print
 from srcfast_kernels import linear_logprob
+from srcfast_kernels.transfers import send
 
 Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
 

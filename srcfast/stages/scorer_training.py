@@ -23,12 +23,12 @@ from srcfast.data.rationale_format import Format, format_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
-from srcfast.runtime.loader import send
 from srcfast.runtime.loss_rows import places_of
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Loss, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.scoring import sample_reference
+from srcfast_kernels.transfers import send
 
 Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
 
@@ -228,8 +228,9 @@ def scorer_loss(scorer: Scorer) -> Loss:
         hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], slots: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         slot = slot_rows(forest, [item.meta[0] for item in inside]).numpy()
-        places = send(places_of(slot, hidden, forest, segment_ends(forest)), hidden.device)
-        targets = send(torch.cat([item.meta[1] for item in inside]), hidden.device)  # [M]
+        right = torch.cat([item.meta[1] for item in inside]).numpy()
+        index = np.stack([places_of(slot, hidden, forest, segment_ends(forest)), right])
+        places, targets = send(index, hidden.device)  # [M] each
         logits = hidden.index_select(0, places).float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}

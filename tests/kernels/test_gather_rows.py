@@ -28,8 +28,8 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(DEVICE)
 
 
-def copies_of(index: list[int]) -> RowCopies:
-    return RowCopies.of(torch.tensor(index, dtype=torch.int64), 7).to(torch.device(DEVICE))
+def copies_of(index: list[int], rows: int = 7) -> RowCopies:
+    return RowCopies.of(torch.tensor(index, dtype=torch.int64, device=DEVICE), rows)
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_indexing(
 
 @pytest.mark.parametrize("home", HOMES)
 def test_gradients_are_those_of_finite_differences(home: Home) -> None:
-    copies = RowCopies.of(torch.tensor([0, 1, 0, 2]), 4).to(torch.device(DEVICE))
+    copies = copies_of([0, 1, 0, 2], 4)
     parts = [random(4, 1, 2, dtype=torch.float64, seed=seed).requires_grad_() for seed in (1, 2)]
     with use_home(home):
         assert torch.autograd.gradcheck(lambda keys, values: gather_rows(keys, values, copies), parts)
@@ -89,8 +89,7 @@ def test_keys_and_values_may_be_parts_of_a_wider_tensor(home: Home) -> None:
 @pytest.mark.parametrize("home", HOMES)
 def test_half_precision_gradients_are_summed_in_fp32_and_rounded_once(home: Home) -> None:
     """256 + 1 is 256 in bf16: summed there, the 64 ones would be lost."""
-    index = torch.zeros(65, dtype=torch.int64)
-    copies = RowCopies.of(index, 1).to(torch.device(DEVICE))
+    copies = copies_of([0] * 65, 1)
     x = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     gradient = torch.ones(65, 1, 8, dtype=torch.bfloat16, device=DEVICE)
     gradient[0] = 256
@@ -102,7 +101,7 @@ def test_half_precision_gradients_are_summed_in_fp32_and_rounded_once(home: Home
 
 @pytest.mark.parametrize("home", HOMES)
 def test_the_sum_s_order_is_fixed(home: Home) -> None:
-    copies = RowCopies.of(torch.arange(500) % 3, 3).to(torch.device(DEVICE))
+    copies = copies_of([number % 3 for number in range(500)], 3)
     x = random(3, 1, 33, dtype=torch.float32, seed=1).requires_grad_()
     weights = [random(500, 1, 33, dtype=torch.float32, seed=seed) for seed in (2, 3)]
     grads = []

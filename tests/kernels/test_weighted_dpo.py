@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import simulated_cuda
 import torch
 from torch import Tensor
 
@@ -160,3 +161,31 @@ def test_log_probabilities_in_half_precision_give_a_loss_in_fp32() -> None:
     for ours, theirs in zip(output, exact, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.simulated
+def test_by_the_fused_kernel_no_number_is_copied_to_the_device() -> None:
+    """Numbers of the call are filled in there: a copy would start from memory that can be paged, and be waited for."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(size, 8, generator=generator).cuda() for size in (9, 11))
+    targets = torch.randint(0, 11, (9,), generator=generator).cuda()
+    sequence_ids = (torch.arange(9) % 4).cuda()
+    references = [torch.randn(2, generator=generator).cuda() for _ in range(2)]
+    confidence = torch.tensor([0.25, 0.75]).cuda()
+    hidden.requires_grad_()
+    with simulated_cuda.recording() as record:
+        for smoothing, normalizer in ((0.0, 3.0), (0.1, None), ((1 - confidence) / 2, confidence.sum())):
+            output = linear_weighted_dpo(
+                hidden,
+                weight,
+                targets,
+                sequence_ids,
+                *references,
+                confidence,
+                beta=BETA,
+                label_smoothing=smoothing,
+                normalizer=normalizer,
+            )
+            output.loss.backward()
+    assert record.launches["token_dpo_kernel"] == 3
+    assert not record.waits and not record.pageable_copies, record.text()

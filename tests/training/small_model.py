@@ -25,7 +25,9 @@ VOCABULARY = 40
 class SmallModel(nn.Module):
     """Embedding and head frozen; the layers are trained, or an adapter on them."""
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64, lora: LoRAConfig | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, dtype: torch.dtype = torch.float64, lora: LoRAConfig | None = None, head_dim: int = 6
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.decoder = Decoder(
@@ -36,7 +38,7 @@ class SmallModel(nn.Module):
                 num_layers=2,
                 num_heads=4,
                 num_kv_heads=2,
-                head_dim=6,
+                head_dim=head_dim,
                 rms_norm_eps=1e-6,
                 rope_theta=100.0,
             )

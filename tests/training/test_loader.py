@@ -15,10 +15,10 @@ import torch
 from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding, letters, random_text
 from torch import Tensor
 
-from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.forest import Segment, Tree
 from srcfast.errors import InputError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.loader import PackedStep, packed_steps, send
+from srcfast.runtime.loader import PackedStep, packed_steps
 from srcfast.runtime.loss_rows import response_rows
 from srcfast.runtime.training import TrainingItem, TrainingSettings, global_batch, train
 from srcfast.stages.rationale import rationale_loss, response_tokens
@@ -144,20 +144,21 @@ def test_workers_leave_a_plain_function_of_features_alone() -> None:
     assert all(len(set(keys)) == len(keys) for keys in asked)
 
 
-def test_what_is_sent_arrives_in_the_dtype_asked_for() -> None:
-    found = send(np.array([[1, 2], [3, 4]]), torch.device("cpu"), torch.float64)
-    assert found.dtype == torch.float64 and found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert send([3, 1], torch.device("cpu")).dtype == torch.int64
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_forests_of_workers_reach_the_device_whole() -> None:
+    trees = [item.tree for item in picture_items()]
+    for workers in (0, 1):
+        forest = steps_of(workers, trees, pin=True)[0].forests[0]
+        moved = forest.to("cuda")
+        for name in ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor"):
+            there, here = getattr(moved, name), getattr(forest, name)
+            assert there.is_cuda and torch.equal(there.cpu(), here) and there.dtype == here.dtype
+        assert moved.host is forest and moved.to("cuda") is moved is moved.to(moved.token_ids.device)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_steps_are_copied_without_waiting() -> None:
-    trees = [item.tree for item in picture_items()]
-    for workers in (0, 1):
-        step = steps_of(workers, trees, pin=True)[0]
-        forest: Forest = step.forests[0]
-        assert forest.token_ids.is_pinned() and forest.kv_index.is_pinned()
-        moved = forest.to("cuda")
-        torch.cuda.synchronize()
-        assert torch.equal(moved.token_ids.cpu(), forest.token_ids)
+def test_images_that_workers_prepared_are_page_locked() -> None:
+    step = steps_of(1, [item.tree for item in picture_items()], features=Pictures(), pin=True)[0]
+    assert step.prepared and all(part.is_pinned() for own in step.prepared.values() for part in own.values())
