@@ -21,6 +21,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
 from srcfast.models.text_model import TextModel, chat_text, load_text_model
+from srcfast_kernels.transfers import send
 
 VerdictForm = Literal["choice", "graded"]
 
@@ -100,22 +101,21 @@ class Scorer(nn.Module):
         return slots.float() @ self.verdict_weight.float().T
 
     @torch.no_grad()
-    def win_and_verdict(self, slots: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """From the slots' hidden states [M, D]: p [M], and the value [M] of the likeliest verdict.
-
-        Raises:
-            InputError: the model overflowed its type.
-        """
+    def win_and_verdict(self, slots: Tensor) -> Tensor:
+        """From the slots' hidden states [M, D]: p, and the value of the likeliest verdict, [2, M] fp64 on the device."""
         logits = self.verdict_logits(slots)
-        wins = (logits.double().softmax(-1) @ self.verdict_values.double()).cpu().numpy()
+        wins = logits.double().softmax(-1) @ self.verdict_values.double()
+        return torch.stack([wins, self.verdict_values[logits.argmax(-1)].double()])
+
+    def check_wins(self, wins: np.ndarray) -> None:
+        """Raises InputError where a p [M] is not finite: the model overflowed its type."""
         if not np.isfinite(wins).all():
             raise InputError(
                 field="verdicts",
                 expected="finite numbers from the R-Scorer",
-                found=f"others, computed in {str(slots.dtype).removeprefix('torch.')}",
+                found=f"others, computed in {str(self.verdict_weight.dtype).removeprefix('torch.')}",
                 mend="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
             )
-        return wins, self.verdict_values[logits.argmax(-1)].cpu().numpy()
 
     def judge_tree(
         self,
@@ -228,7 +228,7 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
         ]
         rows, places = np.unique(bounds[np.concatenate(ends) + 1] - 1, return_inverse=True)
         hidden = scorer(forest.to(device), torch.from_numpy(rows.astype(np.int64)))
-        slots = hidden[torch.from_numpy(places).to(device)]
+        slots = hidden.index_select(0, send(places, device))
         found.update(zip(forest.indices, slots.split([len(part) for part in ends]), strict=True))
         tokens += forest.num_tokens
     return torch.cat([found[index] for index in range(len(judged))]), tokens

@@ -31,6 +31,7 @@ from srcfast.runtime.loader import PackedStep, deal, packed_steps
 from srcfast.runtime.loss_rows import takes_rows
 from srcfast.runtime.memory import memory_of
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
+from srcfast.runtime.pipelining import reads_late
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.sharded import empty_step, is_sharded
 from srcfast.runtime.telemetry import StepMeter
@@ -342,11 +343,6 @@ def run_again(
     drop_by = step_keys(settings.seed, step, range(len(batch))) if drops(model) else None
     state, whole = TrainingState(optimizer, step), denominator(batch)
     return accumulate(model, next(packed), batch, loss, whole, state, features, wanted, drop_by, device).read()
-
-
-def reads_late(device: torch.device) -> bool:
-    """Whether the numbers of a step are read after its update: where work is queued on a device."""
-    return device.type == "cuda"
 
 
 def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSettings) -> int:

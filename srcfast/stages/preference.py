@@ -31,12 +31,13 @@ from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.runtime.dropout_keys import drops
 from srcfast.runtime.loss_rows import places_of, response_rows, takes_rows
+from srcfast.runtime.pipelining import behind
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, global_batch, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import Fetched, fetch, send
 
 # How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
 # its size: packing differently changes rounding, nothing else.
@@ -214,8 +215,12 @@ def reference_logprobs(
     """
     trees = preference_trees(model, preferences)
     done = list(preferences)
-    for forest, hidden in _run(model, trees, token_budget, features, on_forest):
-        chosen, rejected = pair_logprobs(hidden, forest, model.decoder.head_weight)
+    head = model.decoder.head_weight
+
+    def sums(forest: Forest, hidden: Tensor) -> Tensor:
+        return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
+
+    for forest, (chosen, rejected) in _run(model, trees, sums, token_budget, features, on_forest):
         for index, one, other in zip(forest.indices, chosen.tolist(), rejected.tolist(), strict=True):
             done[index] = replace(
                 preferences[index],
@@ -261,22 +266,25 @@ def response_logprobs(
         leaves = (Segment(items[index][2], 0) for index in part)
         trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
     found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
-    for forest, hidden in _run(model, trees, token_budget, features, on_forest):
+
+    def sums(forest: Forest, hidden: Tensor) -> Tensor:
+        """Of each response in the forest, [responses]."""
         host = forest.host or forest
-        rows, targets, sizes, order = [], [], [], []
-        for number, tree_index in enumerate(forest.indices):
-            for leaf, index in enumerate(members[tree_index], start=1):
-                row, target = host.target_rows(number, [leaf])
-                rows.append(row)
-                targets.append(target)
-                sizes.append(len(row))
-                order.append(index)
-        places = places_of(torch.cat(rows).numpy(), hidden, forest, response_rows(forest))
-        looked_up = send(np.stack([places, torch.cat(targets).numpy()]), hidden.device)  # [2, n]
+        responses = [
+            host.target_rows(number, [leaf])
+            for number, tree in enumerate(host.trees)
+            for leaf in range(1, len(tree.segments))
+        ]
+        rows, targets = (torch.cat(parts).numpy() for parts in zip(*responses, strict=True))
+        places = places_of(rows, hidden, forest, response_rows(forest))
+        looked_up = send(np.stack([places, targets]), hidden.device)  # [2, n]
         logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
-        sums = torch.stack([part_logps.sum() for part_logps in logps.split(sizes)]).tolist()
-        for index, total, size in zip(order, sums, sizes, strict=True):
-            found[index] = (total, size)
+        return torch.stack([part.sum() for part in logps.split([len(own) for own, _ in responses])])
+
+    for forest, totals in _run(model, trees, sums, token_budget, features, on_forest):
+        order = [index for tree_index in forest.indices for index in members[tree_index]]
+        for index, total in zip(order, totals.tolist(), strict=True):
+            found[index] = (total, len(items[index][2]))
     return found
 
 
@@ -290,20 +298,29 @@ def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]
 def _run(
     model: Any,
     trees: Sequence[Tree],
+    measure: Callable[[Forest, Tensor], Tensor],
     token_budget: int,
     features: Features | None,
     on_forest: Callable[[Forest], None] | None,
 ) -> Iterator[tuple[Forest, Tensor]]:
-    """(forest, hidden [T, D]) of the trees packed into forests, in evaluation mode; [M, D] of the `response_rows`
-    alone where the model takes them."""
+    """The trees packed into forests, in evaluation mode: each forest and what `measure` makes of it, on the host.
+
+    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_rows` where the model takes them). A GPU computes
+    the next forest while the numbers of one are read.
+    """
     device = next(model.parameters()).device
+
+    def queued() -> Iterator[tuple[Forest, Fetched]]:
+        for forest in Forest.packed(trees, token_budget):
+            forest = forest.to(device)
+            inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
+            wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
+            yield forest, fetch(measure(forest, model(forest, *inputs, **wanted)))
+
     was_training = model.training
     model.eval()
-    for forest in Forest.packed(trees, token_budget):
-        forest = forest.to(device)
-        inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
-        wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
-        yield forest, model(forest, *inputs, **wanted)
+    for forest, numbers in behind(queued(), device):
+        yield forest, numbers.wait()
         if on_forest is not None:
             on_forest(forest)
     model.train(was_training)

@@ -28,7 +28,7 @@ from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Loss, Metrics, TrainingItem, TrainingSettings, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.scoring import sample_reference
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import fetch, send
 
 Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
 
@@ -261,7 +261,8 @@ def evaluate_scorer(
     """
     scorer.eval()
     judged = [judge_tree_of(scorer, example) for example in examples]
-    wins, said = scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget)[0])  # [M] each
+    wins, said = fetch(scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget)[0])).wait().numpy()  # [M] each
+    scorer.check_wins(wins)
     values = scorer.verdict_values.tolist()
     hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
     by_fault: dict[str, list[bool]] = defaultdict(list)

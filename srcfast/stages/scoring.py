@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,11 +19,14 @@ from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
+from srcfast.runtime.pipelining import behind
 from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
 from srcfast_kernels import pairwise_verdict
+from srcfast_kernels.transfers import fetch, send
 
 Mode = Literal["pairwise", "independent"]
 BLOCK = 64  # samples whose trees are packed together
+Results = Callable[[], list[dict[str, Any]]]  # one a sample; waits for the device
 
 
 class Progress(Protocol):
@@ -92,11 +96,16 @@ def scored_rows(
         raise ConfigError(f"scoring.mode: expected pairwise or independent, found {mode!r}")
     scorer.eval()
     judged = ((sample, own) for sample in samples if (own := candidates.get(sample.id)))
-    while block := list(islice(judged, BLOCK)):
-        rows, tokens = _score_block(scorer, *zip(*block, strict=True), token_budget, mode, adaptive)
+
+    def queued() -> Iterator[Callable[[], tuple[list[dict[str, Any]], int]]]:
+        while block := list(islice(judged, BLOCK)):
+            yield _score_block(scorer, *zip(*block, strict=True), token_budget, mode, adaptive)
+
+    for rows_and_tokens in behind(queued(), scorer.verdict_values.device):
+        rows, tokens = rows_and_tokens()
         yield from rows
         if progress is not None:
-            progress.advance(len(block), tokens=tokens)
+            progress.advance(len(rows), tokens=tokens)
 
 
 def sample_reference(sample: Sample) -> str:
@@ -112,22 +121,26 @@ def _score_block(
     token_budget: int,
     mode: Mode,
     adaptive: AdaptivePairs | None,
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows of some samples, their trees packed together, and the number of tokens that were run."""
+) -> Callable[[], tuple[list[dict[str, Any]], int]]:
+    """Judge some samples, their trees packed together.
+
+    Returns:
+        A function that waits for the device, and gives the rows and the number of tokens that were run.
+    """
     texts = [list(dict.fromkeys(candidate.text for candidate in own)) for own in candidates]  # distinct, in order
     sizes = [len(distinct) for distinct in texts]
     pairwise, alone = mode == "pairwise", [[(i, ALONE) for i in range(n)] for n in sizes]
     # A lone text has nothing to be compared with.
     judged = [index for index, n in enumerate(sizes) if not pairwise or n >= 2]
-    results, tokens = [_lone() for _ in samples], 0
+    results: Results = partial(_all_lone, len(samples))
+    tokens = 0
     if judged and pairwise and adaptive is not None:
         results, tokens = _in_two_rounds(scorer, samples, texts, judged, token_budget, adaptive)
     elif judged:
         pairs = {index: alone[index] + (all_pairs(sizes[index]) if pairwise else []) for index in judged}
         found, tokens = _compare(scorer, samples, texts, pairs, token_budget)
         results = (_pairwise if pairwise else _independent)(scorer, found, sizes)
-    rows = [_expand(*parts) for parts in zip(samples, candidates, texts, results, strict=True)]
-    return rows, tokens
+    return lambda: ([_expand(*parts) for parts in zip(samples, candidates, texts, results(), strict=True)], tokens)
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ class Comparisons:
 
     def among(self, kept: np.ndarray) -> Comparisons:
         """Those that are kept, [M] bool."""
-        slots = self.slots[torch.from_numpy(kept).to(self.slots.device)]
+        slots = self.slots.index_select(0, send(np.flatnonzero(kept), self.slots.device))
         return Comparisons(slots, self.first[kept], self.second[kept], self.owner[kept])
 
     def with_others(self, others: Comparisons) -> Comparisons:
@@ -176,8 +189,8 @@ def _in_two_rounds(
     judged: Sequence[int],
     token_budget: int,
     adaptive: AdaptivePairs,
-) -> tuple[list[dict[str, Any]], int]:
-    """`_pairwise` over the pairs that `adaptive` asks for, or over all where a sample is audited or small."""
+) -> tuple[Results, int]:
+    """`_pairwise` over the pairs that `adaptive` asks for, or over all where a sample is audited or small; and the tokens."""
     sizes = [len(distinct) for distinct in texts]
     alone = {index: [(i, ALONE) for i in range(sizes[index])] for index in judged}
     full = {index: alone[index] + all_pairs(sizes[index]) for index in judged}
@@ -186,49 +199,84 @@ def _in_two_rounds(
     waiting = set(short) - set(audited)
     asked = {index: (alone if index in waiting else full)[index] for index in judged}
     found, tokens = _compare(scorer, samples, texts, asked, token_budget)
-    p, _ = scorer.win_and_verdict(found.slots)
+    p, _ = fetch(scorer.win_and_verdict(found.slots)).wait().numpy()
+    scorer.check_wins(p)
     rated = found.second == ALONE
     chosen = {index: adaptive.pairs(p[rated & (found.owner == index)]) for index in short}
     if waiting:
         second_round = {index: chosen[index] for index in short if index in waiting}
         others, more = _compare(scorer, samples, texts, second_round, token_budget)
         found, tokens = found.with_others(others), tokens + more
-    results = _pairwise(scorer, found, sizes)
+    whole = _pairwise(scorer, found, sizes)
+    shortened = {
+        index: _pairwise(
+            scorer, found.among((found.owner == index) & ordered(chosen[index], found.first, found.second)), sizes
+        )
+        for index in audited
+    }
 
     def cost(index: int, pairs: Sequence[tuple[int, int]]) -> int:
         return share_prefixes(_tree(scorer, samples[index], texts[index], pairs).tree)[0].num_tokens
 
-    for index in judged:
-        count, all_tokens = sizes[index] * (sizes[index] - 1), cost(index, full[index])
-        if index not in chosen:
-            adaptive.count(count, count, all_tokens, all_tokens)
-            continue
-        adaptive.count(len(chosen[index]), count, cost(index, alone[index]) + cost(index, chosen[index]), all_tokens)
-        if index in audited:
-            kept = (found.owner == index) & ordered(chosen[index], found.first, found.second)
-            adaptive.compare(_pairwise(scorer, found.among(kept), sizes)[index]["scores"], results[index]["scores"])
+    def results() -> list[dict[str, Any]]:
+        results = whole()
+        for index in judged:
+            count, all_tokens = sizes[index] * (sizes[index] - 1), cost(index, full[index])
+            if index not in chosen:
+                adaptive.count(count, count, all_tokens, all_tokens)
+                continue
+            two_rounds = cost(index, alone[index]) + cost(index, chosen[index])
+            adaptive.count(len(chosen[index]), count, two_rounds, all_tokens)
+            if index in shortened:
+                adaptive.compare(shortened[index]()[index]["scores"], results[index]["scores"])
+        return results
+
     return results, tokens
 
 
-def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Per sample the scores, q, u, p and rates over its distinct texts."""
-    slots, first, second, owner = found.slots, found.first, found.second, found.owner
-    device = slots.device
-    pair = second != ALONE  # [M]
+def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> Results:
+    """Per sample the scores, q, u, p and rates over its distinct texts; computed at once, waited for when they are asked for."""
+    device = found.slots.device
+    pair = found.second != ALONE  # [M]
+    columns = np.stack([np.flatnonzero(pair), found.first[pair], found.second[pair], found.owner[pair]])
+    compared, first, second, owner = send(columns, device)  # [pairs] each
     output = pairwise_verdict(
-        slots[torch.from_numpy(pair).to(device)],
+        found.slots.index_select(0, compared),
         scorer.verdict_weight,
-        torch.from_numpy(first[pair]).to(device),
-        torch.from_numpy(second[pair]).to(device),
+        first,
+        second,
         max(sizes),
         verdict_values=scorer.verdict_values,
-        sample_ids=torch.from_numpy(owner[pair]).to(device),
+        sample_ids=owner,
         num_samples=len(sizes),
     )
-    scores, wins, confidence = (
-        x.double().cpu().numpy() for x in (output.scores, output.win_probability, output.confidence)
-    )
-    p, verdict = scorer.win_and_verdict(slots)
+    verdicts = scorer.win_and_verdict(found.slots)  # [2, M]
+    parts = (output.scores, output.win_probability, output.confidence, verdicts)
+    fetched = fetch(torch.cat([part.double().flatten() for part in parts]))  # one copy to the host
+
+    def results() -> list[dict[str, Any]]:
+        numbers = fetched.wait().split([part.numel() for part in parts])
+        return _by_sample(
+            scorer, found, sizes, *(x.view(part.shape).numpy() for x, part in zip(numbers, parts, strict=True))
+        )
+
+    return results
+
+
+def _by_sample(
+    scorer: Scorer,
+    found: Comparisons,
+    sizes: Sequence[int],
+    scores: np.ndarray,
+    wins: np.ndarray,
+    confidence: np.ndarray,
+    verdicts_of_slots: np.ndarray,
+) -> list[dict[str, Any]]:
+    """`_pairwise` from what the device has computed: scores [S, N], q and u [S, N, N], p and verdict [2, M]."""
+    first, second, owner = found.first, found.second, found.owner
+    pair = second != ALONE  # [M]
+    p, verdict = verdicts_of_slots
+    scorer.check_wins(p)
     results = []
     for sample, n in enumerate(sizes):
         mine, rated = (owner == sample) & pair, (owner == sample) & ~pair
@@ -258,10 +306,17 @@ def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> list[
     return results
 
 
-def _independent(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def _independent(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> Results:
     """`_pairwise` for candidates that were each rated on their own; `second` is -1 throughout."""
+    fetched = fetch(scorer.win_and_verdict(found.slots))
+    return lambda: _rated(scorer, found, sizes, *fetched.wait().numpy())
+
+
+def _rated(
+    scorer: Scorer, found: Comparisons, sizes: Sequence[int], p: np.ndarray, verdict: np.ndarray
+) -> list[dict[str, Any]]:
+    scorer.check_wins(p)
     first, owner = found.first, found.owner
-    p, verdict = scorer.win_and_verdict(found.slots)
     results = []
     for sample in range(len(sizes)):
         mine = owner == sample
@@ -281,6 +336,10 @@ def _independent(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> li
             }
         )
     return results
+
+
+def _all_lone(count: int) -> list[dict[str, Any]]:
+    return [_lone() for _ in range(count)]
 
 
 def _lone() -> dict[str, Any]:
