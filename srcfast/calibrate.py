@@ -161,7 +161,7 @@ class Calibration:
     def rationale(self) -> None:
         """Stage 1: LoRA on rationale-answer pairs."""
         raps, dropped = rationale_pairs(self.config, self.rationale_samples)
-        loop = self.config.rationale.training_settings(self.config.seed)
+        loop = self.config.rationale.training_settings(self.config.seed, self.config.deterministic)
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
@@ -283,7 +283,7 @@ class Calibration:
         rehearsal, _ = (
             rationale_pairs(self.config, self.rationale_samples) if self.config.dpo.rehearsal_weight else ([], {})
         )
-        loop = self.config.dpo.training_settings(self.config.seed + iteration)
+        loop = self.config.dpo.training_settings(self.config.seed + iteration, self.config.deterministic)
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.use(self.directory.adapter(iteration - 1))

@@ -258,7 +258,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     raps, dropped = rationale_pairs(config, samples)
     model = load_model(config, config.lora.lora_config(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
-    loop = config.rationale.training_settings(config.seed)
+    loop = config.rationale.training_settings(config.seed, config.deterministic)
     with (
         TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run,
         kept_if_not_finite("rationale", config, model, raps, loop, output),
@@ -417,7 +417,7 @@ def dpo(
             )
         for index, pair in zip(missing, done, strict=True):
             preferences[index] = pair
-    loop = config.dpo.training_settings(config.seed)
+    loop = config.dpo.training_settings(config.seed, config.deterministic)
     loss = config.dpo.preference_settings(config.curation.weighting)
     with (
         TrainingRun("dpo", len(preferences), loop, output, config, model, profile) as run,
@@ -561,7 +561,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
             found=f"{len(train)} to train on and {len(held_out)} held out",
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
-    judge, loop = load_judge(config), own.training_settings(config.seed)
+    judge, loop = load_judge(config), own.training_settings(config.seed, config.deterministic)
     with (
         TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run,
         kept_if_not_finite("scorer", config, judge, train, loop, output),

@@ -166,12 +166,12 @@ class TrainingConfig(Section):
         0, ge=0, le=64, description="processes that pack and read images ahead of the step; 0 = this one, in line"
     )
 
-    def training_settings(self, seed: int) -> TrainingSettings:
+    def training_settings(self, seed: int, deterministic: bool = False) -> TrainingSettings:
         """For `srcfast.runtime.training.train`."""
         from srcfast.runtime.training import TrainingSettings
 
         values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
-        return TrainingSettings(**values, seed=seed)
+        return TrainingSettings(**values, seed=seed, deterministic=deterministic)
 
 
 class RationaleSection(TrainingConfig):
@@ -305,6 +305,11 @@ class Config(Section):
     name: str = Field("srcfast", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run lies in output/name")
     output: str = Field("runs", min_length=1, description="folder of the runs")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything random")
+    deterministic: bool = Field(
+        False,
+        description="on a GPU trainings come out the same, bit for bit, in every run and continued; slower: attention's "
+        "backward pass, sums by index, and each step encodes its images anew. On a CPU they do either way",
+    )
     iterations: int = Field(1, ge=0, le=100, description="rounds of candidates, scores, curation and DPO (K)")
     max_rejected: int | float = Field(
         1000,

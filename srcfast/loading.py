@@ -25,6 +25,7 @@ from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora, 
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.plan import policy_stays
 from srcfast.runtime import distributed
+from srcfast.runtime.determinism import prepare_determinism
 from srcfast.runtime.forecast import image_cache, images_at_once
 from srcfast.runtime.memory import ModelSizes, limit_memory, memory_of, parse_bytes
 from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
@@ -219,7 +220,7 @@ def remove_adapter(model: LVLM) -> None:
 
 def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = False) -> LVLM:
     """The LVLM of the settings. Unless it is to be trained, InputError where a saved adapter changes nothing."""
-    _limit_memory(config)
+    _set_up_device(config)
     model = load_lvlm(
         config.model.path,
         quantize=None if config.model.quantize == "none" else config.model.quantize,
@@ -244,14 +245,17 @@ def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFea
 
 def load_judge(config: Config, lora: LoRAConfig | None = None) -> Scorer:
     """The R-Scorer of the settings."""
-    _limit_memory(config)
+    _set_up_device(config)
     dtype = getattr(torch, config.scorer.dtype)
     return load_scorer(
         config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device, lora=lora
     )
 
 
-def _limit_memory(config: Config) -> None:
+def _set_up_device(config: Config) -> None:
+    """Limits the memory; before a model is loaded, and so before the device's first product."""
+    if config.deterministic:
+        prepare_determinism()
     limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"), config.model.device)
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import simulated_cuda
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic trainings; read at the first product
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 settings.register_profile("busy machine", deadline=None)

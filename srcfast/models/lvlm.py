@@ -159,15 +159,17 @@ class ImageFeatures:
         self._kept.clear()
         self._bytes = 0
 
-    def for_training(self) -> ImageFeatures | EncodedAnew:
-        """What a training is given, which has to go on bit for bit where it was stopped, with nothing in memory.
+    def for_training(self, deterministic: bool = False) -> ImageFeatures | EncodedAnew:
+        """What a training is given, which may have to go on bit for bit where it was stopped, with nothing in memory.
 
         Kept embeddings are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
-        make of them; in 16 bits, or on a GPU, only encoding anew in every step gives the same ones again.
+        make of them; in 16 bits, or on a GPU, only encoding anew in every step gives the same ones again. On a GPU that is
+        done for a `deterministic` training alone: any other is not the same bit for bit anyway.
         """
         parameter = next(self.model.parameters())
-        exact = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-        return self if exact else EncodedAnew(self)
+        on_gpu = parameter.device.type == "cuda"
+        exact = not on_gpu and parameter.dtype in (torch.float32, torch.float64)
+        return self if exact or (on_gpu and not deterministic) else EncodedAnew(self)
 
     def prepare(self, key: str) -> dict[str, Tensor]:
         """The image read, and made ready for the vision tower: on the host, in whatever process."""

@@ -198,6 +198,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | 
         plan.max_seqlen_q,
         plan.max_seqlen_k,
         causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's and xformers' ask for this themselves
     )
 
 

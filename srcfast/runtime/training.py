@@ -25,6 +25,7 @@ from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
 from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.runtime import distributed, interrupt
+from srcfast.runtime.determinism import deterministic_algorithms
 from srcfast.runtime.dropout_keys import dropping, drops, step_keys
 from srcfast.runtime.forecast import plan_checkpointing
 from srcfast.runtime.loader import PackedStep, deal, packed_steps
@@ -89,6 +90,9 @@ class TrainingSettings:
         activation_checkpointing: layers a group whose activations are recomputed in backward instead of kept; 0 for none,
             "auto": as few as fit into the device's memory (`plan_checkpointing`).
         loader_workers: processes that pack forests and prepare images ahead of the step; 0: none, all is done in line.
+        deterministic: on a GPU take deterministic algorithms alone and encode a step's images anew, so that the training comes
+            out the same, bit for bit, in every run and continued; slower. On a CPU it is the same either way. A process calls
+            `determinism.prepare_determinism` first.
     """
 
     epochs: int = 1
@@ -104,6 +108,7 @@ class TrainingSettings:
     optimizer: OptimizerName = "adamw"
     activation_checkpointing: int | Literal["auto"] = 0
     loader_workers: int = 0
+    deterministic: bool = False
 
     @property
     def global_batch_size(self) -> int:
@@ -174,8 +179,9 @@ def train(
         loss: loss and metrics of one forest, see `Loss`.
         denominator: of a global batch's items; handed to `loss`.
         settings: see there.
-        features: image keys to embeddings; called once a step with the step's distinct keys, or what its `for_training()`
-            gives is. With `missing` and `prepare` (see `packed_steps`) also with the images that the workers prepared.
+        features: image keys to embeddings; called once a step with the step's distinct keys. Where it has
+            `for_training(deterministic)`, what that gives is called. With `missing` and `prepare` (see `packed_steps`) also
+            with the images that the workers prepared.
         on_step: called after each update with its metrics; on a GPU one step late.
         before_update: called with the step's metrics before the weights change; what it raises stops the run
             there. On a GPU that holds for step 0; later steps' are called together with `on_step`.
@@ -184,8 +190,9 @@ def train(
             `[M, D]`. Kept in the forest's cache by the caller: it is asked for by a worker first.
         head_rows: how many rows of a forest meet the head, for MFU; default: all tokens below the roots.
         profiler: of some steps.
-        checkpoints: where the training is saved, and continued from bit for bit. `on_step` is called for the steps that
-            are still to be done. A signal that asks to stop is then obeyed after a step, see `interrupt`.
+        checkpoints: where the training is saved, and continued from: bit for bit on a CPU, and on a GPU where the settings
+            say `deterministic`. `on_step` is called for the steps that are still to be done. A signal that asks to stop is
+            then obeyed after a step, see `interrupt`.
 
     Returns:
         One dict a step: step, loss, learning_rate, grad_norm (before clipping), tokens, tokens_per_second,
@@ -213,7 +220,8 @@ def train(
                 found="none",
                 mend="drop this sample: nothing can be learnt from it",
             )
-    features = getattr(features, "for_training", lambda: features)()
+    if (for_training := getattr(features, "for_training", None)) is not None:
+        features = for_training(settings.deterministic)
     # An item that is too large is refused before anything is trained.
     keys, trees = [item.tree.key for item in items], [item.tree for item in items]
     pack_sizes([tree.num_tokens for tree in trees], settings.token_budget, keys=keys)
@@ -264,7 +272,10 @@ def train(
         pin=device.type == "cuda",
     )
     try:
-        with nullcontext() if checkpoints is None else interrupt.at_boundaries():
+        with (
+            deterministic_algorithms(settings.deterministic and device.type == "cuda"),
+            nullcontext() if checkpoints is None else interrupt.at_boundaries(),
+        ):
             for step in packed:
                 if profiler is not None:
                     profiler.begin(step.step, total)
@@ -342,7 +353,8 @@ def run_again(
     wanted = rows if takes_rows(model) else None
     drop_by = step_keys(settings.seed, step, range(len(batch))) if drops(model) else None
     state, whole = TrainingState(optimizer, step), denominator(batch)
-    return accumulate(model, next(packed), batch, loss, whole, state, features, wanted, drop_by, device).read()
+    with deterministic_algorithms(settings.deterministic and device.type == "cuda"):
+        return accumulate(model, next(packed), batch, loss, whole, state, features, wanted, drop_by, device).read()
 
 
 def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSettings) -> int:

@@ -1,4 +1,4 @@
-"""A training on disk, so that it continues bit for bit where it was stopped.
+"""A training on disk, so that it continues where it was stopped: on a CPU, and on a GPU that is deterministic, bit for bit.
 
 `checkpoint/step-NNNNNNNN/` holds `weights.safetensors` (what is trained), `optimizer.safetensors` (its moments), `state.json`
 (step, metrics so far, whose training it is, each file's SHA-256) and last `COMPLETE` (the SHA-256 of `state.json`). Nothing else
@@ -49,7 +49,7 @@ _STATE: Mapping[str, tuple[type, ...]] = {
 }
 _NAME = re.compile(r"step-\d{8,}")
 # Settings that change no number of a training: it may continue with others, after running out of memory for instance.
-_NO_MATTER = ("loader_workers", "activation_checkpointing")
+_NO_MATTER = ("loader_workers", "activation_checkpointing", "deterministic")
 
 
 @dataclass

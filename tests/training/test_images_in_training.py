@@ -1,7 +1,11 @@
-"""A training on images goes on bit for bit in 16 bits, too, where what is encoded beside an image moves its embeddings."""
+"""A training on images goes on bit for bit in 16 bits, too, where what is encoded beside an image moves its embeddings.
+
+On a GPU where it is deterministic.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,11 @@ class Killed(Exception):
     pass
 
 
-def trained(samples: list[Sample], dtype: torch.dtype, directory: Path, until: int = 99) -> torch.Tensor:
+def trained(
+    samples: list[Sample], dtype: torch.dtype, directory: Path, until: int = 99, device: str = "cpu"
+) -> torch.Tensor:
     """The adapter after a training that begins, or goes on, with nothing in memory; it dies before step `until`."""
-    model = load_lvlm("embedded", dtype=dtype, lora=LoRAConfig(r=4, alpha=8.0))
+    model = load_lvlm("embedded", dtype=dtype, device=device, lora=LoRAConfig(r=4, alpha=8.0))
     pairs, _ = build_raps(samples, "tagged")
 
     def before(metrics: dict[str, Any]) -> None:
@@ -36,18 +42,25 @@ def trained(samples: list[Sample], dtype: torch.dtype, directory: Path, until: i
     fine_tune_rationale(
         model,
         pairs,
-        SETTINGS,
+        replace(SETTINGS, deterministic=device == "cuda"),
         features=ImageFeatures(model, image_loader(samples)),
         on_step=before,
         checkpoints=TrainingCheckpoints(directory, {}, steps=1),
     )
-    return torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)])
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in lora_parameters(model)])
 
 
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_goes_on_bit_for_bit_in_the_second_epoch(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_it_goes_on_bit_for_bit_in_the_second_epoch(tmp_path: Path, dtype: torch.dtype, device: str) -> None:
     samples = world_samples("train", 12, 3, image_dir=tmp_path / "images")
-    undisturbed = trained(samples, dtype, tmp_path / "undisturbed")
+    undisturbed = trained(samples, dtype, tmp_path / "undisturbed", device=device)
     with pytest.raises(Killed):
-        trained(samples, dtype, tmp_path / "stopped", until=5)
-    assert torch.equal(trained(samples, dtype, tmp_path / "stopped"), undisturbed)
+        trained(samples, dtype, tmp_path / "stopped", until=5, device=device)
+    assert torch.equal(trained(samples, dtype, tmp_path / "stopped", device=device), undisturbed)
