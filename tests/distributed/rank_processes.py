@@ -19,8 +19,23 @@ from srcfast.runtime import distributed
 
 LIMIT = 120.0  # seconds that a test waits for its ranks: a hang is a failure
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["rank_processes", "srcfast.stages.preference"])
+# The fork server imports these once, and each rank is a fork of it. It skips without an error what it cannot import, and then
+# each rank spends 2 s on it. It does not see pytest's `sys.path`, so modules beside the tests cannot be named here.
+PRELOADED = (
+    "hypothesis",
+    "numpy.ma",
+    "pytest",
+    "srcfast.calibrate",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "torch.profiler",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava",
+)
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(list(PRELOADED))
 
 
 def run_ranks(
@@ -34,7 +49,7 @@ def run_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _context.Process(target=_rank, args=(rank, ranks, port, work, folder, timeout)) for rank in range(ranks)
+        context.Process(target=_rank, args=(rank, ranks, port, work, folder, timeout)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()

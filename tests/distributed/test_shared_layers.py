@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_processes import LIMIT, run_ranks, values_of
+from rank_processes import LIMIT, context, run_ranks, values_of
 from small_model import SmallModel, image_embedding, response_items
 from torch import Tensor, nn
 
@@ -317,7 +316,6 @@ def test_no_thread_of_a_group_stays_behind_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=threads_of_a_group, args=(tmp_path, rank, port)) for rank in range(2)]
     for process in processes:
         process.start()

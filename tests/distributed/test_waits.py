@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import time
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import run_ranks, values_of
+from rank_processes import PRELOADED, run_ranks, values_of
 
 from srcfast.errors import InputError
 from srcfast.runtime import distributed
 
 SHORT = timedelta(seconds=3)
+
+
+def test_what_the_fork_server_is_to_import_exists() -> None:
+    assert [name for name in PRELOADED if importlib.util.find_spec(name) is None] == []
 
 
 def hang(folder: Path) -> None:
