@@ -17,7 +17,7 @@ import torch
 
 from srcfast.runtime import distributed
 
-LIMIT = 120.0  # seconds that a test waits for its ranks: a hang is a failure
+LIMIT = 600.0  # seconds that a test waits for its ranks: a hang is a failure, a busy machine is not
 
 # The fork server imports these once, and each rank is a fork of it. It skips without an error what it cannot import, and then
 # each rank spends 2 s on it. It does not see pytest's `sys.path`, so modules beside the tests cannot be named here.
@@ -71,6 +71,37 @@ def values_of(found: list[dict[str, Any]]) -> list[Any]:
     for rank, one in enumerate(found):
         assert one["exit"] == 0, f"rank {rank}: {one.get('trace', one)}"
     return [one["value"] for one in found]
+
+
+def wait_until_ended(folder: Path, *others: int) -> None:
+    """Wait until these ranks have ended: for one that hangs as long as the others need, and no longer."""
+    files = [folder / f"rank-{other}-of-{distributed.size()}.json" for other in others]
+    while not all(file.is_file() for file in files):
+        time.sleep(0.01)
+
+
+class SharedClock:
+    """The clock of `distributed` for two ranks, which counts what they do: a busy machine does not make it go faster.
+
+    A second passes each time the rank that waits looks whether the other has come. It looks only as often as the other, by
+    `spend`, has said that its work takes.
+    """
+
+    def __init__(self) -> None:
+        distributed.time, distributed._sign = self, 0.0  # type: ignore[assignment]  # this process ends with the test
+
+    def monotonic(self) -> float:
+        return float(distributed._counter("clock/seconds"))
+
+    def sleep(self, seconds: float) -> None:
+        now = distributed._add("clock/seconds", 1)
+        while distributed._counter("clock/spent") < now and distributed._away():
+            time.sleep(0.001)
+
+    def spend(self, seconds: int) -> None:
+        end = distributed._add("clock/spent", seconds)
+        while self.monotonic() < end:
+            time.sleep(0.001)
 
 
 def _rank(rank: int, ranks: int, port: int, work: Callable[[Path], Any], folder: Path, timeout: timedelta) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rank_processes import run_ranks, values_of
+from rank_processes import SharedClock, run_ranks, values_of
 from small_model import SmallModel, image_embedding
 
 from srcfast.data.records import Sample
@@ -45,12 +44,13 @@ def fine_tune(folder: Path, checkpoints: TrainingCheckpoints | None, on_items: A
 def tell_images_read_to_name_a_training(folder: Path) -> list[list[str]]:
     """Without checkpoints, then with them; each takes long to read."""
     read: list[str] = []
+    clock = SharedClock()
     file_digest = hashlib.file_digest
 
     def digest_and_tell(file: Any, name: str) -> Any:
         if str(file.name).endswith(".png"):
             read.append(Path(file.name).name)
-            time.sleep(1.6)
+            clock.spend(25)
         return file_digest(file, name)
 
     hashlib.file_digest = digest_and_tell  # this process ends with the test
@@ -64,7 +64,7 @@ def tell_images_read_to_name_a_training(folder: Path) -> list[list[str]]:
 def test_images_are_read_to_name_a_training_once_and_on_rank_0_alone_and_only_for_checkpoints(tmp_path: Path) -> None:
     draw_images(tmp_path)
     # The other rank waits longer than it would for a rank that gives no sign of life.
-    found = run_ranks(2, tell_images_read_to_name_a_training, tmp_path, timedelta(seconds=4))
+    found = run_ranks(2, tell_images_read_to_name_a_training, tmp_path, timedelta(seconds=60))
     assert values_of(found) == [[[], ["0.png", "1.png", "2.png"]], [[], []]]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import run_ranks, values_of
+from rank_processes import run_ranks, values_of, wait_until_ended
 
 from srcfast.runtime import distributed
 
@@ -47,7 +47,7 @@ def sum_on_a_device(folder: Path) -> list[bool]:
 
     distributed.dist.all_reduce = connect  # this process ends with the test
     if distributed.rank() == 2:
-        time.sleep(1 if folder.name == "late" else 10)
+        time.sleep(0.5) if folder.name == "late" else wait_until_ended(folder, 0)
     distributed.start_sum(SimpleNamespace(is_cuda=True))()  # type: ignore[arg-type]
     distributed.barrier()  # rank 0 holds the store that the others ask
     return seen
@@ -62,15 +62,15 @@ def test_nccl_connects_only_once_all_ranks_have_come(tmp_path: Path) -> None:
 
 
 def wait_for_a_device(folder: Path) -> float:
-    """What a device does for a second, then, on all ranks but 1, for ever: rank 1 does not come to the exchange behind it."""
+    """A device is busy for half a second, then for ever but on rank 1, which does not come to the exchange behind it."""
     distributed.barrier()
     distributed.under_way()
     began = time.monotonic()
-    distributed.wait_for(SimpleNamespace(query=lambda: time.monotonic() > began + 1))  # type: ignore[arg-type]
+    distributed.wait_for(SimpleNamespace(query=lambda: time.monotonic() > began + 0.5))  # type: ignore[arg-type]
     took = time.monotonic() - began
     if folder.name == "never":
         if distributed.rank() == 1:
-            time.sleep(10)
+            wait_until_ended(folder, 0)
         distributed._arrive()
         distributed.wait_for(SimpleNamespace(query=lambda: False))  # type: ignore[arg-type]
     return took
@@ -78,7 +78,7 @@ def wait_for_a_device(folder: Path) -> float:
 
 def test_a_device_that_waits_for_another_rank_s_is_waited_for_no_longer_than_a_rank(tmp_path: Path) -> None:
     (well := tmp_path / "well").mkdir()
-    assert min(values_of(run_ranks(2, wait_for_a_device, well, SHORT))) > 1
+    assert min(values_of(run_ranks(2, wait_for_a_device, well, SHORT))) > 0.5
     (never := tmp_path / "never").mkdir()
     here = run_ranks(2, wait_for_a_device, never, SHORT)[0]
     assert "waited in vain for rank 1:" in here["error"] and "the device is still busy" in here["error"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from counted_work import CountedWork, merged
-from rank_processes import run_ranks, values_of
+from rank_processes import run_ranks, values_of, wait_until_ended
 
 from srcfast.errors import Interrupted
 from srcfast.runtime import distributed
@@ -112,7 +111,7 @@ def fail_on_one_rank(folder: Path) -> Any:
         piece = work.piece
 
         def slow(numbers: Any) -> Any:
-            time.sleep(0.5)
+            wait_until_ended(folder, 1)
             return piece(numbers)
 
         work.piece = slow  # type: ignore[method-assign]
