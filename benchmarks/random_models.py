@@ -62,6 +62,7 @@ class ModelShape:
     end_probability: float = 0.0  # a token; 0: as likely as any other
     stop_probability: float = 0.0  # of a full stop, a token
     dtype: str = "float32"
+    kv_heads: int = 0  # of keys and values; 0: as many as of queries
 
 
 # 64 image tokens, five million parameters: what two cores can train.
@@ -69,6 +70,8 @@ SMALL = ModelShape(256, 688, 4, 8, 2048, image_size=64, patch_size=8)
 SMALL_JUDGE = ModelShape(256, 688, 4, 8, 2048)
 LLAVA_7B = ModelShape(4096, 11008, 32, 32, 32064, 336, 14, 1024, 24, deviation=0.02, dtype="bfloat16")
 JUDGE_1B = ModelShape(2048, 5632, 22, 32, 32064, deviation=0.02, dtype="bfloat16")
+# Qwen2.5-1.5B with a smaller vocabulary: a judge reads a few rows of the head.
+JUDGE_1_5B = ModelShape(1536, 8960, 28, 12, 32064, deviation=0.02, dtype="float16", kv_heads=2)
 
 
 def write_model(directory: Path, shape: ModelShape, device: str = "cpu", seed: int = 0) -> Path:
@@ -78,13 +81,24 @@ def write_model(directory: Path, shape: ModelShape, device: str = "cpu", seed: i
         return directory
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(shape.vocabulary)
+    model = build_model(shape, tokenizer, device)
+    decoder = model.model.language_model if shape.image_size else model.model
+    _hold_a_dimension(decoder, model, tokenizer, shape)
+    model.to(getattr(torch, shape.dtype)).save_pretrained(directory)
+    write_companions(directory, shape, tokenizer)
+    done.write_text(json.dumps(asdict(shape)))
+    return directory
+
+
+def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, device: str) -> Any:
+    """A model of transformers of this shape, with the weights that transformers starts from (none on the device "meta")."""
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         max_position_embeddings=4096,
         initializer_range=shape.deviation,
         pad_token_id=tokenizer.pad_token_id,
@@ -93,17 +107,17 @@ def write_model(directory: Path, shape: ModelShape, device: str = "cpu", seed: i
         tie_word_embeddings=False,
     )
     with torch.device(device):
-        model: Any = LlavaForConditionalGeneration(_llava(shape, text, tokenizer)) if shape.image_size else None
-        model = LlamaForCausalLM(text) if model is None else model
-    decoder = model.model.language_model if shape.image_size else model.model
-    _hold_a_dimension(decoder, model, tokenizer, shape)
-    model.to(getattr(torch, shape.dtype)).save_pretrained(directory)
+        if shape.image_size:
+            return LlavaForConditionalGeneration(_llava(shape, text, tokenizer))
+        return LlamaForCausalLM(text)
+
+
+def write_companions(directory: Path, shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the files of the tokenizer and of the image processor."""
     if shape.image_size:
         tokenizer.chat_template = CHAT_TEMPLATE
         processor_of(shape, tokenizer).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    done.write_text(json.dumps(asdict(shape)))
-    return directory
 
 
 def shape_of(directory: Path) -> ModelShape:
@@ -156,9 +170,15 @@ def _hold_a_dimension(decoder: Any, model: Any, tokenizer: PreTrainedTokenizerFa
         layer.mlp.down_proj.weight[0] = 0.0
     drawn = torch.randint(10, shape.vocabulary, (1, 128), device=decoder.norm.weight.device)
     decoder.norm.weight[0] = GAIN / decoder(drawn).last_hidden_state[0, :, 0].mean()
-    head = model.lm_head.weight
+    bias_head(model.lm_head.weight, tokenizer, shape)
+
+
+@torch.no_grad()
+def bias_head(head: torch.Tensor, tokenizer: PreTrainedTokenizerFast, shape: ModelShape) -> None:
+    """Change a head [V, D] in place so that the end token and the full stop get the shape's probabilities, by dimension 0."""
     head[:, 0] = 0.0
-    spread = 0.5 * head[:, 1:].var(dim=1).mean().item() * shape.hidden_size  # log of the mean of exp of normal logits
+    variance = head[:, 1:].float().var(dim=1).mean().item() * shape.hidden_size  # of the logits
+    spread = 0.5 * variance  # log of the mean of exp of normal logits
     chances = {tokenizer.eos_token_id: shape.end_probability, _stop(tokenizer): shape.stop_probability}
     for token, chance in chances.items():
         if chance:
