@@ -11,13 +11,17 @@ from typing import Any
 from srcfast_benchmarks import BENCHMARKS, STAGES
 from srcfast_benchmarks.harness import RESULTS, describe, grouped
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 BEGIN = "<!-- performance: written by python -m srcfast_benchmarks.summary -->"
 END = "<!-- end of performance -->"
 MACHINE = ("gpu", "cpu", "threads", "torch", "git_commit", "versions")
 OURS = "srcfast"
-NO_GPU = "No GPU was at hand so far: `srcfast bench --device cuda` is what remains to be run."
+NO_GPU = (
+    "Nothing has been measured on a GPU yet: `python -m srcfast_benchmarks.first_contact` is the first command to run on one, "
+    "`srcfast bench --device cuda` the second."
+)
+FIRST_CONTACT = "What first contact with a GPU showed: `benchmarks/results/gpu/README.md`."
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m srcfast_benchmarks.summary` from the files in `benchmarks/results/`, which `srcfast bench` writes. {missing}
@@ -28,6 +32,34 @@ samples) of all processes, beside it the 20th and 80th percentile. Memory is the
 **Operations**: time and memory are relative to the first way of each table: less is better. Milliseconds are medians of
 forward and backward together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond
 the inputs. A *limit* does less than the operation.
+
+## First contact with a GPU
+
+Whenever a machine with a GPU is at hand, this runs first, from a clone. It takes ten minutes:
+
+```
+python -m pip install --no-index --no-deps --no-build-isolation --editable . wheels/*.whl
+python -m srcfast_benchmarks.first_contact --minutes 10
+```
+
+The first line installs srcfast, and from `wheels/` the packages that were brought along because the machine lacks them; without
+any, leave `wheels/*.whl` out. The second runs, in this order, each part in a process with a time limit: the demo in bf16; the
+tests marked `gpu`; DPO steps of a 7B LLaVA-1.5 with random weights, at 1k to 16k tokens a forest, r = 16 and 128, NF4 and bf16;
+beam search of 4 samples by 24 rows, two pieces in a row, with and without graphs; the drift of log-probabilities between
+packings, and between decoding and training; one judging forest of a 1.5B R-Scorer; each operation at one shape; the same DPO
+steps in TRL, where it is installed.
+
+A part that fails or hangs ends no other. `benchmarks/results/gpu/` gets a JSON file for each part, rewritten after every case,
+and `README.md`: what fell short of its target, what was not measured, and all ratios. The same command again runs only what is
+left, unless a source has changed. `--parts demo,kernels` runs these parts alone; `--commit` names the commit where there is no
+`.git`. Mend what the page shows, run the command again, and commit the folder.
+
+A rehearsal without a GPU, shrunk, on the simulated device of the tests (it needs a CPU build of PyTorch and a C++ compiler),
+writes to `build/first_contact/`:
+
+```
+python -m srcfast_benchmarks.first_contact --shapes tiny --simulated
+```
 """
 
 
@@ -70,6 +102,11 @@ def where(machine: dict[str, Any], device: str, *others: dict[str, Any]) -> str:
     return f"{place}; torch {machine['torch']} {versions}; commit {', '.join(commits)}."
 
 
+def on_a_gpu() -> str:
+    """What there is of a GPU where `srcfast bench` has not run on one."""
+    return FIRST_CONTACT if (RESULTS / "gpu" / "README.md").is_file() else NO_GPU
+
+
 # The page ---------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +121,7 @@ def page() -> str:
             rows = operation_results(device).get(name)
             if rows:
                 parts.append(operation_section(name, device, rows))
-    missing = "" if operation_results("cuda") else NO_GPU
+    missing = "" if operation_results("cuda") else on_a_gpu()
     return INTRODUCTION.format(missing=missing).rstrip() + "\n\n" + "\n".join(parts)
 
 
@@ -168,7 +205,7 @@ def performance() -> str:
         if operations:
             parts += operations_in_short(operations, device)
     if not operation_results("cuda"):
-        parts.append(NO_GPU)
+        parts.append(on_a_gpu())
     return "\n".join(parts).rstrip() + "\n"
 
 
