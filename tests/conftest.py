@@ -31,7 +31,9 @@ if simulated_cuda.VARIABLE in os.environ and simulated_cuda.unavailable_reason()
 
 @pytest.fixture(autouse=True)
 def _kernels_by_subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if simulated_cuda.is_active() and (request.path.parent.name == "kernels" or request.node.get_closest_marker("triton")):
+    if simulated_cuda.is_active() and (
+        request.path.parent.name == "kernels" or request.node.get_closest_marker("triton")
+    ):
         monkeypatch.setenv("SRCFAST_KERNELS", "auto")
 
 

@@ -43,7 +43,9 @@ SMALL = LARGE | {
     "num_kv_heads": 4,
     "head_dim": 64,
 }
-SHAPE, TOKENS = (SMALL, (24, 12)) if simulated_cuda.is_active() else (LARGE, (640, 192))  # tokens of prompts and responses
+SHAPE, TOKENS = (
+    (SMALL, (24, 12)) if simulated_cuda.is_active() else (LARGE, (640, 192))
+)  # tokens of prompts and responses
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +101,9 @@ def test_prompts_that_are_run_before_decoding_fit_the_forecast(rng: np.random.Ge
     trees = [Tree((Segment(rng.integers(0, 300, TOKENS[0])),)) for _ in range(6)]
     forest = Forest.of(trees)
     sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cuda")
-    forecast = forecast_decoding(sizes, own, samples=6, rows=8, prompt_tokens=TOKENS[0], new_tokens=256, stage="candidates")
+    forecast = forecast_decoding(
+        sizes, own, samples=6, rows=8, prompt_tokens=TOKENS[0], new_tokens=256, stage="candidates"
+    )
     shapes = sizes.shapes
     assert forecast.keys_and_values == 2 * shapes.layers * shapes.key * 2 * 6 * (TOKENS[0] + 8 * 256)
     with torch.no_grad():

@@ -119,7 +119,9 @@ def test_a_calibration_gives_what_it_gives_on_the_cpu(on_cpu: Path, on_device: P
         ("preferences", ("sample_id", "chosen", "rejected")),
     ):
         ours, theirs = rows_of(on_device, kind), rows_of(on_cpu, kind)
-        assert ours and [[row[name] for name in names] for row in ours] == [[row[name] for name in names] for row in theirs]
+        assert ours and [[row[name] for name in names] for row in ours] == [
+            [row[name] for name in names] for row in theirs
+        ]
     for ours, theirs in zip(rows_of(on_device, "candidates"), rows_of(on_cpu, "candidates"), strict=True):
         # Sums of up to 96 fp32 log-probabilities, under adapters that rounding has moved apart.
         assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
@@ -127,7 +129,9 @@ def test_a_calibration_gives_what_it_gives_on_the_cpu(on_cpu: Path, on_device: P
         ours, theirs = losses_of(on_device, stage), losses_of(on_cpu, stage)
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5, err_msg=stage)
     # AdamW divides by the gradient's size, which enlarges rounding in fp32.
-    np.testing.assert_allclose(tuned(on_device, "rationale/adapter"), tuned(on_cpu, "rationale/adapter"), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(
+        tuned(on_device, "rationale/adapter"), tuned(on_cpu, "rationale/adapter"), rtol=1e-2, atol=1e-4
+    )
 
 
 def test_nothing_of_a_calibration_stays_in_memory(config: Path, on_device: Path, tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def test_integer_products_are_refused() -> None:
         torch.ones(3, 3, dtype=torch.int64, device="cuda") @ torch.ones(3, 3, dtype=torch.int64, device="cuda")
 
 
+def sent(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values).pin_memory().to("cuda", non_blocking=True)
+
+
 # Waits --------------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +60,7 @@ def test_integer_products_are_refused() -> None:
         ("copy to the host", lambda x: torch.empty(4).copy_(x, non_blocking=True)),
         ("copy to the device", lambda x: torch.tensor([1.0, 2.0], device="cuda")),
         ("copy to the device", lambda x: x[[0, 2]]),
-        ("repeat_interleave.Tensor without output_size", lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1]).pin_memory().to("cuda", non_blocking=True))),
+        ("repeat_interleave.Tensor without output_size", lambda x: x.repeat_interleave(sent([1, 2, 0, 1]))),
     ],
     ids=range(9),
 )  # fmt: skip
@@ -73,7 +77,7 @@ def test_what_waits_for_nothing_counts_none() -> None:
         y = x.softmax(-1).masked_fill(x > 0, 1.0)
         y[0] = 2.0
         y[x > 1] = 3.0
-        y.index_add_(0, torch.zeros(1, dtype=torch.int64).pin_memory().to("cuda", non_blocking=True), x[:1])
+        y.index_add_(0, sent([0]), x[:1])
         torch.zeros(3, device="cuda").repeat_interleave(torch.ones(3, dtype=torch.int64, device="cuda"), output_size=3)
     assert not record.waits and not record.pageable_copies
 
@@ -226,10 +230,10 @@ def test_a_wait_within_a_capture_is_refused() -> None:
 
 
 def test_a_replay_that_reads_freed_memory_is_refused() -> None:
-    x = on_device(4)
-    graph, _ = captured(lambda: x * 2)
+    inputs = [on_device(4)]
+    graph, _ = captured(lambda: inputs[0] * 2)
     graph.replay()
-    del x
+    inputs.clear()
     with pytest.raises(RuntimeError, match="memory that was freed after the capture"):
         graph.replay()
 
@@ -265,9 +269,7 @@ def test_varlen_attention_is_softmax_attention(heads: tuple[int, int]) -> None:
     q = torch.randn(sum(queries), heads[0], 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(sum(keys), heads[1], 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
     bounds = [torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32).cuda() for x in (queries, keys)]
-    out = varlen_attn(
-        q, k, v, *bounds, max(queries), max(keys), window_size=(-1, 0), enable_gqa=heads[0] != heads[1]
-    )
+    out = varlen_attn(q, k, v, *bounds, max(queries), max(keys), window_size=(-1, 0), enable_gqa=heads[0] != heads[1])
     out.float().square().sum().backward()
     plain = [x.detach().float().cpu().requires_grad_() for x in (q, k, v)]
     parts = []
@@ -308,7 +310,10 @@ def test_a_triton_kernel_on_memory_of_the_host_is_refused() -> None:
     from srcfast_kernels import rms_norm
     from srcfast_kernels.homes import use_home
 
-    x, weight = torch.randn(3, 8, device="cuda", dtype=torch.bfloat16), torch.ones(8, device="cuda", dtype=torch.bfloat16)
+    x, weight = (
+        torch.randn(3, 8, device="cuda", dtype=torch.bfloat16),
+        torch.ones(8, device="cuda", dtype=torch.bfloat16),
+    )
     with recording() as record:
         ours = rms_norm(x, weight, 1e-6)
     assert record.launches.total() > 0

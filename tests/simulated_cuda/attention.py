@@ -1,7 +1,7 @@
 """Variable-length attention by its definition, behind PyTorch's operator, flash-attn's functions and xformers'.
 
-Each checks what its CUDA kernels take (types, head sizes, strides, page sizes) and computes in fp32; results are rounded once. A key
-that the definition does not show is never read: padding and pages beyond `seqused_k` may hold NaN.
+Each checks what its CUDA kernels take (types, head sizes, strides, page sizes) and computes in fp32; results are rounded once. A
+key that the definition does not show is never read: padding and pages beyond `seqused_k` may hold NaN.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> t
     return grad_q, grad_k, grad_v
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _each(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Of each block: its query rows, softmax weights [H, n, m], log-sum-exp [H, n], keys and values [m, H, d], key rows [m]."""
     group = q.shape[1] // k.shape[1]
     for start, end, key_rows in zip(blocks.bounds_q[:-1], blocks.bounds_q[1:], blocks.key_rows, strict=True):
@@ -130,7 +132,9 @@ def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, 
         if not tensor.is_cuda or tensor.device != q.device:
             raise RuntimeError(f"{name} (simulated): expected all tensors on one CUDA device")
         if tensor.dtype not in HALF or tensor.dtype != q.dtype:
-            raise RuntimeError(f"{name} (simulated): FlashAttention only support fp16 and bf16 data type, not {tensor.dtype}")
+            raise RuntimeError(
+                f"{name} (simulated): FlashAttention only support fp16 and bf16 data type, not {tensor.dtype}"
+            )
         if tensor.stride(-1) != 1:
             raise RuntimeError(f"{name} (simulated): Input tensor must have contiguous last dimension")
     if q.shape[-1] % 8 or q.shape[-1] > head_sizes:
@@ -157,7 +161,7 @@ def _tape(native: types.ModuleType, run: Any, tensors: list[Tensor], outputs: li
 
 
 def register_flash_operators(native: types.ModuleType) -> torch.library.Library:
-    """Register `aten::_flash_attention_forward` and `_backward`, by which `torch.nn.attention.varlen` works. Keep the result."""
+    """Register the two operators by which `torch.nn.attention.varlen` works. The registration ends with the result."""
     library = torch.library.Library("aten", "IMPL")
 
     def flash_forward(
@@ -227,7 +231,9 @@ def _flash_attn_varlen_func(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
 ):  # fmt: skip
     """flash-attn 2.8's function, of what srcfast uses."""
-    assert dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None and not return_attn_probs and block_table is None
+    assert (
+        dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None and not return_attn_probs and block_table is None
+    )
     _check_tensors("flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k)
     blocks = _blocks_of(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, left=window_size[0],

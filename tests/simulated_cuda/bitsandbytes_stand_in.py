@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +47,7 @@ def _stand_in(module: ModuleType) -> None:
     from bitsandbytes.backends.cpu import ops
 
     library = torch.library.Library(NAME, "IMPL")
+    warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced is the purpose
     for name in OPERATORS:
         library.impl(name, _on_host(getattr(ops, f"_{name}_cpu")), "CUDA", allow_override=True)
     module.__dict__["_simulated_library"] = library  # the registration ends with the object

@@ -1,4 +1,4 @@
-"""What a run does that costs time on a GPU: waits of the host, copies from pageable memory, kernel launches; with where it was done."""
+"""What a run does that costs time on a GPU, and where: waits of the host, copies from pageable memory, kernel launches."""
 
 from __future__ import annotations
 

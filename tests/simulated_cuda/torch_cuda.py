@@ -1,7 +1,7 @@
 """Put the simulated device below `torch.cuda`.
 
-What is replaced lies in `torch._C` and in the base classes of streams, events and graphs: `torch.cuda`'s own Python runs as it is,
-so that its checks of arguments are tested, too.
+What is replaced lies in `torch._C` and in the base classes of streams, events and graphs: `torch.cuda`'s own Python runs as
+it is, so that its checks of arguments are tested, too.
 """
 
 from __future__ import annotations
@@ -239,6 +239,14 @@ def _install_classes(native: types.ModuleType) -> None:
     torch._C._CudaStreamBase, torch._C._CudaEventBase, torch._C._CUDAGraph = StreamBase, EventBase, GraphBase
     for name in ("streams", "graphs"):
         module = importlib.reload(importlib.import_module(f"torch.cuda.{name}"))
-        for attribute in ("Stream", "Event", "ExternalStream", "CUDAGraph", "graph", "graph_pool_handle", "is_current_stream_capturing"):
+        for attribute in (
+            "Stream",
+            "Event",
+            "ExternalStream",
+            "CUDAGraph",
+            "graph",
+            "graph_pool_handle",
+            "is_current_stream_capturing",
+        ):
             if hasattr(module, attribute):
                 setattr(torch.cuda, attribute, getattr(module, attribute))

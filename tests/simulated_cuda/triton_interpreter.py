@@ -39,7 +39,9 @@ def _install_launches(native: types.ModuleType, executor: Any) -> None:
         tensors = list(_tensors([*args, *kwargs.values()]))
         if len({tensor.device for tensor in tensors}) > 1 or any(not tensor.is_cuda for tensor in tensors):
             devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
-            raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): kernel {name} on {devices}")
+            raise ValueError(
+                f"Pointer argument cannot be accessed from Triton (cpu tensor?): kernel {name} on {devices}"
+            )
         record.note("launch", name)
         if native.is_capturing():
             native.record_python(lambda: run(self, *args, **kwargs), tensors)
