@@ -190,7 +190,8 @@ def register_flash_operators(native: types.ModuleType) -> torch.library.Library:
         return outputs[0], outputs[1], rng, unused, torch.empty(0, device=query.device)
 
     def flash_backward(
-        grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *,
+        grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+        unused, *,
         scale=None, window_size_left=None, window_size_right=None, **kwargs,
     ):  # fmt: skip
         _check_tensors("_flash_attention_backward", query, key, value, cum_seq_q, cum_seq_k)
