@@ -38,11 +38,18 @@ def _kernel(native: types.ModuleType, name: str, with_out: bool) -> Any:
         if tuple(out.shape) != shape or out.dtype != out_dtype:
             raise RuntimeError(f"{name} (simulated): out is {tuple(out.shape)} of {out.dtype}")
 
+        if name == "baddbmm" and tuple(tensors[0].shape) != shape:
+            raise RuntimeError(
+                f"baddbmm (simulated): self must have the same shape as the output, not {tuple(tensors[0].shape)}"
+            )
+        # Views of the memory: a tape that held the tensors would keep a graph's pool from handing their memory out again.
+        views, result = [host(tensor) for tensor in tensors], host(out)
+
         def run() -> None:
-            product = torch.matmul(host(a).float(), host(b).float()) * alpha
+            product = torch.matmul(views[-2].float(), views[-1].float()) * alpha
             if operands == 3 and beta != 0:
-                product = product + beta * host(tensors[0]).float()
-            host(out).copy_(product)
+                product = product + beta * views[0].float()
+            result.copy_(product)
 
         if native.is_capturing():
             native.record_python(run, [*tensors, out])
