@@ -20,7 +20,36 @@ from srcfast.models.checkpoint import refuse_more_than_stored
 from srcfast_kernels.transfers import send
 
 SIGHT = ("vision_tower.", "multi_modal_projector.", "image_newline")  # in names of tensors
-FAMILIES = {"llava": LlavaModel, "llava_next": LlavaNextModel}
+
+
+class TiledSight(LlavaNextModel):
+    """LLaVA-NeXT's tower and projector, which put an image's tiles together without waiting for the device.
+
+    transformers' own sends the images' lengths to the device from memory that can be paged; nothing here reads them.
+    """
+
+    def pack_image_features(
+        self,
+        image_features: Sequence[Tensor],
+        image_sizes: Tensor,
+        vision_feature_select_strategy: str,
+        image_newline: Tensor,
+    ) -> tuple[list[Tensor], list[int]]:
+        """Embeddings [n_i, D] of each image, from those of its tiles [tiles, patches, D] and its height and width; and n_i."""
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        packed = []
+        for tiles, size in zip(image_features, image_sizes.tolist(), strict=True):  # the first is the whole image
+            rows, columns = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, vision.image_size)
+            grid = tiles[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3)
+            grid = unpad_image(grid.flatten(1, 2).flatten(2, 3), size)  # [D, height, width]
+            ends = image_newline[:, None, None].expand(*grid.shape[:-1], 1)
+            lines = torch.cat((grid, ends), dim=-1).flatten(1, 2).T
+            packed.append(torch.cat((tiles[0], lines)))
+        return packed, [len(own) for own in packed]
+
+
+FAMILIES = {"llava": LlavaModel, "llava_next": TiledSight}
 
 
 class Vision(nn.Module):
