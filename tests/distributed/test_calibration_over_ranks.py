@@ -1,4 +1,4 @@
-"""`torchrun -m srcfast`: a whole calibration on 1, 2 and 4 ranks, continued with another number, and errors shown."""
+"""A whole calibration on 1, 2 and 4 ranks, continued with another number; under `torchrun -m srcfast`, stops and errors, too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rank_runs import RankServer
 from safetensors.numpy import load_file
 
 from srcfast.data.jsonl import read_shards
@@ -39,6 +40,7 @@ evaluation: {max_new_tokens: 96, batch_size: 1, bootstrap_resamples: 100, headro
 """
 KEPT = ("base/evaluation", "rationale", "rationale/evaluation")
 FILES = ("candidates", "scores", "preferences")
+LIMIT = 600.0  # seconds, on a busy machine
 
 
 def launcher(ranks: int) -> list[str]:
@@ -50,15 +52,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def srcfast(ranks: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def by_hand(ranks: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """The command line on so many ranks, as it is started by hand."""
     command = [*launcher(ranks), "srcfast", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=LIMIT, check=False)
 
 
-def calibrate(ranks: int, config: Path, output: Path) -> Path:
-    done = srcfast(ranks, "calibrate", config, f"output={output}")
-    assert done.returncode == 0, done.stderr[-4000:]
+def run(server: RankServer, ranks: int, logs: Path, *words: str | Path) -> None:
+    """The same by forks of one process; fails where a rank does."""
+    attempt = server.srcfast(ranks, logs, [*map(str, words)])
+    assert attempt.statuses == [0] * ranks, "\n".join(attempt.said)[-4000:]
+
+
+def calibrate(server: RankServer, ranks: int, config: Path, output: Path) -> Path:
+    run(server, ranks, output, "calibrate", config, f"output={output}")
     return output / "small"
 
 
@@ -85,18 +92,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(1, config, tmp_path_factory.mktemp("alone"))
+def alone(server: RankServer, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(server, 1, config, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_run_continued_on_other_ranks_gives_the_same_files(
-    config: Path, alone: Path, tmp_path: Path, ranks: int
+    server: RankServer, config: Path, alone: Path, tmp_path: Path, ranks: int
 ) -> None:
     output = tmp_path / "output"
     rounds_off(alone, output / "small")
-    run = calibrate(ranks, config, output)
+    run = calibrate(server, ranks, config, output)
     for kind in FILES:
         shards = sorted((alone / "iteration-1" / kind).glob("*.jsonl"))
         assert shards
@@ -111,8 +118,10 @@ def test_a_run_continued_on_other_ranks_gives_the_same_files(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tmp_path: Path, ranks: int) -> None:
-    run = calibrate(ranks, config, tmp_path)
+def test_a_whole_run_on_ranks_gives_what_one_gives(
+    server: RankServer, config: Path, alone: Path, tmp_path: Path, ranks: int
+) -> None:
+    run = calibrate(server, ranks, config, tmp_path)
     # AdamW divides by the gradient's size, which enlarges rounding in fp32.
     np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -129,8 +138,9 @@ def test_a_whole_run_on_ranks_gives_what_one_gives(config: Path, alone: Path, tm
 
 
 @pytest.mark.slow
-def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Path) -> None:
-    data, (red, blue) = tmp_path / "requests.jsonl", ("There is a red circle.", "There is no blue square.")
+def test_commands_on_ranks_write_what_one_rank_writes(server: RankServer, config: Path, tmp_path: Path) -> None:
+    data, logs = tmp_path / "requests.jsonl", tmp_path / "logs"
+    red, blue = "There is a red circle.", "There is no blue square."
     asked = [
         {
             "id": f"{n}",
@@ -150,12 +160,9 @@ def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Pa
             ("evaluate", "--output=evaluation"),
         ):
             options = [word.replace("=", f"={tmp_path}/{ranks}/") for word in words]
-            done = srcfast(ranks, command, config, f"output={tmp_path}/{ranks}", *options)
-            assert done.returncode == 0, done.stderr[-4000:]
-        done = srcfast(ranks, "logprob", config, f"--data={data}", f"--output={tmp_path}/{ranks}/logprobs.jsonl")
-        assert done.returncode == 0, done.stderr[-4000:]
-        done = srcfast(ranks, "dpo", config, f"--data={data}", f"--output={tmp_path}/dpo-{ranks}", *tuning)
-        assert done.returncode == 0, done.stderr[-4000:]
+            run(server, ranks, logs, command, config, f"output={tmp_path}/{ranks}", *options)
+        run(server, ranks, logs, "logprob", config, f"--data={data}", f"--output={tmp_path}/{ranks}/logprobs.jsonl")
+        run(server, ranks, logs, "dpo", config, f"--data={data}", f"--output={tmp_path}/dpo-{ranks}", *tuning)
         summary = json.loads((tmp_path / f"dpo-{ranks}" / "summary.json").read_text())
         assert summary["references_computed"] == 300
     files = [path.relative_to(tmp_path / "1") for path in sorted((tmp_path / "1").rglob("*.json*"))]
@@ -168,7 +175,7 @@ def test_commands_on_ranks_write_what_one_rank_writes(config: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_an_error_on_the_ranks_is_shown_and_the_status_is_not_0(tmp_path: Path) -> None:
-    done = srcfast(2, "rationale", f"--data={tmp_path / 'none.jsonl'}", f"--output={tmp_path / 'adapter'}")
+    done = by_hand(2, "rationale", f"--data={tmp_path / 'none.jsonl'}", f"--output={tmp_path / 'adapter'}")
     assert done.returncode != 0
     assert "none.jsonl: expected a readable file" in done.stderr  # the rank's words
     assert "InputError" in done.stderr  # torchrun's account of the first failure
@@ -182,12 +189,12 @@ def children(process: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for torchrun's processes in /proc")
 @pytest.mark.parametrize("how", ["one rank is killed", "torchrun is asked to stop"])
 def test_a_run_that_is_stopped_ends_and_the_same_command_continues_it(
-    config: Path, alone: Path, tmp_path: Path, how: str
+    server: RankServer, config: Path, alone: Path, tmp_path: Path, how: str
 ) -> None:
     command = [*launcher(2), "srcfast", "calibrate", str(config), f"output={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
     metrics = tmp_path / "small" / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + LIMIT
     while not (metrics.is_file() and metrics.read_text()):  # until the first step of training is done
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
@@ -195,12 +202,12 @@ def test_a_run_that_is_stopped_ends_and_the_same_command_continues_it(
         os.kill(children(process.pid)[1], signal.SIGKILL)
     else:
         process.terminate()
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=LIMIT)[1]
     assert process.returncode != 0, errors
     if how == "one rank is killed":
         assert "SIGKILL" in errors
     else:  # nothing is done again
         assert list((tmp_path / "small" / "checkpoint" / "rationale").glob("step-*/COMPLETE")), errors
-    run = calibrate(1, config, tmp_path)
+    run = calibrate(server, 1, config, tmp_path)
     np.testing.assert_allclose(tuned(run, "rationale/adapter"), tuned(alone, "rationale/adapter"), rtol=1e-3, atol=1e-5)
     assert (run / "report" / "index.html").is_file()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +241,26 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
     return {"status": os.waitstatus_to_exitcode(status), "points": points}
 
 
-def main() -> None:
+def import_once() -> None:
+    """Import all that a calibration needs, so that its processes, forked from this one, do not."""
     import torch
 
     torch.set_num_threads(1)
+    import torch.distributed.fsdp
+    import torch.profiler
+    import transformers.models.llava.modeling_llava  # noqa: F401
+
     import srcfast.calibrate
     import srcfast.commands
     import srcfast.world.pretrain  # noqa: F401
 
+    with suppress(ImportError):  # the report has no plots without it
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
+
+
+def main() -> None:
+    import_once()
     for line in sys.stdin:
         print(json.dumps(attempt(json.loads(line))), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,21 @@ class RankServer(Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, program="ranks_server.py")
 
+    def srcfast(self, ranks: int, folder: Path, words: Sequence[str], limit: float = 600.0, **more: Any) -> RankAttempt:
+        """The command line once on so many ranks; `more`: the request's, see `ranks_server`.
+
+        Args:
+            folder: of a log for each rank.
+            words: of the command line.
+            limit: seconds after which ranks that are still there are killed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = [folder / f"log-{rank}.txt" for rank in range(ranks)]
+        request = {"words": list(words), "ranks": ranks, "logs": [str(log) for log in logs], "limit": limit}
+        answer = self.ask(request | more)
+        said = [log.read_text(encoding="utf-8") for log in logs]
+        return RankAttempt(answer["statuses"], said, answer["seconds"])
+
     def run_ranks(
         self, ranks: int, output: Path, timeout: int = 600, limit: float = 240.0, **fault: Any
     ) -> RankAttempt:
@@ -35,12 +51,7 @@ class RankServer(Server):
             timeout: `distributed.timeout_seconds`.
             limit: seconds after which ranks that are still there are killed.
         """
-        output.mkdir(parents=True, exist_ok=True)
-        logs = [output / f"log-{rank}.txt" for rank in range(ranks)]
         words = ["calibrate", str(self.config), f"output={output}", f"distributed.timeout_seconds={timeout}"]
-        request = {"words": [*words, *BATCHES_OF_ONE], "ranks": ranks, "logs": [str(log) for log in logs]}
         if fault:
             fault["fault"] |= {"inside": str(output / "small")}
-        answer = self.ask(request | {"limit": limit} | fault)
-        said = [log.read_text(encoding="utf-8") for log in logs]
-        return RankAttempt(answer["statuses"], said, answer["seconds"])
+        return self.srcfast(ranks, output, [*words, *BATCHES_OF_ONE], limit, small_pieces=True, **fault)

@@ -1,8 +1,9 @@
 """Runs `srcfast` on several ranks in forked children, as torchrun starts them, and a fault befalls one of them.
 
-A program, see `attempts_server`. A request: `words`, `ranks`, `logs` (a file for each rank), `limit`; and for a fault `victim`
-(a rank), `fault` (a "moment", see `Faults`) and `agent`. The answer: each rank's `status`, and `seconds` from the victim's
-end, or its stop, to the end of the last of the others (None: nothing befell it).
+A program, see `attempts_server`. A request: `words`, `ranks`, `logs` (a file for each rank), `limit` and `small_pieces` (whether
+even a few samples are shared out); and for a fault `victim` (a rank), `fault` (a "moment", see `Faults`) and `agent`. The
+answer: each rank's `status`, and `seconds` from the victim's end, or its stop, to the end of the last of the others (None:
+nothing befell it).
 
 As under torchrun the store is none of the ranks': it outlives them all. With `agent` the other ranks are asked to stop as soon
 as one has failed, as torchrun does it; without it they are left to themselves.
@@ -19,7 +20,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from attempts_server import Faults, run_and_end
+from attempts_server import Faults, import_once, run_and_end
 
 START_TIMEOUT = timedelta(seconds=20)  # nothing is compiled here, and no large model is read
 
@@ -48,6 +49,15 @@ def fail(number: int, frame: FrameType | None) -> None:
     raise RankFailed("a rank that fails")
 
 
+def take_small_pieces() -> None:
+    """Pieces of one answer, one sample, two pairs, four samples to be judged; and a start that is over soon."""
+    from srcfast.runtime import distributed
+    from srcfast.stages import pieces
+
+    distributed.START_TIMEOUT = START_TIMEOUT
+    pieces.BATCHES, pieces.PAIRS, pieces.BLOCK = 1, 2, 1
+
+
 def child(request: dict[str, Any], rank: int, port: int) -> None:
     """Run the command line as this rank and end with its status."""
     log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -59,11 +69,14 @@ def child(request: dict[str, Any], rank: int, port: int) -> None:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(request["ranks"]),
+        "LOCAL_WORLD_SIZE": str(request["ranks"]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
+    if request.get("small_pieces"):
+        take_small_pieces()
     if rank == request.get("victim"):
         Faults(request["fault"], points=log).begin()
     run_and_end(request["words"])
@@ -109,18 +122,7 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    import srcfast.calibrate
-    import srcfast.commands
-    import srcfast.world.pretrain  # noqa: F401
-    from srcfast.runtime import distributed
-    from srcfast.stages import pieces
-
-    distributed.START_TIMEOUT = START_TIMEOUT
-    # So that even so few samples are shared out: pieces of one answer, one sample, two pairs, four samples to be judged.
-    pieces.BATCHES, pieces.PAIRS, pieces.BLOCK = 1, 2, 1
+    import_once()
     for line in sys.stdin:
         print(json.dumps(attempt(json.loads(line))), flush=True)
 
