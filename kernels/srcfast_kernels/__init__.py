@@ -1,7 +1,7 @@
 """srcfast's operations: each with a plain PyTorch reference beside it. Imported as `srcfast_kernels`."""
 
 from srcfast_kernels.dropout import dropout
-from srcfast_kernels.linear_logprob import linear_logprob
+from srcfast_kernels.linear_logprob import head_logits, linear_logprob
 from srcfast_kernels.lora_linear import lora_linear
 from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
 from srcfast_kernels.nf4_linear import nf4_linear
@@ -16,6 +16,7 @@ __all__ = [
     "NF4Weight",
     "VerdictOutput",
     "dropout",
+    "head_logits",
     "linear_logprob",
     "linear_weighted_dpo",
     "lora_linear",

@@ -118,7 +118,7 @@ class _LinearLogprob(torch.autograd.Function):
         stash = hidden.new_empty(hidden.shape) if stashed else None  # [T, D] unit gradients
         buffer = None
         for rows in _chunks(len(targets), weight):
-            logits = buffer = _logits(hidden[rows], weight, buffer)  # [n, V]
+            logits = buffer = head_logits(hidden[rows], weight, buffer)  # [n, V]
             logps[rows], residual = _rows(
                 home, logits, targets[rows], bias, settings, None if stash is None else weight.dtype
             )
@@ -149,7 +149,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     factor_dtype = weight.dtype if _multiplies_halves(weight) else dtype
     buffer = None
     for rows in _chunks(len(targets), weight):
-        logits = buffer = _logits(hidden[rows], weight, buffer)  # [n, V]
+        logits = buffer = head_logits(hidden[rows], weight, buffer)  # [n, V]
         _, residual = _rows(ctx.home, logits, targets[rows], bias, ctx.settings, factor_dtype, gradient[rows])
         assert residual is not None
         if grad_hidden is not None:
@@ -338,8 +338,14 @@ def _rows_triton(
     return logps, None if residual_dtype is None else residual
 
 
-def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """h W^T [n, V] in fp32 (fp64), over the chunk before where that is as tall; fp32 sums of products of halves on a GPU."""
+def head_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """h W^T [n, V] in fp32 (fp64 of fp64) whatever the inputs' type, so that no logit is rounded to 16 bits.
+
+    Args:
+        hidden: [n, D].
+        weight: [V, D]; of halves a GPU multiplies halves and sums in fp32, a CPU converts some rows at a time.
+        buffer: [m, V] with m >= n, whose first n rows become the result; default: new memory.
+    """
     dtype, rows = _compute_dtype(hidden), len(hidden)
     out = hidden.new_empty(rows, len(weight), dtype=dtype) if buffer is None else buffer[:rows]
     if _multiplies_halves(weight):

@@ -12,6 +12,7 @@ from typing import Any
 
 from srcfast.errors import ConfigError
 from srcfast.runtime.decoding import Features, Prompt, Sampling, Start, Written, decode
+from srcfast.runtime.decoding_memory import DecodingMemory
 from srcfast.runtime.generation import Generated, random_of
 
 
@@ -121,6 +122,7 @@ def sentence_beam_search(
     slots: int = 8,
     on_done: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> tuple[list[list[Generated]], int]:
     """Search candidates of every sample.
 
@@ -131,6 +133,7 @@ def sentence_beam_search(
         slots: samples searched at once; as one ends, the next takes its place.
         on_done: told of the samples done and the tokens run since the last time.
         graphs: on a GPU, replay steps as CUDA graphs.
+        memory: as for `decode`.
 
     Returns:
         Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
@@ -148,6 +151,7 @@ def sentence_beam_search(
         sampling=Sampling(settings.temperature, settings.top_p),
         on_done=on_done,
         graphs=graphs,
+        memory=memory,
     )
     return [_choose(model, search, settings) for search in searches], tokens_run
 

@@ -2,21 +2,19 @@
 
 Each sample is a `Task`: it says which rows to write, is told when all of them have ended, and says what to write next, until
 it says nothing. A row ends with the end token, with a sentence (where the task asks for that), or when its room is used up; it
-then leaves the batch at once, and when its sample is done the next sample's prompt is run and takes the slot. A step is
-
-    pending token of each row -> decoder over the cache -> logits -> the next token, drawn on the device
-
-and knows nothing of why rows end. The host looks at the drawn tokens: on a CPU after each step; on a GPU while the next step is
-under way, so that the device never waits, and what a row drew past its end is dropped. Draws come from the task alone, so that
-results don't depend on what else is in the batch, but for rounding.
+then leaves the batch at once, and when its sample is done the next sample's prompt is run and takes the slot. What a step
+computes is in `decoding_step`. The host looks at the drawn tokens: on a CPU after each step; on a GPU while the next step is
+under way, so that the device never waits, and what a row drew past its end is dropped. The host waits for a GPU once a step, for
+the event behind the tokens' copy, and nowhere else. Draws come from the task alone, so that results don't depend on what else is
+in the batch, but for rounding.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -26,12 +24,13 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.cpu_decoder import CPUDecoder, Forward
-from srcfast.runtime.sampling import draw_tokens
+from srcfast.runtime.decoding_memory import DecodingMemory
+from srcfast.runtime.decoding_step import step_numbers
+from srcfast.runtime.loader import send
+from srcfast.runtime.sampling import Sampling
 from srcfast.runtime.sentences import SentenceEnds
 from srcfast.runtime.sharded import is_sharded
-from srcfast.runtime.slot_cache import SlotCache
-from srcfast.runtime.step_graphs import StepGraphs
+from srcfast.runtime.slot_cache import Layout
 
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> embeddings [n, D] each
 PREFILL_TOKENS = 4096  # of the prompts that are run together, unless one alone has more
@@ -86,14 +85,6 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; log-probabilities are always the model's own. Temperature 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
 @dataclass
 class _Slot:
     """A sample that is being decoded."""
@@ -125,6 +116,7 @@ def decode(
     sampling: Sampling,
     on_done: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> int:
     """Decode all tasks, taken up in this order, `slots` of them at once.
 
@@ -135,17 +127,25 @@ def decode(
         limit: most tokens that a row has in the end, those of the rows that it continues included.
         on_done: told of samples done and tokens run since the last time.
         graphs: on a GPU, replay steps as CUDA graphs (see `step_graphs`); none on a CPU or of layers that ranks share out.
+        memory: shared with other calls on the same weights; default: memory of its own, which is gone at the end.
 
     Returns:
         Tokens run: of prompts and of rows.
     """
     if not tasks:
         return 0
-    shared = is_sharded(model.decoder)
-    graphs = graphs and model.decoder.head_weight.is_cuda and not shared
-    # A layer that is put together in inference mode could not be put together outside of it again.
-    with torch.inference_mode(not shared), torch.no_grad():
-        return _Decoding(model, tasks, features, min(slots, len(tasks)), width, limit, sampling, graphs).run(on_done)
+    shared, on_gpu = is_sharded(model.decoder), model.decoder.head_weight.is_cuda
+    longest = max(len(task.prompt.token_ids) for task in tasks)
+    layout = Layout.of(
+        min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu and not shared
+    )
+    with (
+        DecodingMemory() if memory is None else nullcontext(memory) as held,
+        # A layer that is put together in inference mode could not be put together outside of it again.
+        torch.inference_mode(not shared),
+        torch.no_grad(),
+    ):
+        return _Decoding(model, tasks, features, layout, limit, sampling, held).run(on_done)
 
 
 class _Decoding:
@@ -156,27 +156,21 @@ class _Decoding:
         model: Any,
         tasks: Sequence[Task],
         features: Features,
-        slots: int,
-        width: int,
+        layout: Layout,
         limit: int,
         sampling: Sampling,
-        graphs: bool,
+        memory: DecodingMemory,
     ) -> None:
-        self.model, self.features, self.sampling, self.width = model, features, sampling, width
+        self.model, self.features, self.width = model, features, layout.width
         self.queue = deque(tasks)
-        decoder = model.decoder
-        self.device = decoder.head_weight.device
+        self.device = model.decoder.head_weight.device
         self.late = int(self.device.type == "cuda")  # steps by which the host looks at tokens late
-        fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
-        self.forward: Forward = fast or decoder
-        self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(next_logits, model)
-        longest = max(len(task.prompt.token_ids) for task in tasks)
-        # Graphs fill up their rows with those of a spare slot behind the others.
-        self.cache = SlotCache(decoder.config, slots + graphs, width, longest, limit, decoder.head_weight, fixed=graphs)
-        self.ends = SentenceEnds.of(model.tokenizer, len(decoder.head_weight))
-        self.slots: list[_Slot | None] = [None] * slots
+        self.step, self.graphs = memory.step(model, layout, sampling)
+        self.cache, self.pending = self.step.cache, self.step.pending
+        self.ends = SentenceEnds.of(model.tokenizer, len(model.decoder.head_weight))
+        self.slots: list[_Slot | None] = [None] * layout.slots
         self.images: dict[str, Tensor] = {}
-        places = (slots + graphs) * width
+        places = layout.rows
         self.going = np.zeros(places, dtype=bool)
         self.waiting = np.zeros(places, dtype=bool)  # for the character that tells whether a sentence has ended
         self.by_sentence = np.zeros(places, dtype=bool)
@@ -189,10 +183,8 @@ class _Decoding:
         self.draws = np.zeros((places, limit))
         self.tokens = np.zeros((places, limit), dtype=np.int64)
         self.logprobs = np.zeros((places, limit))
-        self.pending = torch.zeros(places, dtype=torch.int64, device=self.device)  # drawn, not yet run
         self.steps: deque[_Step] = deque()  # that the host has not looked at
         self.tokens_run = 0
-        self.graphs = StepGraphs(partial(self._run, slots + 1), slots * width, limit) if graphs else None
 
     def run(self, on_done: Callable[[int, int], None] | None) -> int:
         told = 0
@@ -230,10 +222,10 @@ class _Decoding:
             self._open(slot, task, start, self.cache.start(slot, [], [0] * rows, start.draws.shape[1]), [0] * rows)
             self.prompts[slot * self.width : (slot + 1) * self.width] = len(task.prompt.token_ids)
         places = np.concatenate([self._slot(slot).places for slot in slots])
-        counts = torch.tensor([len(start.room) for start in starts])
-        logits = logits.repeat_interleave(self._sent(counts), dim=0, output_size=len(places))
-        tokens, logprobs = self._draw(logits, self._sent(self.draws[places, 0]))
-        self.pending[self._sent(places)] = tokens
+        counts = send([len(start.room) for start in starts], self.device)
+        logits = logits.repeat_interleave(counts, dim=0, output_size=len(places))
+        tokens, logprobs = self.step.draw(logits, send(self.draws[places, 0], self.device))
+        self.pending[send(places, self.device)] = tokens
         self._drew(places, tokens, logprobs)
 
     def _prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> Tensor:
@@ -248,9 +240,9 @@ class _Decoding:
             return attend(layer, q, k, v)
 
         embeddings = self.model.embed(forest, self._encoded(prompts))
-        hidden = self.forward(embeddings, forest.positions, record)
+        hidden = self.step.forward(embeddings, forest.positions, record)
         self.tokens_run += forest.num_tokens
-        return self.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
+        return self.step.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
 
     def _encoded(self, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """The prompts' images; those of the next prompts in the queue are encoded with them."""
@@ -280,27 +272,15 @@ class _Decoding:
             return False
         longest = int(self.lengths[live].max()) + 1
         positions, uniform = self.prompts[live] + self.lengths[live], self.draws[live, self.drawn[live]]
-        places, positions, uniform, lengths = map(self._sent, (live, positions, uniform, self.lengths))
         if self.graphs is not None:
-            self._drew(live, *self.graphs(places, positions, uniform, lengths, longest))
+            drawn = self.graphs(live, positions, uniform, self.lengths, longest)
         else:
             used = 1 + max(slot for slot, held in enumerate(self.slots) if held is not None)
-            self._drew(live, *self._run(used, places, positions, uniform, lengths, longest))
+            numbers = step_numbers(live, positions, uniform, self.lengths, len(live))
+            drawn = self.step(send(numbers, self.device), len(live), used, longest)
+        self._drew(live, *drawn)
         self.lengths[live] += 1
         return True
-
-    def _run(
-        self, used: int, places: Tensor, positions: Tensor, uniform: Tensor, lengths: Tensor, longest: int
-    ) -> tuple[Tensor, Tensor]:
-        """The step itself, which looks at no tensor's values: tokens [R] and their log-probabilities [R]."""
-        self.cache.begin(places, lengths, used, longest)
-        hidden = self.forward(self.model.decoder.embed(self.pending[places]), positions, self.cache.attend)
-        tokens, logprobs = self._draw(self.head(hidden), uniform)
-        self.pending[places] = tokens
-        return tokens, logprobs
-
-    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        return draw_tokens(logits, uniform, self.sampling.temperature, self.sampling.top_p)
 
     def _drew(self, rows: np.ndarray, tokens: Tensor, logprobs: Tensor) -> None:
         """Tokens [R] were drawn for the rows at these places; the host will look at them."""
@@ -346,7 +326,8 @@ class _Decoding:
         before = [slot.before[parent] + len(written[parent]) for parent in start.parents]
         parents = [slot.places[parent] for parent in start.parents]
         places = self.cache.start(number, parents, [count - 1 for count in before], start.draws.shape[1])
-        self.pending[places] = self._sent(np.array([written[parent][-1] for parent in start.parents]))
+        rows, tokens = send(np.array([places, [written[parent][-1] for parent in start.parents]]), self.device)
+        self.pending[rows] = tokens
         self._open(number, slot.task, start, places, before)
         return False
 
@@ -375,14 +356,3 @@ class _Decoding:
         held = self.slots[number]
         assert held is not None
         return held
-
-    def _sent(self, array: np.ndarray | Tensor) -> Tensor:
-        """On the device; nothing waits for it."""
-        tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def next_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [R, V] in fp32 (fp64 for an fp64 model)."""
-    logits = hidden @ model.decoder.head_weight.to(hidden.dtype).T
-    return logits if logits.dtype == torch.float64 else logits.float()

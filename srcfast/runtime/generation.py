@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from srcfast.runtime.decoding import Features, Prompt, Sampling, Start, Written, decode
+from srcfast.runtime.decoding_memory import DecodingMemory
 
 __all__ = ["Features", "Generated", "Prompt", "generate_greedy", "random_of", "sample_responses"]
 
@@ -46,6 +47,7 @@ def generate_greedy(
     batch_size: int,
     on_batch: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> list[Generated]:
     """The likeliest token at each step, until the end token or `max_new_tokens`; in the order of `prompts`.
 
@@ -53,9 +55,10 @@ def generate_greedy(
         batch_size: prompts decoded at once; as one ends, the next takes its place.
         on_batch: told of the samples done and the tokens run since the last time.
         graphs: on a GPU, replay steps as CUDA graphs.
+        memory: as for `decode`.
     """
     tasks = [_Responses(prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
-    _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs)
+    _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs, memory)
     return [_generated(model, task)[0] for task in tasks]
 
 
@@ -72,6 +75,7 @@ def sample_responses(
     slots: int = 8,
     on_done: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> list[list[Generated]]:
     """`count` independent samples of a response to each prompt.
 
@@ -80,9 +84,10 @@ def sample_responses(
         slots: prompts decoded at once; as one ends, the next takes its place.
         on_done: told of the samples done and the tokens run since the last time.
         graphs: on a GPU, replay steps as CUDA graphs.
+        memory: as for `decode`.
     """
     tasks = [_Responses(prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts]
-    _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs)
+    _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs, memory)
     return [_generated(model, task) for task in tasks]
 
 
@@ -94,6 +99,7 @@ def _respond(
     sampling: Sampling,
     on_done: Callable[[int, int], None] | None,
     graphs: bool,
+    memory: DecodingMemory | None,
 ) -> None:
     order = sorted(tasks, key=lambda task: len(task.prompt.token_ids))  # like lengths together: less padding
     width, limit = tasks[0].draws.shape if tasks else (0, 0)
@@ -107,6 +113,7 @@ def _respond(
         sampling=sampling,
         on_done=on_done,
         graphs=graphs,
+        memory=memory,
     )
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 LIKELIEST = 64  # tokens among which the CPU looks for a nucleus before it sorts the whole vocabulary
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; log-probabilities are always the model's own. Temperature 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """`sample_tokens`, and the tokens' log-probabilities [R] under the logits themselves, at temperature 1."""
+    temperature, top_p = sampling.temperature, sampling.top_p
     if temperature == 0.0:
         best = logits.log_softmax(-1).max(-1)
         return best.indices, best.values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
 from srcfast.models.lora import folded_lora
 from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
+from srcfast.runtime.decoding_memory import DecodingMemory
 from srcfast.runtime.generation import Features, Generated, Prompt
 from srcfast.stages.rationale import PromptEncoder, image_keys
 
@@ -19,6 +21,16 @@ class Progress(Protocol):
     """What `runtime.telemetry.track` gives."""
 
     def advance(self, n: int = 1, tokens: int = 0) -> None: ...
+
+
+@contextmanager
+def decoding_memory(model: Any) -> Iterator[DecodingMemory]:
+    """What a stage decodes with, chunk after chunk: the adapter folded into the weights once, and memory that chunks share.
+
+    At the stage's end the weights are as they were and the memory is free.
+    """
+    with folded_lora(model), DecodingMemory() as memory:
+        yield memory
 
 
 def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
@@ -37,6 +49,7 @@ def generate_candidates(
     batch_size: int,
     progress: Progress | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> list[list[Candidate]]:
     """Up to `settings.num_candidates` distinct candidates a sample, best score first.
 
@@ -48,12 +61,13 @@ def generate_candidates(
         batch_size: samples searched at once; as one ends, the next takes its place.
         progress: told of samples done and tokens run.
         graphs: on a GPU, replay steps as CUDA graphs.
+        memory: a `decoding_memory` of the stage; default: one for this call.
     """
     prompts = prompts_of(model, samples)
     on_done = None if progress is None else progress.advance
     with folded_lora(model):
         found, _ = sentence_beam_search(
-            model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs
+            model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs, memory=memory
         )
     return [
         [_candidate(model, sample, number, one) for number, one in enumerate(own)]

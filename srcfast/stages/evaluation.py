@@ -17,6 +17,7 @@ from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
 from srcfast.models.lora import folded_lora
+from srcfast.runtime.decoding_memory import DecodingMemory
 from srcfast.runtime.generation import Features, generate_greedy
 from srcfast.stages.candidates import Progress, prompts_of
 from srcfast.world.oracle import CASES, Judgement, judge_sample
@@ -57,15 +58,16 @@ def answer_greedily(
     batch_size: int,
     progress: Progress | None = None,
     graphs: bool = True,
+    memory: DecodingMemory | None = None,
 ) -> list[Prediction]:
     """Greedy responses of an LVLM to every sample, parsed and judged; `progress` is told of samples and tokens.
 
-    `graphs`: on a GPU, replay steps as CUDA graphs.
+    `graphs`: on a GPU, replay steps as CUDA graphs. `memory`: a `decoding_memory` of the stage; default: one for this call.
     """
     on_batch = None if progress is None else progress.advance
     with folded_lora(model):
         prompts = prompts_of(model, samples)
-        generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs)
+        generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs, memory)
     with no_full_passes():
         return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 

@@ -2,7 +2,7 @@
 
 Each returns its parts; their rows, in order, are what the stage writes. A batch or a forest never reaches from one piece into the
 next, and images are encoded anew in each: what was computed beside a sample moves its numbers by rounding, and must not depend
-on which rank did what before.
+on which rank did what before. Pieces that decode share memory (`decoding_memory`), of whose contents nothing reaches the next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from srcfast.runtime.sharded import keep_in_step
 from srcfast.runtime.telemetry import Track
 from srcfast.runtime.work_list import BATCHES, Done, Parts, work_through
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.candidates import generate_candidates
+from srcfast.stages.candidates import decoding_memory, generate_candidates
 from srcfast.stages.evaluation import Prediction, answer_greedily, predict
 from srcfast.stages.preference import reference_logprobs, response_logprobs
 from srcfast.stages.rationale import PromptEncoder, image_keys
@@ -65,10 +65,14 @@ def candidates_in_pieces(
             batch_size=batch_size,
             progress=progress,
             graphs=graphs,
+            memory=memory,
         )
         return [candidate.to_json() for own in found for candidate in own], {}
 
-    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
+    with decoding_memory(model) as memory:
+        parts = work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
+    features.forget()  # no stage uses these
+    return parts
 
 
 def scores_in_pieces(
@@ -139,10 +143,13 @@ def answers_in_pieces(
 
     def work(piece: Sequence[Sample]) -> Done:
         features.forget()
-        found = answer_greedily(model, piece, features, max_new_tokens, batch_size, progress, graphs)
+        found = answer_greedily(model, piece, features, max_new_tokens, batch_size, progress, graphs, memory)
         return [{"id": one.sample.id, "text": one.text} for one in found], {}
 
-    return work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
+    with decoding_memory(model) as memory:
+        parts = work_through(place, samples, BATCHES * batch_size, depends_on, work, progress, in_step_with(model))
+    features.forget()
+    return parts
 
 
 def predictions_of(samples: Sequence[Sample], answers: Parts) -> Iterator[Prediction]:

@@ -10,7 +10,7 @@ import torch
 from small_lvlm import SmallLVLM, load_image
 
 from srcfast.runtime.generation import generate_greedy, sample_responses
-from srcfast.runtime.sampling import draw_tokens, sample_tokens
+from srcfast.runtime.sampling import Sampling, draw_tokens, sample_tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -161,7 +161,7 @@ def test_a_nucleus_among_many_tokens_is_the_one_that_sorting_all_of_them_finds()
 def test_log_probabilities_are_at_temperature_one(temperature: float, top_p: float) -> None:
     logits = torch.randn(20, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
     uniform = torch.rand(20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    tokens, logprobs = draw_tokens(logits, uniform, temperature, top_p)
+    tokens, logprobs = draw_tokens(logits, uniform, Sampling(temperature, top_p))
     assert torch.equal(tokens, sample_tokens(logits, uniform, temperature, top_p))
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)

@@ -2,86 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_lvlm import SmallLVLM, load_image
+from stand_in_graphs import SharedPool, decode_by_graphs
 from torch import Tensor
 
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.runtime import decoding
 from srcfast.runtime.beam_search import BeamSettings, Search, sentence_beam_search
-from srcfast.runtime.decoding import Sampling
-from srcfast.runtime.step_graphs import POSITIONS, StepGraphs, bucket_of
+from srcfast.runtime.decoding_memory import DecodingMemory
+from srcfast.runtime.sampling import Sampling
+from srcfast.runtime.slot_cache import LANES, Layout
+from srcfast.runtime.step_graphs import StepGraphs, position_buckets, row_buckets
 
 SETTINGS = BeamSettings(num_candidates=6, num_beams=4, proposals=3, max_sentence_tokens=12, max_new_tokens=90)
 
 
-def test_buckets_hold_their_rows_and_are_few() -> None:
-    for rows in range(1, 600):
-        assert rows <= bucket_of(rows) <= max(8, 2 * rows) and bucket_of(bucket_of(rows)) == bucket_of(rows)
-    assert len({bucket_of(rows) for rows in range(1, 257)}) == 10
-
-
-class StandIn:
-    """Captures as CUDA does, seen from outside: results' places first, the work at each replay; `state` is what it changes."""
-
-    def __init__(self, state: Tensor) -> None:
-        self.state = state
-        self.captures = self.replays = 0
-
-    def __call__(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        self.captures += 1
-        before = self.state.clone()
-        outputs = work()
-        self.state.copy_(before)
-
-        def replay() -> None:
-            self.replays += 1
-            for kept, new in zip(outputs, work(), strict=True):
-                kept.copy_(new)
-
-        return outputs, replay
+def test_buckets_hold_their_rows_and_positions_and_are_few() -> None:
+    for most in range(1, 513):
+        buckets = row_buckets(most)
+        assert most <= buckets[0] < most + 8 and buckets[-1] == 8 and len(buckets) <= 5
+        for larger, smaller in zip(buckets, buckets[1:], strict=False):
+            # At most half of the rows are fillers where a product's time grows with them; a quarter takes as long else.
+            assert smaller < larger <= (2 if larger > 128 else 4) * smaller
+    for most in range(LANES, 2000, LANES):
+        rooms = position_buckets(most)
+        assert rooms[0] == most and len(rooms) <= 4 and rooms == sorted(set(rooms), reverse=True)
+        assert all(room % LANES == 0 for room in rooms)
+        assert rooms[-1] <= most / 4 + LANES and max(np.diff(rooms[::-1]), default=0) <= most / 4 + LANES
 
 
 def test_a_replay_gives_what_the_step_gives_and_keeps_to_its_buckets() -> None:
-    shapes = set()
+    shapes = []
 
-    def step(places: Tensor, positions: Tensor, uniform: Tensor, lengths: Tensor, longest: int) -> Any:
-        shapes.add((len(places), longest))
-        return places * 1000 + positions + lengths[places], uniform * longest
+    def step(numbers: Tensor, rows: int, used: int, longest: int) -> Any:
+        shapes.append((rows, longest))
+        places, positions, lengths = numbers[:rows], numbers[rows : 2 * rows], numbers[3 * rows :]
+        assert used == 10 and len(lengths) == 41
+        return places * 1000 + positions + lengths[places], numbers[2 * rows : 3 * rows].view(torch.float64) * longest
 
-    stand_in = StandIn(torch.zeros(1))
-    graphs = StepGraphs(step, spare=40, most=100, capture=stand_in)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        rows, longest = (int(torch.randint(1, most, (), generator=generator)) for most in (40, 101))
-        places = torch.randperm(40, generator=generator)[:rows]
-        positions, lengths = torch.randint(0, 900, (rows,)), torch.randint(0, longest, (41,))
-        uniform = torch.rand(rows, dtype=torch.float64)
+    pool = SharedPool()
+    graphs = StepGraphs(step, Layout(10, 4, 64, 112, spare=True, fixed=True), torch.device("cpu"), pool)
+    assert shapes[:3] == [(40, 112)] * 3  # the largest one's warm-up, its capture, its first replay
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        rows, longest = int(random.integers(1, 41)), int(random.integers(1, 113))
+        places = np.sort(random.permutation(40)[:rows])
+        positions, lengths = random.integers(0, 900, rows), np.append(random.integers(0, longest, 40), 0)
+        uniform = random.random(rows)
         tokens, logprobs = graphs(places, positions, uniform, lengths, longest)
-        assert torch.equal(tokens, places * 1000 + positions + lengths[places])
-        assert torch.equal(logprobs, uniform * min(100, -(-longest // POSITIONS) * POSITIONS))
-    assert shapes == {(bucket, longest) for bucket in (8, 16, 32, 64) for longest in (64, 100)}
-    assert stand_in.captures == len(shapes) and stand_in.replays == 200 - len(shapes)
+        assert tokens.tolist() == (places * 1000 + positions + lengths[places]).tolist()
+        room = next(room for room in (32, 64, 96, 112) if room >= longest)
+        assert logprobs.tolist() == (uniform * room).tolist()
+    assert set(shapes) == {(rows, room) for rows in (40, 16, 8) for room in (32, 64, 96, 112)}
+    assert pool.captures == 12 and pool.replays == 301 - 11  # all but the first of each bucket
 
 
-def test_a_search_by_graphs_finds_the_same_candidates(exact: SmallLVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[StandIn] = []
+def test_what_one_graph_gave_outlives_the_replay_of_another() -> None:
+    """Graphs of one pool write over each other's results."""
 
-    def graphs(step: Any, spare: int, most: int) -> StepGraphs:
-        made.append(StandIn(step.func.__self__.pending))
-        return StepGraphs(step, spare, most, made[-1])
+    def step(numbers: Tensor, rows: int, used: int, longest: int) -> Any:
+        return numbers[:rows] + longest, numbers[:rows].double()
 
-    monkeypatch.setattr(decoding, "StepGraphs", graphs)
-    searches = [Search(prompt, SETTINGS, 0, exact.model.end_token_id) for prompt in exact.prompts()]
-    with torch.inference_mode():
-        decoding._Decoding(exact.model, searches, exact.features, 3, SETTINGS.width, 110, Sampling(), True).run(None)
-    assert made[0].captures > 2 and made[0].replays > 20
-    expected = [Search(prompt, SETTINGS, 0, exact.model.end_token_id) for prompt in exact.prompts()]
+    graphs = StepGraphs(step, Layout(10, 4, 64, 112, spare=True, fixed=True), torch.device("cpu"), SharedPool())
+    few, many = np.arange(3), np.arange(20)
+    run = {len(places): partial(graphs, places, places, places / 40, np.zeros(41, dtype=int)) for places in (few, many)}
+    for _ in range(2):
+        run[3](10), run[20](100)
+    first, second = run[3](10), run[20](100)
+    assert first[0].tolist() == (few + 32).tolist() and first[1].tolist() == few.tolist()
+    assert second[0].tolist() == (many + 112).tolist() and second[1].tolist() == many.tolist()
+
+
+def searches_of(lvlm: SmallLVLM) -> list[Search]:
+    return [Search(prompt, SETTINGS, 0, lvlm.model.end_token_id) for prompt in lvlm.prompts()]
+
+
+def test_a_search_by_graphs_finds_the_same_candidates(exact: SmallLVLM) -> None:
+    searches, expected, pool = searches_of(exact), searches_of(exact), SharedPool()
+    decode_by_graphs(exact, searches, pool, slots=3, width=SETTINGS.width, limit=110)
+    assert pool.captures > 2 and pool.replays > 20
     decoding.decode(
         exact.model, expected, exact.features, slots=3, width=SETTINGS.width, limit=110, sampling=Sampling()
     )
@@ -95,9 +101,11 @@ def test_a_host_that_looks_late_finds_the_same_candidates(late: int, exact: Smal
     """As on a GPU, where the next step is under way by then: what rows drew past their end is dropped."""
     made = []
     for steps in (0, late):
-        searches = [Search(prompt, SETTINGS, 0, exact.model.end_token_id) for prompt in exact.prompts()]
-        with torch.inference_mode():
-            run = decoding._Decoding(exact.model, searches, exact.features, 2, SETTINGS.width, 110, Sampling(), False)
+        searches = searches_of(exact)
+        longest = max(len(one.prompt.token_ids) for one in searches)
+        layout = Layout.of(2, SETTINGS.width, longest, 110, on_gpu=False)
+        with torch.inference_mode(), DecodingMemory() as memory:
+            run = decoding._Decoding(exact.model, searches, exact.features, layout, 110, Sampling(), memory)
             run.late = steps
             counted = run.run(None)
         made.append((counted, [[beam.tokens for beam in one.finished] for one in searches]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,11 +52,11 @@ def asked(number: int, folder: Path) -> Sample:
 class Stages:
     """The stages that work in pieces, over small models in `folder`; images are read until one is unreadable."""
 
-    def __init__(self, folder: Path, unreadable_after: int | None = None) -> None:
+    def __init__(self, folder: Path, unreadable_after: int | None = None, device: str = "cpu") -> None:
         self.folder, self.left = folder, unreadable_after
         torch.set_num_threads(1)
         self.samples = [asked(number, folder) for number in range(36)]  # in batches of 2: pieces of 16, 16 and 4
-        self.model = load_lvlm(folder / "lvlm")
+        self.model = load_lvlm(folder / "lvlm", device=device)
         names = {key: f"image-{n % 4}" for n, sample in enumerate(self.samples) for key in image_keys(sample)}
         self.features = ImageFeatures(self.model, lambda key: self.load(names[key]))
 
@@ -252,6 +253,46 @@ def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str
     predictions = list(predictions_of(stages.samples, answers))
     assert [one.sample.id for one in predictions] == [sample.id for sample in stages.samples]
     assert [one.text for one in predictions] == [row["text"] for row in answers.rows()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", ["candidates", "answers"])
+def test_on_a_gpu_pieces_share_memory_and_leave_none(folder: Callable[[str], Path], stage: str) -> None:
+    stages, one = Stages(folder("whole"), device="cuda"), Stages(folder("one"), device="cuda")
+    one.samples = one.samples[16:32]  # the second piece
+
+    def run(stages: Stages) -> tuple[list[dict[str, Any]], int]:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        rows = list(getattr(stages, stage)().rows())
+        assert torch.cuda.memory_allocated() == before
+        return rows, torch.cuda.max_memory_allocated() - before
+
+    gc.collect()
+    gc.disable()  # what only a collection frees is as good as lost
+    try:
+        whole, peak = run(stages)
+        alone, peak_alone = run(one)
+    finally:
+        gc.enable()
+    assert alone and peak < 1.5 * peak_alone
+    ids = {sample.id for sample in one.samples}
+    assert [row for row in whole if row.get("sample_id", row["id"]) in ids] == alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_stage_that_fails_leaves_no_memory(folder: Callable[[str], Path]) -> None:
+    stages = Stages(folder("failing"), unreadable_after=4, device="cuda")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(OSError, match="disk is gone") as caught:
+        stages.candidates()
+    del caught  # its frames hold what they had
+    stages.features.forget()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
 
 
 def all_stages(folder: Path) -> Any:
