@@ -155,15 +155,15 @@ class Vision(nn.Module):
     def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         """Embeddings [n_i, D] of each prepared image."""
         parameter = next(self.model.parameters())
-        pixels = [own["pixel_values"] for own in prepared]
+        # One by one: what workers prepared lies in page-locked memory already.
+        pixels = [send(own["pixel_values"], parameter.device).to(parameter.dtype) for own in prepared]
         if self.config.model_type == "llava":
             sizes = {}
         else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
             most = max(part.shape[1] for part in pixels)
             pixels = [F.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in pixels]
             sizes = {"image_sizes": torch.cat([own["image_sizes"] for own in prepared])}
-        batch = send(torch.cat(pixels), parameter.device).to(parameter.dtype)
-        return list(self.model.get_image_features(batch, **sizes).pooler_output)
+        return list(self.model.get_image_features(torch.cat(pixels), **sizes).pooler_output)
 
 
 def bare_model(config: Any) -> nn.Module:
