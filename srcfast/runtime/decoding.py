@@ -26,11 +26,11 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.runtime.attention import forest_attend
 from srcfast.runtime.decoding_memory import DecodingMemory
 from srcfast.runtime.decoding_step import step_numbers
-from srcfast.runtime.loader import send
 from srcfast.runtime.sampling import Sampling
 from srcfast.runtime.sentences import SentenceEnds
 from srcfast.runtime.sharded import is_sharded
 from srcfast.runtime.slot_cache import Layout
+from srcfast_kernels.transfers import send
 
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> embeddings [n, D] each
 PREFILL_TOKENS = 4096  # of the prompts that are run together, unless one alone has more

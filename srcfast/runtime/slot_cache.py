@@ -20,8 +20,8 @@ from torch import Tensor
 
 from srcfast.runtime.attention import Attend
 from srcfast.runtime.kv_pages import KVPages, PagedRow
-from srcfast.runtime.loader import send
 from srcfast_kernels import native
+from srcfast_kernels.transfers import send
 
 LANES = 16  # the native library takes prompts' rooms and heads' sizes that are multiples of it
 PROMPT_STEP = (

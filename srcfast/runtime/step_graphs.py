@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from srcfast.runtime.decoding_step import Drawn, step_numbers
-from srcfast.runtime.loader import send
 from srcfast.runtime.slot_cache import LANES, Layout, rounded
+from srcfast_kernels.transfers import send
 
 LEAST_ROWS = 8
 MANY_ROWS = 128  # above, a product's time grows with its rows
