@@ -175,6 +175,7 @@ def forecast_stage(
             prompt_tokens=tree.num_tokens,
             # A search's row goes on to the end of its sentence before it is cut.
             new_tokens=decoding.max_new_tokens + (0 if search is None else search.max_sentence_tokens),
+            graphs=decoding.cuda_graphs and sharing_ranks(config) == 1,
             memory=room,
             images=images,
             images_a_step=decoding.batch_size + IMAGES_AHEAD,

@@ -22,16 +22,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from srcfast.data.forest import Forest, Tree
 from srcfast.runtime.activations import ForestSizes, Reads, fullest_forest, kept_bytes
 from srcfast.runtime.memory import USABLE, ModelSizes, Shapes, memory_of, show_bytes
 from srcfast.runtime.padded_attention import PART_BYTES
+from srcfast.runtime.slot_cache import Layout, cache_dtype
+from srcfast.runtime.step_graphs import position_buckets, row_buckets
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, COLUMNS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
 IMAGE_CACHE = 1 << 30  # bytes of encoded images kept, at most
 IMAGES_AT_ONCE = 64  # that the vision tower encodes, at most
+GRAPH_BYTES = 8 << 20  # of a captured step's nodes, beside the pool: generous for some thousand of them
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Forecast:
         optimizer: moments on the device.
         image_features: encoded images that are kept.
         activations: kept between forward and backward.
-        keys_and_values: the cache of decoding.
+        keys_and_values: the cache of decoding, as it is allocated.
+        graphs: captured steps of decoding, and the pool of memory that they share.
         workspace: what is alive for a moment, at the peak.
         checkpoint_every: layers a group whose activations are recomputed; 0 keeps all.
     """
@@ -61,6 +66,7 @@ class Forecast:
     image_features: float = 0.0
     activations: float = 0.0
     keys_and_values: float = 0.0
+    graphs: float = 0.0
     workspace: float = 0.0
     checkpoint_every: int = 0
 
@@ -179,6 +185,7 @@ def forecast_decoding(
     rows: int,
     prompt_tokens: int,
     new_tokens: int,
+    graphs: bool = False,
     memory: float | None = None,
     images: int | None = None,
     images_a_step: int = 0,
@@ -186,28 +193,53 @@ def forecast_decoding(
 ) -> Forecast:
     """The peak of decoding: each sample's prompt is kept once, each row's continuation on its own.
 
+    A GPU's cache is allocated whole. Captured steps take one step's workspace in a pool of their own, which nothing else can
+    use, beside the one of the steps that run as they are.
+
     Args:
         prefill: the forest of the prompts that are run together.
         samples: decoded together.
         rows: a sample (beams times proposals; 1 for greedy answers).
         prompt_tokens: of the longest prompt.
         new_tokens: most positions that a row keeps behind its prompt.
+        graphs: steps are captured, which they are on a GPU alone.
         model, memory, images, images_a_step, stage: as for training.
     """
-    shapes, width = model.shapes, model.dtype_bytes
+    shapes, on_gpu = model.shapes, model.device_type == "cuda"
     features, encoding = _image_bytes(model, memory, images, images_a_step)
-    position = 2 * shapes.layers * shapes.key * width
-    cache = float(position * samples * (prompt_tokens + rows * new_tokens))
-    # Of a step: logits as the head gives them and in fp32; probabilities, their sum and order, and what is drawn from.
-    sampling = samples * rows * shapes.vocabulary * (width + 6 * 4 + 8)
-    attention = samples * rows * shapes.heads * (prompt_tokens + new_tokens) * 3 * max(width, 4)
+    graphs = graphs and on_gpu
+    layout = Layout.of(samples, rows, prompt_tokens, new_tokens, on_gpu=on_gpu, spare=graphs)
+    position = 2.0 * shapes.layers * shapes.key * _cache_bytes(model)
+    step, captured = _step_bytes(model, layout), 0.0
+    if graphs:
+        count = len(row_buckets(samples * rows)) * len(position_buckets(layout.own_room))
+        captured = step + count * GRAPH_BYTES
+    # A CPU's cache grows: of its four tensors one is there twice for a moment.
+    growing = 0.0 if on_gpu else position / 2 * max(samples * layout.prompt_room, layout.rows * layout.own_room)
     # fp32 weights are folded with their adapter into a copy.
-    folds = width == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
+    folds = model.dtype_bytes == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
     folded = 4.0 * shapes.linear_weights if folds else 0.0
-    step = folded + max(sampling, attention)
-    before = max(_forward_bytes(model, prefill), encoding)  # the cache is there already
-    found = _inference(model, stage, features, max(step, before))
-    return replace(found, keys_and_values=cache)
+    found = _inference(model, stage, features, folded + max(step, _forward_bytes(model, prefill), encoding, growing))
+    return replace(found, keys_and_values=position * layout.positions, graphs=captured)
+
+
+def _cache_bytes(model: ModelSizes) -> int:
+    """Of a number in decoding's cache."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[model.dtype_bytes]
+    return cache_dtype(dtype, model.device_type).itemsize
+
+
+def _step_bytes(model: ModelSizes, layout: Layout) -> float:
+    """Of a decoding step with all of its rows: drawing tokens, one layer's attention, or its MLP."""
+    shapes, width, rows = model.shapes, model.dtype_bytes, layout.slots * layout.width
+    # Logits; probabilities and their order; sums of them, and what is drawn from; or, while they are sorted, the sort's own.
+    sampling = rows * shapes.vocabulary * (4 * 6 + 8)
+    seen = layout.prompt_room + layout.own_room
+    attention = rows * shapes.heads * seen * 4 * 2  # scores and their softmax
+    masks = 4 * rows * layout.own_room
+    whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
+    mlp = rows * width * (3 * shapes.intermediate + 3 * shapes.hidden) + whole
+    return float(masks + max(sampling, attention, mlp))
 
 
 def moment_bytes(optimizer: str, parameters: int, device_type: str, width: int = 4) -> float:
