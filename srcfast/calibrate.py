@@ -375,6 +375,7 @@ class Calibration:
             distributed.meet()  # nothing that a rank still reads is removed
         found["memory"] = taken.record(self.forecast, self._models())
         self.judge = None
+        self.policy.end_stage()
         found["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
         distributed.from_main(
             lambda: self.directory.finish_stage(name, settings, progress.seconds, progress.tokens, **found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from srcfast.plan import policy_stays
 from srcfast.runtime import distributed
 from srcfast.runtime.determinism import prepare_determinism
 from srcfast.runtime.forecast import image_cache, images_at_once
-from srcfast.runtime.memory import ModelSizes, limit_memory, memory_of, parse_bytes
+from srcfast.runtime.memory import ModelSizes, limit_memory, memory_of, parse_bytes, release_unused
 from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
 from srcfast.world.samples import world_samples
 
@@ -201,9 +200,13 @@ class Policy:
             return
         del self.features.model
         self._model = self.adapter = None
-        gc.collect()
+        release_unused(self.config.model.device)
+
+    def end_stage(self) -> None:
+        """Give back to a GPU what the stage had: the next one is planned with all that the model leaves free."""
         if torch.device(self.config.model.device).type == "cuda":
-            torch.cuda.empty_cache()
+            self.features.forget()
+            release_unused(self.config.model.device)
 
     def _adapt(self, lora: Path | LoRAConfig | None) -> None:
         """Another adapter on the same base: no weight is read again, and no second model is ever in memory."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from srcfast.data.forest import Forest, Tree
 from srcfast.runtime.activations import ForestSizes, Reads, fullest_forest, kept_bytes
-from srcfast.runtime.memory import USABLE, ModelSizes, Shapes, memory_of, show_bytes
+from srcfast.runtime.memory import USABLE, ModelSizes, Shapes, memory_for, show_bytes
 from srcfast.runtime.padded_attention import PART_BYTES
 from srcfast.runtime.slot_cache import Layout, cache_dtype
 from srcfast.runtime.step_graphs import position_buckets, row_buckets
@@ -352,7 +352,7 @@ def images_at_once(model: ModelSizes, memory: float | None) -> int:
 
 
 def plan_checkpointing(
-    model: nn.Module | ModelSizes,
+    model: nn.Module,
     trees: Sequence[Tree],
     *,
     token_budget: int,
@@ -360,32 +360,28 @@ def plan_checkpointing(
     optimizer: str = "adamw",
     images_a_step: int = 0,
     memory: float | None = None,
-    device: Any = None,
 ) -> int:
     """Layers a group whose activations are recomputed in backward: 0 if all fit, else what recomputes least and fits.
 
     Args:
-        model: a model with its adapter, or its sizes.
+        model: a model with its adapter.
         trees: what is trained on; the fullest forest that the next two let them make is what has to fit.
         token_budget: most tokens in a forest.
         micro_batch_size: most trees in a forest.
         optimizer: as `TrainingSettings` names it.
         images_a_step: at most, all of which are in memory during the step.
-        memory: bytes to fit into; None: what `memory_of` the model's device says.
-        device: of the model; only needed with sizes in place of a model and without `memory`.
+        memory: bytes to fit into; None: what `memory_for` the model says.
     """
-    if isinstance(model, nn.Module):
-        device = next(model.parameters()).device
-        model = ModelSizes.of(model)
-    room = memory_of(device) if memory is None else memory
-    forest = fullest_sizes(trees, token_budget, micro_batch_size, model.device_type)
+    room = memory_for(model) if memory is None else memory
+    sizes = ModelSizes.of(model)
+    forest = fullest_sizes(trees, token_budget, micro_batch_size, sizes.device_type)
 
     def peak(every: int) -> Forecast:
         return forecast_training(
-            model, forest, optimizer=optimizer, checkpoint_every=every, memory=room, images_a_step=images_a_step
+            sizes, forest, optimizer=optimizer, checkpoint_every=every, memory=room, images_a_step=images_a_step
         )
 
-    return least_checkpointing(peak, model.shapes.layers, room)
+    return least_checkpointing(peak, sizes.shapes.layers, room)
 
 
 def least_checkpointing(forecast: Callable[[int], Forecast], layers: int, memory: float) -> int:

@@ -24,6 +24,7 @@ class Measurement:
     Attributes:
         device_type: "cuda" or "cpu".
         peak: most bytes allocated on the GPU; 0 on a CPU.
+        reserved: most bytes that the GPU's allocator held, gaps and captured steps' pool included.
         saved: most bytes that autograd kept for backward, on a CPU.
         optimizer: bytes of the optimizer's state and of the gradients that it takes, on a CPU.
         rss_growth: by how much the process's most resident memory grew.
@@ -31,6 +32,7 @@ class Measurement:
 
     device_type: str
     peak: int = 0
+    reserved: int = 0
     saved: int = 0
     optimizer: int = 0
     rss_growth: int = 0
@@ -42,7 +44,8 @@ class Measurement:
         of `models`, gradients, the optimizer's state, and what is kept for backward. What is recomputed can't be.
         """
         if self.device_type == "cuda":
-            return {"forecast_bytes": round(forecast.peak), "measured_bytes": self.peak}
+            forecast_bytes = round(forecast.peak)
+            return {"forecast_bytes": forecast_bytes, "measured_bytes": self.peak, "reserved_bytes": self.reserved}
         measured = sum(weight_bytes(model) for model in models) + self.optimizer + self.saved
         return {
             "forecast_bytes": round(forecast.counted),
@@ -67,6 +70,7 @@ def measured(device: torch.device | str, parameters: Callable[[], Iterable[Tenso
             yield found
         finally:
             found.peak = torch.cuda.max_memory_allocated(device)
+            found.reserved = torch.cuda.max_memory_reserved(device)
         return
 
     def count(optimizer: Any, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
@@ -346,17 +347,44 @@ def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
     _limit = size
 
 
+def release_unused(device: torch.device | str) -> None:
+    """Hand back to a GPU what no tensor uses, reference cycles that nothing else refers to included."""
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def memory_of(device: torch.device | str) -> int:
-    """Bytes that this process may take on a device: what it has and what is free, or the limit where that is less."""
+    """Bytes that this process may take on a device: what its tensors have and what is free, or the limit where that is less.
+
+    What the allocator holds between a GPU's tensors and can't hand back is not counted: only what fits a gap could have it.
+    """
     device = torch.device(device)
     if device.type == "cuda":
-        found = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        torch.cuda.empty_cache()
+        found = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
     else:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         group = Path("/sys/fs/cgroup/memory.max")  # a container's
         if group.is_file() and (text := group.read_text(encoding="ascii").strip()).isdigit():
             found = min(found, int(text))
     return found if _limit is None else min(found, _limit)
+
+
+def memory_for(model: nn.Module) -> int:
+    """`memory_of` the model's device, less what a GPU's tensors have beside the model and its gradients: it is not to be had."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return memory_of(device)
+    sizes = ModelSizes.of(model)
+    adapter = 0 if sizes.lora is None else 4 * sizes.lora.parameters
+    gradients = {grad.untyped_storage().data_ptr(): grad.untyped_storage() for grad in _gradients(model)}
+    own = sizes.weight_bytes + sizes.quantisation_bytes + adapter + sum(one.nbytes() for one in gradients.values())
+    return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(own))
+
+
+def _gradients(model: nn.Module) -> Iterator[Tensor]:
+    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def parse_bytes(text: str, setting: str = "--memory") -> int:

@@ -30,7 +30,7 @@ from srcfast.runtime.dropout_keys import dropping, drops, step_keys
 from srcfast.runtime.forecast import plan_checkpointing
 from srcfast.runtime.loader import PackedStep, deal, packed_steps
 from srcfast.runtime.loss_rows import takes_rows
-from srcfast.runtime.memory import memory_of
+from srcfast.runtime.memory import memory_for
 from srcfast.runtime.optimizer import AdamW, OptimizerName, learning_rate_at
 from srcfast.runtime.pipelining import reads_late
 from srcfast.runtime.profiling import StepProfiler
@@ -228,6 +228,7 @@ def train(
     device = next(model.parameters()).device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trainable, weight_decay=settings.weight_decay, name=settings.optimizer)
+    checkpoint_every = checkpoint_layers(model, trees, settings)  # before moments are read: the forecast counts them
     state, history = TrainingState(optimizer), list[Metrics]()
     total = num_steps(len(items), settings)
     check_same_start(optimizer.weights, trees)
@@ -238,7 +239,7 @@ def train(
         rows = None
     was_training, decoder, has_dropout = model.training, model.decoder, drops(model)
     model.train()
-    decoder.checkpoint_layers = checkpoint_layers(model, trees, settings)
+    decoder.checkpoint_layers = checkpoint_every
     meter = StepMeter(model, head_rows)
     pending: StepNumbers | None = None
 
@@ -371,8 +372,9 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSetti
     )
     if not is_sharded(model.decoder):
         return planned
-    room = memory_of(next(model.parameters()).device)
-    return min(distributed.gather([room, planned]))[1]  # all alike, as the one with the least memory needs it
+    return min(distributed.gather([memory_for(model), planned]))[
+        1
+    ]  # all alike, as the one with the least memory needs it
 
 
 def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:

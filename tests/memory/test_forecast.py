@@ -323,7 +323,7 @@ def test_a_measurement_counts_the_model_the_optimizer_and_what_is_saved(rng: np.
 def test_a_limit_on_a_gpu_is_kept_by_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 << 30)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
     try:
         limit_memory(12 << 30, "cuda:0")

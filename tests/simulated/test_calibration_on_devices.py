@@ -22,6 +22,7 @@ from click.testing import Result
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from srcfast.loading import Policy
 from srcfast.runtime.memory import parse_bytes
 
 pytestmark = pytest.mark.simulated
@@ -102,9 +103,35 @@ def on_cpu(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibrate(config, tmp_path_factory.mktemp("cpu"), "model.device=cpu")
 
 
+class AfterStages:
+    """Watches a calibration: by how much more than the policy's tensors is allocated when a stage has ended, in bytes."""
+
+    def __init__(self) -> None:
+        self.beside: list[int] = []
+        self._end_stage = Policy.end_stage
+
+    def end_stage(self, policy: Policy) -> None:
+        self._end_stage(policy)
+        held = {}
+        for tensor in [*policy.model.parameters(), *policy.model.buffers()] if policy.in_memory else ():
+            held[tensor.untyped_storage().data_ptr()] = -(-tensor.untyped_storage().nbytes() // 512) * 512
+        self.beside.append(torch.cuda.memory_allocated() - sum(held.values()))
+
+
 @pytest.fixture(scope="module")
-def on_device(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(config, tmp_path_factory.mktemp("device"), "model.device=cuda")
+def after_stages() -> AfterStages:
+    return AfterStages()
+
+
+@pytest.fixture(scope="module")
+def on_device(config: Path, tmp_path_factory: pytest.TempPathFactory, after_stages: AfterStages) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "end_stage", lambda policy: after_stages.end_stage(policy))
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        run = calibrate(config, tmp_path_factory.mktemp("device"), "model.device=cuda")
+    after_stages.beside = [found - before for found in after_stages.beside]
+    return run
 
 
 def test_a_calibration_gives_what_it_gives_on_the_cpu(on_cpu: Path, on_device: Path) -> None:
@@ -132,6 +159,10 @@ def test_a_calibration_gives_what_it_gives_on_the_cpu(on_cpu: Path, on_device: P
     np.testing.assert_allclose(
         tuned(on_device, "rationale/adapter"), tuned(on_cpu, "rationale/adapter"), rtol=1e-2, atol=1e-4
     )
+
+
+def test_nothing_of_a_stage_outlives_it(on_device: Path, after_stages: AfterStages) -> None:
+    assert after_stages.beside == [0] * 9
 
 
 def test_nothing_of_a_calibration_stays_in_memory(config: Path, on_device: Path, tmp_path: Path) -> None:
