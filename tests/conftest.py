@@ -5,6 +5,7 @@ With the environment variable SIMULATED_CUDA=N the suite has N simulated CUDA de
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,13 @@ if simulated_cuda.VARIABLE in os.environ and simulated_cuda.unavailable_reason()
 
 
 @pytest.fixture(autouse=True)
-def _kernels_by_subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if simulated_cuda.is_active() and (
-        request.path.parent.name == "kernels" or request.node.get_closest_marker("triton")
-    ):
-        monkeypatch.setenv("SRCFAST_KERNELS", "auto")
+def _kernels_by_subject(request: pytest.FixtureRequest) -> Iterator[None]:
+    # Not by the fixture `monkeypatch`: set up here, before a module's own fixtures, it would be undone after these.
+    with pytest.MonkeyPatch.context() as patch:
+        kernels = request.path.parent.name == "kernels" or request.node.get_closest_marker("triton")
+        if simulated_cuda.is_active() and kernels:
+            patch.setenv("SRCFAST_KERNELS", "auto")
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
