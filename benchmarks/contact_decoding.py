@@ -113,8 +113,7 @@ def beam_search(models: Models, quantize: str, graphs: bool, ending: str, case: 
             progress=progress,
             graphs=graphs,
         )
-    features.mark()
-    taken, marks = peaks(), features.marks  # before the first piece, after the first, after the second
+    taken, marks = peaks(), features.marks  # before the first piece, after the first, at the stage's end
     seconds = [end["at"] - begin["at"] for begin, end in zip(marks, marks[1:], strict=False)]
     values: dict[str, Any] = taken | {
         "before": before,
