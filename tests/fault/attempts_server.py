@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import builtins
 import errno
-import glob
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +21,8 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+LIMIT = 1800.0  # seconds, on a busy machine
 
 
 class Faults:
@@ -42,8 +44,8 @@ class Faults:
             "cover": at that point the directory `cover` is mounted read-only over itself, as it is;
             "twice": at that point a second process is started on the same directory, and waited for;
             "backwards": the clock goes back by an hour at each call;
-            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage` (or from when there is a
-            file that `behind` matches), and before its end;
+            "moment": `signal` comes, from another process, `after` seconds from the beginning of `stage` (or from when it has
+            done `behind` units of its work), and before its end;
             "none".
         points: appended to by one line a point, at once, so that a killed process has told them.
     """
@@ -88,25 +90,40 @@ class Faults:
         from srcfast.runtime.run_directory import RunDirectory
         from srcfast.runtime.telemetry import Track
 
-        begin, finish, meet, victim = Track.__init__, RunDirectory.finish_stage, distributed.meet, os.getpid()
-        striker = 0
+        begin, advance, finish, meet = Track.__init__, Track.advance, RunDirectory.finish_stage, distributed.meet
+        stage, behind, victim, striker = self.fault["stage"], self.fault.get("behind", 0), os.getpid(), 0
+        reading, writing = os.pipe()  # a byte when `behind` units are done, and one at the end of the stage's work
 
         def begin_and_expect(track: Any, name: str, *more: Any, **options: Any) -> None:
             nonlocal striker
             begin(track, name, *more, **options)
-            if name == self.fault["stage"] and (striker := os.fork()) == 0:
+            if name == stage and (striker := os.fork()) == 0:
                 os.close(self.points)
-                behind = os.path.join(self.inside, self.fault.get("behind", ""))
-                while not glob.glob(behind) and os.getppid() == victim:
-                    time.sleep(0.002)
-                time.sleep(self.fault["after"])
+                if not behind or told_within(3600.0):
+                    told_within(self.fault["after"])
                 if os.getppid() == victim:
                     os.kill(victim, self.fault["signal"])
                 os._exit(0)
 
+        def told_within(seconds: float) -> bool:
+            """Wait so long for a byte from the victim, and as long as it is there."""
+            end = time.monotonic() + seconds
+            while os.getppid() == victim and (left := end - time.monotonic()) > 0:
+                if select.select([reading], [], [], min(left, 1.0))[0]:
+                    return bool(os.read(reading, 1))
+            return False
+
+        def advance_and_tell(track: Any, *more: Any, **options: Any) -> None:
+            nonlocal behind
+            advance(track, *more, **options)
+            if striker and behind and track.done >= behind:
+                behind = 0
+                os.write(writing, b".")
+
         def be_struck() -> None:
             nonlocal striker
             if striker:
+                os.write(writing, b".." if behind else b".")
                 os.waitpid(striker, 0)
                 striker = 0
 
@@ -119,8 +136,8 @@ class Faults:
                 be_struck()
             meet()
 
-        Track.__init__, RunDirectory.finish_stage = begin_and_expect, finish_once_struck
-        distributed.meet = meet_once_struck
+        Track.__init__, Track.advance = begin_and_expect, advance_and_tell
+        RunDirectory.finish_stage, distributed.meet = finish_once_struck, meet_once_struck
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -228,7 +245,7 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
         os.close(reading)
         child(request, writing)
     os.close(writing)
-    end = time.monotonic() + request.get("limit", 120.0)
+    end = time.monotonic() + request.get("limit", LIMIT)
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:

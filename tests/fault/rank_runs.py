@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attempts_server import LIMIT
 from small_run import Server
 
 BATCHES_OF_ONE = ("candidates.batch_size=1", "evaluation.batch_size=1")
@@ -27,7 +28,7 @@ class RankServer(Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, program="ranks_server.py")
 
-    def srcfast(self, ranks: int, folder: Path, words: Sequence[str], limit: float = 600.0, **more: Any) -> RankAttempt:
+    def srcfast(self, ranks: int, folder: Path, words: Sequence[str], limit: float = LIMIT, **more: Any) -> RankAttempt:
         """The command line once on so many ranks; `more`: the request's, see `ranks_server`.
 
         Args:
@@ -43,7 +44,7 @@ class RankServer(Server):
         return RankAttempt(answer["statuses"], said, answer["seconds"])
 
     def run_ranks(
-        self, ranks: int, output: Path, timeout: int = 600, limit: float = 240.0, **fault: Any
+        self, ranks: int, output: Path, timeout: int = 600, limit: float = LIMIT, **fault: Any
     ) -> RankAttempt:
         """`srcfast calibrate` once on so many ranks, into this directory; `fault`: the request's, see `ranks_server`.
 

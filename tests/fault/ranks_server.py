@@ -3,7 +3,7 @@
 A program, see `attempts_server`. A request: `words`, `ranks`, `logs` (a file for each rank), `limit` and `small_pieces` (whether
 even a few samples are shared out); and for a fault `victim` (a rank), `fault` (a "moment", see `Faults`) and `agent`. The
 answer: each rank's `status`, and `seconds` from the victim's end, or its stop, to the end of the last of the others (None:
-nothing befell it).
+nothing befell it, or the limit was reached).
 
 As under torchrun the store is none of the ranks': it outlives them all. With `agent` the other ranks are asked to stop as soon
 as one has failed, as torchrun does it; without it they are left to themselves.
@@ -91,7 +91,7 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
             child(request, rank, port)
         ranks[process] = rank
     statuses: dict[int, int] = {}
-    began, struck, asked = time.monotonic(), None, None
+    began, struck, asked, overdue = time.monotonic(), None, None, False
     victim = request.get("victim")
     while len(statuses) < len(ranks):
         for process, rank in ranks.items():
@@ -110,14 +110,15 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
             asked = last
             for process in left:
                 os.kill(process, signal.SIGTERM)
+        overdue = last > began + request["limit"]
         # A victim that was stopped is all that's left, or the limit is reached.
-        if [ranks[process] for process in left] == [victim] and struck or last > began + request["limit"]:
+        if [ranks[process] for process in left] == [victim] and struck or overdue:
             for process in left:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.002)
     os.kill(keeper, signal.SIGKILL)
     os.waitpid(keeper, 0)
-    seconds = None if struck is None else last - struck
+    seconds = None if struck is None or overdue else last - struck
     return {"statuses": [statuses[rank] for rank in sorted(statuses)], "seconds": seconds}
 
 
