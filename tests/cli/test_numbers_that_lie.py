@@ -96,5 +96,5 @@ def test_the_command_that_is_printed_runs_the_batch_again_as_it_stands(
     kept = json.loads((output / "not-finite" / "batch.json").read_text(encoding="utf-8"))
     assert printed[1] == kept["command"]
     shell = f'srcfast() {{ {shlex.quote(sys.executable)} -m srcfast "$@"; }}; {printed[1]}'
-    again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 1 and f"reproduced: step {kept['step']}: the gradient is not finite" in again.stderr

@@ -62,7 +62,7 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_continues(
     while process.poll() is None and not (file.is_file() and file.stat().st_size):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGTERM)  # its worker processes, too, as a terminal or a scheduler does
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=600)
     if process.returncode:  # it may have been at its end when the signal came
         assert process.returncode == 128 + signal.SIGTERM
         assert "stopped by SIGTERM after step" in told and "The same command continues" in told
@@ -134,7 +134,7 @@ from pathlib import Path
 from srcfast.runtime.run_directory import alone_in
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

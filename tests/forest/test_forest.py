@@ -106,6 +106,6 @@ def test_packing_is_quick_enough_for_thousands_of_trees_a_second() -> None:
     many = [
         Tree((Segment(rng.integers(0, 9, n)), Segment(rng.integers(0, 9, 31), 0))) for n in rng.integers(40, 200, 2000)
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     Forest.pack(many, 8192)
-    assert time.perf_counter() - began < 2.0  # measured 0.04 s; the margin is for a busy machine
+    assert time.process_time() - began < 2.0  # measured 0.04 s

@@ -31,7 +31,7 @@ def python(code: str, cwd: Path, **environment: str) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     source = copy_sources(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     command = [*pip, "-w", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     [built] = folder.glob("*.whl")
     return built
@@ -187,7 +187,7 @@ def test_the_doctor_advises_installations_that_bring_the_package(wheel):
 
 def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(tmp_path), str(wheel)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     code = (
         "import srcfast.cli, srcfast.config, srcfast_kernels\n"
         "from pathlib import Path\n"

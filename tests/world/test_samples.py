@@ -70,7 +70,7 @@ def in_processes(work: Callable[[], object], count: int) -> list[int | None]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 
