@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import generate_candidates, prompts_of
-from srcfast.stages.preference import drift, response_logprobs
+from srcfast.stages.drift import drift, drift_of, most_drift
+from srcfast.stages.preference import response_logprobs
 from srcfast.stages.rationale import image_loader
 from srcfast_benchmarks.contact_decoding import (
     ENDINGS,
@@ -29,6 +31,8 @@ from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases
 from srcfast_benchmarks.contact_results import Context
 
+Values = dict[str, Any]
+
 BUDGETS = {"full": (2048, 16384), "tiny": (256, 1024)}  # tokens of a forest: of about one tree, and of many
 TINY_ENDINGS = (1 / 6, 1 / 4)
 
@@ -42,7 +46,7 @@ def cases(context: Context) -> Cases:
     }
 
 
-def three_ways(models: Models, quantize: str, graphs: bool, case: Case) -> dict[str, Any]:
+def three_ways(models: Models, quantize: str, graphs: bool, case: Case) -> Values:
     """Candidates of eight samples, and their log-probabilities in each way."""
     model = models.lvlm(quantize, RANK)
     set_endings(model, models, *(TINY_ENDINGS if case.context.tiny else ENDINGS["sentences"]))
@@ -62,25 +66,25 @@ def three_ways(models: Models, quantize: str, graphs: bool, case: Case) -> dict[
     small, large = BUDGETS[case.context.shapes]
     alone = [response_logprobs(model, [item], token_budget=small, features=features)[0] for item in items]
     packed = [value for value, _ in response_logprobs(model, items, token_budget=large, features=features)]
-    lengths = [tokens for _, tokens in alone]
+    lengths, dtype = [tokens for _, tokens in alone], model.decoder.head_weight.dtype
     return {
         "tokens": sum(lengths),
         "mean_logprob_a_token": sum(packed) / sum(lengths),
-        "packings": differences([value for value, _ in alone], packed, lengths),
-        "decoding": differences(decoded, packed, lengths),
+        "packings": differences([value for value, _ in alone], packed, lengths, dtype),
+        "decoding": differences(decoded, packed, lengths, dtype),
     }
 
 
-def differences(ones: Sequence[float], others: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
-    """Differences of log-probabilities of responses: in nats, in nats by the root of their tokens, and as `drift` has them."""
+def differences(ones: Sequence[float], others: Sequence[float], lengths: Sequence[int], dtype: torch.dtype) -> Values:
+    """Of log-probabilities of responses: in nats, and in nats a root token beside what is allowed of rounding."""
     apart = np.abs(np.array(ones) - np.array(others))
-    shares = np.array([drift(one, other) for one, other in zip(ones, others, strict=True)])
-    by_root = apart / np.sqrt(np.array(lengths))
+    found = drift_of([drift(*values) for values in zip(ones, others, lengths, strict=True)], dtype)
+    assert found is not None
     return {
         "mean_nats": apart.mean(),
         "largest_nats": apart.max(),
-        "mean_nats_by_root_tokens": by_root.mean(),
-        "largest_nats_by_root_tokens": by_root.max(),
-        "mean_share": shares.mean(),
-        "largest_share": shares.max(),
+        "root_mean_square_drift": found.root_mean_square,
+        "most_root_mean_square_drift": most_drift(dtype, found.responses),
+        "largest_drift": found.greatest,
+        "most_drift": most_drift(dtype, 1),
     }

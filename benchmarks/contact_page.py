@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from srcfast.data.jsonl import write_text
+from srcfast.stages.drift import most_drift
 from srcfast_benchmarks.contact_results import read
 
 NAME = "README.md"
@@ -201,7 +204,8 @@ def dpo_steps(case: str, values: Case, cases: Mapping[str, Case]) -> Iterator[Fi
     yield at_most(f"{case}: peak reserved / allocated", values["reserved_over_allocated"], 1.10)
     yield busy(f"{case}: share of a step in which the device works", values["profile"])
     if (drift := values["first_step"].get("max_drift")) is not None:
-        yield at_most(f"{case}: largest drift in the first step", drift, 0.02, ".4f")
+        most = most_drift(torch.bfloat16, 1)
+        yield at_most(f"{case}: largest drift in the first step, nats a root token", drift, most, ".4f")
     whole = cases.get(case.replace("nf4", "none"), {})
     if case.startswith("nf4") and "ms_a_step" in whole:
         yield at_most(f"{case}: ms a step / that of whole weights", values["ms_a_step"] / whole["ms_a_step"], 1.25)
@@ -231,10 +235,9 @@ def drift(case: str, values: Case, _: Any) -> Iterator[Figure]:
     for key, words in (("packings", "alone and packed"), ("decoding", "decoding and training")):
         if key in values:
             apart = values[key]
-            yield at_most(f"{case}: {words}: mean share", apart["mean_share"], 0.002, ".5f")
-            yield at_most(f"{case}: {words}: largest share", apart["largest_share"], 0.02, ".5f")
-            nats = f"{apart['mean_nats_by_root_tokens']:.4f}, {apart['largest_nats_by_root_tokens']:.4f}"
-            yield Figure(f"{case}: {words}: nats / root of tokens, mean and largest", nats)
+            for of, what in (("root_mean_square_drift", "root mean square"), ("largest_drift", "largest")):
+                most = apart[f"most_{of.removeprefix('largest_')}"]
+                yield at_most(f"{case}: {words}: {what} drift, nats a root token", apart[of], most, ".4f")
 
 
 def judging(case: str, values: Case, _: Any) -> Iterator[Figure]:

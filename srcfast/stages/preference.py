@@ -17,6 +17,7 @@ the pair, beside a hash of base and adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -35,24 +36,10 @@ from srcfast.runtime.pipelining import behind
 from srcfast.runtime.profiling import StepProfiler
 from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, global_batch, train
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.stages.drift import Drift, drift, drift_of, most_drift
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
 from srcfast_kernels.transfers import Fetched, fetch, send
-
-# How far the policy's log-probability may be from its stored one before the first update, as a share of 1 +
-# its size: packing differently changes rounding, nothing else.
-_SAME_MODEL = {torch.float64: 1e-9, torch.float32: 1e-4}
-_SAME_MODEL_HALF = 2e-2
-
-
-def same_model_tolerance(model: Any) -> float:
-    """The largest `drift` of two computations of one log-probability by this model."""
-    return _SAME_MODEL.get(model.decoder.head_weight.dtype, _SAME_MODEL_HALF)
-
-
-def drift(value: float, exact: float) -> float:
-    """How far a log-probability is from another, as a share of 1 + the other's size."""
-    return abs(value - exact) / (1.0 + abs(exact))
 
 
 @dataclass(frozen=True)
@@ -330,8 +317,8 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
     """The loss function that `train` calls: the formula at the top of this file, and what to watch.
 
     Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
-    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob; max_drift, the greatest |log pi -
-    log pi_ref| as a share of 1 + |log pi_ref|; and max_logprob, the greatest log pi.
+    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, and mean_square_drift, of the two responses' (log pi -
+    log pi_ref) / root of their tokens; max_drift, the greatest of its absolute values; and max_logprob, the greatest log pi.
     """
 
     def loss(
@@ -342,7 +329,9 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
         denominator: PairDenominator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
-        lengths = np.array([_chosen_length(tree) for tree in forest.trees], dtype=np.float64)
+        lengths, rejected_lengths = np.array(
+            [_lengths(tree) for tree in forest.trees], dtype=np.float64
+        ).T  # [trees] each
         pairs = [place for place, item in enumerate(items) if item.meta is not None]
         rehearsed = chosen.new_zeros(())
         if len(pairs) < len(items):
@@ -362,10 +351,11 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
             [meta.weight for meta in metas],
             [meta.confidence for meta in metas],
             lengths[pairs],
+            rejected_lengths[pairs],
         )
         # One transfer for all numbers, and none is waited for.
-        numbers = send(np.stack(columns), hidden.device, chosen.dtype)  # [5, P]
-        reference_chosen, reference_rejected, weight, confidence, chosen_lengths = numbers
+        numbers = send(np.stack(columns), hidden.device, chosen.dtype)  # [6, P]
+        reference_chosen, reference_rejected, weight, confidence, chosen_lengths, _ = numbers
         smoothing: float | Tensor
         if settings.label_smoothing == "confidence":
             smoothing = 0.5 - 0.5 * confidence
@@ -396,21 +386,25 @@ def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor,
                 "rejected_logprob": rejected,
             }
             metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
-            policy, reference = (
-                torch.cat([chosen, rejected]),
-                torch.cat([reference_chosen, reference_rejected]),
-            )
+            policy = torch.stack([chosen, rejected])  # [2, P]
             if denominator.rehearsed:
                 metrics["rehearsal_loss"] = rehearsed
-            metrics["max_drift"] = ((policy - reference).abs() / (1 + reference.abs())).max()
+            drifts = (policy - numbers[:2]) / numbers[4:].sqrt()  # [2, P]
+            metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
+            metrics["max_drift"] = drifts.abs().max()
             metrics["max_logprob"] = policy.max()
         return total, metrics
 
     return loss
 
 
-def _chosen_length(tree: Tree) -> int:
-    return sum(segment.tokens.size for segment in tree.segments[1 : max(2, len(tree.segments) - 1)])
+def _lengths(tree: Tree) -> tuple[int, int]:
+    """Tokens of the chosen and of the rejected response, 1 where a tree has none that is rejected."""
+    sizes = [segment.tokens.size for segment in tree.segments[1:]]
+    if len(sizes) == 1:
+        return sizes[0], 1
+    shared = sum(sizes[:-2])
+    return shared + sizes[-2], shared + sizes[-1]
 
 
 def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
@@ -480,21 +474,20 @@ def train_preference(
     items = preference_items(model, preferences, preference_settings, rehearsal)
     if on_items is not None:
         on_items(items)
-    tolerance = same_model_tolerance(model)
+    first = [preferences[index] for index in global_batch(len(items), 0, settings) if index < len(preferences)]
+    dtype = model.decoder.head_weight.dtype
     dropout = drops(model)
     if dropout:  # then the first step says nothing of the start: its pairs are looked at without
-        first = [place for place in global_batch(len(items), 0, settings) if place < len(preferences)]
-        check_references(model, [preferences[place] for place in first], settings.token_budget, features)
+        check_references(model, first, settings.token_budget, features)
 
     def check_start(metrics: Metrics) -> None:
         refuse_certainty(metrics)
-        if metrics["step"] == 0 and not dropout and metrics.get("max_drift", 0.0) > tolerance:
-            raise SrcfastError(
-                "before the first update the policy must equal its reference, but a stored log-probability "
-                f"is off by {metrics['max_drift']:.2e} of its size (mean margin {metrics['margin']:.2e}; "
-                f"rounding makes at most {tolerance:.0e}). Mend: compute the reference again with this base "
-                "and adapter"
-            )
+        if metrics["step"] != 0 or dropout or "max_drift" not in metrics:
+            return
+        found = Drift(math.sqrt(metrics["mean_square_drift"]), metrics["max_drift"], 2 * len(first), dtype)
+        if not found.is_rounding:
+            check_references(model, first, settings.token_budget, features)  # names the pair
+            raise _not_the_reference(found, "", "stored log-probabilities are others")
 
     return train(
         model,
@@ -522,18 +515,29 @@ def check_references(
     """
     for preference in preferences:
         _refuse_reference_above_0(preference)
-    tolerance = same_model_tolerance(model)
     found = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
+    drifts, words = [], []
     for stored, exact in zip(preferences, found, strict=True):
-        for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
+        for side in ("chosen", "rejected"):
+            field = f"reference_{side}_logprob"
             value, own = getattr(stored, field), getattr(exact, field)
-            if not drift(value, own) <= tolerance:
-                raise SrcfastError(
-                    f"sample {stored.sample_id}: before the first update the policy must equal its reference, but {field} "
-                    f"is stored as {value:.6g} and is {own:.6g} (rounding makes at most {tolerance:.0e} of it). Mend: compute "
-                    "the reference again with this base and adapter: leave these fields out; in a calibration: another run, with "
-                    "dpo.reuse_generation_logprobs=false"
-                )
+            drifts.append(drift(value, own, len(model.encode_response(getattr(stored, side)))))
+            words.append((f"sample {stored.sample_id}: ", f"{field} is stored as {value:.6g} and is {own:.6g}"))
+    whole = drift_of(drifts, model.decoder.head_weight.dtype)
+    if whole is not None and not whole.is_rounding:
+        raise _not_the_reference(whole, *words[int(np.argmax(drifts))])
+
+
+def _not_the_reference(found: Drift, sample: str, worst: str) -> SrcfastError:
+    """The error; `sample` and `worst` name the response that differs most."""
+    return SrcfastError(
+        f"{sample}before the first update the policy must equal its reference, but {worst}. Over {found.responses} responses "
+        f"their log-probabilities differ by {found.root_mean_square:.2e} nats a root token, the worst by {found.greatest:.2e} "
+        f"(rounding makes at most {most_drift(found.dtype, found.responses):.1e}, of one response "
+        f"{most_drift(found.dtype, 1):.1e}). Mend: compute the reference again with this base and adapter: leave "
+        "reference_chosen_logprob and reference_rejected_logprob out; in a calibration: another run, with "
+        "dpo.reuse_generation_logprobs=false"
+    )
 
 
 def _check_reference(preference: Preference, expected_hash: str) -> None:

@@ -16,7 +16,8 @@ from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.runtime.training import Features
-from srcfast.stages.preference import drift, reference_logprobs, same_model_tolerance
+from srcfast.stages.drift import drift, drift_of, most_drift
+from srcfast.stages.preference import reference_logprobs
 
 RECHECKED = 16  # pairs at least
 RECHECKED_SHARE = 0.05
@@ -31,8 +32,10 @@ class Takeover:
         eligible: pairs of which both responses are candidates' very tokens, after the same prompt.
         rechecked: of these, computed exactly.
         reused: of these, taken over.
-        disagreement: the greatest difference among the rechecked, as a share of 1 + |log-probability|; None without any.
-        tolerance: the greatest at which the others are taken over.
+        disagreement: of the rechecked, the root of the mean square of what `stages/drift.py` measures, nats a root token;
+            None without any.
+        tolerance: the greatest at which the others are taken over; None without any.
+        worst: the greatest of a single response, which is bounded, too; None without any.
     """
 
     pairs: int
@@ -40,7 +43,8 @@ class Takeover:
     rechecked: int
     reused: int
     disagreement: float | None
-    tolerance: float
+    tolerance: float | None
+    worst: float | None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -71,7 +75,6 @@ def references_from_candidates(
         seed: of the part that is rechecked.
         logprobs: computes those that are not taken over.
     """
-    tolerance = same_model_tolerance(model)
     known: list[tuple[float, float] | None] = []
     for sample_id, pairs in groupby(preferences, key=lambda pair: pair.sample_id):
         own = {candidate.id: candidate for candidate in candidates.get(sample_id) or ()}
@@ -97,10 +100,12 @@ def references_from_candidates(
     computed = sorted({*range(len(preferences))} - {*eligible} | {*rechecked})
     if computed:
         compute(computed)
-    differences = [_difference(done[index], known[index]) for index in rechecked]
-    disagreement = max(differences, default=None)
+    found = drift_of(
+        [one for index in rechecked for one in _drifts(model, done[index], known[index])],
+        model.decoder.head_weight.dtype,
+    )
     left = sorted({*eligible} - {*rechecked})
-    agreed = disagreement is not None and disagreement <= tolerance
+    agreed = found is not None and found.is_rounding
     if left and not agreed:
         compute(left)
     elif left:
@@ -113,7 +118,16 @@ def references_from_candidates(
                 preferences[index], reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra
             )
     reused = len(left) if agreed else 0
-    return done, Takeover(len(preferences), len(eligible), count, reused, disagreement, tolerance)
+    report = Takeover(
+        pairs=len(preferences),
+        eligible=len(eligible),
+        rechecked=count,
+        reused=reused,
+        disagreement=None if found is None else found.root_mean_square,
+        tolerance=None if found is None else most_drift(found.dtype, found.responses),
+        worst=None if found is None else found.greatest,
+    )
+    return done, report
 
 
 def _known(
@@ -131,8 +145,9 @@ def _known(
     return found[0], found[1]
 
 
-def _difference(pair: Preference, known: tuple[float, float] | None) -> float:
+def _drifts(model: Any, pair: Preference, known: tuple[float, float] | None) -> list[float]:
+    """Of the chosen and of the rejected response."""
     chosen, rejected = pair.reference_chosen_logprob, pair.reference_rejected_logprob
     assert known is not None and chosen is not None and rejected is not None
-    sides = zip(known, (chosen, rejected), strict=True)
-    return max(drift(own, exact) for own, exact in sides)
+    lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
+    return [drift(own, exact, size) for own, exact, size in zip(known, (chosen, rejected), lengths, strict=True)]
