@@ -23,6 +23,7 @@ from srcfast.plan import forecast_stage
 from srcfast.runtime.activations import ForestSizes
 from srcfast.runtime.memory import memory_of
 from srcfast.runtime.training import TrainingSettings, train
+from srcfast.stages.drift import most_drift
 from srcfast.stages.preference import (
     PreferenceSettings,
     loss_rows,
@@ -90,7 +91,7 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
 
     def on_step(metrics: dict[str, Any]) -> None:
         rows.append(metrics)
-        case.store(first_step=rows[0], steps=len(rows))
+        case.store(first_step=rows[0], most_drift=most_drift(model.decoder.head_weight.dtype, 1), steps=len(rows))
 
     free()
     train(  # not `train_preference`, whose check of the first step would end a case that drifts
