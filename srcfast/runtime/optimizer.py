@@ -21,6 +21,7 @@ from srcfast.errors import ConfigError, InputError
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 CODE_BOOKS = "qmap"  # of 8-bit moments, constants: no state
+SMALLEST_IN_8_BITS = 4096  # weights; the moments of fewer are kept in 32 bits
 
 
 class AdamW:
@@ -36,7 +37,7 @@ class AdamW:
 
     Raises:
         InputError: no parameter, or several dtypes or devices.
-        ConfigError: the optimizer's package can't be imported, or does not take the parameters' dtype.
+        ConfigError: the optimizer's package can't be imported, or can't update such parameters on their device.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class AdamW:
         if name == "adamw":
             self._update = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
         else:
-            self._update = _bitsandbytes(name, self.weights.dtype)(groups, betas=betas, eps=epsilon)
+            self._update = _bitsandbytes(name, self.weights)(groups, betas=betas, eps=epsilon)
         self.skips_on_device = name == "adamw"  # whether `step` takes `finite`
 
     def zero_grad(self) -> None:
@@ -161,8 +162,8 @@ class AdamW:
         return [parameter for group in self._update.param_groups for parameter in group["params"]]
 
 
-def _bitsandbytes(name: OptimizerName, dtype: torch.dtype) -> Any:
-    """bitsandbytes' class. Raises ConfigError where it can't be imported, or can't take the dtype."""
+def _bitsandbytes(name: OptimizerName, weights: Tensor) -> Any:
+    """bitsandbytes' class. Raises ConfigError where it can't be imported, or can't update such weights on their device."""
     if name not in BITSANDBYTES:
         raise ConfigError(f"optimizer: expected adamw or one of {', '.join(BITSANDBYTES)}, found {name!r}")
     try:
@@ -172,9 +173,29 @@ def _bitsandbytes(name: OptimizerName, dtype: torch.dtype) -> Any:
             f"optimizer {name}: expected the package bitsandbytes, which can't be imported ({type(error).__name__}: {error}). "
             "Mend: pip install bitsandbytes, or optimizer=adamw"
         ) from error
-    if dtype == torch.float64:
+    if weights.dtype == torch.float64:
         raise ConfigError(f"optimizer {name}: expected trainable weights in fp32, fp16 or bf16, found fp64")
-    return getattr(bitsandbytes.optim, BITSANDBYTES[name])
+    made = getattr(bitsandbytes.optim, BITSANDBYTES[name])
+    if weights.is_cuda:
+        _try_update(name, made, weights)
+    return made
+
+
+def _try_update(name: OptimizerName, made: Any, weights: Tensor) -> None:
+    """One update of weights made for it. Where bitsandbytes' CUDA library does not load, or has no code for this GPU, its
+    import succeeds, and the first update fails, which would be after the first forward and backward pass. Raises ConfigError.
+    """
+    tried = nn.Parameter(weights.new_zeros(SMALLEST_IN_8_BITS))
+    tried.grad = torch.zeros_like(tried)
+    try:
+        made([tried], lr=1e-3).step()
+        torch.cuda.synchronize(weights.device)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ConfigError(
+            f"optimizer {name}: expected a CUDA library of bitsandbytes that runs on {weights.device}, found {reason} "
+            "Mend: see `python -m bitsandbytes`, or optimizer=adamw"
+        ) from error
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:

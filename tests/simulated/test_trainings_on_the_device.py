@@ -16,11 +16,12 @@ import torch
 from small_trainings import Case, Trained, assert_alike, train_on
 
 from srcfast.data.records import Sample
+from srcfast.errors import ConfigError
+from srcfast.runtime.optimizer import AdamW, OptimizerName
 from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.world.checkpoints import new_lvlm, train_tokenizer
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
-from srcfast_kernels.nf4_linear import why_not_fused
 
 pytestmark = pytest.mark.simulated
 # Each two values of two settings meet in a case.
@@ -79,14 +80,31 @@ def test_each_two_values_of_two_settings_meet_in_a_case() -> None:
 def test_a_training_gives_the_cpus_numbers_and_leaves_no_memory(
     case: Case, samples: list[Sample], on_cpu: Any, nothing_stays: None
 ) -> None:
-    if case.optimizer != "adamw" and (reason := why_not_fused()) is not None:
-        pytest.skip(f"bitsandbytes: {reason}")
+    if case.optimizer != "adamw":
+        pytest.importorskip("bitsandbytes")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours = train_on("cuda", samples, case)
     assert len(ours.history) == 3
     assert torch.cuda.max_memory_allocated() > before + (2 << 20)  # it was there that the model lay
     assert_alike(ours, on_cpu(case.numbers()), case.dtype)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_an_optimizer_whose_library_does_not_load_is_refused_before_the_first_step(
+    name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where bitsandbytes finds no library for the CUDA version: its import succeeds, each call of a kernel raises."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA Setup failed: no library for this CUDA version.\nMuch advice.")
+
+    for function in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+        monkeypatch.setattr(bitsandbytes.functional, function, missing)
+    weights = torch.nn.Parameter(torch.zeros(8, 8, device="cuda"))
+    with pytest.raises(ConfigError, match=f"optimizer {name}: .*no library for this CUDA version.*optimizer=adamw"):
+        AdamW([weights], name=name)
 
 
 class Killed(Exception):
