@@ -11,13 +11,14 @@ the steps between them.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ _STATE: Mapping[str, tuple[type, ...]] = {
 }
 _NAME = re.compile(r"step-\d{8,}")
 # Settings that change no number of a training: it may continue with others, after running out of memory for instance.
+# What names the items in checkpoints of srcfast 0.1: a hash that held their classes' names. These are still accepted.
+BEFORE = "items as srcfast 0.1 named them"
 _NO_MATTER = ("loader_workers", "activation_checkpointing", "deterministic")
 
 
@@ -97,6 +100,7 @@ class TrainingCheckpoints:
             self._identity = identity_of(self.settings, loop, items, optimizer.weights)
             distributed.meet()
             found = load_training(self.directory, self._identity)
+            self._identity = {key: value for key, value in self._identity.items() if key != BEFORE}
             return None if found is None else found.step
 
         if not distributed.is_main():
@@ -178,18 +182,50 @@ def identity_of(
         InputError: an image can't be read.
     """
     print_of = cache(image_print)  # each file is read once
-    digest = hashlib.sha256()
+    digest, before = hashlib.sha256(), hashlib.sha256()
     for item in items:
         distributed.alive()
-        for segment in item.tree.segments:
-            digest.update(np.array([segment.parent, segment.tokens.size]).tobytes() + segment.tokens.tobytes())
         images = item.tree.images
         if item.images is not None:
             images = tuple(print_of(file, name) for file, name in zip(images, item.images, strict=True))
-        digest.update(repr((images, item.tree.key, item.meta)).encode())
+        for segment in item.tree.segments:
+            before.update(np.array([segment.parent, segment.tokens.size]).tobytes() + segment.tokens.tobytes())
+        before.update(repr((images, item.tree.key, item.meta)).encode())
+        segments = [(segment.parent, segment.tokens) for segment in item.tree.segments]
+        named = named_values([segments, images, item.tree.key, item.meta])
+        digest.update(json.dumps(named, sort_keys=True).encode() + b"\n")
     return plain(
-        {"stage": settings, "loop": loop, "items": digest.hexdigest(), "starting weights": weights_hash(weights)}
+        {
+            "stage": settings,
+            "loop": loop,
+            "items": digest.hexdigest(),
+            "starting weights": weights_hash(weights),
+            BEFORE: before.hexdigest(),
+        }
     )
+
+
+def named_values(value: Any) -> Any:
+    """A value as JSON: dataclasses by their fields' names and not their own, tensors and arrays by dtype, shape and SHA-256.
+
+    Raises:
+        TypeError: a value of another kind, whose text may differ from one process or release to the next.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if is_dataclass(value):
+        return {one.name: named_values(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): named_values(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [named_values(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), weights_hash(value)]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    raise TypeError(f"a training item's meta: expected numbers, text, tensors or dataclasses of these, found {value!r}")
 
 
 def image_print(file: str | Path, name: str) -> str:
@@ -298,6 +334,8 @@ def _check_hash(file: Path, expected: str) -> None:
 
 def _refuse_foreign(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     old, new = flat(dict(stored)), flat(dict(wanted))
+    if old.get("items") == (before := new.pop(BEFORE, None)):  # saved by srcfast 0.1
+        new["items"] = before
     changed = [key for key in new | old if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _NO_MATTER]
     if changed:
         key = changed[0]

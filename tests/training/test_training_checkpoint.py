@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_model import SmallModel, response_items
 
+from srcfast.data.jsonl import file_hash
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.models.lora import LoRAConfig
 from srcfast.runtime import interrupt
 from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.runtime.training_checkpoint import BEFORE, TrainingCheckpoints, identity_of
 from srcfast.stages.rationale import rationale_loss, response_tokens
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
@@ -182,3 +185,52 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected room and permission.*Mend"):
         trained(tmp_path / "file" / "checkpoint", steps=1)
+
+
+# Whose training it is ----------------------------------------------------------------------------------------------
+
+
+def made(name: str, *columns: tuple[str, Any]) -> Any:
+    """An instance of a dataclass of this name with these (field, value)."""
+    return make_dataclass(name, [field for field, _ in columns], frozen=True)(*(value for _, value in columns))
+
+
+def items_hash(meta: Any) -> str:
+    item = replace(response_items(1)[0], meta=meta)
+    return identity_of({}, {}, [item], torch.zeros(3))["items"]
+
+
+def test_items_are_named_by_their_fields_and_not_by_the_names_of_their_classes() -> None:
+    weight, confidence = ("weight", 0.5), ("confidence", 0.25)
+    first = items_hash(made("PairMeta", weight, confidence))
+    assert items_hash(made("Renamed", weight, confidence)) == first
+    assert items_hash(made("PairMeta", weight, ("confidence", 0.5))) != first
+    assert items_hash(made("PairMeta", weight, ("certainty", 0.25))) != first
+
+
+def test_every_number_of_a_long_array_counts() -> None:
+    # An array's own text leaves out its middle.
+    values = np.zeros(5000)
+    changed = values.copy()
+    changed[2500] = 1.0
+    assert repr(values) == repr(changed)
+    assert items_hash((values,)) != items_hash((changed,))
+    assert items_hash(torch.from_numpy(values)) != items_hash(torch.from_numpy(changed))
+    assert items_hash(torch.zeros(4)) != items_hash(torch.zeros(2, 2))
+
+
+def test_what_cannot_be_named_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected numbers, text, tensors or dataclasses"):
+        items_hash(object())
+
+
+def test_a_checkpoint_of_the_first_release_goes_on(tmp_path: Path) -> None:
+    stop_after(1, tmp_path)
+    for file in tmp_path.glob("step-*/state.json"):
+        state = json.loads(file.read_text())
+        state["identity"]["items"] = identity_of({}, {}, response_items(5), torch.zeros(3))[BEFORE]
+        file.write_text(json.dumps(state))
+        (file.parent / "COMPLETE").write_text(json.dumps({"state.json": file_hash(file)}))
+    steps: list[int] = []
+    trained(tmp_path, on_step=lambda metrics: steps.append(metrics["step"]))
+    assert steps == [2, 3]
