@@ -90,7 +90,10 @@ setup(
         "srcfast_kernels": "kernels/srcfast_kernels",
         "srcfast_benchmarks": "benchmarks",
     },
-    package_data={"srcfast": ["presets/*.yaml", "world/*.yaml", "world/assets/*/*"], "srcfast_benchmarks": ["*.yaml"]},
+    package_data={
+        "srcfast": ["config/presets/*.yaml", "world/*.yaml", "world/assets/*/*"],
+        "srcfast_benchmarks": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA
         'triton>=3.6,<3.10; sys_platform == "linux"',
@@ -106,5 +109,5 @@ setup(
     extras_require=EXTRAS,
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
-    entry_points={"console_scripts": ["srcfast = srcfast.cli:app"]},
+    entry_points={"console_scripts": ["srcfast = srcfast.cli.app:app"]},
 )

@@ -21,9 +21,9 @@ import numpy as np
 import typer
 
 from srcfast.calibrate import Calibration, calibrate
-from srcfast.config import load_config
+from srcfast.config.settings import load_config
 from srcfast.data.jsonl import read_jsonl, write_json
-from srcfast.runtime.run_directory import environment
+from srcfast.run.directory import environment
 from srcfast.stages.evaluation import bootstrap_interval
 from srcfast.stages.headroom import recovered
 

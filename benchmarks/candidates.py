@@ -60,7 +60,7 @@ def read_samples(folder: Path) -> list[Sample]:
 
 def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     """Sentence-level beam search."""
-    from srcfast.runtime.beam_search import BeamSettings
+    from srcfast.generation.beam_search import BeamSettings
     from srcfast.stages.candidates import generate_candidates
 
     count, most = shape["candidates"], shape["most_tokens"]
@@ -83,8 +83,8 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
 
 def srcfast_sampling(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     """Independent samples, as transformers gives them."""
+    from srcfast.generation.generate import sample_responses
     from srcfast.models.lora import folded_lora
-    from srcfast.runtime.generation import sample_responses
     from srcfast.stages.candidates import prompts_of
 
     def write(model: Any, samples: list[Sample], features: Any, seed: int) -> int:

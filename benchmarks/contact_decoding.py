@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srcfast.config import Config, load_config
+from srcfast.config.settings import Config, load_config
 from srcfast.data.records import Sample
+from srcfast.memory.flops import decode_flops, peak_flops
+from srcfast.memory.model_sizes import ModelSizes, memory_of
+from srcfast.memory.plan import Lengths, forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
-from srcfast.plan import Lengths, forecast_stage
-from srcfast.runtime.flops import decode_flops, peak_flops
-from srcfast.runtime.memory import ModelSizes, memory_of
-from srcfast.runtime.telemetry import track
+from srcfast.run.progress import track
 from srcfast.stages import pieces
 from srcfast.stages.candidates import prompts_of
 from srcfast.stages.rationale import image_loader

@@ -15,8 +15,8 @@ import torch
 
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import generate_candidates, prompts_of
+from srcfast.stages.dpo import response_logprobs
 from srcfast.stages.drift import drift, drift_of, most_drift
-from srcfast.stages.preference import response_logprobs
 from srcfast.stages.rationale import image_loader
 from srcfast_benchmarks.contact_decoding import (
     ENDINGS,

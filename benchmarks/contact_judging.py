@@ -13,10 +13,10 @@ import torch
 from srcfast.data.forest import Forest
 from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
+from srcfast.memory.activations import ForestSizes
+from srcfast.memory.flops import forward_flops, peak_flops
+from srcfast.memory.model_sizes import Shapes
 from srcfast.models.scorer import ALONE, Scorer, all_pairs
-from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.flops import forward_flops, peak_flops
-from srcfast.runtime.memory import Shapes
 from srcfast.stages.scoring import sample_reference, score_candidates
 from srcfast_benchmarks.contact_model import random_scorer, write_directory
 from srcfast_benchmarks.contact_part import Case, Cases

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from srcfast.runtime.allocator import VARIABLES
-from srcfast.runtime.attention import available_backends
-from srcfast.runtime.run_directory import environment, version
+from srcfast.attention.forest_attention import available_backends
+from srcfast.memory.allocator import VARIABLES
+from srcfast.run.directory import environment, version
 from srcfast_benchmarks.harness import PEERS
 from srcfast_kernels import native
 

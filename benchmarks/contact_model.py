@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.models.checkpoint import WEIGHTS, read_config
 from srcfast.models.decoder import Decoder
@@ -25,7 +26,6 @@ from srcfast.models.quantized import NF4Linear
 from srcfast.models.scorer import Scorer
 from srcfast.models.text_model import TextModel, build_decoder, load_tokenizer
 from srcfast.models.vision import Vision
-from srcfast.runtime.attention import forest_attend
 from srcfast_benchmarks.contact_results import Context
 from srcfast_benchmarks.random_models import (
     CONSTANT,
@@ -65,7 +65,7 @@ class Models:
         return self._model
 
     def words(self, quantize: str, r: int) -> list[str]:
-        """The model's settings as `key=value` words, for `srcfast.config.load_config`."""
+        """The model's settings as `key=value` words, for `srcfast.config.settings.load_config`."""
         model = f"model={{path: '{self.directory}', dtype: {self.shape.dtype}, device: cuda, quantize: {quantize}}}"
         return [model, f"lora={{r: {r}, alpha: {2 * r}}}"]
 

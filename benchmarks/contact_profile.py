@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from srcfast.runtime.profiling import summarise
+from srcfast.training.profiler import summarise
 
 GIB = 2**30
 

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srcfast.config import load_config
+from srcfast.config.settings import load_config
 from srcfast.data.forest import Forest
 from srcfast.data.records import Preference
+from srcfast.memory.activations import ForestSizes
+from srcfast.memory.model_sizes import memory_of
+from srcfast.memory.plan import forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
-from srcfast.plan import forecast_stage
-from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.memory import memory_of
-from srcfast.runtime.training import TrainingSettings, train
-from srcfast.stages.drift import most_drift
-from srcfast.stages.preference import (
+from srcfast.stages.dpo import (
     PreferenceSettings,
     loss_rows,
     pair_denominator,
@@ -33,7 +31,9 @@ from srcfast.stages.preference import (
     preference_trees,
     reference_logprobs,
 )
+from srcfast.stages.drift import most_drift
 from srcfast.stages.rationale import image_loader
+from srcfast.training.loop import TrainingSettings, train
 from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases
 from srcfast_benchmarks.contact_profile import GIB, LastStep, peaks

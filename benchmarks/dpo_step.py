@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from srcfast.data.batching import global_batch
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.records import Preference
-from srcfast.runtime.training import TrainingSettings, global_batch
+from srcfast.training.loop import TrainingSettings
 from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.random_models import (
     LLAVA_7B,
@@ -108,7 +109,7 @@ def srcfast(
     shape: Shape, folder: Path, device: str, watch: Watch, *, computed: bool = False, checkpointing: int = 0
 ) -> None:
     from srcfast.models import ImageFeatures
-    from srcfast.stages.preference import PreferenceSettings, reference_logprobs, train_preference
+    from srcfast.stages.dpo import PreferenceSettings, reference_logprobs, train_preference
     from srcfast.stages.rationale import image_loader
 
     model, settings = load_policy(shape, folder, device), settings_of(shape, checkpointing)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srcfast.runtime.allocator import allocator_variables
+from srcfast.memory.allocator import allocator_variables
 from srcfast_benchmarks.contact_page import write_page
 from srcfast_benchmarks.contact_part import LOST
 from srcfast_benchmarks.contact_results import ROOT, TAIL, Context, Result, commit_of, read, sources_hash

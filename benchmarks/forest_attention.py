@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.attention.forest_attention import forest_attention
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.runtime.attention import forest_attention
 from srcfast_benchmarks.harness import Benchmark, Inputs, Run, Shape, main, normal
 
 # trees of a prompt and children: pairs of preference tuning, and a sample's candidates.

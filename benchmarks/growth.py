@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from srcfast.data.collector import no_full_passes
-from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.in_order import samples_in_order
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.data.readers import read_preferences, read_samples
@@ -41,7 +41,7 @@ from srcfast.report.gallery import MOST_CARDS as GALLERY
 from srcfast.report.page import write_report
 from srcfast.stages.curation import CurationSettings, curate
 from srcfast.stages.evaluation import Counts, Prediction, summarise
-from srcfast.stages.scoring import samples_in_order
+from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast_benchmarks.harness import RESULTS, resident, write_csv
 
 SIZES = (1_000, 10_000, 100_000)

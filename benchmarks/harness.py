@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from srcfast.memory.allocator import allocator_variables
 from srcfast.report.plots import can_plot
-from srcfast.runtime.allocator import allocator_variables
-from srcfast.runtime.run_directory import environment, version
+from srcfast.run.directory import environment, version
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = (

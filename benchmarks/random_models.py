@@ -30,7 +30,7 @@ from transformers import (
 
 from srcfast.data.jsonl import write_jsonl
 from srcfast.data.records import Preference, Sample
-from srcfast.world.checkpoints import train_tokenizer
+from srcfast.recipes.base_checkpoint import train_tokenizer
 
 CONSTANT = 1.0  # what the held dimension of the residual stream is, and
 GAIN = 4.0  # what the last norm makes of it, on average: the head's column there, times this, is a bias on the logits

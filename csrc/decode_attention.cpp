@@ -1,5 +1,5 @@
 // A decoding step's attention on the CPU in fp32: each row's newest position joins its own keys and values, then its queries see its
-// sample's prompt and these under one softmax. As srcfast/runtime/slot_cache.py defines it; no row pays for another's length.
+// sample's prompt and these under one softmax. As srcfast/generation/kv_cache.py defines it; no row pays for another's length.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

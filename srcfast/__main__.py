@@ -1,5 +1,5 @@
 """`python -m srcfast`."""
 
-from srcfast.cli import app
+from srcfast.cli.app import app
 
 app()

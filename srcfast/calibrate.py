@@ -3,7 +3,7 @@
 Every stage reads files of the run directory and writes files there. A stage that is finished is never run again: the same
 command continues a run that was stopped. On several ranks all go through all stages together; what a run has once (its
 settings, manifest, metrics, adapters, summary, page) rank 0 writes. How stages read what others have written is in
-`stages.run_records`, what a finished run comes to in `stages.summary`.
+`run.artifacts`, what a finished run comes to in `report.summary`.
 """
 
 from __future__ import annotations
@@ -17,38 +17,29 @@ from typing import Any
 
 import torch
 
-from srcfast.config import Config
+from srcfast import distributed
+from srcfast.config.settings import Config
+from srcfast.data.batching import num_steps
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
-from srcfast.loading import (
-    EvaluationSet,
-    Policy,
-    draw_round,
-    load_judge,
-    rationale_pairs,
-    read_evaluation_sets,
-    read_training_samples,
-)
+from srcfast.memory.measure import measured
+from srcfast.memory.plan import forecast_items, forecast_stage, out_of_memory_is_met
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import save_adapter
 from srcfast.models.scorer import Scorer
-from srcfast.plan import forecast_items, forecast_stage, out_of_memory_is_met
-from srcfast.replay import kept_if_not_finite
 from srcfast.report.gallery import image_names
 from srcfast.report.page import write_report
-from srcfast.runtime import distributed
-from srcfast.runtime.measure import measured
-from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.run_directory import RunDirectory, alone_in
-from srcfast.runtime.telemetry import Track, peak_rss_bytes, track
-from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.runtime.work_list import Parts
+from srcfast.report.summary import gallery_of, summary_of
+from srcfast.run.artifacts import RunRecords
+from srcfast.run.chunks import Parts
+from srcfast.run.directory import RunDirectory, alone_in
+from srcfast.run.progress import Track, peak_rss_bytes, track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import diversity
 from srcfast.stages.curation import curate
+from srcfast.stages.dpo import train_preference
 from srcfast.stages.evaluation import summarise, write_predictions
 from srcfast.stages.headroom import headroom_samples, measure_headroom, with_next
 from srcfast.stages.pieces import (
@@ -58,11 +49,21 @@ from srcfast.stages.pieces import (
     references_in_pieces,
     scores_in_pieces,
 )
-from srcfast.stages.preference import train_preference
+from srcfast.stages.policy import (
+    EvaluationSet,
+    Policy,
+    draw_round,
+    load_judge,
+    rationale_pairs,
+    read_evaluation_sets,
+    read_training_samples,
+)
 from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.references import references_from_candidates
-from srcfast.stages.run_records import RunRecords
-from srcfast.stages.summary import gallery_of, summary_of
+from srcfast.stages.replay import kept_if_not_finite
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingItem, TrainingSettings
+from srcfast.training.profiler import StepProfiler
 
 
 def calibrate(config: Config, profile: range | None = None) -> Path:

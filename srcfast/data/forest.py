@@ -7,9 +7,9 @@ What defines it: every root-to-leaf path, run alone as an ordinary sequence, giv
     prompt -> {chosen, rejected}                    tokens   p p p p c c c r r
                                                     position 0 1 2 3 4 5 6 4 5
 
-Attention over it is one variable-length call (see `srcfast.runtime.attention`): queries are one block a
+Attention over it is one variable-length call (see `srcfast.attention.forest_attention`): queries are one block a
 segment, keys are gathered through `kv_index` (the ancestors, then the segment itself), causal and aligned
-bottom-right. `srcfast.runtime.varlen_plan` joins blocks, so that fewer keys are gathered.
+bottom-right. `srcfast.attention.varlen_plan` joins blocks, so that fewer keys are gathered.
 """
 
 from __future__ import annotations

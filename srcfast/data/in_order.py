@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Generic, TypeVar
+
+from srcfast.data.records import Candidate
+from srcfast.errors import InputError
 
 Value = TypeVar("Value")
 
@@ -33,3 +37,35 @@ class InOrder(Generic[Value]):
         """What nobody asked for."""
         yield from self._kept.items()
         yield from self._pairs
+
+
+def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    """Candidates as the shards hold them, one after the other, by their sample's id."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.sample_id, []).append(candidate)
+    return groups
+
+
+def samples_in_order(candidates: Iterable[Candidate]) -> InOrder[list[Candidate]]:
+    """`group_by_sample` while they are read: for samples that are asked for in the shards' order.
+
+    Raises (when it comes to it):
+        InputError: a sample's candidates are not one after the other.
+    """
+    return InOrder(_groups(candidates))
+
+
+def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
+    seen: set[str] = set()
+    for sample_id, own in groupby(candidates, key=lambda one: one.sample_id):
+        if sample_id in seen:
+            raise InputError(
+                sample_id=sample_id,
+                field="sample_id",
+                expected="a sample's candidates one after the other",
+                found="some of them behind another sample's",
+                mend="sort the candidates by sample",
+            )
+        seen.add(sample_id)
+        yield sample_id, list(own)

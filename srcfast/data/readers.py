@@ -43,8 +43,8 @@ def read_samples(
     """Read samples; what is wrong with the others is appended to `rejected`, as `rejected.jsonl` keeps it.
 
     Args:
-        path: the file; for easy_vqa the split, "train" or "test".
-        format: jsonl | llava | vlmeval_tsv | easy_vqa.
+        path: the file.
+        format: jsonl | llava | vlmeval_tsv.
         image_root: folder that image paths are relative to.
         check_images: decode every image once now, so that a broken one is set aside instead of met hours later.
         image_output: where a TSV's base64 images are written (default: a folder beside the TSV).
@@ -58,12 +58,8 @@ def read_samples(
         found = _llava_samples(path, image_root)
     elif format == "vlmeval_tsv":
         found = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
-    elif format == "easy_vqa":
-        from srcfast.data.easy_vqa import read_easy_vqa
-
-        return read_easy_vqa(str(path))
     else:
-        raise InputError(file=path, field="format", expected="jsonl, llava, vlmeval_tsv or easy_vqa", found=format)
+        raise InputError(file=path, field="format", expected="jsonl, llava or vlmeval_tsv", found=format)
     return _keep_good(_with_unique_ids(found, path), path, rejected, check_images and format != "vlmeval_tsv")
 
 

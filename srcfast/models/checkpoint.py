@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from srcfast.data.jsonl import naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
-from srcfast.runtime.sharded import keep
+from srcfast.models.sharding import keep
 from srcfast_kernels import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, nf4_from_state_dict
 

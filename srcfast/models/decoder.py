@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from srcfast.attention.forest_attention import Attend
 from srcfast.errors import InputError
 from srcfast.models.lora import project, project_swiglu
-from srcfast.runtime.attention import Attend
 from srcfast_kernels import rms_norm, rope
 
 

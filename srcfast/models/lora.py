@@ -18,7 +18,7 @@ from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.quantized import NF4Linear
-from srcfast.runtime.sharded import is_sharded
+from srcfast.models.sharding import is_sharded
 from srcfast_kernels import swiglu
 from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
@@ -115,7 +115,7 @@ def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
     if keys is None:
         raise SrcfastError(
             "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Mend: train with "
-            "srcfast.runtime.training, or set model.decoder.dropout_keys to [T] int64 before each forest"
+            "srcfast.training.loop, or set model.decoder.dropout_keys to [T] int64 before each forest"
         )
     own = linear.adapted(x.dtype)
     low = dropout_product(x, keys, linear.number, linear.dropout, own.lora_a)  # [T, r]

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder
+from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
-from srcfast.runtime.attention import forest_attend
 from srcfast_kernels.transfers import send
 
-EMBEDDED = Path(__file__).parents[1] / "world" / "assets" / "base"
 # LLaVA-1.5's own template, for checkpoints that come without one.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
@@ -235,14 +235,14 @@ def load_lvlm(
             taken as it is. Weights are quantised one by one as they are read, on the device.
         dtype: of all other weights, and of the products.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
-        shard: share the decoder's layers out over the ranks, see `runtime.sharded`; all ranks then have to read it.
+        shard: share the decoder's layers out over the ranks, see `models.sharding`; all ranks then have to read it.
 
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
     """
     if quantize not in (None, "nf4"):
         raise InputError(field="quantize", expected="None or nf4", found=quantize)
-    path = EMBEDDED if str(path) == "embedded" else Path(path)
+    path = checkpoint_directory(path, "base")
     config = read_config(path)
     vision = Vision(config, path)
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)

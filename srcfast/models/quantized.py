@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from srcfast.runtime.sharded import keep
+from srcfast.models.sharding import keep
 from srcfast_kernels import NF4Weight, nf4_linear, nf4_quantize
 from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 
@@ -16,7 +16,7 @@ from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 class NF4Linear(nn.Module):
     """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set, but for a flat one.
 
-    With `flat`, codes and scales are one parameter, a row of fp32 words, which ranks can share out (`runtime.sharded`): FSDP2
+    With `flat`, codes and scales are one parameter, a row of fp32 words, which ranks can share out (`models.sharding`): FSDP2
     of PyTorch 2.11 takes no integers.
     """
 

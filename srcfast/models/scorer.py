@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
+from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.text_model import TextModel, chat_text, load_text_model
 from srcfast_kernels.transfers import send
 
@@ -249,8 +250,7 @@ def load_scorer(
         verdict_form: "choice" (first, tie, second) or "graded" (1 to 5).
         lora: an adapter's directory, or a LoRAConfig for a new adapter.
     """
-    if str(path) == "embedded":
-        path = Path(__file__).parents[1] / "world" / "assets" / "scorer"
+    path = checkpoint_directory(path, "scorer")
     return Scorer(load_text_model(path, dtype=dtype, device=device, lora=lora), verdict_form).to(device)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from srcfast import distributed
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
@@ -25,9 +27,7 @@ from srcfast.models.checkpoint import (
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
-from srcfast.runtime import distributed
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.sharded import shard_layers
+from srcfast.models.sharding import shard_layers
 from srcfast_kernels.transfers import send
 
 

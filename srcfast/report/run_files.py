@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srcfast.config.yaml import read_yaml
 from srcfast.data.jsonl import parse_json, parse_object, regular
-from srcfast.data.yaml_file import read_yaml
 from srcfast.errors import InputError
 from srcfast.report.shapes import Card, Settings, Step, Summary, check_shape
 

@@ -1,1 +1,1 @@
-"""What runs the models: attention, generation, training, the run directory."""
+"""Old names of modules, for one release."""

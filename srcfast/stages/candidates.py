@@ -10,15 +10,15 @@ import numpy as np
 
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
+from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.generate import Features, Generated, Prompt
 from srcfast.models.lora import folded_lora
-from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.generation import Features, Generated, Prompt
 from srcfast.stages.rationale import PromptEncoder, image_keys
 
 
 class Progress(Protocol):
-    """What `runtime.telemetry.track` gives."""
+    """What `run.progress.track` gives."""
 
     def advance(self, n: int = 1, tokens: int = 0) -> None: ...
 

@@ -16,9 +16,9 @@ from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.generate import Features, generate_greedy
 from srcfast.models.lora import folded_lora
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.generation import Features, generate_greedy
 from srcfast.stages.candidates import Progress, prompts_of
 from srcfast.world.oracle import CASES, Judgement, judge_sample
 

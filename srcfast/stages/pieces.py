@@ -1,4 +1,4 @@
-"""The stages that run a model over samples one by one, in pieces that are kept: see `runtime.work_list`.
+"""The stages that run a model over samples one by one, in pieces that are kept: see `run.chunks`.
 
 Each returns its parts; their rows, in order, are what the stage writes. A batch or a forest never reaches from one piece into the
 next, and images are encoded anew in each: what was computed beside a sample moves its numbers by rounding, and must not depend
@@ -20,16 +20,16 @@ from typing import Any
 
 from srcfast.data.forest import Forest
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.generation.beam_search import BeamSettings
 from srcfast.models import ImageFeatures
 from srcfast.models.scorer import Scorer
-from srcfast.runtime.beam_search import BeamSettings
-from srcfast.runtime.sharded import keep_in_step
-from srcfast.runtime.telemetry import Track
-from srcfast.runtime.work_list import BATCHES, Done, Parts, work_through
+from srcfast.models.sharding import keep_in_step
+from srcfast.run.chunks import BATCHES, Done, Parts, work_through
+from srcfast.run.progress import Track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import decoding_memory, generate_candidates
+from srcfast.stages.dpo import reference_logprobs, response_logprobs
 from srcfast.stages.evaluation import Prediction, answer_greedily, predict
-from srcfast.stages.preference import reference_logprobs, response_logprobs
 from srcfast.stages.rationale import PromptEncoder, image_keys
 from srcfast.stages.scoring import BLOCK, Mode, scored_rows
 

@@ -21,13 +21,13 @@ from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.images import load_image, resolve
 from srcfast.data.jsonl import read_jsonl
+from srcfast.data.logit_rows import places_of, response_rows
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.runtime.loss_rows import places_of, response_rows
-from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.training import Features, Metrics, TrainingItem, TrainingSettings, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints, image_print
+from srcfast.training.checkpoint import TrainingCheckpoints, image_print
+from srcfast.training.loop import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
 from srcfast_kernels.transfers import send
 

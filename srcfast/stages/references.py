@@ -15,9 +15,9 @@ from typing import Any
 from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.runtime.training import Features
+from srcfast.stages.dpo import reference_logprobs
 from srcfast.stages.drift import drift, drift_of, most_drift
-from srcfast.stages.preference import reference_logprobs
+from srcfast.training.loop import Features
 
 RECHECKED = 16  # pairs at least
 RECHECKED_SHARE = 0.05

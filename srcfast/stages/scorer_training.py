@@ -19,15 +19,15 @@ from torch import Tensor
 
 from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
 from srcfast.data.forest import Forest
+from srcfast.data.logit_rows import places_of
 from srcfast.data.rationale_format import Format, format_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
-from srcfast.runtime.loss_rows import places_of
-from srcfast.runtime.profiling import StepProfiler
-from srcfast.runtime.training import Loss, Metrics, TrainingItem, TrainingSettings, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.scoring import sample_reference
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import Loss, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import fetch, send
 
 Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,10 +17,10 @@ from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_shards
 from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
-from srcfast.errors import ConfigError, InputError
+from srcfast.errors import ConfigError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
-from srcfast.runtime.pipelining import behind
 from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
+from srcfast.training.pipelining import behind
 from srcfast_kernels import pairwise_verdict
 from srcfast_kernels.transfers import fetch, send
 
@@ -30,7 +30,7 @@ Results = Callable[[], list[dict[str, Any]]]  # one a sample; waits for the devi
 
 
 class Progress(Protocol):
-    """What `runtime.telemetry.track` gives."""
+    """What `run.progress.track` gives."""
 
     def advance(self, count: int, tokens: int = 0) -> None: ...
 
@@ -373,35 +373,3 @@ def _even_diagonal(matrix: np.ndarray, value: float) -> np.ndarray:
     filled = matrix.copy()
     np.fill_diagonal(filled, value)
     return filled
-
-
-def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    """Candidates as the shards hold them, one after the other, by their sample's id."""
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.sample_id, []).append(candidate)
-    return groups
-
-
-def samples_in_order(candidates: Iterable[Candidate]) -> InOrder[list[Candidate]]:
-    """`group_by_sample` while they are read: for samples that are asked for in the shards' order.
-
-    Raises (when it comes to it):
-        InputError: a sample's candidates are not one after the other.
-    """
-    return InOrder(_groups(candidates))
-
-
-def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
-    seen: set[str] = set()
-    for sample_id, own in groupby(candidates, key=lambda one: one.sample_id):
-        if sample_id in seen:
-            raise InputError(
-                sample_id=sample_id,
-                field="sample_id",
-                expected="a sample's candidates one after the other",
-                found="some of them behind another sample's",
-                mend="sort the candidates by sample",
-            )
-        seen.add(sample_id)
-        yield sample_id, list(own)

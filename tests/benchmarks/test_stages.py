@@ -72,8 +72,8 @@ def test_all_ways_do_the_same_work(name: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_random_model_writes_sentences_that_end(tmp_path: Path) -> None:
+    from srcfast.generation.beam_search import BeamSettings
     from srcfast.models import ImageFeatures, load_lvlm
-    from srcfast.runtime.beam_search import BeamSettings
     from srcfast.stages.candidates import generate_candidates
     from srcfast.stages.rationale import image_loader
 

@@ -22,7 +22,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `LlavaForConditionalGeneration` directory with random weights."""
-    from srcfast.world.checkpoints import new_lvlm, train_tokenizer
+    from srcfast.recipes.base_checkpoint import new_lvlm, train_tokenizer
 
     directory = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([WORDS] * 4, 320)
@@ -43,6 +43,6 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def srcfast() -> Callable[..., Result]:
     """`srcfast(*words)`: the command line; `.output` holds stdout and stderr."""
-    from srcfast.cli import app
+    from srcfast.cli.app import app
 
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])

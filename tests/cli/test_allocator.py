@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from srcfast.runtime.allocator import VARIABLES, allocator_variables
+from srcfast.memory.allocator import VARIABLES, allocator_variables
 
 # What a command has set when torch is imported, and what torch itself has read after it: a CPU build reads the same variables.
 CODE = """
 import os, sys
-from srcfast.cli import app
-from srcfast.runtime.allocator import VARIABLES
+from srcfast.cli.app import app
+from srcfast.memory.allocator import VARIABLES
 
 class AtImport:
     def find_spec(self, name, *rest):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from srcfast import calibrate
-from srcfast.cli import app
+from srcfast.cli.app import app
 from srcfast.data.jsonl import read_jsonl
 
 SETTINGS = """

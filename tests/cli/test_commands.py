@@ -18,8 +18,8 @@ from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from srcfast.commands import Source, read_preference_file
-from srcfast.config import Config
+from srcfast.cli.commands import Source, read_preference_file
+from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_shards
 from srcfast.errors import InputError
 
@@ -37,7 +37,7 @@ def test_help_is_quick() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'pydantic', 'numpy'}"
-    code = f"import sys, srcfast.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, srcfast.cli.app; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

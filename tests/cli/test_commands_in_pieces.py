@@ -15,9 +15,10 @@ from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from srcfast import commands
+from srcfast.cli import commands
 from srcfast.data.jsonl import read_shards, write_shards
-from srcfast.stages import pieces, preference
+from srcfast.stages import dpo as preference
+from srcfast.stages import pieces
 
 Srcfast = Callable[..., Result]
 

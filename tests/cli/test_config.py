@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srcfast.config import Config, known_keys, load_config
+from srcfast.config.settings import Config, known_keys, load_config
 from srcfast.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from click.testing import Result
 from safetensors.torch import load_file
 from shapes_7b import write_configs
 
-from srcfast.config import load_config
-from srcfast.plan import STAGES, Lengths, advice, forecast_stage, policy_sizes, with_setting
-from srcfast.runtime import distributed
+from srcfast import distributed
+from srcfast.config.settings import load_config
+from srcfast.memory.plan import STAGES, Lengths, advice, forecast_stage, policy_sizes, with_setting
 
 Srcfast = Callable[..., Result]
 GIB = 1024**3
@@ -85,7 +85,7 @@ def test_7b_shapes_have_the_parameters_that_their_authors_state(srcfast: Srcfast
 
 @pytest.mark.parametrize("memory", [12, 24, 80])
 def test_the_largest_token_budget_fits_and_a_larger_one_does_not(shapes_7b: tuple[Path, Path], memory: int) -> None:
-    from srcfast.plan import largest_value
+    from srcfast.memory.plan import largest_value
 
     config = settings_7b(shapes_7b, "model.quantize=nf4")
     largest = largest_value(config, "dpo.token_budget", "dpo", memory=memory * GIB)
@@ -194,7 +194,7 @@ def test_the_tables_name_stages_what_fits_and_what_to_change(srcfast: Srcfast, s
     ("text", "size"), [("12GiB", 12 * GIB), ("80 GB", 80 * 10**9), ("1.5k", 1500), ("500000", 500000)]
 )
 def test_sizes_are_read_in_both_systems(text: str, size: int) -> None:
-    from srcfast.runtime.memory import parse_bytes
+    from srcfast.units import parse_bytes
 
     assert parse_bytes(text) == size
 

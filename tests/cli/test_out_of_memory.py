@@ -13,13 +13,15 @@ import torch
 from click.testing import Result
 from made_rows import sentence, write_rows
 
-from srcfast import calibrate, commands, loading
-from srcfast.config import Config, load_config
+from srcfast import calibrate
+from srcfast.cli import commands
+from srcfast.config.settings import Config, load_config
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import OutOfMemory
+from srcfast.memory.plan import STAGES, forecast_stage, is_out_of_memory, largest_forest, out_of_memory_is_met
 from srcfast.models.lora import adapters, save_adapter
-from srcfast.plan import STAGES, forecast_stage, is_out_of_memory, largest_forest, out_of_memory_is_met
-from srcfast.runtime.training import TrainingSettings
+from srcfast.stages import policy as loading
+from srcfast.training.loop import TrainingSettings
 
 Srcfast = Callable[..., Result]
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.76 GiB"
@@ -161,7 +163,7 @@ def test_the_forecast_is_of_the_largest_forest_that_the_loop_makes() -> None:
     sizes = [rng.randint(10, 90) for _ in range(23)]
     loop = TrainingSettings(epochs=3, micro_batch_size=4, gradient_accumulation_steps=2, token_budget=200, seed=9)
     trees = [Tree((Segment(torch.zeros(size, dtype=torch.int64).numpy()),)) for size in sizes]
-    from srcfast.runtime.training import global_batch, num_steps
+    from srcfast.data.batching import global_batch, num_steps
 
     largest = max(
         forest.num_tokens

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from shapes_7b import write_configs
 
-from srcfast.config import PRESETS, Config, Preset, load_config
+from srcfast.config.settings import PRESETS, Config, Preset, load_config
 from srcfast.errors import ConfigError
-from srcfast.plan import STAGES, forecast_stage, largest_value, policy_stays
-from srcfast.runtime.memory import parse_bytes
+from srcfast.memory.plan import STAGES, forecast_stage, largest_value, policy_stays
+from srcfast.units import parse_bytes
 
 NAMES = get_args(Preset)
 
@@ -54,7 +54,7 @@ def test_what_is_there_is_used(name: str, shapes_7b: list[str]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tree_of_eight_candidates_can_be_judged_under_every_preset(name: str, shapes_7b: list[str]) -> None:
-    from srcfast.plan import Lengths, typical_tree
+    from srcfast.memory.plan import Lengths, typical_tree
 
     config = load_config(None, [f"preset={name}", *shapes_7b])
     assert typical_tree(config, "scores", Lengths()).num_tokens <= config.scorer.token_budget

@@ -13,18 +13,19 @@ from made_rows import preference_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 import srcfast.world
-from srcfast.config import load_config
+from srcfast.config.settings import load_config
+from srcfast.data.batching import global_batch
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.readers import read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
-from srcfast.loading import features_of, load_judge, load_model
 from srcfast.models.checkpoint import model_hash
-from srcfast.replay import kept_if_not_finite
-from srcfast.runtime.training import NotFinite, global_batch
-from srcfast.stages.preference import reference_logprobs, train_preference
+from srcfast.stages.dpo import reference_logprobs, train_preference
+from srcfast.stages.policy import features_of, load_judge, load_model
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.stages.replay import kept_if_not_finite
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
+from srcfast.training.loop import NotFinite
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.samples import world_samples
 

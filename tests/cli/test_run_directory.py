@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srcfast.config import Config, load_config
+from srcfast.config.settings import Config, load_config
 from srcfast.errors import ConfigError, InputError
-from srcfast.runtime import telemetry
-from srcfast.runtime.run_directory import RunDirectory
-from srcfast.runtime.telemetry import MetricsWriter, peak_rss_bytes, track
+from srcfast.run import progress as telemetry
+from srcfast.run.directory import RunDirectory
+from srcfast.run.progress import MetricsWriter, peak_rss_bytes, track
 
 
 def test_a_stage_is_done_once_it_is_finished_with_the_same_settings(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from srcfast.errors import SrcfastError
 from srcfast.models import lora
-from srcfast.runtime import training
-from srcfast.runtime.run_directory import RunDirectory, alone_in
+from srcfast.run.directory import RunDirectory, alone_in
+from srcfast.training import loop
 
 Srcfast = Callable[..., Result]
 STEPS = 6  # 6 pairs, one a step
@@ -75,18 +75,18 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_continues(
 
 KILLED_IN_STEP_3 = """
 import os, signal, sys
-from srcfast.cli import app
+from srcfast.cli.app import app
 from srcfast.models import lora
-from srcfast.runtime import training
+from srcfast.training import loop
 
-accumulate = training.accumulate
+accumulate = loop.accumulate
 
 def killed(model, step, *more):
     if step.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return accumulate(model, step, *more)
 
-training.accumulate = killed
+loop.accumulate = killed
 app(sys.argv[1:])
 """
 
@@ -102,13 +102,13 @@ def test_after_kill_9_a_training_goes_on_from_the_last_save(
     assert [path.name for path in (output / "checkpoint").glob("step-*")] == ["step-00000002"]
     (output / "checkpoint" / ".step-00000004.1234.tmp").mkdir()
     (output / ".metrics.jsonl.1234.tmp").touch()
-    begun, accumulate = [], training.accumulate
+    begun, accumulate = [], loop.accumulate
 
-    def noted(model: object, step: training.PackedStep, *more: Any) -> training.StepNumbers:
+    def noted(model: object, step: loop.PackedStep, *more: Any) -> loop.StepNumbers:
         begun.append(step.step)
         return accumulate(model, step, *more)
 
-    monkeypatch.setattr(training, "accumulate", noted)
+    monkeypatch.setattr(loop, "accumulate", noted)
     assert srcfast(*command).exit_code == 0
     assert begun == [2, 3, 4, 5]
     assert_whole(output, adapter_of(tmp_path / "whole"))
@@ -123,7 +123,7 @@ def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
         patched.setattr(lora, "save_adapter", lambda *arguments: signal.raise_signal(signal.SIGTERM))
         assert srcfast(*command).exit_code == 128 + signal.SIGTERM
     with monkeypatch.context() as patched:
-        patched.setattr(training, "accumulate", lambda *arguments: pytest.fail("a step was done again"))
+        patched.setattr(loop, "accumulate", lambda *arguments: pytest.fail("a step was done again"))
         assert srcfast(*command).exit_code == 0
     assert_whole(tmp_path / "stopped", adapter_of(tmp_path / "whole"))
 
@@ -131,7 +131,7 @@ def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
 HOLD = """
 import sys, time
 from pathlib import Path
-from srcfast.runtime.run_directory import alone_in
+from srcfast.run.directory import alone_in
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srcfast.data.yaml_file import MAX_NODES, read_yaml
+from srcfast.config.yaml import MAX_NODES, read_yaml
 from srcfast.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from srcfast.runtime import distributed
+from srcfast import distributed
 
 LIMIT = 600.0  # seconds that a test waits for its ranks: a hang is a failure, a busy machine is not
 

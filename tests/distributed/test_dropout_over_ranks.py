@@ -11,12 +11,13 @@ import torch
 from rank_processes import run_ranks, values_of
 from small_model import SmallModel, response_items
 
+from srcfast import distributed
+from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime import distributed
-from srcfast.runtime.training import TrainingSettings, global_batch, run_again, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingSettings, run_again, train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
 SETTINGS = TrainingSettings(

@@ -11,11 +11,11 @@ from PIL import Image
 from rank_processes import SharedClock, run_ranks, values_of
 from small_model import SmallModel, image_embedding
 
+from srcfast import distributed
 from srcfast.data.records import Sample
-from srcfast.runtime import distributed
-from srcfast.runtime.training import TrainingItem, TrainingSettings
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingItem, TrainingSettings
 
 
 def raps_with_images(folder: Path) -> list[Rap]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rank_processes import run_ranks, values_of, wait_until_ended
 
-from srcfast.runtime import distributed
+from srcfast import distributed
 
 SHORT = timedelta(seconds=3)
 

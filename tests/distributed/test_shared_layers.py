@@ -17,25 +17,26 @@ from rank_processes import LIMIT, context, run_ranks, values_of
 from small_model import SmallModel, image_embedding, response_items
 from torch import Tensor, nn
 
+from srcfast import distributed
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.errors import Interrupted
+from srcfast.generation.beam_search import BeamSettings
+from srcfast.memory.checkpoint_shapes import checkpoint_shapes
+from srcfast.memory.model_sizes import ModelSizes
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.decoder import Decoder
+from srcfast.models.dropout_keys import dropping
 from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
 from srcfast.models.quantized import NF4Linear, quantize_linears
-from srcfast.models.sizes import checkpoint_shapes
-from srcfast.runtime import distributed, interrupt
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.beam_search import BeamSettings
-from srcfast.runtime.dropout_keys import dropping
-from srcfast.runtime.memory import ModelSizes
-from srcfast.runtime.sharded import held, is_share, keep, keep_in_step, shard_layers
-from srcfast.runtime.telemetry import Track
-from srcfast.runtime.training import TrainingSettings, train
-from srcfast.runtime.work_list import work_through
+from srcfast.models.sharding import held, is_share, keep, keep_in_step, shard_layers
+from srcfast.run import signals
+from srcfast.run.chunks import work_through
+from srcfast.run.progress import Track
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.pieces import answers_in_pieces
 from srcfast.stages.rationale import image_loader, rationale_loss, response_tokens
+from srcfast.training.loop import TrainingSettings, train
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
 
@@ -243,7 +244,7 @@ def stopped_in_turn(folder: Path) -> list[str]:
         def advance(self, n: int = 1, tokens: int = 0) -> None:
             super().advance(n, tokens)
             if self.done > 8 * (1 + distributed.rank()):
-                interrupt._asked = signal.SIGTERM
+                signals._asked = signal.SIGTERM
 
     try:
         answers_in_pieces(
@@ -274,7 +275,7 @@ def asked_while_idle(folder: Path) -> list[str]:
     samples = world_samples("train", 1, 0, image_dir=folder / f"images-{distributed.rank()}")
 
     def meanwhile() -> None:
-        interrupt._asked = signal.SIGTERM
+        signals._asked = signal.SIGTERM
         keep_in_step(model.decoder)
 
     def work(piece: Any) -> Any:

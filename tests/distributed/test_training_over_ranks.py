@@ -15,13 +15,11 @@ from hypothesis import strategies as st
 from rank_processes import run_ranks, values_of
 from small_model import SmallModel, random_preferences, response_items
 
+from srcfast import distributed
+from srcfast.data.batching import deal
 from srcfast.errors import SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime import distributed, training
-from srcfast.runtime.loader import deal
-from srcfast.runtime.training import TrainingItem, TrainingSettings, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.stages.preference import (
+from srcfast.stages.dpo import (
     PairMeta,
     PreferenceSettings,
     pair_denominator,
@@ -29,6 +27,9 @@ from srcfast.stages.preference import (
     preference_trees,
 )
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training import loop
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
 SETTINGS = TrainingSettings(
@@ -125,7 +126,7 @@ def test_ranks_with_other_weights_are_refused_before_the_first_step(tmp_path: Pa
 
 
 def train_with_workers_and_late_numbers(folder: Path) -> dict[str, Any]:
-    training.reads_late = lambda device: True  # as on a GPU; this process ends with the test
+    loop.reads_late = lambda device: True  # as on a GPU; this process ends with the test
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
     settings = replace(SETTINGS, loader_workers=2)
     history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=settings)

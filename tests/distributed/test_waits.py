@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from rank_processes import LIMIT, PRELOADED, SharedClock, run_ranks, values_of, wait_until_ended
 
+from srcfast import distributed
 from srcfast.errors import InputError
-from srcfast.runtime import distributed
 
 SHORT = timedelta(seconds=3)
 

@@ -86,9 +86,9 @@ class Faults:
 
         Of several ranks any may be struck: none waits for the others at the end of its work before it was.
         """
-        from srcfast.runtime import distributed
-        from srcfast.runtime.run_directory import RunDirectory
-        from srcfast.runtime.telemetry import Track
+        from srcfast import distributed
+        from srcfast.run.directory import RunDirectory
+        from srcfast.run.progress import Track
 
         begin, advance, finish, meet = Track.__init__, Track.advance, RunDirectory.finish_stage, distributed.meet
         stage, behind, victim, striker = self.fault["stage"], self.fault.get("behind", 0), os.getpid(), 0
@@ -220,7 +220,7 @@ def child(request: dict[str, Any], points: Any) -> None:
 
 def run_and_end(words: list[str]) -> None:
     """The command line with these words, as the rest of this process."""
-    from srcfast.cli import app
+    from srcfast.cli.app import app
 
     status = 1
     try:
@@ -268,8 +268,8 @@ def import_once() -> None:
     import transformers.models.llava.modeling_llava  # noqa: F401
 
     import srcfast.calibrate
-    import srcfast.commands
-    import srcfast.world.pretrain  # noqa: F401
+    import srcfast.cli.commands
+    import srcfast.recipes.pretrain_base  # noqa: F401
 
     with suppress(ImportError):  # the report has no plots without it
         import matplotlib.backends.backend_svg

@@ -51,7 +51,7 @@ def fail(number: int, frame: FrameType | None) -> None:
 
 def take_small_pieces() -> None:
     """Pieces of one answer, one sample, two pairs, four samples to be judged; and a start that is over soon."""
-    from srcfast.runtime import distributed
+    from srcfast import distributed
     from srcfast.stages import pieces
 
     distributed.START_TIMEOUT = START_TIMEOUT

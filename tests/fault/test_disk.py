@@ -15,7 +15,7 @@ import pytest
 from small_disk import Disk, DiskServer, why_not
 from small_run import Attempt, Server, assert_same, finished_stages
 
-from srcfast.runtime.telemetry import MetricsWriter
+from srcfast.run.progress import MetricsWriter
 
 NO_ROOM, READ_ONLY, NO_QUOTA = "No space left on device", "Read-only file system", "Disk quota exceeded"
 # Where the disk fills: at the opening of what file.

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from random_forests import causal_attention, trees
 from torch import Tensor
 
-from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.errors import ConfigError
-from srcfast.runtime import padded_attention
-from srcfast.runtime.attention import (
+from srcfast.attention import padded
+from srcfast.attention.forest_attention import (
     available_backends,
     forest_attend,
     forest_attention,
     set_backend,
 )
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.errors import ConfigError
 
 CPU_BACKENDS = ("blocks", "varlen_reference", "reference")
 
@@ -68,7 +68,7 @@ def test_long_paths_whose_scores_are_not_kept_agree_too(drawn: list[Tree], seed:
     forest = Forest.of(drawn)
     qkv = random_qkv(forest.num_tokens, 4, 2, 5, seed)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(padded_attention, "PART_BYTES", 1)  # a segment and a head at a time
+        patched.setattr(padded, "PART_BYTES", 1)  # a segment and a head at a time
         output = forest_attention(*qkv, forest, "blocks")
         found = torch.autograd.grad(output.square().sum(), qkv)
     expected = path_by_path(*qkv, forest)

@@ -17,8 +17,8 @@ import simulated_cuda
 import torch
 from torch import Tensor
 
+from srcfast.attention.forest_attention import available_backends, flash_takes, forest_attention
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.runtime.attention import available_backends, flash_takes, forest_attention
 
 pytestmark = [
     pytest.mark.gpu,

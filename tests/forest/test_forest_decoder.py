@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from random_forests import VOCABULARY, causal_attention, trees
 from torch import Tensor
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Tree
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.runtime.attention import forest_attend
 
 
 def small_decoder(seed: int, **changes: object) -> Decoder:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from random_forests import causal_attention, trees
 from torch import Tensor
 
+from srcfast.attention.forest_attention import forest_attend, forest_attention
+from srcfast.attention.shared_prefix import shared_attention
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.runtime.attention import forest_attend, forest_attention
-from srcfast.runtime.shared_attention import shared_attention
 
 CPU_BACKENDS = ("blocks", "varlen_reference", "reference")
 

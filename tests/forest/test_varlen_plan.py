@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_forests import path_rows, trees
 
+from srcfast.attention.forest_attention import forest_attention
+from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.runtime.attention import forest_attention
-from srcfast.runtime.varlen_plan import varlen_plan
 from srcfast_kernels.homes import use_home
 
 

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.generation.generate import Prompt
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.runtime.generation import Prompt
-from srcfast.world.checkpoints import LVLM_CHAT_TEMPLATE, train_tokenizer
+from srcfast.recipes.base_checkpoint import LVLM_CHAT_TEMPLATE, train_tokenizer
 
 TEXTS = ["USER: What is left of the red square? ASSISTANT: a blue circle. It is 3. There are 2.5 rings! No."]
 IMAGES = {f"image-{number}": (17 + 5 * number, 40 - 6 * number) for number in range(4)}  # width, height

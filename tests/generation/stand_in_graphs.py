@@ -9,10 +9,11 @@ import torch
 from small_lvlm import SmallLVLM
 from torch import Tensor
 
-from srcfast.runtime import decoding, decoding_memory
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.sampling import Sampling
-from srcfast.runtime.slot_cache import Layout
+from srcfast.generation import buffers
+from srcfast.generation import decode as decoding
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.kv_cache import Layout
+from srcfast.generation.sampling import Sampling
 
 MOST = 4096  # numbers of a result
 
@@ -53,7 +54,7 @@ class StandInMemory(DecodingMemory):
         self._stand_in = pool
 
     def _graphs(self, step: Any, layout: Layout) -> Any:
-        return decoding_memory.StepGraphs(step, layout, step.cache.device, self._stand_in)
+        return buffers.StepGraphs(step, layout, step.cache.device, self._stand_in)
 
 
 def decode_by_graphs(

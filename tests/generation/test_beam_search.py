@@ -12,10 +12,10 @@ from small_lvlm import IMAGES, SmallLVLM, load_image
 
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError
-from srcfast.runtime.beam_search import Beam, BeamSettings, Search, _diverse, bigram_overlap, sentence_beam_search
-from srcfast.runtime.decoding import Prompt, Start, Written
-from srcfast.runtime.generation import generate_greedy
-from srcfast.runtime.sentences import sentence_ended
+from srcfast.generation.beam_search import Beam, BeamSettings, Search, _diverse, bigram_overlap, sentence_beam_search
+from srcfast.generation.decode import Prompt, Start, Written
+from srcfast.generation.generate import generate_greedy
+from srcfast.generation.sentences import sentence_ended
 from srcfast.stages.candidates import diversity, generate_candidates
 
 SETTINGS = BeamSettings(

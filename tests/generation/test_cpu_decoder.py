@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from srcfast.generation.cpu_decoder import FEW_ROWS, CPUDecoder
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora, folded_lora
-from srcfast.runtime.cpu_decoder import FEW_ROWS, CPUDecoder
 
 SHAPES = {
     "llama": {},

@@ -14,12 +14,12 @@ from small_lvlm import SmallLVLM, load_image
 from stand_in_graphs import SharedPool, StandInMemory, decode_by_graphs
 
 from srcfast.data.records import Sample
+from srcfast.generation.beam_search import BeamSettings, Search, sentence_beam_search
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.decode import Prompt
+from srcfast.generation.kv_cache import PROMPT_STEP
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.beam_search import BeamSettings, Search, sentence_beam_search
-from srcfast.runtime.decoding import Prompt
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.slot_cache import PROMPT_STEP
 from srcfast.stages.candidates import decoding_memory, generate_candidates
 
 SETTINGS = BeamSettings(num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40)

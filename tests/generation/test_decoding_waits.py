@@ -11,16 +11,16 @@ import torch
 from simulated_cuda import Record
 from small_lvlm import SmallLVLM, load_image
 
+from srcfast.generation import decode
+from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.runtime import decoding
-from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
 
 pytestmark = pytest.mark.simulated
 SETTINGS = BeamSettings(num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40)
 WATCHED = ("_admit", "_step", "_drew", "_look", "_advance")
 
 
-class Watched(decoding._Decoding):
+class Watched(decode._Decoding):
     """Records what each call of its parts does; `_look` makes the calls of `_advance`."""
 
     records: dict[str, list[Record]]
@@ -47,7 +47,7 @@ def test_a_step_waits_for_one_event_and_an_advance_for_nothing(
 ) -> None:
     records: dict[str, list[Record]] = {name: [] for name in WATCHED}
     monkeypatch.setattr(Watched, "records", records, raising=False)
-    monkeypatch.setattr(decoding, "_Decoding", Watched)
+    monkeypatch.setattr(decode, "_Decoding", Watched)
     model = load_lvlm(written[0], dtype=dtype, device="cuda")
     prompts = SmallLVLM(written[0], torch.float64).prompts()
     settings = BeamSettings(**{**vars(SETTINGS), "top_p": top_p})

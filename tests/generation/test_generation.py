@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_lvlm import SmallLVLM, load_image
 
-from srcfast.runtime.generation import generate_greedy, sample_responses
-from srcfast.runtime.sampling import Sampling, draw_tokens, sample_tokens
+from srcfast.generation.generate import generate_greedy, sample_responses
+from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcfast.errors import SrcfastError
-from srcfast.runtime.kv_pages import KVPages, PagedRow
+from srcfast.generation.kv_pages import KVPages, PagedRow
 
 PAGES = 400
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srcfast.runtime.sentences import TERMINATORS, needs_next, sentence_ended
+from srcfast.generation.sentences import TERMINATORS, needs_next, sentence_ended
 
 ENDED = [
     "There is a dog.",

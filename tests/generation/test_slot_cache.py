@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcfast.runtime.slot_cache import GROWTH, HALVES, Layout, SlotCache
+from srcfast.generation.kv_cache import GROWTH, HALVES, Layout, SlotCache
 from srcfast_kernels import native
 
 LAYERS, KV_HEADS, WIDTH = 2, 2, 3

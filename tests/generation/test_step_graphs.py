@@ -13,13 +13,13 @@ from small_lvlm import SmallLVLM, load_image
 from stand_in_graphs import SharedPool, decode_by_graphs
 from torch import Tensor
 
+from srcfast.generation import decode
+from srcfast.generation.beam_search import BeamSettings, Search, sentence_beam_search
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.cuda_graphs import StepGraphs, position_buckets, row_buckets
+from srcfast.generation.kv_cache import LANES, Layout
+from srcfast.generation.sampling import Sampling
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.runtime import decoding
-from srcfast.runtime.beam_search import BeamSettings, Search, sentence_beam_search
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.sampling import Sampling
-from srcfast.runtime.slot_cache import LANES, Layout
-from srcfast.runtime.step_graphs import StepGraphs, position_buckets, row_buckets
 
 SETTINGS = BeamSettings(num_candidates=6, num_beams=4, proposals=3, max_sentence_tokens=12, max_new_tokens=90)
 
@@ -88,9 +88,7 @@ def test_a_search_by_graphs_finds_the_same_candidates(exact: SmallLVLM) -> None:
     searches, expected, pool = searches_of(exact), searches_of(exact), SharedPool()
     decode_by_graphs(exact, searches, pool, slots=3, width=SETTINGS.width, limit=110)
     assert pool.captures > 2 and pool.replays > 20
-    decoding.decode(
-        exact.model, expected, exact.features, slots=3, width=SETTINGS.width, limit=110, sampling=Sampling()
-    )
+    decode.decode(exact.model, expected, exact.features, slots=3, width=SETTINGS.width, limit=110, sampling=Sampling())
     assert sum(len(one.finished) for one in expected) > 20
     for one, other in zip(searches, expected, strict=True):
         assert [beam.tokens for beam in one.finished] == [beam.tokens for beam in other.finished]
@@ -105,7 +103,7 @@ def test_a_host_that_looks_late_finds_the_same_candidates(late: int, exact: Smal
         longest = max(len(one.prompt.token_ids) for one in searches)
         layout = Layout.of(2, SETTINGS.width, longest, 110, on_gpu=False)
         with torch.inference_mode(), DecodingMemory() as memory:
-            run = decoding._Decoding(exact.model, searches, exact.features, layout, 110, Sampling(), memory)
+            run = decode._Decoding(exact.model, searches, exact.features, layout, 110, Sampling(), memory)
             run.late = steps
             counted = run.run(None)
         made.append((counted, [[beam.tokens for beam in one.finished] for one in searches]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.runtime.dropout_keys import dropout_keys
+from srcfast.models.dropout_keys import dropout_keys
 from srcfast_kernels import dropout
 from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.homes import Home, use_home

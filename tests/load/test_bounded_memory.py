@@ -23,7 +23,7 @@ from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_jsonl, write_shards
 from srcfast.data.readers import read_samples
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.runtime.work_list import Parts
+from srcfast.run.chunks import Parts
 from srcfast.stages.evaluation import summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom
 from srcfast.stages.pieces import predictions_of

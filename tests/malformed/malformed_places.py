@@ -29,11 +29,11 @@ from malformed_runs import (
     training_with,
 )
 
-from srcfast.config import load_config
+from srcfast.config.settings import load_config
+from srcfast.config.yaml import read_yaml
 from srcfast.data.jsonl import COMPLETE
 from srcfast.data.readers import read_logprob_rows, read_preferences
 from srcfast.data.stage_rows import read_aligned, read_scores
-from srcfast.data.yaml_file import read_yaml
 
 Act = Callable[[Path], Any]
 

@@ -12,11 +12,11 @@ from unittest import mock
 from malformed_case import Case, changed, file_of, folder_of, missing
 from malformed_images import picture_bytes
 
-from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.jsonl import COMPLETE, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference
 from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
+from srcfast.world.easy_vqa import read_easy_vqa
 
 SAMPLE = {"id": "s", "question": "What color?", "answer": "red"}
 PAIR = {"sample_id": "s", "prompt": "What color?", "chosen": "red", "rejected": "blue"}
@@ -121,7 +121,7 @@ def package(text: str | bytes) -> Callable[[Path], Path]:
 
 
 def easy_vqa(path: Path) -> None:
-    with mock.patch("srcfast.data.easy_vqa.data_folder", lambda: path.parents[1]):
+    with mock.patch("srcfast.world.easy_vqa.data_folder", lambda: path.parents[1]):
         read_easy_vqa("train")
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from malformed_case import Case
 from malformed_records import PAIR
 
-from srcfast.config import Config
+from srcfast.config.settings import Config
 from srcfast.data.jsonl import COMPLETE, json_hash, write_shards
 from srcfast.data.records import Sample
-from srcfast.runtime.run_directory import RunDirectory
-from srcfast.runtime.telemetry import Track
-from srcfast.runtime.work_list import work_through
+from srcfast.run.chunks import work_through
+from srcfast.run.directory import RunDirectory
+from srcfast.run.progress import Track
 
 STAGE, SETTINGS = "iteration-1/candidates", {"seed": 3}
 BRACKETS = '{"a":' * 100_000
@@ -134,7 +134,7 @@ def training_with(change: Callable[[Path], None]) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         import torch
 
-        from srcfast.runtime.training_checkpoint import SavedTraining, save_training
+        from srcfast.training.checkpoint import SavedTraining, save_training
 
         weights = torch.ones(4)
         moments = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4)}
@@ -172,7 +172,7 @@ def state_with(change: Mapping[str, Any] | str) -> Callable[[Path], None]:
 
 def load_checkpoint(path: Path) -> list[dict[str, Any]]:
     """What is said of the checkpoint that is passed over."""
-    from srcfast.runtime.training_checkpoint import load_training
+    from srcfast.training.checkpoint import load_training
 
     return warned(lambda: load_training(path, {"seed": 3}))
 
@@ -266,7 +266,7 @@ def batch(change: Mapping[str, Any]) -> Callable[[Path], Path]:
     """Makes a kept batch with some fields replaced; `...` leaves one out."""
 
     def make(folder: Path) -> Path:
-        from srcfast.runtime.training import TrainingSettings
+        from srcfast.training.loop import TrainingSettings
 
         told = {
             "stage": "dpo",
@@ -295,7 +295,7 @@ def batch_of(told: bytes | str) -> Callable[[Path], Path]:
 
 
 def replay_batch(path: Path) -> None:
-    from srcfast.replay import replay
+    from srcfast.stages.replay import replay
 
     replay(path)
 

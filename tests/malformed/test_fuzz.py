@@ -23,7 +23,7 @@ from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
 from malformed_runs import CARD, EVALUATED, HEADROOM, STEP, SUMMARY
 
-from srcfast.config import known_keys, load_config
+from srcfast.config.settings import known_keys, load_config
 from srcfast.data.images import FORMATS, decode_image
 from srcfast.data.jsonl import COMPLETE, json_hash, read_shards, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
@@ -31,11 +31,11 @@ from srcfast.data.readers import read_logprob_rows, read_preferences, read_sampl
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.stage_rows import check_scores
 from srcfast.errors import SrcfastError
+from srcfast.memory.model_sizes import read_headers
 from srcfast.report.page import render
 from srcfast.report.run_files import read_run
-from srcfast.runtime.memory import read_headers
-from srcfast.runtime.run_directory import RunDirectory
-from srcfast.runtime.training_checkpoint import load_training
+from srcfast.run.directory import RunDirectory
+from srcfast.training.checkpoint import load_training
 
 EXAMPLES = 100
 VISION_CONFIG = json.loads((ASSETS / "base" / "config.json").read_text())["vision_config"]

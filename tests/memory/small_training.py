@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.logit_rows import response_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
+from srcfast.models.dropout_keys import dropout_keys, dropping, drops
 from srcfast.models.lora import LoRAConfig, add_lora
 from srcfast.models.quantized import NF4Linear, quantize_linears
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.dropout_keys import dropout_keys, dropping, drops
-from srcfast.runtime.loss_rows import response_rows
 from srcfast_kernels import linear_logprob
 
 BASE = {

@@ -12,14 +12,14 @@ from live_tensors import LiveTensors
 from small_training import SmallModel
 
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.decoding import PREFILL_TOKENS, Prompt
-from srcfast.runtime.decoding_memory import DecodingMemory
-from srcfast.runtime.forecast import GRAPH_BYTES, Forecast, forecast_decoding
-from srcfast.runtime.generation import sample_responses
-from srcfast.runtime.memory import ModelSizes
-from srcfast.runtime.slot_cache import Layout, SlotCache, storage_of
-from srcfast.runtime.step_graphs import position_buckets, row_buckets
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.cuda_graphs import position_buckets, row_buckets
+from srcfast.generation.decode import PREFILL_TOKENS, Prompt
+from srcfast.generation.generate import sample_responses
+from srcfast.generation.kv_cache import Layout, SlotCache, storage_of
+from srcfast.memory.activations import ForestSizes
+from srcfast.memory.forecast import GRAPH_BYTES, Forecast, forecast_decoding
+from srcfast.memory.model_sizes import ModelSizes
 
 # Large enough that what is rounded up to pages and segments weighs little.
 SHAPE = {

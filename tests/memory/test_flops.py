@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.memory.flops import attended_of, decode_flops, forward_flops, known_flops, peak_flops, training_flops
+from srcfast.memory.model_sizes import Shapes
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.flops import attended_of, decode_flops, forward_flops, known_flops, peak_flops, training_flops
-from srcfast.runtime.memory import Shapes
 from srcfast_kernels import linear_logprob
 
 CONFIG = DecoderConfig(
@@ -113,7 +113,7 @@ def test_a_cpus_rate_is_measured_once() -> None:
 @pytest.mark.timing
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_product_stays_below_its_data_sheet() -> None:
-    from srcfast.runtime.flops import _measured_flops
+    from srcfast.memory.flops import _measured_flops
 
     device = torch.device("cuda")
     stated = known_flops(torch.cuda.get_device_name(), torch.bfloat16)

@@ -13,11 +13,10 @@ from live_tensors import LiveTensors
 from small_training import SHAPES, SmallModel, random_trees, run
 
 from srcfast.data.forest import Forest
+from srcfast.data.logit_rows import response_rows
 from srcfast.errors import ConfigError
-from srcfast.models.lora import TARGETS, LoRAConfig
-from srcfast.models.quantized import NF4Linear
-from srcfast.runtime.activations import ForestSizes, fullest_forest, kept_bytes
-from srcfast.runtime.forecast import (
+from srcfast.memory.activations import ForestSizes, fullest_forest, kept_bytes
+from srcfast.memory.forecast import (
     Forecast,
     forecast_training,
     images_at_once,
@@ -26,9 +25,10 @@ from srcfast.runtime.forecast import (
     most_that_fit,
     plan_checkpointing,
 )
-from srcfast.runtime.loss_rows import response_rows
-from srcfast.runtime.measure import SavedTensors, measured
-from srcfast.runtime.memory import ModelSizes, VisionSizes, limit_memory, memory_of
+from srcfast.memory.measure import SavedTensors, measured
+from srcfast.memory.model_sizes import ModelSizes, VisionSizes, limit_memory, memory_of
+from srcfast.models.lora import TARGETS, LoRAConfig
+from srcfast.models.quantized import NF4Linear
 
 TENTH = 0.1  # what the forecast is held to
 SHAPE_NAMES = sorted(SHAPES)
@@ -171,7 +171,7 @@ def test_weights_are_counted_to_the_byte(dtype: str, quantize: bool) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_the_optimizers_state_is_as_large_as_forecast(name: Any) -> None:
-    from srcfast.runtime.optimizer import AdamW
+    from srcfast.training.optimizer import AdamW
 
     if name != "adamw":
         pytest.importorskip("bitsandbytes")
@@ -192,8 +192,8 @@ def test_moments_that_are_paged_out_take_nothing_of_a_gpu() -> None:
 def test_encoding_an_image_takes_what_was_forecast(dtype: str) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+    from srcfast.memory.forecast import _encoding_bytes
     from srcfast.models.vision import bare_model
-    from srcfast.runtime.forecast import _encoding_bytes
 
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -306,7 +306,7 @@ def test_saved_tensors_are_counted_while_they_live(rng: np.random.Generator) -> 
 
 
 def test_a_measurement_counts_the_model_the_optimizer_and_what_is_saved(rng: np.random.Generator) -> None:
-    from srcfast.runtime.optimizer import AdamW
+    from srcfast.training.optimizer import AdamW
 
     model, forest = SmallModel({}, LoRAConfig(r=4)), forest_of(rng)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])

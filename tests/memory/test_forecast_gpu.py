@@ -11,12 +11,12 @@ import torch
 from small_training import SmallModel, random_trees, run
 
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.generation.kv_cache import PROMPT_STEP
+from srcfast.memory.activations import ForestSizes
+from srcfast.memory.forecast import forecast_decoding, forecast_forward, forecast_training
+from srcfast.memory.model_sizes import ModelSizes
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.forecast import forecast_decoding, forecast_forward, forecast_training
-from srcfast.runtime.memory import ModelSizes
-from srcfast.runtime.optimizer import AdamW
-from srcfast.runtime.slot_cache import PROMPT_STEP
+from srcfast.training.optimizer import AdamW
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,12 +11,12 @@ import simulated_cuda
 import torch
 from small_training import SmallModel, random_trees
 
+from srcfast.memory.activations import ForestSizes
+from srcfast.memory.forecast import Forecast, forecast_training, fullest_sizes, plan_checkpointing
+from srcfast.memory.measure import measured
+from srcfast.memory.model_sizes import ModelSizes, memory_for, memory_of, release_unused
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.activations import ForestSizes
-from srcfast.runtime.forecast import Forecast, forecast_training, fullest_sizes, plan_checkpointing
-from srcfast.runtime.measure import measured
-from srcfast.runtime.memory import ModelSizes, memory_for, memory_of, release_unused
-from srcfast.runtime.optimizer import AdamW
+from srcfast.training.optimizer import AdamW
 
 MIB = 1 << 20
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from srcfast.config import load_config
-from srcfast.loading import load_model
+from srcfast.config.settings import load_config
+from srcfast.memory.forecast import forecast_training
+from srcfast.memory.model_sizes import ModelSizes
+from srcfast.memory.plan import policy_sizes
 from srcfast.models import ImageFeatures
-from srcfast.plan import policy_sizes
-from srcfast.runtime.forecast import forecast_training
-from srcfast.runtime.memory import ModelSizes
+from srcfast.stages.policy import load_model
 
 
 def image(key: str) -> Image.Image:
@@ -69,7 +69,7 @@ def test_the_forecast_is_lower_by_the_tower_but_while_images_are_encoded() -> No
     from small_training import random_trees
 
     from srcfast.data.forest import Forest
-    from srcfast.runtime.activations import ForestSizes
+    from srcfast.memory.activations import ForestSizes
 
     forest = ForestSizes.of(Forest.of(random_trees(np.random.default_rng(1), 60, 300, 60, 2)), "cuda")
     one, other = (forecast_training(sizes, forest, images=1) for sizes in (kept, waiting))

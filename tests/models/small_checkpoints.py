@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.world.checkpoints import LVLM_CHAT_TEMPLATE, train_tokenizer
+from srcfast.recipes.base_checkpoint import LVLM_CHAT_TEMPLATE, train_tokenizer
 
 TEXTS = ["USER: What is left of the red square? ASSISTANT: a blue circle", "There are 3 small rings. It is 2.5 high."]
 SIDE = 24  # pixels of the vision towers, in 3 x 3 patches
@@ -43,7 +43,7 @@ def _trained_tokenizer() -> Any:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """As srcfast.world.checkpoints makes it."""
+    """As srcfast.recipes.base_checkpoint makes it."""
     from tokenizers import Tokenizer
 
     return PreTrainedTokenizerFast(

@@ -25,6 +25,7 @@ from torch import Tensor
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models import load_lvlm, load_text_model
+from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import (
     LoRAConfig,
     adapter_hash,
@@ -38,7 +39,6 @@ from srcfast.models.lora import (
     save_adapter,
 )
 from srcfast.models.lvlm import save_lvlm
-from srcfast.runtime.dropout_keys import dropout_keys, dropping
 
 RNG = np.random.default_rng(11)
 IMAGE = random_image(RNG, 40, 30)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import assert_close, lvlm_logits, random_image, random_tokens, write_lvlm
 from torch import Tensor
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lora import LoRAConfig, lora_parameters
 from srcfast.models.lvlm import save_lvlm
 from srcfast.models.quantized import NF4Linear
-from srcfast.runtime.attention import forest_attend
 from srcfast_kernels import nf4_dequantize, nf4_quantize
 from srcfast_kernels.nf4 import nf4_state_dict
 

@@ -10,41 +10,51 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "srcfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
-# Room -> the rooms that it may import beside itself, the lowest first.
-BELOW_STAGES = {"errors", "srcfast_kernels", "data", "runtime", "models", "world", "report"}
-BELOW_COMMANDS = BELOW_STAGES | {"config", "stages", "plan", "loading", "calibrate"}
-ALLOWED = {
+# The rooms from the ground up: each may import those before it, and none behind it.
+FLOORS = (
+    "errors",
+    "srcfast_kernels",
+    "units",
+    "distributed",
+    "data",
+    "config",
+    "attention",
+    "run",
+    "world",
+    "models",
+    "generation",
+    "memory",
+    "training",
+    "stages",
+    "report",
+    "recipes",
+    "calibrate",
+    "cli",
+    "__main__",
+)
+ALLOWED = {room: set(FLOORS[:floor]) for floor, room in enumerate(FLOORS)} | {
     "__init__": set(),
-    "errors": set(),
+    "runtime": {"attention"},  # old names
+}
+# Rooms that need less than all that lies below them.
+ALLOWED |= {
     "srcfast_kernels": set(),
-    "data": {"errors", "srcfast_kernels"},
-    "config": {"errors", "data"},
-    "runtime": {"errors", "srcfast_kernels", "data"},
-    "report": {"errors", "data", "runtime"},
-    "models": {"errors", "srcfast_kernels", "data", "runtime"},
-    "world": {"errors", "srcfast_kernels", "data", "runtime", "models"},
-    "stages": BELOW_STAGES,
-    "plan": BELOW_STAGES | {"config"},
-    "loading": BELOW_STAGES | {"config", "stages", "plan"},
-    "replay": BELOW_STAGES | {"config", "stages", "loading"},
-    "calibrate": BELOW_STAGES | {"config", "stages", "plan", "loading", "replay"},
-    "estimate": BELOW_STAGES | {"config", "plan"},
-    "training_run": BELOW_STAGES | {"config", "plan"},
-    "commands": BELOW_COMMANDS | {"training_run", "replay"},
-    "tools": BELOW_COMMANDS | {"commands", "estimate", "replay"},
-    "cli": BELOW_COMMANDS | {"commands", "estimate", "tools"},
+    "distributed": {"errors"},
+    "attention": {"errors", "srcfast_kernels", "data"},
+    "world": {"errors", "data"},
+    "report": {"errors", "data", "config", "world"},
     "__main__": {"cli"},
 }
-# The lowest part of `data`, which alone `runtime` stands on.
-FOUNDATIONS = {"srcfast.data.forest", "srcfast.data.jsonl"}
+# Of `data`, the rooms that compute stand on these alone: a forest, its batches, its rows, JSON lines.
+COMPUTING = ("attention", "generation", "memory", "training")
+FOUNDATIONS = {f"srcfast.data.{name}" for name in ("batching", "forest", "jsonl", "logit_rows")}
 EXCEPTIONS = {
-    # easy-VQA's questions are read into the world's programs, so that the world's oracle can check rationales about
-    # its images; the world's grammar (programs, scenes) in turn needs nothing of `data` but records.
-    ("data/easy_vqa.py", "world"),
     # A section of settings makes the dataclass that its stage takes: imported when it does, or for type checkers.
-    ("config.py", "models"),
-    ("config.py", "runtime"),
-    ("config.py", "stages"),
+    ("config/settings.py", "generation"),
+    ("config/settings.py", "models"),
+    ("config/settings.py", "stages"),
+    ("config/settings.py", "training"),
+    ("memory/plan.py", "training"),
 }
 
 
@@ -87,15 +97,16 @@ def test_imports_run_one_way():
     assert EXCEPTIONS - found == set(), "exceptions that nothing needs any more"
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "srcfast" / "runtime").glob("*.py")), ids=lambda file: file.name)
-def test_of_data_the_runtime_imports_the_foundations_alone(file):
-    modules = imported_modules(file.read_text(encoding="utf-8"))
-    assert {module for module in modules if module.startswith("srcfast.data.")} <= FOUNDATIONS
+@pytest.mark.parametrize("room", COMPUTING)
+def test_rooms_that_compute_import_the_foundations_of_data_alone(room):
+    for file in (ROOT / "srcfast" / room).glob("*.py"):
+        modules = imported_modules(file.read_text(encoding="utf-8"))
+        assert {module for module in modules if module.startswith("srcfast.data.")} <= FOUNDATIONS, file
 
 
 def test_the_import_finder_sees_what_it_is_there_for():
-    source = "def late():\n    from srcfast import commands\n    import srcfast.stages.curation\n    import torch\n"
-    assert imported_modules(source) == {"srcfast", "srcfast.commands", "srcfast.stages.curation"}
+    source = "def late():\n    from srcfast import calibrate\n    import srcfast.stages.curation\n    import torch\n"
+    assert imported_modules(source) == {"srcfast", "srcfast.calibrate", "srcfast.stages.curation"}
     assert {room_of(name) for name in ("srcfast_kernels", "srcfast.data.forest")} == {"srcfast_kernels", "data"}
 
 

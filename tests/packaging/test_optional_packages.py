@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from srcfast import tools
-from srcfast.cli import app
+from srcfast.attention import forest_attention
+from srcfast.cli.app import app, tools
 from srcfast.errors import ConfigError
 from srcfast.report import plots
-from srcfast.runtime import attention
-from srcfast.runtime.optimizer import AdamW
+from srcfast.training.optimizer import AdamW
 from srcfast_kernels.nf4_linear import why_not_fused
 from srcfast_kernels.optional import import_failure
 
@@ -79,23 +78,23 @@ def test_a_package_that_cannot_be_imported_is_not_available_and_the_reason_is_ke
     module: str, text: str, namespace: bool, reason: str, install: Install, cuda: None
 ) -> None:
     install(module, text, namespace=namespace)
-    assert attention.available_backends()[0] == "torch_varlen"
+    assert forest_attention.available_backends()[0] == "torch_varlen"
     with pytest.raises(ConfigError, match=rf"'flash_attn' is not available here \({reason}"):
-        attention.set_backend("flash_attn")
+        forest_attention.set_backend("flash_attn")
 
 
 def test_the_automatic_choice_takes_what_can_be_imported_and_imports_no_more(
     install: Install, cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "flash_takes", lambda q: True)
+    monkeypatch.setattr(forest_attention, "flash_takes", lambda q: True)
     install("xformers.ops", "raise SystemExit('imported')")
     install("flash_attn", WRONG_ABI)
     q = torch.zeros(3, 2, 8)
-    assert attention._automatic(q) == "torch_varlen"
+    assert forest_attention._automatic(q) == "torch_varlen"
     install("flash_attn", "def flash_attn_varlen_func(): ...\n")
-    assert attention._automatic(q) == "torch_varlen", "imported once a process"
+    assert forest_attention._automatic(q) == "torch_varlen", "imported once a process"
     import_failure.cache_clear()
-    assert attention._automatic(q) == "flash_attn"
+    assert forest_attention._automatic(q) == "flash_attn"
 
 
 def test_decoding_does_without_a_bitsandbytes_that_cannot_be_imported(install: Install) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from srcfast.tools import OPTIONAL
+from srcfast.cli.tools import OPTIONAL
 from srcfast_kernels import native
 
 ROOT = Path(__file__).parents[2]
@@ -189,11 +189,11 @@ def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(tmp_path), str(wheel)]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     code = (
-        "import srcfast.cli, srcfast.config, srcfast_kernels\n"
+        "import srcfast.cli.app, srcfast.config.settings, srcfast_kernels\n"
         "from pathlib import Path\n"
         "demo = Path(srcfast.__file__).parent / 'world' / 'demo.yaml'\n"
         "print(srcfast.__file__, srcfast_kernels.__file__, sep='\\n')\n"
-        "print(srcfast.config.load_config(demo).name)"
+        "print(srcfast.config.settings.load_config(demo).name)"
     )
     *files, name = python(code, Path("/"), PYTHONPATH=str(tmp_path)).splitlines()
     assert len(files) == 2 and all(Path(file).is_relative_to(tmp_path) for file in files)
@@ -212,7 +212,7 @@ def test_each_embedded_model_is_small():
 def test_help_takes_less_than_a_second_and_no_torch():
     code = (
         "import sys, time\n"
-        "from srcfast.cli import app\n"
+        "from srcfast.cli.app import app\n"
         "try:\n"
         "    app(['--help'])\n"
         "except SystemExit as exit:\n"

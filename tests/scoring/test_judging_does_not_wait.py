@@ -11,11 +11,11 @@ from test_scoring import world
 
 from srcfast.models.lora import LoRAConfig
 from srcfast.models.scorer import Scorer, load_scorer
-from srcfast.runtime.training import TrainingSettings
 from srcfast.stages import scoring
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.stages.scoring import scored_rows
+from srcfast.training.loop import TrainingSettings
 
 pytestmark = pytest.mark.simulated
 # Against the CPU: in fp32 another order of sums, in fp16 its rounding through two layers of random weights.

@@ -9,8 +9,7 @@ import torch
 from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
 from srcfast.models.scorer import load_scorer
-from srcfast.runtime.training import TrainingItem
-from srcfast.stages.scorer_lessons import (
+from srcfast.recipes.scorer_lessons import (
     BEGUN,
     CLAIM,
     VERDICT,
@@ -22,6 +21,7 @@ from srcfast.stages.scorer_lessons import (
     lesson_weight,
 )
 from srcfast.stages.scorer_training import Variant, scorer_example
+from srcfast.training.loop import TrainingItem
 from srcfast.world.rationales import facts
 from srcfast.world.scenes import Object, Scene
 

@@ -13,7 +13,6 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.models.lora import LoRAConfig
 from srcfast.models.scorer import ALONE, load_scorer
-from srcfast.runtime.training import TrainingSettings
 from srcfast.stages.scorer_training import (
     ScorerExample,
     Variant,
@@ -24,6 +23,7 @@ from srcfast.stages.scorer_training import (
     target_verdict,
     train_scorer,
 )
+from srcfast.training.loop import TrainingSettings
 
 VOCABULARY = {
     "colour": ("red", "blue", "green", "gold"),

@@ -9,11 +9,12 @@ import torch
 from small_scorer import small_tokenizer, write_text_model
 from transformers import AutoModelForCausalLM
 
+from srcfast.data.in_order import group_by_sample, samples_in_order
 from srcfast.data.jsonl import is_complete, read_shards
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.scorer import ALONE, Scorer, load_scorer, reference_text, slot_hidden
-from srcfast.stages.scoring import group_by_sample, sample_reference, samples_in_order, score_candidates, scored_rows
+from srcfast.stages.scoring import sample_reference, score_candidates, scored_rows
 
 
 @pytest.fixture(scope="module")

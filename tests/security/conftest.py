@@ -23,7 +23,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `LlavaForConditionalGeneration` directory with random weights; copy it before changing it."""
-    from srcfast.world.checkpoints import new_lvlm, train_tokenizer
+    from srcfast.recipes.base_checkpoint import new_lvlm, train_tokenizer
 
     directory = tmp_path_factory.mktemp("model")
     new_lvlm(directory, train_tokenizer([WORDS] * 4, 320), hidden_size=32, num_layers=1, vision_layers=1, seed=3)
@@ -62,6 +62,6 @@ def witness(tmp_path: Path) -> Path:
 @pytest.fixture
 def srcfast() -> Callable[..., Result]:
     """`srcfast(*words)`: the command line; `.output` holds stdout and stderr."""
-    from srcfast.cli import app
+    from srcfast.cli.app import app
 
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])

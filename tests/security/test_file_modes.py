@@ -15,8 +15,8 @@ from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import save_tensors
 from srcfast.models.lora import LoRAConfig, save_adapter
 from srcfast.models.lvlm import save_lvlm
-from srcfast.runtime.telemetry import MetricsWriter
-from srcfast.runtime.training_checkpoint import SavedTraining, save_training
+from srcfast.run.progress import MetricsWriter
+from srcfast.training.checkpoint import SavedTraining, save_training
 
 
 def write_metrics(path: Path) -> None:

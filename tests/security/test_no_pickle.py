@@ -15,14 +15,14 @@ import torch
 from bombs import NAMES, bomb, plant
 from click.testing import Result
 
-from srcfast.config import Config
+from srcfast.config.settings import Config
 from srcfast.errors import InputError
-from srcfast.loading import Policy
 from srcfast.models import load_lvlm
 from srcfast.models.lora import LoRAConfig, load_adapter
 from srcfast.models.scorer import load_scorer
 from srcfast.models.text_model import load_text_model
-from srcfast.runtime.training_checkpoint import SavedTraining, load_training, save_training
+from srcfast.stages.policy import Policy
+from srcfast.training.checkpoint import SavedTraining, load_training, save_training
 
 Srcfast = Callable[..., Result]
 ASSETS = Path(__file__).parents[2] / "srcfast" / "world" / "assets"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from bombs import plant_code
 
-from srcfast.config import Config, load_config
+from srcfast.config.settings import Config, load_config
 from srcfast.errors import ConfigError, InputError
 from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import read_config

@@ -16,12 +16,12 @@ import pytest
 from click.testing import Result
 from rich.console import Console
 
-from srcfast import tools
+from srcfast.cli import tools
+from srcfast.cli.estimate import table
 from srcfast.errors import printable
-from srcfast.estimate import table
 from srcfast.report.page import write_report
 from srcfast.report.table import results_table
-from srcfast.runtime.telemetry import Track, track
+from srcfast.run.progress import Track, track
 
 Srcfast = Callable[..., Result]
 HTML = (

@@ -1,6 +1,6 @@
 """What no source of srcfast may say: that data is run, that a check is switched off. Beside what the rules of the house forbid.
 
-One place lets Python pickle by itself: worker processes of the loader (`srcfast/runtime/loader.py`) get what the program itself
+One place lets Python pickle by itself: worker processes of the loader (`srcfast/training/loader.py`) get what the program itself
 holds, over a pipe that nobody else can open. No byte of a file or of the network is ever unpickled.
 """
 

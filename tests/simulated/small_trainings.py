@@ -13,10 +13,10 @@ from torch import Tensor
 from srcfast.data.records import Preference, Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import LoRAConfig, lora_parameters
-from srcfast.runtime.training import TrainingSettings
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.stages.preference import PreferenceSettings, reference_logprobs, train_preference
+from srcfast.stages.dpo import PreferenceSettings, reference_logprobs, train_preference
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS = PreferenceSettings(beta=0.1)

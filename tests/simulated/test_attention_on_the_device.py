@@ -14,9 +14,9 @@ import simulated_cuda
 import torch
 from torch import Tensor
 
+from srcfast.attention.forest_attention import available_backends, forest_attention, set_backend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
-from srcfast.runtime.attention import available_backends, forest_attention, set_backend
 
 pytestmark = pytest.mark.simulated
 STAND_INS = {"flash_attn": simulated_cuda.stand_in_flash_attn, "xformers": simulated_cuda.stand_in_xformers}

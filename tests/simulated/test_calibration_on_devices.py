@@ -22,8 +22,8 @@ from click.testing import Result
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from srcfast.loading import Policy
-from srcfast.runtime.memory import parse_bytes
+from srcfast.stages.policy import Policy
+from srcfast.units import parse_bytes
 
 pytestmark = pytest.mark.simulated
 PRESETS = ("12GiB", "16GiB", "24GiB", "48GiB", "80GiB")
@@ -68,7 +68,7 @@ def calibrate(config: Path, output: Path, *words: str) -> Path:
 
 
 def invoke(*words: Any) -> Result:
-    from srcfast.cli import app
+    from srcfast.cli.app import app
 
     return CliRunner().invoke(app, [str(word) for word in words])
 
@@ -216,9 +216,9 @@ def test_two_devices_that_share_out_the_layers_calibrate_from_start_to_end(
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`stop_at(n)`: SIGTERM comes while the n-th step of a training is under way."""
-    from srcfast.runtime import training
+    from srcfast.training import loop
 
-    whole = training.accumulate
+    whole = loop.accumulate
     counted = {"steps": 0, "at": 0}
 
     def accumulate(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(training, "accumulate", accumulate)
+    monkeypatch.setattr(loop, "accumulate", accumulate)
     yield lambda step: counted.update(steps=0, at=step)
 
 

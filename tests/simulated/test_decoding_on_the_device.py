@@ -9,10 +9,10 @@ import simulated_cuda
 import torch
 from small_lvlm import SmallLVLM, load_image, write_small_lvlm
 
+from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
+from srcfast.generation.generate import Generated, Prompt, generate_greedy, sample_responses
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
-from srcfast.runtime.beam_search import BeamSettings, sentence_beam_search
-from srcfast.runtime.generation import Generated, Prompt, generate_greedy, sample_responses
-from srcfast.stages.preference import response_logprobs
+from srcfast.stages.dpo import response_logprobs
 
 pytestmark = pytest.mark.simulated
 SLOTS = 2  # of five prompts

@@ -90,7 +90,7 @@ def test_pageable_copies_are_counted_though_they_are_non_blocking() -> None:
 
 
 def test_a_site_names_the_product_s_functions() -> None:
-    from srcfast.runtime.sampling import sample_tokens
+    from srcfast.generation.sampling import sample_tokens
 
     logits = torch.zeros(2, 5)
     with recording() as record:
@@ -100,7 +100,7 @@ def test_a_site_names_the_product_s_functions() -> None:
     with recording() as record, pytest.raises(RuntimeError):
         sample_tokens(logits.cuda(), torch.rand(2), 1.0, 0.5)  # mixes devices
     with recording() as record:
-        from srcfast.runtime.distributed import gather_tensor
+        from srcfast.distributed import gather_tensor
 
         assert gather_tensor(logits.cuda()[:1]).shape == (1, 1, 5)
     assert record.waits.total() == 1

@@ -17,9 +17,9 @@ from small_trainings import Case, Trained, assert_alike, train_on
 
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError
-from srcfast.runtime.optimizer import AdamW, OptimizerName
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
-from srcfast.world.checkpoints import new_lvlm, train_tokenizer
+from srcfast.recipes.base_checkpoint import new_lvlm, train_tokenizer
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.optimizer import AdamW, OptimizerName
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
 

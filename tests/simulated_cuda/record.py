@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-# (what, where): "_local_scalar_dense", "srcfast.runtime.decoding:195(_run) < ..."
+# (what, where): "_local_scalar_dense", "srcfast.generation.decode:195(_run) < ..."
 Site = tuple[str, str]
 
 PRODUCT = ("srcfast", "srcfast_kernels", "srcfast_benchmarks")

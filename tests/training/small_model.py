@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import LoRAConfig, add_lora
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.training import TrainingItem
+from srcfast.training.loop import TrainingItem
 
 IMAGE, END = 1, 2
 TOKENS_PER_IMAGE = 3

@@ -12,15 +12,15 @@ import torch
 from small_model import letters, random_text
 from torch import Tensor, nn
 
+from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
+from srcfast.data.logit_rows import response_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
+from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
-from srcfast.runtime.attention import forest_attend
-from srcfast.runtime.dropout_keys import dropout_keys, dropping
-from srcfast.runtime.loss_rows import response_rows
-from srcfast.runtime.training import TrainingItem, TrainingSettings, train
-from srcfast.stages.preference import pair_logprobs, preference_tree
+from srcfast.stages.dpo import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
 
 LAYERS = 5
 

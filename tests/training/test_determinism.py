@@ -14,14 +14,14 @@ import torch
 from small_model import SmallModel, response_items
 from torch import Tensor
 
-from srcfast.config import load_config
-from srcfast.loading import load_model
+from srcfast.config.settings import load_config
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import LoRAConfig, lora_parameters
-from srcfast.runtime.determinism import deterministic_algorithms
-from srcfast.runtime.training import TrainingSettings, train
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader, rationale_loss, response_tokens
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.determinism import deterministic_algorithms
+from srcfast.training.loop import TrainingSettings, train
 from srcfast.world.samples import world_samples
 
 SETTINGS = TrainingSettings(epochs=2, micro_batch_size=2, token_budget=2048, learning_rate=1e-3)
@@ -99,7 +99,7 @@ def test_a_gpu_takes_deterministic_algorithms_alone_and_encodes_images_anew(
             return attend(*args, **options)
 
         monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", spy)
-        monkeypatch.setattr("srcfast.runtime.attention._forced", "flash_attn")
+        monkeypatch.setattr("srcfast.attention.forest_attention._forced", "flash_attn")
         history = fine_tune_rationale(model, pairs, settings, features=features)
     assert set(seen) == {(deterministic, deterministic)} and len(history) == 6
     assert not torch.are_deterministic_algorithms_enabled()

@@ -16,10 +16,10 @@ from srcfast.errors import SrcfastError
 from srcfast.models import ImageFeatures
 from srcfast.models.lora import LoRAConfig
 from srcfast.models.lvlm import LVLM, load_lvlm
-from srcfast.runtime.training import TrainingSettings
+from srcfast.stages.dpo import PreferenceSettings, check_references, reference_logprobs, train_preference
 from srcfast.stages.drift import ROUNDOFF, drift, drift_of, most_drift
-from srcfast.stages.preference import PreferenceSettings, check_references, reference_logprobs, train_preference
 from srcfast.stages.rationale import image_loader
+from srcfast.training.loop import TrainingSettings
 from srcfast.world.samples import world_samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,10 +10,10 @@ import torch
 from small_model import SmallModel, response_items
 
 from srcfast.data.forest import Forest
+from srcfast.models.dropout_keys import dropout_keys, dropping, drops
 from srcfast.models.lora import LoRAConfig, adapters, lora_parameters
-from srcfast.runtime.dropout_keys import dropout_keys, dropping, drops
-from srcfast.runtime.training import TrainingSettings, train
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.loop import TrainingSettings, train
 
 LORA = LoRAConfig(r=3, alpha=12.0, dropout=0.2)
 SETTINGS = TrainingSettings(micro_batch_size=6, token_budget=200, learning_rate=1e-2, epochs=2, seed=4)

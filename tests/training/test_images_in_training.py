@@ -15,9 +15,9 @@ import torch
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import LoRAConfig, lora_parameters
-from srcfast.runtime.training import TrainingSettings
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import TrainingSettings
 from srcfast.world.samples import world_samples
 
 # Three steps an epoch; the images of the second epoch were encoded in the first, in other company.

@@ -15,13 +15,14 @@ import torch
 from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding, letters, random_text
 from torch import Tensor
 
+from srcfast.data.batching import global_batch
 from srcfast.data.forest import Segment, Tree
+from srcfast.data.logit_rows import response_rows
 from srcfast.errors import InputError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.loader import PackedStep, packed_steps
-from srcfast.runtime.loss_rows import response_rows
-from srcfast.runtime.training import TrainingItem, TrainingSettings, global_batch, train
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.loader import PackedStep, packed_steps
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
 
 SETTINGS = TrainingSettings(
     epochs=2, micro_batch_size=2, gradient_accumulation_steps=3, token_budget=90, learning_rate=1e-2, seed=3

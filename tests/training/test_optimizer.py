@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from srcfast.errors import ConfigError, InputError
-from srcfast.runtime.optimizer import AdamW, learning_rate_at
+from srcfast.training.optimizer import AdamW, learning_rate_at
 
 
 def small_network(seed: int = 0) -> nn.Sequential:

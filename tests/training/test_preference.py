@@ -14,8 +14,7 @@ from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.training import TrainingItem, TrainingSettings
-from srcfast.stages.preference import (
+from srcfast.stages.dpo import (
     PairMeta,
     PreferenceSettings,
     pair_denominator,
@@ -28,6 +27,7 @@ from srcfast.stages.preference import (
     train_preference,
 )
 from srcfast.stages.rationale import rationale_trees, refuse_certainty
+from srcfast.training.loop import TrainingItem, TrainingSettings
 
 SETTINGS = TrainingSettings(micro_batch_size=8, token_budget=4096, learning_rate=3e-3, warmup_ratio=0.0, seed=1)
 

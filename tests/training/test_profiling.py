@@ -13,9 +13,9 @@ from test_training import SETTINGS, response_items
 
 from srcfast.errors import ConfigError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.profiling import StepProfiler, allocations, parse_steps, summarise
-from srcfast.runtime.training import train
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.loop import train
+from srcfast.training.profiler import StepProfiler, allocations, parse_steps, summarise
 
 
 def span(name: str, start: float, duration: float, category: str = "cpu_op", thread: int = 1) -> dict[str, Any]:

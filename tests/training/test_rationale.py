@@ -13,8 +13,6 @@ from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embeddin
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
-from srcfast.runtime.training import TrainingSettings
-from srcfast.runtime.training_checkpoint import identity_of
 from srcfast.stages.rationale import (
     TeacherRationale,
     build_raps,
@@ -23,6 +21,8 @@ from srcfast.stages.rationale import (
     rationale_trees,
     read_teacher,
 )
+from srcfast.training.checkpoint import identity_of
+from srcfast.training.loop import TrainingSettings
 
 
 def sample(name: str = "a", answer: str = "red", rationale: str | None = None, facts: tuple[str, ...] = (), **more):

@@ -19,8 +19,7 @@ from small_model import SmallModel, random_preferences
 from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.training import Metrics, TrainingSettings, train
-from srcfast.stages.preference import (
+from srcfast.stages.dpo import (
     PreferenceSettings,
     loss_rows,
     pair_denominator,
@@ -30,6 +29,7 @@ from srcfast.stages.preference import (
     train_preference,
 )
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale, image_loader
+from srcfast.training.loop import Metrics, TrainingSettings, train
 from srcfast.world.samples import world_samples
 
 pytestmark = pytest.mark.simulated

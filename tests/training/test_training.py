@@ -17,20 +17,13 @@ from small_model import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from srcfast.data.batching import global_batch, num_steps
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
+from srcfast.memory.flops import peak_flops
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime import training
-from srcfast.runtime.flops import peak_flops
-from srcfast.runtime.telemetry import peak_rss_bytes
-from srcfast.runtime.training import (
-    TrainingItem,
-    TrainingSettings,
-    global_batch,
-    num_steps,
-    train,
-)
-from srcfast.stages.preference import (
+from srcfast.run.progress import peak_rss_bytes
+from srcfast.stages.dpo import (
     PairMeta,
     PreferenceSettings,
     pair_denominator,
@@ -38,6 +31,8 @@ from srcfast.stages.preference import (
     preference_trees,
 )
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training import loop as training
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
 
 SETTINGS = TrainingSettings(
     micro_batch_size=8, token_budget=4096, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, seed=3

@@ -14,13 +14,14 @@ import pytest
 import torch
 from small_model import SmallModel, response_items
 
+from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import file_hash
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime import interrupt
-from srcfast.runtime.training import TrainingItem, TrainingSettings, num_steps, train
-from srcfast.runtime.training_checkpoint import BEFORE, TrainingCheckpoints, identity_of
+from srcfast.run import signals
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.checkpoint import BEFORE, TrainingCheckpoints, identity_of
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
 SETTINGS = TrainingSettings(
@@ -70,7 +71,7 @@ def signal_at(step: int, steps_seen: list[int] | None = None) -> OnStep:
 
 def stop_after(step: int, directory: Path, settings: TrainingSettings = SETTINGS, **keep: Any) -> list[int]:
     seen: list[int] = []
-    with interrupt.listening(), pytest.raises(Interrupted, match=rf"SIGTERM after step {step + 1} of {STEPS}") as error:
+    with signals.listening(), pytest.raises(Interrupted, match=rf"SIGTERM after step {step + 1} of {STEPS}") as error:
         trained(directory, settings, signal_at(step, seen), **keep)
     assert error.value.status == 143
     return seen

@@ -11,11 +11,12 @@ import torch
 from small_model import SmallModel
 from test_training import SETTINGS, preference_items, response_items
 
+from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
 from srcfast.models.lora import LoRAConfig
-from srcfast.runtime.training import TrainingItem, global_batch, train
-from srcfast.stages.preference import PreferenceSettings, loss_rows, pair_denominator, preference_loss
+from srcfast.stages.dpo import PreferenceSettings, loss_rows, pair_denominator, preference_loss
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.loop import TrainingItem, train
 
 pytestmark = [
     pytest.mark.gpu,

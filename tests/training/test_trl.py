@@ -16,11 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
+from srcfast.attention.forest_attention import forest_attend  # noqa: E402
 from srcfast.data.forest import Forest  # noqa: E402
 from srcfast.models.decoder import Decoder, DecoderConfig  # noqa: E402
-from srcfast.runtime.attention import forest_attend  # noqa: E402
-from srcfast.runtime.training import TrainingItem  # noqa: E402
-from srcfast.stages.preference import (  # noqa: E402
+from srcfast.stages.dpo import (  # noqa: E402
     PairMeta,
     PreferenceSettings,
     pair_denominator,
@@ -28,6 +27,7 @@ from srcfast.stages.preference import (  # noqa: E402
     preference_loss,
     preference_tree,
 )
+from srcfast.training.loop import TrainingItem  # noqa: E402
 
 BETA = 0.3
 

@@ -14,11 +14,11 @@ import torch
 from small_run import SETTINGS, STAGES
 from typer.testing import CliRunner
 
-from srcfast.cli import app
-from srcfast.runtime import work_list
-from srcfast.runtime.run_directory import RunDirectory
-from srcfast.runtime.training_checkpoint import TrainingCheckpoints
+from srcfast.cli.app import app
+from srcfast.run import chunks
+from srcfast.run.directory import RunDirectory
 from srcfast.stages import pieces
+from srcfast.training.checkpoint import TrainingCheckpoints
 
 # At least two pieces in each stage that works in pieces, and saves of a training by no clock and no count.
 FINE = ["candidates.batch_size=1", "evaluation.batch_size=1", "checkpoint.minutes=0", "checkpoint.steps=0"]
@@ -31,7 +31,7 @@ class Strikes:
         self.run = run
         self.struck: dict[str, signal.Signals] = {}
         self.written, self.stepped = Counter[Path](), Counter[tuple[str, int]]()
-        write, asked = work_list._write, TrainingCheckpoints.asked
+        write, asked = chunks._write, TrainingCheckpoints.asked
 
         def strike_and_write(file: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             self.written[file] += 1
@@ -43,7 +43,7 @@ class Strikes:
             self.strike(checkpoints.directory)
             return asked(checkpoints, step)
 
-        monkeypatch.setattr(work_list, "_write", strike_and_write)
+        monkeypatch.setattr(chunks, "_write", strike_and_write)
         monkeypatch.setattr(TrainingCheckpoints, "asked", strike_and_ask)
 
     def strike(self, place: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from small_run import SETTINGS, STAGES, finished_stages
 
+from srcfast import distributed
 from srcfast.errors import ConfigError
-from srcfast.runtime import distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -23,7 +23,7 @@ LIMIT = 600.0  # seconds, on a busy machine
 ONE_RANK_FAILS = """
 import os, sys
 from srcfast import calibrate
-from srcfast.cli import app
+from srcfast.cli.app import app
 from srcfast.errors import InputError
 
 def unreadable(*arguments):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.jsonl import write_shards
-from srcfast.runtime.telemetry import Track
-from srcfast.runtime.work_list import Done, Parts, work_through
+from srcfast.run.chunks import Done, Parts, work_through
+from srcfast.run.progress import Track
 
 
 @dataclass(frozen=True)

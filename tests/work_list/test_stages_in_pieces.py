@@ -17,16 +17,17 @@ from rank_processes import run_ranks, values_of
 from small_lvlm import IMAGES, load_image, write_small_lvlm
 from small_scorer import small_tokenizer, write_text_model
 
+from srcfast import distributed
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
+from srcfast.generation.beam_search import BeamSettings
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import load_scorer
-from srcfast.runtime import distributed
-from srcfast.runtime.beam_search import BeamSettings
-from srcfast.runtime.telemetry import Track
-from srcfast.runtime.work_list import Parts
+from srcfast.run.chunks import Parts
+from srcfast.run.progress import Track
 from srcfast.stages import pieces
 from srcfast.stages.adaptive_pairs import AdaptivePairs
+from srcfast.stages.dpo import reference_logprobs, response_logprobs
 from srcfast.stages.pieces import (
     PAIRS,
     answers_in_pieces,
@@ -37,7 +38,6 @@ from srcfast.stages.pieces import (
     references_in_pieces,
     scores_in_pieces,
 )
-from srcfast.stages.preference import reference_logprobs, response_logprobs
 from srcfast.stages.rationale import PromptEncoder, image_keys
 
 SEARCH = BeamSettings(num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10)

@@ -13,10 +13,10 @@ import pytest
 from counted_work import CountedWork, merged
 from rank_processes import run_ranks, values_of, wait_until_ended
 
+from srcfast import distributed
 from srcfast.errors import Interrupted
-from srcfast.runtime import distributed
-from srcfast.runtime.interrupt import listening
-from srcfast.runtime.work_list import forget
+from srcfast.run.chunks import forget
+from srcfast.run.signals import listening
 
 
 def undisturbed(folder: Path) -> bytes:

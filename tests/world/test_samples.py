@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from srcfast.data.easy_vqa import read_easy_vqa
 from srcfast.data.rationale_format import format_response, parse_response, tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.stages.rationale import build_raps
+from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.oracle import judge_sample
 from srcfast.world.questions import ABILITIES
 from srcfast.world.render import render
@@ -199,7 +199,7 @@ def test_easy_vqa_rationales_agree_with_every_answer_of_the_package() -> None:
 
 def test_easy_vqa_questions_read_as_the_package_means_them() -> None:
     easy_vqa = pytest.importorskip("easy_vqa")
-    from srcfast.data.easy_vqa import parse_question, read_easy_vqa
+    from srcfast.world.easy_vqa import parse_question, read_easy_vqa
 
     assert parse_question("is there not a teal shape in the image?") == {
         "op": "none",
@@ -219,7 +219,7 @@ def test_easy_vqa_questions_read_as_the_package_means_them() -> None:
 
 
 def test_easy_vqa_facts_come_from_the_same_image_alone() -> None:
-    from srcfast.data.easy_vqa import derive_scene
+    from srcfast.world.easy_vqa import derive_scene
 
     red = {"color": "red"}
     known = derive_scene([({"op": "query", "attribute": "shape", "of": red}, "circle")])
@@ -235,7 +235,7 @@ def test_easy_vqa_facts_come_from_the_same_image_alone() -> None:
 
 
 def test_easy_vqa_refuses_an_unknown_split_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srcfast.data.easy_vqa import read_easy_vqa
+    from srcfast.world.easy_vqa import read_easy_vqa
 
     with pytest.raises(InputError, match="validation"):
         read_easy_vqa("validation")

@@ -1,0 +1,1 @@
+"""Attention over a packed prefix forest: one definition, several backends."""

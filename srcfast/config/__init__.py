@@ -1,0 +1,1 @@
+"""Settings: one frozen tree, read from YAML and `key=value`."""

@@ -1,0 +1,1 @@
+"""Decoding: forked KV caches, sampling, sentence-level beam search."""

@@ -1,0 +1,152 @@
+"""A decoder's forward pass for inference on the CPU, in fp32.
+
+Its products are oneDNN's, which takes a CPU's widest vectors whoever made it (PyTorch's ordinary fp32 products are MKL's: on
+AMD's CPUs half as fast) and which adds residuals, SiLU and the gate's product while it writes its result. Queries, keys and
+values come from one product. The same function as `models.decoder.Decoder`; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srcfast.attention.forest_attention import Attend
+
+FEW_ROWS = 8  # below, MKL is faster
+
+Affine = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
+Forward = Callable[
+    [Tensor, Tensor, Attend], Tensor
+]  # (embeddings [T, D], positions [T], attend) -> hidden states [T, D]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block; `qkv` stacks the rows of the three projections."""
+
+    input_norm: Tensor
+    qkv: Affine
+    q_norm: Tensor | None  # [d]
+    k_norm: Tensor | None  # [d]
+    output: Affine
+    mlp_norm: Tensor
+    gate: Affine
+    up: Affine
+    down: Affine
+
+
+class CPUDecoder:
+    """Calls as a decoder does. Made within `folded_lora`, from the weights as they are then; see `of`."""
+
+    def __init__(self, decoder: Any, layers: list[LayerWeights]) -> None:
+        self.layers = layers
+        self.rotary = decoder.rotary
+        self.norm = decoder.norm.weight
+        self.head: Affine = (decoder.head_weight, None)
+        self.eps = decoder.config.rms_norm_eps
+        self.head_dim = decoder.config.head_dim
+        self.heads, self.kv_heads = decoder.config.num_heads, decoder.config.num_kv_heads
+
+    @classmethod
+    def of(cls, decoder: Any) -> CPUDecoder | None:
+        """None where it can't take the decoder's place: another device or dtype, 4-bit weights, an adapter not folded in."""
+        weight = decoder.head_weight
+        if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return None
+        layers = []
+        for layer in decoder.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+            found = [_affine(one) for one in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+            q, k, v, output, gate, up, down = found
+            if q is None or k is None or v is None or output is None or gate is None or up is None or down is None:
+                return None
+            layers.append(
+                LayerWeights(
+                    input_norm=layer.input_layernorm.weight,
+                    qkv=_stack(q, k, v),
+                    q_norm=getattr(attention.q_norm, "weight", None),
+                    k_norm=getattr(attention.k_norm, "weight", None),
+                    output=output,
+                    mlp_norm=layer.post_attention_layernorm.weight,
+                    gate=gate,
+                    up=up,
+                    down=down,
+                )
+            )
+        return cls(decoder, layers)
+
+    def __call__(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T]."""
+        cos, sin = (angles[:, None] for angles in self.rotary(positions, embeddings.dtype))  # [T, 1, d]
+        x = embeddings
+        for index, layer in enumerate(self.layers):
+            q, k, v = self._heads(layer, x, cos, sin)
+            attended = attend(index, q, k, v).reshape(len(x), -1)
+            x = _product_with(attended, layer.output, x, "add")
+            normed = self._norm(x, layer.mlp_norm)
+            gated = _product_with(normed, layer.up, _silu_product(normed, layer.gate), "mul")
+            x = _product_with(gated, layer.down, x, "add")
+        return self._norm(x, self.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> [R, V]."""
+        return _product(hidden, self.head)
+
+    def _heads(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, d] and keys [T, Hkv, d], turned by their positions, and values [T, Hkv, d]."""
+        parts = _product(self._norm(x, layer.input_norm), layer.qkv).view(len(x), -1, self.head_dim)
+        turned = self.heads + self.kv_heads  # queries and keys together
+        both = parts[:, :turned]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = both[:, : self.heads], both[:, self.heads :]
+            both = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
+        half = self.head_dim // 2
+        rotated = both * cos
+        rotated[..., :half].addcmul_(both[..., half:], sin[..., :half], value=-1.0)
+        rotated[..., half:].addcmul_(both[..., :half], sin[..., half:])
+        return rotated[:, : self.heads], rotated[:, self.heads :], parts[:, turned:]
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * inverse).mul_(weight)
+
+
+def _affine(linear: Any) -> Affine | None:
+    """Weight and bias of an ordinary linear layer, or of one whose adapter is switched off."""
+    if hasattr(linear, "lora_A"):
+        if linear.active:
+            return None
+        linear = linear.base
+    weight = linear.weight
+    return (weight, linear.bias) if isinstance(weight, Tensor) and weight.dtype == torch.float32 else None
+
+
+def _stack(*parts: Affine) -> Affine:
+    biases = [bias for _, bias in parts if bias is not None]
+    return torch.cat([weight for weight, _ in parts]), torch.cat(biases) if len(biases) == len(parts) else None
+
+
+def _product(x: Tensor, affine: Affine) -> Tensor:
+    if len(x) < FEW_ROWS:
+        return F.linear(x, *affine)
+    return torch.ops.mkldnn._linear_pointwise(x, *affine, "none", [], "")
+
+
+def _silu_product(x: Tensor, affine: Affine) -> Tensor:
+    if len(x) < FEW_ROWS:
+        return F.silu(F.linear(x, *affine), inplace=True)
+    return torch.ops.mkldnn._linear_pointwise(x, *affine, "swish", [], "")
+
+
+def _product_with(x: Tensor, affine: Affine, other: Tensor, operation: str) -> Tensor:
+    """The product, plus or times `other`."""
+    if len(x) < FEW_ROWS:
+        product = F.linear(x, *affine)
+        return product.add_(other) if operation == "add" else product.mul_(other)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, *affine, operation)

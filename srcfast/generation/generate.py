@@ -1,0 +1,127 @@
+"""Responses to prompts, without a search: the likeliest tokens, or several samples a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from srcfast.generation.buffers import DecodingMemory
+from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
+
+__all__ = ["Features", "Generated", "Prompt", "generate_greedy", "random_of", "sample_responses"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation: its tokens, the end token included, and their summed log-probability under the model itself."""
+
+    token_ids: tuple[int, ...]
+    logprob: float
+    finished: bool  # the end token was given
+
+
+class _Responses:
+    """The task of writing some responses to one prompt side by side."""
+
+    def __init__(self, prompt: Prompt, draws: np.ndarray) -> None:
+        self.prompt, self.draws = prompt, draws  # [responses, max_new_tokens]
+        self.written: Sequence[Written] = ()
+
+    def begin(self) -> Start:
+        count, limit = self.draws.shape
+        return Start((), self.draws, [limit] * count)
+
+    def ended(self, rows: Sequence[Written]) -> None:
+        self.written = rows
+
+
+def generate_greedy(
+    model: Any,
+    prompts: Sequence[Prompt],
+    features: Features,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
+    memory: DecodingMemory | None = None,
+) -> list[Generated]:
+    """The likeliest token at each step, until the end token or `max_new_tokens`; in the order of `prompts`.
+
+    Args:
+        batch_size: prompts decoded at once; as one ends, the next takes its place.
+        on_batch: told of the samples done and the tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs.
+        memory: as for `decode`.
+    """
+    tasks = [_Responses(prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
+    _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs, memory)
+    return [_generated(model, task)[0] for task in tasks]
+
+
+def sample_responses(
+    model: Any,
+    prompts: Sequence[Prompt],
+    features: Features,
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    slots: int = 8,
+    on_done: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
+    memory: DecodingMemory | None = None,
+) -> list[list[Generated]]:
+    """`count` independent samples of a response to each prompt.
+
+    Args:
+        seed: with a prompt's key it decides the prompt's draws.
+        slots: prompts decoded at once; as one ends, the next takes its place.
+        on_done: told of the samples done and the tokens run since the last time.
+        graphs: on a GPU, replay steps as CUDA graphs.
+        memory: as for `decode`.
+    """
+    tasks = [_Responses(prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts]
+    _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs, memory)
+    return [_generated(model, task) for task in tasks]
+
+
+def _respond(
+    model: Any,
+    tasks: Sequence[_Responses],
+    features: Features,
+    slots: int,
+    sampling: Sampling,
+    on_done: Callable[[int, int], None] | None,
+    graphs: bool,
+    memory: DecodingMemory | None,
+) -> None:
+    order = sorted(tasks, key=lambda task: len(task.prompt.token_ids))  # like lengths together: less padding
+    width, limit = tasks[0].draws.shape if tasks else (0, 0)
+    decode(
+        model,
+        order,
+        features,
+        slots=slots,
+        width=width,
+        limit=limit,
+        sampling=sampling,
+        on_done=on_done,
+        graphs=graphs,
+        memory=memory,
+    )
+
+
+def _generated(model: Any, task: _Responses) -> list[Generated]:
+    return [Generated(row.token_ids, row.logprob, row.token_ids[-1] == model.end_token_id) for row in task.written]
+
+
+def random_of(seed: int, key: str) -> np.random.Generator:
+    """A sample's random numbers: they depend on the seed and the sample's key alone."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))

@@ -1,0 +1,51 @@
+"""How large a checkpoint's model is, without its weights: from the headers of its files, or from its config.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from srcfast.errors import InputError
+from srcfast.memory.model_sizes import read_headers
+from srcfast.models.checkpoint import read_config
+from srcfast.models.text_model import build_decoder
+from srcfast.models.vision import FAMILIES, bare_model
+
+
+def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any]:
+    """Name and shape of each tensor of a checkpoint directory's model, vision included; and its transformers config.
+
+    They are those of its weights' files where there are any, else what config.json says. For `ModelSizes.of_tensors`.
+
+    Raises:
+        InputError: no config.json, or an architecture that srcfast does not run; a weight file that is damaged.
+    """
+    config = read_config(path)
+    counted = _tensors_of_config(config, Path(path))
+    stored = dict(read_headers(path))
+    # What bitsandbytes quantised is stored as bytes and scales, which do not count weights.
+    if stored and not any(name.endswith(".absmax") for name in stored):
+        counted = stored
+    return counted, config
+
+
+def _tensors_of_config(config: Any, path: Path) -> dict[str, list[int]]:
+    text = getattr(config, "text_config", config)
+    if text is not config:
+        if config.model_type not in FAMILIES:
+            raise InputError(
+                file=path / "config.json",
+                field="model_type",
+                expected=" or ".join(FAMILIES),
+                found=config.model_type,
+                mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
+            )
+        text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    modules: list[nn.Module] = [build_decoder(text, path, "meta", torch.float32)]
+    if text is not config:
+        with torch.device("meta"):
+            modules.append(bare_model(config))
+    return {name: list(tensor.shape) for module in modules for name, tensor in module.named_parameters()}

@@ -1,0 +1,385 @@
+"""What there is of memory, and what a model takes of it: sizes from a model, or from the shapes of a checkpoint's tensors."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srcfast.data.jsonl import parse_object, regular
+from srcfast.errors import ConfigError, InputError
+from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, held
+from srcfast.units import show_bytes
+from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from srcfast_kernels.transfers import indexed
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of the memory that there is, what is planned with: the rest is for the device's context, the libraries' workspaces and what
+# the allocator can't use between blocks.
+USABLE = 0.9
+NF4_BLOCKSIZE = 64
+HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
+_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A decoder's sizes; `query` and `key` are heads times head size."""
+
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    intermediate: int
+    vocabulary: int
+    head_dim: int = 128
+    qk_norm: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.query // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key // self.head_dim
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all layers' linears: q, k, v, o; gate, up, down. Embedding and head are not among them."""
+        return self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+
+    @classmethod
+    def of(cls, config: Any) -> Shapes:
+        """Of a `DecoderConfig`, or of transformers' config of a text model, or of an LVLM (its `text_config`)."""
+        config = getattr(config, "text_config", config)
+
+        def first(*names: str) -> Any:
+            return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+
+        heads = first("num_attention_heads", "num_heads")
+        head_dim = first("head_dim") or config.hidden_size // heads
+        return cls(
+            layers=first("num_hidden_layers", "num_layers"),
+            hidden=config.hidden_size,
+            query=heads * head_dim,
+            key=(first("num_key_value_heads", "num_kv_heads") or heads) * head_dim,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            head_dim=head_dim,
+            qk_norm=bool(first("qk_norm")) or first("model_type") == "qwen3",
+        )
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """A vision tower's sizes, and the positions that an image of it takes in the decoder (a LLaVA-NeXT image: at most)."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    patches: int
+    image_tokens: int
+
+    @classmethod
+    def of(cls, config: Any) -> VisionSizes | None:
+        """Of transformers' config of an LVLM; None for a text model."""
+        vision = getattr(config, "vision_config", None)
+        if vision is None:
+            return None
+        side = vision.image_size // vision.patch_size
+        has_class_token = vision.model_type == "clip_vision_model"
+        tokens = side * side + has_class_token - (config.vision_feature_select_strategy == "default")
+        tiles = 1
+        if config.model_type == "llava_next":
+            grid = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
+            rows, columns = (extent // vision.image_size for extent in grid)
+            tiles += rows * columns
+            tokens += rows * side * (columns * side + 1)  # a newline embedding ends each row
+        return cls(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            patches=tiles * (side * side + has_class_token),
+            image_tokens=tokens,
+        )
+
+
+@dataclass(frozen=True)
+class LoRASizes:
+    """An adapter: rank, adapted layers, dropout, and its parameters in all."""
+
+    r: int
+    target_modules: tuple[str, ...]
+    dropout: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What memory depends on in a model.
+
+    Attributes:
+        shapes: of the decoder.
+        device_type: "cuda" or "cpu", where it is to run.
+        dtype_bytes: an element's, of weights that are not quantised and of activations.
+        parameters: counted, by part: vision, projector, embedding, decoder, head.
+        weight_bytes: frozen weights on the device, 4-bit codes included.
+        quantisation_bytes: the scales of 4-bit weights.
+        lora: the adapter.
+        vision: the tower of an LVLM.
+        waiting_bytes: of weights that are on the device only while images are encoded.
+        trained: weights of the base that are trained themselves.
+        gathered_bytes: of layers that ranks share out, what is whole for a moment while they compute.
+    """
+
+    shapes: Shapes
+    device_type: str
+    dtype_bytes: int
+    parameters: dict[str, int]
+    weight_bytes: float
+    quantisation_bytes: float
+    lora: LoRASizes | None = None
+    vision: VisionSizes | None = None
+    waiting_bytes: float = 0.0
+    trained: int = 0
+    gathered_bytes: float = 0.0
+
+    @property
+    def quantised(self) -> bool:
+        return self.quantisation_bytes > 0
+
+    @classmethod
+    def of(cls, model: nn.Module, device_type: str | None = None) -> ModelSizes:
+        """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
+        decoder: Any = model.decoder
+        parameters: dict[str, int] = {}
+        weights, scales, waiting, trained = 0.0, 0.0, 0, 0
+        device = decoder.embed_tokens.weight.device
+        ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                adapter += parameter.numel()
+                targets.add(name.split(".")[-2])
+                dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
+                if name.endswith("lora_A"):
+                    ranks.add(len(parameter))
+            elif name.endswith(".flat"):  # codes and scales of a 4-bit weight that ranks share out
+                linear: Any = model.get_submodule(name.rpartition(".")[0])
+                count, share = linear.in_features * linear.out_features, held(parameter).nbytes / parameter.nbytes
+                parameters["decoder"] = parameters.get("decoder", 0) + count
+                weights += share * math.ceil(count / 2)
+                scales += share * (parameter.nbytes - math.ceil(count / 2))
+            else:
+                part = part_of(name)
+                parameters[part] = parameters.get(part, 0) + parameter.numel()
+                own = held(parameter).nbytes
+                weights += own if parameter.device == device else 0
+                waiting += own if parameter.device != device else 0
+                trained += parameter.numel() if parameter.requires_grad else 0
+        for weight in whole_nf4(model):
+            parameters["decoder"] = parameters.get("decoder", 0) + math.prod(weight.shape)
+            weights += weight.packed.nbytes
+            scales += weight.num_bytes - weight.packed.nbytes
+        embedding = decoder.embed_tokens.weight
+        lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
+        vision = getattr(model, "vision", None)
+        return cls(
+            shapes=Shapes.of(decoder.config),
+            device_type=device_type or embedding.device.type,
+            dtype_bytes=embedding.element_size(),
+            parameters=parameters,
+            weight_bytes=round(weights),
+            quantisation_bytes=round(scales),
+            lora=lora,
+            vision=None if vision is None else VisionSizes.of(vision.config),
+            waiting_bytes=round(waiting),
+            trained=trained,
+            gathered_bytes=gathered_bytes(decoder),
+        )
+
+    @classmethod
+    def of_tensors(
+        cls,
+        tensors: Mapping[str, Sequence[int]],
+        config: Any,
+        *,
+        dtype: str,
+        device_type: str,
+        quantize: str = "none",
+        lora_r: int = 0,
+        target_modules: Sequence[str] = (),
+        dropout: float = 0.0,
+        vision_offload: bool = False,
+        ranks: int = 1,
+    ) -> ModelSizes:
+        """Of a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
+
+        Args:
+            dtype: of weights and activations.
+            device_type: "cuda" or "cpu".
+            quantize: "nf4": the decoder's linear layers in 4 bits.
+            lora_r: rank of a new adapter; 0 for none.
+            target_modules: its layers.
+            dropout: on its input.
+            vision_offload: the vision tower waits on the host, where that is another device.
+            ranks: that share out the decoder's layers.
+        """
+        parameters = dict.fromkeys(PARTS, 0)
+        weights = scales = waiting = linears = 0.0
+        adapter = 0
+        for name, shape in tensors.items():
+            count, part = math.prod(shape), part_of(name)
+            parameters[part] += count
+            linear = part == "decoder" and name.endswith("_proj.weight")
+            if linear and quantize == "nf4":
+                weights += math.ceil(count / 2) / ranks
+                scales += nf4_scale_bytes(count) / ranks
+                linears += math.ceil(count / 2) + nf4_scale_bytes(count)
+            elif linear:
+                weights += count * DTYPE_BYTES[dtype] / ranks
+                linears += count * DTYPE_BYTES[dtype]
+            elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
+                waiting += count * DTYPE_BYTES[dtype]
+            else:
+                weights += count * DTYPE_BYTES[dtype]
+            if linear and name.split(".")[-2] in target_modules:
+                adapter += lora_r * sum(shape)
+        shapes = Shapes.of(config)
+        return cls(
+            shapes=shapes,
+            device_type=device_type,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            parameters={part: count for part, count in parameters.items() if count},
+            weight_bytes=round(weights),
+            quantisation_bytes=round(scales),
+            lora=LoRASizes(lora_r, tuple(target_modules), dropout, adapter) if lora_r else None,
+            vision=VisionSizes.of(config),
+            waiting_bytes=round(waiting),
+            gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,
+        )
+
+
+def whole_nf4(model: nn.Module) -> Iterator[NF4Weight]:
+    """The 4-bit weights of a model, but for those that ranks share out."""
+    for module in model.modules():
+        if getattr(module, "flat", None) is None and isinstance(weight := getattr(module, "weight", None), NF4Weight):
+            yield weight
+
+
+PARTS = ("vision", "projector", "embedding", "decoder", "head")
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to, by its name in a checkpoint or in a module."""
+    if "vision_tower" in name:
+        return "vision"
+    if "multi_modal_projector" in name or "image_newline" in name:
+        return "projector"
+    if name.endswith("embed_tokens.weight"):
+        return "embedding"
+    return "head" if name.endswith("lm_head.weight") else "decoder"
+
+
+def nf4_scale_bytes(count: int) -> int:
+    """Beside the codes of `count` weights: a byte for each 64, four for each 256 of those, four for their mean."""
+    blocks = math.ceil(count / NF4_BLOCKSIZE)
+    return blocks + 4 * math.ceil(blocks / NESTED_BLOCKSIZE) + 4
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
+    """(tensor's name, shape) over a checkpoint directory's safetensors, from their headers; nothing where it has none.
+
+    Raises:
+        InputError: a header that can't be read.
+    """
+    for file in sorted(Path(path).glob("*.safetensors")):
+        if file.name.startswith("adapter_"):
+            continue
+        try:
+            with open(regular(file), "rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                if not 2 <= size <= HEADER_LIMIT:
+                    raise ValueError(f"a header of {size} bytes")
+                header = parse_object(opened.read(size))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    shape = list(entry["shape"])
+                    if any(type(extent) is not int or extent < 0 for extent in shape):
+                        raise ValueError(f"{name!r} of shape {shape}")
+                    yield name, shape
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                file=file, expected="a safetensors header", found=error, mend="fetch the file again"
+            ) from error
+
+
+# What there is ----------------------------------------------------------------------------------------------
+
+
+def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
+    """Plan with `size` bytes instead of all that there is; on a GPU no more can then be allocated. None: no limit.
+
+    Raises:
+        ConfigError: the GPU has less.
+    """
+    global _limit
+    device = torch.device(device)
+    share = 1.0
+    if size is not None and device.type == "cuda":
+        whole = torch.cuda.mem_get_info(device)[1]
+        share = min(1.0, size / whole)
+        if size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
+            raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of {device}, found {show_bytes(size)}")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, indexed(device))  # raises ValueError where there is no index
+    _limit = size
+
+
+def release_unused(device: torch.device | str) -> None:
+    """Hand back to a GPU what no tensor uses, reference cycles that nothing else refers to included."""
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def memory_of(device: torch.device | str) -> int:
+    """Bytes that this process may take on a device: what its tensors have and what is free, or the limit where that is less.
+
+    What the allocator holds between a GPU's tensors and can't hand back is not counted: only what fits a gap could have it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        found = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    else:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        group = Path("/sys/fs/cgroup/memory.max")  # a container's
+        if group.is_file() and (text := group.read_text(encoding="ascii").strip()).isdigit():
+            found = min(found, int(text))
+    return found if _limit is None else min(found, _limit)
+
+
+def memory_for(model: nn.Module) -> int:
+    """`memory_of` the model's device, less what a GPU's tensors have beside the model and its gradients: it is not to be had."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return memory_of(device)
+    sizes = ModelSizes.of(model)
+    adapter = 0 if sizes.lora is None else 4 * sizes.lora.parameters
+    gradients = {grad.untyped_storage().data_ptr(): grad.untyped_storage() for grad in _gradients(model)}
+    own = sizes.weight_bytes + sizes.quantisation_bytes + adapter + sum(one.nbytes() for one in gradients.values())
+    return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(own))
+
+
+def _gradients(model: nn.Module) -> Iterator[Tensor]:
+    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)

@@ -1,0 +1,1 @@
+"""How the two shipped checkpoints were made; no command of `srcfast` imports this."""

@@ -1,0 +1,340 @@
+"""Train the embedded LVLM from nothing: a tower that sees, a language model that reasons over text, short answers.
+
+    python -m srcfast.recipes.pretrain_base --output srcfast/world/assets/base
+
+The order is that of real LVLMs: the vision tower learns dense labels (`perception.py`); then the decoder and the
+projector learn, in one mixture, to caption and point (perception), to answer questions about pictures *shortly*
+(visual instructions), and to reason in tagged steps over facts given as *text*; last, the same with mostly reasoning.
+Rationales about pictures are never shown: bringing the two together is what rationale fine-tuning and calibration are for.
+
+Every picture is one tree: the image is the root, its captions, questions and answers are the children.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from srcfast.attention.forest_attention import forest_attend
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.rationale_format import format_response, parse_response
+from srcfast.generation.generate import Prompt, generate_greedy
+from srcfast.models import LVLM, load_lvlm
+from srcfast.models.lvlm import save_lvlm
+from srcfast.recipes.base_checkpoint import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
+from srcfast.recipes.vision_tower import normalise, teach_tower
+from srcfast.world.oracle import judge
+from srcfast.world.questions import Question, ask
+from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
+from srcfast.world.render import render
+from srcfast.world.scenes import Scene, sample_scenes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the language model's training, by a cosine after a linear warm-up."""
+
+    steps: int
+    warmup_steps: int
+    pictures_per_step: int
+    texts_per_step: int
+    questions_per_text: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the embedded base, seed included."""
+
+    seed: int = 0
+    vocabulary_size: int = 640
+    hidden_size: int = 128
+    num_layers: int = 5
+    vision_layers: int = 4
+    tower_pictures: int = 40_000
+    tower_epochs: int = 5
+    tower_batch_size: int = 64
+    tower_learning_rate: float = 1.5e-3
+    scenes: int = 40_000
+    language: Stage = Stage(2_200, 200, 24, 6, 3, 2e-3)
+    reasoning: Stage = Stage(700, 70, 8, 14, 5, 1.5e-3)
+    weight_decay: float = 0.05
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer, as tokens; the loss is on the answer."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+class Writer:
+    """Turns the world's texts into token tuples, each distinct sentence tokenised once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.end = int(tokenizer.eos_token_id)
+        self.encode = lru_cache(maxsize=200_000)(
+            lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        )
+        image = tokenizer.convert_tokens_to_ids("<image>")
+        self.image_root = np.array([*self.encode("USER:"), *[image] * (IMAGE_SIZE // PATCH_SIZE) ** 2])
+
+    def exchange(self, question: str, answer: str) -> Exchange:
+        return Exchange(self.encode(f"{question} ASSISTANT:"), (*self.encode(answer), self.end))
+
+    def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
+        """The image, a caption one time in four, six perception questions, two short answers."""
+        pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
+        pairs += perception_questions(scene, rng, 6)
+        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
+        return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
+
+    def text_tree(self, scene: Scene, rng: random.Random, questions: int) -> tuple[Tree, list[int]]:
+        """The facts as text, and questions answered by a tagged rationale."""
+        exchanges = []
+        for question in ask(scene, rng, n=questions):
+            see, think = true_rationale(scene, question)
+            response = format_response(see, think, question.answer, "tagged")
+            exchanges.append(self.exchange(reword(question.text, rng), response))
+        root = np.array([*self.encode("USER:"), *[token for fact in facts(scene) for token in self.encode(fact)]])
+        return self.tree(root, exchanges, ())
+
+    @staticmethod
+    def tree(root: np.ndarray, exchanges: Sequence[Exchange], images: tuple[str, ...]) -> tuple[Tree, list[int]]:
+        segments = [Segment(np.array([*e.prompt, *e.answer]), parent=0) for e in exchanges]
+        return Tree((Segment(root), *segments), images), [len(e.answer) for e in exchanges]
+
+
+def reword(question: str, rng: random.Random) -> str:
+    """Existence questions are also asked in the words that users of other data sets use."""
+    if question.startswith("Is there a") and question.count(" ") <= 5 and rng.random() < 0.5:
+        phrase = question.removeprefix("Is there ").removesuffix("?")
+        return rng.choice(
+            (f"Is there {phrase} in the image?", f"Does the image contain {phrase}?", f"Is {phrase} present?")
+        )
+    return question
+
+
+def answer_rows(forest: Forest, answer_lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows that predict the answers' tokens, and those tokens: two int64 tensors [answer tokens]."""
+    rows = []
+    for tree_index, lengths in enumerate(answer_lengths):
+        tree = forest.trees[tree_index]
+        for child, length in enumerate(lengths, start=1):
+            end = forest.segment_start[tree_index][child] + len(tree.segments[child].tokens)
+            rows.append(np.arange(end - length - 1, end - 1))
+    index = torch.from_numpy(np.concatenate(rows))
+    return index, forest.token_ids[index + 1]
+
+
+def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
+    """The texts that the tokenizer learns from."""
+    yield "USER: ASSISTANT: Describe the image. Nothing. Question Facts Answer First Second Better Score first second tie"
+    for scene in scenes:
+        yield describe(scene)
+        for question, answer in perception_questions(scene, rng, 3):
+            yield f"{question} {answer}"
+        for item in ask(scene, rng, n=6):
+            see, think = true_rationale(scene, item)
+            yield " ".join([reword(item.text, rng), *see, *think, item.answer])
+
+
+def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+    """Train decoder and projector on the mixture of the stage of this name; the tower stays as it is."""
+    stage: Stage = getattr(recipe, name)
+    rng = random.Random(f"{name}/{recipe.seed}")
+    scenes = sample_scenes("base", recipe.scenes, recipe.seed + 1)
+    pictures = stage.steps * stage.pictures_per_step
+    passes = range(-(-pictures // len(scenes)))
+    order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])[
+        :pictures
+    ]
+    shown = np.unique(order)
+    seen = _encode_all(model, [scenes[i] for i in shown], rng)  # [shown, 36, 128] half precision: before the projector
+    projector = model.vision.model.multi_modal_projector
+    model.requires_grad_(True)
+    model.vision.model.vision_tower.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=stage.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
+    )
+    losses: list[float] = []
+    started = time.monotonic()
+    for step in range(stage.steps):
+        picked = order[step * stage.pictures_per_step : (step + 1) * stage.pictures_per_step]
+        written = [writer.picture_tree(scenes[i], str(i), rng) for i in picked]
+        written += [
+            writer.text_tree(scenes[rng.randrange(len(scenes))], rng, stage.questions_per_text)
+            for _ in range(stage.texts_per_step)
+        ]
+        forest = Forest.of([tree for tree, _ in written])
+        rows, targets = answer_rows(forest, [lengths for _, lengths in written])
+        # Three times fp32's GEMM rate where the CPU has bf16.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            projected = projector(seen[np.searchsorted(shown, picked)].float()).float()  # [pictures, 36, hidden]
+            embeddings = model.embed(forest, {str(i): projected[k] for k, i in enumerate(picked)})
+            hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
+            logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
+        loss = F.cross_entropy(logits.float(), targets)
+        warm, cosine = (step + 1) / stage.warmup_steps, 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * min(warm, cosine)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            log(f"{name} {step + 1}/{stage.steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _encode_all(model: LVLM, scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """The tower's features [scenes, 36, 128] in half precision."""
+    features = []
+    for start in range(0, len(scenes), 256):
+        pixels = np.stack([np.asarray(render(s, rng.randrange(2**31))) for s in scenes[start : start + 256]])
+        features.append(model.vision.model.vision_tower(normalise(pixels)).last_hidden_state[:, 1:].half())
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "validation") -> dict[str, float]:
+    """Shares of right short answers on 300 unseen scenes, by ability and overall, teacher-forced."""
+    rng = random.Random(f"probe/{seed}")
+    scenes = sample_scenes(split, 300, seed)
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(scenes), 50):
+        batch = scenes[start : start + 50]
+        features = model.encode_images([render(scene, rng.randrange(2**31)) for scene in batch])
+        questions = [ask(scene, rng, n=6) for scene in batch]
+        written = [
+            writer.tree(writer.image_root, [writer.exchange(q.text, q.answer) for q in own], (str(i),))
+            for i, own in enumerate(questions)
+        ]
+        forest = Forest.of([tree for tree, _ in written])
+        rows, targets = answer_rows(forest, [lengths for _, lengths in written])
+        hidden = model(forest, {str(i): feature for i, feature in enumerate(features)})
+        hits = iter(((hidden[rows] @ model.decoder.head_weight.T).argmax(-1) == targets).tolist())
+        for own, (_, lengths) in zip(questions, written, strict=True):
+            for question, length in zip(own, lengths, strict=True):
+                right.setdefault(question.ability, []).append(all([next(hits) for _ in range(length)]))
+    shares = {ability: float(np.mean(values)) for ability, values in sorted(right.items())}
+    return shares | {"overall": float(np.mean([hit for values in right.values() for hit in values]))}
+
+
+def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
+    """Of 600 questions over unseen scenes given as text: shares of right answers and of aligned responses, greedily."""
+    rng = random.Random(f"text probe/{seed}")
+    prompts: list[Prompt] = []
+    asked: list[tuple[Scene, Question]] = []
+    for scene in sample_scenes("validation", 100, seed):
+        root = [*writer.encode("USER:"), *[token for fact in facts(scene) for token in writer.encode(fact)]]
+        for question in ask(scene, rng, n=6):
+            tokens = np.array([*root, *writer.encode(f"{question.text} ASSISTANT:")])
+            prompts.append(Prompt(tokens, (), str(len(prompts))))
+            asked.append((scene, question))
+    responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
+    judged = [
+        judge(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
+        for (scene, question), response in zip(asked, responses, strict=True)
+    ]
+    return {
+        "accuracy": float(np.mean([j.answer_right for j in judged])),
+        "aligned": float(np.mean([j.aligned for j in judged])),
+    }
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Train the embedded base LVLM and write it with the record of how it was made.
+
+    `output`/tower and `output`/language hold the checkpoint as it was after these stages; where they are there already,
+    those stages are not run again.
+    """
+    torch.set_num_threads(threads)
+    recipe = Recipe()
+    started = time.monotonic()
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if not (output / "tower" / "TRAINING.json").exists():
+        teach(output / "tower", recipe, log)
+    if not (output / "language" / "TRAINING.json").exists():
+        train_stage(output / "tower", output / "language", recipe, "language", log)
+    train_stage(output / "language", output, recipe, "reasoning", log)
+    log(f"{time.monotonic() - started:.0f} s")
+
+
+def teach(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """A new checkpoint, its tower taught to see."""
+    words = corpus(sample_scenes("base", 3000, recipe.seed), random.Random(f"corpus/{recipe.seed}"))
+    new_lvlm(
+        output,
+        train_tokenizer(words, recipe.vocabulary_size),
+        hidden_size=recipe.hidden_size,
+        num_layers=recipe.num_layers,
+        vision_layers=recipe.vision_layers,
+        seed=recipe.seed,
+    )
+    model = load_lvlm(output)
+    model.requires_grad_(True)
+    accuracy = teach_tower(
+        model.vision.model.vision_tower,
+        pictures=recipe.tower_pictures,
+        epochs=recipe.tower_epochs,
+        batch_size=recipe.tower_batch_size,
+        learning_rate=recipe.tower_learning_rate,
+        seed=recipe.seed,
+        on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
+    )
+    save_lvlm(model, output)
+    write_record(output, {"tower_accuracy": accuracy})
+
+
+def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+    """Run the language stage of this name from one checkpoint to another, and measure the result."""
+    model = load_lvlm(start)
+    writer = Writer(model.tokenizer)
+    train_language(model, writer, recipe, name, log)
+    save_lvlm(model, output, dtype=torch.bfloat16)
+    trained = load_lvlm(output)
+    record = json.loads((start / "TRAINING.json").read_text(encoding="utf-8")) | {
+        "command": "python -m srcfast.recipes.pretrain_base --output DIR",
+        "recipe": asdict(recipe),
+        "short_answer_accuracy": {
+            split: short_answer_accuracy(trained, writer, 1, split) for split in ("validation", "generalisation")
+        },
+        "text_accuracy": text_accuracy(trained, writer, 1),
+        "torch": torch.__version__,
+    }
+    write_record(output, record)
+    log(json.dumps({key: record[key] for key in ("short_answer_accuracy", "text_accuracy")}, indent=2))
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,269 @@
+"""Train the embedded R-Scorer on the world's own split of scenes and easy-VQA's training questions.
+
+    python -m srcfast.recipes.train_scorer --output srcfast/world/assets/scorer
+
+It starts from the embedded base's decoder, which has learnt to reason over facts given as text. What it judges are true
+rationales, their corruptions, and what the rationale-tuned base itself says of these samples: its faults are others than
+those that one thinks of. Whether something is a fault is the oracle's word. The R-Scorer first learns to check claims, answers
+and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`), at last those of the base's own
+candidates alone, tuned well and tuned on few rationales: the less it has seen, the odder what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from srcfast.data.corruptions import Parts
+from srcfast.data.jsonl import read_jsonl, write_jsonl
+from srcfast.data.rationale_format import ParsedResponse, parse_response
+from srcfast.data.records import Sample
+from srcfast.generation.beam_search import BeamSettings
+from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models.lora import LoRAConfig
+from srcfast.models.scorer import Scorer, load_scorer
+from srcfast.models.text_model import save_text_model
+from srcfast.recipes.base_checkpoint import decoder_as_text_model
+from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
+from srcfast.run.progress import track
+from srcfast.stages.candidates import generate_candidates
+from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.stages.scorer_training import (
+    Rap,
+    ScorerExample,
+    Variant,
+    evaluate_scorer,
+    scorer_example,
+    scorer_examples,
+)
+from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.world.claims import VOCABULARY
+from srcfast.world.easy_vqa import read_easy_vqa
+from srcfast.world.oracle import judge_sample
+from srcfast.world.samples import world_samples
+
+Variants = dict[str, list[Variant]]  # by sample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
+
+    seed: int = 0
+    world_samples: int = 4_400
+    easy_vqa_samples: int = 1_200
+    held_out_samples: int = 300  # of the world's validation split; of easy-VQA one training image in ten
+    tuned: tuple[tuple[int, int], ...] = ((1_000, 2), (100, 8), (50, 12))  # samples and epochs of each tuned base
+    searched_samples: int = 3_000  # that each then answers
+    tuning_learning_rate: float = 2e-3
+    num_candidates: int = 5
+    corrupted: int = 3
+    drills: int = 5
+    claims_per_drill: int = 4
+    checked: int = 6  # candidates in a tree of the first stage
+    compared: int = 3  # and in one of the second
+    learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets how to look things up
+    checking_epochs: int = 1
+    comparing_epochs: int = 2
+    refining_draws: int = 2  # of `compared` from each tuned base's own candidates alone
+    trees_per_step: int = 8
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+) -> None:
+    """Train the embedded R-Scorer and write it with the record of how it was made.
+
+    What is found in `output` is not made again: the candidates, and the model after each stage.
+    """
+    torch.set_num_threads(threads)
+    recipe = Recipe()
+    with tempfile.TemporaryDirectory() as images:
+        samples, held_out = draw_samples(recipe, Path(images))
+        by_id = {sample.id: sample for sample in (*samples, *held_out)}
+        every_own = [
+            judged_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output))
+            for number in range(len(recipe.tuned))
+        ]
+    own = every_own[0]
+    rng = random.Random(f"examples/{recipe.seed}")
+    examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
+
+    def to_check(scorer: Scorer) -> list[TrainingItem]:
+        shown = [with_own(example, by_id[example.key], own, recipe.checked, rng) for example in examples]
+        return checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
+
+    def to_compare(scorer: Scorer) -> list[TrainingItem]:
+        draw = random.Random(f"comparing/{recipe.seed}")
+        shown = [with_own(example, by_id[example.key], own, recipe.compared, draw) for example in examples]
+        return comparing_items(scorer, by_id, shown)
+
+    def to_refine(scorer: Scorer) -> list[TrainingItem]:
+        draw = random.Random(f"refining/{recipe.seed}")
+        shown = [
+            with_own(scorer_example(sample, ()), sample, said, recipe.compared, draw)
+            for said in every_own
+            for _ in range(recipe.refining_draws)
+            for sample in samples
+            if len(said[sample.id]) > 1
+        ]
+        return comparing_items(scorer, by_id, shown)
+
+    decoder_as_text_model(load_lvlm("embedded"), output / "decoder")
+    stages = (
+        ("decoder", "checking", to_check, recipe.checking_epochs),
+        ("checking", "comparing", to_compare, recipe.comparing_epochs),
+        ("comparing", "refining", to_refine, 1),
+    )
+    for start, end, lessons, epochs in stages:
+        if not (output / end / "config.json").exists():
+            scorer = load_scorer(output / start)
+            teach(scorer, lessons(scorer), recipe, epochs)
+            save_text_model(scorer.text_model, output / end)
+    shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
+    save_text_model(shipped.text_model, output)
+
+    record = {
+        "command": "python -m srcfast.recipes.train_scorer --output DIR",
+        "recipe": asdict(recipe),
+        "held_out": held_out_scores(load_scorer(output), held_out, every_own, recipe),
+        "torch": torch.__version__,
+    }
+    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record["held_out"], indent=2), file=sys.stderr)
+
+
+def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from in random order, and held-out ones, all with true rationales."""
+    samples = world_samples("scorer", recipe.world_samples, recipe.seed, image_dir=images)
+    held_out = world_samples("validation", recipe.held_out_samples, recipe.seed + 1, image_dir=images)
+    for sample in read_easy_vqa("train", recipe.easy_vqa_samples, recipe.seed):
+        if sample.rationale:
+            (held_out if int(Path(sample.images[0]).stem) % 10 == 0 else samples).append(sample)
+    random.Random(f"scorer/{recipe.seed}").shuffle(samples)
+    return samples, held_out
+
+
+def tuned_candidates(
+    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, number: int, output: Path
+) -> dict[str, list[str]]:
+    """By sample the candidates of one of the tuned bases, which has not been tuned on those that it answers."""
+    tuned_samples, epochs = recipe.tuned[number]
+    seed = recipe.seed + number
+    file = output / f"candidates-{tuned_samples}.jsonl"
+    if not file.exists():
+        searched = [*samples[: recipe.searched_samples], *held_out]
+        raps, _ = build_raps(samples[recipe.searched_samples :][:tuned_samples])
+        model = load_lvlm("embedded", lora=LoRAConfig(16, 32, seed=seed))
+        features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
+        loop = TrainingSettings(epochs=epochs, micro_batch_size=8, learning_rate=recipe.tuning_learning_rate, seed=seed)
+        fine_tune_rationale(model, raps, loop, features=features)
+        beams = BeamSettings(num_candidates=recipe.num_candidates, max_sentence_tokens=24, max_new_tokens=112)
+        with track("candidates", len(searched), "samples") as progress:
+            found = generate_candidates(
+                model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for own in found for c in own))
+    candidates = defaultdict(list)
+    for _, row in read_jsonl(file):
+        candidates[str(row["sample_id"])].append(str(row["text"]))
+    return candidates
+
+
+def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:
+    """Candidates with the oracle's word on each: no fault, or one.
+
+    Faulty ones are not ranked among themselves: preferring the better of two bad rationales teaches bad ones.
+    """
+    variants: Variants = defaultdict(list)
+    for key, texts in candidates.items():
+        for text in texts:
+            judgement = judge_sample(samples[key], response := parse_response(text))
+            if judgement is not None and response.answer is not None:
+                variants[key].append(Variant(text, 0) if judgement.aligned else Variant(text, 1, "own"))
+    return variants
+
+
+def raps_of(samples: Sequence[Sample]) -> list[Rap]:
+    """The samples' true rationale-answer pairs."""
+    return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
+
+
+def is_faulty(sample: Sample, parts: Parts) -> bool:
+    """The oracle's word on a corruption."""
+    see, think, answer = parts
+    judgement = judge_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
+    return judgement is not None and not judgement.aligned
+
+
+def with_own(example: ScorerExample, sample: Sample, own: Variants, most: int, rng: random.Random) -> ScorerExample:
+    """The example with the model's own candidates in it, a good and a bad one first; `most` variants in all."""
+    theirs = rng.sample(own[example.key], len(own[example.key]))
+    good = next(([one] for one in theirs if not one.faults), [])
+    bad = next(([one] for one in theirs if one.faults), [])
+    distinct = {one.text: one for one in (*good, *bad, *example.variants, *theirs)}
+    chosen = [replace(one, faults=min(one.faults, 1)) for one in distinct.values()][:most]
+    return scorer_example(sample, rng.sample(chosen, len(chosen)))
+
+
+def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs: int) -> None:
+    """Train the whole model on lessons; a line of what it gets right goes to stderr every 40 steps."""
+    started = time.monotonic()
+
+    def log(metrics: dict[str, float]) -> None:
+        if metrics["step"] % 40 == 0:
+            counts = {name: metrics[name] for name in KINDS if metrics[name]}
+            shares = {name: round(metrics[f"right_{name}"] / count, 3) for name, count in counts.items()}
+            line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
+            print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    # bf16 has three times fp32's GEMM rate where the CPU knows it. A cache would keep the weights' first copies for all steps.
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        train(
+            scorer.requires_grad_(True).text_model,
+            items,
+            loss=lesson_loss(scorer),
+            denominator=lesson_weight,
+            settings=TrainingSettings(
+                epochs=epochs,
+                learning_rate=recipe.learning_rate,
+                micro_batch_size=recipe.trees_per_step,
+                token_budget=32_768,
+                warmup_ratio=0.05,
+                weight_decay=0.02,
+                seed=recipe.seed,
+            ),
+            on_step=log,
+        )
+
+
+def held_out_scores(
+    scorer: Scorer, held_out: Sequence[Sample], every_own: Sequence[Variants], recipe: Recipe
+) -> dict[str, object]:
+    """What `evaluate_scorer` finds on held-out samples: among corruptions, and among each tuned base's candidates."""
+    rng = random.Random(f"held out/{recipe.seed}")
+    scores: dict[str, object] = {}
+    for name in ("world", "easy_vqa"):
+        part = [sample for sample in held_out if sample.extra["dataset"] == name]
+        scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(part), rng, VOCABULARY, is_faulty=is_faulty))
+        for own, (tuned_samples, _) in zip(every_own, recipe.tuned, strict=True):
+            answered = [scorer_example(sample, own[sample.id]) for sample in part if len(own[sample.id]) > 1]
+            scores[f"{name}, candidates of a base tuned on {tuned_samples}"] = evaluate_scorer(scorer, answered)
+    return scores
+
+
+if __name__ == "__main__":
+    typer.run(main)

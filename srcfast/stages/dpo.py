@@ -1,0 +1,569 @@
+"""Stage 4's training: confidence-weighted DPO over shared-prefix trees, and log-probabilities of responses.
+
+The tree of a pair is prompt -> {chosen, rejected}; what the two responses have in common at their beginning
+is a segment of its own between them, run once. With c the confidence, and log pi the sum over a response's
+tokens, the end token included,
+
+    Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
+    L = sum_k c_k [ loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
+
+over the global batch. Rationale-answer pairs of stage 1 can be rehearsed beside them: rehearsal_weight times the
+mean of their -log pi(y) / |y| is added. A judge is surer of some kinds of questions than of others, and the
+policy forgets those of which it is shown no pairs.
+
+The reference is the policy as it was before the round: its log-probabilities are computed once and stored with
+the pair, beside a hash of base and adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srcfast.data.batching import global_batch
+from srcfast.data.collector import no_full_passes
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.logit_rows import places_of, response_rows, takes_rows
+from srcfast.data.records import LOGPROB_ROUNDING, Preference
+from srcfast.errors import InputError, SrcfastError
+from srcfast.models.dropout_keys import drops
+from srcfast.stages.drift import Drift, drift, drift_of, most_drift
+from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.loop import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.pipelining import behind
+from srcfast.training.profiler import StepProfiler
+from srcfast_kernels import linear_logprob, weighted_dpo_loss
+from srcfast_kernels.transfers import Fetched, fetch, send
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """The loss.
+
+    Args:
+        beta: how strongly the policy is held to the reference.
+        label_smoothing: probability that a pair is the wrong way round (sigmoid only), in [0, 0.5);
+            "confidence" takes (1 - c) / 2 of each pair, c its confidence.
+        loss_type: of Delta: -log sigmoid, IPO's square, or SLiC's hinge.
+        sft_weight: of the mean negative log-likelihood of the chosen response's tokens.
+        rehearsal_weight: of the same of rehearsed rationale-answer pairs.
+        weighting: "confidence" weighs a pair by its confidence, "none" weighs all alike.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float | Literal["confidence"] = 0.0
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    sft_weight: float = 0.0
+    rehearsal_weight: float = 0.0
+    weighting: Literal["confidence", "none"] = "confidence"
+
+
+@dataclass(frozen=True)
+class PairMeta:
+    """What the loss needs of a pair beside its tree."""
+
+    weight: float
+    confidence: float
+    reference_chosen_logprob: float
+    reference_rejected_logprob: float
+
+
+@dataclass(frozen=True)
+class PairDenominator:
+    """Over a global batch: the sum of weights, the number of pairs, and that of rehearsed rationale-answer pairs."""
+
+    weight: float
+    pairs: int
+    rehearsed: int = 0
+
+
+def preference_tree(
+    prompt: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    images: tuple[str, ...] = (),
+    key: Any = None,
+) -> Tree:
+    """prompt -> {chosen, rejected}, or prompt -> shared beginning -> {chosen, rejected}.
+
+    Args:
+        prompt, chosen, rejected: token ids; responses with their end token. Each keeps at least one token of
+            its own.
+
+    Raises:
+        InputError: the two responses are the same.
+    """
+    if np.array_equal(chosen, rejected):
+        raise InputError(
+            sample_id=None if key is None else str(key),
+            field="rejected",
+            expected="a response other than the chosen one",
+            found="the same tokens",
+            mend="drop this pair: it prefers nothing to nothing",
+        )
+    most = min(len(chosen), len(rejected)) - 1
+    differs = np.flatnonzero(chosen[:most] != rejected[:most])
+    shared = int(differs[0]) if differs.size else most
+    middle = (Segment(chosen[:shared], 0),) if shared else ()
+    parent = len(middle)
+    leaves = (Segment(chosen[shared:], parent), Segment(rejected[shared:], parent))
+    return Tree((Segment(prompt), *middle, *leaves), images, key)
+
+
+def pair_rows(forest: Forest) -> np.ndarray:
+    """What `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
+
+    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Kept in the cache
+    of the forest on the host.
+    """
+    host = forest.host or forest
+    if "pair rows" not in host.cache:
+        predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
+        rows, targets, slots = [], [], []
+        for number, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
+            last = len(tree.segments) - 1
+            for segment in range(1, last + 1):
+                slot = max(0, segment - last + 2) if last > 1 else 1  # a response alone is chosen
+                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
+                rows.append(predictor[part])
+                targets.append(tokens[part])
+                slots.append(np.full(part.stop - part.start, 3 * number + slot))
+        host.cache["pair rows"] = np.stack([np.concatenate(part) for part in (rows, targets, slots)])
+    return host.cache["pair rows"]
+
+
+def loss_rows(forest: Forest) -> Tensor:
+    """For `train`: `response_rows`, with `pair_rows` made on the way, which a worker process then does ahead of the step."""
+    pair_rows(forest)
+    return response_rows(forest)
+
+
+def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen and the rejected response of each preference tree, summed over their
+    whole paths.
+
+    Args:
+        hidden: `[T, D]`, or `[M, D]` of the forest's `response_rows`.
+        forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
+        head_weight: `[V, D]`.
+
+    Returns:
+        (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
+    """
+    rows, targets, slots = pair_rows(forest)
+    places = places_of(rows, hidden, forest, response_rows(forest))
+    index = send(np.stack([places, targets, slots]), hidden.device)  # [3, n]
+    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
+    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
+    return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
+
+
+@no_full_passes()
+def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
+    """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
+    prompt = PromptEncoder(model)
+    return [
+        preference_tree(
+            prompt(preference, preference.prompt, preference.sample_id),
+            model.encode_response(preference.chosen),
+            model.encode_response(preference.rejected),
+            image_keys(preference),
+            key=preference.sample_id,
+        )
+        for preference in preferences
+    ]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Any,
+    preferences: Sequence[Preference],
+    *,
+    reference_hash: str,
+    token_budget: int,
+    features: Features | None = None,
+    on_forest: Callable[[Forest], None] | None = None,
+) -> list[Preference]:
+    """The preferences with the model's log-probabilities as their reference.
+
+    Args:
+        model: base with the adapter as it is before the round.
+        preferences: pairs.
+        reference_hash: of base and adapter; stored in `extra["reference_hash"]`, and asked for when training.
+        token_budget: most tokens in a forest.
+        features: image keys to embeddings.
+        on_forest: called after each forest, for progress.
+    """
+    trees = preference_trees(model, preferences)
+    done = list(preferences)
+    head = model.decoder.head_weight
+
+    def sums(forest: Forest, hidden: Tensor) -> Tensor:
+        return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
+
+    for forest, (chosen, rejected) in _run(model, trees, sums, token_budget, features, on_forest):
+        for index, one, other in zip(forest.indices, chosen.tolist(), rejected.tolist(), strict=True):
+            done[index] = replace(
+                preferences[index],
+                reference_chosen_logprob=one,
+                reference_rejected_logprob=other,
+                extra={**preferences[index].extra, "reference_hash": reference_hash},
+            )
+    return done
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: Any,
+    items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]],
+    *,
+    token_budget: int,
+    features: Features | None = None,
+    on_forest: Callable[[Forest], None] | None = None,
+) -> list[tuple[float, int]]:
+    """Summed log-probability and number of tokens of each response after its prompt.
+
+    Args:
+        items: (prompt token ids, image keys, response token ids with the end token). Responses to the same
+            prompt share it.
+
+    Returns:
+        (log-probability, tokens) in the order of `items`.
+    """
+    trees: list[Tree] = []
+    members: list[list[int]] = []
+    for indices in _same_prompt(items):
+        prompt_size, room = len(items[indices[0]][0]), 0
+        part: list[int] = []
+        for index in indices:
+            size = len(items[index][2])
+            if not part or size > room:
+                room, part = token_budget - prompt_size, []
+                members.append(part)
+            room -= size
+            part.append(index)
+    for part in members:
+        prompt, images, _ = items[part[0]]
+        leaves = (Segment(items[index][2], 0) for index in part)
+        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
+
+    def sums(forest: Forest, hidden: Tensor) -> Tensor:
+        """Of each response in the forest, [responses]."""
+        host = forest.host or forest
+        responses = [
+            host.target_rows(number, [leaf])
+            for number, tree in enumerate(host.trees)
+            for leaf in range(1, len(tree.segments))
+        ]
+        rows, targets = (torch.cat(parts).numpy() for parts in zip(*responses, strict=True))
+        places = places_of(rows, hidden, forest, response_rows(forest))
+        looked_up = send(np.stack([places, targets]), hidden.device)  # [2, n]
+        logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
+        return torch.stack([part.sum() for part in logps.split([len(own) for own, _ in responses])])
+
+    for forest, totals in _run(model, trees, sums, token_budget, features, on_forest):
+        order = [index for tree_index in forest.indices for index in members[tree_index]]
+        for index, total in zip(order, totals.tolist(), strict=True):
+            found[index] = (total, len(items[index][2]))
+    return found
+
+
+def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]) -> list[list[int]]:
+    groups: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
+    for index, (prompt, images, _) in enumerate(items):
+        groups.setdefault((np.asarray(prompt, dtype=np.int64).tobytes(), tuple(images)), []).append(index)
+    return list(groups.values())
+
+
+def _run(
+    model: Any,
+    trees: Sequence[Tree],
+    measure: Callable[[Forest, Tensor], Tensor],
+    token_budget: int,
+    features: Features | None,
+    on_forest: Callable[[Forest], None] | None,
+) -> Iterator[tuple[Forest, Tensor]]:
+    """The trees packed into forests, in evaluation mode: each forest and what `measure` makes of it, on the host.
+
+    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_rows` where the model takes them). A GPU computes
+    the next forest while the numbers of one are read.
+    """
+    device = next(model.parameters()).device
+
+    def queued() -> Iterator[tuple[Forest, Fetched]]:
+        for forest in Forest.packed(trees, token_budget):
+            forest = forest.to(device)
+            inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
+            wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
+            yield forest, fetch(measure(forest, model(forest, *inputs, **wanted)))
+
+    was_training = model.training
+    model.eval()
+    for forest, numbers in behind(queued(), device):
+        yield forest, numbers.wait()
+        if on_forest is not None:
+            on_forest(forest)
+    model.train(was_training)
+
+
+def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The loss function that `train` calls: the formula at the top of this file, and what to watch.
+
+    Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
+    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, and mean_square_drift, of the two responses' (log pi -
+    log pi_ref) / root of their tokens; max_drift, the greatest of its absolute values; and max_logprob, the greatest log pi.
+    """
+
+    def loss(
+        hidden: Tensor,
+        forest: Forest,
+        head_weight: Tensor,
+        items: Sequence[TrainingItem],
+        denominator: PairDenominator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
+        lengths, rejected_lengths = np.array(
+            [_lengths(tree) for tree in forest.trees], dtype=np.float64
+        ).T  # [trees] each
+        pairs = [place for place, item in enumerate(items) if item.meta is not None]
+        rehearsed = chosen.new_zeros(())
+        if len(pairs) < len(items):
+            share = 1.0 / lengths / max(1, denominator.rehearsed)
+            share[pairs] = 0.0
+            rehearsed = -(chosen * send(share, hidden.device, chosen.dtype)).sum()
+        rehearsal = settings.rehearsal_weight * rehearsed
+        if not pairs:
+            return rehearsal, {"rehearsal_loss": rehearsed}
+        if len(pairs) < len(items):
+            places = send(pairs, hidden.device)
+            chosen, rejected = chosen.index_select(0, places), rejected.index_select(0, places)  # [P] each
+        metas = [items[place].meta for place in pairs]
+        columns = (
+            [meta.reference_chosen_logprob for meta in metas],
+            [meta.reference_rejected_logprob for meta in metas],
+            [meta.weight for meta in metas],
+            [meta.confidence for meta in metas],
+            lengths[pairs],
+            rejected_lengths[pairs],
+        )
+        # One transfer for all numbers, and none is waited for.
+        numbers = send(np.stack(columns), hidden.device, chosen.dtype)  # [6, P]
+        reference_chosen, reference_rejected, weight, confidence, chosen_lengths, _ = numbers
+        smoothing: float | Tensor
+        if settings.label_smoothing == "confidence":
+            smoothing = 0.5 - 0.5 * confidence
+        else:
+            smoothing = settings.label_smoothing
+        output = weighted_dpo_loss(
+            chosen,
+            rejected,
+            reference_chosen,
+            reference_rejected,
+            weight,
+            beta=settings.beta,
+            label_smoothing=smoothing,
+            loss_type=settings.loss_type,
+            normalizer=denominator.weight,
+        )
+        total = output.loss + rehearsal
+        if settings.sft_weight:
+            total = total + settings.sft_weight * (weight * -chosen / chosen_lengths).sum() / denominator.weight
+        with torch.no_grad():
+            margins = output.chosen_rewards - output.rejected_rewards
+            sums = {
+                "margin": margins,
+                "reward_accuracy": (margins > 0).to(margins.dtype),
+                "chosen_reward": output.chosen_rewards,
+                "rejected_reward": output.rejected_rewards,
+                "chosen_logprob": chosen,
+                "rejected_logprob": rejected,
+            }
+            metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
+            policy = torch.stack([chosen, rejected])  # [2, P]
+            if denominator.rehearsed:
+                metrics["rehearsal_loss"] = rehearsed
+            drifts = (policy - numbers[:2]) / numbers[4:].sqrt()  # [2, P]
+            metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
+            metrics["max_drift"] = drifts.abs().max()
+            metrics["max_logprob"] = policy.max()
+        return total, metrics
+
+    return loss
+
+
+def _lengths(tree: Tree) -> tuple[int, int]:
+    """Tokens of the chosen and of the rejected response, 1 where a tree has none that is rejected."""
+    sizes = [segment.tokens.size for segment in tree.segments[1:]]
+    if len(sizes) == 1:
+        return sizes[0], 1
+    shared = sum(sizes[:-2])
+    return shared + sizes[-2], shared + sizes[-1]
+
+
+def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
+    """The global batch's sum of weights, and the number of its pairs and of its rehearsed ones."""
+    pairs = [item for item in items if item.meta is not None]
+    return PairDenominator(sum(item.meta.weight for item in pairs), len(pairs), len(items) - len(pairs))
+
+
+def preference_items(
+    model: Any,
+    preferences: Sequence[Preference],
+    preference_settings: PreferenceSettings,
+    rehearsal: Sequence[Rap] = (),
+) -> list[TrainingItem]:
+    """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
+    weighted = preference_settings.weighting == "confidence"
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                preference.confidence if weighted else 1.0,
+                preference.confidence,
+                float(preference.reference_chosen_logprob or 0.0),
+                float(preference.reference_rejected_logprob or 0.0),
+            ),
+            preference.images,
+        )
+        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    return items + rationale_trees(model, rehearsal)
+
+
+def train_preference(
+    model: Any,
+    preferences: Sequence[Preference],
+    preference_settings: PreferenceSettings,
+    settings: TrainingSettings,
+    *,
+    expected_reference_hash: str,
+    features: Features | None = None,
+    on_step: Callable[[Metrics], None] | None = None,
+    rehearsal: Sequence[Rap] = (),
+    profiler: StepProfiler | None = None,
+    on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
+) -> list[Metrics]:
+    """Preference-tune the model's adapter; one dict of metrics a step (see `train` and `preference_loss`).
+
+    Args:
+        model: the policy, which before the first step is the reference.
+        preferences: with reference log-probabilities, see `reference_logprobs`.
+        preference_settings: the loss.
+        settings: the loop.
+        expected_reference_hash: of base and adapter as they are now.
+        rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
+        profiler: of some steps.
+        on_items: called with what is trained on, before it is.
+        checkpoints: see `train`.
+
+    Raises:
+        InputError: a pair whose responses are the same, or that has no reference, or another one's, or one above 0.
+        SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
+            the hash fits. Or a log-probability is above 0.
+    """
+    for preference in preferences:
+        _check_reference(preference, expected_reference_hash)
+    items = preference_items(model, preferences, preference_settings, rehearsal)
+    if on_items is not None:
+        on_items(items)
+    first = [preferences[index] for index in global_batch(len(items), 0, settings) if index < len(preferences)]
+    dtype = model.decoder.head_weight.dtype
+    dropout = drops(model)
+    if dropout:  # then the first step says nothing of the start: its pairs are looked at without
+        check_references(model, first, settings.token_budget, features)
+
+    def check_start(metrics: Metrics) -> None:
+        refuse_certainty(metrics)
+        if metrics["step"] != 0 or dropout or "max_drift" not in metrics:
+            return
+        found = Drift(math.sqrt(metrics["mean_square_drift"]), metrics["max_drift"], 2 * len(first), dtype)
+        if not found.is_rounding:
+            check_references(model, first, settings.token_budget, features)  # names the pair
+            raise _not_the_reference(found, "", "stored log-probabilities are others")
+
+    return train(
+        model,
+        items,
+        loss=preference_loss(preference_settings),
+        denominator=pair_denominator,
+        settings=settings,
+        features=features,
+        on_step=on_step,
+        before_update=check_start,
+        rows=loss_rows,
+        profiler=profiler,
+        checkpoints=checkpoints,
+    )
+
+
+def check_references(
+    model: Any, preferences: Sequence[Preference], token_budget: int, features: Features | None = None
+) -> None:
+    """Compute the log-probabilities of some pairs anew; on several ranks each does all of it.
+
+    Raises:
+        SrcfastError: a stored one is another model's; the pair is named.
+        InputError: one is above 0.
+    """
+    for preference in preferences:
+        _refuse_reference_above_0(preference)
+    found = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
+    drifts, words = [], []
+    for stored, exact in zip(preferences, found, strict=True):
+        for side in ("chosen", "rejected"):
+            field = f"reference_{side}_logprob"
+            value, own = getattr(stored, field), getattr(exact, field)
+            drifts.append(drift(value, own, len(model.encode_response(getattr(stored, side)))))
+            words.append((f"sample {stored.sample_id}: ", f"{field} is stored as {value:.6g} and is {own:.6g}"))
+    whole = drift_of(drifts, model.decoder.head_weight.dtype)
+    if whole is not None and not whole.is_rounding:
+        raise _not_the_reference(whole, *words[int(np.argmax(drifts))])
+
+
+def _not_the_reference(found: Drift, sample: str, worst: str) -> SrcfastError:
+    """The error; `sample` and `worst` name the response that differs most."""
+    return SrcfastError(
+        f"{sample}before the first update the policy must equal its reference, but {worst}. Over {found.responses} responses "
+        f"their log-probabilities differ by {found.root_mean_square:.2e} nats a root token, the worst by {found.greatest:.2e} "
+        f"(rounding makes at most {most_drift(found.dtype, found.responses):.1e}, of one response "
+        f"{most_drift(found.dtype, 1):.1e}). Mend: compute the reference again with this base and adapter: leave "
+        "reference_chosen_logprob and reference_rejected_logprob out; in a calibration: another run, with "
+        "dpo.reuse_generation_logprobs=false"
+    )
+
+
+def _check_reference(preference: Preference, expected_hash: str) -> None:
+    found = preference.extra.get("reference_hash")
+    if preference.reference_chosen_logprob is None or preference.reference_rejected_logprob is None:
+        found = None
+    if found != expected_hash:
+        raise InputError(
+            sample_id=preference.sample_id,
+            field="reference_hash",
+            expected=f"reference log-probabilities of {expected_hash}",
+            found="none" if found is None else f"those of {found}",
+            mend="compute the reference again with the base and adapter that training starts from",
+        )
+    _refuse_reference_above_0(preference)
+
+
+def _refuse_reference_above_0(preference: Preference) -> None:
+    for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
+        value = getattr(preference, field)
+        if not value <= LOGPROB_ROUNDING:
+            raise InputError(
+                sample_id=preference.sample_id,
+                field=field,
+                expected="a log-probability, at most 0",
+                found=value,
+                mend="compute the reference again: leave these fields out",
+            )

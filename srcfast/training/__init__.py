@@ -1,0 +1,1 @@
+"""The training loop: packed global batches, optimizer, checkpoints, profiler."""
