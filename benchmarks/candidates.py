@@ -60,11 +60,19 @@ def read_samples(folder: Path) -> list[Sample]:
 
 def srcfast(shape: Shape, folder: Path, device: str, watch: Watch) -> None:
     """Sentence-level beam search."""
-    from srcfast.generation.beam_search import BeamSettings
+    from srcfast.config.settings import CandidatesConfig
     from srcfast.stages.candidates import generate_candidates
 
     count, most = shape["candidates"], shape["most_tokens"]
-    settings = BeamSettings(num_candidates=count, num_beams=count // 2, proposals=2, max_new_tokens=most)
+    settings = CandidatesConfig(
+        num_candidates=count,
+        num_beams=count // 2,
+        proposals=2,
+        max_new_tokens=most,
+        top_p=1.0,
+        max_sentences=12,
+        max_sentence_tokens=48,
+    )
 
     class Progress:
         tokens = 0

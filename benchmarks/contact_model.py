@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.models.checkpoint import WEIGHTS, read_config
 from srcfast.models.decoder import Decoder
-from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
+from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.models.lvlm import LVLM
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.scorer import Scorer

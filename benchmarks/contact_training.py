@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srcfast.config.settings import load_config
+from srcfast.config.settings import DPOConfig, TrainingConfig, load_config
 from srcfast.data.forest import Forest
 from srcfast.data.records import Preference
 from srcfast.memory.activations import ForestSizes
@@ -23,7 +23,6 @@ from srcfast.memory.plan import forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
 from srcfast.stages.dpo import (
-    PreferenceSettings,
     loss_rows,
     pair_denominator,
     preference_items,
@@ -33,7 +32,7 @@ from srcfast.stages.dpo import (
 )
 from srcfast.stages.drift import most_drift
 from srcfast.stages.rationale import image_loader
-from srcfast.training.loop import TrainingSettings, train
+from srcfast.training.loop import train
 from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases
 from srcfast_benchmarks.contact_profile import GIB, LastStep, peaks
@@ -79,12 +78,13 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
     forecast = forecast_of(models, quantize, r, pairs, trees, model)
     intervals = [end - begin for begin, end in zip(times, times[1:], strict=False)]
     case.store(reference_ms_a_forest=1000 * median(intervals), forecast=forecast)
-    settings = TrainingSettings(
+    settings = TrainingConfig(
         micro_batch_size=trees,
         token_budget=tokens,
-        learning_rate=1e-5,
+        learning_rate=1e-05,
         warmup_ratio=0.0,
         activation_checkpointing=forecast["checkpoint_every"],
+        gradient_accumulation_steps=1,
     )
     rows: list[dict[str, Any]] = []
     last = LastStep()
@@ -96,8 +96,8 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
     free()
     train(  # not `train_preference`, whose check of the first step would end a case that drifts
         model,
-        preference_items(model, pairs, PreferenceSettings()),
-        loss=preference_loss(PreferenceSettings()),
+        preference_items(model, pairs),
+        loss=preference_loss(DPOConfig(sft_weight=0.0)),
         denominator=pair_denominator,
         settings=settings,
         features=features,

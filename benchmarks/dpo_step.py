@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.records import Preference
-from srcfast.training.loop import TrainingSettings
 from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.random_models import (
     LLAVA_7B,
@@ -57,7 +57,8 @@ GPU_MICRO_BATCH = 4  # of TRL: pairs that fit an 80 GB card
 
 def prepare(shape: Shape, folder: Path, device: str) -> None:
     """The checkpoint, the records, and a new adapter that every way starts from."""
-    from srcfast.models.lora import LoRAConfig, save_adapter
+    from srcfast.config.settings import LoRAConfig
+    from srcfast.models.lora import save_adapter
 
     model_shape = MODELS[shape["model"]]
     write_model(folder / "model", model_shape, device)
@@ -80,15 +81,16 @@ def load_policy(shape: Shape, folder: Path, device: str, lora: Any = None) -> An
     )
 
 
-def settings_of(shape: Shape, checkpointing: int = 0) -> TrainingSettings:
+def settings_of(shape: Shape, checkpointing: int = 0) -> TrainingConfig:
     """srcfast's: a constant rate, a batch a step."""
-    return TrainingSettings(
+    return TrainingConfig(
         activation_checkpointing=checkpointing,
         micro_batch_size=shape["batch"],
         token_budget=BUDGETS[shape["model"]],
         learning_rate=LEARNING_RATE,
         warmup_ratio=0.0,
         min_learning_rate_ratio=1.0,
+        gradient_accumulation_steps=1,
     )
 
 
@@ -108,8 +110,9 @@ def read_pairs(folder: Path) -> list[Preference]:
 def srcfast(
     shape: Shape, folder: Path, device: str, watch: Watch, *, computed: bool = False, checkpointing: int = 0
 ) -> None:
+    from srcfast.config.settings import DPOConfig
     from srcfast.models import ImageFeatures
-    from srcfast.stages.dpo import PreferenceSettings, reference_logprobs, train_preference
+    from srcfast.stages.dpo import reference_logprobs, train_preference
     from srcfast.stages.rationale import image_loader
 
     model, settings = load_policy(shape, folder, device), settings_of(shape, checkpointing)
@@ -131,8 +134,7 @@ def srcfast(
     train_preference(
         model,
         pairs,
-        PreferenceSettings(beta=BETA),
-        settings,
+        DPOConfig(**settings.model_dump(), beta=BETA, sft_weight=0.0),
         expected_reference_hash="start",
         features=features,
         on_step=on_step,

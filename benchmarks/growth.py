@@ -30,6 +30,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from srcfast.config.settings import CurationConfig
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.in_order import samples_in_order
@@ -39,7 +40,7 @@ from srcfast.data.readers import read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.report.gallery import MOST_CARDS as GALLERY
 from srcfast.report.page import write_report
-from srcfast.stages.curation import CurationSettings, curate
+from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import Counts, Prediction, summarise
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast_benchmarks.harness import RESULTS, resident, write_csv
@@ -155,7 +156,7 @@ class Stages:
 
     def curate(self) -> int:
         rows = (row for *_, row in read_shards(self.folder / "scores"))
-        self.pairs, self.funnel = curate(self.samples, self._candidates(), rows, CurationSettings())
+        self.pairs, self.funnel = curate(self.samples, self._candidates(), rows, CurationConfig())
         assert self.funnel["samples"] == self.size
         return self.size
 

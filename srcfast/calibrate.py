@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from srcfast import distributed
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.batching import num_steps
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
@@ -62,7 +62,7 @@ from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.references import references_from_candidates
 from srcfast.stages.replay import kept_if_not_finite
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem, TrainingSettings
+from srcfast.training.loop import TrainingItem
 from srcfast.training.profiler import StepProfiler
 
 
@@ -162,7 +162,7 @@ class Calibration:
     def rationale(self) -> None:
         """Stage 1: LoRA on rationale-answer pairs."""
         raps, dropped = rationale_pairs(self.config, self.rationale_samples)
-        loop = self.config.rationale.training_settings(self.config.seed, self.config.deterministic)
+        loop = self.config.rationale.seeded(self.config.seed, self.config.deterministic)
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.fresh()
@@ -229,7 +229,7 @@ class Calibration:
 
         def work(progress: Track) -> dict[str, Any]:
             place, own = self.directory.checkpoint(stage), partial(self.records.candidates, iteration)
-            adaptive = self.config.scorer.adaptive()
+            adaptive = AdaptivePairs.of(self.config.scorer)
             found = self._compare(place, sections, self._load_judge(), samples, own, progress, adaptive)
             distributed.from_main(lambda: write_shards(self.records.shards(iteration, "scores"), found.rows()))
             return {} if adaptive is None else {"adaptive": replace(adaptive, counts=found.counts()).report()}
@@ -246,7 +246,7 @@ class Calibration:
                 samples,
                 self.records.candidates(iteration),
                 self.records.scores(iteration),
-                self.config.curation.settings(),
+                self.config.curation,
                 self.config.seed,
             )
             if not pairs:
@@ -284,7 +284,7 @@ class Calibration:
         rehearsal, _ = (
             rationale_pairs(self.config, self.rationale_samples) if self.config.dpo.rehearsal_weight else ([], {})
         )
-        loop = self.config.dpo.training_settings(self.config.seed + iteration, self.config.deterministic)
+        loop = self.config.dpo.seeded(self.config.seed + iteration, self.config.deterministic)
 
         def work(progress: Track) -> dict[str, Any]:
             lvlm = self.policy.use(self.directory.adapter(iteration - 1))
@@ -293,8 +293,8 @@ class Calibration:
                 train_preference(
                     lvlm,
                     pairs,
-                    self.config.dpo.preference_settings(self.config.curation.weighting),
                     loop,
+                    weighting=self.config.curation.weighting,
                     expected_reference_hash=self.policy.hash(),
                     features=self.policy.features,
                     on_step=self._step(f"iteration-{iteration}/dpo", progress),
@@ -433,7 +433,7 @@ class Calibration:
         self.judge = load_judge(self.config)
         return self.judge
 
-    def _expect(self, stage: str, loop: TrainingSettings) -> Callable[[Sequence[TrainingItem]], None]:
+    def _expect(self, stage: str, loop: TrainingConfig) -> Callable[[Sequence[TrainingItem]], None]:
         """Told of a training stage's items, it forecasts their memory in place of typical ones'."""
 
         def forecast(items: Sequence[TrainingItem]) -> None:
@@ -461,7 +461,7 @@ class Calibration:
             self._depends_on(sections, policy=True),
             self.policy.use(self.directory.adapter(iteration - 1)),
             samples,
-            section.settings(),
+            section,
             features=self.policy.features,
             seed=self.config.seed + iteration,
             batch_size=section.batch_size,

@@ -256,9 +256,9 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     output = need(output, "--output", "a folder for the adapter")
     samples = read_all(config, source, "rationale", output)
     raps, dropped = rationale_pairs(config, samples)
-    model = load_model(config, config.lora.lora_config(config.seed))
+    model = load_model(config, config.lora.seeded(config.seed))
     features = features_of(model, [sample for sample, _ in raps])
-    loop = config.rationale.training_settings(config.seed, config.deterministic)
+    loop = config.rationale.seeded(config.seed, config.deterministic)
     with (
         TrainingRun("rationale", len(raps), loop, output, config, model, profile) as run,
         kept_if_not_finite("rationale", config, model, raps, loop, output),
@@ -298,7 +298,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
             lambda: _depends_on(config, "candidates", policy=policy_hash(config, model, adapter)),
             model,
             samples,
-            config.candidates.settings(),
+            config.candidates,
             features=features_of(model, samples),
             seed=config.seed,
             batch_size=config.candidates.batch_size,
@@ -315,11 +315,13 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     from srcfast.models.checkpoint import model_hash
     from srcfast.run.chunks import forget
     from srcfast.run.directory import alone_in
+    from srcfast.stages.adaptive_pairs import AdaptivePairs
     from srcfast.stages.pieces import scores_in_pieces
 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
-    own, section, adaptive = need(candidates, "--candidates", "a folder"), config.scorer, config.scorer.adaptive()
+    own, section = need(candidates, "--candidates", "a folder"), config.scorer
+    adaptive = AdaptivePairs.of(section)
     judge, place = load_judge(config), output / "checkpoint"
     with alone_in(output), track("score", len(samples), quiet=config.quiet) as progress:
         found = scores_in_pieces(
@@ -365,7 +367,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
     rows = iter(()) if scores is None else read_scores(scores)
     if scores is None and config.curation.pairing == "score":
         raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Mend: name it")
-    pairs, funnel = choose(samples, _read_candidates(candidates), rows, config.curation.settings(), config.seed)
+    pairs, funnel = choose(samples, _read_candidates(candidates), rows, config.curation, config.seed)
     # The absolute root travels with the pair: the shards may be read from anywhere.
     write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
     write_json(output / "funnel.json", funnel)
@@ -392,7 +394,7 @@ def dpo(
             f"found {config.dpo.rehearsal_weight}. Mend: leave it out, or use `srcfast calibrate`"
         )
     preferences = read_preference_file(config, source, output)
-    model = load_model(config, adapter or config.lora.lora_config(config.seed), to_train=True)
+    model = load_model(config, adapter or config.lora.seeded(config.seed), to_train=True)
     features = features_of(model, preferences)
     name = policy_hash(config, model, adapter)
     unsigned = [pair for pair in preferences if "reference_hash" not in pair.extra and _has_reference(pair)]
@@ -417,8 +419,7 @@ def dpo(
             )
         for index, pair in zip(missing, done, strict=True):
             preferences[index] = pair
-    loop = config.dpo.training_settings(config.seed, config.deterministic)
-    loss = config.dpo.preference_settings(config.curation.weighting)
+    loop = config.dpo.seeded(config.seed, config.deterministic)
     with (
         TrainingRun("dpo", len(preferences), loop, output, config, model, profile) as run,
         kept_if_not_finite("dpo", config, model, preferences, loop, output),
@@ -426,8 +427,8 @@ def dpo(
         train_preference(
             model,
             preferences,
-            loss,
             loop,
+            weighting=config.curation.weighting,
             expected_reference_hash=name,
             features=features,
             on_step=run.step,
@@ -561,7 +562,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
             found=f"{len(train)} to train on and {len(held_out)} held out",
             mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
-    judge, loop = load_judge(config), own.training_settings(config.seed, config.deterministic)
+    judge, loop = load_judge(config), own.seeded(config.seed, config.deterministic)
     with (
         TrainingRun("scorer", len(train), loop, output, config, judge, profile) as run,
         kept_if_not_finite("scorer", config, judge, train, loop, output),

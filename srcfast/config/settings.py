@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -23,16 +24,10 @@ from pydantic.fields import FieldInfo
 
 from srcfast.config.yaml import note_lines, parse_yaml, read_yaml
 from srcfast.errors import ConfigError, shorten
-
-if TYPE_CHECKING:
-    from srcfast.generation.beam_search import BeamSettings
-    from srcfast.models.lora import LoRAConfig
-    from srcfast.stages.adaptive_pairs import AdaptivePairs
-    from srcfast.stages.curation import CurationSettings
-    from srcfast.stages.dpo import PreferenceSettings
-    from srcfast.training.loop import TrainingSettings
+from srcfast.units import parse_bytes
 
 Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -40,6 +35,14 @@ class Section(BaseModel):
     """A group of settings: nothing unknown, nothing changed later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same settings with some changed; they are validated again."""
+        values = {name: getattr(self, name) for name in type(self).model_fields} | changes
+        copy = type(self).model_validate(values)
+        for name in self.__private_attributes__:
+            setattr(copy, name, getattr(self, name))
+        return copy
 
     @field_validator("*", mode="before")
     @classmethod
@@ -52,7 +55,7 @@ class Section(BaseModel):
         return value
 
 
-class ModelSection(Section):
+class ModelConfig(Section):
     path: str = Field("embedded", description="LLaVA checkpoint directory, or `embedded` for the one shipped")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of weights and activations")
     quantize: Literal["none", "nf4"] = Field("none", description="4-bit weights of the frozen decoder")
@@ -60,7 +63,7 @@ class ModelSection(Section):
     vision_offload: bool = Field(False, description="the vision tower waits on the host while no image is encoded")
 
 
-class ScorerSection(Section):
+class ScorerConfig(Section):
     path: str = Field("embedded", description="R-Scorer: directory of a text LLM, or `embedded`")
     verdict: Literal["choice", "graded"] = Field("choice", description="first, tie, second; or grades 1 to 5")
     mode: Literal["pairwise", "independent"] = Field("pairwise", description="all ordered pairs, or each alone")
@@ -73,20 +76,15 @@ class ScorerSection(Section):
         "all", description="compared, of a sample's candidates; `adaptive`: those that may be best or worst"
     )
     adaptive_margin: float = Field(
-        0.1, ge=0, le=1, description="who is rated within this of the best (worst) may be the best (worst)"
+        0.1,
+        ge=0,
+        le=1,
+        description="of ratings on their own: who is within this of the best (worst) may be the best (worst)",
     )
     adaptive_contenders: int = Field(2, ge=1, le=128, description="most that may be the best, and the worst")
     adaptive_audit: float = Field(
-        0.02, ge=0, le=1, description="share of samples also judged in full, to report agreement"
+        0.02, ge=0, le=1, description="share of samples also judged in full, to report what the short way misses"
     )
-
-    def adaptive(self) -> AdaptivePairs | None:
-        """For `srcfast.stages.scoring.scored_rows`; None where all pairs are compared."""
-        from srcfast.stages.adaptive_pairs import AdaptivePairs
-
-        if self.pairs == "all":
-            return None
-        return AdaptivePairs(self.adaptive_margin, self.adaptive_contenders, self.adaptive_audit)
 
 
 class DatasetConfig(Section):
@@ -113,7 +111,7 @@ class DatasetConfig(Section):
         return self
 
 
-class DataSection(Section):
+class DataConfig(Section):
     train: tuple[DatasetConfig, ...] = Field((), description="datasets to calibrate on")
     evaluation: tuple[DatasetConfig, ...] = Field((), description="datasets to evaluate on, held out from all else")
 
@@ -127,7 +125,26 @@ class DataSection(Section):
         return self
 
 
-class LoRASection(Section):
+class Seeded(Section):
+    """Settings of something drawn at random: the seed is the run's, not a setting of the section."""
+
+    _seed: int = PrivateAttr(0)
+
+    @property
+    def seed(self) -> int:
+        """The seed that `seeded` has set, else 0."""
+        return self._seed
+
+    def seeded(self, seed: int) -> Self:
+        """Return the same settings for a run of this seed."""
+        copy = self.model_copy()
+        copy._seed = seed
+        return copy
+
+
+class LoRAConfig(Seeded):
+    """A new adapter on the decoder's linear layers."""
+
     r: int = Field(64, ge=1, le=4096, description="rank")
     alpha: float = Field(128.0, gt=0, description="scaling is alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
@@ -137,15 +154,11 @@ class LoRASection(Section):
         description="linear layers of the decoder",
     )
 
-    def lora_config(self, seed: int) -> LoRAConfig:
-        """A new adapter of these settings."""
-        from srcfast.models.lora import LoRAConfig
 
-        return LoRAConfig(self.r, self.alpha, self.dropout, self.target_modules, seed)
+class TrainingConfig(Seeded):
+    """How to train: what every training stage has."""
 
-
-class TrainingConfig(Section):
-    """What every training stage has."""
+    _deterministic: bool = PrivateAttr(False)
 
     epochs: int = Field(1, ge=1, description="passes over the items")
     micro_batch_size: int = Field(8, ge=1, description="most trees in a forest")
@@ -156,7 +169,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="of matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="where the cosine ends, share of the peak")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    optimizer: OptimizerName = Field(
         "adamw", description="PyTorch's AdamW, or bitsandbytes' with 8-bit or paged moments"
     )
     activation_checkpointing: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
@@ -166,21 +179,35 @@ class TrainingConfig(Section):
         0, ge=0, le=64, description="processes that pack and read images ahead of the step; 0 = this one, in line"
     )
 
-    def training_settings(self, seed: int, deterministic: bool = False) -> TrainingSettings:
-        """For `srcfast.training.loop.train`."""
-        from srcfast.training.loop import TrainingSettings
+    @property
+    def global_batch_size(self) -> int:
+        """Trees an update."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether a GPU takes deterministic algorithms alone (`Config.deterministic`)."""
+        return self._deterministic
+
+    def seeded(self, seed: int, deterministic: bool = False) -> Self:
+        """Return the same settings for a run of this seed: of the order of the items, and of what dropout drops."""
+        copy = super().seeded(seed)
+        copy._deterministic = deterministic
+        return copy
+
+    def loop(self) -> dict[str, Any]:
+        """Return all that the training loop reads, without the settings of one stage."""
         values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
-        return TrainingSettings(**values, seed=seed, deterministic=deterministic)
+        return values | {"seed": self.seed, "deterministic": self.deterministic}
 
 
-class RationaleSection(TrainingConfig):
+class RationaleConfig(TrainingConfig):
     format: Literal["tagged", "plain"] = Field("tagged", description="visual perception tags, or none")
     samples: int = Field(0, ge=0, description="most samples; 0 = all")
     teacher: str | None = Field(None, description="JSON lines {id, rationale, answer?} of a teacher")
 
 
-class CandidatesSection(Section):
+class CandidatesConfig(Section):
     samples: int = Field(0, ge=0, description="samples an iteration; 0 = all")
     num_candidates: int = Field(8, ge=2, le=256, description="distinct candidates a sample (N)")
     num_beams: int = Field(8, ge=1, le=256, description="beams kept after each sentence")
@@ -195,14 +222,13 @@ class CandidatesSection(Section):
     batch_size: int = Field(8, ge=1, description="samples searched at once")
     cuda_graphs: bool = Field(True, description="replay decoding steps as CUDA graphs; on a CPU there are none")
 
-    def settings(self) -> BeamSettings:
-        """For `srcfast.generation.beam_search.sentence_beam_search`."""
-        from srcfast.generation.beam_search import BeamSettings
+    @property
+    def width(self) -> int:
+        """Rows a sample that are decoded at once."""
+        return self.num_beams * self.proposals
 
-        return BeamSettings(**self.model_dump(exclude={"samples", "batch_size", "cuda_graphs"}))
 
-
-class CurationSection(Section):
+class CurationConfig(Section):
     pairs_per_sample: int = Field(1, ge=1, description="most pairs a sample")
     pair_choice: Literal["best_against_worst", "disjoint"] = Field(
         "best_against_worst",
@@ -215,14 +241,8 @@ class CurationSection(Section):
     weighting: Literal["confidence", "none"] = Field("confidence", description="weight of a pair in the loss")
     pairing: Literal["score", "answer", "random"] = Field("score", description="by score, or a baseline")
 
-    def settings(self) -> CurationSettings:
-        """For `srcfast.stages.curation.curate`."""
-        from srcfast.stages.curation import CurationSettings
 
-        return CurationSettings(**self.model_dump())
-
-
-class DPOSection(TrainingConfig):
+class DPOConfig(TrainingConfig):
     learning_rate: float = Field(1e-5, gt=0, le=1, description="peak")
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
     loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the reward margin")
@@ -249,21 +269,8 @@ class DPOSection(TrainingConfig):
             raise ValueError(f"label_smoothing: expected 0 with loss_type {self.loss_type}, found {smoothing}")
         return self
 
-    def preference_settings(self, weighting: Literal["confidence", "none"]) -> PreferenceSettings:
-        """For `srcfast.stages.dpo.train_preference`; `weighting` is curation's."""
-        from srcfast.stages.dpo import PreferenceSettings
 
-        return PreferenceSettings(
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            loss_type=self.loss_type,
-            sft_weight=self.sft_weight,
-            rehearsal_weight=self.rehearsal_weight,
-            weighting=weighting,
-        )
-
-
-class ScorerTrainingSection(TrainingConfig):
+class ScorerTrainingConfig(TrainingConfig):
     learning_rate: float = Field(1e-5, gt=0, le=1, description="peak")
     variants: int = Field(4, ge=2, le=16, description="candidates a tree: the true one and its corruptions")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of the samples for the reported accuracy")
@@ -272,7 +279,7 @@ class ScorerTrainingSection(TrainingConfig):
     )
 
 
-class EvaluationSection(Section):
+class EvaluationConfig(Section):
     max_new_tokens: int = Field(384, ge=1, description="tokens a response")
     batch_size: int = Field(32, ge=1, description="samples decoded at once")
     cuda_graphs: bool = Field(True, description="replay decoding steps as CUDA graphs; on a CPU there are none")
@@ -280,14 +287,14 @@ class EvaluationSection(Section):
     headroom_samples: int = Field(500, ge=0, description="samples for pass@N and best-of-N; 0 = not measured")
 
 
-class CheckpointSection(Section):
+class CheckpointConfig(Section):
     """How often a training stage is saved, beside the time when a signal stops it; what is first due counts."""
 
     minutes: float = Field(10.0, ge=0, description="between two saves; 0 = not by the clock")
     steps: int = Field(0, ge=0, description="between two saves; 0 = not by their number")
 
 
-class DistributedSection(Section):
+class DistributedConfig(Section):
     timeout_seconds: int = Field(
         600,
         ge=1,
@@ -322,18 +329,18 @@ class Config(Section):
         None, description="settings for a 7B LVLM on a GPU of this memory, beneath all others: srcfast/config/presets"
     )
     memory: str | None = Field(None, description="what the run may take of its device, such as 12GiB; default: all")
-    model: ModelSection = ModelSection()  # type: ignore[call-arg]
-    scorer: ScorerSection = ScorerSection()  # type: ignore[call-arg]
-    data: DataSection = DataSection()  # type: ignore[call-arg]
-    lora: LoRASection = LoRASection()  # type: ignore[call-arg]
-    rationale: RationaleSection = RationaleSection()  # type: ignore[call-arg]
-    candidates: CandidatesSection = CandidatesSection()  # type: ignore[call-arg]
-    curation: CurationSection = CurationSection()  # type: ignore[call-arg]
-    dpo: DPOSection = DPOSection()  # type: ignore[call-arg]
-    scorer_training: ScorerTrainingSection = ScorerTrainingSection()  # type: ignore[call-arg]
-    evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
-    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
-    distributed: DistributedSection = DistributedSection()  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    data: DataConfig = DataConfig()
+    lora: LoRAConfig = LoRAConfig()
+    rationale: RationaleConfig = RationaleConfig()
+    candidates: CandidatesConfig = CandidatesConfig()
+    curation: CurationConfig = CurationConfig()
+    dpo: DPOConfig = DPOConfig()
+    scorer_training: ScorerTrainingConfig = ScorerTrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @model_validator(mode="after")
     def _rejected_fits(self) -> Self:
@@ -346,8 +353,6 @@ class Config(Section):
     @field_validator("memory")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
-        from srcfast.units import parse_bytes
-
         if value is not None:
             parse_bytes(value, "memory")
         return value

@@ -10,57 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from srcfast.errors import ConfigError
+from srcfast.config.settings import CandidatesConfig
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
 from srcfast.generation.generate import Generated, random_of
-
-
-@dataclass(frozen=True)
-class BeamSettings:
-    """How candidates are searched.
-
-    Attributes:
-        num_candidates: distinct candidates wanted a sample.
-        num_beams: live beams kept after each sentence.
-        proposals: sampled continuations a beam and sentence.
-        temperature, top_p: of the sampling; log-probabilities are always the model's own.
-        max_sentences, max_sentence_tokens, max_new_tokens: limits of a response.
-        length_penalty: a score is the summed log-probability over tokens ** length_penalty.
-        diversity: what a full overlap of token bigrams with a better beam takes off the score.
-    """
-
-    num_candidates: int = 8
-    num_beams: int = 4
-    proposals: int = 2
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_sentences: int = 12
-    max_sentence_tokens: int = 48
-    max_new_tokens: int = 256
-    length_penalty: float = 1.0
-    diversity: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_candidates",
-            "num_beams",
-            "proposals",
-            "max_sentences",
-            "max_sentence_tokens",
-            "max_new_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"candidates.{name}: expected at least 1, found {getattr(self, name)}")
-        if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(
-                f"candidates: expected temperature >= 0 and 0 < top_p <= 1, found {self.temperature}, {self.top_p}"
-            )
-
-    @property
-    def width(self) -> int:
-        """Rows a sample."""
-        return self.num_beams * self.proposals
 
 
 @dataclass
@@ -72,14 +25,14 @@ class Beam:
     row: int = 0
     bigrams: frozenset[tuple[int, int]] = frozenset()
 
-    def score(self, settings: BeamSettings) -> float:
+    def score(self, settings: CandidatesConfig) -> float:
         return self.logprob / max(1, len(self.tokens)) ** settings.length_penalty
 
 
 class Search:
     """One sample's search, the task that `decode` is given."""
 
-    def __init__(self, prompt: Prompt, settings: BeamSettings, seed: int, end_token_id: int) -> None:
+    def __init__(self, prompt: Prompt, settings: CandidatesConfig, seed: int, end_token_id: int) -> None:
         self.prompt, self.settings, self.end = prompt, settings, end_token_id
         self.random = random_of(seed, prompt.key)
         self.live = [Beam()]
@@ -116,7 +69,7 @@ def sentence_beam_search(
     model: Any,
     prompts: Sequence[Prompt],
     features: Features,
-    settings: BeamSettings,
+    settings: CandidatesConfig,
     seed: int,
     *,
     slots: int = 8,
@@ -156,12 +109,12 @@ def sentence_beam_search(
     return [_choose(model, search, settings) for search in searches], tokens_run
 
 
-def _parents(search: Search, settings: BeamSettings) -> list[Beam]:
+def _parents(search: Search, settings: CandidatesConfig) -> list[Beam]:
     """The live beam that each of a sample's rows continues, shared out as evenly as they go."""
     return [search.live[row * len(search.live) // settings.width] for row in range(settings.width)]
 
 
-def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings: BeamSettings) -> None:
+def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings: CandidatesConfig) -> None:
     """Sort the children into finished and live ones; keep the best live ones that differ."""
     distinct = {child.tokens: child for child in children}
     known = {beam.tokens for beam in search.finished}
@@ -175,7 +128,7 @@ def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings:
     search.live = _diverse(live, settings.num_beams, settings)
 
 
-def _diverse(beams: Sequence[Beam], count: int, settings: BeamSettings) -> list[Beam]:
+def _diverse(beams: Sequence[Beam], count: int, settings: CandidatesConfig) -> list[Beam]:
     """Maximal marginal relevance (Carbonell and Goldstein, 1998): a beam's score less its overlap with what was kept."""
     left = sorted(beams, key=lambda beam: (-beam.score(settings), beam.tokens))
     overlap = [0.0] * len(left)
@@ -196,7 +149,7 @@ def bigram_overlap(one: Beam, other: Beam) -> float:
     return len(one.bigrams & other.bigrams) / union if union else 0.0
 
 
-def _choose(model: Any, search: Search, settings: BeamSettings) -> list[Generated]:
+def _choose(model: Any, search: Search, settings: CandidatesConfig) -> list[Generated]:
     """Distinct finished candidates by text, best score first."""
     by_text: dict[str, Beam] = {}
     for beam in sorted(search.finished, key=lambda b: (-b.score(settings), b.tokens)):

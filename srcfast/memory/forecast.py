@@ -123,7 +123,7 @@ def forecast_training(
     Args:
         model: with its adapter.
         forest: the fullest that will be run.
-        optimizer: as `TrainingSettings` names it.
+        optimizer: as `TrainingConfig` names it.
         checkpoint_every: layers a group whose activations are recomputed; 0 for none.
         memory: of the device, which decides how many images are kept and encoded at once; None: as many as ever.
         images: distinct ones; None: more than are kept.
@@ -369,7 +369,7 @@ def plan_checkpointing(
         trees: what is trained on; the fullest forest that the next two let them make is what has to fit.
         token_budget: most tokens in a forest.
         micro_batch_size: most trees in a forest.
-        optimizer: as `TrainingSettings` names it.
+        optimizer: as `TrainingConfig` names it.
         images_a_step: at most, all of which are in memory during the step.
         memory: bytes to fit into; None: what `memory_for` the model says.
     """

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from srcfast import distributed
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.batching import global_batch, num_steps
 from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.errors import OutOfMemory
@@ -34,7 +34,6 @@ from srcfast.memory.forecast import (
 )
 from srcfast.memory.model_sizes import USABLE, ModelSizes, memory_of
 from srcfast.models.embedded import checkpoint_directory
-from srcfast.training.loop import TrainingSettings
 from srcfast.units import parse_bytes, show_bytes
 
 TRAINING = ("rationale", "dpo")
@@ -215,7 +214,7 @@ def forecast_stage(
     return peak(least_checkpointing(peak, model.shapes.layers, room) if stated == "auto" else stated)
 
 
-def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: TrainingSettings) -> Forecast:
+def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: TrainingConfig) -> Forecast:
     """A training stage's peak on these trees: on the largest forest that the loop makes of them."""
     device = torch.device(config.model.device).type
     members = largest_forest([tree.num_tokens for tree in trees], loop)
@@ -223,7 +222,7 @@ def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: Trai
     return forecast_stage(config, stage, forest=forest, images=len({image for tree in trees for image in tree.images}))
 
 
-def largest_forest(sizes: Sequence[int], loop: TrainingSettings) -> list[int]:
+def largest_forest(sizes: Sequence[int], loop: TrainingConfig) -> list[int]:
     """Items of the largest forest of a training run, by tokens; of a long run some of its steps are looked at."""
     total = num_steps(len(sizes), loop)
     largest: list[int] = []

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
@@ -37,17 +37,6 @@ UNDERSTOOD: dict[str, Any] = {
     "alpha_pattern": {},
     "modules_to_save": [],
 }
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """A new adapter: rank, scaling numerator (scaling = alpha / r), dropout on the adapter's input, target layers, seed."""
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGETS
-    seed: int = 0
 
 
 class LoRALinear(nn.Module):
@@ -158,8 +147,6 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
         InputError: no layer of that name, a rank below 1, or an adapter is there already.
     """
     refuse_adapter(model)
-    if config.r < 1:
-        raise InputError(field="r", expected="a rank of at least 1", found=config.r)
     embedding = model.decoder.embed_tokens.weight  # type: ignore[union-attr]
     exact = torch.promote_types(embedding.dtype, torch.float32)  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(config.seed)
@@ -364,7 +351,8 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True
             expected=f"layers among {', '.join(TARGETS)}",
             found=", ".join(unknown),
         )
-    add_lora(model, LoRAConfig(rank, float(alpha), float(dropout), targets))
+    config = LoRAConfig.model_construct(r=rank, alpha=float(alpha), dropout=float(dropout), target_modules=targets)
+    add_lora(model, config)
     layers = adapters(model)
     if missing := sorted(set(layers) ^ set(modules)):
         raise InputError(

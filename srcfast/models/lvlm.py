@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder
 from srcfast.models.embedded import checkpoint_directory
-from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
+from srcfast.models.lora import apply_lora, refuse_adapter
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
@@ -25,7 +26,7 @@ from srcfast.models.checkpoint import (
     save_tensors,
 )
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import LoRAConfig, apply_lora, refuse_adapter
+from srcfast.models.lora import apply_lora, refuse_adapter
 from srcfast.models.quantized import quantize_linears
 from srcfast.models.sharding import shard_layers
 from srcfast_kernels.transfers import send

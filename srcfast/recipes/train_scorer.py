@@ -25,13 +25,12 @@ from typing import Annotated
 import torch
 import typer
 
+from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
 from srcfast.data.corruptions import Parts
 from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
-from srcfast.generation.beam_search import BeamSettings
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.recipes.base_checkpoint import decoder_as_text_model
@@ -47,7 +46,7 @@ from srcfast.stages.scorer_training import (
     scorer_example,
     scorer_examples,
 )
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.oracle import judge_sample
@@ -166,11 +165,26 @@ def tuned_candidates(
     if not file.exists():
         searched = [*samples[: recipe.searched_samples], *held_out]
         raps, _ = build_raps(samples[recipe.searched_samples :][:tuned_samples])
-        model = load_lvlm("embedded", lora=LoRAConfig(16, 32, seed=seed))
+        model = load_lvlm("embedded", lora=LoRAConfig(r=16, alpha=32).seeded(seed))
         features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
-        loop = TrainingSettings(epochs=epochs, micro_batch_size=8, learning_rate=recipe.tuning_learning_rate, seed=seed)
+        loop = TrainingConfig(
+            epochs=epochs,
+            micro_batch_size=8,
+            gradient_accumulation_steps=1,
+            token_budget=8192,
+            learning_rate=recipe.tuning_learning_rate,
+            activation_checkpointing=0,
+        ).seeded(seed)
         fine_tune_rationale(model, raps, loop, features=features)
-        beams = BeamSettings(num_candidates=recipe.num_candidates, max_sentence_tokens=24, max_new_tokens=112)
+        beams = CandidatesConfig(
+            num_candidates=recipe.num_candidates,
+            num_beams=4,
+            proposals=2,
+            top_p=1.0,
+            max_sentences=12,
+            max_sentence_tokens=24,
+            max_new_tokens=112,
+        )
         with track("candidates", len(searched), "samples") as progress:
             found = generate_candidates(
                 model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
@@ -237,15 +251,16 @@ def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs:
             items,
             loss=lesson_loss(scorer),
             denominator=lesson_weight,
-            settings=TrainingSettings(
+            settings=TrainingConfig(
                 epochs=epochs,
                 learning_rate=recipe.learning_rate,
                 micro_batch_size=recipe.trees_per_step,
+                gradient_accumulation_steps=1,
                 token_budget=32_768,
                 warmup_ratio=0.05,
                 weight_decay=0.02,
-                seed=recipe.seed,
-            ),
+                activation_checkpointing=0,
+            ).seeded(recipe.seed),
             on_step=log,
         )
 

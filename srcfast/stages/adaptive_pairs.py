@@ -17,37 +17,40 @@ from typing import Any
 
 import numpy as np
 
+from srcfast.config.settings import ScorerConfig
+
 SAME_SCORE = 1e-6  # candidates whose full scores are this near are equally good
 
 
 @dataclass
 class AdaptivePairs:
-    """Settings, and counts of what was judged.
+    """Settings (`scorer.adaptive_*`), and counts of what was judged."""
 
-    Attributes:
-        margin: of ratings in [0, 1]: who comes within it of the highest (lowest) may be the best (worst).
-        contenders: at most this many of each, at least one.
-        audit: share of the samples that are judged in full as well, in [0, 1].
-    """
-
-    margin: float = 0.1
-    contenders: int = 2
-    audit: float = 0.02
+    settings: ScorerConfig
     counts: Counter[str] = field(default_factory=Counter, repr=False)
+
+    @classmethod
+    def of(cls, settings: ScorerConfig) -> AdaptivePairs | None:
+        """Return None where the settings ask for all pairs."""
+        return cls(settings) if settings.pairs == "adaptive" else None
 
     def is_audited(self, sample_id: str) -> bool:
         """Drawn by the id alone."""
-        return Random(f"audit/{sample_id}").random() < self.audit
+        return Random(f"audit/{sample_id}").random() < self.settings.adaptive_audit
 
     def is_short(self, num_candidates: int) -> bool:
         """Whether a second round has fewer pairs than the tournament: else that is run at once."""
-        return num_candidates > 2 * self.contenders
+        return num_candidates > 2 * self.settings.adaptive_contenders
 
     def pairs(self, ratings: np.ndarray) -> list[tuple[int, int]]:
         """The ordered pairs of the second round, from the ratings [n]; ties by place, so that it is deterministic."""
         order = np.argsort(-ratings, kind="stable").tolist()
-        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.margin][: self.contenders]
-        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.margin][: self.contenders]
+        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.settings.adaptive_margin][
+            : self.settings.adaptive_contenders
+        ]
+        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.settings.adaptive_margin][
+            : self.settings.adaptive_contenders
+        ]
         chosen = sorted({*best, *worst})
         return [(i, j) for i in chosen for j in chosen if i != j]
 

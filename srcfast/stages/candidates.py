@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from srcfast.config.settings import CandidatesConfig
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
-from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
+from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, Generated, Prompt
 from srcfast.models.lora import folded_lora
@@ -42,7 +43,7 @@ def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
 def generate_candidates(
     model: Any,
     samples: Sequence[Sample],
-    settings: BeamSettings,
+    settings: CandidatesConfig,
     *,
     features: Features,
     seed: int,

@@ -12,65 +12,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from srcfast.config.settings import CurationConfig
 from srcfast.data.collector import no_full_passes
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.errors import ConfigError, InputError
+from srcfast.errors import InputError
 
 BINS = 20  # of the histograms over [0, 1]
-
-
-@dataclass(frozen=True)
-class CurationSettings:
-    """How pairs are chosen and which are kept.
-
-    Attributes:
-        pairs_per_sample: at most this many pairs are proposed for a sample.
-        pair_choice: several pairs by score rank: "best_against_worst" sets the best against the worst, the
-            second worst, ...; "disjoint" sets best against worst, second best against second worst, ...
-        min_margin: least difference of the two scores, in [0, 1].
-        min_confidence: least u of the pair, in [0, 1]; a pair of u = 0 has no weight and is always dropped.
-        min_rating: what the R-Scorer gives the chosen candidate on its own, at least, in [0, 1]: the best of
-            several bad ones is bad.
-        max_length_ratio: longer over shorter response in tokens, at most; >= 1.
-        weighting: "confidence" gives a pair the weight c = u; "none" gives every kept pair c = 1.
-        pairing: "score" as the paper does; the baselines "answer" (a right against a wrong answer) and
-            "random" (any two distinct candidates) ignore scores, margin, confidence and rating and have c = 1.
-    """
-
-    pairs_per_sample: int = 1
-    pair_choice: Literal["best_against_worst", "disjoint"] = "best_against_worst"
-    min_margin: float = 0.1
-    min_confidence: float = 0.1
-    min_rating: float = 0.0
-    max_length_ratio: float = 2.0
-    weighting: Literal["confidence", "none"] = "confidence"
-    pairing: Literal["score", "answer", "random"] = "score"
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "pairs_per_sample": (self.pairs_per_sample >= 1, "a whole number >= 1"),
-            "pair_choice": (
-                self.pair_choice in ("best_against_worst", "disjoint"),
-                "best_against_worst or disjoint",
-            ),
-            "min_margin": (0.0 <= self.min_margin <= 1.0, "a number in [0, 1]"),
-            "min_confidence": (0.0 <= self.min_confidence <= 1.0, "a number in [0, 1]"),
-            "min_rating": (0.0 <= self.min_rating <= 1.0, "a number in [0, 1]"),
-            "max_length_ratio": (self.max_length_ratio >= 1.0, "a number >= 1"),
-            "weighting": (self.weighting in ("confidence", "none"), "confidence or none"),
-            "pairing": (self.pairing in ("score", "answer", "random"), "score, answer or random"),
-        }
-        for name, (holds, expected) in bounds.items():
-            if not holds:
-                raise ConfigError(f"curation.{name}: expected {expected}, found {getattr(self, name)!r}")
 
 
 @no_full_passes()
@@ -78,7 +32,7 @@ def curate(
     samples: Sequence[Sample],
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
     score_rows: Iterable[Mapping[str, Any]],
-    settings: CurationSettings,
+    settings: CurationConfig,
     seed: int = 0,
 ) -> tuple[list[Preference], dict[str, Any]]:
     """Choose preference pairs and count what was dropped and why.
@@ -210,7 +164,7 @@ class JudgeStatistics:
 
 
 def _check_row(
-    sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] | None, settings: CurationSettings
+    sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] | None, settings: CurationConfig
 ) -> None:
     if row is None:
         return
@@ -248,7 +202,7 @@ def _propose(
     own: Sequence[Candidate],
     eligible: Sequence[int],
     row: Mapping[str, Any] | None,
-    settings: CurationSettings,
+    settings: CurationConfig,
     rng: Random,
 ) -> tuple[list[tuple[int, int]], str | None]:
     """Up to pairs_per_sample (chosen, rejected) index pairs, or the reason why there is none."""
@@ -272,7 +226,7 @@ def _propose(
 
 
 def _drop_reason(
-    own: Sequence[Candidate], row: Mapping[str, Any] | None, best: int, worst: int, settings: CurationSettings
+    own: Sequence[Candidate], row: Mapping[str, Any] | None, best: int, worst: int, settings: CurationConfig
 ) -> str | None:
     """The first threshold that the pair fails, in the funnel's order."""
     if settings.pairing == "score" and row is not None:
@@ -293,7 +247,7 @@ def _preference(
     row: Mapping[str, Any] | None,
     best: int,
     worst: int,
-    settings: CurationSettings,
+    settings: CurationConfig,
 ) -> Preference:
     chosen, rejected = own[best], own[worst]
     extra: dict[str, Any] = {

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.config.settings import DPOConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
@@ -36,33 +37,11 @@ from srcfast.models.dropout_keys import drops
 from srcfast.stages.drift import Drift, drift, drift_of, most_drift
 from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.loop import Features, Metrics, TrainingItem, train
 from srcfast.training.pipelining import behind
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob, weighted_dpo_loss
 from srcfast_kernels.transfers import Fetched, fetch, send
-
-
-@dataclass(frozen=True)
-class PreferenceSettings:
-    """The loss.
-
-    Args:
-        beta: how strongly the policy is held to the reference.
-        label_smoothing: probability that a pair is the wrong way round (sigmoid only), in [0, 0.5);
-            "confidence" takes (1 - c) / 2 of each pair, c its confidence.
-        loss_type: of Delta: -log sigmoid, IPO's square, or SLiC's hinge.
-        sft_weight: of the mean negative log-likelihood of the chosen response's tokens.
-        rehearsal_weight: of the same of rehearsed rationale-answer pairs.
-        weighting: "confidence" weighs a pair by its confidence, "none" weighs all alike.
-    """
-
-    beta: float = 0.1
-    label_smoothing: float | Literal["confidence"] = 0.0
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    sft_weight: float = 0.0
-    rehearsal_weight: float = 0.0
-    weighting: Literal["confidence", "none"] = "confidence"
 
 
 @dataclass(frozen=True)
@@ -314,7 +293,7 @@ def _run(
     model.train(was_training)
 
 
-def preference_loss(settings: PreferenceSettings) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """The loss function that `train` calls: the formula at the top of this file, and what to watch.
 
     Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
@@ -417,11 +396,11 @@ def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
 def preference_items(
     model: Any,
     preferences: Sequence[Preference],
-    preference_settings: PreferenceSettings,
+    weighting: Literal["confidence", "none"] = "confidence",
     rehearsal: Sequence[Rap] = (),
 ) -> list[TrainingItem]:
     """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
-    weighted = preference_settings.weighting == "confidence"
+    weighted = weighting == "confidence"
     items = [
         TrainingItem(
             tree,
@@ -441,9 +420,9 @@ def preference_items(
 def train_preference(
     model: Any,
     preferences: Sequence[Preference],
-    preference_settings: PreferenceSettings,
-    settings: TrainingSettings,
+    settings: DPOConfig,
     *,
+    weighting: Literal["confidence", "none"] = "confidence",
     expected_reference_hash: str,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
@@ -457,8 +436,8 @@ def train_preference(
     Args:
         model: the policy, which before the first step is the reference.
         preferences: with reference log-probabilities, see `reference_logprobs`.
-        preference_settings: the loss.
-        settings: the loop.
+        settings: the loss and the loop.
+        weighting: `confidence` weighs a pair by its confidence, `none` weighs all alike.
         expected_reference_hash: of base and adapter as they are now.
         rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
         profiler: of some steps.
@@ -472,7 +451,7 @@ def train_preference(
     """
     for preference in preferences:
         _check_reference(preference, expected_reference_hash)
-    items = preference_items(model, preferences, preference_settings, rehearsal)
+    items = preference_items(model, preferences, weighting, rehearsal)
     if on_items is not None:
         on_items(items)
     first = [preferences[index] for index in global_batch(len(items), 0, settings) if index < len(preferences)]
@@ -493,7 +472,7 @@ def train_preference(
     return train(
         model,
         items,
-        loss=preference_loss(preference_settings),
+        loss=preference_loss(settings),
         denominator=pair_denominator,
         settings=settings,
         features=features,

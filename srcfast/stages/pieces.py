@@ -18,9 +18,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from srcfast.config.settings import CandidatesConfig
 from srcfast.data.forest import Forest
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.generation.beam_search import BeamSettings
 from srcfast.models import ImageFeatures
 from srcfast.models.scorer import Scorer
 from srcfast.models.sharding import keep_in_step
@@ -44,7 +44,7 @@ def candidates_in_pieces(
     depends_on: DependsOn,
     model: Any,
     samples: Sequence[Sample],
-    settings: BeamSettings,
+    settings: CandidatesConfig,
     *,
     features: ImageFeatures,
     seed: int,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from srcfast import distributed
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.settings import Config, DatasetConfig, LoRAConfig
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import ConfigError, InputError
@@ -23,7 +23,7 @@ from srcfast.memory.model_sizes import ModelSizes, limit_memory, memory_of, rele
 from srcfast.memory.plan import policy_stays
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
-from srcfast.models.lora import LoRAConfig, adapter_hash, adapters, apply_lora, refuse_idle_adapter
+from srcfast.models.lora import adapter_hash, adapters, apply_lora, refuse_idle_adapter
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.stages.rationale import Rap, build_raps, image_loader, read_teacher
 from srcfast.training.determinism import prepare_determinism
@@ -183,7 +183,7 @@ class Policy:
 
     def fresh(self) -> LVLM:
         """The model with a new adapter, drawn by the config's seed."""
-        self._adapt(self.config.lora.lora_config(self.config.seed))
+        self._adapt(self.config.lora.seeded(self.config.seed))
         self.adapter = None
         return self.model
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.images import load_image, resolve
@@ -26,7 +27,7 @@ from srcfast.data.rationale_format import format_response, normalise_answer, par
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.training.checkpoint import TrainingCheckpoints, image_print
-from srcfast.training.loop import Features, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.loop import Features, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
 from srcfast_kernels.transfers import send
@@ -236,7 +237,7 @@ def target_rows(forest: Forest) -> np.ndarray:
 def fine_tune_rationale(
     model: Any,
     raps: Sequence[Rap],
-    settings: TrainingSettings,
+    settings: TrainingConfig,
     *,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,

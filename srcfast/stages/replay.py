@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from srcfast import distributed
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.data.records import Fields, Preference, Sample
@@ -31,7 +31,7 @@ from srcfast.stages.policy import features_of, load_judge, load_model
 from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
 from srcfast.training.checkpoint import weights_hash
-from srcfast.training.loop import Metrics, NotFinite, TrainingSettings, run_again
+from srcfast.training.loop import Metrics, NotFinite, run_again
 
 DIRECTORY, BATCH = "not-finite", "batch.json"
 
@@ -42,7 +42,7 @@ def kept_if_not_finite(
     config: Config,
     model: Any,
     records: Sequence[Preference | Rap | ScorerExample],
-    loop: TrainingSettings,
+    loop: TrainingConfig,
     directory: Path,
 ) -> Iterator[None]:
     """The body trains `model` on items made of these records, one each, in their order.
@@ -78,7 +78,7 @@ def replay(place: Path) -> Metrics:
     try:
         found = parse_object(regular(file).read_bytes())
         config = Config.model_validate(found["config"])
-        loop = TypeAdapter(TrainingSettings).validate_python(asdict(TrainingSettings(**found["loop"])))
+        loop = _loop(found["loop"])
         root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
         places = [int(place) for place in found["places"]]
         pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
@@ -87,8 +87,6 @@ def replay(place: Path) -> Metrics:
         records: dict[str, Sequence[Any]] = {"rationale": raps, "dpo": pairs, "scorer": examples}
         if type(step) is not int or not 0 <= step < 1 << 31 or stage not in tuple(records):
             raise ValueError(f"step {step!r} of stage {stage!r}")
-        if min(loop.micro_batch_size, loop.gradient_accumulation_steps, loop.token_budget) < 1:
-            raise ValueError(f"batches of none: {loop}")
         if not records[stage]:
             raise ValueError(f"nothing that stage {stage!r} trains on")
         if sorted(places) != list(range(len(pairs) + len(raps) + len(examples))):
@@ -117,13 +115,12 @@ def replay(place: Path) -> Metrics:
             features=features,
             rows=response_rows,
         )
-    settings = config.dpo.preference_settings(config.curation.weighting)
-    items = dict(zip(places, preference_items(model, pairs, settings, raps), strict=True))
+    items = dict(zip(places, preference_items(model, pairs, config.curation.weighting, raps), strict=True))
     return run_again(
         model,
         [items[number] for number in range(len(items))],
         step,
-        loss=preference_loss(settings),
+        loss=preference_loss(config.dpo),
         denominator=pair_denominator,
         settings=loop,
         features=features,
@@ -136,7 +133,7 @@ def _replay_scorer(
     config: Config,
     examples: Sequence[ScorerExample],
     step: int,
-    loop: TrainingSettings,
+    loop: TrainingConfig,
     expected: str,
 ) -> Metrics:
     kept = config.scorer.model_copy(update={"path": str(place / "scorer")})
@@ -164,7 +161,7 @@ def _write(
     config: Config,
     model: Any,
     batch: Sequence[Preference | Rap | ScorerExample],
-    loop: TrainingSettings,
+    loop: TrainingConfig,
     step: int,
     error: str,
 ) -> None:
@@ -181,7 +178,7 @@ def _write(
         "error": error,
         "weights_sha256": _trained(model),
         "command": _command(place),
-        "loop": asdict(loop),
+        "loop": loop.loop(),
         "config": config.model_dump(mode="json"),
         "image_root": str(root),
         # Of the records below, in the batch: what dropout drops of a tree depends on it.
@@ -209,6 +206,14 @@ def _command(place: Path) -> str:
 def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
     """The record's images relative to `root`."""
     return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
+
+
+def _loop(values: dict[str, Any]) -> TrainingConfig:
+    names = {name: value for name, value in values.items() if name not in ("seed", "deterministic")}
+    seed, deterministic = values.get("seed", 0), values.get("deterministic", False)
+    if type(seed) is not int or type(deterministic) is not bool:
+        raise ValueError(f"seed {seed!r}, deterministic {deterministic!r}")
+    return TrainingConfig(**names).seeded(seed, deterministic)
 
 
 def _rap(row: dict[str, Any], file: Path, root: Path) -> Rap:

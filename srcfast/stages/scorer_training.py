@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import places_of
@@ -26,7 +27,7 @@ from srcfast.errors import InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import Loss, Metrics, TrainingItem, TrainingSettings, train
+from srcfast.training.loop import Loss, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import fetch, send
 
@@ -176,7 +177,7 @@ def judge_tree_of(scorer: Scorer, example: ScorerExample) -> JudgeTree:
 def train_scorer(
     scorer: Scorer,
     examples: Sequence[ScorerExample],
-    settings: TrainingSettings,
+    settings: TrainingConfig,
     on_step: Callable[[Metrics], None] | None = None,
     profiler: StepProfiler | None = None,
     checkpoints: TrainingCheckpoints | None = None,

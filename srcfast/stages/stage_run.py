@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from srcfast import distributed
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_json, write_jsonl
 from srcfast.memory.forecast import Forecast
@@ -19,7 +19,7 @@ from srcfast.memory.plan import forecast_items
 from srcfast.run.directory import alone_in
 from srcfast.run.progress import MetricsWriter, Track, peak_rss_bytes
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem, TrainingSettings
+from srcfast.training.loop import TrainingItem
 from srcfast.training.profiler import StepProfiler
 
 
@@ -34,7 +34,7 @@ class TrainingRun:
         self,
         name: str,
         items: int,
-        loop: TrainingSettings,
+        loop: TrainingConfig,
         output: Path,
         config: Config,
         model: nn.Module,

@@ -175,7 +175,7 @@ def identity_of(
 
     Args:
         settings: of the stage.
-        loop: `TrainingSettings` as a dict.
+        loop: `TrainingConfig` as a dict.
         items: what is trained on.
         weights: before the first step, `[n]`.
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srcfast import distributed
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.batching import global_batch, num_steps, own_share
 from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
@@ -35,7 +36,7 @@ from srcfast.training.checkpoint import TrainingCheckpoints, weights_hash
 from srcfast.training.determinism import deterministic_algorithms
 from srcfast.training.loader import PackedStep, packed_steps
 from srcfast.training.meter import StepMeter
-from srcfast.training.optimizer import AdamW, OptimizerName, learning_rate_at
+from srcfast.training.optimizer import AdamW, learning_rate_at
 from srcfast.training.pipelining import reads_late
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import Fetched, fetch, send
@@ -72,50 +73,6 @@ class TrainingItem:
     images: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train.
-
-    Args:
-        epochs: passes over the items.
-        micro_batch_size: most trees in a forest.
-        gradient_accumulation_steps: micro-batches an update.
-        token_budget: most tokens in a forest; a micro-batch that exceeds it is run as several forests.
-        learning_rate: peak.
-        warmup_ratio: share of the steps for linear warm-up; a cosine follows.
-        min_learning_rate_ratio: where the cosine ends, as a share of the peak.
-        weight_decay: of matrices.
-        max_grad_norm: global norm to which gradients are clipped.
-        seed: of the order, and of what dropout drops.
-        optimizer: see `AdamW`.
-        activation_checkpointing: layers a group whose activations are recomputed in backward instead of kept; 0 for none,
-            "auto": as few as fit into the device's memory (`plan_checkpointing`).
-        loader_workers: processes that pack forests and prepare images ahead of the step; 0: none, all is done in line.
-        deterministic: on a GPU take deterministic algorithms alone and encode a step's images anew, so that the training comes
-            out the same, bit for bit, in every run and continued; slower. On a CPU it is the same either way. A process calls
-            `determinism.prepare_determinism` first.
-    """
-
-    epochs: int = 1
-    micro_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    token_budget: int = 8192
-    learning_rate: float = 1e-4
-    warmup_ratio: float = 0.03
-    min_learning_rate_ratio: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    optimizer: OptimizerName = "adamw"
-    activation_checkpointing: int | Literal["auto"] = 0
-    loader_workers: int = 0
-    deterministic: bool = False
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.micro_batch_size * self.gradient_accumulation_steps
-
-
 @dataclass
 class TrainingState:
     """All that changes: the optimizer (with it the trainable weights) and the number of updates done.
@@ -133,7 +90,7 @@ def train(
     *,
     loss: Loss,
     denominator: Callable[[Sequence[TrainingItem]], Any],
-    settings: TrainingSettings,
+    settings: TrainingConfig,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
     before_update: Callable[[Metrics], None] | None = None,
@@ -208,7 +165,7 @@ def train(
     total = num_steps(len(items), settings)
     check_same_start(optimizer.weights, trees)
     if checkpoints is not None:
-        state.step, history = checkpoints.begin(optimizer, asdict(settings), items)
+        state.step, history = checkpoints.begin(optimizer, settings.loop(), items)
     late = reads_late(device) and optimizer.skips_on_device
     if rows is not None and not takes_rows(model):
         rows = None
@@ -305,7 +262,7 @@ def run_again(
     *,
     loss: Loss,
     denominator: Callable[[Sequence[TrainingItem]], Any],
-    settings: TrainingSettings,
+    settings: TrainingConfig,
     features: Features | None = None,
     rows: Callable[[Forest], Tensor] | None = None,
 ) -> Metrics:
@@ -333,7 +290,7 @@ def run_again(
         return accumulate(model, next(packed), batch, loss, whole, state, features, wanted, drop_by, device).read()
 
 
-def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingSettings) -> int:
+def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingConfig) -> int:
     """Layers a group whose activations are recomputed: what the settings say, or as few as the memory asks for."""
     if settings.activation_checkpointing != "auto":
         return settings.activation_checkpointing

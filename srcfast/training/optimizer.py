@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from srcfast.config.settings import OptimizerName
 from srcfast.errors import ConfigError, InputError
 
 # Ours, and bitsandbytes' names of the others: moments in 8 bits (Dettmers et al., 2022, arXiv 2110.02861), or in managed
 # memory that moves to the host where the GPU has no room (Dettmers et al., 2023, arXiv 2305.14314).
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 CODE_BOOKS = "qmap"  # of 8-bit moments, constants: no state
 SMALLEST_IN_8_BITS = 4096  # weights; the moments of fewer are kept in 32 bits

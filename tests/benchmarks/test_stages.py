@@ -72,7 +72,7 @@ def test_all_ways_do_the_same_work(name: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_random_model_writes_sentences_that_end(tmp_path: Path) -> None:
-    from srcfast.generation.beam_search import BeamSettings
+    from srcfast.config.settings import CandidatesConfig
     from srcfast.models import ImageFeatures, load_lvlm
     from srcfast.stages.candidates import generate_candidates
     from srcfast.stages.rationale import image_loader
@@ -81,7 +81,15 @@ def test_a_random_model_writes_sentences_that_end(tmp_path: Path) -> None:
     model = load_lvlm(write_model(tmp_path / "model", shape))
     samples, pairs = write_records(tmp_path, model.tokenizer, 12, image_side=64, response_words=(9, 9))
     assert {len(model.encode_response(pair.chosen)) for pair in pairs} == {10}
-    settings = BeamSettings(num_candidates=4, num_beams=2, proposals=2, max_new_tokens=60)
+    settings = CandidatesConfig(
+        num_candidates=4,
+        num_beams=2,
+        proposals=2,
+        max_new_tokens=60,
+        top_p=1.0,
+        max_sentences=12,
+        max_sentence_tokens=48,
+    )
     features = ImageFeatures(model, image_loader(samples))
     found = generate_candidates(model, samples, settings, features=features, seed=0, batch_size=12)
     written = [candidate for own in found for candidate in own]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from srcfast.config.settings import Config, known_keys, load_config
 from srcfast.errors import ConfigError
@@ -134,22 +135,34 @@ def test_stages_get_their_settings() -> None:
     config = load_config(
         None, ["dpo.epochs=3", "dpo.beta=0.3", "curation.min_margin=0.4", "lora.r=5", "candidates.top_p=0.7"]
     )
-    assert config.dpo.training_settings(seed=8).epochs == 3
-    assert config.dpo.training_settings(seed=8).seed == 8
-    assert config.dpo.preference_settings("none").beta == 0.3
-    assert config.curation.settings().min_margin == 0.4
-    assert config.candidates.settings().top_p == 0.7
-    assert config.lora.lora_config(seed=4).r == 5
+    assert config.dpo.epochs == 3 and config.dpo.beta == 0.3
+    assert config.curation.min_margin == 0.4 and config.candidates.top_p == 0.7 and config.lora.r == 5
+
+
+def test_a_seed_is_the_run_s_and_no_setting_of_a_section() -> None:
+    section = load_config(None, ["dpo.epochs=3"]).dpo
+    seeded = section.seeded(8, deterministic=True)
+    assert (seeded.seed, seeded.deterministic, seeded.epochs) == (8, True, 3)
+    assert (section.seed, section.deterministic) == (0, False)
+    assert seeded.model_dump() == section.model_dump() and seeded != section
+    assert seeded.loop() == section.loop() | {"seed": 8, "deterministic": True}
+    changed = seeded.replace(epochs=2)
+    assert (changed.seed, changed.deterministic, changed.epochs) == (8, True, 2)
+    with pytest.raises(ValidationError, match="epochs"):
+        seeded.replace(epochs=0)
+    with pytest.raises(ConfigError, match="unknown setting"):
+        load_config(None, ["dpo.seed=3"])
+    assert load_config(None).lora.seeded(4).seed == 4
 
 
 def test_how_a_stage_trains_is_set_and_checked() -> None:
     config = load_config(
         None, ["dpo.optimizer=adamw_8bit", "dpo.activation_checkpointing=2", "rationale.loader_workers=4"]
     )
-    loop = config.dpo.training_settings(7)
-    assert (loop.optimizer, loop.activation_checkpointing, loop.loader_workers, loop.seed) == ("adamw_8bit", 2, 0, 7)
-    assert config.rationale.training_settings(0).loader_workers == 4
-    assert config.rationale.training_settings(0).activation_checkpointing == "auto"
+    loop = config.dpo
+    assert (loop.optimizer, loop.activation_checkpointing, loop.loader_workers) == ("adamw_8bit", 2, 0)
+    assert config.rationale.loader_workers == 4
+    assert config.rationale.activation_checkpointing == "auto"
     for word, expected in (
         ("dpo.activation_checkpointing=-1", "dpo.activation_checkpointing: expected"),
         ("dpo.activation_checkpointing=most", "dpo.activation_checkpointing: expected"),

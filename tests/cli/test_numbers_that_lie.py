@@ -14,8 +14,9 @@ import pytest
 from click.testing import Result
 from made_rows import preference_rows, write_rows
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.models import load_lvlm
-from srcfast.models.lora import LoRAConfig, save_adapter
+from srcfast.models.lora import save_adapter
 
 Srcfast = Callable[..., Result]
 LOOP = ("lora.r=4", "micro_batch_size=2", "gradient_accumulation_steps=1", "--quiet")
@@ -71,7 +72,7 @@ def test_stored_references_that_are_the_policy_s_are_taken(
 def test_an_adapter_that_changes_nothing_is_refused_wherever_it_is_used(
     srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path, command: str
 ) -> None:
-    save_adapter(load_lvlm(model_dir, lora=LoRAConfig(r=2)), tmp_path / "adapter")
+    save_adapter(load_lvlm(model_dir, lora=LoRAConfig(r=2, alpha=32.0)), tmp_path / "adapter")
     row = {"id": "a", "images": ["a.png"], "question": "what", "answer": "red", "prompt": "what", "response": "red"}
     data = write_rows(tmp_path / "rows.jsonl", [row])
     files = () if command == "merge" else ("--data", data, "--image-root", image_root, "--quiet")

@@ -15,13 +15,12 @@ from made_rows import sentence, write_rows
 
 from srcfast import calibrate
 from srcfast.cli import commands
-from srcfast.config.settings import Config, load_config
+from srcfast.config.settings import Config, TrainingConfig, load_config
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import OutOfMemory
 from srcfast.memory.plan import STAGES, forecast_stage, is_out_of_memory, largest_forest, out_of_memory_is_met
 from srcfast.models.lora import adapters, save_adapter
 from srcfast.stages import policy as loading
-from srcfast.training.loop import TrainingSettings
 
 Srcfast = Callable[..., Result]
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.76 GiB"
@@ -161,7 +160,9 @@ def test_a_training_command_records_forecast_against_measured(
 def test_the_forecast_is_of_the_largest_forest_that_the_loop_makes() -> None:
     rng = random.Random(3)
     sizes = [rng.randint(10, 90) for _ in range(23)]
-    loop = TrainingSettings(epochs=3, micro_batch_size=4, gradient_accumulation_steps=2, token_budget=200, seed=9)
+    loop = TrainingConfig(
+        epochs=3, micro_batch_size=4, gradient_accumulation_steps=2, token_budget=200, activation_checkpointing=0
+    ).seeded(9)
     trees = [Tree((Segment(torch.zeros(size, dtype=torch.int64).numpy()),)) for size in sizes]
     from srcfast.data.batching import global_batch, num_steps
 
@@ -188,7 +189,7 @@ def two_adapters(tmp_path: Path) -> list[Path]:
     config = Config()
     folders = []
     for seed in (1, 2):
-        model = loading.load_model(config, config.lora.model_copy(update={"r": 3 + seed}).lora_config(seed))
+        model = loading.load_model(config, config.lora.model_copy(update={"r": 3 + seed}).seeded(seed))
         generator = torch.Generator().manual_seed(seed)
         for layer in adapters(model).values():
             layer.lora_B.data.normal_(std=0.05, generator=generator)

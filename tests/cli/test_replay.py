@@ -103,9 +103,9 @@ def test_a_step_run_again_has_the_numbers_of_the_training(
 ) -> None:
     words = [f"model.path={model_dir}", "lora.r=4", f"lora.dropout={dropout}", "rationale.micro_batch_size=2"]
     config = load_config(None, words, None)
-    loop = config.rationale.training_settings(0)
+    loop = config.rationale
     raps = rationale_pairs(image_root)
-    model = load_model(config, config.lora.lora_config(0))
+    model = load_model(config, config.lora)
     with (
         pytest.raises(SrcfastError, match="step 0: made up.*srcfast replay"),
         kept_if_not_finite("rationale", config, model, raps, loop, tmp_path),
@@ -122,13 +122,13 @@ def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_i
 ) -> None:
     words = [f"model.path={model_dir}", "lora.r=4", "lora.dropout=0.3", "dpo.rehearsal_weight=0.5"]
     config = load_config(None, [*words, "dpo.micro_batch_size=3", "dpo.gradient_accumulation_steps=3"], None)
-    loop, settings = config.dpo.training_settings(0), config.dpo.preference_settings("confidence")
+    loop = config.dpo
     plain = [
         Preference.from_json(row, file="pairs", line=number, image_root=image_root)
         for number, row in enumerate(preference_rows(4, seed=2))
     ]
     raps = rationale_pairs(image_root)
-    model = load_model(config, config.lora.lora_config(0))
+    model = load_model(config, config.lora)
     features = features_of(model, [*plain, *(sample for sample, _ in raps)])
     pairs = reference_logprobs(
         model, plain, reference_hash="made up", token_budget=loop.token_budget, features=features
@@ -141,9 +141,9 @@ def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_i
         kept_if_not_finite("dpo", config, model, records, loop, tmp_path),
     ):
         raise NotFinite(0, "step 0: made up")
-    first = train_preference(
-        model, pairs, settings, loop, expected_reference_hash="made up", features=features, rehearsal=raps
-    )[0]
+    first = train_preference(model, pairs, loop, expected_reference_hash="made up", features=features, rehearsal=raps)[
+        0
+    ]
     told = srcfast("replay", tmp_path / "not-finite").output
     assert f"has loss {first['loss']:.6g} and gradient norm {first['grad_norm']:.6g} here" in told
 
@@ -203,7 +203,7 @@ def test_a_step_of_the_r_scorer_s_run_again_has_the_numbers_of_the_training(
     srcfast: Srcfast, world: Path, tmp_path: Path
 ) -> None:
     config = load_config(None, ["scorer_training.micro_batch_size=3"], None)
-    loop = config.scorer_training.training_settings(0)
+    loop = config.scorer_training
     samples = read_samples(world, format="jsonl", image_root=world.parent, rejected=[])
     parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, "tagged")[0]]
     raps = [(one, own.perception, own.reasoning, own.answer or "") for one, own in parsed]

@@ -12,17 +12,22 @@ from rank_processes import run_ranks, values_of
 from small_model import SmallModel, response_items
 
 from srcfast import distributed
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingSettings, run_again, train
+from srcfast.training.loop import run_again, train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
-SETTINGS = TrainingSettings(
-    micro_batch_size=3, gradient_accumulation_steps=2, epochs=2, token_budget=120, learning_rate=3e-3, seed=3
-)
+SETTINGS = TrainingConfig(
+    micro_batch_size=3,
+    gradient_accumulation_steps=2,
+    epochs=2,
+    token_budget=120,
+    learning_rate=0.003,
+    activation_checkpointing=0,
+).seeded(3)
 STOPPED = 3  # the update before which a training is stopped
 
 

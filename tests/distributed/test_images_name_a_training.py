@@ -12,10 +12,11 @@ from rank_processes import SharedClock, run_ranks, values_of
 from small_model import SmallModel, image_embedding
 
 from srcfast import distributed
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.records import Sample
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem, TrainingSettings
+from srcfast.training.loop import TrainingItem
 
 
 def raps_with_images(folder: Path) -> list[Rap]:
@@ -36,7 +37,13 @@ def fine_tune(folder: Path, checkpoints: TrainingCheckpoints | None, on_items: A
     def features(keys: list[str]) -> dict:
         return {key: image_embedding(key) for key in keys}
 
-    settings = TrainingSettings(micro_batch_size=3, learning_rate=5e-3)
+    settings = TrainingConfig(
+        micro_batch_size=3,
+        learning_rate=0.005,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
     raps = raps_with_images(folder)
     fine_tune_rationale(SmallModel(), raps, settings, features=features, on_items=on_items, checkpoints=checkpoints)
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import Interrupted
-from srcfast.generation.beam_search import BeamSettings
 from srcfast.memory.checkpoint_shapes import checkpoint_shapes
 from srcfast.memory.model_sizes import ModelSizes
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.decoder import Decoder
 from srcfast.models.dropout_keys import dropping
-from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
+from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast.models.sharding import held, is_share, keep, keep_in_step, shard_layers
 from srcfast.run import signals
@@ -36,7 +36,7 @@ from srcfast.run.progress import Track
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.pieces import answers_in_pieces
 from srcfast.stages.rationale import image_loader, rationale_loss, response_tokens
-from srcfast.training.loop import TrainingSettings, train
+from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
 
@@ -141,9 +141,14 @@ def test_a_rank_holds_its_part_alone(tmp_path: Path) -> None:
 
 
 # More forests on one rank than on another, and a last batch with fewer items than ranks.
-SETTINGS = TrainingSettings(
-    micro_batch_size=2, gradient_accumulation_steps=3, epochs=2, token_budget=60, learning_rate=3e-3, seed=3
-)
+SETTINGS = TrainingConfig(
+    micro_batch_size=2,
+    gradient_accumulation_steps=3,
+    epochs=2,
+    token_budget=60,
+    learning_rate=0.003,
+    activation_checkpointing=0,
+).seeded(3)
 
 
 def train_on(folder: Path, shared: bool, images: bool) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def train_on(folder: Path, shared: bool, images: bool) -> dict[str, Any]:
         response_items(13, images),
         loss=rationale_loss,
         denominator=response_tokens,
-        settings=replace(SETTINGS, activation_checkpointing=2),
+        settings=SETTINGS.replace(activation_checkpointing=2),
         features=features,
     )
     weights = torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)]).tolist()
@@ -207,7 +212,15 @@ def search(folder: Path) -> list[Any]:
     """Texts from whole and from shared layers, of one sample on rank 1 and three on rank 0; and sizes as counted and planned."""
     images = folder / f"images-{distributed.rank()}"
     samples = world_samples("train", 3, 0, image_dir=images)[: 1 if distributed.rank() else 3]
-    settings = BeamSettings(num_candidates=3, num_beams=2, proposals=2, max_new_tokens=40)
+    settings = CandidatesConfig(
+        num_candidates=3,
+        num_beams=2,
+        proposals=2,
+        max_new_tokens=40,
+        top_p=1.0,
+        max_sentences=12,
+        max_sentence_tokens=48,
+    )
     found = []
     for quantize in (None, "nf4"):
         texts = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,26 @@ from rank_processes import run_ranks, values_of
 from small_model import SmallModel, random_preferences, response_items
 
 from srcfast import distributed
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.batching import deal
 from srcfast.errors import SrcfastError
-from srcfast.models.lora import LoRAConfig
-from srcfast.stages.dpo import (
-    PairMeta,
-    PreferenceSettings,
-    pair_denominator,
-    preference_loss,
-    preference_trees,
-)
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
-SETTINGS = TrainingSettings(
+SETTINGS = TrainingConfig(
     micro_batch_size=3,
     gradient_accumulation_steps=2,
     epochs=2,
     token_budget=120,
-    learning_rate=3e-3,
+    learning_rate=0.003,
     weight_decay=0.1,
     max_grad_norm=0.5,
-    seed=3,
-)
+    activation_checkpointing=0,
+).seeded(3)
 SUMMED = ("tokens", "response_tokens")
 
 
@@ -66,9 +59,9 @@ def train_pairs_and_rehearsal(folder: Path) -> dict[str, Any]:
     history = train(
         model,
         items,
-        loss=preference_loss(PreferenceSettings(rehearsal_weight=0.5)),
+        loss=preference_loss(DPOConfig(rehearsal_weight=0.5, sft_weight=0.0)),
         denominator=pair_denominator,
-        settings=replace(SETTINGS, micro_batch_size=2, loader_workers=0),
+        settings=SETTINGS.replace(micro_batch_size=2, loader_workers=0),
     )
     return {"weights": weights_of(model), "history": history}
 
@@ -104,7 +97,7 @@ def not_finite_on_one_rank(folder: Path) -> None:
         loss, metrics = rationale_loss(hidden, forest, head_weight, items, denominator)
         return (loss * math.nan if "sample-4" in [item.tree.key for item in items] else loss), metrics
 
-    settings = replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=13)
+    settings = SETTINGS.replace(micro_batch_size=1, gradient_accumulation_steps=13)
     train(SmallModel(), response_items(13), loss=broken, denominator=response_tokens, settings=settings)
 
 
@@ -128,7 +121,7 @@ def test_ranks_with_other_weights_are_refused_before_the_first_step(tmp_path: Pa
 def train_with_workers_and_late_numbers(folder: Path) -> dict[str, Any]:
     loop.reads_late = lambda device: True  # as on a GPU; this process ends with the test
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
-    settings = replace(SETTINGS, loader_workers=2)
+    settings = SETTINGS.replace(loader_workers=2)
     history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=settings)
     return {"weights": weights_of(model), "history": history}
 

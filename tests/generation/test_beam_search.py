@@ -8,29 +8,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from small_lvlm import IMAGES, SmallLVLM, load_image
 
+from srcfast.config.settings import CandidatesConfig
 from srcfast.data.records import Candidate, Sample
-from srcfast.errors import ConfigError
-from srcfast.generation.beam_search import Beam, BeamSettings, Search, _diverse, bigram_overlap, sentence_beam_search
+from srcfast.generation.beam_search import Beam, Search, _diverse, bigram_overlap, sentence_beam_search
 from srcfast.generation.decode import Prompt, Start, Written
 from srcfast.generation.generate import generate_greedy
 from srcfast.generation.sentences import sentence_ended
 from srcfast.stages.candidates import diversity, generate_candidates
 
-SETTINGS = BeamSettings(
-    num_candidates=6, num_beams=3, proposals=2, max_sentences=6, max_sentence_tokens=12, max_new_tokens=40
+SETTINGS = CandidatesConfig(
+    num_candidates=6, num_beams=3, proposals=2, max_sentences=6, max_sentence_tokens=12, max_new_tokens=40, top_p=1.0
 )
 
 
 def search(
-    lvlm: SmallLVLM, settings: BeamSettings = SETTINGS, seed: int = 0, only: slice = slice(None), slots: int = 8
+    lvlm: SmallLVLM, settings: CandidatesConfig = SETTINGS, seed: int = 0, only: slice = slice(None), slots: int = 8
 ) -> list[Any]:
     return sentence_beam_search(lvlm.model, lvlm.prompts()[only], lvlm.features, settings, seed, slots=slots)[0]
 
 
 def test_log_probabilities_are_the_model_s_own(single: SmallLVLM) -> None:
-    settings = BeamSettings(**{**vars(SETTINGS), "temperature": 1.5, "top_p": 0.9})
+    settings = SETTINGS.replace(temperature=1.5, top_p=0.9)
     results = search(single, settings)
     assert sum(map(len, results)) > 8 and max(len(one.token_ids) for own in results for one in own) > 12
     for prompt, own in zip(single.prompts(), results, strict=True):
@@ -68,7 +69,7 @@ def test_candidates_do_not_depend_on_how_many_samples_are_searched_at_once(
 class Recomputing:
     """The search by its definition, one row at a time, every token's logits from the whole text run anew."""
 
-    def __init__(self, lvlm: SmallLVLM, prompt: Prompt, settings: BeamSettings, seed: int) -> None:
+    def __init__(self, lvlm: SmallLVLM, prompt: Prompt, settings: CandidatesConfig, seed: int) -> None:
         self.lvlm, self.task = lvlm, Search(prompt, settings, seed, lvlm.model.end_token_id)
 
     def row(self, before: tuple[int, ...], draws: np.ndarray, room: int) -> Written:
@@ -93,7 +94,7 @@ class Recomputing:
 
 
 def test_the_search_is_its_definition(exact: SmallLVLM) -> None:
-    settings = BeamSettings(**{**vars(SETTINGS), "num_beams": 2, "max_new_tokens": 30, "temperature": 1.2})
+    settings = SETTINGS.replace(num_beams=2, max_new_tokens=30, temperature=1.2)
     prompts = exact.prompts()[:3]
     found = search(exact, settings, seed=2, only=slice(3), slots=2)
     assert sum(map(len, found)) > 3
@@ -113,7 +114,18 @@ def test_the_seed_decides(exact: SmallLVLM) -> None:
 
 def test_candidates_end_are_distinct_and_within_the_limits(exact: SmallLVLM) -> None:
     end = exact.model.end_token_id
-    for settings in (SETTINGS, BeamSettings(num_candidates=2, num_beams=4, proposals=3, max_new_tokens=7)):
+    for settings in (
+        SETTINGS,
+        CandidatesConfig(
+            num_candidates=2,
+            num_beams=4,
+            proposals=3,
+            max_new_tokens=7,
+            top_p=1.0,
+            max_sentences=12,
+            max_sentence_tokens=48,
+        ),
+    ):
         results = search(exact, settings)
         assert any(results)
         for own in results:
@@ -125,7 +137,15 @@ def test_candidates_end_are_distinct_and_within_the_limits(exact: SmallLVLM) -> 
 
 
 def test_one_sentence_is_one_sentence(exact: SmallLVLM) -> None:
-    settings = BeamSettings(num_candidates=20, num_beams=10, proposals=3, max_sentences=1, max_sentence_tokens=9)
+    settings = CandidatesConfig(
+        num_candidates=20,
+        num_beams=10,
+        proposals=3,
+        max_sentences=1,
+        max_sentence_tokens=9,
+        top_p=1.0,
+        max_new_tokens=256,
+    )
     results = [one for own in search(exact, settings) for one in own]
     assert len(results) > 3
     for one in results:
@@ -136,9 +156,9 @@ def test_one_sentence_is_one_sentence(exact: SmallLVLM) -> None:
 
 
 def test_without_chance_the_one_beam_is_greedy_decoding(exact: SmallLVLM) -> None:
-    settings = BeamSettings(
-        num_beams=1, proposals=1, temperature=0.0, max_sentences=40, max_sentence_tokens=5, max_new_tokens=40
-    )
+    settings = CandidatesConfig(
+        num_beams=1, proposals=1, max_sentences=40, max_sentence_tokens=5, max_new_tokens=40, top_p=1.0
+    ).model_copy(update={"temperature": 0.0})  # which a config refuses: all beams would be one
     greedy = generate_greedy(exact.model, exact.prompts(), exact.features, 40, 5)
     assert any(one.finished for one in greedy)
     for one, own in zip(greedy, search(exact, settings), strict=True):
@@ -146,7 +166,7 @@ def test_without_chance_the_one_beam_is_greedy_decoding(exact: SmallLVLM) -> Non
 
 
 def test_the_best_score_comes_first_where_diversity_is_free(exact: SmallLVLM) -> None:
-    settings = BeamSettings(**{**vars(SETTINGS), "diversity": 0.0, "length_penalty": 0.7})
+    settings = SETTINGS.replace(diversity=0.0, length_penalty=0.7)
     for own in search(exact, settings):
         scores = [one.logprob / len(one.token_ids) ** 0.7 for one in own]
         assert scores == sorted(scores, reverse=True)
@@ -166,7 +186,15 @@ def test_overlap_is_jaccard_s_of_bigrams() -> None:
 def test_a_beam_pays_for_what_a_better_one_says_already() -> None:
     beams = [beam("abcd", -4.0), beam("abce", -4.4), beam("wxyz", -6.0)]
     for diversity_weight, second in ((0.0, "abce"), (0.5, "abce"), (2.0, "wxyz")):
-        settings = BeamSettings(diversity=diversity_weight)
+        settings = CandidatesConfig(
+            diversity=diversity_weight,
+            num_beams=4,
+            proposals=2,
+            top_p=1.0,
+            max_sentences=12,
+            max_sentence_tokens=48,
+            max_new_tokens=256,
+        )
         kept = _diverse(beams, 2, settings)
         assert ["".join(map(chr, one.tokens)) for one in kept] == ["abcd", second]
 
@@ -176,8 +204,8 @@ def test_a_beam_pays_for_what_a_better_one_says_already() -> None:
     [{"num_beams": 0}, {"proposals": 0}, {"max_sentences": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}],
 )
 def test_settings_out_of_bounds_are_named(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(changes))):
-        BeamSettings(**changes)
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        CandidatesConfig(**changes)
 
 
 class Counter:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.generation.cpu_decoder import FEW_ROWS, CPUDecoder
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import LoRAConfig, add_lora, folded_lora
+from srcfast.models.lora import add_lora, folded_lora
 
 SHAPES = {
     "llama": {},
@@ -63,7 +64,7 @@ def test_it_gives_what_the_decoder_gives(shape: str, rows: int) -> None:
 def test_an_adapter_takes_part_where_it_is_folded_in() -> None:
     holder = torch.nn.Module()
     holder.decoder = made()
-    add_lora(holder, LoRAConfig(4, 8))
+    add_lora(holder, LoRAConfig(r=4, alpha=8))
     for name, parameter in holder.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

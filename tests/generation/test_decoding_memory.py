@@ -13,16 +13,18 @@ import torch
 from small_lvlm import SmallLVLM, load_image
 from stand_in_graphs import SharedPool, StandInMemory, decode_by_graphs
 
+from srcfast.config.settings import CandidatesConfig, LoRAConfig
 from srcfast.data.records import Sample
-from srcfast.generation.beam_search import BeamSettings, Search, sentence_beam_search
+from srcfast.generation.beam_search import Search, sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Prompt
 from srcfast.generation.kv_cache import PROMPT_STEP
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.candidates import decoding_memory, generate_candidates
 
-SETTINGS = BeamSettings(num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40)
+SETTINGS = CandidatesConfig(
+    num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40, top_p=1.0, max_sentences=12
+)
 
 
 def longer(prompt: Prompt, tokens: int) -> Prompt:
@@ -120,7 +122,7 @@ def test_steps_are_captured_anew_for_weights_at_other_addresses(single: SmallLVL
 
 
 def test_a_stage_folds_the_adapter_once_and_leaves_the_weights_as_they_were(written: tuple[Path, Any]) -> None:
-    model = load_lvlm(written[0], lora=LoRAConfig(r=2))
+    model = load_lvlm(written[0], lora=LoRAConfig(r=2, alpha=32.0))
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
     generator = torch.Generator().manual_seed(2)
     for layer in layers:

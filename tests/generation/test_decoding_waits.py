@@ -11,12 +11,15 @@ import torch
 from simulated_cuda import Record
 from small_lvlm import SmallLVLM, load_image
 
+from srcfast.config.settings import CandidatesConfig
 from srcfast.generation import decode
-from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
+from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.models import ImageFeatures, load_lvlm
 
 pytestmark = pytest.mark.simulated
-SETTINGS = BeamSettings(num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40)
+SETTINGS = CandidatesConfig(
+    num_candidates=4, num_beams=3, proposals=2, max_sentence_tokens=9, max_new_tokens=40, top_p=1.0, max_sentences=12
+)
 WATCHED = ("_admit", "_step", "_drew", "_look", "_advance")
 
 
@@ -50,7 +53,7 @@ def test_a_step_waits_for_one_event_and_an_advance_for_nothing(
     monkeypatch.setattr(decode, "_Decoding", Watched)
     model = load_lvlm(written[0], dtype=dtype, device="cuda")
     prompts = SmallLVLM(written[0], torch.float64).prompts()
-    settings = BeamSettings(**{**vars(SETTINGS), "top_p": top_p})
+    settings = SETTINGS.replace(top_p=top_p)
     features = ImageFeatures(model, load_image)
     sentence_beam_search(model, prompts, features, settings, 3, slots=3, graphs=graphs)
     assert len(records["_advance"]) > 10 and len(records["_admit"]) > 1

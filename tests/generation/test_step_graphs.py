@@ -13,15 +13,18 @@ from small_lvlm import SmallLVLM, load_image
 from stand_in_graphs import SharedPool, decode_by_graphs
 from torch import Tensor
 
+from srcfast.config.settings import CandidatesConfig
 from srcfast.generation import decode
-from srcfast.generation.beam_search import BeamSettings, Search, sentence_beam_search
+from srcfast.generation.beam_search import Search, sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.cuda_graphs import StepGraphs, position_buckets, row_buckets
 from srcfast.generation.kv_cache import LANES, Layout
 from srcfast.generation.sampling import Sampling
 from srcfast.models import ImageFeatures, load_lvlm
 
-SETTINGS = BeamSettings(num_candidates=6, num_beams=4, proposals=3, max_sentence_tokens=12, max_new_tokens=90)
+SETTINGS = CandidatesConfig(
+    num_candidates=6, num_beams=4, proposals=3, max_sentence_tokens=12, max_new_tokens=90, top_p=1.0, max_sentences=12
+)
 
 
 def test_buckets_hold_their_rows_and_positions_and_are_few() -> None:
@@ -118,7 +121,7 @@ def test_on_the_gpu_graphs_change_nothing(written: tuple[Path, Any], dtype: torc
     model = load_lvlm(written[0], dtype=dtype, device="cuda")
     features = ImageFeatures(model, load_image)
     prompts = SmallLVLM(written[0], torch.float64).prompts()
-    settings = BeamSettings(**{**vars(SETTINGS), "top_p": top_p})
+    settings = SETTINGS.replace(top_p=top_p)
     found = [
         sentence_beam_search(model, prompts, features, settings, 1, slots=3, graphs=graphs)[0]
         for graphs in (True, False)

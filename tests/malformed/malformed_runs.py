@@ -6,7 +6,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,13 +265,13 @@ def batch(change: Mapping[str, Any]) -> Callable[[Path], Path]:
     """Makes a kept batch with some fields replaced; `...` leaves one out."""
 
     def make(folder: Path) -> Path:
-        from srcfast.training.loop import TrainingSettings
+        from srcfast.config.settings import TrainingConfig
 
         told = {
             "stage": "dpo",
             "step": 0,
             "weights_sha256": "0" * 64,
-            "loop": asdict(TrainingSettings()),
+            "loop": TrainingConfig().loop(),
             "config": Config().model_dump(mode="json"),
             "image_root": str(folder),
             "preferences": [PAIR],

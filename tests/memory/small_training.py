@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.logit_rows import response_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.dropout_keys import dropout_keys, dropping, drops
-from srcfast.models.lora import LoRAConfig, add_lora
+from srcfast.models.lora import add_lora
 from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast_kernels import linear_logprob
 

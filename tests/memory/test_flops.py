@@ -8,11 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, known_flops, peak_flops, training_flops
 from srcfast.memory.model_sizes import Shapes
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
+from srcfast.models.lora import add_lora, lora_parameters
 from srcfast_kernels import linear_logprob
 
 CONFIG = DecoderConfig(
@@ -33,7 +34,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.decoder = Decoder(CONFIG)
         self.requires_grad_(False)
-        add_lora(self, LoRAConfig(r=4))
+        add_lora(self, LoRAConfig(r=4, alpha=32.0))
 
 
 def in_place(total: tuple[int, int], a: tuple[int, int], b: tuple[int, int], **_: object) -> int:

@@ -12,6 +12,7 @@ import torch
 from live_tensors import LiveTensors
 from small_training import SHAPES, SmallModel, random_trees, run
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_rows
 from srcfast.errors import ConfigError
@@ -27,7 +28,7 @@ from srcfast.memory.forecast import (
 )
 from srcfast.memory.measure import SavedTensors, measured
 from srcfast.memory.model_sizes import ModelSizes, VisionSizes, limit_memory, memory_of
-from srcfast.models.lora import TARGETS, LoRAConfig
+from srcfast.models.lora import TARGETS
 from srcfast.models.quantized import NF4Linear
 
 TENTH = 0.1  # what the forecast is held to
@@ -61,7 +62,7 @@ def saved(model: SmallModel, forest: Forest) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPE_NAMES)
 def test_activations_are_those_that_autograd_saves(rng: np.random.Generator, shape: str, dtype: str) -> None:
-    model = SmallModel(SHAPES[shape], LoRAConfig(r=8), DTYPES[dtype])
+    model = SmallModel(SHAPES[shape], LoRAConfig(r=8, alpha=32.0), DTYPES[dtype])
     for forest in (forest_of(rng), forest_of(rng, 9, 60, 60, 1), forest_of(rng, 1, 300, 200)):
         forecast = kept_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
         # Measured so far: within 1 %.
@@ -71,10 +72,10 @@ def test_activations_are_those_that_autograd_saves(rng: np.random.Generator, sha
 @pytest.mark.parametrize(
     "lora",
     [
-        LoRAConfig(r=4, target_modules=("q_proj", "v_proj")),
-        LoRAConfig(r=4, target_modules=("k_proj", "o_proj", "down_proj")),
-        LoRAConfig(r=24, target_modules=("gate_proj", "up_proj", "down_proj")),
-        LoRAConfig(r=4, dropout=0.1),
+        LoRAConfig(r=4, target_modules=("q_proj", "v_proj"), alpha=32.0),
+        LoRAConfig(r=4, target_modules=("k_proj", "o_proj", "down_proj"), alpha=32.0),
+        LoRAConfig(r=24, target_modules=("gate_proj", "up_proj", "down_proj"), alpha=32.0),
+        LoRAConfig(r=4, dropout=0.1, alpha=32.0),
     ],
     ids=["q and v", "k, o and down", "MLP", "dropout"],
 )
@@ -87,7 +88,7 @@ def test_activations_of_other_adapters(rng: np.random.Generator, lora: LoRAConfi
 
 
 def test_activations_of_paths_too_long_for_scores_in_memory(rng: np.random.Generator) -> None:
-    model, forest = SmallModel({}, LoRAConfig(r=4)), forest_of(rng, 2, 2400, 60)
+    model, forest = SmallModel({}, LoRAConfig(r=4, alpha=32.0)), forest_of(rng, 2, 2400, 60)
     forecast = kept_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
     assert forecast == pytest.approx(saved(model, forest), rel=TENTH)
 
@@ -99,7 +100,7 @@ def test_a_training_pass_peaks_where_it_was_forecast(
     rng: np.random.Generator, dtype: str, every: int, quantize: bool
 ) -> None:
     """All of it: what is kept and recomputed, and what is alive for a moment, by tracking every tensor that is made."""
-    model = SmallModel(SHAPES["as many keys as queries"], LoRAConfig(r=8), DTYPES[dtype], quantize).train()
+    model = SmallModel(SHAPES["as many keys as queries"], LoRAConfig(r=8, alpha=32.0), DTYPES[dtype], quantize).train()
     model.decoder.checkpoint_layers = every
     forest = forest_of(rng)
     run(model, Forest.of(forest.trees))  # gradients are there
@@ -116,7 +117,7 @@ def test_a_training_pass_peaks_where_it_was_forecast(
 @pytest.mark.parametrize("vocabulary", [900, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pass_whose_peak_is_the_head(rng: np.random.Generator, dtype: str, vocabulary: int) -> None:
-    model = SmallModel({"vocab_size": vocabulary}, LoRAConfig(r=4), DTYPES[dtype]).train()
+    model = SmallModel({"vocab_size": vocabulary}, LoRAConfig(r=4, alpha=32.0), DTYPES[dtype]).train()
     model.decoder.checkpoint_layers = 2
     forest = forest_of(rng, 12, 40, 50)
     run(model, Forest.of(forest.trees))
@@ -127,8 +128,8 @@ def test_a_pass_whose_peak_is_the_head(rng: np.random.Generator, dtype: str, voc
 
 
 def test_the_same_sizes_come_from_a_model_and_from_its_tensors() -> None:
-    model = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8), torch.bfloat16, quantize=True)
-    whole = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8))
+    model = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8, alpha=32.0), torch.bfloat16, quantize=True)
+    whole = SmallModel(SHAPES["norms of queries and keys"], LoRAConfig(r=8, alpha=32.0))
     tensors = {
         name.replace(".base", ""): list(parameter.shape)
         for name, parameter in whole.named_parameters()
@@ -158,7 +159,9 @@ def test_the_same_sizes_come_from_a_model_and_from_its_tensors() -> None:
 @pytest.mark.parametrize("quantize", [False, True], ids=["whole weights", "4 bits"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_counted_to_the_byte(dtype: str, quantize: bool) -> None:
-    model = SmallModel({"hidden_size": 72, "intermediate_size": 150}, LoRAConfig(r=5), DTYPES[dtype], quantize)
+    model = SmallModel(
+        {"hidden_size": 72, "intermediate_size": 150}, LoRAConfig(r=5, alpha=32.0), DTYPES[dtype], quantize
+    )
     sizes = ModelSizes.of(model)
     held = sum(parameter.nbytes for parameter in model.parameters())
     four_bits = [part.weight for part in model.modules() if isinstance(part, NF4Linear) and part.weight is not None]
@@ -215,7 +218,7 @@ def test_encoding_an_image_takes_what_was_forecast(dtype: str) -> None:
         model.get_image_features(pixels)
         with LiveTensors() as live:
             model.get_image_features(pixels)
-    sizes = ModelSizes.of(SmallModel({}, LoRAConfig(r=2), DTYPES[dtype]))
+    sizes = ModelSizes.of(SmallModel({}, LoRAConfig(r=2, alpha=32.0), DTYPES[dtype]))
     forecast = 5 * _encoding_bytes(replace(sizes, vision=VisionSizes.of(config)))
     assert forecast == pytest.approx(live.peak, rel=TENTH)
 
@@ -224,7 +227,7 @@ def test_encoding_an_image_takes_what_was_forecast(dtype: str) -> None:
 
 
 def test_all_is_kept_where_it_fits_and_the_least_is_recomputed_where_it_does_not(rng: np.random.Generator) -> None:
-    model = SmallModel({}, LoRAConfig(r=4)).train()
+    model = SmallModel({}, LoRAConfig(r=4, alpha=32.0)).train()
     trees = random_trees(rng, 30, 60, 30, 2)
     limits = {"token_budget": 4000, "micro_batch_size": 8}
     forest = Forest.of([trees[i] for i in fullest_forest([tree.num_tokens for tree in trees], 4000, 8)])
@@ -270,7 +273,9 @@ def test_the_most_that_fits_is_found_by_halving(answer: int) -> None:
 
 def test_fewer_images_are_encoded_at_once_where_there_is_little_memory() -> None:
     sizes = replace(
-        ModelSizes.of(SmallModel({}, LoRAConfig(r=2))), vision=VisionSizes(24, 1024, 4096, 577, 576), dtype_bytes=2
+        ModelSizes.of(SmallModel({}, LoRAConfig(r=2, alpha=32.0))),
+        vision=VisionSizes(24, 1024, 4096, 577, 576),
+        dtype_bytes=2,
     )
     counts = [images_at_once(sizes, gib * 2**30) for gib in (1, 8, 12, 80)]
     assert counts == sorted(counts) and counts[0] < 8 and counts[-1] == 64
@@ -296,7 +301,7 @@ def test_a_limit_is_what_there_is() -> None:
 
 
 def test_saved_tensors_are_counted_while_they_live(rng: np.random.Generator) -> None:
-    model, forest = SmallModel({}, LoRAConfig(r=4)), forest_of(rng)
+    model, forest = SmallModel({}, LoRAConfig(r=4, alpha=32.0)), forest_of(rng)
     expected = saved(model, forest)
     seen = []
     with SavedTensors(model.parameters) as counter:
@@ -308,7 +313,7 @@ def test_saved_tensors_are_counted_while_they_live(rng: np.random.Generator) -> 
 def test_a_measurement_counts_the_model_the_optimizer_and_what_is_saved(rng: np.random.Generator) -> None:
     from srcfast.training.optimizer import AdamW
 
-    model, forest = SmallModel({}, LoRAConfig(r=4)), forest_of(rng)
+    model, forest = SmallModel({}, LoRAConfig(r=4, alpha=32.0)), forest_of(rng)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     with measured("cpu", model.parameters) as taken:
         run(model, forest)
@@ -360,7 +365,9 @@ def test_a_limit_is_set_on_the_current_gpu_where_none_is_named(
 
 
 def test_a_steps_images_are_in_memory_even_where_fewer_would_be_kept(rng: np.random.Generator) -> None:
-    sizes = replace(ModelSizes.of(SmallModel({}, LoRAConfig(r=2))), vision=VisionSizes(4, 64, 128, 100, 1000))
+    sizes = replace(
+        ModelSizes.of(SmallModel({}, LoRAConfig(r=2, alpha=32.0))), vision=VisionSizes(4, 64, 128, 100, 1000)
+    )
     own = ForestSizes.of(forest_of(rng), "cpu")
     image = 1000 * 64 * 4  # tokens, hidden size, fp32
     for memory, images, a_step, kept in ((32e6, None, 2, 1e6), (32e6, None, 9, 9 * image), (32e6, 3, 9, 3 * image)):

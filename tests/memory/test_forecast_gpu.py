@@ -10,12 +10,12 @@ import simulated_cuda
 import torch
 from small_training import SmallModel, random_trees, run
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.generation.kv_cache import PROMPT_STEP
 from srcfast.memory.activations import ForestSizes
 from srcfast.memory.forecast import forecast_decoding, forecast_forward, forecast_training
 from srcfast.memory.model_sizes import ModelSizes
-from srcfast.models.lora import LoRAConfig
 from srcfast.training.optimizer import AdamW
 
 pytestmark = [
@@ -57,7 +57,7 @@ def _nothing_else_in_memory() -> None:
 
 
 def model_on_gpu(quantize: bool = False, dtype: torch.dtype = torch.bfloat16) -> SmallModel:
-    model = SmallModel(SHAPE, LoRAConfig(r=16), dtype, quantize).cuda()
+    model = SmallModel(SHAPE, LoRAConfig(r=16, alpha=32.0), dtype, quantize).cuda()
     gc.collect()
     torch.cuda.empty_cache()
     return model

@@ -11,11 +11,11 @@ import simulated_cuda
 import torch
 from small_training import SmallModel, random_trees
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.memory.activations import ForestSizes
 from srcfast.memory.forecast import Forecast, forecast_training, fullest_sizes, plan_checkpointing
 from srcfast.memory.measure import measured
 from srcfast.memory.model_sizes import ModelSizes, memory_for, memory_of, release_unused
-from srcfast.models.lora import LoRAConfig
 from srcfast.training.optimizer import AdamW
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def _nothing_else_in_memory() -> None:
 
 
 def on_device(quantize: bool = False) -> tuple[SmallModel, AdamW]:
-    model = SmallModel(SHAPE, LoRAConfig(r=4), torch.bfloat16, quantize).cuda().train()
+    model = SmallModel(SHAPE, LoRAConfig(r=4, alpha=32.0), torch.bfloat16, quantize).cuda().train()
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     release_unused("cuda")
     return model, optimizer

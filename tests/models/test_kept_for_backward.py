@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import TARGETS, LoRAConfig, add_lora
+from srcfast.models.lora import TARGETS, add_lora
 from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast_kernels import linear_logprob
 
@@ -39,7 +40,7 @@ def model(dtype: torch.dtype, four_bits: bool) -> nn.Module:
             if isinstance(part, NF4Linear):
                 part.set_weight(torch.randn(part.out_features, part.in_features).to(dtype))
     whole.to(dtype).requires_grad_(False)
-    add_lora(whole, LoRAConfig(r=RANK, target_modules=TARGETS))
+    add_lora(whole, LoRAConfig(r=RANK, target_modules=TARGETS, alpha=32.0))
     return whole.train()
 
 

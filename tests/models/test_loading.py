@@ -20,9 +20,10 @@ from small_checkpoints import (
     write_text_model,
 )
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.errors import InputError
 from srcfast.models import load_lvlm, load_text_model
-from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora, save_adapter
+from srcfast.models.lora import add_lora, lora_parameters, merge_lora, save_adapter
 from srcfast.models.lvlm import save_lvlm
 from srcfast.models.text_model import save_text_model
 
@@ -47,7 +48,7 @@ def test_far_positions_keep_their_angle_in_any_dtype(dtype: torch.dtype, tmp_pat
 
 def test_the_adapter_of_a_loaded_model_drops_nothing_out(tmp_path: Path) -> None:
     write_lvlm(tmp_path / "base")
-    trained = load_lvlm(tmp_path / "base", lora=LoRAConfig(r=2, dropout=0.9))
+    trained = load_lvlm(tmp_path / "base", lora=LoRAConfig(r=2, dropout=0.9, alpha=32.0))
     with torch.no_grad():
         for parameter in lora_parameters(trained):
             parameter.fill_(0.1)
@@ -59,16 +60,16 @@ def test_the_adapter_of_a_loaded_model_drops_nothing_out(tmp_path: Path) -> None
 
 def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
     write_text_model(tmp_path, text_config())
-    model = load_text_model(tmp_path, lora=LoRAConfig(r=2))
+    model = load_text_model(tmp_path, lora=LoRAConfig(r=2, alpha=32.0))
     with pytest.raises(InputError, match="a model without an adapter"):
-        add_lora(model, LoRAConfig(r=2))
+        add_lora(model, LoRAConfig(r=2, alpha=32.0))
 
 
 def test_an_unmerged_adapter_is_not_saved_as_a_model(tmp_path: Path) -> None:
     write_text_model(tmp_path / "text", text_config())
     write_lvlm(tmp_path / "lvlm")
-    text = load_text_model(tmp_path / "text", lora=LoRAConfig(r=2))
-    lvlm = load_lvlm(tmp_path / "lvlm", lora=LoRAConfig(r=2))
+    text = load_text_model(tmp_path / "text", lora=LoRAConfig(r=2, alpha=32.0))
+    lvlm = load_lvlm(tmp_path / "lvlm", lora=LoRAConfig(r=2, alpha=32.0))
     with pytest.raises(InputError, match="merge_lora"):
         save_text_model(text, tmp_path / "out")
     with pytest.raises(InputError, match="merge_lora"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from small_checkpoints import (
     assert_close,
     lvlm_logits,
@@ -22,12 +23,12 @@ from small_checkpoints import (
 )
 from torch import Tensor
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models import load_lvlm, load_text_model
 from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import (
-    LoRAConfig,
     adapter_hash,
     adapters,
     disable_lora,
@@ -43,7 +44,7 @@ from srcfast.models.lvlm import save_lvlm
 RNG = np.random.default_rng(11)
 IMAGE = random_image(RNG, 40, 30)
 RESPONSE = random_tokens(RNG, 8)
-CONFIG = LoRAConfig(r=3, alpha=5.0, seed=7)
+CONFIG = LoRAConfig(r=3, alpha=5.0).seeded(7)
 
 
 def randomise_adapter(model: Any, seed: int = 0) -> None:
@@ -125,7 +126,8 @@ def test_a_new_adapter_changes_nothing_and_its_seed_decides_it(pair: Pair) -> No
     ours = pair.load(lora=CONFIG)
     assert torch.equal(pair.logits(ours), pair.logits(pair.plain))
     drawn = [
-        pair.load(lora=LoRAConfig(r=3, seed=seed)).decoder.layers[0].mlp.up_proj.lora_A.detach() for seed in (7, 7, 8)
+        pair.load(lora=LoRAConfig(r=3, alpha=32.0).seeded(seed)).decoder.layers[0].mlp.up_proj.lora_A.detach()
+        for seed in (7, 7, 8)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     bound = ours.decoder.config.hidden_size**-0.5  # PEFT's kaiming_uniform_(a=sqrt(5))
@@ -170,7 +172,7 @@ def test_the_hash_follows_weights_and_scaling(tmp_path: Path) -> None:
 
 
 def test_only_the_adapter_gets_gradients_and_dropout_acts_in_training_alone(pair: Pair) -> None:
-    ours = pair.load(lora=LoRAConfig(r=3, dropout=0.5))
+    ours = pair.load(lora=LoRAConfig(r=3, dropout=0.5, alpha=32.0))
     randomise_adapter(ours)
     forest = Forest.of([Tree((Segment(RESPONSE),))])
 
@@ -249,9 +251,9 @@ def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="adapter_config.json"):
         load_adapter(pair.plain, tmp_path)
     with pytest.raises(InputError, match="fc1"):
-        pair.load(lora=LoRAConfig(target_modules=("q_proj", "fc1")))
-    with pytest.raises(InputError, match="rank"):
-        pair.load(lora=LoRAConfig(r=0))
+        pair.load(lora=LoRAConfig(target_modules=("q_proj", "fc1"), r=16, alpha=32.0))
+    with pytest.raises(ValidationError, match="r\n.*greater than or equal to 1"):
+        LoRAConfig(r=0)
 
 
 def test_folded_weights_answer_as_the_adapter_does_and_come_back_bit_for_bit(pair: Pair) -> None:

@@ -12,10 +12,11 @@ from small_checkpoints import assert_close, lvlm_logits, random_image, random_to
 from torch import Tensor
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
 from srcfast.models import LVLM, load_lvlm
-from srcfast.models.lora import LoRAConfig, lora_parameters
+from srcfast.models.lora import lora_parameters
 from srcfast.models.lvlm import save_lvlm
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import nf4_dequantize, nf4_quantize
@@ -35,7 +36,7 @@ def dequantised(directory: Path, target: Path) -> LVLM:
         if name.endswith(LINEARS):
             part.weight.data = nf4_dequantize(nf4_quantize(part.weight.data))
     save_lvlm(model, target)
-    return load_lvlm(target, lora=LoRAConfig(r=3, seed=1))
+    return load_lvlm(target, lora=LoRAConfig(r=3, alpha=32.0).seeded(1))
 
 
 def logits(model: LVLM) -> Tensor:
@@ -46,7 +47,7 @@ def logits(model: LVLM) -> Tensor:
 def test_a_model_in_four_bits_equals_one_of_the_dequantised_weights(tmp_path: Path) -> None:
     write_lvlm(tmp_path / "whole")
     whole = dequantised(tmp_path / "whole", tmp_path / "dequantised")
-    small = load_lvlm(tmp_path / "whole", quantize="nf4", lora=LoRAConfig(r=3, seed=1))
+    small = load_lvlm(tmp_path / "whole", quantize="nf4", lora=LoRAConfig(r=3, alpha=32.0).seeded(1))
     quantised = [part for part in small.modules() if isinstance(part, NF4Linear)]
     assert len(quantised) == len(LINEARS) * small.decoder.config.num_layers
     results = []

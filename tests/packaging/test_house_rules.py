@@ -48,14 +48,6 @@ ALLOWED |= {
 # Of `data`, the rooms that compute stand on these alone: a forest, its batches, its rows, JSON lines.
 COMPUTING = ("attention", "generation", "memory", "training")
 FOUNDATIONS = {f"srcfast.data.{name}" for name in ("batching", "forest", "jsonl", "logit_rows")}
-EXCEPTIONS = {
-    # A section of settings makes the dataclass that its stage takes: imported when it does, or for type checkers.
-    ("config/settings.py", "generation"),
-    ("config/settings.py", "models"),
-    ("config/settings.py", "stages"),
-    ("config/settings.py", "training"),
-    ("memory/plan.py", "training"),
-}
 
 
 def is_module(name: str) -> bool:
@@ -92,9 +84,7 @@ def crossings(file: Path) -> set[tuple[str, str]]:
 
 
 def test_imports_run_one_way():
-    found = set().union(*(crossings(file) for file in SOURCES))
-    assert found - EXCEPTIONS == set()
-    assert EXCEPTIONS - found == set(), "exceptions that nothing needs any more"
+    assert set().union(*(crossings(file) for file in SOURCES)) == set()
 
 
 @pytest.mark.parametrize("room", COMPUTING)

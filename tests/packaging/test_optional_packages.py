@@ -13,7 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from srcfast.attention import forest_attention
-from srcfast.cli.app import app, tools
+from srcfast.cli import tools
+from srcfast.cli.app import app
 from srcfast.errors import ConfigError
 from srcfast.report import plots
 from srcfast.training.optimizer import AdamW

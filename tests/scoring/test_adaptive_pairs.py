@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scoring import candidates_of, sample, world
 
-from srcfast.config.settings import load_config
+from srcfast.config.settings import CurationConfig, ScorerConfig, load_config
 from srcfast.models.scorer import ALONE, load_scorer
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.curation import CurationSettings, curate
+from srcfast.stages.curation import curate
 from srcfast.stages.scoring import score_candidates
 
 
@@ -20,11 +20,11 @@ def scorer(scorer_directory):
 
 def test_the_near_best_and_the_near_worst_are_compared_with_each_other_in_both_orders():
     ratings = np.array([0.5, 0.9, 0.1, 0.85, 0.6, 0.12])
-    assert AdaptivePairs(margin=0.1, contenders=2).pairs(ratings) == [
+    assert AdaptivePairs(ScorerConfig(adaptive_margin=0.1, adaptive_contenders=2)).pairs(ratings) == [
         (i, j) for i in (1, 2, 3, 5) for j in (1, 2, 3, 5) if i != j
     ]
-    assert AdaptivePairs(margin=0.01, contenders=2).pairs(ratings) == [(1, 2), (2, 1)]
-    assert AdaptivePairs(margin=1.0, contenders=1).pairs(ratings) == [(1, 2), (2, 1)]
+    assert AdaptivePairs(ScorerConfig(adaptive_margin=0.01, adaptive_contenders=2)).pairs(ratings) == [(1, 2), (2, 1)]
+    assert AdaptivePairs(ScorerConfig(adaptive_margin=1.0, adaptive_contenders=1)).pairs(ratings) == [(1, 2), (2, 1)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -34,7 +34,7 @@ def test_the_near_best_and_the_near_worst_are_compared_with_each_other_in_both_o
     contenders=st.integers(1, 4),
 )
 def test_best_and_worst_rated_are_always_compared_and_never_one_with_itself(ratings, margin, contenders):
-    pairs = AdaptivePairs(margin, contenders).pairs(np.array(ratings))
+    pairs = AdaptivePairs(ScorerConfig(adaptive_margin=margin, adaptive_contenders=contenders)).pairs(np.array(ratings))
     assert pairs and len(set(pairs)) == len(pairs)
     assert all(i != j and (j, i) in pairs for i, j in pairs)
     compared = {i for pair in pairs for i in pair}
@@ -44,7 +44,7 @@ def test_best_and_worst_rated_are_always_compared_and_never_one_with_itself(rati
 
 def test_rows_hold_the_judged_pairs_as_the_tournament_has_them_and_nothing_of_the_others(scorer):
     samples, groups = world(31, [6, 7, 2, 1])
-    adaptive = AdaptivePairs(margin=0.05, contenders=2, audit=0.0)
+    adaptive = AdaptivePairs(ScorerConfig(adaptive_margin=0.05, adaptive_contenders=2, adaptive_audit=0.0))
     rows = score_candidates(scorer, samples, groups, 100_000, adaptive=adaptive)
     for row, full in zip(rows, score_candidates(scorer, samples, groups, 100_000), strict=True):
         n = len(row["scores"])
@@ -67,7 +67,13 @@ def test_rows_hold_the_judged_pairs_as_the_tournament_has_them_and_nothing_of_th
     judged = sum(row["verdicts"] for row in rows)
     assert report["pairs_share"] == pytest.approx(judged / (30 + 42 + 2)) and report["samples"] == 3
     assert report["audited"] == 0 and report["same_best"] is None
-    assert rows == score_candidates(scorer, samples, groups, 100_000, adaptive=AdaptivePairs(0.05, 2, 0.0))
+    assert rows == score_candidates(
+        scorer,
+        samples,
+        groups,
+        100_000,
+        adaptive=AdaptivePairs(ScorerConfig(adaptive_margin=0.05, adaptive_contenders=2, adaptive_audit=0.0)),
+    )
 
 
 def test_tokens_are_counted_over_both_rounds(scorer):
@@ -78,7 +84,7 @@ def test_tokens_are_counted_over_both_rounds(scorer):
         def advance(self, count, tokens=0):
             ran.append(tokens)
 
-    adaptive = AdaptivePairs(margin=0.0, contenders=1, audit=0.0)
+    adaptive = AdaptivePairs(ScorerConfig(adaptive_margin=0.0, adaptive_contenders=1, adaptive_audit=0.0))
     score_candidates(scorer, samples, groups, 100_000, progress=Progress(), adaptive=adaptive)
     score_candidates(scorer, samples, groups, 100_000, progress=Progress())
     assert adaptive.counts["tokens"] == ran[0] and adaptive.counts["all_tokens"] == ran[1]
@@ -87,7 +93,7 @@ def test_tokens_are_counted_over_both_rounds(scorer):
 
 def test_an_audited_sample_is_judged_in_full_and_compared(scorer):
     samples, groups = world(33, [6, 5])
-    adaptive = AdaptivePairs(margin=0.0, contenders=1, audit=1.0)
+    adaptive = AdaptivePairs(ScorerConfig(adaptive_margin=0.0, adaptive_contenders=1, adaptive_audit=1.0))
     rows = score_candidates(scorer, samples, groups, 100_000, adaptive=adaptive)
     full = score_candidates(scorer, samples, groups, 100_000)
     same, lost = [], []
@@ -109,16 +115,22 @@ def test_an_audited_sample_is_judged_in_full_and_compared(scorer):
 
 
 def test_the_audit_draws_by_id_and_at_its_share():
-    drawn = [AdaptivePairs(audit=0.1).is_audited(f"s{k}") for k in range(2000)]
+    drawn = [AdaptivePairs(ScorerConfig(adaptive_audit=0.1)).is_audited(f"s{k}") for k in range(2000)]
     assert 150 < sum(drawn) < 250  # 3.7 standard deviations of 2,000 draws at 0.1
-    assert drawn == [AdaptivePairs(audit=0.1).is_audited(f"s{k}") for k in range(2000)]
+    assert drawn == [AdaptivePairs(ScorerConfig(adaptive_audit=0.1)).is_audited(f"s{k}") for k in range(2000)]
 
 
 def test_curation_takes_adaptive_rows_and_its_mean_confidence_is_of_judged_pairs(scorer):
     texts = [f"<see> There is a {word} circle. </see> <answer> red </answer>" for word in "abcdefg"]
     candidates = {"s0": candidates_of("s0", texts)}
-    rows = score_candidates(scorer, [sample(0)], candidates, 100_000, adaptive=AdaptivePairs(0.0, 2, 0.0))
-    settings_ = CurationSettings(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
+    rows = score_candidates(
+        scorer,
+        [sample(0)],
+        candidates,
+        100_000,
+        adaptive=AdaptivePairs(ScorerConfig(adaptive_margin=0.0, adaptive_contenders=2, adaptive_audit=0.0)),
+    )
+    settings_ = CurationConfig(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
     pairs, funnel = curate([sample(0)], candidates, rows, settings_)
     u = np.array(rows[0]["confidence"])
     places = [int(pairs[0].extra[name].rpartition("/")[2]) for name in ("chosen_id", "rejected_id")]
@@ -128,8 +140,8 @@ def test_curation_takes_adaptive_rows_and_its_mean_confidence_is_of_judged_pairs
 
 
 def test_the_config_asks_for_it():
-    assert load_config(None).scorer.adaptive() is None
+    assert AdaptivePairs.of(load_config(None).scorer) is None
     section = load_config(None, ["scorer.pairs=adaptive", "scorer.adaptive_contenders=3"]).scorer
-    found = section.adaptive()
-    assert found is not None and (found.margin, found.contenders, found.audit) == (0.1, 3, 0.02)
-    assert found.is_short(7) and not found.is_short(6) and ALONE == -1
+    pairs = AdaptivePairs.of(section)
+    assert pairs is not None and pairs.settings == section
+    assert pairs.is_short(7) and not pairs.is_short(6) and ALONE == -1

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from srcfast.config.settings import CurationConfig
 from srcfast.data.records import Candidate, Sample
-from srcfast.errors import ConfigError, InputError
-from srcfast.stages.curation import CurationSettings, curate
+from srcfast.errors import InputError
+from srcfast.stages.curation import curate
 
-LOOSE = CurationSettings(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
+LOOSE = CurationConfig(min_margin=0.0, min_confidence=0.0, max_length_ratio=100.0)
 
 
 def sample(name="s", answer="red"):
@@ -84,7 +86,7 @@ def test_best_against_worst_by_score_weighted_by_the_pairs_confidence():
 
 def test_without_weighting_every_pair_has_weight_one_and_the_confidence_is_kept_beside():
     own = [candidate(0), candidate(1, "blue")]
-    (pair,), _ = run(own, [row(own, [0.9, 0.1], 0.3)], CurationSettings(weighting="none"))
+    (pair,), _ = run(own, [row(own, [0.9, 0.1], 0.3)], CurationConfig(weighting="none"))
     assert pair.confidence == 1.0 and pair.extra["judge_confidence"] == 0.3
 
 
@@ -99,7 +101,7 @@ def test_without_weighting_every_pair_has_weight_one_and_the_confidence_is_kept_
     ],
 )
 def test_each_threshold_drops_by_its_own_reason_and_bounds_are_inclusive(reason, scores, confidence, tokens):
-    settings = CurationSettings(min_margin=0.2, min_confidence=0.3, max_length_ratio=2.0)
+    settings = CurationConfig(min_margin=0.2, min_confidence=0.3, max_length_ratio=2.0)
     own = [candidate(i, tokens=n) for i, n in enumerate(tokens)]
     pairs, funnel = run(own, [row(own, scores, confidence)], settings)
     dropped = {name: count for name, count in funnel["dropped"].items() if count}
@@ -112,11 +114,11 @@ def test_each_threshold_drops_by_its_own_reason_and_bounds_are_inclusive(reason,
 def test_the_best_of_several_bad_ones_can_be_refused_by_its_rating():
     own = [candidate(0), candidate(1, "blue")]
     rated = row(own, [0.9, 0.1], 0.8) | {"alone": [0.6, 0.1]}
-    assert len(run(own, [rated], CurationSettings(min_rating=0.6))[0]) == 1
-    pairs, funnel = run(own, [rated], CurationSettings(min_rating=0.61))
+    assert len(run(own, [rated], CurationConfig(min_rating=0.6))[0]) == 1
+    pairs, funnel = run(own, [rated], CurationConfig(min_rating=0.61))
     assert not pairs and funnel["dropped"]["rating"] == 1
     with pytest.raises(InputError, match="alone"):
-        run(own, [row(own, [0.9, 0.1], 0.8)], CurationSettings(min_rating=0.5))
+        run(own, [row(own, [0.9, 0.1], 0.8)], CurationConfig(min_rating=0.5))
 
 
 def test_a_pair_without_confidence_is_dropped_even_without_a_threshold():
@@ -151,7 +153,7 @@ def test_several_pairs_best_against_worst_or_disjoint():
     scores = [0.5, 0.9, 0.1, 0.7, 0.3]
 
     def ids(choice, count):
-        settings = CurationSettings(pairs_per_sample=count, pair_choice=choice, min_margin=0.3)
+        settings = CurationConfig(pairs_per_sample=count, pair_choice=choice, min_margin=0.3)
         pairs, funnel = run(own, [row(own, scores)], settings)
         return [(p.chosen, p.rejected) for p in pairs], funnel
 
@@ -167,7 +169,7 @@ def test_several_pairs_best_against_worst_or_disjoint():
 
 def test_pairing_by_answer_sets_a_right_against_a_wrong_answer_whatever_the_scores():
     own = [candidate(0, "blue"), candidate(1, "Red."), candidate(2, "green"), candidate(3, "red")]
-    settings = CurationSettings(pairing="answer", pairs_per_sample=4)
+    settings = CurationConfig(pairing="answer", pairs_per_sample=4)
     pairs, funnel = run(own, [row(own, [0.9, 0.1, 0.8, 0.2], 0.0)], settings)
     got = {(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs}
     assert got == {(f"s/{a}", f"s/{b}") for a, b in itertools.product((1, 3), (0, 2))}
@@ -178,7 +180,7 @@ def test_pairing_by_answer_sets_a_right_against_a_wrong_answer_whatever_the_scor
 
 def test_random_pairing_depends_on_seed_and_sample_alone():
     own = [candidate(i) for i in range(6)]
-    settings = CurationSettings(pairing="random")
+    settings = CurationConfig(pairing="random")
 
     def draw(seed, samples=None):
         pairs, _ = run(own, [], settings, seed, samples)
@@ -224,5 +226,5 @@ def test_scores_of_other_candidates_are_refused():
     "wrong", [{"min_margin": -0.1}, {"pairs_per_sample": 0}, {"max_length_ratio": 0.5}, {"pairing": "best"}]
 )
 def test_settings_out_of_bounds_are_refused_by_name(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        CurationSettings(**wrong)
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        CurationConfig(**wrong)

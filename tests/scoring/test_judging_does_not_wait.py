@@ -9,13 +9,12 @@ import torch
 from test_scorer_training import VOCABULARY, raps
 from test_scoring import world
 
-from srcfast.models.lora import LoRAConfig
+from srcfast.config.settings import LoRAConfig, ScorerConfig, TrainingConfig
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.stages import scoring
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.stages.scoring import scored_rows
-from srcfast.training.loop import TrainingSettings
 
 pytestmark = pytest.mark.simulated
 # Against the CPU: in fp32 another order of sums, in fp16 its rounding through two layers of random weights.
@@ -42,7 +41,17 @@ def test_judging_waits_for_a_block_s_numbers_alone(scorer_directory, dtype, mode
     rows = {}
     for device in ("cuda", "cpu"):
         scorer = load_scorer(scorer_directory, dtype=dtype, device=device)
-        rounds = None if adaptive is None else AdaptivePairs(margin=0.05, contenders=2, **adaptive)
+        rounds = (
+            None
+            if adaptive is None
+            else AdaptivePairs(
+                ScorerConfig(
+                    adaptive_margin=0.05,
+                    adaptive_contenders=2,
+                    **{f"adaptive_{name}": value for name, value in adaptive.items()},
+                )
+            )
+        )
         with simulated_cuda.recording() as record:
             rows[device] = list(scored_rows(scorer, samples, groups, 4096, mode, adaptive=rounds))
         assert not record.waits and not record.pageable_copies, record.text()
@@ -71,7 +80,14 @@ def test_a_judge_s_training_waits_for_one_event_a_step(scorer_directory, dtype, 
     losses = {}
     for device in ("cuda", "cpu"):
         scorer: Scorer = load_scorer(scorer_directory, dtype=dtype, device=device, lora=lora)
-        settings = TrainingSettings(micro_batch_size=2, token_budget=4096, learning_rate=1e-4, warmup_ratio=0.0)
+        settings = TrainingConfig(
+            micro_batch_size=2,
+            token_budget=4096,
+            learning_rate=0.0001,
+            warmup_ratio=0.0,
+            gradient_accumulation_steps=1,
+            activation_checkpointing=0,
+        )
         with simulated_cuda.recording() as record:
             losses[device] = [row["loss"] for row in train_scorer(scorer, examples, settings)]
         assert not record.waits and not record.pageable_copies, record.text()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from small_scorer import small_tokenizer, write_text_model
 
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.corruptions import KINDS
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
-from srcfast.models.lora import LoRAConfig
 from srcfast.models.scorer import ALONE, load_scorer
 from srcfast.stages.scorer_training import (
     ScorerExample,
@@ -23,7 +23,6 @@ from srcfast.stages.scorer_training import (
     target_verdict,
     train_scorer,
 )
-from srcfast.training.loop import TrainingSettings
 
 VOCABULARY = {
     "colour": ("red", "blue", "green", "gold"),
@@ -142,7 +141,15 @@ def judging_tokenizer():
 
 def test_a_small_scorer_learns_to_judge_from_scratch(tmp_path):
     scorer = load_scorer(write_text_model(tmp_path, judging_tokenizer(), hidden_size=64, initializer_range=0.1))
-    settings = TrainingSettings(micro_batch_size=16, learning_rate=1e-3, warmup_ratio=0.1, weight_decay=0.01)
+    settings = TrainingConfig(
+        micro_batch_size=16,
+        learning_rate=0.001,
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
     before = evaluate_scorer(scorer, gold_examples(100, seed=1))
     history = train_scorer(scorer, gold_examples(2200, seed=0), settings)
     after = evaluate_scorer(scorer, gold_examples(200, seed=2))
@@ -156,7 +163,14 @@ def test_a_small_scorer_learns_to_judge_from_scratch(tmp_path):
 def test_training_with_lora_changes_only_the_adapter_and_learns(scorer_directory):
     scorer = load_scorer(scorer_directory, lora=LoRAConfig(r=4, alpha=8))
     frozen = {n: p.clone() for n, p in scorer.named_parameters() if not p.requires_grad}
-    settings = TrainingSettings(epochs=4, micro_batch_size=24, learning_rate=5e-3)
+    settings = TrainingConfig(
+        epochs=4,
+        micro_batch_size=24,
+        learning_rate=0.005,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
     history = train_scorer(scorer, gold_examples(16, seed=0), settings)
     assert all(torch.equal(p, frozen[n]) for n, p in scorer.named_parameters() if n in frozen)
     assert len(frozen) > 0 and history[-1]["loss"] < history[0]["loss"]
@@ -167,7 +181,9 @@ def test_the_first_loss_is_the_mean_over_all_slots_whatever_the_cut(scorer_direc
     losses = []
     for batch, steps, budget in ((18, 1, 8192), (6, 3, 8192), (18, 1, 150)):
         scorer = load_scorer(scorer_directory)
-        settings = TrainingSettings(micro_batch_size=batch, gradient_accumulation_steps=steps, token_budget=budget)
+        settings = TrainingConfig(
+            micro_batch_size=batch, gradient_accumulation_steps=steps, token_budget=budget, activation_checkpointing=0
+        )
         losses.append(train_scorer(scorer, examples, settings)[0]["loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # fp32: the order of summation differs
     assert np.isfinite(losses[0])

@@ -33,10 +33,11 @@ def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sound_adapter(sound_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the sound model."""
+    from srcfast.config.settings import LoRAConfig
     from srcfast.models import load_lvlm
-    from srcfast.models.lora import LoRAConfig, adapters, save_adapter
+    from srcfast.models.lora import adapters, save_adapter
 
-    directory, model = tmp_path_factory.mktemp("adapter"), load_lvlm(sound_model, lora=LoRAConfig(r=2))
+    directory, model = tmp_path_factory.mktemp("adapter"), load_lvlm(sound_model, lora=LoRAConfig(r=2, alpha=32.0))
     for layer in adapters(model).values():
         torch.nn.init.constant_(layer.lora_B, 0.01)  # one that changes nothing is refused
     save_adapter(model, directory)

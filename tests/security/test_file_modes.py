@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards, write_text
 from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import save_tensors
-from srcfast.models.lora import LoRAConfig, save_adapter
+from srcfast.models.lora import save_adapter
 from srcfast.models.lvlm import save_lvlm
 from srcfast.run.progress import MetricsWriter
 from srcfast.training.checkpoint import SavedTraining, save_training
@@ -54,7 +55,7 @@ def test_every_file_has_the_mode_that_the_umask_leaves(tmp_path: Path, umask: in
     model = load_lvlm(sound_model)
     save_lvlm(model, out / "model")
     save_training(out / "checkpoint", SavedTraining(1, torch.ones(2), {"m": torch.ones(2)}, [], {}, 1.0))
-    save_adapter(load_lvlm(sound_model, lora=LoRAConfig(r=2)), out / "adapter")
+    save_adapter(load_lvlm(sound_model, lora=LoRAConfig(r=2, alpha=32.0)), out / "adapter")
     found = modes(out)
     assert {"adapter_model.safetensors", "model.safetensors", "COMPLETE", "weights.safetensors"} <= set(found)
     assert set(found.values()) == {0o666 & ~umask}, found

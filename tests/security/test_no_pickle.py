@@ -15,10 +15,10 @@ import torch
 from bombs import NAMES, bomb, plant
 from click.testing import Result
 
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, LoRAConfig
 from srcfast.errors import InputError
 from srcfast.models import load_lvlm
-from srcfast.models.lora import LoRAConfig, load_adapter
+from srcfast.models.lora import load_adapter
 from srcfast.models.scorer import load_scorer
 from srcfast.models.text_model import load_text_model
 from srcfast.stages.policy import Policy
@@ -95,7 +95,7 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(
         load_adapter(load_lvlm(sound_model), adapter_dir)
     (model_dir / "model.safetensors").write_bytes(bomb(form, witness))
     with pytest.raises(InputError, match="safetensors"):
-        load_lvlm(model_dir, lora=LoRAConfig(r=2))
+        load_lvlm(model_dir, lora=LoRAConfig(r=2, alpha=32.0))
     assert not witness.exists()
 
 

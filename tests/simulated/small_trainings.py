@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.records import Preference, Sample
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig, lora_parameters
-from srcfast.stages.dpo import PreferenceSettings, reference_logprobs, train_preference
+from srcfast.models.lora import lora_parameters
+from srcfast.stages.dpo import reference_logprobs, train_preference
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LOSS = PreferenceSettings(beta=0.1)
+BETA = 0.1
 # Of five samples: three steps, the last of one sample.
-LOOP = TrainingSettings(micro_batch_size=2, token_budget=2048, learning_rate=1e-3, warmup_ratio=0.0, seed=2)
+LOOP = TrainingConfig(
+    micro_batch_size=2,
+    token_budget=2048,
+    learning_rate=0.001,
+    warmup_ratio=0.0,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(2)
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,8 @@ def train_on(
     if case.vision_offload:
         model.vision.rest()
     features = ImageFeatures(model, image_loader(samples))
-    loop = replace(
-        LOOP, activation_checkpointing=case.checkpointing, loader_workers=case.workers, optimizer=case.optimizer
+    loop = LOOP.replace(
+        activation_checkpointing=case.checkpointing, loader_workers=case.workers, optimizer=case.optimizer
     )
     start, references = flat_adapter(model), list[float]()
     if case.stage == "rationale":
@@ -121,8 +128,7 @@ def train_on(
         history = train_preference(
             model,
             preferences,
-            LOSS,
-            loop,
+            DPOConfig(**loop.model_dump(), beta=BETA, sft_weight=0.0).seeded(loop.seed),
             expected_reference_hash="start",
             features=features,
             checkpoints=checkpoints,
@@ -148,7 +154,7 @@ def assert_alike(ours: Trained, theirs: Trained, dtype: str) -> None:
     relative = (64 if dtype == "fp32" else 2) * eps
     assert len(ours.history) == len(theirs.history) > 0
     logprob = relative * max((abs(value) for value in theirs.references), default=0.0)
-    reward = LOSS.beta * 2 * logprob
+    reward = BETA * 2 * logprob
     bounds = {
         "loss": reward * 2 if theirs.references else relative * max(row["loss"] for row in theirs.history),
         "chosen_logprob": logprob,

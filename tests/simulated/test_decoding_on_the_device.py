@@ -9,15 +9,16 @@ import simulated_cuda
 import torch
 from small_lvlm import SmallLVLM, load_image, write_small_lvlm
 
-from srcfast.generation.beam_search import BeamSettings, sentence_beam_search
+from srcfast.config.settings import CandidatesConfig
+from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.generation.generate import Generated, Prompt, generate_greedy, sample_responses
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.stages.dpo import response_logprobs
 
 pytestmark = pytest.mark.simulated
 SLOTS = 2  # of five prompts
-SETTINGS = BeamSettings(
-    num_candidates=6, num_beams=3, proposals=2, max_sentences=6, max_sentence_tokens=12, max_new_tokens=40
+SETTINGS = CandidatesConfig(
+    num_candidates=6, num_beams=3, proposals=2, max_sentences=6, max_sentence_tokens=12, max_new_tokens=40, top_p=1.0
 )
 
 

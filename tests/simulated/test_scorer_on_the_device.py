@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from srcfast.config.settings import ScorerConfig
 from srcfast.data.records import Candidate, Sample
 from srcfast.models.scorer import load_scorer
 from srcfast.stages.adaptive_pairs import AdaptivePairs
@@ -41,7 +42,7 @@ def judged(
     device: str, dtype: torch.dtype, samples: Any, candidates: Any, mode: Any, adaptive: bool
 ) -> list[dict[str, Any]]:
     scorer = load_scorer("embedded", dtype=dtype, device=device)
-    rounds = AdaptivePairs() if adaptive else None
+    rounds = AdaptivePairs(ScorerConfig()) if adaptive else None
     return score_candidates(scorer, samples, candidates, token_budget=1200, mode=mode, adaptive=rounds)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import LoRAConfig, add_lora
+from srcfast.models.lora import add_lora
 from srcfast.training.loop import TrainingItem
 
 IMAGE, END = 1, 2

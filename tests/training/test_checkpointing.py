@@ -13,14 +13,15 @@ from small_model import letters, random_text
 from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.dropout_keys import dropout_keys, dropping
-from srcfast.models.lora import LoRAConfig, add_lora, lora_parameters
+from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.stages.dpo import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
 LAYERS = 5
 
@@ -134,7 +135,13 @@ def test_the_setting_holds_for_the_training_alone_and_changes_nothing_of_it() ->
     weights, runs = [], []
     for every in (0, 2):
         model = Deep(dropout=0.2)
-        settings = TrainingSettings(micro_batch_size=3, learning_rate=1e-2, activation_checkpointing=every)
+        settings = TrainingConfig(
+            micro_batch_size=3,
+            learning_rate=0.01,
+            activation_checkpointing=every,
+            gradient_accumulation_steps=1,
+            token_budget=8192,
+        )
         train(model, items, loss=rationale_loss, denominator=response_tokens, settings=settings)
         assert model.decoder.checkpoint_layers == 0
         weights.append(torch.cat([p.detach().flatten() for p in lora_parameters(model)]))
@@ -181,7 +188,13 @@ def test_training_asks_a_model_that_takes_rows_for_those_of_the_loss(monkeypatch
 
     monkeypatch.setattr(Deep, "forward", watched)
     items = [TrainingItem(replace(tree, segments=tree.segments[:2])) for tree in pair_forest(pairs=4).trees]
-    settings = TrainingSettings(micro_batch_size=4, learning_rate=1e-2)
+    settings = TrainingConfig(
+        micro_batch_size=4,
+        learning_rate=0.01,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
     losses = []
     for rows in (None, response_rows):
         history = train(Deep(), items, loss=rationale_loss, denominator=response_tokens, settings=settings, rows=rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,28 @@ import torch
 from small_model import SmallModel, response_items
 from torch import Tensor
 
-from srcfast.config.settings import load_config
+from srcfast.config.settings import LoRAConfig, TrainingConfig, load_config
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig, lora_parameters
+from srcfast.models.lora import lora_parameters
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader, rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.determinism import deterministic_algorithms
-from srcfast.training.loop import TrainingSettings, train
+from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 
-SETTINGS = TrainingSettings(epochs=2, micro_batch_size=2, token_budget=2048, learning_rate=1e-3)
+SETTINGS = TrainingConfig(
+    epochs=2,
+    micro_batch_size=2,
+    token_budget=2048,
+    learning_rate=0.001,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+)
 
 
-def trained(settings: TrainingSettings, **more: Any) -> Tensor:
-    model = SmallModel(lora=LoRAConfig(r=2))
+def trained(settings: TrainingConfig, **more: Any) -> Tensor:
+    model = SmallModel(lora=LoRAConfig(r=2, alpha=32.0))
     train(model, response_items(7), loss=rationale_loss, denominator=response_tokens, settings=settings, **more)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
@@ -54,11 +60,11 @@ def test_on_a_cpu_it_changes_no_bit_and_a_training_goes_on_with_it(tmp_path: Pat
             raise Killed
 
     whole = trained(SETTINGS)
-    assert torch.equal(whole, trained(replace(SETTINGS, deterministic=True)))
+    assert torch.equal(whole, trained(SETTINGS.seeded(0, deterministic=True)))
     with pytest.raises(Killed):
         trained(SETTINGS, on_step=kill, checkpoints=TrainingCheckpoints(tmp_path, {}, steps=1))
     checkpoints = TrainingCheckpoints(tmp_path, {}, steps=1)
-    assert torch.equal(whole, trained(replace(SETTINGS, deterministic=True), checkpoints=checkpoints))
+    assert torch.equal(whole, trained(SETTINGS.seeded(0, deterministic=True), checkpoints=checkpoints))
 
 
 def test_the_setting_reaches_every_training_and_the_libraries_before_their_first_product(
@@ -66,7 +72,7 @@ def test_the_setting_reaches_every_training_and_the_libraries_before_their_first
 ) -> None:
     config = load_config(None, ["deterministic=true"])
     for section in (config.rationale, config.dpo, config.scorer_training):
-        assert section.training_settings(0, config.deterministic).deterministic
+        assert section.seeded(0, config.deterministic).deterministic
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # which monkeypatch restores, whatever is set below
     load_model(config, None)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -84,9 +90,9 @@ def test_a_gpu_takes_deterministic_algorithms_alone_and_encodes_images_anew(
 ) -> None:
     samples = world_samples("train", 6, 3, image_dir=tmp_path / "images")
     pairs, _ = build_raps(samples, "tagged")
-    model = load_lvlm("embedded", dtype=torch.bfloat16, device="cuda", lora=LoRAConfig(r=2))
+    model = load_lvlm("embedded", dtype=torch.bfloat16, device="cuda", lora=LoRAConfig(r=2, alpha=32.0))
     features = ImageFeatures(model, image_loader(samples))
-    settings = replace(SETTINGS, gradient_accumulation_steps=1, deterministic=deterministic)
+    settings = SETTINGS.seeded(0, deterministic)
     seen: list[Any] = []
     with simulated_cuda.stand_in_flash_attn():
         import flash_attn

@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 import torch
 
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models import ImageFeatures
-from srcfast.models.lora import LoRAConfig
 from srcfast.models.lvlm import LVLM, load_lvlm
-from srcfast.stages.dpo import PreferenceSettings, check_references, reference_logprobs, train_preference
+from srcfast.stages.dpo import check_references, reference_logprobs, train_preference
 from srcfast.stages.drift import ROUNDOFF, drift, drift_of, most_drift
 from srcfast.stages.rationale import image_loader
-from srcfast.training.loop import TrainingSettings
 from srcfast.world.samples import world_samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SETTINGS = TrainingSettings(micro_batch_size=12, token_budget=4096, learning_rate=1e-3, warmup_ratio=0.0)
+SETTINGS = TrainingConfig(
+    micro_batch_size=12,
+    token_budget=4096,
+    learning_rate=0.001,
+    warmup_ratio=0.0,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+)
 
 
 def of(differences: Sequence[float], tokens: Sequence[int], dtype: torch.dtype):
@@ -101,12 +107,11 @@ class World:
 
     def train(self, pairs: list[Preference], epochs: int = 1) -> LVLM:
         model = self.load()
-        settings = replace(SETTINGS, micro_batch_size=len(pairs), epochs=epochs)
+        loop = SETTINGS.replace(micro_batch_size=len(pairs), epochs=epochs)
         train_preference(
             model,
             pairs,
-            PreferenceSettings(),
-            settings,
+            DPOConfig(**loop.model_dump(), sft_weight=0.0),
             expected_reference_hash="abc",
             features=self.features_of(model),
         )

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from small_model import SmallModel, response_items
 
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.models.dropout_keys import dropout_keys, dropping, drops
-from srcfast.models.lora import LoRAConfig, adapters, lora_parameters
+from srcfast.models.lora import adapters, lora_parameters
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.loop import TrainingSettings, train
+from srcfast.training.loop import train
 
 LORA = LoRAConfig(r=3, alpha=12.0, dropout=0.2)
-SETTINGS = TrainingSettings(micro_batch_size=6, token_budget=200, learning_rate=1e-2, epochs=2, seed=4)
+SETTINGS = TrainingConfig(
+    micro_batch_size=6,
+    token_budget=200,
+    learning_rate=0.01,
+    epochs=2,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(4)
 
 
-def trained(**settings: object) -> torch.Tensor:
+def trained(seed: int = SETTINGS.seed, **settings: object) -> torch.Tensor:
     model = SmallModel(lora=LORA)
-    own = replace(SETTINGS, **settings)  # type: ignore[arg-type]
+    own = SETTINGS.replace(**settings).seeded(seed)
     train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=own)
     return torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)])
 
@@ -89,7 +95,7 @@ def test_pytorch_s_generator_neither_decides_what_is_dropped_nor_is_moved() -> N
 
 def test_every_adapted_layer_has_a_number_that_its_neighbours_do_not_change() -> None:
     all_of_them = SmallModel(lora=LORA)
-    some = SmallModel(lora=replace(LORA, target_modules=("v_proj", "down_proj")))
+    some = SmallModel(lora=LORA.replace(target_modules=("v_proj", "down_proj")))
     numbers = {name: layer.number for name, layer in adapters(all_of_them).items()}
     assert sorted(numbers.values()) == list(range(14))
     assert {name: layer.number for name, layer in adapters(some).items()}.items() <= numbers.items()
@@ -99,13 +105,13 @@ def test_every_adapted_layer_has_a_number_that_its_neighbours_do_not_change() ->
 def test_where_some_layers_of_one_input_are_adapted_they_drop_as_they_do_among_all(targets: tuple[str, ...]) -> None:
     weights = []
     for cut in ({}, {"token_budget": 70}, {"micro_batch_size": 2, "gradient_accumulation_steps": 3}):
-        model = SmallModel(lora=replace(LORA, target_modules=targets))
-        own = replace(SETTINGS, **cut)
+        model = SmallModel(lora=LORA.replace(target_modules=targets))
+        own = SETTINGS.replace(**cut)
         train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=own)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)]))
     for other in weights[1:]:  # in fp64: sums in another order
         torch.testing.assert_close(other, weights[0], rtol=1e-9, atol=1e-9)
-    without = SmallModel(lora=replace(LORA, target_modules=targets, dropout=0.0))
+    without = SmallModel(lora=LORA.replace(target_modules=targets, dropout=0.0))
     train(without, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
     plain = torch.cat([parameter.detach().flatten() for parameter in lora_parameters(without)])
     assert not torch.allclose(plain, weights[0])
@@ -113,7 +119,7 @@ def test_where_some_layers_of_one_input_are_adapted_they_drop_as_they_do_among_a
 
 def test_without_dropout_no_keys_are_made() -> None:
     assert drops(SmallModel(lora=LORA))
-    without = SmallModel(lora=replace(LORA, dropout=0.0))
+    without = SmallModel(lora=LORA.replace(dropout=0.0))
     without.tower = torch.nn.Module()
     without.tower.dropout = 0.1  # as vision towers have it, which are never trained
     assert not drops(without)

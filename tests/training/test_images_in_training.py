@@ -5,23 +5,30 @@ On a GPU where it is deterministic.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig, lora_parameters
+from srcfast.models.lora import lora_parameters
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingSettings
 from srcfast.world.samples import world_samples
 
 # Three steps an epoch; the images of the second epoch were encoded in the first, in other company.
-SETTINGS = TrainingSettings(epochs=2, micro_batch_size=4, token_budget=2048, learning_rate=1e-3, loader_workers=0)
+SETTINGS = TrainingConfig(
+    epochs=2,
+    micro_batch_size=4,
+    token_budget=2048,
+    learning_rate=0.001,
+    loader_workers=0,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+)
 
 
 class Killed(Exception):
@@ -42,7 +49,7 @@ def trained(
     fine_tune_rationale(
         model,
         pairs,
-        replace(SETTINGS, deterministic=device == "cuda"),
+        SETTINGS.seeded(0, deterministic=device == "cuda"),
         features=ImageFeatures(model, image_loader(samples)),
         on_step=before,
         checkpoints=TrainingCheckpoints(directory, {}, steps=1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,18 +14,23 @@ import torch
 from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding, letters, random_text
 from torch import Tensor
 
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.forest import Segment, Tree
 from srcfast.data.logit_rows import response_rows
 from srcfast.errors import InputError
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loader import PackedStep, packed_steps
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
-SETTINGS = TrainingSettings(
-    epochs=2, micro_batch_size=2, gradient_accumulation_steps=3, token_budget=90, learning_rate=1e-2, seed=3
-)
+SETTINGS = TrainingConfig(
+    epochs=2,
+    micro_batch_size=2,
+    gradient_accumulation_steps=3,
+    token_budget=90,
+    learning_rate=0.01,
+    activation_checkpointing=0,
+).seeded(3)
 
 
 def picture_items(count: int = 15) -> list[TrainingItem]:
@@ -100,7 +104,7 @@ def test_training_is_the_same_with_any_number_of_workers(lora: LoRAConfig) -> No
             picture_items(),
             loss=rationale_loss,
             denominator=response_tokens,
-            settings=replace(SETTINGS, loader_workers=workers),
+            settings=SETTINGS.replace(loader_workers=workers),
             features=pictures,
         )
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
@@ -117,11 +121,11 @@ def test_an_image_that_a_worker_cannot_read_is_this_process_s_error() -> None:
     pictures = Pictures(broken="image-3")
     with pytest.raises(InputError, match="image-3: expected an image, found a broken one"):
         train(
-            SmallModel(lora=LoRAConfig(r=2)),
+            SmallModel(lora=LoRAConfig(r=2, alpha=32.0)),
             picture_items(),
             loss=rationale_loss,
             denominator=response_tokens,
-            settings=replace(SETTINGS, loader_workers=1),
+            settings=SETTINGS.replace(loader_workers=1),
             features=pictures,
         )
 
@@ -138,7 +142,7 @@ def test_workers_leave_a_plain_function_of_features_alone() -> None:
         picture_items(),
         loss=rationale_loss,
         denominator=response_tokens,
-        settings=replace(SETTINGS, loader_workers=1),
+        settings=SETTINGS.replace(loader_workers=1),
         features=features,
     )
     assert len(asked) == len(history) == 6

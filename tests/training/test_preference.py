@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from small_model import SmallModel, path_logprob, random_preferences
 
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.dpo import (
     PairMeta,
-    PreferenceSettings,
     pair_denominator,
     pair_logprobs,
     preference_loss,
@@ -27,17 +27,29 @@ from srcfast.stages.dpo import (
     train_preference,
 )
 from srcfast.stages.rationale import rationale_trees, refuse_certainty
-from srcfast.training.loop import TrainingItem, TrainingSettings
+from srcfast.training.loop import TrainingItem
 
-SETTINGS = TrainingSettings(micro_batch_size=8, token_budget=4096, learning_rate=3e-3, warmup_ratio=0.0, seed=1)
+SETTINGS = TrainingConfig(
+    micro_batch_size=8,
+    token_budget=4096,
+    learning_rate=0.003,
+    warmup_ratio=0.0,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(1)
 
 
 def referenced(model: SmallModel, count: int, seed: int = 0) -> list:
     return reference_logprobs(model, random_preferences(count, seed), reference_hash="abc", token_budget=150)
 
 
-def trained(model: SmallModel, preferences: list, loss: PreferenceSettings, settings: TrainingSettings) -> list[dict]:
-    return train_preference(model, preferences, loss, settings, expected_reference_hash="abc")
+def with_loss(loop: TrainingConfig, **loss: Any) -> DPOConfig:
+    """The loop's settings with those of the loss."""
+    return DPOConfig(**loop.model_dump(), **({"sft_weight": 0.0} | loss)).seeded(loop.seed)
+
+
+def trained(model: SmallModel, preferences: list, loop: TrainingConfig, **loss: Any) -> list[dict]:
+    return train_preference(model, preferences, with_loss(loop, **loss), expected_reference_hash="abc")
 
 
 def test_reference_log_probabilities_are_those_of_each_sequence_alone() -> None:
@@ -97,7 +109,7 @@ def test_responses_to_one_prompt_are_scored_together_as_if_alone() -> None:
 def test_before_the_first_update_margins_are_nought_and_the_loss_is_ln_2(dtype: torch.dtype) -> None:
     model = SmallModel(dtype=dtype)
     preferences = referenced(model, 16)
-    history = trained(model, preferences, PreferenceSettings(beta=0.3), replace(SETTINGS, epochs=6))
+    history = trained(model, preferences, SETTINGS.replace(epochs=6), beta=0.3)
     start, end = history[0], history[-1]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(start["margin"]) < 1e-5 and start["max_drift"] < 1e-5
@@ -107,10 +119,10 @@ def test_before_the_first_update_margins_are_nought_and_the_loss_is_ln_2(dtype: 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_training_is_the_same_however_the_batch_is_split(dtype: torch.dtype, tolerance: float) -> None:
-    def weights(settings: TrainingSettings) -> torch.Tensor:
+    def weights(settings: TrainingConfig) -> torch.Tensor:
         model = SmallModel(dtype=dtype, lora=LoRAConfig(r=3, alpha=12.0))
-        loss = PreferenceSettings(sft_weight=0.4, label_smoothing=0.1)
-        assert len(trained(model, referenced(model, 24), loss, settings)) == 3
+        history = trained(model, referenced(model, 24), settings, sft_weight=0.4, label_smoothing=0.1)
+        assert len(history) == 3
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
     whole = weights(SETTINGS)
@@ -120,17 +132,17 @@ def test_training_is_the_same_however_the_batch_is_split(dtype: torch.dtype, tol
         {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "token_budget": 100},
     ):
         # fp32: sums of some hundred terms in another order, enlarged where AdamW divides by small gradients.
-        torch.testing.assert_close(weights(replace(SETTINGS, **change)), whole, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(weights(SETTINGS.replace(**change)), whole, rtol=tolerance, atol=tolerance)
 
 
-def loss_by_hand(model: SmallModel, preferences: list, settings: PreferenceSettings) -> float:
+def loss_by_hand(model: SmallModel, preferences: list, settings: DPOConfig, weighted: bool = True) -> float:
     total = weight_sum = 0.0
     for pair in preferences:
         prompt = model.encode_prompt(pair.prompt, [])
         texts = (model.encode_response(pair.chosen), model.encode_response(pair.rejected))
         chosen, rejected = (float(path_logprob(model, prompt, text).detach()) for text in texts)
         margin = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
-        weight = pair.confidence if settings.weighting == "confidence" else 1.0
+        weight = pair.confidence if weighted else 1.0
         epsilon = settings.label_smoothing
         epsilon = (1 - pair.confidence) / 2 if epsilon == "confidence" else epsilon
         delta = settings.beta * margin
@@ -141,18 +153,17 @@ def loss_by_hand(model: SmallModel, preferences: list, settings: PreferenceSetti
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "weighted"),
     [
-        PreferenceSettings(beta=0.4),
-        PreferenceSettings(beta=0.4, weighting="none"),
-        PreferenceSettings(beta=0.2, sft_weight=0.7, label_smoothing=0.15),
-        PreferenceSettings(beta=0.2, label_smoothing="confidence"),
+        (DPOConfig(beta=0.4, sft_weight=0.0), True),
+        (DPOConfig(beta=0.4, sft_weight=0.0), False),
+        (DPOConfig(beta=0.2, sft_weight=0.7, label_smoothing=0.15), True),
+        (DPOConfig(beta=0.2, label_smoothing="confidence", sft_weight=0.0), True),
     ],
 )
-def test_the_loss_is_the_formula_s(settings: PreferenceSettings) -> None:
+def test_the_loss_is_the_formula_s(settings: DPOConfig, weighted: bool) -> None:
     model = SmallModel(seed=1)
     preferences = referenced(SmallModel(seed=2), 9)  # another model's: margins are far from nought
-    weighted = settings.weighting == "confidence"
     items = [
         TrainingItem(
             tree,
@@ -172,7 +183,7 @@ def test_the_loss_is_the_formula_s(settings: PreferenceSettings) -> None:
             model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
         )
         total += loss.item()
-    assert total == pytest.approx(loss_by_hand(model, preferences, settings), rel=1e-9)
+    assert total == pytest.approx(loss_by_hand(model, preferences, settings, weighted), rel=1e-9)
 
 
 def rehearsed(count: int) -> list[tuple[Sample, str]]:
@@ -183,7 +194,7 @@ def rehearsed(count: int) -> list[tuple[Sample, str]]:
 
 @pytest.mark.parametrize("cut", [4, 9, 11])  # a forest of both kinds, one of pairs and one of rehearsal, one of each
 def test_rehearsal_adds_its_mean_likelihood_whatever_the_cut(cut: int) -> None:
-    settings = PreferenceSettings(beta=0.2, sft_weight=0.7, rehearsal_weight=1.5)
+    settings = DPOConfig(beta=0.2, sft_weight=0.7, rehearsal_weight=1.5)
     model = SmallModel(seed=1)
     preferences, raps = referenced(SmallModel(seed=2), 9), rehearsed(5)
     pairs = zip(preference_trees(model, preferences), preferences, strict=True)
@@ -215,8 +226,7 @@ def test_rehearsal_holds_what_it_rehearses_while_pairs_are_learnt() -> None:
         history = train_preference(
             model,
             referenced(model, 12),
-            PreferenceSettings(rehearsal_weight=weight),
-            replace(SETTINGS, epochs=4),
+            with_loss(SETTINGS.replace(epochs=4), rehearsal_weight=weight),
             expected_reference_hash="abc",
             rehearsal=raps,
         )
@@ -236,7 +246,7 @@ def test_a_pair_of_little_confidence_weighs_little() -> None:
         model = SmallModel()
         first, second = referenced(model, 2)
         pairs = [replace(first, confidence=confidence), replace(second, confidence=1.0)]
-        trained(model, pairs, PreferenceSettings(), replace(SETTINGS, epochs=3))
+        trained(model, pairs, SETTINGS.replace(epochs=3))
         prompt = model.encode_prompt(first.prompt, [])
         margins = [
             float(path_logprob(model, prompt, model.encode_response(t)).detach())
@@ -257,7 +267,7 @@ def test_a_reference_of_another_model_is_refused_by_name() -> None:
     ):
         pairs = [*preferences[:2], replace(preferences[2], **wrong)]
         with pytest.raises(InputError, match=f"sample-2.*reference_hash.*of abc, found {found}"):
-            trained(model, pairs, PreferenceSettings(), SETTINGS)
+            trained(model, pairs, SETTINGS)
 
 
 def test_a_stored_log_probability_that_is_not_the_policy_s_is_refused_before_the_update() -> None:
@@ -266,18 +276,18 @@ def test_a_stored_log_probability_that_is_not_the_policy_s_is_refused_before_the
     wrong = replace(preferences[3], reference_chosen_logprob=preferences[3].reference_chosen_logprob + 0.01)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(SrcfastError, match="before the first update"):
-        trained(model, [*preferences[:3], wrong, *preferences[4:]], PreferenceSettings(), SETTINGS)
+        trained(model, [*preferences[:3], wrong, *preferences[4:]], SETTINGS)
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
 
 
 def test_with_dropout_too_a_stored_log_probability_that_is_not_the_policy_s_is_refused() -> None:
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
     preferences = referenced(model, 8)
-    assert len(trained(model, preferences, PreferenceSettings(), SETTINGS)) == 1
+    assert len(trained(model, preferences, SETTINGS)) == 1
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
     wrong = replace(preferences[3], reference_rejected_logprob=preferences[3].reference_rejected_logprob * 1.01)
     with pytest.raises(SrcfastError, match="sample-3.*before the first update.*reference_rejected_logprob.*Mend"):
-        trained(model, [*preferences[:3], wrong, *preferences[4:]], PreferenceSettings(), SETTINGS)
+        trained(model, [*preferences[:3], wrong, *preferences[4:]], SETTINGS)
     assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
 
 
@@ -285,15 +295,15 @@ def test_a_pair_of_identical_responses_is_refused_by_name() -> None:
     model = SmallModel()
     pair = referenced(model, 1)[0]
     with pytest.raises(InputError, match="sample-0.*the same tokens"):
-        trained(model, [replace(pair, rejected=pair.chosen)], PreferenceSettings(), SETTINGS)
+        trained(model, [replace(pair, rejected=pair.chosen)], SETTINGS)
 
 
 def test_a_reference_above_0_is_refused_by_name() -> None:
-    model = SmallModel(lora=LoRAConfig(r=3))
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=32.0))
     pairs = referenced(model, 3)
     pairs[1] = replace(pairs[1], reference_rejected_logprob=0.25)
     with pytest.raises(InputError, match="sample-1.*reference_rejected_logprob.*at most 0, found 0.25.*Mend"):
-        trained(model, pairs, PreferenceSettings(), SETTINGS)
+        trained(model, pairs, SETTINGS)
 
 
 def test_a_log_probability_above_0_is_an_error_and_rounding_is_none() -> None:
@@ -303,8 +313,8 @@ def test_a_log_probability_above_0_is_an_error_and_rounding_is_none() -> None:
 
 
 def test_the_greatest_log_probability_of_a_step_is_watched() -> None:
-    model = SmallModel(lora=LoRAConfig(r=3))
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=32.0))
     pairs = referenced(model, 4)
-    first = trained(model, pairs, PreferenceSettings(), SETTINGS)[0]
+    first = trained(model, pairs, SETTINGS)[0]
     stored = [value for pair in pairs for value in (pair.reference_chosen_logprob, pair.reference_rejected_logprob)]
     assert first["max_logprob"] == pytest.approx(max(stored), rel=1e-6)

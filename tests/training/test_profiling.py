@@ -11,8 +11,8 @@ import torch
 from small_model import SmallModel
 from test_training import SETTINGS, response_items
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.errors import ConfigError
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler, allocations, parse_steps, summarise
@@ -62,7 +62,7 @@ def test_a_gpu_s_time_is_its_kernels_and_what_it_waited_the_host_s() -> None:
 
 def test_the_steps_that_are_named_are_profiled_and_written(tmp_path: Path) -> None:
     profiler = StepProfiler(parse_steps("1:3"), tmp_path / "profile")
-    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3))
+    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=32.0))
     seen = []
     train(
         model,
@@ -91,7 +91,7 @@ def test_the_steps_that_are_named_are_profiled_and_written(tmp_path: Path) -> No
 def test_a_run_that_ends_before_is_profiled_at_its_end(tmp_path: Path) -> None:
     profiler = StepProfiler(range(3, 6), tmp_path)
     train(
-        SmallModel(lora=LoRAConfig(r=3)),
+        SmallModel(lora=LoRAConfig(r=3, alpha=32.0)),
         response_items(16),
         loss=rationale_loss,
         denominator=response_tokens,
@@ -122,7 +122,7 @@ def test_steps_that_name_none_are_refused(text: str) -> None:
 def test_a_gpu_s_profile_holds_its_kernels_and_the_allocator_s_history(tmp_path: Path) -> None:
     profiler = StepProfiler(range(1, 3), tmp_path)
     train(
-        SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3)).cuda(),
+        SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=32.0)).cuda(),
         response_items(40),
         loss=rationale_loss,
         denominator=response_tokens,

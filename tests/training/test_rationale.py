@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding
 
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
@@ -22,7 +23,6 @@ from srcfast.stages.rationale import (
     read_teacher,
 )
 from srcfast.training.checkpoint import identity_of
-from srcfast.training.loop import TrainingSettings
 
 
 def sample(name: str = "a", answer: str = "red", rationale: str | None = None, facts: tuple[str, ...] = (), **more):
@@ -128,7 +128,14 @@ def test_fine_tuning_with_images_lowers_the_loss(tmp_path: Path) -> None:
         assert all(load(key).size == (5, 4) for key in keys)
         return {key: image_embedding(key) for key in keys}
 
-    settings = TrainingSettings(epochs=15, micro_batch_size=3, gradient_accumulation_steps=2, learning_rate=5e-3)
+    settings = TrainingConfig(
+        epochs=15,
+        micro_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=0.005,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
     history = fine_tune_rationale(model, raps, settings, features=features)
     assert len(history) == 15 and history[-1]["loss"] < 0.85 * history[0]["loss"]
 

@@ -16,11 +16,10 @@ import simulated_cuda
 import torch
 from small_model import SmallModel, random_preferences
 
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.dpo import (
-    PreferenceSettings,
     loss_rows,
     pair_denominator,
     preference_items,
@@ -29,7 +28,7 @@ from srcfast.stages.dpo import (
     train_preference,
 )
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale, image_loader
-from srcfast.training.loop import Metrics, TrainingSettings, train
+from srcfast.training.loop import Metrics, train
 from srcfast.world.samples import world_samples
 
 pytestmark = pytest.mark.simulated
@@ -87,13 +86,13 @@ def model_and_features(case: Case, device: str, raps: list[Rap]) -> tuple[Any, I
     return model, ImageFeatures(model, image_loader([sample for sample, _ in raps]), batch_size=2)
 
 
-def settings_of(case: Case) -> TrainingSettings:
+def settings_of(case: Case) -> TrainingConfig:
     """Three steps of two forests or more."""
-    return TrainingSettings(
+    return TrainingConfig(
         micro_batch_size=2,
         gradient_accumulation_steps=2,
         token_budget=700,
-        learning_rate=1e-3,
+        learning_rate=0.001,
         loader_workers=case.workers,
         activation_checkpointing=case.checkpointing,
     )
@@ -106,8 +105,7 @@ def train_dpo(case: Case, model: Any, features: ImageFeatures, raps: list[Rap], 
     return train_preference(
         model,
         known,
-        PreferenceSettings(sft_weight=0.2, rehearsal_weight=0.5),
-        settings_of(case),
+        DPOConfig(**settings_of(case).model_dump(), sft_weight=0.2, rehearsal_weight=0.5),
         expected_reference_hash="own",
         features=features,
         on_step=on_step,
@@ -142,14 +140,16 @@ def test_nor_is_a_step_of_triton_s_kernels_waited_for() -> None:
     for device in ("cuda", "cpu"):
         lora = LoRAConfig(r=3, alpha=12.0, dropout=0.2)
         model = SmallModel(dtype=torch.bfloat16, lora=lora, head_dim=8).to(device)
-        items = preference_items(model, random_preferences(2), PreferenceSettings())
+        items = preference_items(model, random_preferences(2))
         with simulated_cuda.recording() as record:
             history = train(
                 model,
                 items,
-                loss=preference_loss(PreferenceSettings()),
+                loss=preference_loss(DPOConfig(sft_weight=0.0)),
                 denominator=pair_denominator,
-                settings=TrainingSettings(micro_batch_size=2, activation_checkpointing=1),
+                settings=TrainingConfig(
+                    micro_batch_size=2, activation_checkpointing=1, gradient_accumulation_steps=1, token_budget=8192
+                ),
                 rows=loss_rows,
             )
         losses.append([row["loss"] for row in history])

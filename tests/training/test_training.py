@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,29 +16,29 @@ from small_model import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.batching import global_batch, num_steps
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.memory.flops import peak_flops
-from srcfast.models.lora import LoRAConfig
 from srcfast.run.progress import peak_rss_bytes
-from srcfast.stages.dpo import (
-    PairMeta,
-    PreferenceSettings,
-    pair_denominator,
-    preference_loss,
-    preference_trees,
-)
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop as training
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
-SETTINGS = TrainingSettings(
-    micro_batch_size=8, token_budget=4096, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, seed=3
-)
+SETTINGS = TrainingConfig(
+    micro_batch_size=8,
+    token_budget=4096,
+    learning_rate=0.003,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(3)
 
 
-def trained_weights(settings: TrainingSettings, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:
+def trained_weights(settings: TrainingConfig, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:
     model = SmallModel(dtype=dtype, lora=LoRAConfig(r=3, alpha=12.0))
     history = train(model, response_items(24), loss=rationale_loss, denominator=response_tokens, settings=settings)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), history
@@ -54,7 +53,7 @@ def test_three_steps_are_the_same_however_a_global_batch_is_split(dtype: torch.d
         {"micro_batch_size": 2, "gradient_accumulation_steps": 4},
         {"token_budget": 45},
     ):
-        split, split_history = trained_weights(replace(SETTINGS, **change), dtype)
+        split, split_history = trained_weights(SETTINGS.replace(**change), dtype)
         assert min(row["forests"] for row in split_history) > 1
         # Sums in another order; AdamW divides by the gradient's size, which enlarges their rounding.
         torch.testing.assert_close(split, whole, rtol=tolerance, atol=tolerance)
@@ -73,7 +72,7 @@ def test_the_loss_is_the_mean_over_the_batch_s_response_tokens_and_falls() -> No
     for tree, item in enumerate(items):
         start, tokens = forest.segment_start[tree][1], item.tree.segments[1].tokens
         losses += [-float(logps[start - 1 + i, token]) for i, token in enumerate(tokens)]
-    settings = replace(SETTINGS, epochs=12, warmup_ratio=0.0, learning_rate=1e-2)
+    settings = SETTINGS.replace(epochs=12, warmup_ratio=0.0, learning_rate=1e-2)
     history = train(model, items, loss=rationale_loss, denominator=response_tokens, settings=settings)
     assert history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
     assert history[0]["response_tokens"] == len(losses)
@@ -82,7 +81,9 @@ def test_the_loss_is_the_mean_over_the_batch_s_response_tokens_and_falls() -> No
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_covers_every_item() -> None:
-    settings = TrainingSettings(micro_batch_size=3, gradient_accumulation_steps=2, epochs=2, seed=5)
+    settings = TrainingConfig(
+        micro_batch_size=3, gradient_accumulation_steps=2, epochs=2, token_budget=8192, activation_checkpointing=0
+    ).seeded(5)
     assert num_steps(13, settings) == 6
     batches = [global_batch(13, step, settings) for step in range(6)]
     assert [len(batch) for batch in batches] == [6, 6, 1, 6, 6, 1]
@@ -90,7 +91,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_covers_every_item() -> No
     assert sorted(first) == sorted(second) == list(range(13))
     assert first != second
     assert batches == [global_batch(13, step, settings) for step in range(6)]
-    assert first != sum((global_batch(13, step, replace(settings, seed=6)) for step in range(3)), [])
+    assert first != sum((global_batch(13, step, settings.seeded(6)) for step in range(3)), [])
 
 
 def test_each_distinct_image_is_asked_for_once_a_step() -> None:
@@ -100,7 +101,7 @@ def test_each_distinct_image_is_asked_for_once_a_step() -> None:
         asked.append(list(keys))
         return {key: image_embedding(key) for key in keys}
 
-    settings = replace(SETTINGS, micro_batch_size=2, gradient_accumulation_steps=4)
+    settings = SETTINGS.replace(micro_batch_size=2, gradient_accumulation_steps=4)
     items = response_items(16, images=True)
     train(
         SmallModel(),
@@ -124,7 +125,7 @@ def test_what_is_not_finite_stops_before_the_update_and_is_named(where: str) -> 
 
     model = SmallModel()
     before = [p.detach().clone() for p in model.parameters()]
-    settings = replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=8)
+    settings = SETTINGS.replace(micro_batch_size=1, gradient_accumulation_steps=8)
     with pytest.raises(SrcfastError, match=f"step 0: the {where} is not finite.*sample-4"):
         train(model, response_items(8), loss=broken, denominator=response_tokens, settings=settings)
     for now, then in zip(model.parameters(), before, strict=True):
@@ -151,7 +152,7 @@ def test_nothing_to_train_on_and_items_that_do_not_fit_are_refused_first() -> No
             [*response_items(40), large],
             loss=rationale_loss,
             denominator=response_tokens,
-            settings=replace(SETTINGS, token_budget=100),
+            settings=SETTINGS.replace(token_budget=100),
             on_step=stepped.append,
         )
     assert not stepped
@@ -235,7 +236,7 @@ def test_nothing_is_read_from_the_device_from_the_second_step_on(kind: str, monk
         "preference": preference_items(model, 24),
         "both": preference_items(model, 16) + response_items(8),
     }[kind]
-    loss = preference_loss(PreferenceSettings(sft_weight=0.3, rehearsal_weight=0.5, label_smoothing="confidence"))
+    loss = preference_loss(DPOConfig(sft_weight=0.3, rehearsal_weight=0.5, label_smoothing="confidence"))
     guard = NoReading(monkeypatch)
     calls = []
 
@@ -250,7 +251,7 @@ def test_nothing_is_read_from_the_device_from_the_second_step_on(kind: str, monk
             items,
             loss=rationale_loss if kind == "rationale" else loss,
             denominator=denominator,
-            settings=replace(SETTINGS, micro_batch_size=4, gradient_accumulation_steps=2),
+            settings=SETTINGS.replace(micro_batch_size=4, gradient_accumulation_steps=2),
             on_step=lambda metrics: None,
         )
     assert calls == [8, 8, 8] and len(history) == 3 and guard.looked_at > 1000

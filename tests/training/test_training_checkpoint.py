@@ -14,19 +14,24 @@ import pytest
 import torch
 from small_model import SmallModel, response_items
 
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import file_hash
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
-from srcfast.models.lora import LoRAConfig
 from srcfast.run import signals
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.checkpoint import BEFORE, TrainingCheckpoints, identity_of
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
-SETTINGS = TrainingSettings(
-    epochs=2, micro_batch_size=2, gradient_accumulation_steps=2, token_budget=4096, learning_rate=1e-2, seed=3
-)
+SETTINGS = TrainingConfig(
+    epochs=2,
+    micro_batch_size=2,
+    gradient_accumulation_steps=2,
+    token_budget=4096,
+    learning_rate=0.01,
+    activation_checkpointing=0,
+).seeded(3)
 STEPS = num_steps(5, SETTINGS)
 MEASURED = ("tokens_per_second", "mfu", "peak_memory_bytes")  # of the clock and the machine
 OnStep = Callable[[dict[str, Any]], None]
@@ -34,7 +39,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 def trained(
     directory: Path | None,
-    settings: TrainingSettings = SETTINGS,
+    settings: TrainingConfig = SETTINGS,
     on_step: OnStep | None = None,
     items: list[TrainingItem] | None = None,
     seed: int = 0,
@@ -42,7 +47,7 @@ def trained(
     **keep: Any,
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Weights and metrics of a training in this directory, by a process that knows nothing but the directory."""
-    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2, seed=seed))
+    model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2).seeded(seed))
     checkpoints = None
     if directory is not None:
         checkpoints = TrainingCheckpoints(directory, {"beta": beta}, **({"minutes": 0} | keep))
@@ -69,7 +74,7 @@ def signal_at(step: int, steps_seen: list[int] | None = None) -> OnStep:
     return on_step
 
 
-def stop_after(step: int, directory: Path, settings: TrainingSettings = SETTINGS, **keep: Any) -> list[int]:
+def stop_after(step: int, directory: Path, settings: TrainingConfig = SETTINGS, **keep: Any) -> list[int]:
     seen: list[int] = []
     with signals.listening(), pytest.raises(Interrupted, match=rf"SIGTERM after step {step + 1} of {STEPS}") as error:
         trained(directory, settings, signal_at(step, seen), **keep)
@@ -88,7 +93,7 @@ def crash_at(step: int, directory: Path, **keep: Any) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stopped_at_any_step_a_training_goes_on_bit_for_bit(tmp_path: Path, workers: int) -> None:
-    settings = replace(SETTINGS, loader_workers=workers)
+    settings = SETTINGS.replace(loader_workers=workers)
     weights, history = trained(None, settings)
     for step in range(STEPS):
         directory = tmp_path / str(step)
@@ -112,7 +117,7 @@ def test_stopped_after_every_step_in_turn_it_goes_on_bit_for_bit(tmp_path: Path)
 def test_8_bit_moments_go_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     for name in ("adamw_8bit", "paged_adamw"):
-        settings = replace(SETTINGS, optimizer=name)
+        settings = SETTINGS.replace(optimizer=name)
         weights, _ = trained(None, settings)
         stop_after(1, tmp_path / name, settings)
         assert torch.equal(trained(tmp_path / name, settings)[0], weights)
@@ -175,7 +180,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"with stage.beta = 0.1, this run has 0.2.*Mend: set stage.beta back"):
         trained(tmp_path, beta=0.2)
     with pytest.raises(ConfigError, match="with loop.learning_rate = 0.01, this run has 0.02"):
-        trained(tmp_path, replace(SETTINGS, learning_rate=0.02))
+        trained(tmp_path, SETTINGS.replace(learning_rate=0.02))
     with pytest.raises(ConfigError, match="with items = "):
         trained(tmp_path, items=response_items(6)[1:])
     with pytest.raises(ConfigError, match="with starting weights = "):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 from small_model import SmallModel
 from test_training import SETTINGS, preference_items, response_items
 
+from srcfast.config.settings import DPOConfig, LoRAConfig
 from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
-from srcfast.models.lora import LoRAConfig
-from srcfast.stages.dpo import PreferenceSettings, loss_rows, pair_denominator, preference_loss
+from srcfast.stages.dpo import loss_rows, pair_denominator, preference_loss
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import TrainingItem, train
 
@@ -48,9 +47,9 @@ def test_nothing_is_waited_for_from_the_second_step_on(workers: int) -> None:
         history = train(
             model,
             items,
-            loss=preference_loss(PreferenceSettings(sft_weight=0.3, rehearsal_weight=0.5)),
+            loss=preference_loss(DPOConfig(sft_weight=0.3, rehearsal_weight=0.5)),
             denominator=denominator,
-            settings=replace(SETTINGS, loader_workers=workers),
+            settings=SETTINGS.replace(loader_workers=workers),
             rows=loss_rows,
         )
     finally:

@@ -17,16 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from srcfast.attention.forest_attention import forest_attend  # noqa: E402
+from srcfast.config import settings as srcfast_settings  # noqa: E402
 from srcfast.data.forest import Forest  # noqa: E402
 from srcfast.models.decoder import Decoder, DecoderConfig  # noqa: E402
-from srcfast.stages.dpo import (  # noqa: E402
-    PairMeta,
-    PreferenceSettings,
-    pair_denominator,
-    pair_logprobs,
-    preference_loss,
-    preference_tree,
-)
+from srcfast.stages.dpo import PairMeta, pair_denominator, pair_logprobs, preference_loss, preference_tree  # noqa: E402
 from srcfast.training.loop import TrainingItem  # noqa: E402
 
 BETA = 0.3
@@ -109,7 +103,7 @@ def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(tmp_pat
         TrainingItem(tree, PairMeta(1.0, 1.0, float(chosen), float(rejected)))
         for tree, chosen, rejected in zip(trees, *stored, strict=True)
     ]
-    loss, metrics = preference_loss(PreferenceSettings(beta=BETA))(
+    loss, metrics = preference_loss(srcfast_settings.DPOConfig(beta=BETA, sft_weight=0.0))(
         hidden, forest, ours.head_weight, items, pair_denominator(items)
     )
     loss.backward()

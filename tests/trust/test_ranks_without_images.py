@@ -11,13 +11,20 @@ from rank_processes import run_ranks, values_of
 from small_lvlm import load_image, write_small_lvlm
 
 from srcfast import distributed
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Segment, Tree
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.models.lora import LoRAConfig
 from srcfast.stages.rationale import rationale_loss, response_rows, response_tokens
-from srcfast.training.loop import TrainingItem, TrainingSettings, train
+from srcfast.training.loop import TrainingItem, train
 
-SETTINGS = TrainingSettings(epochs=3, micro_batch_size=4, token_budget=200, learning_rate=3e-3, seed=1)
+SETTINGS = TrainingConfig(
+    epochs=3,
+    micro_batch_size=4,
+    token_budget=200,
+    learning_rate=0.003,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(1)
 
 
 def items_of(model: Any) -> list[TrainingItem]:

@@ -18,9 +18,9 @@ from small_lvlm import IMAGES, load_image, write_small_lvlm
 from small_scorer import small_tokenizer, write_text_model
 
 from srcfast import distributed
+from srcfast.config.settings import CandidatesConfig, ScorerConfig
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
-from srcfast.generation.beam_search import BeamSettings
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import load_scorer
 from srcfast.run.chunks import Parts
@@ -40,8 +40,10 @@ from srcfast.stages.pieces import (
 )
 from srcfast.stages.rationale import PromptEncoder, image_keys
 
-SEARCH = BeamSettings(num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10)
-ADAPTIVE = AdaptivePairs(margin=0.05, contenders=1, audit=0.3)
+SEARCH = CandidatesConfig(
+    num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10, proposals=2, top_p=1.0
+)
+ADAPTIVE = AdaptivePairs(ScorerConfig(adaptive_margin=0.05, adaptive_contenders=1, adaptive_audit=0.3))
 
 
 def asked(number: int, folder: Path) -> Sample:
