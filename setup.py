@@ -91,7 +91,7 @@ setup(
         "srcfast_benchmarks": "benchmarks",
     },
     package_data={
-        "srcfast": ["config/presets/*.yaml", "world/*.yaml", "world/assets/*/*"],
+        "srcfast": ["config/presets/*.yaml", "world/*.yaml", "world/assets/*/*", "report/templates/*"],
         "srcfast_benchmarks": ["*.yaml"],
     },
     install_requires=[
@@ -105,6 +105,7 @@ setup(
         "typer>=0.12",
         "rich>=13",
         "pyyaml>=6",
+        "jinja2>=3.1.6",  # the page; torch and transformers' chat templates need it too
     ],
     extras_require=EXTRAS,
     ext_modules=[NATIVE],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from srcfast.report.run_files import RunFiles
 
@@ -28,7 +29,6 @@ VARIABLES = {
     VIOLET: "var(--violet)",
     GRAY: "var(--gray)",
 }
-Draw = Callable[[RunFiles], str]
 SERIES = (BLUE, ORANGE, GREEN, VIOLET, RED, GRAY)
 CASES = (
     ("both_right", "answer and rationale right", GREEN),
@@ -36,6 +36,7 @@ CASES = (
     ("right_rationale_wrong_answer", "right rationale, wrong answer", BLUE),
     ("both_wrong", "both wrong", GRAY),
 )
+CASE_NAMES = {key: label for key, label, _ in CASES}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names out of files are text, dollar signs included
@@ -112,7 +113,8 @@ def _svg(figure: Any, title: str) -> str:
     text = re.sub(r"(font: [^;\"']*?)'[^;\"]*", r"\1system-ui, sans-serif", text)
     for sentinel, variable in VARIABLES.items():
         text = text.replace(sentinel, variable)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    # matplotlib escapes what it writes: the one text of the page that is markup beside the templates.
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 
 
 def _legend(one: Any) -> None:
@@ -126,8 +128,10 @@ def _model_label(model: str) -> str:
 
 
 def progress_plot(run: RunFiles) -> str:
-    """Accuracy and alignment of each model, one panel a split, bars for the 95 % intervals."""
+    """Accuracy and alignment of each model, one panel a split, bars for the 95 % intervals. Empty without evaluations."""
     splits, models = run.splits, run.models
+    if not splits:
+        return ""
     columns = min(3, len(splits))
     figure, axes = _axes(columns, math.ceil(len(splits) / columns), 3.1, "progress", sharey=True)
     for (dataset, split), one in zip(splits, axes.flat, strict=False):
@@ -202,8 +206,10 @@ def _cases(run: RunFiles, model: str, dataset: str, split: str) -> dict[str, int
 
 
 def training_plot(run: RunFiles) -> str:
-    """Loss of every training stage, and the reward margin and accuracy of the preference rounds."""
+    """Loss of every training stage, and the reward margin and accuracy of the preference rounds. Empty without training."""
     stages = run.training_stages
+    if not stages:
+        return ""
     preference = [stage for stage in stages if stage.endswith("/dpo")]
     figure, axes = _axes(3, 1, 2.9, "training")
     loss, margin, accuracy = axes[0]

@@ -125,6 +125,8 @@ def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
         "srcfast_benchmarks/linear_logprob.py",
         "srcfast/world/demo.yaml",
         "srcfast/world/assets/base/model.safetensors",
+        "srcfast/report/templates/page.html",
+        "srcfast/report/templates/style.css",
     ):
         assert needed in expected
 
@@ -188,9 +190,14 @@ def test_the_doctor_advises_installations_that_bring_the_package(wheel):
 def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(tmp_path), str(wheel)]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
     code = (
         "import srcfast.cli.app, srcfast.config.settings, srcfast_kernels\n"
         "from pathlib import Path\n"
+        "from srcfast.report.page import write_report\n"
+        f"write_report(Path({str(run)!r}))\n"
         "demo = Path(srcfast.__file__).parent / 'world' / 'demo.yaml'\n"
         "print(srcfast.__file__, srcfast_kernels.__file__, sep='\\n')\n"
         "print(srcfast.config.settings.load_config(demo).name)"
@@ -198,6 +205,8 @@ def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
     *files, name = python(code, Path("/"), PYTHONPATH=str(tmp_path)).splitlines()
     assert len(files) == 2 and all(Path(file).is_relative_to(tmp_path) for file in files)
     assert name == "demo"
+    html = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "--paper" in html and html.count("<section") == 9, "the templates are installed with it"
     assert (tmp_path / "bin" / "srcfast").is_file()
 
 

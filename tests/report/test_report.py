@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import pytest
 from made_up_run import MODELS, make_run
 from PIL import Image
@@ -15,8 +17,8 @@ from PIL import Image
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.report import plots
-from srcfast.report.gallery import gallery, image_names
-from srcfast.report.page import write_report
+from srcfast.report.gallery import image_names
+from srcfast.report.page import render, templates, write_report
 from srcfast.report.run_files import RunFiles, read_run
 
 SECTIONS = (
@@ -26,6 +28,7 @@ SECTIONS = (
     "headroom",
     "training",
     "scores-and-confidences",
+    "from-candidates-to-pairs",
     "time",
     "gallery",
 )
@@ -113,7 +116,7 @@ def test_the_headline_shows_the_summary_and_its_intervals(tmp_path: Path) -> Non
 
 
 def test_text_from_files_is_escaped_everywhere(tmp_path: Path) -> None:
-    evil = '<img src=x onerror="alert(1)">&\'"$\\frac{'
+    evil = '<img src=x onerror="alert(1)">&\'"$\\frac{ {{ 7 * 6 }}{% raw %}'
     run = make_run(tmp_path / "run", gallery=1)
     summary = json.loads((run / "summary.json").read_text())
     for row in summary["evaluations"]:
@@ -145,6 +148,56 @@ def test_text_from_files_is_escaped_everywhere(tmp_path: Path) -> None:
     assert elements.open == []
     assert not any("onerror" in attributes for _, attributes in elements.found)
     assert sum(evil in text for text in elements.text) > 20
+
+
+REPORT = Path(plots.__file__).parent
+TEMPLATES = sorted((REPORT / "templates").iterdir())
+# `safe` and `autoescape` leave values unescaped; outside quotes a value that is escaped can still add an attribute.
+UNESCAPED = re.compile(r"\bsafe\b|\bautoescape\b|=\s*{{")
+
+
+def test_the_templates_escape_every_value_and_miss_none() -> None:
+    environment = templates()
+    assert environment.autoescape is True
+    for name in environment.list_templates():
+        assert environment.get_template(name).environment is environment
+    shown = environment.from_string('<a title="{{ value }}">{{ value }}</a>').render(value="<b>\"'&")
+    assert shown == '<a title="&lt;b&gt;&#34;&#39;&amp;">&lt;b&gt;&#34;&#39;&amp;</a>'
+    with pytest.raises(jinja2.UndefinedError):
+        environment.from_string("{{ missing }}").render()
+
+
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.name)
+def test_no_template_leaves_a_value_unescaped(file: Path) -> None:
+    assert UNESCAPED.findall(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ value|safe }}",
+        "{{ value | safe }}",
+        "{{ values|map('safe')|join }}",
+        "{% filter safe %}{{ value }}{% endfilter %}",
+        "{% autoescape false %}{{ value }}{% endautoescape %}",
+        "<img alt={{ value }}>",
+    ],
+)
+def test_a_value_left_unescaped_would_be_seen(source: str) -> None:
+    assert UNESCAPED.search(source)
+
+
+def test_pictures_alone_are_markup_that_python_makes() -> None:
+    sources = {file.name: file.read_text(encoding="utf-8") for file in REPORT.glob("*.py")}
+    assert {name: text.count("Markup(") for name, text in sources.items() if "Markup" in text} == {"plots.py": 1}
+    assert not [name for name, text in sources.items() if "__html__" in text]
+
+
+def test_importing_the_page_loads_neither_torch_nor_templates() -> None:
+    heavy = {"torch", "transformers", "matplotlib", "jinja2"}
+    code = f"import sys, srcfast.report.page; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("set()", 0), done.stderr
 
 
 def test_without_matplotlib_the_page_says_so_and_keeps_its_figures(
@@ -259,4 +312,4 @@ def test_the_gallery_finds_its_images_in_a_moved_run_whether_or_not_they_were_mo
     for place in together:
         (tmp_path / "old" / place).rename(tmp_path / "new" / place)
     run = RunFiles(tmp_path / "new" / "runs" / "one", {}, [], entries, {}, {})
-    assert gallery(run).count("<img") == 2
+    assert render(run).count("<img") == 2
