@@ -20,10 +20,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from srcfast.calibrate import Calibration, calibrate
+from srcfast.calibrate import calibrate, evaluate, rationale
 from srcfast.config.settings import load_config
 from srcfast.data.jsonl import read_jsonl, write_json
 from srcfast.run.directory import environment
+from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.evaluation import bootstrap_interval
 from srcfast.stages.headroom import recovered
 
@@ -47,9 +48,9 @@ def main(
         runs.append(settings.run_path)
         epochs = settings.rationale.epochs + settings.iterations * settings.dpo.epochs
         longer = [*overrides, f"seed={seed}", f"name={name}-control-{seed}", f"rationale.epochs={epochs}"]
-        control = Calibration(load_config(config, longer))
-        control.rationale()
-        control.evaluate("rationale", control.directory.rationale_adapter)
+        control = CalibrationRun(load_config(config, longer))
+        rationale(control)
+        evaluate(control, "rationale", control.directory.adapter(0))
         controls.append(control.config.run_path)
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
     sets = list(dict.fromkeys((e["dataset"], e["split"]) for e in summaries[0]["evaluations"]))

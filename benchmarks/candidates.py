@@ -121,7 +121,7 @@ def _srcfast(
 ) -> None:
     from srcfast.models import ImageFeatures, load_lvlm
     from srcfast.stages.candidates import prompts_of
-    from srcfast.stages.rationale import image_loader
+    from srcfast.stages.prompts import image_loader
 
     samples = read_samples(folder)
     model = load_lvlm(folder / "model", dtype=getattr(torch, shape["dtype"]), device=device)

@@ -23,10 +23,11 @@ from srcfast.memory.model_sizes import ModelSizes, memory_of
 from srcfast.memory.plan import Lengths, forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
+from srcfast.run.chunks import Chunks
 from srcfast.run.progress import track
-from srcfast.stages import pieces
+from srcfast.stages import candidates
 from srcfast.stages.candidates import prompts_of
-from srcfast.stages.rationale import image_loader
+from srcfast.stages.prompts import image_loader
 from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases
 from srcfast_benchmarks.contact_profile import GIB, memory, peaks
@@ -101,17 +102,13 @@ def beam_search(models: Models, quantize: str, graphs: bool, ending: str, case: 
     torch.cuda.reset_peak_memory_stats()
     features = Watched(model, image_loader(samples), lambda marks: case.store(marks=marks))
     with one_batch_a_piece(), track("candidates", len(samples), quiet=True) as progress:
-        parts = pieces.candidates_in_pieces(
-            case.context.work / f"pieces-{case.name}",
-            dict,
+        parts = candidates.candidates_in_chunks(
+            Chunks(case.context.work / f"pieces-{case.name}", dict, progress),
             model,
             samples,
-            config.candidates.settings(),
+            config.candidates.replace(batch_size=SAMPLES, cuda_graphs=graphs),
             features=features,
             seed=0,
-            batch_size=SAMPLES,
-            progress=progress,
-            graphs=graphs,
         )
     taken, marks = peaks(), features.marks  # before the first piece, after the first, at the stage's end
     seconds = [end["at"] - begin["at"] for begin, end in zip(marks, marks[1:], strict=False)]
@@ -184,11 +181,11 @@ class Watched(ImageFeatures):
 @contextmanager
 def one_batch_a_piece() -> Iterator[None]:
     """Let a piece of the stage be one batch instead of eight, so that two pieces fit into the time."""
-    before, pieces.BATCHES = pieces.BATCHES, 1
+    before, candidates.BATCHES = candidates.BATCHES, 1
     try:
         yield
     finally:
-        pieces.BATCHES = before
+        candidates.BATCHES = before
 
 
 def samples_of(model: LVLM, models: Models, context: Context) -> list[Sample]:

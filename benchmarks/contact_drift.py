@@ -15,9 +15,9 @@ import torch
 
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import generate_candidates, prompts_of
-from srcfast.stages.dpo import response_logprobs
 from srcfast.stages.drift import drift, drift_of, most_drift
-from srcfast.stages.rationale import image_loader
+from srcfast.stages.logprobs import response_logprobs
+from srcfast.stages.prompts import image_loader
 from srcfast_benchmarks.contact_decoding import (
     ENDINGS,
     RANK,
@@ -52,7 +52,7 @@ def three_ways(models: Models, quantize: str, graphs: bool, case: Case) -> Value
     set_endings(model, models, *(TINY_ENDINGS if case.context.tiny else ENDINGS["sentences"]))
     samples = samples_of(model, models, case.context)
     features = ImageFeatures(model, image_loader(samples))
-    settings = config_of(models, quantize, search_of(case.context)).candidates.settings()
+    settings = config_of(models, quantize, search_of(case.context)).candidates
     candidates = generate_candidates(
         model, samples, settings, features=features, seed=1, batch_size=SAMPLES, graphs=graphs
     )

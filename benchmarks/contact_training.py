@@ -22,16 +22,11 @@ from srcfast.memory.model_sizes import memory_of
 from srcfast.memory.plan import forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
-from srcfast.stages.dpo import (
-    loss_rows,
-    pair_denominator,
-    preference_items,
-    preference_loss,
-    preference_trees,
-    reference_logprobs,
-)
+from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
 from srcfast.stages.drift import most_drift
-from srcfast.stages.rationale import image_loader
+from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.pair_trees import loss_rows, preference_trees
+from srcfast.stages.prompts import image_loader
 from srcfast.training.loop import train
 from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases

@@ -112,8 +112,9 @@ def srcfast(
 ) -> None:
     from srcfast.config.settings import DPOConfig
     from srcfast.models import ImageFeatures
-    from srcfast.stages.dpo import reference_logprobs, train_preference
-    from srcfast.stages.rationale import image_loader
+    from srcfast.stages.dpo import train_preference
+    from srcfast.stages.logprobs import reference_logprobs
+    from srcfast.stages.prompts import image_loader
 
     model, settings = load_policy(shape, folder, device), settings_of(shape, checkpointing)
     pairs = in_file_order(read_pairs(folder), shape)

@@ -24,7 +24,8 @@ from srcfast_benchmarks.stage_harness import StageBenchmark, Watch, main
 
 def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, checkpointing: int = 0) -> None:
     from srcfast.models import ImageFeatures
-    from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+    from srcfast.stages.prompts import image_loader
+    from srcfast.stages.rationale import build_raps, fine_tune_rationale
 
     model = load_policy(shape, folder, device)
     samples = in_file_order(read_samples(folder), shape)

@@ -127,10 +127,10 @@ def calibrate(
     profile: Profile = None,
 ) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
-    commands.calibrate(config, commands.steps(profile))
+    config = inputs.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
+    commands.calibrate(config, inputs.steps(profile))
 
 
 @app.command()
@@ -145,10 +145,10 @@ def rationale(
     profile: Profile = None,
 ) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "rationale", model=model, quiet=quiet)
-    commands.rationale(config, commands.Source(data, format, image_root), output, commands.steps(profile))
+    config = inputs.settings(words, "rationale", model=model, quiet=quiet)
+    commands.rationale(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
 
 
 @app.command()
@@ -163,10 +163,10 @@ def candidates(
     quiet: Quiet = False,
 ) -> None:
     """Stage 2: sentence-level beam search for diverse candidates."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "candidates", model=model, quiet=quiet)
-    commands.candidates(config, commands.Source(data, format, image_root), adapter, output)
+    config = inputs.settings(words, "candidates", model=model, quiet=quiet)
+    commands.candidates(config, inputs.Source(data, format, image_root), adapter, output)
 
 
 @app.command()
@@ -181,10 +181,10 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Stage 3: the R-Scorer judges the candidates pairwise."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "scorer", scorer=scorer, quiet=quiet)
-    commands.score(config, commands.Source(data, format, image_root), candidates, output)
+    config = inputs.settings(words, "scorer", scorer=scorer, quiet=quiet)
+    commands.score(config, inputs.Source(data, format, image_root), candidates, output)
 
 
 @app.command()
@@ -199,10 +199,10 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Stage 4a: preference pairs from judged candidates, with a funnel of what was dropped and why."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "curation", quiet=quiet)
-    commands.curate(config, commands.Source(data, format, image_root), candidates, scores, output)
+    config = inputs.settings(words, "curation", quiet=quiet)
+    commands.curate(config, inputs.Source(data, format, image_root), candidates, scores, output)
 
 
 @app.command()
@@ -218,10 +218,10 @@ def dpo(
     profile: Profile = None,
 ) -> None:
     """Stage 4b: confidence-weighted DPO on preference pairs; writes a LoRA adapter."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "dpo", model=model, quiet=quiet)
-    commands.dpo(config, commands.Source(data, format, image_root), adapter, output, commands.steps(profile))
+    config = inputs.settings(words, "dpo", model=model, quiet=quiet)
+    commands.dpo(config, inputs.Source(data, format, image_root), adapter, output, inputs.steps(profile))
 
 
 @app.command()
@@ -236,10 +236,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "evaluation", model=model, quiet=quiet)
-    commands.evaluate(config, commands.Source(data, format, image_root), adapter, output)
+    config = inputs.settings(words, "evaluation", model=model, quiet=quiet)
+    commands.evaluate(config, inputs.Source(data, format, image_root), adapter, output)
 
 
 @app.command()
@@ -253,10 +253,10 @@ def logprob(
     quiet: Quiet = False,
 ) -> None:
     """Log-probabilities: {images, prompt, response} a line in, {logprob, tokens} out, in the same order."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "dpo", model=model, quiet=quiet)
-    commands.logprob(config, commands.Source(data, "jsonl", image_root), adapter, output)
+    config = inputs.settings(words, "dpo", model=model, quiet=quiet)
+    commands.logprob(config, inputs.Source(data, "jsonl", image_root), adapter, output)
 
 
 @app.command()
@@ -272,11 +272,11 @@ def estimate(
     json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, what fits and what to change; from config.json and file headers alone."""
-    from srcfast.cli import commands
+    from srcfast.cli import inputs
     from srcfast.cli.estimate import estimate as show
     from srcfast.memory.plan import Lengths
 
-    config = commands.settings(words, None, model=model, scorer=scorer)
+    config = inputs.settings(words, None, model=model, scorer=scorer)
     show(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
 
 
@@ -290,10 +290,10 @@ def inspect(
     index: Annotated[int, typer.Option(min=0, help="which sample, from 0")] = 0,
 ) -> None:
     """One sample as the model sees it: decoded, counted, its loss mask coloured."""
-    from srcfast.cli import commands, tools
+    from srcfast.cli import inputs, tools
 
-    config = commands.settings(words, "rationale", model=model)
-    tools.inspect(config, commands.Source(data, format, image_root), index)
+    config = inputs.settings(words, "rationale", model=model)
+    tools.inspect(config, inputs.Source(data, format, image_root), index)
 
 
 @app.command()
@@ -318,9 +318,9 @@ def merge(
     output: Output = None,
 ) -> None:
     """Add an adapter into its base and write a whole checkpoint that transformers reads."""
-    from srcfast.cli import commands, tools
+    from srcfast.cli import inputs, tools
 
-    tools.merge(commands.settings(words, None, model=model), adapter, output)
+    tools.merge(inputs.settings(words, None, model=model), adapter, output)
 
 
 @app.command()
@@ -335,10 +335,10 @@ def scorer(
     profile: Profile = None,
 ) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions; reports its held-out accuracy."""
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
-    config = commands.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
-    commands.scorer(config, commands.Source(data, format, image_root), output, commands.steps(profile))
+    config = inputs.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
+    commands.scorer(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from srcfast.config.settings import Config, DatasetConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import printable
 from srcfast.memory.activations import ForestSizes, kept_bytes
+from srcfast.memory.advice import advice, largest_value, with_setting
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
 from srcfast.memory.forecast import Forecast, moment_bytes, recomputed_layers
 from srcfast.memory.model_sizes import ModelSizes
@@ -23,15 +24,12 @@ from srcfast.memory.plan import (
     STAGES,
     TRAINING,
     Lengths,
-    advice,
     device_memory,
     forecast_stage,
     judge_sizes,
-    largest_value,
     policy_sizes,
     sharing_ranks,
     typical_tree,
-    with_setting,
 )
 from srcfast.units import parse_bytes, show_bytes
 

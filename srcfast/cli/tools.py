@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srcfast.cli.commands import ENDINGS, Source, need, read_all, set_aside
 from srcfast.cli.estimate import table
+from srcfast.cli.inputs import ENDINGS, Source, need, read_all, set_aside
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_jsonl
 from srcfast.errors import ConfigError, InputError, SrcfastError, printable

@@ -493,7 +493,9 @@ def _explain(error: Any, places: dict[str, str]) -> str:
         return f"{where}{dotted + ': ' if dotted else ''}{error['ctx']['error']}"
     field = _field(dotted)
     bounds = "" if field is None else _bounds(field)
-    expected = error["msg"].removeprefix("Input should be ").replace(" or instance of", ", the settings of")
+    expected = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "model_type":
+        expected = "a group of settings (key: value)"
     if bounds and field is not None:
         expected = f"{'a whole number' if field.annotation is int else 'a number'} {bounds}"
     return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}"

@@ -11,6 +11,8 @@ no work left runs passes over a single position, of which nothing comes, as long
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,3 +143,8 @@ def _empty_pass(decoder: Any) -> Tensor:
             return decoder(decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
     finally:
         decoder.idle = False
+
+
+def in_step_with(model: Any) -> Callable[[], None]:
+    """What a rank does that has no piece left: nothing, unless the model's layers are shared out over the ranks."""
+    return partial(keep_in_step, model.decoder)

@@ -37,7 +37,8 @@ from srcfast.recipes.base_checkpoint import decoder_as_text_model
 from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
 from srcfast.run.progress import track
 from srcfast.stages.candidates import generate_candidates
-from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import (
     Rap,
     ScorerExample,

@@ -11,7 +11,7 @@ from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import read_shards
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
-from srcfast.run.chunks import Parts
+from srcfast.run.chunks import ChunkFiles
 from srcfast.run.directory import RunDirectory
 
 
@@ -38,7 +38,7 @@ class RunRecords:
             Candidate.from_json(row, file=file, line=line, image_root=Path()) for file, line, row in rows
         )
 
-    def candidates_in(self, place: Path, parts: Parts) -> InOrder[list[Candidate]]:
+    def candidates_in(self, place: Path, parts: ChunkFiles) -> InOrder[list[Candidate]]:
         """Candidates of finished pieces under `place` that are not in shards yet, by sample id."""
         rows = parts.rows()
         return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=Path()) for row in rows)

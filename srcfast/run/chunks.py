@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,14 +33,15 @@ class Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+DependsOn = Callable[[], Mapping[str, Any]]
 Item = TypeVar("Item", bound=Record)
-Done = tuple[list[dict[str, Any]], Mapping[str, float]]  # a piece's rows, and counts that add up over the pieces
+ChunkResult = tuple[list[dict[str, Any]], Mapping[str, float]]  # a piece's rows, and counts that add up over the pieces
 
 _lists = 0  # work lists that this process has begun; the same on all ranks
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChunkFiles:
     """The finished pieces' files, in the order of the items."""
 
     files: tuple[Path, ...]
@@ -60,28 +61,44 @@ class Parts:
         return total
 
 
-def work_through(
-    place: Path,
+@dataclass(frozen=True)
+class Chunks:
+    """Where a stage stores its finished chunks, and what they depend on beside their items.
+
+    Args:
+        directory: of the chunks' files `00000.jsonl`, ...: a head with fingerprint and checksum, then the rows.
+        depends_on: returns what the rows depend on beside the items, as JSON values (settings, hashes of weights); called
+            on rank 0 alone.
+        progress: of the stage; the work advances it by its items and tokens, `run_chunks` by what was done before and by
+            what other ranks do.
+    """
+
+    directory: Path
+    depends_on: DependsOn
+    progress: Track
+
+    def below(self, name: str) -> Chunks:
+        """Return the same with the chunks in a directory below this one."""
+        return replace(self, directory=self.directory / name)
+
+
+def run_chunks(
+    chunks: Chunks,
     items: Sequence[Item],
     size: int,
-    depends_on: Callable[[], Mapping[str, Any]],
-    work: Callable[[Sequence[Item]], Done],
-    progress: Track,
+    work: Callable[[Sequence[Item]], ChunkResult],
     meanwhile: Callable[[], None] = lambda: None,
-) -> Parts:
+) -> ChunkFiles:
     """Do all items piece by piece, together with the other ranks; returns when all pieces are done.
 
     Every rank calls this alike, and sees the same files. The caller removes `place` once it has used the rows (`forget`).
 
     Args:
-        place: folder of the pieces' files `00000.jsonl`, ...: a head with fingerprint and checksum, then the rows.
+        chunks: see there.
         items: in the order of the rows.
-        size: items a piece; the last may have fewer.
-        depends_on: what the rows depend on beside the items, of what JSON can say (settings, hashes of weights); asked
-            on rank 0 alone.
-        work: rows and counts of one piece. Nothing may carry over from one piece to the next. Its pieces come to a rank in
-            ascending order.
-        progress: told by `work` of its items and tokens, and here of what was done before and of what other ranks do.
+        size: items a chunk; the last may have fewer.
+        work: returns rows and counts of one chunk. Nothing may carry over from one chunk to the next. A rank's chunks come
+            in ascending order.
         meanwhile: called on each rank that takes no more pieces, returns when no rank has one left: where ranks need each
             other to compute.
 
@@ -91,9 +108,10 @@ def work_through(
     """
     global _lists
     _lists += 1
+    place, progress = chunks.directory, chunks.progress
     pieces = [items[start : start + size] for start in range(0, len(items), size)]
     files = tuple(place / f"{number:05d}.jsonl" for number in range(len(pieces)))
-    prints, left = distributed.from_main(lambda: _begin(files, pieces, depends_on()))
+    prints, left = distributed.from_main(lambda: _begin(files, pieces, chunks.depends_on()))
     waiting = set(left)
     if before := [_head(file) for number, file in enumerate(files) if number not in waiting]:
         took = sum(head["seconds"] for head in before)
@@ -122,10 +140,10 @@ def work_through(
         stop_if_asked(done_last)
     distributed.meet()
     _hear_of_others(files, waiting, progress)
-    return Parts(files)
+    return ChunkFiles(files)
 
 
-def forget(place: Path) -> None:
+def remove_chunks(place: Path) -> None:
     """Remove the pieces' files, on rank 0, once what was made of them is on disk."""
     if distributed.is_main():
         shutil.rmtree(place, ignore_errors=True)

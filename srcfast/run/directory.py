@@ -43,6 +43,39 @@ _ENTRY: Mapping[str, tuple[type, ...]] = {
 }
 
 
+class StageMetrics:
+    """The metrics of a training's steps in `metrics.jsonl`; rank 0 writes.
+
+    Args:
+        path: the file.
+        stage: named in each row of a file that several stages write; None: the file is this training's alone.
+    """
+
+    def __init__(self, path: Path, stage: str | None = None) -> None:
+        self.path = path
+        self._label = {} if stage is None else {"stage": stage}
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append a step's metrics."""
+        if distributed.is_main():
+            with MetricsWriter(self.path) as writer:
+                writer.write({**self._label, **metrics})
+
+    def restart(self, history: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Replace what a stopped attempt left, a half-written line included, by the metrics of the steps that stay done."""
+        distributed.from_main(lambda: self._rewrite([{**self._label, **metrics} for metrics in history]))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        others: list[dict[str, Any]] = []
+        if self._label and self.path.is_file():
+            lines = [row for _, row in read_lines(self.path) if not isinstance(row, InputError)]
+            others = [row for row in lines if row.get("stage") != self._label["stage"]]
+        if others or rows:
+            write_jsonl(self.path, [*others, *rows])
+        else:
+            self.path.unlink(missing_ok=True)
+
+
 class RunDirectory:
     """Where everything of a run lies; the manifest says what is finished.
 
@@ -69,23 +102,6 @@ class RunDirectory:
     def adapter(self, iteration: int) -> Path:
         """The adapter after an iteration; 0 is the rationale-fine-tuned one."""
         return self.iteration(iteration) / "adapter" if iteration else self.rationale_adapter
-
-    def metrics(self) -> MetricsWriter:
-        """Appends to `metrics.jsonl`."""
-        return MetricsWriter(self.metrics_file)
-
-    def forget_metrics(self, stage: str, instead: Iterable[dict[str, Any]] = ()) -> None:
-        """Drop what a stopped attempt at a stage has left in `metrics.jsonl`, a half-written line included.
-
-        `instead`: metrics of the stage's steps that need not be done again.
-        """
-        rows: list[dict[str, Any]] = []
-        if self.metrics_file.is_file():
-            found = [row for _, row in read_lines(self.metrics_file) if not isinstance(row, InputError)]
-            rows = [row for row in found if row.get("stage") != stage]
-        rows += ({"stage": stage} | metrics for metrics in instead)
-        if rows or self.metrics_file.is_file():
-            write_jsonl(self.metrics_file, rows)
 
     def checkpoint(self, stage: str) -> Path:
         """Where a stage's work is saved until it is finished: a folder that lies within no other stage's.

@@ -15,7 +15,10 @@ from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, Generated, Prompt
 from srcfast.models.lora import folded_lora
-from srcfast.stages.rationale import PromptEncoder, image_keys
+from srcfast.models.lvlm import ImageFeatures
+from srcfast.models.sharding import in_step_with
+from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
+from srcfast.stages.prompts import PromptEncoder, image_keys
 
 
 class Progress(Protocol):
@@ -112,3 +115,35 @@ def diversity(candidates: Iterable[Sequence[Candidate]]) -> dict[str, float]:
         "distinct_answers": float(np.mean(answers)),
         "bigram_overlap": float(np.mean(overlaps)),
     }
+
+
+def candidates_in_chunks(
+    chunks: Chunks,
+    model: Any,
+    samples: Sequence[Sample],
+    settings: CandidatesConfig,
+    *,
+    features: ImageFeatures,
+    seed: int,
+) -> ChunkFiles:
+    """`generate_candidates`, as rows of candidates."""
+
+    def work(piece: Sequence[Sample]) -> ChunkResult:
+        features.forget()
+        found = generate_candidates(
+            model,
+            piece,
+            settings,
+            features=features,
+            seed=seed,
+            batch_size=settings.batch_size,
+            progress=chunks.progress,
+            graphs=settings.cuda_graphs,
+            memory=memory,
+        )
+        return [candidate.to_json() for own in found for candidate in own], {}
+
+    with decoding_memory(model) as memory:
+        parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
+    features.forget()  # no stage uses these
+    return parts

@@ -112,6 +112,17 @@ def curate(
     return preferences, funnel | statistics.result()
 
 
+def refuse_no_pairs(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> None:
+    """Raise InputError where no pair is left to train on."""
+    if not pairs:
+        raise InputError(
+            field="curation",
+            expected="at least one preference pair",
+            found=f"dropped: {funnel['dropped']}",
+            mend="lower curation.min_margin or curation.min_confidence, or raise candidates.temperature",
+        )
+
+
 class JudgeStatistics:
     """Rates and histograms over all judged candidates: is the judge swayed by order or by length?
 

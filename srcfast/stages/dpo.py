@@ -18,8 +18,8 @@ the pair, beside a hash of base and adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,20 +28,21 @@ from torch import Tensor
 
 from srcfast.config.settings import DPOConfig
 from srcfast.data.batching import global_batch
-from srcfast.data.collector import no_full_passes
-from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.logit_rows import places_of, response_rows, takes_rows
+from srcfast.data.forest import Forest, Tree
 from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
 from srcfast.stages.drift import Drift, drift, drift_of, most_drift
-from srcfast.stages.rationale import PromptEncoder, Rap, image_keys, rationale_trees, refuse_certainty
+from srcfast.stages.logprobs import reference_logprobs, refuse_certainty
+from srcfast.stages.pair_trees import loss_rows, pair_logprobs, preference_trees
+from srcfast.stages.policy import Policy
+from srcfast.stages.rationale import Rap, rationale_trees
+from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Features, Metrics, TrainingItem, train
-from srcfast.training.pipelining import behind
 from srcfast.training.profiler import StepProfiler
-from srcfast_kernels import linear_logprob, weighted_dpo_loss
-from srcfast_kernels.transfers import Fetched, fetch, send
+from srcfast_kernels import weighted_dpo_loss
+from srcfast_kernels.transfers import send
 
 
 @dataclass(frozen=True)
@@ -61,236 +62,6 @@ class PairDenominator:
     weight: float
     pairs: int
     rehearsed: int = 0
-
-
-def preference_tree(
-    prompt: np.ndarray,
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    images: tuple[str, ...] = (),
-    key: Any = None,
-) -> Tree:
-    """prompt -> {chosen, rejected}, or prompt -> shared beginning -> {chosen, rejected}.
-
-    Args:
-        prompt, chosen, rejected: token ids; responses with their end token. Each keeps at least one token of
-            its own.
-
-    Raises:
-        InputError: the two responses are the same.
-    """
-    if np.array_equal(chosen, rejected):
-        raise InputError(
-            sample_id=None if key is None else str(key),
-            field="rejected",
-            expected="a response other than the chosen one",
-            found="the same tokens",
-            mend="drop this pair: it prefers nothing to nothing",
-        )
-    most = min(len(chosen), len(rejected)) - 1
-    differs = np.flatnonzero(chosen[:most] != rejected[:most])
-    shared = int(differs[0]) if differs.size else most
-    middle = (Segment(chosen[:shared], 0),) if shared else ()
-    parent = len(middle)
-    leaves = (Segment(chosen[shared:], parent), Segment(rejected[shared:], parent))
-    return Tree((Segment(prompt), *middle, *leaves), images, key)
-
-
-def pair_rows(forest: Forest) -> np.ndarray:
-    """What `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
-
-    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Kept in the cache
-    of the forest on the host.
-    """
-    host = forest.host or forest
-    if "pair rows" not in host.cache:
-        predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
-        rows, targets, slots = [], [], []
-        for number, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
-            last = len(tree.segments) - 1
-            for segment in range(1, last + 1):
-                slot = max(0, segment - last + 2) if last > 1 else 1  # a response alone is chosen
-                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
-                rows.append(predictor[part])
-                targets.append(tokens[part])
-                slots.append(np.full(part.stop - part.start, 3 * number + slot))
-        host.cache["pair rows"] = np.stack([np.concatenate(part) for part in (rows, targets, slots)])
-    return host.cache["pair rows"]
-
-
-def loss_rows(forest: Forest) -> Tensor:
-    """For `train`: `response_rows`, with `pair_rows` made on the way, which a worker process then does ahead of the step."""
-    pair_rows(forest)
-    return response_rows(forest)
-
-
-def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the chosen and the rejected response of each preference tree, summed over their
-    whole paths.
-
-    Args:
-        hidden: `[T, D]`, or `[M, D]` of the forest's `response_rows`.
-        forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
-        head_weight: `[V, D]`.
-
-    Returns:
-        (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
-    """
-    rows, targets, slots = pair_rows(forest)
-    places = places_of(rows, hidden, forest, response_rows(forest))
-    index = send(np.stack([places, targets, slots]), hidden.device)  # [3, n]
-    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
-    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
-    return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
-
-
-@no_full_passes()
-def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
-    """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
-    prompt = PromptEncoder(model)
-    return [
-        preference_tree(
-            prompt(preference, preference.prompt, preference.sample_id),
-            model.encode_response(preference.chosen),
-            model.encode_response(preference.rejected),
-            image_keys(preference),
-            key=preference.sample_id,
-        )
-        for preference in preferences
-    ]
-
-
-@torch.no_grad()
-def reference_logprobs(
-    model: Any,
-    preferences: Sequence[Preference],
-    *,
-    reference_hash: str,
-    token_budget: int,
-    features: Features | None = None,
-    on_forest: Callable[[Forest], None] | None = None,
-) -> list[Preference]:
-    """The preferences with the model's log-probabilities as their reference.
-
-    Args:
-        model: base with the adapter as it is before the round.
-        preferences: pairs.
-        reference_hash: of base and adapter; stored in `extra["reference_hash"]`, and asked for when training.
-        token_budget: most tokens in a forest.
-        features: image keys to embeddings.
-        on_forest: called after each forest, for progress.
-    """
-    trees = preference_trees(model, preferences)
-    done = list(preferences)
-    head = model.decoder.head_weight
-
-    def sums(forest: Forest, hidden: Tensor) -> Tensor:
-        return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
-
-    for forest, (chosen, rejected) in _run(model, trees, sums, token_budget, features, on_forest):
-        for index, one, other in zip(forest.indices, chosen.tolist(), rejected.tolist(), strict=True):
-            done[index] = replace(
-                preferences[index],
-                reference_chosen_logprob=one,
-                reference_rejected_logprob=other,
-                extra={**preferences[index].extra, "reference_hash": reference_hash},
-            )
-    return done
-
-
-@torch.no_grad()
-def response_logprobs(
-    model: Any,
-    items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]],
-    *,
-    token_budget: int,
-    features: Features | None = None,
-    on_forest: Callable[[Forest], None] | None = None,
-) -> list[tuple[float, int]]:
-    """Summed log-probability and number of tokens of each response after its prompt.
-
-    Args:
-        items: (prompt token ids, image keys, response token ids with the end token). Responses to the same
-            prompt share it.
-
-    Returns:
-        (log-probability, tokens) in the order of `items`.
-    """
-    trees: list[Tree] = []
-    members: list[list[int]] = []
-    for indices in _same_prompt(items):
-        prompt_size, room = len(items[indices[0]][0]), 0
-        part: list[int] = []
-        for index in indices:
-            size = len(items[index][2])
-            if not part or size > room:
-                room, part = token_budget - prompt_size, []
-                members.append(part)
-            room -= size
-            part.append(index)
-    for part in members:
-        prompt, images, _ = items[part[0]]
-        leaves = (Segment(items[index][2], 0) for index in part)
-        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
-
-    def sums(forest: Forest, hidden: Tensor) -> Tensor:
-        """Of each response in the forest, [responses]."""
-        host = forest.host or forest
-        responses = [
-            host.target_rows(number, [leaf])
-            for number, tree in enumerate(host.trees)
-            for leaf in range(1, len(tree.segments))
-        ]
-        rows, targets = (torch.cat(parts).numpy() for parts in zip(*responses, strict=True))
-        places = places_of(rows, hidden, forest, response_rows(forest))
-        looked_up = send(np.stack([places, targets]), hidden.device)  # [2, n]
-        logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
-        return torch.stack([part.sum() for part in logps.split([len(own) for own, _ in responses])])
-
-    for forest, totals in _run(model, trees, sums, token_budget, features, on_forest):
-        order = [index for tree_index in forest.indices for index in members[tree_index]]
-        for index, total in zip(order, totals.tolist(), strict=True):
-            found[index] = (total, len(items[index][2]))
-    return found
-
-
-def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]) -> list[list[int]]:
-    groups: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
-    for index, (prompt, images, _) in enumerate(items):
-        groups.setdefault((np.asarray(prompt, dtype=np.int64).tobytes(), tuple(images)), []).append(index)
-    return list(groups.values())
-
-
-def _run(
-    model: Any,
-    trees: Sequence[Tree],
-    measure: Callable[[Forest, Tensor], Tensor],
-    token_budget: int,
-    features: Features | None,
-    on_forest: Callable[[Forest], None] | None,
-) -> Iterator[tuple[Forest, Tensor]]:
-    """The trees packed into forests, in evaluation mode: each forest and what `measure` makes of it, on the host.
-
-    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_rows` where the model takes them). A GPU computes
-    the next forest while the numbers of one are read.
-    """
-    device = next(model.parameters()).device
-
-    def queued() -> Iterator[tuple[Forest, Fetched]]:
-        for forest in Forest.packed(trees, token_budget):
-            forest = forest.to(device)
-            inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
-            wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
-            yield forest, fetch(measure(forest, model(forest, *inputs, **wanted)))
-
-    was_training = model.training
-    model.eval()
-    for forest, numbers in behind(queued(), device):
-        yield forest, numbers.wait()
-        if on_forest is not None:
-            on_forest(forest)
-    model.train(was_training)
 
 
 def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
@@ -415,6 +186,28 @@ def preference_items(
         for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
     ]
     return items + rationale_trees(model, rehearsal)
+
+
+def tune_preferences(
+    stage: StageRun,
+    policy: Policy,
+    preferences: Sequence[Preference],
+    settings: DPOConfig,
+    rehearsal: Sequence[Rap] = (),
+) -> None:
+    """Stage 4, second half: confidence-weighted DPO from the policy as it is, which is the reference."""
+    model = policy.model
+    with stage.training(model, [*preferences, *rehearsal], settings) as hooks:
+        train_preference(
+            model,
+            preferences,
+            settings,
+            weighting=stage.config.curation.weighting,
+            expected_reference_hash=policy.hash(),
+            features=policy.features,
+            rehearsal=rehearsal,
+            **hooks,
+        )
 
 
 def train_preference(

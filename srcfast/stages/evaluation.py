@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from srcfast.config.settings import Config, EvaluationConfig
 from srcfast.data.collector import no_full_passes
 from srcfast.data.convert import letters_of, write_predictions_tsv
 from srcfast.data.jsonl import read_jsonl, write_jsonl
@@ -19,7 +20,11 @@ from srcfast.data.vlmeval import QUESTION_KEY
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, generate_greedy
 from srcfast.models.lora import folded_lora
-from srcfast.stages.candidates import Progress, prompts_of
+from srcfast.models.lvlm import ImageFeatures
+from srcfast.models.sharding import in_step_with
+from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
+from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
+from srcfast.stages.datasets import EvaluationSet
 from srcfast.world.oracle import CASES, Judgement, judge_sample
 
 
@@ -202,3 +207,50 @@ def _interval(levels: np.ndarray, counts: np.ndarray, resamples: int, seed: int)
     means = [generator.multinomial(n, counts / n) @ levels / n for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]
+
+
+def answers_in_chunks(
+    chunks: Chunks,
+    model: Any,
+    samples: Sequence[Sample],
+    settings: EvaluationConfig,
+    *,
+    features: ImageFeatures,
+) -> ChunkFiles:
+    """`answer_greedily`, as rows {id, text}; `predictions_of` reads them."""
+
+    def work(piece: Sequence[Sample]) -> ChunkResult:
+        features.forget()
+        found = answer_greedily(
+            model,
+            piece,
+            features,
+            settings.max_new_tokens,
+            settings.batch_size,
+            chunks.progress,
+            settings.cuda_graphs,
+            memory,
+        )
+        return [{"id": one.sample.id, "text": one.text} for one in found], {}
+
+    with decoding_memory(model) as memory:
+        parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
+    features.forget()
+    return parts
+
+
+def evaluated(path: Path, answers: ChunkFiles, dataset: EvaluationSet, model: str, config: Config) -> dict[str, Any]:
+    """Write the predictions on an evaluation set to `path` (without ending); returns its entry of `summary.json`."""
+    return summarise(
+        write_predictions(path, dataset.samples, predictions_of(dataset.samples, answers)),
+        model=model,
+        dataset=dataset.name,
+        split=dataset.split,
+        resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )
+
+
+def predictions_of(samples: Sequence[Sample], answers: ChunkFiles) -> Iterator[Prediction]:
+    """The samples' answers, parsed and judged as they are read, one at a time."""
+    return (predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True))

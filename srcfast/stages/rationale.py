@@ -7,26 +7,28 @@ tokens, the end token included, over the whole global batch; the prompt has none
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from srcfast.config.settings import TrainingConfig
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.images import load_image, resolve
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.logit_rows import places_of, response_rows
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
-from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
-from srcfast.errors import InputError, SrcfastError
-from srcfast.training.checkpoint import TrainingCheckpoints, image_print
+from srcfast.data.records import Sample
+from srcfast.errors import InputError
+from srcfast.stages.datasets import draw
+from srcfast.stages.logprobs import refuse_certainty
+from srcfast.stages.policy import Policy
+from srcfast.stages.prompts import PromptEncoder, image_keys
+from srcfast.stages.stage_run import StageRun
+from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Features, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
@@ -61,6 +63,25 @@ def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
             raise InputError(file=path, line=line, field="id", expected="an id of its own", found=row["id"])
         entries[row["id"]] = TeacherRationale(row["rationale"], row.get("answer"))
     return entries
+
+
+def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rap], Counter[str]]:
+    """The rationale-answer pairs that stage 1 trains on, and how many samples were dropped for which reason.
+
+    Raises:
+        InputError: no sample gives a pair.
+    """
+    section = config.rationale
+    teacher = None if section.teacher is None else read_teacher(section.teacher)
+    raps, dropped = build_raps(draw(samples, section.samples, f"rationale/{config.seed}"), section.format, teacher)
+    if not raps:
+        raise InputError(
+            field="rationale",
+            expected="samples with facts or a rationale",
+            found=f"dropped: {dict(dropped)}",
+            mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
+        )
+    return raps, dropped
 
 
 def build_raps(
@@ -133,51 +154,6 @@ def _as_sentence(text: str) -> str:
 # Prompts and images -----------------------------------------------------------------------------------------
 
 
-def image_keys(record: Sample | Preference) -> tuple[str, ...]:
-    """Names of a record's images that are unique across data sets."""
-    return tuple(str(record.image_root / image) for image in record.images)
-
-
-def image_prints(records: Iterable[Sample | Preference]) -> list[tuple[str, ...]]:
-    """Of each record, its images' names and SHA-256: the same when their folder is moved, others for other images.
-
-    Raises:
-        InputError: an image that is missing, or lies outside of its root.
-    """
-    print_of = cache(lambda root, name: image_print(resolve(root, name), name))  # each file is read once
-    return [tuple(print_of(record.image_root, name) for name in record.images) for record in records]
-
-
-def image_loader(records: Iterable[Sample | Preference]) -> Callable[[str], Image.Image]:
-    """The function that opens the records' images by `image_keys`, for `srcfast.models.ImageFeatures`."""
-    places = {
-        key: (record.image_root, image)
-        for record in records
-        for key, image in zip(image_keys(record), record.images, strict=True)
-    }
-    return lambda key: load_image(*places[key])
-
-
-class PromptEncoder:
-    """Prompt tokens of records, each distinct (text, images) encoded once."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
-
-    def __call__(self, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
-        """`[n]` int64: the chat template's generation prompt with the image placeholders expanded.
-
-        Raises:
-            InputError: the prompt does not fit the model; it names the sample.
-        """
-        key = (text, image_keys(record))
-        if key not in self.known:
-            images = [load_image(record.image_root, image) for image in record.images]
-            self.known[key] = self.model.encode_prompt(text, images, sample_id)
-        return self.known[key]
-
-
 # Training ---------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +210,13 @@ def target_rows(forest: Forest) -> np.ndarray:
     return np.concatenate([np.stack([predictor[part], tokens[part]]) for part in parts], axis=1)
 
 
+def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[Rap], loop: TrainingConfig) -> None:
+    """Stage 1: train a new adapter of the policy on rationale-answer pairs."""
+    model = policy.fresh()
+    with stage.training(model, pairs, loop) as hooks:
+        fine_tune_rationale(model, pairs, loop, features=policy.features, **hooks)
+
+
 def fine_tune_rationale(
     model: Any,
     raps: Sequence[Rap],
@@ -268,13 +251,3 @@ def fine_tune_rationale(
         profiler=profiler,
         checkpoints=checkpoints,
     )
-
-
-def refuse_certainty(metrics: Metrics) -> None:
-    """Raises SrcfastError where a log-probability is above 0 by more than rounding: then no number of the step is right."""
-    if metrics.get("max_logprob", 0.0) > LOGPROB_ROUNDING:
-        raise SrcfastError(
-            f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
-            "Mend: see whether the checkpoint's weights are whole, and try another dtype; "
-            "`srcfast doctor` says which kernels are used"
-        )

@@ -6,21 +6,30 @@ within what rounding may do, those of all pairs are.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from srcfast.config.settings import Config
 from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.stages.dpo import reference_logprobs
+from srcfast.run.directory import alone_in
+from srcfast.run.progress import track
+from srcfast.stages.dpo import check_references
 from srcfast.stages.drift import drift, drift_of, most_drift
+from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks
+from srcfast.stages.policy import Policy
+from srcfast.stages.stage_run import StageRun
 from srcfast.training.loop import Features
 
 RECHECKED = 16  # pairs at least
 RECHECKED_SHARE = 0.05
+REFERENCES_LOOKED_AT = 32  # of those that a file states without saying whose they are
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,29 @@ def references_from_candidates(
     return done, report
 
 
+def stage_references(
+    stage: StageRun,
+    policy: Policy,
+    preferences: Sequence[Preference],
+    samples: Mapping[str, Sample],
+    candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
+    seed: int,
+) -> tuple[list[Preference], Takeover]:
+    """Give a stage's pairs the policy's log-probabilities: those of its candidates, where there are any."""
+    return references_from_candidates(
+        policy.model,
+        preferences,
+        samples,
+        candidates,
+        reference_hash=policy.hash(),
+        token_budget=stage.config.dpo.token_budget,
+        features=policy.features,
+        on_forest=lambda forest: stage.progress.advance(0, tokens=forest.num_tokens),
+        seed=seed,
+        logprobs=references_in_chunks(stage.chunks(policy=policy.hash)),
+    )
+
+
 def _known(
     model: Any, pair: Preference, sample: Sample | None, own: Mapping[str, Candidate]
 ) -> tuple[float, float] | None:
@@ -151,3 +183,39 @@ def _drifts(model: Any, pair: Preference, known: tuple[float, float] | None) -> 
     assert known is not None and chosen is not None and rejected is not None
     lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
     return [drift(own, exact, size) for own, exact, size in zip(known, (chosen, rejected), lengths, strict=True)]
+
+
+def with_references(
+    config: Config, policy: Policy, pairs: Sequence[Preference], output: Path
+) -> tuple[list[Preference], int]:
+    """Give the pairs that have none the policy's log-probabilities; returns all, and how many were computed.
+
+    A reference that a file states without a hash is believed, but for some that are compared now, and those of the first step.
+    They are stored below `output` until the adapter is written: beside the training's checkpoints, and removed with these.
+    """
+    name = policy.hash()
+    stated = [pair for pair in pairs if "reference_hash" not in pair.extra and _has_reference(pair)]
+    compared = random.Random(f"references/{config.seed}").sample(stated, min(REFERENCES_LOOKED_AT, len(stated)))
+    check_references(policy.model, compared, config.dpo.token_budget, policy.features)
+    done = [replace(pair, extra={"reference_hash": name} | pair.extra) for pair in pairs]
+    missing = [index for index, pair in enumerate(done) if not _has_reference(pair)]
+    if missing:
+        wanted = [done[index] for index in missing]
+        directory = output / "checkpoint" / "references"
+        with alone_in(output), track("reference", len(missing), "pairs", config.quiet) as progress:
+            logprobs = references_in_chunks(logprob_chunks(config, policy, wanted, directory, progress))
+            computed = logprobs(
+                policy.model,
+                wanted,
+                reference_hash=name,
+                token_budget=config.dpo.token_budget,
+                features=policy.features,
+                on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
+            )
+        for index, pair in zip(missing, computed, strict=True):
+            done[index] = pair
+    return done, len(missing)
+
+
+def _has_reference(pair: Preference) -> bool:
+    return pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None

@@ -7,64 +7,24 @@ device whatever number of ranks it had, and says whether it comes out as before.
 
 from __future__ import annotations
 
-import os
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from srcfast import distributed
 from srcfast.config.settings import Config, TrainingConfig
-from srcfast.data.batching import global_batch
-from srcfast.data.jsonl import parse_object, regular, write_json
+from srcfast.data.jsonl import parse_object, regular
 from srcfast.data.records import Fields, Preference, Sample
-from srcfast.errors import InputError, SrcfastError
-from srcfast.models.lora import load_adapter, lora_parameters, save_adapter
-from srcfast.models.scorer import Scorer
-from srcfast.models.text_model import save_text_model
-from srcfast.stages.dpo import loss_rows, pair_denominator, preference_items, preference_loss
+from srcfast.errors import InputError
+from srcfast.models.lora import load_adapter
+from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
+from srcfast.stages.nonfinite import BATCH, trained_hash
+from srcfast.stages.pair_trees import loss_rows
 from srcfast.stages.policy import features_of, load_judge, load_model
 from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
-from srcfast.training.checkpoint import weights_hash
-from srcfast.training.loop import Metrics, NotFinite, run_again
-
-DIRECTORY, BATCH = "not-finite", "batch.json"
-
-
-@contextmanager
-def kept_if_not_finite(
-    stage: str,
-    config: Config,
-    model: Any,
-    records: Sequence[Preference | Rap | ScorerExample],
-    loop: TrainingConfig,
-    directory: Path,
-) -> Iterator[None]:
-    """The body trains `model` on items made of these records, one each, in their order.
-
-    Args:
-        stage: "rationale", "dpo" or "scorer".
-        config: the run's.
-        model: with an adapter; or the R-Scorer.
-        records: preferences, or samples with their responses; or the R-Scorer's examples.
-        loop: the training's settings.
-        directory: in which `not-finite/` is made.
-
-    Raises:
-        SrcfastError: a loss or gradient was not finite; the command that runs the batch again is told.
-    """
-    try:
-        yield
-    except NotFinite as error:
-        place, step, text = directory / DIRECTORY, error.step, str(error)
-        batch = [records[index] for index in global_batch(len(records), step, loop)]
-        distributed.from_main(lambda: _write(place, stage, config, model, batch, loop, step, text))
-        raise SrcfastError(f"{text}. The batch is kept; to run it again: {_command(place)}") from error
+from srcfast.training.loop import Metrics, run_again
 
 
 def replay(place: Path) -> Metrics:
@@ -151,64 +111,13 @@ def _replay_scorer(
 
 
 def _check_weights(place: Path, model: Any, expected: str) -> None:
-    if (found := _trained(model)) != expected:
+    if (found := trained_hash(model)) != expected:
         raise InputError(file=place, expected=f"weights with SHA-256 {expected}", found=found)
 
 
-def _write(
-    place: Path,
-    stage: str,
-    config: Config,
-    model: Any,
-    batch: Sequence[Preference | Rap | ScorerExample],
-    loop: TrainingConfig,
-    step: int,
-    error: str,
-) -> None:
-    pairs = [record for record in batch if isinstance(record, Preference)]
-    raps = [record for record in batch if isinstance(record, tuple)]
-    examples = [record for record in batch if isinstance(record, ScorerExample)]
-    kinds = [isinstance(record, Preference) for record in batch]
-    owners: list[Preference | Sample] = [*pairs, *(sample for sample, _ in raps)]
-    # Examples of the R-Scorer have no images.
-    root = Path(os.path.commonpath([owner.image_root.resolve() for owner in owners] or [Path.cwd()]))
-    kept = {
-        "stage": stage,
-        "step": step,
-        "error": error,
-        "weights_sha256": _trained(model),
-        "command": _command(place),
-        "loop": loop.loop(),
-        "config": config.model_dump(mode="json"),
-        "image_root": str(root),
-        # Of the records below, in the batch: what dropout drops of a tree depends on it.
-        "places": sorted(range(len(batch)), key=lambda number: not kinds[number]),
-        "preferences": [replace(pair, images=_below(pair, root)).to_json() for pair in pairs],
-        "rationales": [
-            {"id": sample.id, "images": _below(sample, root), "question": sample.question, "response": response}
-            for sample, response in raps
-        ],
-        "examples": [asdict(example) for example in examples],
-    }
-    place.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, Scorer):
-        save_text_model(model.text_model, place / "scorer")
-    else:
-        save_adapter(model, place / "adapter")
-    write_json(place / BATCH, kept)
-
-
-def _command(place: Path) -> str:
-    """For a shell, whatever the directory is called."""
-    return f"srcfast replay {shlex.quote(str(place))}"
-
-
-def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
-    """The record's images relative to `root`."""
-    return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
-
-
-def _loop(values: dict[str, Any]) -> TrainingConfig:
+def _loop(values: Any) -> TrainingConfig:
+    if not isinstance(values, dict):
+        raise ValueError(f"loop: expected a mapping, found {values!r}")
     names = {name: value for name, value in values.items() if name not in ("seed", "deterministic")}
     seed, deterministic = values.get("seed", 0), values.get("deterministic", False)
     if type(seed) is not int or type(deterministic) is not bool:
@@ -227,7 +136,3 @@ def _example(row: Any) -> ScorerExample:
     if not all(0 <= first < len(example.variants) > second >= -1 for first, second in example.pairs):
         raise ValueError(f"pairs {example.pairs} of {len(example.variants)} variants")
     return example
-
-
-def _trained(model: Any) -> str:
-    return weights_hash(*(model.parameters() if isinstance(model, Scorer) else lora_parameters(model)))

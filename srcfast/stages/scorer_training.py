@@ -6,6 +6,7 @@ answer) that is not the true one's. Fewer faults win; equal numbers tie, none at
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srcfast.config.settings import TrainingConfig
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import places_of
-from srcfast.data.rationale_format import Format, format_response
+from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
+from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Loss, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
+from srcfast.world.oracle import judge_sample
 from srcfast_kernels.transfers import fetch, send
 
 Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
@@ -302,3 +305,37 @@ def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float
     totals = hits[picks].sum(1)  # [resamples, 2]
     low, high = np.quantile(totals[:, 0] / np.maximum(totals[:, 1], 1.0), (0.025, 0.975))
     return [float(low), float(high)]
+
+
+def split_examples(
+    config: Config, samples: Sequence[Sample], words: Vocabulary
+) -> tuple[list[ScorerExample], list[ScorerExample]]:
+    """Make the R-Scorer's examples of samples with rationales: those to train on, and those held out.
+
+    Raises:
+        InputError: too few samples in whose rationales faults can be made.
+    """
+    form, settings = config.rationale.format, config.scorer_training
+    parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, form)[0]]
+    pairs = [(s, p.perception, p.reasoning, p.answer) for s, p in parsed if p.answer is not None]
+    rng = random.Random(f"scorer/{config.seed}")
+    rng.shuffle(pairs)
+    cut = max(1, round(settings.held_out * len(pairs)))
+    held_out, train = (
+        scorer_examples(part, rng, words, variants=settings.variants, format=form, is_faulty=may_be_faulty)
+        for part in (pairs[:cut], pairs[cut:])
+    )
+    if not held_out or not train:
+        raise InputError(
+            field="rationale",
+            expected="enough samples with rationales in which faults can be made",
+            found=f"{len(train)} to train on and {len(held_out)} held out",
+            mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
+        )
+    return train, held_out
+
+
+def may_be_faulty(sample: Sample, parts: Parts) -> bool:
+    """Return whether an oracle that can check the corruption judges it faulty; True where none can."""
+    judgement = judge_sample(sample, ParsedResponse(*parts))
+    return judgement is None or not judgement.aligned

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.config.settings import ScorerConfig
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_shards
 from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
+from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
 from srcfast.training.pipelining import behind
 from srcfast_kernels import pairwise_verdict
@@ -373,3 +378,51 @@ def _even_diagonal(matrix: np.ndarray, value: float) -> np.ndarray:
     filled = matrix.copy()
     np.fill_diagonal(filled, value)
     return filled
+
+
+def scores_in_chunks(
+    chunks: Chunks,
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    candidates: Callable[[], InOrder[list[Candidate]]],
+    settings: ScorerConfig,
+    adaptive: AdaptivePairs | None = None,
+) -> ChunkFiles:
+    """`scored_rows` in the order of the candidates; the parts' counts are `adaptive`'s.
+
+    Args:
+        candidates: reads (sample id, its candidates), from the beginning each time. They are read twice: once for what there
+            is, once to judge it, a piece at a time.
+
+    Raises:
+        InputError: a candidate that can't be read, or a sample's candidates are not one after the other.
+    """
+    known = {sample.id: sample for sample in samples}
+    digest, judged = hashlib.sha256(), []
+    for sample_id, own in candidates().rest():
+        if sample_id in known:
+            judged.append(known[sample_id])
+            digest.update(json.dumps([(one.id, one.text) for one in own]).encode())
+    chunks.progress.expect(len(judged))
+    groups = candidates().rest()
+
+    def work(piece: Sequence[Sample]) -> ChunkResult:
+        counted = None if adaptive is None else replace(adaptive, counts=Counter())
+        own = _next_of(groups, {sample.id for sample in piece})
+        rows = list(scored_rows(scorer, piece, own, settings.token_budget, settings.mode, chunks.progress, counted))
+        return rows, {} if counted is None else counted.counts
+
+    def on_candidates() -> Mapping[str, Any]:
+        return {**chunks.depends_on(), "candidates": digest.hexdigest()}
+
+    return run_chunks(replace(chunks, depends_on=on_candidates), judged, 4 * BLOCK, work)
+
+
+def _next_of(groups: Iterator[tuple[str, list[Candidate]]], wanted: set[str]) -> dict[str, list[Candidate]]:
+    """The next candidates of these samples, of which none was passed over yet; others' on the way are other ranks' work."""
+    found: dict[str, list[Candidate]] = {}
+    while len(found) < len(wanted):
+        sample_id, own = next(groups)
+        if sample_id in wanted:
+            found[sample_id] = own
+    return found

@@ -1,109 +1,144 @@
-"""A training stage as a command of its own: what it shows, keeps and writes into its output directory."""
+"""One stage at work: its chunks and checkpoints, its metrics, its progress, its memory as forecast and as measured.
+
+`calibrate` runs its stages in one run directory (`CalibrationRun.stage`); a command runs one stage in its output directory
+(`command_stage`). The stages themselves see a `StageRun` alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
 from srcfast import distributed
 from srcfast.config.settings import Config, TrainingConfig
-from srcfast.data.batching import num_steps
-from srcfast.data.jsonl import write_json, write_jsonl
+from srcfast.data.jsonl import write_json
 from srcfast.memory.forecast import Forecast
-from srcfast.memory.measure import measured
+from srcfast.memory.measure import Measurement, measured
 from srcfast.memory.plan import forecast_items
-from srcfast.run.directory import alone_in
-from srcfast.run.progress import MetricsWriter, Track, peak_rss_bytes
+from srcfast.run.chunks import Chunks, remove_chunks
+from srcfast.run.directory import StageMetrics, alone_in
+from srcfast.run.progress import Track, peak_rss_bytes, track
+from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem
+from srcfast.training.loop import Metrics, TrainingItem
 from srcfast.training.profiler import StepProfiler
 
 
-class TrainingRun:
-    """A training stage's progress bar, `metrics.jsonl` and `summary.json`, with its memory as forecast and as measured.
+class Hooks(TypedDict):
+    """What a training calls and where it is saved: the keyword arguments of the stages' trainings."""
 
-    Only rank 0 writes. From its start until the summary is written no other process works in `output`; until then
-    `checkpoint/` lies there, from which the same command continues.
+    on_step: Callable[[Metrics], None]
+    on_items: Callable[[Sequence[TrainingItem]], None]
+    profiler: StepProfiler | None
+    checkpoints: TrainingCheckpoints
+
+
+@dataclass
+class StageRun:
+    """A stage at work.
+
+    Attributes:
+        kind: which stage, as forecasts name it: rationale, candidates, scores, preferences, dpo, evaluation, headroom, scorer.
+        config: of the run.
+        output: the run's directory, or the command's.
+        checkpoint_dir: of chunks and training checkpoints; the stage's alone, removed once its result is on disk.
+        settings: those that the result depends on.
+        progress: of the stage.
+        metrics: of the training's steps.
+        profile_dir: where steps are profiled to.
+        profile: the steps to profile.
+        forecast: of the memory; a training replaces the typical one by that of its items.
+        history: the training's metrics, step by step.
+        result: what a command's `summary.json` says beside the training's figures.
     """
 
-    def __init__(
-        self,
-        name: str,
-        items: int,
-        loop: TrainingConfig,
-        output: Path,
-        config: Config,
-        model: nn.Module,
-        profile: range | None = None,
-    ) -> None:
-        self.alone = ExitStack()
-        self.alone.enter_context(alone_in(output))
-        self.metrics_file = output / "metrics.jsonl"
-        self.writer: MetricsWriter | None = None
-        if distributed.is_main():
-            self.metrics_file.unlink(missing_ok=True)
-            self.writer = MetricsWriter(self.metrics_file)
-        self.name, self.loop, self.output, self.config, self.model = name, loop, output, config, model
-        self.history: list[dict[str, Any]] = []
-        self.forecast: Forecast | None = None
-        self.memory = ExitStack()
-        self.taken = self.memory.enter_context(measured(config.model.device, model.parameters))
-        self.progress = Track(name, num_steps(items, loop), "steps", config.quiet)
-        self.profiler: StepProfiler | None = None
-        if profile is not None and distributed.is_main():
-            self.profiler = StepProfiler(profile, output / "profile")
-        resolved = config.model_dump(mode="json")
-        sections = ("seed", "model", "lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
-        self.checkpoints = TrainingCheckpoints(
-            output / "checkpoint",
-            {key: resolved[key] for key in sections},
-            config.checkpoint.minutes,
-            config.checkpoint.steps,
-            self.go_on,
+    kind: str
+    config: Config
+    output: Path
+    checkpoint_dir: Path
+    settings: Mapping[str, Any]
+    progress: Track
+    metrics: StageMetrics
+    profile_dir: Path
+    profile: range | None = None
+    forecast: Forecast | None = None
+    history: list[Metrics] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+
+    def chunks(self, name: str = "", **depends_on: Callable[[], Any]) -> Chunks:
+        """Return where this stage stores chunks: below `name`; the values of `depends_on` are computed when they are needed."""
+
+        def values() -> dict[str, Any]:
+            return {**self.settings, **{key: value() for key, value in depends_on.items()}}
+
+        return Chunks(self.checkpoint_dir / name, values, self.progress)
+
+    @contextmanager
+    def training(self, model: Any, records: Sequence[Any], loop: TrainingConfig) -> Iterator[Hooks]:
+        """Record the training that the body runs on items made of these records, one each, in their order.
+
+        Raises:
+            SrcfastError: a loss or gradient is not finite; the batch is stored, see `nonfinite`.
+        """
+        self.metrics.restart()  # what a stopped attempt left; what stays done comes back with its checkpoint
+        profiler = None
+        if self.profile is not None and distributed.is_main():
+            profiler = StepProfiler(self.profile, self.profile_dir)
+        hooks = Hooks(
+            on_step=self._on_step,
+            on_items=partial(self._on_items, loop),
+            profiler=profiler,
+            checkpoints=TrainingCheckpoints(
+                self.checkpoint_dir,
+                self.settings,
+                self.config.checkpoint.minutes,
+                self.config.checkpoint.steps,
+                self._on_continue,
+            ),
         )
+        try:
+            with dump_nonfinite_batch(self.kind, self.config, model, records, loop, self.output):
+                yield hooks
+        finally:
+            if profiler is not None:
+                profiler.show()
 
-    def __enter__(self) -> TrainingRun:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.memory.close()
-        self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.profiler is not None:
-            self.profiler.show()
-        if error[0] is not None:
-            self.alone.close()
-
-    def go_on(self, history: list[dict[str, Any]], seconds: float) -> None:
-        """These steps were done before this process began: in the file they stand once, whatever it had of them."""
-        self.history = list(history)
-        if self.writer is not None:
-            self.writer.close()
-            write_jsonl(self.metrics_file, history)
-            self.writer = MetricsWriter(self.metrics_file)
-        self.progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
-
-    def expect(self, items: Sequence[TrainingItem]) -> None:
-        """Forecast the memory of training on these items."""
-        self.forecast = forecast_items(self.config, self.name, [item.tree for item in items], self.loop)
-
-    def step(self, metrics: dict[str, Any]) -> None:
+    def _on_step(self, metrics: Metrics) -> None:
         self.history.append(metrics)
-        if self.writer is not None:
-            self.writer.write(metrics)
+        self.metrics.write(metrics)
         self.progress.advance(1, tokens=metrics["tokens"])
 
-    def write_summary(self, **more: Any) -> None:
-        """The training's result is on disk: with its summary it is over."""
-        if not distributed.is_main():
-            return
+    def _on_items(self, loop: TrainingConfig, items: Sequence[TrainingItem]) -> None:
+        self.forecast = forecast_items(self.config, self.kind, [item.tree for item in items], loop)
+
+    def _on_continue(self, history: list[Metrics], seconds: float) -> None:
+        """Take over the steps that a stopped process has done."""
+        self.history = list(history)
+        self.metrics.restart(history)
+        self.progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
+
+
+@dataclass
+class CommandStage(StageRun):
+    """A stage as a command of its own."""
+
+    measurement: Measurement = field(default_factory=lambda: Measurement("cpu"))
+    clock: ExitStack = field(default_factory=ExitStack)
+
+    def stop_clock(self) -> None:
+        """End progress bar and memory measurement: what comes now is not the stage's."""
+        self.clock.close()
+
+    def write_summary(self, models: Sequence[nn.Module]) -> None:
+        """Write `summary.json` of a training: the result and what its steps took."""
         summary = {
-            **more,
+            **(self.result or {}),
             "steps": len(self.history),
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
@@ -113,7 +148,82 @@ class TrainingRun:
             "last_step": self.history[-1],
         }
         if self.forecast is not None:
-            summary["memory"] = self.taken.record(self.forecast, [self.model])
+            summary["memory"] = self.measurement.record(self.forecast, models)
         write_json(self.output / "summary.json", summary)
-        self.checkpoints.remove()
-        self.alone.close()
+
+
+@contextmanager
+def command_stage(
+    kind: str,
+    config: Config,
+    output: Path,
+    total: int,
+    unit: str = "samples",
+    *,
+    sections: Sequence[str],
+    models: Callable[[], Sequence[nn.Module]],
+    name: str | None = None,
+    checkpoint_dir: Path | None = None,
+    profile: range | None = None,
+) -> Iterator[CommandStage]:
+    """Run one stage as a command, alone in its output directory; the same command continues one that was stopped.
+
+    When the body has ended without an error, a training's `summary.json` is written and the chunks and checkpoints are removed.
+
+    Args:
+        kind: see `StageRun`.
+        config: settings.
+        output: the command's directory.
+        total: units to do.
+        unit: what is counted.
+        sections: settings that the result depends on, beside seed and model.
+        models: returns the models in memory, whose memory is measured.
+        name: of the progress bar; default: the kind.
+        checkpoint_dir: default: `output/checkpoint`.
+        profile: steps of a training to profile.
+    """
+    resolved = config.model_dump(mode="json")
+    directory = checkpoint_dir or output / "checkpoint"
+    with alone_in(output), ExitStack() as clock:
+        measurement = clock.enter_context(
+            measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])
+        )
+        stage = CommandStage(
+            kind=kind,
+            config=config,
+            output=output,
+            checkpoint_dir=directory,
+            settings={key: resolved[key] for key in ("seed", "model", *sections)},
+            progress=clock.enter_context(track(name or kind, total, unit, quiet=config.quiet)),
+            metrics=StageMetrics(output / "metrics.jsonl"),
+            profile_dir=output / "profile",
+            profile=profile,
+            measurement=measurement,
+            clock=clock,
+        )
+        yield stage
+        clock.close()
+        if stage.result is not None and distributed.is_main():
+            stage.write_summary(models())
+        remove_chunks(directory)
+
+
+def sampling_stage(
+    name: str, config: Config, output: Path, total: int, sections: Sequence[str]
+) -> AbstractContextManager[CommandStage]:
+    """Open the stage of a command that runs a model over samples."""
+    return command_stage(name, config, output, total, sections=sections, models=list)
+
+
+def training_stage(
+    name: str,
+    config: Config,
+    output: Path,
+    steps: int,
+    models: Callable[[], Sequence[nn.Module]],
+    profile: range | None,
+) -> AbstractContextManager[CommandStage]:
+    """Open the stage of a command that trains a model."""
+    sections = ("lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
+
+    return command_stage(name, config, output, steps, "steps", sections=sections, models=models, profile=profile)

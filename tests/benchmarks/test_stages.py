@@ -75,7 +75,7 @@ def test_a_random_model_writes_sentences_that_end(tmp_path: Path) -> None:
     from srcfast.config.settings import CandidatesConfig
     from srcfast.models import ImageFeatures, load_lvlm
     from srcfast.stages.candidates import generate_candidates
-    from srcfast.stages.rationale import image_loader
+    from srcfast.stages.prompts import image_loader
 
     shape = replace(TINY_LVLM, end_probability=1 / 10, stop_probability=1 / 6)
     model = load_lvlm(write_model(tmp_path / "model", shape))

@@ -13,9 +13,9 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from srcfast import calibrate
 from srcfast.cli.app import app
 from srcfast.data.jsonl import read_jsonl
+from srcfast.stages import dpo
 
 SETTINGS = """
 name: small
@@ -144,7 +144,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, config_file: Path, srcfast
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been_stopped(
     whole: Path, config_file: Path, srcfast: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = calibrate.train_preference
+    train = dpo.train_preference
 
     def stopped(*arguments: Any, on_step: Callable[[dict[str, Any]], None], **more: Any) -> Any:
         def on_some_steps(metrics: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been_stopped(
         return train(*arguments, on_step=on_some_steps, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibrate, "train_preference", stopped)
+        patched.setattr(dpo, "train_preference", stopped)
         assert srcfast("calibrate", config_file, f"output={tmp_path}").exit_code != 0
     run = tmp_path / "small"
     assert list(contents(run / "manifest.json"))[-1] == "iteration-1/preferences"

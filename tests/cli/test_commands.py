@@ -18,7 +18,7 @@ from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from srcfast.cli.commands import Source, read_preference_file
+from srcfast.cli.inputs import Source, read_preference_file
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_shards
 from srcfast.errors import InputError

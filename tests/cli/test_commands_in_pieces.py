@@ -15,10 +15,10 @@ from made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from srcfast.cli import commands
+from srcfast.cli import commands, inputs
 from srcfast.data.jsonl import read_shards, write_shards
 from srcfast.stages import dpo as preference
-from srcfast.stages import pieces
+from srcfast.stages import logprobs
 
 Srcfast = Callable[..., Result]
 
@@ -29,7 +29,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PAIRS", 3)
+    monkeypatch.setattr(logprobs, "PAIRS", 3)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -47,13 +47,13 @@ def test_references_that_dpo_has_computed_outlast_a_training_that_fails(
     assert [file.name for file in kept] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
     kept[1].unlink()
     computed: list[int] = []
-    exact = pieces.reference_logprobs
+    exact = logprobs.reference_logprobs
 
     def counted(model: Any, pairs: Any, **options: Any) -> Any:
         computed.append(len(pairs))
         return exact(model, pairs, **options)
 
-    monkeypatch.setattr(pieces, "reference_logprobs", counted)
+    monkeypatch.setattr(logprobs, "reference_logprobs", counted)
     assert srcfast(*words, "--output", output).exit_code == 0
     assert computed == [3]  # the missing part's pairs, and no others
     found, expected = (load_file(one / "adapter_model.safetensors") for one in (output, tmp_path / "whole"))
@@ -75,13 +75,13 @@ def test_kept_references_are_used_for_the_same_images_and_budget_whatever_the_tr
     data = write_rows(tmp_path / "pairs.jsonl", preference_rows(4, seed=2))
     words = ["dpo", "--model", model_dir, "--data", data, "--output", tmp_path / "out", "--quiet"]
     computed: list[int] = []
-    exact = pieces.reference_logprobs
+    exact = logprobs.reference_logprobs
 
     def counted(model: Any, pairs: Any, **options: Any) -> Any:
         computed.append(len(pairs))
         return exact(model, pairs, **options)
 
-    monkeypatch.setattr(pieces, "reference_logprobs", counted)
+    monkeypatch.setattr(logprobs, "reference_logprobs", counted)
     monkeypatch.setattr(preference, "train", broken)
 
     def of_a_run(*more: object) -> list[int]:
@@ -129,13 +129,13 @@ def test_logprob_goes_on_behind_its_last_finished_part_and_leaves_nothing_beside
     data = write_rows(tmp_path / "in.jsonl", rows)
     words = ["logprob", "--model", model_dir, "--data", data, "--image-root", image_root, "--quiet"]
     assert srcfast(*words, "--output", tmp_path / "whole.jsonl").exit_code == 0
-    exact, sizes, out = pieces.response_logprobs, [], tmp_path / "out.jsonl"
+    exact, sizes, out = logprobs.response_logprobs, [], tmp_path / "out.jsonl"
 
     def counted(model: Any, items: Any, **options: Any) -> Any:
         sizes.append(len(items))
         return broken() if sizes == [3, 3] else exact(model, items, **options)
 
-    monkeypatch.setattr(pieces, "response_logprobs", counted)
+    monkeypatch.setattr(logprobs, "response_logprobs", counted)
     assert "the power is gone" in str(srcfast(*words, "--output", out).exception)
     assert not out.exists()
     sizes[:] = [0]
@@ -165,7 +165,7 @@ def test_score_reads_the_candidates_twice_and_says_how_many_samples_have_some(
         read.append(directory)
         return read_shards(directory)
 
-    monkeypatch.setattr(commands, "read_shards", counted)
+    monkeypatch.setattr(inputs, "read_shards", counted)
     words = ["--data", data, "--candidates", tmp_path / "candidates", "--output", tmp_path / "scores"]
     result = srcfast("score", *words, "scorer.path=embedded")
     assert result.exit_code == 0, result.output

@@ -15,7 +15,8 @@ from shapes_7b import write_configs
 
 from srcfast import distributed
 from srcfast.config.settings import load_config
-from srcfast.memory.plan import STAGES, Lengths, advice, forecast_stage, policy_sizes, with_setting
+from srcfast.memory.advice import advice, with_setting
+from srcfast.memory.plan import STAGES, Lengths, forecast_stage, policy_sizes
 
 Srcfast = Callable[..., Result]
 GIB = 1024**3
@@ -85,7 +86,7 @@ def test_7b_shapes_have_the_parameters_that_their_authors_state(srcfast: Srcfast
 
 @pytest.mark.parametrize("memory", [12, 24, 80])
 def test_the_largest_token_budget_fits_and_a_larger_one_does_not(shapes_7b: tuple[Path, Path], memory: int) -> None:
-    from srcfast.memory.plan import largest_value
+    from srcfast.memory.advice import largest_value
 
     config = settings_7b(shapes_7b, "model.quantize=nf4")
     largest = largest_value(config, "dpo.token_budget", "dpo", memory=memory * GIB)

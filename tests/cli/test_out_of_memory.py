@@ -13,14 +13,15 @@ import torch
 from click.testing import Result
 from made_rows import sentence, write_rows
 
-from srcfast import calibrate
 from srcfast.cli import commands
 from srcfast.config.settings import Config, TrainingConfig, load_config
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import OutOfMemory
-from srcfast.memory.plan import STAGES, forecast_stage, is_out_of_memory, largest_forest, out_of_memory_is_met
+from srcfast.memory.out_of_memory import is_out_of_memory, out_of_memory_is_met
+from srcfast.memory.plan import STAGES, forecast_stage, largest_forest
 from srcfast.models.lora import adapters, save_adapter
 from srcfast.stages import policy as loading
+from srcfast.stages import rationale
 
 Srcfast = Callable[..., Result]
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.76 GiB"
@@ -89,7 +90,7 @@ def test_a_run_stops_with_the_mend_and_goes_on_from_there(
     def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
-    monkeypatch.setattr(calibrate, "fine_tune_rationale", no_memory)
+    monkeypatch.setattr(rationale, "fine_tune_rationale", no_memory)
     result = srcfast("calibrate", config, f"output={tmp_path}", "quiet=true")
     assert result.exit_code == 1
     assert "rationale: expected a peak of" in result.output and "Mend: " in result.output
@@ -240,14 +241,14 @@ def test_the_policy_leaves_while_the_r_scorer_judges_where_both_do_not_fit(two_a
 
 def test_no_gradient_stays_behind_a_training_stage(tmp_path: Path, srcfast: Srcfast, monkeypatch: Any) -> None:
     seen: list[Any] = []
-    kept = calibrate.Calibration._keep_adapter
+    save = loading.Policy.save
 
     def watched(self: Any, directory: Path) -> None:
-        kept(self, directory)
-        seen.extend(parameter.grad for parameter in self.policy.model.parameters())
+        save(self, directory)
+        seen.extend(parameter.grad for parameter in self.model.parameters())
         raise MemoryError
 
-    monkeypatch.setattr(calibrate.Calibration, "_keep_adapter", watched)
+    monkeypatch.setattr(loading.Policy, "save", watched)
     config = tmp_path / "small.yaml"
     config.write_text(SETTINGS, encoding="utf-8")
     assert srcfast("calibrate", config, f"output={tmp_path}", "quiet=true").exit_code == 1

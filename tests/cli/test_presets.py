@@ -11,7 +11,8 @@ from shapes_7b import write_configs
 
 from srcfast.config.settings import PRESETS, Config, Preset, load_config
 from srcfast.errors import ConfigError
-from srcfast.memory.plan import STAGES, forecast_stage, largest_value, policy_stays
+from srcfast.memory.advice import largest_value
+from srcfast.memory.plan import STAGES, forecast_stage, policy_stays
 from srcfast.units import parse_bytes
 
 NAMES = get_args(Preset)

@@ -20,10 +20,11 @@ from srcfast.data.readers import read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models.checkpoint import model_hash
-from srcfast.stages.dpo import reference_logprobs, train_preference
+from srcfast.stages.dpo import train_preference
+from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.stages.policy import features_of, load_judge, load_model
 from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
-from srcfast.stages.replay import kept_if_not_finite
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.training.loop import NotFinite
 from srcfast.world.claims import VOCABULARY
@@ -108,7 +109,7 @@ def test_a_step_run_again_has_the_numbers_of_the_training(
     model = load_model(config, config.lora)
     with (
         pytest.raises(SrcfastError, match="step 0: made up.*srcfast replay"),
-        kept_if_not_finite("rationale", config, model, raps, loop, tmp_path),
+        dump_nonfinite_batch("rationale", config, model, raps, loop, tmp_path),
     ):
         raise NotFinite(0, "step 0: made up")
     features = features_of(model, [sample for sample, _ in raps])
@@ -138,7 +139,7 @@ def test_a_step_of_pairs_and_rehearsed_rationales_with_dropout_is_run_again_in_i
     assert kinds != sorted(kinds, reverse=True)  # mixed: their order can't be told from what they are
     with (
         pytest.raises(SrcfastError, match="srcfast replay"),
-        kept_if_not_finite("dpo", config, model, records, loop, tmp_path),
+        dump_nonfinite_batch("dpo", config, model, records, loop, tmp_path),
     ):
         raise NotFinite(0, "step 0: made up")
     first = train_preference(model, pairs, loop, expected_reference_hash="made up", features=features, rehearsal=raps)[
@@ -211,7 +212,7 @@ def test_a_step_of_the_r_scorer_s_run_again_has_the_numbers_of_the_training(
     judge = load_judge(config)
     with (
         pytest.raises(SrcfastError, match="srcfast replay"),
-        kept_if_not_finite("scorer", config, judge, examples, loop, tmp_path),
+        dump_nonfinite_batch("scorer", config, judge, examples, loop, tmp_path),
     ):
         raise NotFinite(1, "step 1: made up")
     # The step's examples come first in another training, whose first step has the same weights.

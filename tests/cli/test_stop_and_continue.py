@@ -19,8 +19,8 @@ from made_rows import preference_rows, write_rows
 from safetensors.torch import load_file
 
 from srcfast.errors import SrcfastError
-from srcfast.models import lora
-from srcfast.run.directory import RunDirectory, alone_in
+from srcfast.run.directory import RunDirectory, StageMetrics, alone_in
+from srcfast.stages import policy
 from srcfast.training import loop
 
 Srcfast = Callable[..., Result]
@@ -76,7 +76,7 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_continues(
 KILLED_IN_STEP_3 = """
 import os, signal, sys
 from srcfast.cli.app import app
-from srcfast.models import lora
+from srcfast.stages import policy
 from srcfast.training import loop
 
 accumulate = loop.accumulate
@@ -120,7 +120,7 @@ def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
     assert srcfast(*words, "--output", tmp_path / "whole").exit_code == 0
     command = [*words, "--output", str(tmp_path / "stopped"), "checkpoint.minutes=0"]
     with monkeypatch.context() as patched:
-        patched.setattr(lora, "save_adapter", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+        patched.setattr(policy, "save_adapter", lambda *arguments: signal.raise_signal(signal.SIGTERM))
         assert srcfast(*command).exit_code == 128 + signal.SIGTERM
     with monkeypatch.context() as patched:
         patched.setattr(loop, "accumulate", lambda *arguments: pytest.fail("a step was done again"))
@@ -173,14 +173,13 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_metrics_of_a_stage_are_put_in_the_place_of_what_it_left(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
+    file = RunDirectory(tmp_path).metrics_file
     rows = [
         {"stage": "rationale", "step": 0},
         {"stage": "iteration-1/dpo", "step": 0},
         {"stage": "iteration-1/dpo", "step": 1},
     ]
     for row in rows:
-        with run.metrics() as writer:
-            writer.write(row)
-    run.forget_metrics("iteration-1/dpo", [{"step": 0}])
-    assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == rows[:2]
+        StageMetrics(file, row["stage"]).write({"step": row["step"]})
+    StageMetrics(file, "iteration-1/dpo").restart([{"step": 0}])
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:2]

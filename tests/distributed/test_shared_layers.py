@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
-from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
+from srcfast.config.settings import CandidatesConfig, EvaluationConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import Interrupted
 from srcfast.memory.checkpoint_shapes import checkpoint_shapes
@@ -31,11 +31,12 @@ from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast.models.sharding import held, is_share, keep, keep_in_step, shard_layers
 from srcfast.run import signals
-from srcfast.run.chunks import work_through
+from srcfast.run.chunks import Chunks, run_chunks
 from srcfast.run.progress import Track
 from srcfast.stages.candidates import generate_candidates
-from srcfast.stages.pieces import answers_in_pieces
-from srcfast.stages.rationale import image_loader, rationale_loss, response_tokens
+from srcfast.stages.evaluation import answers_in_chunks
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
@@ -260,15 +261,12 @@ def stopped_in_turn(folder: Path) -> list[str]:
                 signals._asked = signal.SIGTERM
 
     try:
-        answers_in_pieces(
-            folder / "pieces",
-            dict,
+        answers_in_chunks(
+            Chunks(folder / "pieces", dict, Stopping("answers", len(samples), quiet=True)),
             model,
             samples,
+            EvaluationConfig(max_new_tokens=8 + 8 * distributed.rank(), batch_size=1),
             features=ImageFeatures(model, image_loader(samples)),
-            max_new_tokens=8 + 8 * distributed.rank(),
-            batch_size=1,
-            progress=Stopping("answers", len(samples), quiet=True),
         )
     except Interrupted as error:
         return [str(error)]
@@ -297,7 +295,7 @@ def asked_while_idle(folder: Path) -> list[str]:
         return [{}], {}
 
     try:
-        work_through(folder / "pieces", samples, 1, dict, work, Track("one", 1, quiet=True), meanwhile)
+        run_chunks(Chunks(folder / "pieces", dict, Track("one", 1, quiet=True)), samples, 1, work, meanwhile)
     except Interrupted as error:
         return [str(error)]
     return ["not stopped"]

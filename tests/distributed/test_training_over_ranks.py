@@ -18,7 +18,8 @@ from srcfast import distributed
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.batching import deal
 from srcfast.errors import SrcfastError
-from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, preference_trees
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
+from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop
 from srcfast.training.checkpoint import TrainingCheckpoints

@@ -240,7 +240,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 def test_the_stage_keeps_the_samples_order_whatever_the_batches(exact: SmallLVLM, samples: list[Sample]) -> None:
     from srcfast.models import ImageFeatures
-    from srcfast.stages.rationale import image_keys
+    from srcfast.stages.prompts import image_keys
 
     keys = {key: f"image-{n % 3}" for n, sample in enumerate(samples) for key in image_keys(sample)}
     features = ImageFeatures(exact.model, lambda key: load_image(keys[key]))

@@ -15,9 +15,9 @@ from small_lvlm import IMAGES, SmallLVLM, load_image
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import prompts_of
-from srcfast.stages.dpo import reference_logprobs
 from srcfast.stages.drift import most_drift
-from srcfast.stages.rationale import image_loader
+from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.prompts import image_loader
 from srcfast.stages.references import RECHECKED, references_from_candidates
 
 WORDS = "There is a red square left of the blue circle and it is what we see in them".split()

@@ -23,10 +23,9 @@ from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_jsonl, write_shards
 from srcfast.data.readers import read_samples
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.run.chunks import Parts
-from srcfast.stages.evaluation import summarise, write_predictions
+from srcfast.run.chunks import ChunkFiles
+from srcfast.stages.evaluation import predictions_of, summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom
-from srcfast.stages.pieces import predictions_of
 from srcfast.stages.references import references_from_candidates
 from srcfast_benchmarks import growth
 from srcfast_benchmarks.growth import Stages
@@ -150,7 +149,7 @@ def test_predictions_are_written_and_summed_up_without_being_held(tmp_path: Path
         write_jsonl(file, ({} if row is None else row for row in (None, *rows)))  # a piece's head comes first
 
         def run() -> None:
-            counts = write_predictions(tmp_path / f"p{size}", samples, predictions_of(samples, Parts((file,))))
+            counts = write_predictions(tmp_path / f"p{size}", samples, predictions_of(samples, ChunkFiles((file,))))
             entry = summarise(counts, model="base", dataset="d", split="test", resamples=10, seed=0)
             assert entry["n"] == size and entry["accuracy"] == 0.5
 

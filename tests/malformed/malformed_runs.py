@@ -16,7 +16,7 @@ from malformed_records import PAIR
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import COMPLETE, json_hash, write_shards
 from srcfast.data.records import Sample
-from srcfast.run.chunks import work_through
+from srcfast.run.chunks import Chunks, run_chunks
 from srcfast.run.directory import RunDirectory
 from srcfast.run.progress import Track
 
@@ -222,7 +222,7 @@ def do_parts(path: Path) -> list[dict[str, Any]]:
     """What is said of the part that is done again."""
     samples = [Sample("s", (), "What color?", "red")]
     track = Track("parts", 1, quiet=True)
-    return warned(lambda: work_through(path, samples, 1, dict, lambda piece: ([{"id": "s"}], {}), track))
+    return warned(lambda: run_chunks(Chunks(path, dict, track), samples, 1, lambda piece: ([{"id": "s"}], {})))
 
 
 def part(told: bytes | str) -> Callable[[Path], Path]:
@@ -310,7 +310,7 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "a loop that is a list": ({"loop": [1]}, "mapping"),
     "an unknown setting in the loop": ({"loop": {"mine": 1}}, "mine"),
     "a loop's setting in words": ({"loop": {"micro_batch_size": "many"}}, "micro_batch_size"),
-    "micro-batches of none": ({"loop": {"micro_batch_size": 0}}, "micro_batch_size=0"),
+    "micro-batches of none": ({"loop": {"micro_batch_size": 0}}, "micro_batch_size"),
     "an unknown setting": ({"config": {"mine": 1}}, "mine"),
     "a setting out of bounds": ({"config": {"dpo": {"beta": -1}}}, "beta"),
     "a config that is text": ({"config": "mine"}, "Config"),

@@ -48,7 +48,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "half of a surrogate pair": ('output: "\\ud800"', "output"),
     "an unknown preset": ("preset: 13GiB", "preset"),
     "a preset that is a list": ("preset: [12GiB]", "preset"),
-    "a model that is text": ("model: embedded", "the settings of ModelSection"),
+    "a model that is text": ("model: embedded", "key: value"),
     "a dataset that is text": ("data: {train: [world]}", "data.train.0"),
     "datasets that are one": ("data: {train: {name: a, format: world, limit: 3}}", "data.train"),
     "a dataset without a name": ("data: {train: [{format: world, limit: 3}]}", "data.train.0.name"),
@@ -81,7 +81,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "a list that holds itself": ("data.train=&a [*a]", "leave aliases out"),
     "a NUL": ("name=\0", "expected YAML"),
     "a part of a list": ("data.train.0.limit=3", "a whole list"),
-    "a section that is a number": ("lora=5", "LoRASection"),
+    "a section that is a number": ("lora=5", "key: value"),
     "a key that is a number": ("lora={1: 2}", "the name of a setting"),
 }
 # One of each kind of setting, with values that are of another kind, not finite or out of bounds.

@@ -42,7 +42,6 @@ ALLOWED |= {
     "distributed": {"errors"},
     "attention": {"errors", "srcfast_kernels", "data"},
     "world": {"errors", "data"},
-    "report": {"errors", "data", "config", "world"},
     "__main__": {"cli"},
 }
 # Of `data`, the rooms that compute stand on these alone: a forest, its batches, its rows, JSON lines.

@@ -13,7 +13,7 @@ from srcfast.config.settings import CandidatesConfig
 from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.generation.generate import Generated, Prompt, generate_greedy, sample_responses
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
-from srcfast.stages.dpo import response_logprobs
+from srcfast.stages.logprobs import response_logprobs
 
 pytestmark = pytest.mark.simulated
 SLOTS = 2  # of five prompts

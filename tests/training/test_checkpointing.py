@@ -19,7 +19,7 @@ from srcfast.data.logit_rows import response_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import add_lora, lora_parameters
-from srcfast.stages.dpo import pair_logprobs, preference_tree
+from srcfast.stages.pair_trees import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import TrainingItem, train
 

@@ -17,7 +17,8 @@ from srcfast.config.settings import LoRAConfig, TrainingConfig, load_config
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
 from srcfast.stages.policy import load_model
-from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader, rationale_loss, response_tokens
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import build_raps, fine_tune_rationale, rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.determinism import deterministic_algorithms
 from srcfast.training.loop import train

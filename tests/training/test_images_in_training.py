@@ -15,7 +15,8 @@ from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
-from srcfast.stages.rationale import build_raps, fine_tune_rationale, image_loader
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import build_raps, fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.world.samples import world_samples
 

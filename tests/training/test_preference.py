@@ -15,18 +15,10 @@ from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.stages.dpo import (
-    PairMeta,
-    pair_denominator,
-    pair_logprobs,
-    preference_loss,
-    preference_tree,
-    preference_trees,
-    reference_logprobs,
-    response_logprobs,
-    train_preference,
-)
-from srcfast.stages.rationale import rationale_trees, refuse_certainty
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, train_preference
+from srcfast.stages.logprobs import reference_logprobs, refuse_certainty, response_logprobs
+from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
+from srcfast.stages.rationale import rationale_trees
 from srcfast.training.loop import TrainingItem
 
 SETTINGS = TrainingConfig(

@@ -14,14 +14,8 @@ from srcfast.config.settings import TrainingConfig
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
-from srcfast.stages.rationale import (
-    TeacherRationale,
-    build_raps,
-    fine_tune_rationale,
-    image_loader,
-    rationale_trees,
-    read_teacher,
-)
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import TeacherRationale, build_raps, fine_tune_rationale, rationale_trees, read_teacher
 from srcfast.training.checkpoint import identity_of
 
 

@@ -19,15 +19,11 @@ from small_model import SmallModel, random_preferences
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.stages.dpo import (
-    loss_rows,
-    pair_denominator,
-    preference_items,
-    preference_loss,
-    reference_logprobs,
-    train_preference,
-)
-from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale, image_loader
+from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss, train_preference
+from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.pair_trees import loss_rows
+from srcfast.stages.prompts import image_loader
+from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
 from srcfast.training.loop import Metrics, train
 from srcfast.world.samples import world_samples
 

@@ -22,7 +22,8 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.memory.flops import peak_flops
 from srcfast.run.progress import peak_rss_bytes
-from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, preference_trees
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
+from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop as training
 from srcfast.training.loop import TrainingItem, train

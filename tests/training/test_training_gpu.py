@@ -13,7 +13,8 @@ from test_training import SETTINGS, preference_items, response_items
 from srcfast.config.settings import DPOConfig, LoRAConfig
 from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
-from srcfast.stages.dpo import loss_rows, pair_denominator, preference_loss
+from srcfast.stages.dpo import pair_denominator, preference_loss
+from srcfast.stages.pair_trees import loss_rows
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import TrainingItem, train
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from srcfast.cli.app import app
 from srcfast.run import chunks
 from srcfast.run.directory import RunDirectory
-from srcfast.stages import pieces
+from srcfast.stages import candidates, evaluation, logprobs, scoring
 from srcfast.training.checkpoint import TrainingCheckpoints
 
 # At least two pieces in each stage that works in pieces, and saves of a training by no clock and no count.
@@ -57,9 +57,10 @@ class Strikes:
 
 @pytest.mark.slow
 def test_in_every_loop_a_signal_saves_at_the_next_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "BATCHES", 1)
-    monkeypatch.setattr(pieces, "BLOCK", 1)
-    monkeypatch.setattr(pieces, "PAIRS", 2)
+    for module in (candidates, evaluation):
+        monkeypatch.setattr(module, "BATCHES", 1)
+    monkeypatch.setattr(scoring, "BLOCK", 1)
+    monkeypatch.setattr(logprobs, "PAIRS", 2)
     torch.set_num_threads(1)
     config, run = tmp_path / "small.yaml", tmp_path / "small"
     config.write_text(SETTINGS, encoding="utf-8")

@@ -22,7 +22,7 @@ LIMIT = 600.0  # seconds, on a busy machine
 # On rank 1 alone the data can't be read: rank 0 waits for it, and ends with an error of its own.
 ONE_RANK_FAILS = """
 import os, sys
-from srcfast import calibrate
+from srcfast.stages import calibration_run
 from srcfast.cli.app import app
 from srcfast.errors import InputError
 
@@ -30,7 +30,7 @@ def unreadable(*arguments):
     raise InputError(file="train.jsonl", line=7, expected="JSON", found="a hole in the disk")
 
 if os.environ["RANK"] == "1":
-    calibrate.read_training_samples = unreadable
+    calibration_run.read_training_samples = unreadable
 app(sys.argv[1:])
 """
 

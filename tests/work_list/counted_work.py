@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.jsonl import write_shards
-from srcfast.run.chunks import Done, Parts, work_through
+from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.run.progress import Track
 
 
@@ -28,11 +28,11 @@ class CountedWork:
         self.given: list[list[int]] = []
         self.progress = Track("numbers", 11, quiet=True)
 
-    def __call__(self) -> Parts:
+    def __call__(self) -> ChunkFiles:
         numbers = [Number(value) for value in range(11)]
-        return work_through(self.place, numbers, 4, lambda: {"seed": self.seed}, self.piece, self.progress)
+        return run_chunks(Chunks(self.place, lambda: {"seed": self.seed}, self.progress), numbers, 4, self.piece)
 
-    def piece(self, numbers: Sequence[Number]) -> Done:
+    def piece(self, numbers: Sequence[Number]) -> ChunkResult:
         if len(self.given) == self.fails_at:
             raise RuntimeError("no more")
         self.given.append([number.value for number in numbers])
@@ -41,7 +41,7 @@ class CountedWork:
         return rows, {"numbers": len(numbers), "thirds": 1 / 3}
 
 
-def merged(parts: Parts, folder: Path) -> bytes:
+def merged(parts: ChunkFiles, folder: Path) -> bytes:
     """The shards' bytes, one after the other."""
     write_shards(folder, parts.rows(), shard_size=5)
     return b"".join(shard.read_bytes() for shard in sorted(folder.glob("*.jsonl")))

@@ -18,30 +18,38 @@ from small_lvlm import IMAGES, load_image, write_small_lvlm
 from small_scorer import small_tokenizer, write_text_model
 
 from srcfast import distributed
-from srcfast.config.settings import CandidatesConfig, ScorerConfig
+from srcfast.config.settings import CandidatesConfig, EvaluationConfig, ScorerConfig
+from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import load_scorer
-from srcfast.run.chunks import Parts
+from srcfast.run.chunks import ChunkFiles, Chunks
 from srcfast.run.progress import Track
-from srcfast.stages import pieces
+from srcfast.stages import logprobs
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.dpo import reference_logprobs, response_logprobs
-from srcfast.stages.pieces import (
+from srcfast.stages.candidates import candidates_in_chunks
+from srcfast.stages.evaluation import answers_in_chunks, predictions_of
+from srcfast.stages.logprobs import (
     PAIRS,
-    answers_in_pieces,
-    candidates_in_pieces,
-    logprobs_in_pieces,
+    logprobs_in_chunks,
     logprobs_of,
-    predictions_of,
-    references_in_pieces,
-    scores_in_pieces,
+    reference_logprobs,
+    references_in_chunks,
+    response_logprobs,
 )
-from srcfast.stages.rationale import PromptEncoder, image_keys
+from srcfast.stages.prompts import PromptEncoder, image_keys
+from srcfast.stages.scoring import scores_in_chunks
 
 SEARCH = CandidatesConfig(
-    num_candidates=3, num_beams=2, max_sentences=2, max_sentence_tokens=5, max_new_tokens=10, proposals=2, top_p=1.0
+    num_candidates=3,
+    num_beams=2,
+    max_sentences=2,
+    max_sentence_tokens=5,
+    max_new_tokens=10,
+    proposals=2,
+    top_p=1.0,
+    batch_size=2,
 )
 ADAPTIVE = AdaptivePairs(ScorerConfig(adaptive_margin=0.05, adaptive_contenders=1, adaptive_audit=0.3))
 
@@ -69,29 +77,26 @@ class Stages:
                 raise OSError("the disk is gone")
         return load_image(name)
 
-    def candidates(self) -> Parts:
-        options: dict[str, Any] = {"features": self.features, "seed": 3, "batch_size": 2}
-        place = self.folder / "candidates-parts"
-        progress = Track("candidates", 36, quiet=True)
-        return candidates_in_pieces(place, dict, self.model, self.samples, SEARCH, progress=progress, **options)
+    def candidates(self) -> ChunkFiles:
+        chunks = Chunks(self.folder / "candidates-parts", dict, Track("candidates", 36, quiet=True))
+        return candidates_in_chunks(chunks, self.model, self.samples, SEARCH, features=self.features, seed=3)
 
-    def answers(self) -> Parts:
-        options: dict[str, Any] = {"features": self.features, "max_new_tokens": 6, "batch_size": 2}
-        place = self.folder / "answers-parts"
-        progress = Track("answers", 36, quiet=True)
-        return answers_in_pieces(place, dict, self.model, self.samples, progress=progress, **options)
+    def answers(self) -> ChunkFiles:
+        settings = EvaluationConfig(max_new_tokens=6, batch_size=2)
+        chunks = Chunks(self.folder / "answers-parts", dict, Track("answers", 36, quiet=True))
+        return answers_in_chunks(chunks, self.model, self.samples, settings, features=self.features)
 
-    def logprobs(self) -> Parts:
+    def logprobs(self) -> ChunkFiles:
         place = self.folder / "logprobs-parts"
         progress = Track("logprobs", len(self.requests), unit="responses", quiet=True)
-        options: dict[str, Any] = {"features": self.features, "token_budget": 3000, "progress": progress}
-        parts = logprobs_in_pieces(place, dict, self.model, self.requests, **options)
+        options: dict[str, Any] = {"features": self.features, "token_budget": 3000}
+        parts = logprobs_in_chunks(Chunks(place, dict, progress), self.model, self.requests, **options)
         assert progress.done == len(self.requests)
         return parts
 
     def references(self) -> list[Preference]:
         progress = Track("references", len(self.pairs), unit="pairs", quiet=True)
-        logprobs = references_in_pieces(self.folder / "references-parts", dict, progress)
+        logprobs = references_in_chunks(Chunks(self.folder / "references-parts", dict, progress))
         return logprobs(self.model, self.pairs, reference_hash="abc", token_budget=3000, features=self.features)
 
     @property
@@ -131,11 +136,12 @@ class Judging:
                 texts = [f"It is {'red blue green gold'.split()[(number + k) % 4]}" for k in range(1 + number % 4)]
                 yield sample.id, [Candidate(f"{number}#{k}", sample.id, t, "", "", 0.0) for k, t in enumerate(texts)]
 
-    def scores(self) -> Parts:
+    def scores(self) -> ChunkFiles:
         progress = Track("scores", 290, quiet=True)
         place = self.folder / "scores-parts"
-        return scores_in_pieces(
-            place, dict, self.scorer, self.samples, self.candidates, 4096, "pairwise", progress, ADAPTIVE
+        chunks, settings = Chunks(place, dict, progress), ScorerConfig(token_budget=4096)
+        return scores_in_chunks(
+            chunks, self.scorer, self.samples, lambda: InOrder(self.candidates()), settings, ADAPTIVE
         )
 
 
@@ -194,13 +200,13 @@ def test_scores_stopped_in_a_later_piece_and_continued_give_the_same_bytes_and_c
     assert merged(again.scores(), stopped / "shards") == expected and again.scores().counts() == counts
 
 
-def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
+def test_references_in_chunks_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
     stages = Stages(folder("references"))
     pairs = stages.pairs
     assert len(pairs) > PAIRS
     options: dict[str, Any] = {"reference_hash": "abc", "token_budget": 3000, "features": stages.features}
     found = stages.references()
-    logprobs = references_in_pieces(stages.folder / "few", dict, Track("references", 0, quiet=True))
+    logprobs = references_in_chunks(Chunks(stages.folder / "few", dict, Track("references", 0, quiet=True)))
     few = logprobs(stages.model, pairs[:3], **options)
     for one, other in zip(found, reference_logprobs(stages.model, pairs, **options), strict=True):
         assert one.extra == other.extra and one.chosen == other.chosen and one.rejected == other.rejected
@@ -211,7 +217,7 @@ def test_references_in_pieces_are_those_computed_at_once(folder: Callable[[str],
     )
 
 
-def test_logprobs_in_pieces_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
+def test_logprobs_in_chunks_are_those_computed_at_once(folder: Callable[[str], Path]) -> None:
     stages = Stages(folder("logprobs"))
     assert len(stages.requests) > PAIRS
     encode = PromptEncoder(stages.model)
@@ -229,11 +235,11 @@ def test_requests_share_their_prompt_however_far_they_lie_apart(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages, progress = Stages(folder("far")), Track("logprobs", 8, unit="responses", quiet=True)
-    monkeypatch.setattr(pieces, "PAIRS", 4)
+    monkeypatch.setattr(logprobs, "PAIRS", 4)
     model, two = stages.model, stages.samples[:2]
     requests = [replace(sample, answer="3 " * (1 + k)) for k in range(4) for sample in two]  # in turns
-    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000, "progress": progress}
-    parts = logprobs_in_pieces(stages.folder / "parts", dict, model, requests, **options)
+    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000}
+    parts = logprobs_in_chunks(Chunks(stages.folder / "parts", dict, progress), model, requests, **options)
     answers = [len(model.encode_response(one.answer)) for one in requests]
     assert [row["tokens"] for row in logprobs_of(requests, parts)] == answers
     encode = PromptEncoder(model)
@@ -243,13 +249,13 @@ def test_requests_share_their_prompt_however_far_they_lie_apart(
 def test_a_request_that_does_not_fit_the_model_is_named_before_any_is_computed(folder: Callable[[str], Path]) -> None:
     stages, progress = Stages(folder("bad")), Track("logprobs", 300, unit="responses", quiet=True)
     requests = [*stages.requests, replace(stages.samples[0], id="request 7", question="Why <image>?")]
-    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000, "progress": progress}
+    options: dict[str, Any] = {"features": stages.features, "token_budget": 3000}
     with pytest.raises(InputError, match="'request 7'"):
-        logprobs_in_pieces(stages.folder / "parts", dict, stages.model, requests, **options)
+        logprobs_in_chunks(Chunks(stages.folder / "parts", dict, progress), stages.model, requests, **options)
     assert progress.done == 0 and not (stages.folder / "parts").exists()
 
 
-def test_answers_in_pieces_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
+def test_answers_in_chunks_are_parsed_in_the_samples_order(folder: Callable[[str], Path]) -> None:
     stages = Stages(folder("answers"))
     answers = stages.answers()
     predictions = list(predictions_of(stages.samples, answers))

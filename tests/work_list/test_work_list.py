@@ -15,7 +15,7 @@ from rank_processes import run_ranks, values_of, wait_until_ended
 
 from srcfast import distributed
 from srcfast.errors import Interrupted
-from srcfast.run.chunks import forget
+from srcfast.run.chunks import remove_chunks
 from srcfast.run.signals import listening
 
 
@@ -92,7 +92,7 @@ def test_a_second_time_nothing_is_done_and_nobody_warned(tmp_path: Path) -> None
         warnings.simplefilter("error")
         assert merged(again(), tmp_path / "shards") == undisturbed(tmp_path)
     assert again.given == []
-    forget(tmp_path / "parts")
+    remove_chunks(tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 

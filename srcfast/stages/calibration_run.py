@@ -1,0 +1,146 @@
+"""A calibration's run: its settings, its directory, its samples, and the models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from srcfast import distributed
+from srcfast.config.settings import Config
+from srcfast.data.jsonl import write_jsonl
+from srcfast.data.records import Sample
+from srcfast.memory.measure import measured
+from srcfast.memory.out_of_memory import out_of_memory_is_met
+from srcfast.memory.plan import forecast_stage
+from srcfast.models.checkpoint import model_hash
+from srcfast.models.scorer import Scorer
+from srcfast.run.artifacts import RunRecords
+from srcfast.run.directory import RunDirectory, StageMetrics
+from srcfast.run.progress import peak_rss_bytes, track
+from srcfast.stages.datasets import EvaluationSet, draw_round, read_evaluation_sets, read_training_samples
+from srcfast.stages.headroom import headroom_samples
+from srcfast.stages.policy import Policy, load_judge
+from srcfast.stages.stage_run import StageRun
+
+Work = Callable[[StageRun], dict[str, Any]]
+
+
+class CalibrationRun:
+    """What the stages of a calibration share.
+
+    Attributes:
+        config: of the run.
+        directory: of the run.
+        records: what finished stages have written.
+        policy: the LVLM in memory.
+        scorer: the R-Scorer while a stage uses it.
+        rationale_samples, calibration_samples, evaluation_sets: the data.
+        num_rejected: bad samples that were left out.
+    """
+
+    def __init__(self, config: Config, profile: range | None = None) -> None:
+        self.config, self.profile = config, profile
+        self.directory = RunDirectory(config.run_path)
+        distributed.from_main(lambda: self.directory.write_config(config))
+        images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
+        self.rationale_samples = read_training_samples(config, "rationale", images, rejected)
+        self.calibration_samples = read_training_samples(config, "calibration", images, rejected)
+        self.evaluation_sets = read_evaluation_sets(config, images, rejected)
+        distributed.from_main(lambda: write_jsonl(self.directory.rejected_file, rejected))
+        self.num_rejected = len(rejected)
+        groups = (self.rationale_samples, self.calibration_samples, *(one.samples for one in self.evaluation_sets))
+        self.samples = {sample.id: sample for group in groups for sample in group}
+        self.records = RunRecords(self.directory, self.samples)
+        self.policy = Policy(config, list(self.samples.values()))
+        self.scorer: Scorer | None = None
+
+    def stage(
+        self,
+        name: str,
+        sections: Sequence[str],
+        total: int,
+        work: Work,
+        *,
+        unit: str = "samples",
+        adapted: bool = True,
+        unfinished: Sequence[str] = (),
+    ) -> None:
+        """Run a stage unless the manifest has it, and enter it once all that it wrote is on disk.
+
+        All ranks run it, or skip it as rank 0 reads the manifest; none leaves before rank 0 has entered it.
+
+        Args:
+            name: the manifest's.
+            sections: settings that the stage depends on, beside those of all stages.
+            total: units to do.
+            work: runs it; the entry holds what it returns.
+            unit: what is counted.
+            adapted: whether the policy has an adapter.
+            unfinished: sections that the stage's chunks and checkpoints depend on, too. (Once it is finished, the manifest
+                holds them with the stage before.)
+        """
+        resolved, directory = self.config.model_dump(mode="json"), self.directory
+        settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
+        if distributed.from_main(lambda: directory.stage_done(name, settings) is not None):
+            distributed.from_main(lambda: directory.forget_checkpoint(name))
+            return
+        kind = name.rpartition("/")[2]
+        forecast = forecast_stage(self.config, kind, images=len(self.samples))
+        with (
+            out_of_memory_is_met(self.config, kind),
+            measured(self.config.model.device, self._parameters) as measurement,
+            track(name, total, unit, quiet=self.config.quiet) as progress,
+        ):
+            stage = StageRun(
+                kind=kind,
+                config=self.config,
+                output=directory.path,
+                checkpoint_dir=directory.checkpoint(name),
+                settings=settings | {key: resolved[key] for key in unfinished},
+                progress=progress,
+                metrics=StageMetrics(directory.metrics_file, name),
+                profile_dir=directory.path / "profile" / name,
+                profile=self.profile,
+                forecast=forecast if adapted else replace(forecast, adapter=0.0),
+            )
+            entry = work(stage)
+            distributed.meet()  # nothing that a rank still reads is removed
+        assert stage.forecast is not None
+        entry["memory"] = measurement.record(stage.forecast, self._models())
+        self.scorer = None
+        self.policy.end_stage()
+        entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
+        distributed.from_main(
+            lambda: directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
+        )
+        distributed.from_main(lambda: directory.forget_checkpoint(name))
+        distributed.under_way()
+
+    def load_scorer(self) -> tuple[Scorer, Callable[[], str]]:
+        """Load the R-Scorer for the rest of the stage, with its hash; the policy leaves where both do not fit into memory."""
+        self.policy.make_room()
+        self.scorer = load_judge(self.config)
+        return self.scorer, partial(model_hash, self.scorer.text_model.path)
+
+    def samples_of(self, iteration: int) -> list[Sample]:
+        """Return the samples of a round."""
+        return draw_round(self.calibration_samples, self.config.candidates.samples, iteration, self.config.seed)
+
+    def headroom_sets(self) -> list[tuple[EvaluationSet, list[Sample]]]:
+        """Return the evaluation sets of which the oracle can judge samples, with the first of these."""
+        most = self.config.evaluation.headroom_samples
+        chosen = [(one, headroom_samples(one.samples, most)) for one in self.evaluation_sets]
+        return [(one, samples) for one, samples in chosen if samples]
+
+    def _models(self) -> list[nn.Module]:
+        """Return the models in memory."""
+        policy = [self.policy.model] if self.policy.in_memory else []
+        return [*policy, *([] if self.scorer is None else [self.scorer])]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for model in self._models() for parameter in model.parameters()]

@@ -1,0 +1,109 @@
+"""The samples that the settings name: training sets, evaluation sets, and those of a round."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srcfast.config.settings import Config, DatasetConfig
+from srcfast.data.readers import check_rejected, read_samples
+from srcfast.data.records import Sample
+from srcfast.errors import ConfigError, InputError
+from srcfast.world.easy_vqa import read_easy_vqa
+from srcfast.world.samples import world_samples
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Samples held out from all else."""
+
+    name: str
+    split: str
+    samples: list[Sample]
+
+
+def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
+    """A dataset's samples; bad records go to `rejected`. The world's images are drawn into `image_dir`."""
+    if dataset.format == "world":
+        return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
+    if dataset.format == "easy_vqa":
+        return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
+    path = Path(dataset.path or "")
+    root = path.parent if dataset.image_root is None else Path(dataset.image_root)
+    samples = read_samples(
+        path, format=dataset.format, image_root=root, rejected=rejected, check_images=dataset.check_images
+    )
+    if 0 < dataset.limit < len(samples):
+        samples = random.Random(f"{dataset.name}/{dataset.seed}").sample(samples, dataset.limit)
+    return samples
+
+
+def read_training_samples(config: Config, use: str, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
+    """The samples of all training sets that take part in `use` ("rationale" or "calibration").
+
+    Raises:
+        ConfigError: no training set takes part.
+        InputError: more bad samples than `max_rejected`, or none left, or an id that two sets share.
+    """
+    sets = [one for one in config.data.train if use in one.use]
+    if not sets:
+        raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Mend: name one")
+    own: list[dict[str, Any]] = []
+    samples = [sample for one in sets for sample in read_dataset(one, image_dir, own)]
+    check_rejected(own, len(own) + len(samples), config.max_rejected)
+    known = {(row["file"], row["line"]) for row in rejected}
+    rejected += [row for row in own if (row["file"], row["line"]) not in known]
+    refuse_shared_ids(samples)
+    return samples
+
+
+def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[str, Any]]) -> list[EvaluationSet]:
+    """The evaluation sets, in the config's order. Raises InputError where one is empty."""
+    found = []
+    for one in config.data.evaluation:
+        own: list[dict[str, Any]] = []
+        samples = read_dataset(one, image_dir, own)
+        check_rejected(own, len(own) + len(samples), config.max_rejected)
+        rejected += own
+        if not samples:
+            raise InputError(
+                file=one.path,
+                field="data.evaluation",
+                expected=f"at least one sample in {one.name!r}",
+                found="none",
+                mend="name data that holds some, or leave the dataset out",
+            )
+        found.append(EvaluationSet(one.name, one.split, samples))
+    return found
+
+
+def refuse_shared_ids(samples: Sequence[Sample]) -> None:
+    """Raises InputError where two samples have one id: their candidates would be mixed."""
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise InputError(
+                sample_id=sample.id,
+                field="id",
+                expected="an id that no other sample of the run has",
+                found=sample.id,
+                mend="give the samples of all datasets ids of their own",
+            )
+        seen.add(sample.id)
+
+
+def draw(samples: Sequence[Sample], count: int, seed: str) -> list[Sample]:
+    """`count` of the samples in an order drawn by the seed; 0 for all."""
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    return shuffled[: count or len(shuffled)]
+
+
+def draw_round(samples: Sequence[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
+    """`count` fresh samples each round (0 for all), from one shuffle; they begin anew once all had their turn."""
+    shuffled = draw(samples, 0, f"calibration/{seed}")
+    count = min(count or len(shuffled), len(shuffled))
+    start = (iteration - 1) * count
+    return [shuffled[i % len(shuffled)] for i in range(start, start + count)]
