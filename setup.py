@@ -83,6 +83,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["srcfast", "srcfast.*"]), "srcfast_kernels", "srcfast_benchmarks"],
     package_dir={

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def copy_sources(folder: Path) -> Path:
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "results")
     for part in ("srcfast", "kernels", "benchmarks", "csrc", "tests"):
         shutil.copytree(ROOT / part, source / part, ignore=left_out)
-    for file in ("setup.py", "pyproject.toml", "README.md"):
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     return source
 
@@ -154,11 +155,24 @@ def test_a_torch_that_cannot_be_imported_costs_the_native_library_alone(tmp_path
     assert "srcfast_kernels/native.py" in held_by(built)
 
 
-def requirements_by_extra(wheel: Path) -> dict[str, set[str]]:
-    """Names of packages; those that are always required are under the empty name."""
+def described(wheel: Path) -> Message:
+    """The metadata of a wheel."""
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = email.message_from_bytes(archive.read(name))
+    return email.message_from_bytes(archive.read(name))
+
+
+def test_a_wheel_brings_its_license_and_names_it(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+    assert archive.read(name) == (ROOT / "LICENSE").read_bytes()
+    assert described(wheel)["License"] == "Apache-2.0"
+    assert described(wheel).get_all("License-File") == ["LICENSE"]
+
+
+def requirements_by_extra(wheel: Path) -> dict[str, set[str]]:
+    """Names of packages; those that are always required are under the empty name."""
+    metadata = described(wheel)
     found: dict[str, set[str]] = {extra: set() for extra in ["", *metadata.get_all("Provides-Extra", [])]}
     for text in metadata.get_all("Requires-Dist", []):
         requirement = Requirement(text)
