@@ -16,7 +16,7 @@ class Case:
     """One malformed input.
 
     Attributes:
-        kind: what is read, a heading of docs/malformed.md.
+        kind: what is read, a heading of CORPUS.md.
         wrong: what is wrong with it.
         make: writes it below a folder; returns its path.
         act: has the product read it; returns the rows set aside, if it sets rows aside.

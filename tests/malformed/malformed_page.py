@@ -1,4 +1,4 @@
-"""docs/malformed.md, written from the corpus: `python tests/malformed/malformed_page.py` writes it anew."""
+"""tests/malformed/CORPUS.md, written from the corpus: run this file to write it again."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from pathlib import Path
 
 from malformed_corpus import CORPUS
 
-PAGE = Path(__file__).parents[2] / "docs" / "malformed.md"
-HEAD = """# Malformed input
+PAGE = Path(__file__).with_name("CORPUS.md")
+HEAD = """# Malformed inputs under test
 
-What is read can be wrong in any way: data sets, images, settings, checkpoints, adapters, and the files that an earlier
-stage, or the run itself, has left. Each ends in one of three ways, and never in a trace from the depths, a hang, or a
-training on what nobody meant:
+Each input below is written by a plain function of this folder. `test_malformed.py` reads it and checks that the error, or
+the reason in `rejected.jsonl`, has the expected words. **{count} of {count} do.** `docs/data.md` describes what malformed
+input does. The fuzz tests (`test_fuzz.py`) give each parser some hundred mutated inputs, the same ones each time (`make
+fuzz`: thousands); only errors of srcfast may come out.
 
-- **an error by name**: file, line, field, what was expected, what was found, how to mend it;
-- **set aside**: a bad record goes to `rejected.jsonl` with its reason, the others go on, and `max_rejected` stops the
-  run where there are too many; or
-- **done again**: a training's damaged checkpoint, or a stage's damaged part, is passed over with a warning that says
-  what is wrong with it.
-
-`tests/malformed` holds the corpus: bytes that plain functions write, each named below, and for each the words
-that its error must say. **{count} of {count} end cleanly.** The tests also give each parser some hundred mutated
-inputs, the same ones each time (`make fuzz`: thousands); only errors by name may come out. This page is written from
-the corpus (`python tests/malformed/malformed_page.py`), and a test holds the two equal.
+`malformed_page.py` writes this page from the corpus, and `test_page.py` checks that it is up to date.
 
 | what is read | malformed inputs |
 | --- | ---: |

@@ -1,4 +1,4 @@
-"""docs/malformed.md tells of the corpus as it is."""
+"""CORPUS.md lists the corpus as it is."""
 
 from __future__ import annotations
 
@@ -6,5 +6,4 @@ from malformed_page import PAGE, page
 
 
 def test_the_page_is_what_the_corpus_says() -> None:
-    mend = "write it anew: python tests/malformed/malformed_page.py"
-    assert PAGE.read_text(encoding="utf-8") == page(), mend
+    assert PAGE.read_text(encoding="utf-8") == page(), "run malformed_page.py beside this test to write it again"
