@@ -71,7 +71,7 @@ def main(
         "funnel": [summary["funnel"] for summary in summaries],
     }
     write_json(ROOT / "benchmarks" / "results" / f"{name}.json", result)
-    print(table(result), gains_table(result), headroom_table(result), sep="\n\n")
+    print(short_table(result), table(result), gains_table(result), headroom_table(result), sep="\n\n")
 
 
 def values(model: str, one: tuple[str, str], key: str, runs: list[Path]) -> np.ndarray:
@@ -121,6 +121,24 @@ def pooled_headroom(by_seed: list[list[dict[str, Any]]]) -> list[dict[str, Any]]
         pool |= {name: float(np.average([entry[name] for entry in own], weights=sizes)) for name in names}
         pools.append(pool | {"recovered": recovered(pool, pool["next_pass_at_1"])})
     return pools
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """Markdown for the README: percent right and percent aligned of the base, both baselines and the last model."""
+    evaluations = result["evaluations"]
+    last = evaluations[-1]["model"]
+    rows = [
+        ("base", [e for e in evaluations if e["model"] == "base"]),
+        ("rationale fine-tuning", [e for e in evaluations if e["model"] == "rationale"]),
+        ("control: the same for more epochs", result["control"]["evaluations"]),
+        (f"SRC, {last.removeprefix('iteration-')} rounds", [e for e in evaluations if e["model"] == last]),
+    ]
+    sets = [f"{e['dataset']}, {e['split']} ({e['n']:,})" for e in rows[0][1]]
+    lines = ["| right / aligned, % | " + " | ".join(sets) + " |", "|" + " --- |" * (1 + len(sets))]
+    for name, entries in rows:
+        cells = [f"{100 * entry['accuracy']:.1f} / {100 * entry['alignment']:.1f}" for entry in entries]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""All committed results in words: `python -m srcfast_benchmarks.summary` writes docs/benchmarks.md and the README's section."""
+"""Write all committed results as text: `python -m srcfast_benchmarks.summary` writes docs/benchmarks.md and the README's part."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ samples) of all processes, beside it the 20th and 80th percentile. Memory is the
 forward and backward together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond
 the inputs. A *limit* does less than the operation.
 
+## In short
+
+{short}
 ## First contact with a GPU
 
 Whenever a machine with a GPU is at hand, this runs first, from a clone. It takes ten minutes:
@@ -122,7 +125,7 @@ def page() -> str:
             if rows:
                 parts.append(operation_section(name, device, rows))
     missing = "" if operation_results("cuda") else on_a_gpu()
-    return INTRODUCTION.format(missing=missing).rstrip() + "\n\n" + "\n".join(parts)
+    return INTRODUCTION.format(missing=missing, short=ratios()).rstrip() + "\n\n" + "\n".join(parts)
 
 
 def stage_section(name: str, device: str, result: dict[str, Any]) -> str:
@@ -192,11 +195,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-# The README's section ---------------------------------------------------------------------------------------
+# In short ---------------------------------------------------------------------------------------------------
 
 
-def performance() -> str:
-    """The README's section between its two marks: stages first, then operations; ratios, losing cases among them."""
+def ratios() -> str:
+    """Stages first, then operations, each against its peers; losing cases are among them."""
     parts: list[str] = []
     for device in ("cuda", "cpu"):
         stages, operations = stage_results(device), operation_results(device)
@@ -204,9 +207,7 @@ def performance() -> str:
             parts += stages_in_short(stages, device)
         if operations:
             parts += operations_in_short(operations, device)
-    if not operation_results("cuda"):
-        parts.append(on_a_gpu())
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join(parts)
 
 
 def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]:
@@ -215,7 +216,6 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
         "| stage | srcfast | peer | times as fast | rates | extra memory, of the peer's | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    seconds = {"ours": 0.0, "peer": 0.0}  # of a sample through all stages
     for name, result in stages.items():
         for shape, rows in by_shape(result).items():
             ours, peers = ([row for row in rows if row["way"].startswith(OURS) == is_ours] for is_ours in (True, False))
@@ -228,12 +228,8 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
                 cells += [f"{number(rates[0])}, {number(rates[1])} {result['unit']}/s"]
                 cells += [f"{memory[0] / max(memory[1], 1.0):.2f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
-        first = next(iter(by_shape(result).values()))
-        own = next(row for row in first if row["way"] == result["headline"])
-        seconds["ours"] += 1 / own["samples_per_second"]
-        seconds["peer"] += 1 / max(row["samples_per_second"] for row in first if not row["way"].startswith(OURS))
     if set(stages) == set(STAGES):
-        rates = [1 / seconds[who] for who in ("ours", "peer")]
+        rates = through_all(stages)
         cells = ["**a sample through all four**", "its way that does all of the work", "the fastest of each"]
         cells += [f"**{rates[0] / rates[1]:.1f}**", f"{number(rates[0])}, {number(rates[1])} samples/s", "", ""]
         lines.insert(2, f"| {' | '.join(cells)} |")
@@ -262,6 +258,50 @@ def operations_in_short(operations: dict[str, list[dict[str, Any]]], device: str
             lines.append(f"| {' | '.join(cells)} |")
     machine = next(iter(operations.values()))[0]
     return [*lines, "", f"On {where(machine, device)}", ""]
+
+
+# The README's section ---------------------------------------------------------------------------------------
+
+
+def headline(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of srcfast's way that does all of a stage's work, and that of the fastest peer, both at the first shape."""
+    rows = next(iter(by_shape(result).values()))
+    ours = next(row for row in rows if row["way"] == result["headline"])
+    peers = [row for row in rows if not row["way"].startswith(OURS)]
+    return ours, max(peers, key=lambda row: row["samples_per_second"])
+
+
+def through_all(stages: dict[str, dict[str, Any]]) -> list[float]:
+    """Samples per second through all stages one after the other: srcfast's, and the fastest peers'."""
+    pairs = [headline(result) for result in stages.values()]
+    return [1 / sum(1 / pair[side]["samples_per_second"] for pair in pairs) for side in (0, 1)]
+
+
+def performance() -> str:
+    """The README's section between its two marks: a line for each stage on each device that was measured."""
+    parts: list[str] = []
+    for device in ("cuda", "cpu"):
+        stages = stage_results(device)
+        if not stages:
+            continue
+        parts += [
+            "| stage | srcfast, samples/s | fastest peer, samples/s | times as fast |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, result in stages.items():
+            ours, peer = headline(result)
+            rates = [row["samples_per_second"] for row in (ours, peer)]
+            way = ours["way"].removeprefix(OURS).removeprefix(", ")
+            cells = [f"{name}, {way}" if way else name, number(rates[0]), f"{number(rates[1])} ({peer['way']})"]
+            parts.append(f"| {' | '.join(cells)} | {rates[0] / rates[1]:.1f} |")
+        if set(stages) == set(STAGES):
+            rates = through_all(stages)
+            parts.append(f"| **all four** | {number(rates[0])} | {number(rates[1])} | **{rates[0] / rates[1]:.1f}** |")
+        machines = [result["machine"] for result in stages.values()]
+        parts += ["", f"On {where(machines[0], device, *machines[1:])}", ""]
+    if not operation_results("cuda"):
+        parts.append(on_a_gpu())
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def readme() -> str:
