@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_house_rules import FLOORS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")])
@@ -64,3 +65,16 @@ def test_the_index_names_every_page_of_the_documentation():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| \[(\w+\.md)\]\(\1\)", index, re.MULTILINE))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_guide_names_files_that_exist():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:srcfast|kernels|csrc|benchmarks|docs|tests)/[\w./]*)`", guide)
+    assert len(named) >= 40
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_guide_lists_every_package_in_the_order_of_imports():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(?:srcfast|kernels)/(\w+)(?:\.py|/)` \|", guide, re.MULTILINE)
+    assert listed == [room for room in FLOORS if room != "__main__"]
