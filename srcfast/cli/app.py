@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from srcfast import __version__
+from srcfast.cli import inputs
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
 from srcfast.memory.allocator import allocator_variables
 from srcfast.run import signals
@@ -84,15 +86,34 @@ app = typer.Typer(
     cls=Commands,
     help="Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
+
+def show_version(wanted: bool) -> None:
+    """Print the version and exit."""
+    if wanted:
+        typer.echo(f"srcfast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options."""
+
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CONFIG.yaml] [KEY=VALUE]...", help="settings: a file, then single ones", show_default=False
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="settings: a file, then single ones",
+        show_default=False,
+        autocompletion=inputs.complete_words,
     ),
 ]
 Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded'")]
@@ -127,9 +148,9 @@ def calibrate(
     profile: Profile = None,
 ) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.calibrate(config, inputs.steps(profile))
 
 
@@ -145,9 +166,9 @@ def rationale(
     profile: Profile = None,
 ) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "rationale", model=model, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.rationale(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
 
 
@@ -163,9 +184,9 @@ def candidates(
     quiet: Quiet = False,
 ) -> None:
     """Stage 2: sentence-level beam search for diverse candidates."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "candidates", model=model, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.candidates(config, inputs.Source(data, format, image_root), adapter, output)
 
 
@@ -181,9 +202,9 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Stage 3: the R-Scorer judges the candidates pairwise."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "scorer", scorer=scorer, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.score(config, inputs.Source(data, format, image_root), candidates, output)
 
 
@@ -199,9 +220,9 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Stage 4a: preference pairs from judged candidates, with a funnel of what was dropped and why."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "curation", quiet=quiet)
+    from srcfast.cli import commands
+
     commands.curate(config, inputs.Source(data, format, image_root), candidates, scores, output)
 
 
@@ -218,9 +239,9 @@ def dpo(
     profile: Profile = None,
 ) -> None:
     """Stage 4b: confidence-weighted DPO on preference pairs; writes a LoRA adapter."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.dpo(config, inputs.Source(data, format, image_root), adapter, output, inputs.steps(profile))
 
 
@@ -236,9 +257,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "evaluation", model=model, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.evaluate(config, inputs.Source(data, format, image_root), adapter, output)
 
 
@@ -253,9 +274,9 @@ def logprob(
     quiet: Quiet = False,
 ) -> None:
     """Log-probabilities: {images, prompt, response} a line in, {logprob, tokens} out, in the same order."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.logprob(config, inputs.Source(data, "jsonl", image_root), adapter, output)
 
 
@@ -272,7 +293,6 @@ def estimate(
     json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, what fits and what to change; from config.json and file headers alone."""
-    from srcfast.cli import inputs
     from srcfast.cli.estimate import estimate as show
     from srcfast.memory.plan import Lengths
 
@@ -290,10 +310,10 @@ def inspect(
     index: Annotated[int, typer.Option(min=0, help="which sample, from 0")] = 0,
 ) -> None:
     """One sample as the model sees it: decoded, counted, its loss mask coloured."""
-    from srcfast.cli import inputs, tools
+    from srcfast.cli import model_tools
 
     config = inputs.settings(words, "rationale", model=model)
-    tools.inspect(config, inputs.Source(data, format, image_root), index)
+    model_tools.inspect(config, inputs.Source(data, format, image_root), index)
 
 
 @app.command()
@@ -318,9 +338,9 @@ def merge(
     output: Output = None,
 ) -> None:
     """Add an adapter into its base and write a whole checkpoint that transformers reads."""
-    from srcfast.cli import inputs, tools
+    from srcfast.cli import model_tools
 
-    tools.merge(inputs.settings(words, None, model=model), adapter, output)
+    model_tools.merge(inputs.settings(words, None, model=model), adapter, output)
 
 
 @app.command()
@@ -335,18 +355,30 @@ def scorer(
     profile: Profile = None,
 ) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions; reports its held-out accuracy."""
-    from srcfast.cli import commands, inputs
-
     config = inputs.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
+    from srcfast.cli import commands
+
     commands.scorer(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
+
+
+@app.command()
+def config(
+    words: Words = None,
+    json: AsJSON = False,
+    schema: Annotated[bool, typer.Option("--schema", help="JSON schema of config files, for editors")] = False,
+) -> None:
+    """Print the resolved settings and where each came from: a config file; or the schema of config files."""
+    from srcfast.cli import tools
+
+    tools.config(words, json, schema)
 
 
 @app.command()
 def doctor(json: AsJSON = False) -> None:
     """What is installed, which backends are live, what is missing and would bring what."""
-    from srcfast.cli import tools
+    from srcfast.cli import model_tools
 
-    tools.doctor(json)
+    model_tools.doctor(json)
 
 
 @app.command()
@@ -366,9 +398,9 @@ def replay(
     place: Annotated[Path, typer.Argument(help="the not-finite/ directory that a stopped training has named")],
 ) -> None:
     """Run a batch again whose loss or gradient was not finite: does it come out as before?"""
-    from srcfast.cli import tools
+    from srcfast.cli import model_tools
 
-    tools.replay(place)
+    model_tools.replay(place)
 
 
 @app.command()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from srcfast.cli.inputs import (
     Source,
     datasets,
     need,
-    on_all_ranks,
     read_all,
     read_candidates,
     read_preference_file,
     read_vocabulary,
     set_aside,
 )
+from srcfast.cli.ranks import on_all_ranks, on_ranks
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
@@ -31,7 +30,6 @@ from srcfast.data.readers import read_logprob_rows
 from srcfast.data.records import Sample
 from srcfast.data.stage_rows import read_scores
 from srcfast.errors import ConfigError
-from srcfast.memory.out_of_memory import out_of_memory_is_met
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.text_model import save_text_model
 from srcfast.report.table import results_table
@@ -51,20 +49,6 @@ from srcfast.stages.references import with_references
 from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_run import sampling_stage, training_stage
-
-
-def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a command, of which the settings are the first argument, on all ranks; explain where memory runs out."""
-
-    def of(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def run(config: Config, *arguments: Any) -> None:
-            with on_all_ranks(config) as local, out_of_memory_is_met(local, stage):
-                command(local, *arguments)
-
-        return run
-
-    return of
 
 
 def calibrate(config: Config, profile: range | None = None) -> None:

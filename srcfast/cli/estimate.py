@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from srcfast.cli.table import table
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.data.forest import Forest
-from srcfast.errors import printable
 from srcfast.memory.activations import ForestSizes, kept_bytes
 from srcfast.memory.advice import advice, largest_value, with_setting
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
@@ -265,18 +265,3 @@ def _print_stages(stages: Sequence[StageEstimate], assumed: dict[str, Any]) -> N
         f"Assumed: {assumed['text']} tokens of text and {assumed['image']} of an image in a prompt, {assumed['response']} in a "
         f"response; {reached}. Decoding is bound by memory, too: its time is the least."
     )
-
-
-def table(title: str, rows: Sequence[Sequence[str]], header: bool = False) -> None:
-    """Print cells as they are: markup in them stays text."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=Text(title), show_header=header)
-    if header:
-        for name in rows[0]:
-            shown.add_column(Text(name))
-    for row in rows[1:] if header else rows:
-        shown.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(shown)

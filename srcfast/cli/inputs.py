@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from srcfast import distributed
-from srcfast.config.settings import Config, DatasetConfig, load_config
+from srcfast.config.settings import Config, DatasetConfig, known_keys, load_config, load_with_sources
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_jsonl
@@ -42,14 +40,10 @@ def settings(
     output: Path | None = None,
     quiet: bool = False,
 ) -> Config:
-    """The settings of a command line: its file, then its single settings, then its options."""
-    files = [word for word in words or () if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"expected one CONFIG.yaml and key=value settings, found {' and '.join(files)}")
+    """Return the settings of a command line: its file, then its single settings, then its options, which win."""
+    files, single = _files_and_settings(words)
     named = {"model.path": model, "scorer.path": scorer, "output": output}
-    single = [word for word in words or () if "=" in word]
-    config = load_config(files[0] if files else None, single, section)
-    # An option comes last and wins. Its full name is in no section, so it is read from the root.
+    # An option's full name is in no section, so it is read from the root.
     single += [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
     single += ["quiet=true"] if quiet else []
     config = load_config(files[0] if files else None, single, section)
@@ -58,6 +52,32 @@ def settings(
 
         torch.set_num_threads(config.threads)
     return config
+
+
+def settings_and_sources(words: Sequence[str] | None) -> tuple[Config, dict[str, str]]:
+    """Return the settings of a command line, and where each one that is no default was set."""
+    files, single = _files_and_settings(words)
+    return load_with_sources(files[0] if files else None, single)
+
+
+def _files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Raise ConfigError where the words name several files."""
+    files = [word for word in words or () if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"expected one CONFIG.yaml and key=value settings, found {' and '.join(files)}")
+    return files, [word for word in words or () if "=" in word]
+
+
+def complete_words(incomplete: str) -> list[str]:
+    """Return what a shell may complete a word to: `key=` of every setting, and YAML files."""
+    keys = [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+    files = [str(path) for path in Path().glob(f"{glob.escape(incomplete)}*") if path.suffix in (".yaml", ".yml")]
+    return [*keys, *files]
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is torchrun's rank 0, or there is no torchrun: without asking PyTorch."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def need(value: Path | None, option: str, what: str) -> Path:
@@ -119,7 +139,7 @@ def set_aside(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float,
     if not rejected and kept:
         return
     file = output / "rejected.jsonl"
-    if rejected and distributed.is_main():
+    if rejected and is_rank_zero():
         write_jsonl(file, rejected)
     check_rejected(rejected, len(rejected) + kept, limit)
     if not kept:
@@ -203,10 +223,3 @@ def read_vocabulary(path: str | None) -> dict[str, Sequence[str]]:
     if not found or not all(isinstance(words, list) and len(words) > 1 for words in found.values()):
         raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}")
     return {str(name): tuple(str(word) for word in words) for name, words in found.items()}
-
-
-@contextmanager
-def on_all_ranks(config: Config) -> Iterator[Config]:
-    """The settings as this rank has them, among the ranks that `torchrun` has started: only rank 0 shows progress."""
-    with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
-        yield config if distributed.is_main() else config.model_copy(update={"quiet": True})

@@ -1,4 +1,4 @@
-"""What the commands that aid the stages do: merge, convert, inspect, doctor, report, world."""
+"""What the commands do that need no PyTorch: config, convert, bench, report, world."""
 
 from __future__ import annotations
 
@@ -6,45 +6,39 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srcfast.cli.estimate import table
-from srcfast.cli.inputs import ENDINGS, Source, need, read_all, set_aside
-from srcfast.config.settings import Config
+from srcfast.cli import inputs
+from srcfast.cli.inputs import ENDINGS, need, set_aside
+from srcfast.config.show import annotated_yaml, json_schema
+from srcfast.data.convert import convert as convert_records
 from srcfast.data.jsonl import write_jsonl
 from srcfast.errors import ConfigError, InputError, SrcfastError, printable
-from srcfast.models.embedded import checkpoint_directory
-from srcfast.stages.policy import load_model
+from srcfast.report.page import write_report
+from srcfast.world.samples import world_samples
+from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
 
 if TYPE_CHECKING:
-    from srcfast.models import LVLM
+    pass
 
 
-def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
-    """Write base and adapter as one checkpoint."""
-    from srcfast.models.lora import merge_lora
-    from srcfast.models.lvlm import save_lvlm
-
-    output = need(output, "--output", "a folder for the checkpoint")
-    adapter = need(adapter, "--adapter", "the adapter to merge")
-    if config.model.quantize != "none":
-        raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
-    model = load_model(config, adapter)
-    if output.resolve() == Path(model.path).resolve():
-        raise ConfigError(f"--output: expected a folder other than the base's, found {output}")
-    count = merge_lora(model)
-    save_lvlm(model, output)
-    print(f"{output}: {count} matrices merged")
+def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
+    """Print the resolved settings as a config file, each with where it came from; or the JSON schema of config files."""
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    settings, sources = inputs.settings_and_sources(words)
+    if as_json:
+        print(json.dumps({"settings": settings.model_dump(mode="json"), "sources": sources}, indent=2))
+        return
+    print(annotated_yaml(settings, sources), end="")
 
 
 def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
     """Records from one format to another; the bad ones are named on stderr and in `rejected.jsonl`."""
-    from srcfast.data.convert import convert as run
-
     formats = [
         _format_of(named, path, option)
         for named, path, option in ((from_format, source, "--from"), (to_format, target, "--to"))
@@ -52,7 +46,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     rejected: list[dict[str, Any]] = []
     lost: Counter[str] = Counter()
     try:
-        count = run(
+        count = convert_records(
             source,
             target,
             source_format=formats[0],
@@ -80,128 +74,8 @@ def _format_of(named: str | None, path: Path, option: str) -> str:
     return found
 
 
-def inspect(config: Config, source: Source, index: int) -> None:
-    """Print one sample decoded: no loss on the prompt (dim), loss on the response (green)."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from srcfast.data.images import load_image
-    from srcfast.stages.rationale import build_raps, read_teacher
-
-    samples = read_all(config, source, "rationale", Path(config.output))
-    if index >= len(samples):
-        raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
-    sample, teacher = samples[index], config.rationale.teacher
-    raps, dropped = build_raps([sample], config.rationale.format, None if teacher is None else read_teacher(teacher))
-    response = raps[0][1] if raps else sample.answer
-    model = load_model(config, None)
-    images = [load_image(sample.image_root, image) for image in sample.images]
-    prompt, target = model.encode_prompt(sample.question, images, sample.id), model.encode_response(response)
-    console = Console(highlight=False, soft_wrap=True)
-
-    def show(text: str, style: str = "") -> None:
-        console.print(Text(printable(text), style=style))  # Text: markup in a record stays text
-
-    show(f"sample {sample.id}", "bold")
-    for name, image in zip(sample.images, images, strict=True):
-        tokens = model.vision.num_tokens(image)
-        show(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens")
-    image_tokens = int((prompt == model.image_token_id).sum())
-    show(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss")
-    show(_condensed(model, prompt), "dim")
-    what = "response" if raps else f"bare answer (no rationale: {', '.join(dropped)})"
-    show(f"{what}: {len(target)} tokens; loss on each")
-    show(model.tokenizer.decode(target, skip_special_tokens=False), "green")
-
-
-def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
-    """The prompt's text, a run of image tokens as `<image> x 576`."""
-    parts = []
-    for is_image, run in groupby([int(token) for token in prompt], key=lambda token: token == model.image_token_id):
-        tokens = list(run)
-        text = model.tokenizer.decode(tokens, skip_special_tokens=False)
-        parts.append(f"[{model.image_token} x {len(tokens)}]" if is_image else text)
-    return "".join(parts)
-
-
-# What is not required, and what each brings.
-OPTIONAL = {
-    "flash-attn": "FlashAttention 2 for forests on NVIDIA GPUs, in place of PyTorch's (pip install wheel packaging ninja psutil; "
-    "pip install 'flash-attn>=2.8,<3' --no-build-isolation)",
-    "xformers": "one more backend of forest attention, for set_backend('xformers') alone (pip install 'xformers>=0.0.35')",
-    "triton": "fused GPU kernels (comes with torch for CUDA)",
-    "bitsandbytes": "fused 4-bit products in decoding (pip install 'srcfast[gpu]')",
-    "liger-kernel": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
-    "cut-cross-entropy": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
-    "matplotlib": "the plots of reports and benchmarks (pip install 'srcfast[report]')",
-    "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
-    "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
-    "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
-}
-SLOWER = "NF4 on the CPU (10 to 20 times), packing of many samples (10 times)"
-
-
-def unusable() -> dict[str, str]:
-    """Import what srcfast calls of the installed optional packages. Returns why it can't be used, by package."""
-    import torch
-
-    from srcfast.run.directory import version
-    from srcfast_kernels.nf4_linear import why_not_fused
-    from srcfast_kernels.optional import import_failure
-
-    reasons = {
-        "flash-attn": import_failure("flash_attn", "flash_attn_varlen_func"),
-        "xformers": import_failure("xformers.ops", "memory_efficient_attention"),
-        "matplotlib": import_failure("matplotlib.figure", "Figure"),
-        # Of bitsandbytes what decoding calls, on GPUs alone.
-        "bitsandbytes": why_not_fused() if torch.cuda.is_available() else None,
-    }
-    return {name: reason for name, reason in reasons.items() if reason is not None and version(name) is not None}
-
-
-def doctor(as_json: bool) -> None:
-    """Print versions, backends, what is missing or can't be used, and whether the embedded models are here."""
-    import torch
-
-    from srcfast.attention.forest_attention import available_backends
-    from srcfast.run.directory import environment, version
-    from srcfast_kernels import native
-    from srcfast_kernels.homes import home_of
-
-    found: dict[str, Any] = environment()
-    found["attention_backends"] = available_backends()
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    found["kernels"] = {device: home_of(torch.empty(0, device=device)) for device in devices}
-    found["native_library"] = native.why_not() or "loaded"
-    found["optional"] = {name: version(name) for name in OPTIONAL}
-    found["unusable"] = unusable()
-    found["embedded"] = {
-        name: (checkpoint_directory("embedded", name) / "config.json").is_file() for name in ("base", "scorer")
-    }
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    rows = [
-        (name, "none" if value is None else str(value))
-        for name, value in found.items()
-        if isinstance(value, str | int | None) and name != "native_library"
-    ]
-    rows.append(("attention backends", ", ".join(found["attention_backends"])))
-    rows.append(("kernels", ", ".join(f"{home} on {device}" for device, home in found["kernels"].items())))
-    rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
-    broken = {name: f", can't be used: {reason}" for name, reason in found["unusable"].items()}
-    rows += [
-        (name, f"missing: {OPTIONAL[name]}" if installed is None else installed + broken.get(name, ""))
-        for name, installed in found["optional"].items()
-    ]
-    rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
-    table("srcfast doctor", rows)
-
-
 def bench(name: str | None, device: str | None, output: Path | None) -> None:
     """Run one benchmark or all; results go beside the benchmarks in a work tree, else into `benchmarks` here."""
-    from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
-
     known = (*STAGES, *BENCHMARKS, *HOST)
     if name is not None and name not in known:
         raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
@@ -217,33 +91,13 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
     print(f"results and plots: {output}")
 
 
-def replay(place: Path) -> None:
-    """Run a kept batch again. Raises SrcfastError where its loss or gradient is not finite again."""
-    from srcfast.stages.replay import replay as run
-    from srcfast.training.loop import NotFinite
-
-    try:
-        metrics = run(place)
-    except NotFinite as error:
-        raise SrcfastError(f"reproduced: {error}") from error
-    print(
-        f"not reproduced: step {metrics['step']} has loss {metrics['loss']:.6g} and gradient norm {metrics['grad_norm']:.6g} "
-        "here. Other hardware, kernels or versions may have made the difference"
-    )
-
-
 def report(run: Path) -> None:
     """Draw the page of a run directory."""
-    from srcfast.report.page import write_report
-
     print(write_report(run))
 
 
 def world(output: Path | None, split: str, count: int, seed: int) -> None:
     """Samples of the embedded world as JSON lines, their pictures beside them."""
-    from srcfast.data.jsonl import write_jsonl
-    from srcfast.world.samples import world_samples
-
     output = need(output, "--output", "a folder for the samples")
     samples = world_samples(split, count, seed, image_dir=output / "images")
     file = output / f"{split}.jsonl"

@@ -378,18 +378,28 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), section:
         ConfigError: an unknown setting (naming the nearest known one) or a repeated one, a value of the wrong
             kind or out of bounds, or no YAML; with file and line.
     """
+    return load_with_sources(path, overrides, section)[0]
+
+
+def load_with_sources(
+    path: str | Path | None, overrides: Sequence[str] = (), section: str | None = None
+) -> tuple[Config, dict[str, str]]:
+    """`load_config`, and where each setting that is no default was set: dotted key -> preset, file and line, or override."""
     tree: dict[str, Any] = {}
-    places: dict[str, str] = {}  # dotted key -> where it was set
+    sources: dict[str, str] = {}
     if path is not None:
-        tree = read_yaml(Path(path), places)
+        tree = read_yaml(Path(path), sources)
     for word in overrides:
         key, value = _read_override(word, section)
-        places.update(dict.fromkeys([key, *_dotted(value, key)], f"override {word!r}"))
+        sources.update(dict.fromkeys([key, *_dotted(value, key)], f"override {word!r}"))
         _assign(tree, key.split("."), value, word)
+    preset = _preset(tree)
     try:
-        return Config.model_validate(_over(_preset(tree), tree))
+        config = Config.model_validate(_over(preset, tree))
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(one, places) for one in error.errors()))) from None
+        raise ConfigError("\n".join(dict.fromkeys(_explain(one, sources) for one in error.errors()))) from None
+    below = {key: f"preset {config.preset}" for name in preset for key in (name, *_dotted(preset[name], name))}
+    return config, below | sources
 
 
 def _preset(tree: dict[str, Any]) -> dict[str, Any]:

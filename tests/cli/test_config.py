@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from srcfast import __version__
+from srcfast.cli.app import app
+from srcfast.cli.inputs import complete_words
 from srcfast.config.settings import Config, known_keys, load_config
 from srcfast.errors import ConfigError
 
@@ -171,3 +180,82 @@ def test_how_a_stage_trains_is_set_and_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(expected)):
             load_config(None, [word])
+
+
+# `srcfast config` ----------------------------------------------------------------------------------------------------
+
+
+def test_config_prints_a_file_that_gives_the_same_settings_and_says_where_each_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: 24GiB\ndpo:\n  beta: 0.2\ndata: {train: [{name: 'a: b', format: jsonl, path: x.jsonl}]}\n")
+    done = CliRunner().invoke(app, ["config", str(file), "lora.r=8", "candidates.top_p=0.5"])
+    assert done.exit_code == 0, done.output
+    sources = dict(
+        re.fullmatch(r"\s*(\w+): .*  # (.*)", line).groups()
+        for line in done.output.splitlines()
+        if re.search(r"(beta|\br|top_p|epochs|dtype|train): ", line)
+    )
+    assert sources["beta"] == f"{file}, line 3" and sources["train"] == f"{file}, line 4"
+    assert sources["r"] == "override 'lora.r=8'" and sources["top_p"] == "override 'candidates.top_p=0.5'"
+    assert sources["epochs"] == "default"
+    (tmp_path / "printed.yaml").write_text(done.output)
+    assert load_config(tmp_path / "printed.yaml") == load_config(file, ["lora.r=8", "candidates.top_p=0.5"])
+    as_json = json.loads(CliRunner().invoke(app, ["config", str(file), "--json"]).output)
+    assert as_json["sources"]["model.quantize"] == "preset 24GiB" and "lora.r" not in as_json["sources"]
+    assert Config.model_validate(as_json["settings"]) == load_config(file)
+
+
+def test_the_schema_names_every_setting_with_its_meaning() -> None:
+    schema = json.loads(CliRunner().invoke(app, ["config", "--schema"]).output)
+
+    def settings(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, field in part["properties"].items():
+            target = field.get("$ref")
+            yield prefix + name, field
+            if target:
+                yield from settings(schema["$defs"][target.rpartition("/")[2]], f"{prefix}{name}.")
+
+    fields = dict(settings(schema))
+    assert set(fields) == set(known_keys())
+    assert all("description" in field for name, field in fields.items() if "$ref" not in field)
+    assert fields["dpo.beta"]["exclusiveMinimum"] == 0 and fields["dpo.beta"]["default"] == 0.1
+    assert fields["model.quantize"]["enum"] == ["none", "nf4"]
+    assert schema["additionalProperties"] is False
+
+
+def test_words_are_completed_to_settings_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dpo.yaml", "d[1].yaml", "dpo.txt"):
+        (tmp_path / name).touch()
+    assert {"dpo.beta=", "dpo.epochs=", "dpo=", "dpo.yaml"} <= set(complete_words("dpo"))
+    assert complete_words("d[") == ["d[1].yaml"] and complete_words("nothing") == []
+
+
+def test_the_version_is_said(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.output == f"srcfast {__version__}\n"
+
+
+LIGHT = (
+    ["--help"],
+    ["--version"],
+    ["config", "preset=24GiB"],
+    ["config", "--schema"],
+    ["convert", "rows.jsonl", "rows.json", "--to", "llava"],
+    ["world", "--output", "world", "--samples", "2"],
+    ["dpo", "dpo.beta=-1"],
+)
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=lambda words: " ".join(words[:2]))
+def test_what_runs_no_model_imports_no_pytorch(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "question": "What?", "answer": "red"}\n')
+    script = (
+        "import sys\nfrom srcfast.cli.app import app\n"
+        "try:\n    app(sys.argv[1:])\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.endswith("heavy: []\n"), done.stderr[-2000:]
+    assert done.returncode == (2 if words[0] == "dpo" else 0), done.stderr

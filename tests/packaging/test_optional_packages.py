@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from srcfast.attention import forest_attention
-from srcfast.cli import tools
+from srcfast.cli import model_tools
 from srcfast.cli.app import app
 from srcfast.errors import ConfigError
 from srcfast.report import plots
@@ -124,7 +124,7 @@ def test_a_matplotlib_built_for_another_numpy_costs_the_plots_alone(install: Ins
 def test_the_doctor_tells_an_installed_package_that_cannot_be_used(install: Install) -> None:
     install("flash_attn", WRONG_ABI, version="2.8.3")
     install("xformers.ops", "def memory_efficient_attention(): ...\n", version="0.0.35")
-    assert tools.unusable().keys() == {"flash-attn"}
+    assert model_tools.unusable().keys() == {"flash-attn"}
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
     assert found["optional"]["flash-attn"] == "2.8.3" and found["optional"]["xformers"] == "0.0.35"
     assert "undefined symbol" in found["unusable"]["flash-attn"]

@@ -16,8 +16,8 @@ import pytest
 from click.testing import Result
 from rich.console import Console
 
-from srcfast.cli import tools
-from srcfast.cli.estimate import table
+from srcfast.cli import model_tools
+from srcfast.cli.table import table
 from srcfast.errors import printable
 from srcfast.report.page import write_report
 from srcfast.report.table import results_table
@@ -229,7 +229,7 @@ def test_warnings_quote_damaged_files_as_they_are(srcfast: Srcfast, evil: str, m
     def warn(*arguments: Any) -> None:
         warnings.warn(f"a damaged checkpoint (found {evil})", RuntimeWarning, stacklevel=1)
 
-    monkeypatch.setattr(tools, "doctor", warn)
+    monkeypatch.setattr(model_tools, "doctor", warn)
     monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
     result = srcfast("doctor")
     assert f"(found {printable(evil)})" in result.output and not OBEYED.search(result.output)

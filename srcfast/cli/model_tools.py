@@ -1,0 +1,159 @@
+"""What the commands do that load a model or ask PyTorch: merge, inspect, doctor, replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from srcfast.attention.forest_attention import available_backends
+from srcfast.cli.inputs import Source, need, read_all
+from srcfast.cli.table import table
+from srcfast.config.settings import Config
+from srcfast.data.images import load_image
+from srcfast.errors import ConfigError, SrcfastError, printable
+from srcfast.models.embedded import checkpoint_directory
+from srcfast.models.lora import merge_lora
+from srcfast.models.lvlm import LVLM, save_lvlm
+from srcfast.run.directory import environment, version
+from srcfast.stages.policy import load_model
+from srcfast.stages.rationale import build_raps, read_teacher
+from srcfast.stages.replay import replay as run_again
+from srcfast.training.loop import NotFinite
+from srcfast_kernels import native
+from srcfast_kernels.homes import home_of
+from srcfast_kernels.nf4_linear import why_not_fused
+from srcfast_kernels.optional import import_failure
+
+
+def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
+    """Write base and adapter as one checkpoint."""
+    output = need(output, "--output", "a folder for the checkpoint")
+    adapter = need(adapter, "--adapter", "the adapter to merge")
+    if config.model.quantize != "none":
+        raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
+    model = load_model(config, adapter)
+    if output.resolve() == Path(model.path).resolve():
+        raise ConfigError(f"--output: expected a folder other than the base's, found {output}")
+    count = merge_lora(model)
+    save_lvlm(model, output)
+    print(f"{output}: {count} matrices merged")
+
+
+def inspect(config: Config, source: Source, index: int) -> None:
+    """Print one sample decoded: no loss on the prompt (dim), loss on the response (green)."""
+    samples = read_all(config, source, "rationale", Path(config.output))
+    if index >= len(samples):
+        raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
+    sample, teacher = samples[index], config.rationale.teacher
+    raps, dropped = build_raps([sample], config.rationale.format, None if teacher is None else read_teacher(teacher))
+    response = raps[0][1] if raps else sample.answer
+    model = load_model(config, None)
+    images = [load_image(sample.image_root, image) for image in sample.images]
+    prompt, target = model.encode_prompt(sample.question, images, sample.id), model.encode_response(response)
+    console = Console(highlight=False, soft_wrap=True)
+
+    def show(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style))  # Text: markup in a record stays text
+
+    show(f"sample {sample.id}", "bold")
+    for name, image in zip(sample.images, images, strict=True):
+        tokens = model.vision.num_tokens(image)
+        show(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens")
+    image_tokens = int((prompt == model.image_token_id).sum())
+    show(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss")
+    show(_condensed(model, prompt), "dim")
+    what = "response" if raps else f"bare answer (no rationale: {', '.join(dropped)})"
+    show(f"{what}: {len(target)} tokens; loss on each")
+    show(model.tokenizer.decode(target, skip_special_tokens=False), "green")
+
+
+def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
+    """The prompt's text, a run of image tokens as `<image> x 576`."""
+    parts = []
+    for is_image, run in groupby([int(token) for token in prompt], key=lambda token: token == model.image_token_id):
+        tokens = list(run)
+        text = model.tokenizer.decode(tokens, skip_special_tokens=False)
+        parts.append(f"[{model.image_token} x {len(tokens)}]" if is_image else text)
+    return "".join(parts)
+
+
+# What is not required, and what each brings.
+OPTIONAL = {
+    "flash-attn": "FlashAttention 2 for forests on NVIDIA GPUs, in place of PyTorch's (pip install wheel packaging ninja psutil; "
+    "pip install 'flash-attn>=2.8,<3' --no-build-isolation)",
+    "xformers": "one more backend of forest attention, for set_backend('xformers') alone (pip install 'xformers>=0.0.35')",
+    "triton": "fused GPU kernels (comes with torch for CUDA)",
+    "bitsandbytes": "fused 4-bit products in decoding (pip install 'srcfast[gpu]')",
+    "liger-kernel": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
+    "cut-cross-entropy": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
+    "matplotlib": "the plots of reports and benchmarks (pip install 'srcfast[report]')",
+    "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
+    "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
+    "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
+}
+
+
+SLOWER = "NF4 on the CPU (10 to 20 times), packing of many samples (10 times)"
+
+
+def unusable() -> dict[str, str]:
+    """Import what srcfast calls of the installed optional packages. Returns why it can't be used, by package."""
+    reasons = {
+        "flash-attn": import_failure("flash_attn", "flash_attn_varlen_func"),
+        "xformers": import_failure("xformers.ops", "memory_efficient_attention"),
+        "matplotlib": import_failure("matplotlib.figure", "Figure"),
+        # Of bitsandbytes what decoding calls, on GPUs alone.
+        "bitsandbytes": why_not_fused() if torch.cuda.is_available() else None,
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None and version(name) is not None}
+
+
+def doctor(as_json: bool) -> None:
+    """Print versions, backends, what is missing or can't be used, and whether the embedded models are here."""
+    found: dict[str, Any] = environment()
+    found["attention_backends"] = available_backends()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found["kernels"] = {device: home_of(torch.empty(0, device=device)) for device in devices}
+    found["native_library"] = native.why_not() or "loaded"
+    found["optional"] = {name: version(name) for name in OPTIONAL}
+    found["unusable"] = unusable()
+    found["embedded"] = {
+        name: (checkpoint_directory("embedded", name) / "config.json").is_file() for name in ("base", "scorer")
+    }
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        (name, "none" if value is None else str(value))
+        for name, value in found.items()
+        if isinstance(value, str | int | None) and name != "native_library"
+    ]
+    rows.append(("attention backends", ", ".join(found["attention_backends"])))
+    rows.append(("kernels", ", ".join(f"{home} on {device}" for device, home in found["kernels"].items())))
+    rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
+    broken = {name: f", can't be used: {reason}" for name, reason in found["unusable"].items()}
+    rows += [
+        (name, f"missing: {OPTIONAL[name]}" if installed is None else installed + broken.get(name, ""))
+        for name, installed in found["optional"].items()
+    ]
+    rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
+    table("srcfast doctor", rows)
+
+
+def replay(place: Path) -> None:
+    """Run a kept batch again. Raises SrcfastError where its loss or gradient is not finite again."""
+    try:
+        metrics = run_again(place)
+    except NotFinite as error:
+        raise SrcfastError(f"reproduced: {error}") from error
+    print(
+        f"not reproduced: step {metrics['step']} has loss {metrics['loss']:.6g} and gradient norm {metrics['grad_norm']:.6g} "
+        "here. Other hardware, kernels or versions may have made the difference"
+    )
