@@ -10,7 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,69 +44,62 @@ LARGEST = {
 WEIGHTS = "model.safetensors"
 READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantised, or no weights
 INDEX = "model.safetensors.index.json"
+MISFIT = "the checkpoint does not fit its config.json"
 
 
 def read_config(path: str | Path) -> Any:
-    """The transformers config of a checkpoint directory. Raises InputError where there is none."""
-    if not os.path.isfile(Path(path) / "config.json"):
-        raise InputError(
-            file=path, expected="a model directory with config.json", found="none", mend="name the directory"
-        )
+    """Read the transformers config of a checkpoint directory. Raises InputError where there is none, or a size is absurd."""
     file = Path(path) / "config.json"
+    if not os.path.isfile(file):
+        raise _error(path, None, "a model directory with config.json", "none", "name the directory")
     try:
-        told = parse_object(file.read_bytes())
+        settings = parse_object(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(file=file, expected="a model's config in JSON", found=error) from error
-    _check_sizes(told, "", file)
-    for part in ("text_config", "vision_config"):
-        _check_sizes(told.get(part), f"{part}.", file)
+        raise _error(file, None, "a model's config in JSON", error) from error
+    _check_sizes(settings, "", file)
+    for section in ("text_config", "vision_config"):
+        _check_sizes(settings.get(section), f"{section}.", file)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # its checks raise whatever they meet first: TypeError, KeyError, its own, ...
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(file=file, expected="a config that transformers knows", found=found) from error
+    except Exception as error:  # its checks raise TypeError, KeyError, classes of their own, ...
+        raise _error(file, None, "a config that transformers knows", f"{type(error).__name__}: {error}") from error
 
 
-def _check_sizes(settings: Any, prefix: str, file: Path) -> None:
-    """Before anything is allocated by them; what is not there has its default. Raises InputError naming the field."""
+def _check_sizes(settings: object, prefix: str, file: Path) -> None:
+    """Check sizes before memory is allocated by them; a missing one has its default. Raises InputError naming the field."""
     if not isinstance(settings, dict):
         return
-    for field in LARGEST.keys() & settings.keys():
-        value, most = settings[field], LARGEST[field]
-        if value is None and field in ("num_key_value_heads", "head_dim"):
-            continue  # derived from the others
-        if type(value) is not int or not 1 <= value <= most:
-            expected = f"a whole number from 1 to {most:,}"
-            raise InputError(file=file, field=prefix + field, expected=expected, found=repr(value))
+    for field, limit in LARGEST.items():
+        value = settings.get(field, limit)
+        derived = value is None and field in ("num_key_value_heads", "head_dim")
+        if not derived and (type(value) is not int or not 1 <= value <= limit):
+            raise _error(file, prefix + field, f"a whole number from 1 to {limit:,}", repr(value))
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The checkpoint's safetensors files, single or sharded. Raises InputError by name for anything else."""
+    """List the checkpoint's safetensors files, single or sharded. Raises InputError by name for anything else."""
     path = Path(path)
     if (path / INDEX).is_file():
-        try:
-            shards = sorted(set(parse_object((path / INDEX).read_bytes())["weight_map"].values()))
-            if not shards or not all(isinstance(shard, str) and "\0" not in shard for shard in shards):
-                raise ValueError(f"shards {shards}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                file=path / INDEX, field="weight_map", expected="tensor names and their shards, in JSON", found=error
-            ) from error
-        for shard in shards:
-            if Path(shard).name != shard or not (path / shard).is_file():
-                raise InputError(
-                    file=path / INDEX, field="weight_map", expected="shards in this directory", found=shard
-                )
-        return [path / shard for shard in shards]
+        return [path / shard for shard in _read_index(path / INDEX)]
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    raise InputError(
-        file=path,
-        expected=f"{WEIGHTS} or {INDEX}",
-        found=", ".join(pickled) or "no weights",
-        mend="convert pickled weights with save_pretrained(safe_serialization=True); srcfast reads no pickle",
-    )
+    mend = "convert pickled weights with save_pretrained(safe_serialization=True); srcfast reads no pickle"
+    raise _error(path, None, f"{WEIGHTS} or {INDEX}", ", ".join(pickled) or "no weights", mend)
+
+
+def _read_index(file: Path) -> list[str]:
+    """Read the shards' names from an index. Raises InputError where it is damaged, or a shard is not beside it."""
+    try:
+        shards = sorted(set(parse_object(file.read_bytes())["weight_map"].values()))
+        if not shards or not all(isinstance(shard, str) and "\0" not in shard for shard in shards):
+            raise ValueError(f"shards {shards}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _error(file, "weight_map", "tensor names and their shards, in JSON", error) from error
+    for shard in shards:
+        if Path(shard).name != shard or not (file.parent / shard).is_file():
+            raise _error(file, "weight_map", "shards in this directory", shard)
+    return shards
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -124,22 +117,19 @@ def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
             tensor = tensors.get_tensor(name)
-            # The sum of what is finite may overflow, but no other sum is finite: one pass, at the speed of memory.
-            if tensor.dtype in READ and not math.isfinite(tensor.sum()):
-                odd = int((~tensor.isfinite()).sum())
-                if odd:
-                    raise InputError(
-                        file=file,
-                        field=name,
-                        expected="finite numbers",
-                        found=f"{odd:,} of {tensor.numel():,} that are NaN or infinite",
-                        mend="fetch the file again",
-                    )
+            _check_finite(tensor, file, name)
             yield name, tensor
 
 
+def _check_finite(tensor: Tensor, file: Path, name: str) -> None:
+    # Finite numbers may add up to infinity, but NaN and infinite ones never to a finite sum: one pass, as fast as memory.
+    if tensor.dtype in READ and not math.isfinite(tensor.sum()) and (count := int((~tensor.isfinite()).sum())):
+        found = f"{count:,} of {tensor.numel():,} that are NaN or infinite"
+        raise _error(file, name, "finite numbers", found, "fetch the file again")
+
+
 def stored_weights(path: str | Path, parts: Sequence[str] = ("",)) -> int:
-    """How many weights a checkpoint's files hold in tensors whose names have one of `parts` in them; two in a byte of 4 bits.
+    """Count the weights in tensors whose names contain one of `parts`; a byte of 4-bit codes holds two.
 
     Raises:
         InputError: as `read_file`.
@@ -155,29 +145,35 @@ def stored_weights(path: str | Path, parts: Sequence[str] = ("",)) -> int:
 
 
 def refuse_more_than_stored(modules: Iterable[nn.Module], path: str | Path, parts: Sequence[str] = ("",)) -> None:
-    """Before memory is taken for them. Raises InputError where modules ask for more than twice what the files hold."""
-    asked = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    """Raise InputError where modules would take memory for more than twice the weights that the files hold."""
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     stored = stored_weights(path, parts)
-    if asked > 2 * stored:
-        raise InputError(
-            file=Path(path) / "config.json",
-            expected=f"a model of the {stored:,} weights that its files hold",
-            found=f"settings of one of {asked:,}",
-            mend="the checkpoint does not fit its config.json",
-        )
+    if count > 2 * stored:
+        expected, found = f"a model of the {stored:,} weights that its files hold", f"settings of one of {count:,}"
+        raise _error(Path(path) / "config.json", None, expected, found, MISFIT)
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises InputError where it is damaged, or what reads its tensors raises."""
     try:
         with safe_open(regular(file), framework="pt") as tensors:
             with open(file, "rb") as opened:  # safetensors itself takes the last tensor of a name
                 parse_object(opened.read(int.from_bytes(opened.read(8), "little")))
             yield tensors
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            file=file, expected="a whole safetensors file", found=error, mend="fetch the file again"
-        ) from error
+        raise _error(file, None, "a whole safetensors file", error, "fetch the file again") from error
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a tensor of a checkpoint sets: `holder` is a parameter, a buffer, or a linear that quantises its weight."""
+
+    holder: Tensor | NF4Linear
+    shape: torch.Size  # of the whole weight, even where ranks share it out
+    dtype: torch.dtype
+    device: torch.device
+    required: bool
 
 
 def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tensor]], path: str | Path) -> None:
@@ -188,123 +184,127 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
     Raises:
         InputError: a tensor that is missing, unexpected or of another shape; it is named.
     """
-    own, missing = {}, set()
-    four_bits: dict[tuple[str, str], NF4Linear] = {}
-    states: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for part, module in parts.items():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not name.endswith(".flat"):  # it is set by the weight's name alone
-                own[part, name] = tensor
-        linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, NF4Linear)}
-        four_bits |= {(part, f"{name}.weight"): linear for name, linear in linears.items()}
-        missing |= {(part, name) for name in module.state_dict() if not name.endswith(("position_ids", ".flat"))}
-    missing |= set(four_bits)
+    targets = {(part, name): target for part, module in parts.items() for name, target in _targets(module).items()}
+    missing = {key for key, target in targets.items() if target.required}
+    quantised: dict[tuple[str, str], dict[str, Tensor]] = {}
     unexpected, seen = [], set()
     for part, name, tensor in tensors:
         if (part, name) in seen:
-            raise InputError(file=path, field=name, expected="each tensor once", found="a second one of this name")
+            raise _error(path, name, "each tensor once", "a second one of this name")
         seen.add((part, name))
         weight, _, detail = name.partition(".weight.")
-        place = (part, f"{weight}.weight") if detail else (part, name)
-        missing.discard(place)
-        if place not in own and place not in four_bits:
+        key = (part, f"{weight}.weight" if detail else name)
+        missing.discard(key)
+        if key not in targets:
             unexpected.append(name)
         elif detail or tensor.dtype == torch.uint8:
-            states.setdefault(place, {})[detail] = tensor
+            quantised.setdefault(key, {})[detail] = tensor  # codes, scales and settings come one by one, in any order
         else:
-            linear = four_bits.get(place)
-            shape = own[place].shape if linear is None else (linear.out_features, linear.in_features)
-            _check_shape(path, name, shape, tensor.shape)
-            if tensor.dtype not in READ and (linear is not None or own[place].is_floating_point()):
-                expected, found = "float16, bfloat16, float32 or float64", str(tensor.dtype).removeprefix("torch.")
-                raise InputError(file=path, field=name, expected=expected, found=found)
-            _check_range(path, name, tensor, own[place].dtype if linear is None else _like(parts[part])[1])
-            with torch.no_grad():
-                if linear is None:
-                    keep(own[place], tensor)
-                else:
-                    device, dtype = _like(parts[part])
-                    linear.set_weight(tensor.to(device=device, dtype=dtype))
-    for kind, names in (("missing", sorted(name for _, name in missing)), ("unexpected", sorted(unexpected))):
-        if names:
-            raise InputError(
-                file=path,
-                field=names[0],
-                expected=f"no {kind} tensors",
-                found=f"{len(names)} {kind}: {', '.join(names[:5])}",
-                mend="the checkpoint does not fit its config.json",
-            )
-    for (part, name), state in states.items():
-        device, dtype = _like(parts[part])
-        try:
-            quantised = nf4_from_state_dict({key: tensor.to(device) for key, tensor in state.items()})
-            _check_nf4(quantised)
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise InputError(
-                file=path, field=name, expected="a weight in NF4 as bitsandbytes writes it", found=error
-            ) from error
-        linear = four_bits.get((part, name))
-        shape = own[part, name].shape if linear is None else (linear.out_features, linear.in_features)
-        _check_shape(path, name, shape, quantised.shape)
-        with torch.no_grad():
-            if linear is None:
-                keep(own[part, name], nf4_dequantize(quantised))
-                continue
-            try:
-                linear.set_quantized(replace(quantised, dtype=dtype))
-            except ValueError as error:
-                raise InputError(
-                    file=path,
-                    field=name,
-                    expected="NF4 that ranks can share out",
-                    found=error,
-                    mend="distributed.shard=false, or quantise the checkpoint anew",
-                ) from error
+            _check_tensor(targets[key], tensor, path, name)
+            _set(targets[key], tensor)
+    _check_none("missing", [name for _, name in missing], path)
+    _check_none("unexpected", unexpected, path)
+    for key, state in quantised.items():
+        _set_nf4(targets[key], _read_nf4(targets[key], state, path, key[1]), path, key[1])
 
 
-def _check_shape(path: str | Path, name: str, expected: Sequence[int], found: Sequence[int]) -> None:
-    if tuple(expected) != tuple(found):
-        raise InputError(file=path, field=name, expected=f"shape {list(expected)}", found=list(found))
+def _targets(module: nn.Module) -> dict[str, _Target]:
+    """Map the names of a checkpoint's tensors to what they set in a module of one device and one type of weights."""
+    first, saved = next(module.parameters()), module.state_dict().keys()
+    targets = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        required = name in saved and not name.endswith("position_ids")
+        if not name.endswith(".flat"):  # a 4-bit linear's, which is set by its weight's name alone
+            targets[name] = _Target(tensor, tensor.shape, tensor.dtype, first.device, required)
+    for name, linear in module.named_modules():
+        if isinstance(linear, NF4Linear):
+            shape = torch.Size((linear.out_features, linear.in_features))
+            targets[f"{name}.weight"] = _Target(linear, shape, first.dtype, first.device, required=True)
+    return targets
 
 
-def _check_range(path: str | Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises InputError where a number of a checkpoint is beyond all of the type that it is read into."""
-    if not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
+@torch.no_grad()
+def _set(target: _Target, tensor: Tensor) -> None:
+    if isinstance(target.holder, NF4Linear):
+        target.holder.set_weight(tensor.to(device=target.device, dtype=target.dtype))
+    else:
+        keep(target.holder, tensor)
+
+
+@torch.no_grad()
+def _set_nf4(target: _Target, weight: NF4Weight, path: str | Path, name: str) -> None:
+    """Set a target from a weight in 4 bits. Raises InputError where ranks can't share it out."""
+    if not isinstance(target.holder, NF4Linear):
+        return keep(target.holder, nf4_dequantize(weight))
+    try:
+        target.holder.set_quantized(replace(weight, dtype=target.dtype))
+    except ValueError as error:
+        mend = "distributed.shard=false, or quantise the checkpoint anew"
+        raise _error(path, name, "NF4 that ranks can share out", error, mend) from error
+
+
+def _read_nf4(target: _Target, state: Mapping[str, Tensor], path: str | Path, name: str) -> NF4Weight:
+    """Put together what bitsandbytes wrote of a weight. Raises InputError where that is no NF4, or of another shape."""
+    try:
+        weight = nf4_from_state_dict({key: tensor.to(target.device) for key, tensor in state.items()})
+        _check_nf4(weight)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise _error(path, name, "a weight in NF4 as bitsandbytes writes it", error) from error
+    _check_shape(target, weight.shape, path, name)
+    return weight
+
+
+def _check_none(kind: str, names: list[str], path: str | Path) -> None:
+    """Raise InputError where there are tensors of a kind: "missing" or "unexpected"."""
+    if names := sorted(names):
+        found = f"{len(names)} {kind}: {', '.join(names[:5])}"
+        raise _error(path, names[0], f"no {kind} tensors", found, MISFIT)
+
+
+def _check_shape(target: _Target, shape: torch.Size, path: str | Path, name: str) -> None:
+    if target.shape != shape:
+        raise _error(path, name, f"shape {list(target.shape)}", list(shape))
+
+
+def _check_tensor(target: _Target, tensor: Tensor, path: str | Path, name: str) -> None:
+    """Raise InputError where a tensor has another shape than its target, no numbers, or some that the target can't hold."""
+    _check_shape(target, tensor.shape, path, name)
+    if not target.dtype.is_floating_point:
         return
-    limit = torch.finfo(dtype).max
-    if limit < torch.finfo(tensor.dtype).max and (largest := max(abs(float(one)) for one in tensor.aminmax())) > limit:
-        expected = f"numbers that {str(dtype).removeprefix('torch.')} holds, at most {limit:g}"
-        mend = "load it in bfloat16 or float32, which hold larger ones"
-        raise InputError(file=path, field=name, expected=expected, found=f"{largest:g}", mend=mend)
+    if tensor.dtype not in READ:
+        raise _error(path, name, "float16, bfloat16, float32 or float64", str(tensor.dtype).removeprefix("torch."))
+    limit = torch.finfo(target.dtype).max
+    if tensor.numel() and limit < torch.finfo(tensor.dtype).max:
+        if (largest := max(abs(float(extreme)) for extreme in tensor.aminmax())) > limit:
+            expected = f"numbers that {str(target.dtype).removeprefix('torch.')} holds, at most {limit:g}"
+            raise _error(path, name, expected, f"{largest:g}", "load it in bfloat16 or float32, which hold larger ones")
 
 
 def _check_nf4(weight: NF4Weight) -> None:
-    """Raises ValueError where codes and scales don't belong to each other: no kernel may read behind their ends."""
+    """Raise ValueError where codes and scales don't belong to each other: no kernel may read behind their ends."""
     if type(weight.blocksize) is not int or weight.blocksize not in BLOCKSIZES or weight.dtype not in READ:
         raise ValueError(f"blocks of {weight.blocksize!r} weights of {weight.dtype}")
     count, nested = math.prod(weight.shape), weight.nested_absmax
     blocks = math.ceil(count / weight.blocksize)
-    wanted = [("codes", weight.packed, torch.uint8, math.ceil(count / 2))]
-    wanted += [("absmax", weight.absmax, torch.float32 if nested is None else torch.uint8, blocks)]
+    layout = [("codes", weight.packed, torch.uint8, math.ceil(count / 2))]
+    layout += [("absmax", weight.absmax, torch.float32 if nested is None else torch.uint8, blocks)]
     if nested is not None:
-        wanted += [("nested_absmax", nested, torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))]
-    for name, tensor, dtype, size in wanted:
+        layout += [("nested_absmax", nested, torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))]
+    for name, tensor, dtype, size in layout:
         if tensor.dtype != dtype or tensor.numel() != size:
             raise ValueError(f"{name}: expected {size} of {dtype}, found {tensor.numel()} of {tensor.dtype}")
     if weight.offset is not None and not (weight.offset.numel() == 1 and math.isfinite(weight.offset)):
         raise ValueError(f"nested_offset: expected a finite number, found {weight.offset.tolist()}")
 
 
-def _like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module is, and what it computes in."""
-    parameter = next(module.parameters())
-    return parameter.device, parameter.dtype
+def _error(file: str | Path, field: str | None, expected: str, found: object, mend: str | None = None) -> InputError:
+    return InputError(file=file, field=field, expected=expected, found=found, mend=mend)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically. Raises OSError where it can't be written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of its own, for what safetensors writes first has a name by chance, which no one would know to be left over.
+    # In a directory of its own: safetensors first writes under a random name, which no later run would know as a leftover.
     temporary = temporary_of(file)
     written = temporary / file.name
     remove_temporary(temporary)  # never written through a link that is planted there
@@ -327,7 +327,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def model_hash(path: str | Path) -> str:
-    """SHA-256 over a checkpoint's config and weights: the same content, the same hash, wherever it lies."""
+    """Hash a checkpoint's config and weights (SHA-256): the same content has the same hash in any directory."""
     files = [Path(path) / "config.json", *weight_files(path)]
     return _digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
