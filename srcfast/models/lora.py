@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,20 @@ UNDERSTOOD: dict[str, Any] = {
     "alpha_pattern": {},
     "modules_to_save": [],
 }
+# Its numbers: field, types, which of them are taken, and that in words.
+_NUMBERS: Sequence[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = (
+    ("r", (int,), lambda rank: 1 <= rank <= 4096, "a rank, a whole number from 1 to 4096"),
+    ("lora_alpha", (int, float), lambda alpha: 0 < alpha < 1e9, "a number above 0"),
+    ("lora_dropout", (int, float), lambda share: 0 <= share < 1, "a share from 0 to below 1"),
+)
+
+
+class HasDecoder(Protocol):
+    """A model whose decoder's linear layers take an adapter: `LVLM` and `TextModel`."""
+
+    decoder: nn.Module
+    path: Path  # of the base's checkpoint
+    lora_config: LoRAConfig  # once it has an adapter
 
 
 class LoRALinear(nn.Module):
@@ -47,9 +61,8 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base: Any = base
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, **options))
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device, dtype=dtype))
         self.scaling = config.alpha / config.r
         self.dropout = config.dropout
         self.number = number
@@ -59,7 +72,7 @@ class LoRALinear(nn.Module):
         return project(x, self)[0]
 
     def adapted(self, dtype: torch.dtype) -> Adapted:
-        """For `lora_linears`, the adapter in `dtype`."""
+        """Cast the adapter to `dtype` for `lora_linears`."""
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         return Adapted(self.base.weight, self.base.bias, a, b, self.scaling)
 
@@ -67,20 +80,20 @@ class LoRALinear(nn.Module):
 def project(
     x: Tensor, *linears: nn.Module, norm: nn.Module | None = None, keys: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """[T, out_i] of several linears of one input [T, in], after a norm where one is given; adapted ones together.
+    """Apply linears to one input [T, in], after a norm if one is given, adapted ones in one go; returns [T, out_i] each.
 
     `keys` are those of the rows' dropout, [T] int64; see `Decoder.dropout_keys`.
     """
-    if not all(_is_adapted(one) for one in linears):
+    if not all(_is_adapted(linear) for linear in linears):
         x = x if norm is None else norm(x)
-        return tuple(_alone(x, one, keys) for one in linears)
-    if any(one.training and one.dropout for one in linears):  # of an input of its own each
+        return tuple(_alone(x, linear, keys) for linear in linears)
+    if any(linear.training and linear.dropout for linear in linears):  # each drops other entries of x
         x = x if norm is None else norm(x)
-        return tuple(_with_dropout(x, one, keys) for one in linears)
-    adapted = [one.adapted(x.dtype) for one in linears]  # type: ignore[operator]
-    if norm is None or norm.weight.requires_grad:  # type: ignore[union-attr]
+        return tuple(_with_dropout(x, linear, keys) for linear in linears)
+    adapted = [linear.adapted(x.dtype) for linear in linears]
+    if norm is None or norm.weight.requires_grad:
         return lora_linears(x if norm is None else norm(x), adapted)
-    return lora_linears(x, adapted, Norm(norm.weight, norm.eps))  # type: ignore[arg-type]
+    return lora_linears(x, adapted, Norm(norm.weight, norm.eps))
 
 
 def _alone(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
@@ -90,9 +103,9 @@ def _alone(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
 
 
 def project_swiglu(gate: Tensor, up: Tensor, linear: nn.Module, keys: Tensor | None = None) -> Tensor:
-    """[T, out] of a linear of silu(gate) * up, [T, in] each; an adapted one keeps no product."""
+    """Apply a linear to silu(gate) * up, [T, in] each; returns [T, out]. An adapted one saves no product for backward."""
     if _is_adapted(linear) and not (linear.training and linear.dropout):
-        return swiglu_lora_linear(gate, up, linear.adapted(gate.dtype))  # type: ignore[operator]
+        return swiglu_lora_linear(gate, up, linear.adapted(gate.dtype))
     return project(swiglu(gate, up), linear, keys=keys)[0]
 
 
@@ -106,12 +119,12 @@ def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
             "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Mend: train with "
             "srcfast.training.loop, or set model.decoder.dropout_keys to [T] int64 before each forest"
         )
-    own = linear.adapted(x.dtype)
-    low = dropout_product(x, keys, linear.number, linear.dropout, own.lora_a)  # [T, r]
-    return torch.addmm(linear.base(x), low, own.lora_b.T, alpha=own.scaling)
+    adapter = linear.adapted(x.dtype)
+    low = dropout_product(x, keys, linear.number, linear.dropout, adapter.lora_a)  # [T, r]
+    return torch.addmm(linear.base(x), low, adapter.lora_b.T, alpha=adapter.scaling)
 
 
-def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
+def apply_lora(model: HasDecoder, lora: str | Path | LoRAConfig | None) -> None:
     """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none.
 
     Raises:
@@ -123,84 +136,82 @@ def apply_lora(model: nn.Module, lora: str | Path | LoRAConfig | None) -> None:
         load_adapter(model, lora)
 
 
-def refuse_idle_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Raises InputError where the adapter read from the directory changes nothing: the base's work would pass for its.
+def refuse_idle_adapter(model: HasDecoder, directory: str | Path) -> None:
+    """Raise InputError where the adapter read from the directory changes nothing: the base's results would pass for its.
 
-    Training may begin with one: as PEFT makes them, new adapters are such.
+    Training may begin with such a one, as PEFT's new adapters are.
     """
     layers = adapters(model)
-    if any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
-        return
-    raise InputError(
-        file=Path(directory) / ADAPTER_WEIGHTS,
-        field="lora_B",
-        expected="an adapter that changes the model",
-        found=f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them",
-        mend="train the adapter first, or leave it out",
-    )
+    if not any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
+        file, mend = Path(directory) / ADAPTER_WEIGHTS, "train the adapter first, or leave it out"
+        found = f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them"
+        expected = "an adapter that changes the model"
+        raise InputError(file=file, field="lora_B", expected=expected, found=found, mend=mend)
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> None:
+@torch.no_grad()
+def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     """Add a trainable adapter to the decoder's target layers; A is drawn as PEFT draws it, B is zero.
 
     Raises:
         InputError: no layer of that name, a rank below 1, or an adapter is there already.
     """
     refuse_adapter(model)
-    embedding = model.decoder.embed_tokens.weight  # type: ignore[union-attr]
-    exact = torch.promote_types(embedding.dtype, torch.float32)  # type: ignore[union-attr]
+    embedding = model.decoder.embed_tokens.weight
+    exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
-    found = set()
-    for number, (parent, name, linear) in enumerate(list(_linears(model.decoder))):
+    linears = list(_linears(model.decoder))
+    if missing := sorted(set(config.target_modules) - {name for _, name, _ in linears}):
+        expected = f"layers among {', '.join(TARGETS)}"
+        raise InputError(field="target_modules", expected=expected, found=", ".join(missing))
+    for number, (parent, name, linear) in enumerate(linears):
         if name not in config.target_modules:
             continue
-        found.add(name)
         adapted = LoRALinear(linear, config, embedding.device, exact, number)
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
+        adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
         adapted.train(linear.training)
         setattr(parent, name, adapted)
-    if missing := set(config.target_modules) - found:
-        raise InputError(
-            field="target_modules", expected=f"layers among {', '.join(TARGETS)}", found=", ".join(sorted(missing))
-        )
-    model.lora_config = config  # type: ignore[assignment]
+    model.lora_config = config
 
 
-def _linears(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for layer in decoder.layers:  # type: ignore[union-attr]
-        for part in (layer.self_attn, layer.mlp):
-            for name in TARGETS:
-                if hasattr(part, name):
-                    yield part, name, getattr(part, name)
+def _linears(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
+    """Yield (parent, name, linear) in one order, by which dropout numbers them and weights are drawn."""
+    for layer in decoder.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            children = dict(parent.named_children())
+            yield from ((parent, name, children[name]) for name in TARGETS if name in children)
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by their name within the decoder."""
-    return {name: part for name, part in model.decoder.named_modules() if isinstance(part, LoRALinear)}
+def adapters(model: HasDecoder) -> dict[str, LoRALinear]:
+    """Map names within the decoder to the adapted layers."""
+    return {name: module for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)}
 
 
-def refuse_adapter(model: nn.Module) -> None:
-    """Raises InputError where the model has an adapter."""
-    if found := adapters(model):
-        raise InputError(
-            field=next(iter(found)),
-            expected="a model without an adapter",
-            found=f"{len(found)} adapted layers",
-            mend="merge the adapter first (merge_lora)",
-        )
+def refuse_adapter(model: HasDecoder) -> None:
+    """Raise InputError where the model has an adapter."""
+    if layers := adapters(model):
+        found, mend = f"{len(layers)} adapted layers", "merge the adapter first (merge_lora)"
+        raise InputError(field=next(iter(layers)), expected="a model without an adapter", found=found, mend=mend)
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters."""
-    return [parameter for layer in adapters(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+def lora_parameters(model: HasDecoder) -> list[nn.Parameter]:
+    """List the adapter's parameters."""
+    return list(_named_parameters(model).values())
+
+
+def _named_parameters(model: HasDecoder) -> dict[str, nn.Parameter]:
+    """Map names within the decoder, such as "layers.0.mlp.up_proj.lora_A", to the adapter's parameters."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in adapters(model).items():
+        parameters |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    return parameters
 
 
 @contextmanager
-def disable_lora(model: nn.Module) -> Iterator[None]:
-    """Within: the base model's outputs."""
+def disable_lora(model: HasDecoder) -> Iterator[None]:
+    """Switch the adapter off within: outputs are the base model's."""
     layers = adapters(model).values()
     for layer in layers:
         layer.active = False
@@ -212,62 +223,57 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def folded_lora(model: nn.Module) -> Iterator[None]:
-    """Within: the same outputs from base weights that hold the adapter, for decoding, where its small products cost much.
+def folded_lora(model: HasDecoder) -> Iterator[None]:
+    """Add the adapter into the base weights within, for decoding, where its small products cost much; outputs stay the same.
 
     Weights of 16 or 4 bits are left as they are: folded, they would be rounded anew. So are weights that ranks share out.
     """
-    whole = {} if is_sharded(model.decoder) else adapters(model)  # type: ignore[arg-type]
-    layers = [layer for layer in whole.values() if isinstance(layer.base, nn.Linear) and layer.active]
+    foldable = {} if is_sharded(model.decoder) else adapters(model)
+    layers = [layer for layer in foldable.values() if isinstance(layer.base, nn.Linear) and layer.active]
     layers = [layer for layer in layers if layer.base.weight.dtype in (torch.float32, torch.float64)]
-    kept = [layer.base.weight.data for layer in layers]
+    weights = [layer.base.weight.data for layer in layers]
     for layer in layers:
         layer.base.weight.data = layer.base.weight.data + layer.scaling * (layer.lora_B.data @ layer.lora_A.data)
         layer.active = False
     try:
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
+        for layer, weight in zip(layers, weights, strict=True):
             layer.base.weight.data = weight
             layer.active = True
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> int:
+def merge_lora(model: HasDecoder) -> int:
     """Add the adapter into the base weights and remove it; returns the number of merged matrices."""
-    count = 0
-    for name, layer in adapters(model).items():
+    layers = adapters(model)
+    for name, layer in layers.items():
         if not isinstance(layer.base, nn.Linear):
             raise InputError(field=name, expected="a base weight in 16 or 32 bits", found=type(layer.base).__name__)
         exact = torch.promote_types(layer.base.weight.dtype, torch.float32)
         change = layer.scaling * (layer.lora_B.to(exact) @ layer.lora_A.to(exact))
         layer.base.weight.copy_(layer.base.weight.to(exact) + change)
         path, _, last = name.rpartition(".")
-        setattr(model.decoder.get_submodule(path), last, layer.base)  # type: ignore[union-attr,operator]
-        count += 1
-    return count
+        setattr(model.decoder.get_submodule(path), last, layer.base)
+    return len(layers)
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
+def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does, each atomically, the config last.
 
     Raises:
         InputError: the model has no adapter.
     """
     directory = Path(directory)
-    layers = adapters(model)
-    if not layers:
+    if not (parameters := _named_parameters(model)):
         raise InputError(file=directory, expected="a model with an adapter", found="none")
-    config: LoRAConfig = model.lora_config  # type: ignore[assignment]
-    prefix = _peft_prefix(model)
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{prefix}.{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{prefix}.{name}.lora_B.weight"] = layer.lora_B
+    config, has_vision = model.lora_config, hasattr(model, "vision")
+    prefix = "base_model.model.model.language_model" if has_vision else "base_model.model.model"
+    tensors = {f"{prefix}.{name}.weight": parameter for name, parameter in parameters.items()}
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
     targets = "|".join(name for name in TARGETS if name in config.target_modules)
-    scope = r".*language_model\..*" if ".language_model" in prefix else r".*\."
+    scope = r".*language_model\..*" if has_vision else r".*\."
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -287,108 +293,102 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     write_json(directory / ADAPTER_CONFIG, settings)
 
 
-def _peft_prefix(model: nn.Module) -> str:
-    return "base_model.model.model.language_model" if hasattr(model, "vision") else "base_model.model.model"
-
-
-def load_adapter(model: nn.Module, directory: str | Path, trainable: bool = True) -> None:
+def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = True) -> None:
     """Read a PEFT LoRA adapter into a model that has none yet.
 
     Raises:
         InputError: a file is missing or damaged, or the adapter does not fit the model; the tensor is named.
     """
     directory = Path(directory)
-    file = directory / ADAPTER_CONFIG
-    try:
-        settings = parse_object(regular(file).read_bytes())
-        tensors = dict(read_file(directory / ADAPTER_WEIGHTS))
-    except (OSError, ValueError, InputError) as error:
-        if isinstance(error, InputError) and error.field is not None:
-            raise  # it names the tensor
-        raise InputError(
-            file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
-        ) from error
-    for key, needed in UNDERSTOOD.items():
-        if (settings.get(key) or needed) != needed:
-            raise InputError(file=file, field=key, expected=str(needed), found=settings[key])
-    rank: Any = settings.get("r")
-    alpha: Any = settings.get("lora_alpha")
-    dropout: Any = settings.get("lora_dropout", 0)
-    for field, value, kinds, fits, expected in (
-        ("r", rank, (int,), lambda r: 1 <= r <= 4096, "a rank, a whole number from 1 to 4096"),
-        ("lora_alpha", alpha, (int, float), lambda a: 0 < a < 1e9, "a number above 0"),
-        ("lora_dropout", dropout, (int, float), lambda share: 0 <= share < 1, "a share from 0 to below 1"),
-    ):
-        if type(value) not in kinds or not fits(value):
-            raise InputError(file=file, field=field, expected=expected, found=repr(value))
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.partition(".lora_")
-        position = name.find("layers.")
-        if position < 0 or part not in ("A.weight", "B.weight"):
-            raise InputError(
-                file=directory / ADAPTER_WEIGHTS, field=key, expected="lora_A or lora_B of a decoder layer", found=key
-            )
-        if "vision_tower" in name:
-            raise InputError(
-                file=directory / ADAPTER_WEIGHTS, field=key, expected="layers of the decoder only", found=key
-            )
-        if tensor.dtype not in READ:
-            raise InputError(
-                file=directory / ADAPTER_WEIGHTS,
-                field=key,
-                expected="numbers in 16, 32 or 64 bits",
-                found=str(tensor.dtype).removeprefix("torch."),
-            )
-        modules.setdefault(name[position:], {})[part[0]] = tensor
-    if not modules:
-        raise InputError(file=directory / ADAPTER_WEIGHTS, expected="an adapter's tensors", found="none")
-    targets = tuple(sorted({name.rpartition(".")[2] for name in modules}))
-    if unknown := sorted(set(targets) - set(TARGETS)):
-        raise InputError(
-            file=directory / ADAPTER_WEIGHTS,
-            field="target_modules",
-            expected=f"layers among {', '.join(TARGETS)}",
-            found=", ".join(unknown),
-        )
-    config = LoRAConfig.model_construct(r=rank, alpha=float(alpha), dropout=float(dropout), target_modules=targets)
-    add_lora(model, config)
-    layers = adapters(model)
-    if missing := sorted(set(layers) ^ set(modules)):
-        raise InputError(
-            file=directory / ADAPTER_WEIGHTS,
-            field=missing[0],
-            expected="one adapter for each target layer of this model",
-            found=f"{len(modules)} adapted layers, the model has {len(layers)}",
-            mend="this adapter belongs to another base",
-        )
-    for name, layer in layers.items():
-        for part, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
-            tensor = modules[name].get(part)
-            if tensor is None or tensor.shape != parameter.shape:
-                raise InputError(
-                    file=directory / ADAPTER_WEIGHTS,
-                    field=f"{name}.lora_{part}",
-                    expected=f"shape {list(parameter.shape)}",
-                    found="none" if tensor is None else list(tensor.shape),
-                    mend="this adapter belongs to another base",
-                )
-            with torch.no_grad():
-                parameter.copy_(tensor)
+    file = directory / ADAPTER_WEIGHTS
+    with _naming_files(directory):
+        settings = {"lora_dropout": 0} | parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
+        tensors = dict(read_file(file))
+    _check_settings(settings, directory / ADAPTER_CONFIG)
+    weights = _by_name_in_decoder(tensors, file)
+    targets = _target_modules(weights, file)
+    alpha, dropout = float(settings["lora_alpha"]), float(settings["lora_dropout"])
+    add_lora(model, LoRAConfig(r=settings["r"], alpha=alpha, dropout=dropout, target_modules=targets))
+    parameters = _named_parameters(model)
+    _check_fit(parameters, weights, file)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
             parameter.requires_grad_(trainable)
 
 
-def adapter_hash(directory: str | Path) -> str:
-    """SHA-256 over an adapter's weights and the settings that matter."""
-    directory = Path(directory)
+@contextmanager
+def _naming_files(directory: Path) -> Iterator[None]:
+    """Turn an error of reading an adapter's files into an InputError that names both; one that names a tensor stays."""
     try:
+        yield
+    except (OSError, ValueError, InputError) as error:
+        if isinstance(error, InputError) and error.field is not None:
+            raise
+        expected = f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+        raise InputError(file=directory, expected=expected, found=error) from error
+
+
+def _check_settings(settings: Mapping[str, Any], file: Path) -> None:
+    """Raise InputError where PEFT would compute something else by these settings, or a number is out of bounds."""
+    for field, needed in UNDERSTOOD.items():
+        if (settings.get(field) or needed) != needed:
+            raise InputError(file=file, field=field, expected=str(needed), found=settings[field])
+    for field, types, fits, expected in _NUMBERS:
+        value = settings.get(field)
+        if type(value) not in types or not fits(value):
+            raise InputError(file=file, field=field, expected=expected, found=repr(value))
+
+
+def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Name an adapter's tensors as `_named_parameters` does. Raises InputError at one that is none of a decoder's LoRA."""
+    weights = {}
+    for key, tensor in tensors.items():
+        layer, _, part = key.partition(".lora_")
+        start = layer.find("layers.")
+        for fits, expected, found in (
+            (start >= 0 and part in ("A.weight", "B.weight"), "lora_A or lora_B of a decoder layer", key),
+            ("vision_tower" not in layer, "layers of the decoder only", key),
+            (tensor.dtype in READ, "numbers in 16, 32 or 64 bits", str(tensor.dtype).removeprefix("torch.")),
+        ):
+            if not fits:
+                raise InputError(file=file, field=key, expected=expected, found=found)
+        weights[key[start:].removesuffix(".weight")] = tensor
+    return weights
+
+
+def _target_modules(weights: Mapping[str, Tensor], file: Path) -> tuple[str, ...]:
+    """List the kinds of layers that have weights. Raises InputError where there are none, or one is not among TARGETS."""
+    if not weights:
+        raise InputError(file=file, expected="an adapter's tensors", found="none")
+    targets = {name.split(".")[-2] for name in weights}
+    if unknown := sorted(targets - set(TARGETS)):
+        expected = f"layers among {', '.join(TARGETS)}"
+        raise InputError(file=file, field="target_modules", expected=expected, found=", ".join(unknown))
+    return tuple(sorted(targets))
+
+
+def _check_fit(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raise InputError where weights are not those of just these parameters' layers, or of other shapes."""
+    layers, stored = ({name.rpartition(".")[0] for name in names} for names in (parameters, weights))
+    mend = "this adapter belongs to another base"
+    if difference := sorted(layers ^ stored):
+        expected = "one adapter for each target layer of this model"
+        found = f"{len(stored)} adapted layers, the model has {len(layers)}"
+        raise InputError(file=file, field=difference[0], expected=expected, found=found, mend=mend)
+    for name, parameter in parameters.items():
+        shape = list(weights[name].shape) if name in weights else "none"
+        if shape != list(parameter.shape):
+            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, mend=mend)
+
+
+def adapter_hash(directory: str | Path) -> str:
+    """Hash an adapter's weights and the settings that change its outputs (SHA-256)."""
+    directory = Path(directory)
+    with _naming_files(directory):
         settings = parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
         weights = regular(directory / ADAPTER_WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            file=directory, expected=f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}", found=error
-        ) from error
-    kept = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    relevant = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
     digest.update(weights)
     return digest.hexdigest()
