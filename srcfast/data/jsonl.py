@@ -30,11 +30,11 @@ def _finite(text: str) -> float:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
+    return entries
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_finite)
@@ -42,7 +42,7 @@ PLAIN_DECODER = json.JSONDecoder(parse_int=str)  # finds the end of what DECODER
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says in UTF-8, where no key is there twice and no number is infinite. Raises ValueError for anything else."""
+    """Parse JSON in UTF-8. Raises ValueError for anything else, a key that is there twice, or a number that is not finite."""
     text = text if isinstance(text, str) else text.decode("utf-8")
     try:
         value = DECODER.decode(text)
@@ -54,7 +54,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """`parse_json` of an object. Raises ValueError for anything else."""
+    """Parse a JSON object, as `parse_json` does. Raises ValueError for anything else."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of an object")
@@ -62,7 +62,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def is_unicode(text: str, value: Any) -> bool:
-    """Whether a value read from this JSON text can be written as UTF-8: no half of a surrogate pair, escaped or not."""
+    """Return whether a value read from this JSON text can be written as UTF-8: no half of a surrogate pair, even escaped."""
     try:
         text.encode("utf-8")
         if "\\ud" in text.lower():
@@ -73,10 +73,10 @@ def is_unicode(text: str, value: Any) -> bool:
 
 
 def regular(path: str | Path) -> Path:
-    """The path itself, if what can be read there has an end: one waits on a pipe for ever, and on some devices, too.
+    """Return the path if reading it comes to an end, as it may not with a pipe or a device.
 
     Raises:
-        OSError: nothing is there, or a pipe, socket or device. A folder is left to whoever opens it.
+        OSError: nothing is there, or a pipe, socket or device. A folder passes: opening it fails at once.
         ValueError: a NUL in the path.
     """
     mode = os.stat(path).st_mode
@@ -86,7 +86,7 @@ def regular(path: str | Path) -> Path:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (1-based line, object); blank lines are passed over. Raises InputError at a malformed line."""
+    """Yield (1-based line, object), without blank lines. Raises InputError at a malformed line."""
     for line, row in read_lines(path):
         if isinstance(row, InputError):
             raise row
@@ -98,7 +98,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputEr
     try:
         file = open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        found = getattr(error, "strerror", None) or error
+        found = (isinstance(error, OSError) and error.strerror) or error
         raise InputError(file=path, expected="a readable file", found=found) from error
     with file:
         for line, text in enumerate(file, start=1):
@@ -122,12 +122,12 @@ def _parse_line(path: str | Path, line: int, text: str) -> dict[str, Any] | Inpu
 
 
 def temporary_of(path: Path) -> Path:
-    """Where what will be `path` is written by this process; whoever takes a run directory removes those of killed ones."""
+    """Return where this process writes what will be `path`; a run removes what killed processes left under such names."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_temporary(path: Path) -> None:
-    """Remove what lies under a `temporary_of` name, if anything does: a file, a folder, or a link as such."""
+    """Remove the file, folder or link (not its target) under a `temporary_of` name, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -135,13 +135,13 @@ def remove_temporary(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a `temporary_of` some path, by any process."""
+    """Return whether any process has this path as a `temporary_of` another one."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the body names this file, not a temporary one or, as where there was no room for bytes, none at all."""
+    """Let an OSError of the body name this file, not a temporary one, nor none at all, as where the disk was full."""
     try:
         yield
     except OSError as error:
@@ -152,7 +152,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once all is written; if writing fails, nothing changes.
+    """Open a file that replaces `path` once all is written; if writing fails, nothing changes.
 
     `durable`: its bytes are on the disk before its name is, so that not even a power cut leaves half of it.
     """
@@ -196,7 +196,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_size: int = 1000) -> int:
-    """Write `00000.jsonl`, `00001.jsonl`, ... and last the marker of a whole directory; returns the rows."""
+    """Write `00000.jsonl`, `00001.jsonl`, ..., and last the marker of a whole directory; returns the number of rows."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / COMPLETE).unlink(missing_ok=True)
@@ -224,18 +224,18 @@ def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_si
 
 
 def json_hash(value: Any) -> str:
-    """SHA-256 of what JSON says of a value, whatever the order of its keys."""
+    """Hash a value's JSON (SHA-256), whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(file: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Hash a file's bytes (SHA-256)."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether `write_shards` finished here."""
+    """Return whether `write_shards` finished here."""
     return os.path.isfile(Path(directory) / COMPLETE)  # False for a path that is none, where pathlib raises OSError
 
 
@@ -246,10 +246,24 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
         InputError: the directory is not whole, or a shard is not as it was written; a marker without hashes is taken as it is.
     """
     directory = Path(directory)
+    rows, hashes = _read_marker(directory)
+    count = 0
+    for shard, sha256 in enumerate(hashes):
+        file = directory / f"{shard:05d}.jsonl"
+        _check_hash(file, sha256, rows)
+        for line, row in read_jsonl(file):
+            count += 1
+            yield file, line, row
+    if count != rows:
+        expected, mend = f"{rows} rows, as {COMPLETE} says", "remove the directory and run the stage again"
+        raise InputError(file=directory, expected=expected, found=count, mend=mend)
+
+
+def _read_marker(directory: Path) -> tuple[int, Iterable[str | None]]:
+    """Read how many rows a directory has, and each shard's hash, None in older ones. Raises InputError where it is not whole."""
     if not is_complete(directory):
-        raise InputError(
-            file=directory, expected=f"a finished stage ({COMPLETE} marker)", found="none", mend="run the stage before"
-        )
+        expected = f"a finished stage ({COMPLETE} marker)"
+        raise InputError(file=directory, expected=expected, found="none", mend="run the stage before")
     try:
         marker = parse_object((directory / COMPLETE).read_bytes())
         shards, rows = marker["shards"], marker["rows"]
@@ -259,30 +273,15 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
         if hashes is not None and (not isinstance(hashes, list) or len(hashes) != shards):
             raise ValueError(f"{hashes!r} for {shards} shards")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            file=directory / COMPLETE,
-            expected='{"rows": n, "shards": k, "sha256": [one a shard]}',
-            found=repr(error),
-            mend="run the stage again",
-        ) from error
-    count = 0
-    for shard in range(shards):
-        path, expected = directory / f"{shard:05d}.jsonl", None if hashes is None else hashes[shard]
-        if expected is not None and path.is_file() and (found := file_hash(path)) != expected:
-            raise InputError(
-                file=path,
-                expected=f"the shard that was written ({rows} rows in all), of SHA-256 {expected}, as {COMPLETE} says",
-                found=found,
-                mend="put it back as it was, or remove the directory and run the stage again; to change rows by hand, "
-                f"take sha256 out of {COMPLETE}",
-            )
-        for line, row in read_jsonl(path):
-            count += 1
-            yield path, line, row
-    if count != rows:
-        raise InputError(
-            file=directory,
-            expected=f"{rows} rows, as {COMPLETE} says",
-            found=count,
-            mend="remove the directory and run the stage again",
-        )
+        expected, found = '{"rows": n, "shards": k, "sha256": [one a shard]}', repr(error)
+        file, mend = directory / COMPLETE, "run the stage again"
+        raise InputError(file=file, expected=expected, found=found, mend=mend) from error
+    return rows, hashes or (None for _ in range(shards))  # no list: a damaged marker may speak of 10^12
+
+
+def _check_hash(file: Path, sha256: str | None, rows: int) -> None:
+    """Raise InputError where a shard is not the one that was written; the reader of a missing one says that it is missing."""
+    if sha256 is not None and file.is_file() and (found := file_hash(file)) != sha256:
+        expected = f"the shard that was written ({rows} rows in all), of SHA-256 {sha256}, as {COMPLETE} says"
+        mend = "put it back as it was, or remove the directory and run the stage again; to change rows by hand, "
+        raise InputError(file=file, expected=expected, found=found, mend=f"{mend}take sha256 out of {COMPLETE}")

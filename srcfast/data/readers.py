@@ -1,7 +1,8 @@
-"""Readers of the formats that users have. A bad record is set aside with its reason; the rest goes on."""
+"""Readers of the formats that users have. A bad record is rejected with its reason; the others are read."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,27 +41,27 @@ def read_samples(
     check_images: bool = True,
     image_output: Path | None = None,
 ) -> list[Sample]:
-    """Read samples; what is wrong with the others is appended to `rejected`, as `rejected.jsonl` keeps it.
+    """Read samples; a row for `rejected.jsonl` about each bad record is appended to `rejected`.
 
     Args:
         path: the file.
         format: jsonl | llava | vlmeval_tsv.
         image_root: folder that image paths are relative to.
-        check_images: decode every image once now, so that a broken one is set aside instead of met hours later.
+        check_images: decode every image once now, so that a broken one is rejected here, not hours later.
         image_output: where a TSV's base64 images are written (default: a folder beside the TSV).
 
     Raises:
         InputError: the file as a whole can't be read, or the format is unknown.
     """
     if format == "jsonl":
-        found = _each(_jsonl_sample, read_lines(path), path, image_root)
+        samples = _each(_jsonl_sample, read_lines(path), path, image_root)
     elif format == "llava":
-        found = _llava_samples(path, image_root)
+        samples = _llava_samples(path, image_root)
     elif format == "vlmeval_tsv":
-        found = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
+        samples = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
     else:
         raise InputError(file=path, field="format", expected="jsonl, llava or vlmeval_tsv", found=format)
-    return _keep_good(_with_unique_ids(found, path), path, rejected, check_images and format != "vlmeval_tsv")
+    return _keep_good(_with_unique_ids(samples, path), path, rejected, check_images and format != "vlmeval_tsv")
 
 
 def read_preferences(
@@ -77,34 +78,31 @@ def read_preferences(
         InputError: the file as a whole can't be read, or the format is unknown.
     """
     if format == "jsonl":
-        found = _each(_preference, read_lines(path), path, image_root)
+        pairs = _each(_preference, read_lines(path), path, image_root)
     elif format == "trl":
-        found = _each(_trl_preference, _json_items(path, "sample_id"), path, image_root)
+        pairs = _each(_trl_preference, _json_items(path, "sample_id"), path, image_root)
     else:
         raise InputError(file=path, field="format", expected="jsonl or trl", found=format)
-    return _keep_good(found, path, rejected, check_images)
+    return _keep_good(pairs, path, rejected, check_images)
 
 
 def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
     """Read `{images, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
     rows = []
-    sound: dict[str, InputError | None] = {}
+    errors: dict[str, InputError | None] = {}
     for line, row in read_jsonl(path):
         fields = Fields(row, path, line)
         images, prompt, response = fields.images(), fields.text("prompt"), fields.text("response")
         prompt = _without_marks(prompt, len(images), fields, "prompt")
         for image in images:
-            if (problem := _problem(sound, image_root, image)) is not None:
-                raise _at(problem, path, line, fields.sample_id)
+            if (error := _image_error(image_root, image, errors)) is not None:
+                raise _of_record(error, path, line, fields.sample_id)
         rows.append(LogprobRow(images, prompt, response, image_root))
     return rows
 
 
 def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected: int | float) -> None:
-    """Raises InputError, with counts by reason, if more was set aside than allowed: a count, or a share (float).
-
-    That every record is bad is never allowed.
-    """
+    """Raise InputError, with counts by reason, if all records were rejected, or more than a count, or a share (float)."""
     over = len(rejected) > max_rejected * total if isinstance(max_rejected, float) else len(rejected) > max_rejected
     if over or (rejected and len(rejected) == total):
         reasons = Counter(f"{row['field'] or 'record'!r}: expected {row['expected']}" for row in rejected)
@@ -126,6 +124,7 @@ def _each(
     path: str | Path,
     image_root: Path,
 ) -> Iterator[tuple[int, Record | InputError]]:
+    """Read each row; an error takes the place of a bad record."""
     for line, row in rows:
         try:
             yield line, row if isinstance(row, InputError) else read(row, path, line, image_root)
@@ -134,87 +133,80 @@ def _each(
 
 
 def _with_unique_ids(
-    found: Iterable[tuple[int, Sample | InputError]], path: str | Path
+    samples: Iterable[tuple[int, Sample | InputError]], path: str | Path
 ) -> Iterator[tuple[int, Sample | InputError]]:
-    first: dict[str, int] = {}
-    for line, sample in found:
-        if not isinstance(sample, InputError) and sample.id in first:
-            yield (
-                line,
-                InputError(
-                    file=path,
-                    line=line,
-                    sample_id=sample.id,
-                    field="id",
-                    expected="an id that occurs once",
-                    found=f"that of line {first[sample.id]}",
-                    mend="give each sample an id of its own",
-                ),
+    """Replace each sample whose id has occurred by an error."""
+    lines: dict[str, int] = {}
+    for line, sample in samples:
+        if isinstance(sample, Sample) and sample.id in lines:
+            expected, found = "an id that occurs once", f"that of line {lines[sample.id]}"
+            mend = "give each sample an id of its own"
+            sample = InputError(
+                file=path, line=line, sample_id=sample.id, field="id", expected=expected, found=found, mend=mend
             )
-            continue
-        if not isinstance(sample, InputError):
-            first[sample.id] = line
+        elif isinstance(sample, Sample):
+            lines[sample.id] = line
         yield line, sample
 
 
 @no_full_passes()
 def _keep_good(
-    found: Iterable[tuple[int, Record | InputError]],
+    records: Iterable[tuple[int, Record | InputError]],
     path: str | Path,
     rejected: list[dict[str, Any]],
     check_images: bool,
 ) -> list[Record]:
-    """The good records, each image decoded once; the others' errors go to `rejected`."""
+    """List the good records, each image decoded once; the others' errors go to `rejected`."""
     good: list[Record] = []
-    sound: dict[str, InputError | None] = {}
-    for line, record in found:
+    errors: dict[str, InputError | None] = {}
+    for line, record in records:
         if isinstance(record, InputError):
             rejected.append(record.as_record())
             continue
-        problems = (_problem(sound, record.image_root, image) for image in record.images if check_images)
-        problem = next((one for one in problems if one is not None), None)
-        if problem is None:
+        image_errors = (_image_error(record.image_root, image, errors) for image in record.images if check_images)
+        error = next((error for error in image_errors if error is not None), None)
+        if error is None:
             good.append(record)
         else:
-            name = record.id if isinstance(record, Sample) else record.sample_id
-            rejected.append(_at(problem, path, line, name).as_record())
+            sample_id = record.id if isinstance(record, Sample) else record.sample_id
+            rejected.append(_of_record(error, path, line, sample_id).as_record())
     return good
 
 
-def _problem(sound: dict[str, InputError | None], root: Path, image: str) -> InputError | None:
-    """What is wrong with an image below `root`, remembered in `sound`."""
-    if image not in sound:
-        sound[image] = None
+def _image_error(root: Path, image: str, errors: dict[str, InputError | None]) -> InputError | None:
+    """Return what is wrong with an image below `root`, None if nothing is; `errors` remembers it."""
+    if image not in errors:
+        errors[image] = None
         try:
             check_image(root, image)
         except InputError as error:
             error.__cause__ = error.__context__ = None  # their traces would keep the file's bytes in memory
-            sound[image] = error.with_traceback(None)
-    return sound[image]
+            errors[image] = error.with_traceback(None)
+    return errors[image]
 
 
-def _at(problem: InputError, path: str | Path, line: int, sample_id: str | None) -> InputError:
-    """An image's error, told of the record that names the image."""
+def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | None) -> InputError:
+    """Turn an image's error into one of the record that names the image."""
     return InputError(
         file=path,
         line=line,
         sample_id=sample_id,
         field="image",
-        expected=problem.expected,
-        found=f"{problem.found} ({problem.file})",
-        mend=problem.mend,
+        expected=error.expected,
+        found=f"{error.found} ({error.file})",
+        mend=error.mend,
     )
 
 
 def _without_marks(text: str, num_images: int, fields: Fields, name: str) -> str:
-    """The text without image marks, of which there must be as many as images, or none."""
+    """Remove a text's image marks. Raises InputError where they are neither none nor as many as the images."""
     marks = text.count(IMAGE_MARK)
     if marks not in (0, num_images):
         raise _count_error(fields, marks, num_images)
-    bare = text.replace(IMAGE_MARK, "").strip() if marks else text
-    if not bare.strip():
+    unmarked = text.replace(IMAGE_MARK, "").strip() if marks else text
+    if not unmarked.strip():
         raise fields.error(name, "text beside the image marks", text)
-    return bare
+    return unmarked
 
 
 def _count_error(fields: Fields, marks: int, num_images: int) -> InputError:
@@ -223,7 +215,7 @@ def _count_error(fields: Fields, marks: int, num_images: int) -> InputError:
 
 
 def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
-    """The items of one JSON list, each with the line it begins on, or JSON lines; unnamed ones are called record-N."""
+    """Yield the rows of a JSON list, each with the line it begins on, or of JSON lines; unnamed ones are called record-N."""
     for number, (line, row) in enumerate(_json_list_or_lines(path), start=1):
         yield line, row if isinstance(row, InputError) else {id_key: f"record-{number}"} | row
 
@@ -233,57 +225,65 @@ def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
         text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
-    at = _skip_space(text, 0)
-    if text[at : at + 1] != "[":
-        yield from read_lines(path)
-        return
-    line, counted = 1, 0
-    at = _skip_space(text, at + 1)
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
+    start = _skip_space(text, 0)
+    return _list_items(text, start + 1, path) if text[start : start + 1] == "[" else read_lines(path)
+
+
+def _list_items(text: str, start: int, path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a JSON list that is opened before `start`. Raises InputError where the list itself is malformed."""
+    position, line, counted = _skip_space(text, start), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = _item(text, at)
+            row, end = _read_item(text, position, path, line)
         except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise InputError(file=path, line=line, expected="a JSON list of records", found=error) from error
-        if isinstance(row, str):
-            expected = "one JSON object in UTF-8"
-            yield line, InputError(file=path, line=line, field="record", expected=expected, found=row)
-        else:
-            yield line, row
-        at = _skip_space(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            line += text.count("\n", counted, at)
-            found = repr(text[at : at + 20]) if at < len(text) else "the end of the file"
-            raise InputError(file=path, line=line, expected="',' or ']' in a JSON list of records", found=found)
-    rest = _skip_space(text, at + 1)
-    if rest < len(text):
-        line = text.count("\n", 0, rest) + 1
-        raise InputError(file=path, line=line, expected="nothing after the list", found=repr(text[rest : rest + 40]))
+        yield line, row
+        position = _next_item(text, end, path)
+    if (rest := _skip_space(text, position + 1)) < len(text):
+        expected, found = "nothing after the list", repr(text[rest : rest + 40])
+        raise InputError(file=path, line=_line_at(text, rest), expected=expected, found=found)
 
 
-def _item(text: str, at: int) -> tuple[dict[str, Any] | str, int]:
-    """The record of a list that begins here, or in words what it is instead; and where it ends.
+def _read_item(text: str, start: int, path: str | Path, line: int) -> tuple[dict[str, Any] | InputError, int]:
+    """Read the record of a list that begins at `start`, or what is wrong with it; and where it ends.
 
     Raises:
-        ValueError, RecursionError: no JSON, so that its end can't be told.
+        ValueError, RecursionError: no JSON, so that its end is unknown.
     """
     try:
-        row, end = DECODER.raw_decode(text, at)
+        row, end = DECODER.raw_decode(text, start)
+        if isinstance(row, dict) and is_unicode(text[start:end], row):
+            return row, end
+        found = "half of a surrogate pair" if isinstance(row, dict) else repr(row)
     except ValueError as error:
-        end = PLAIN_DECODER.raw_decode(text, at)[1]
-        return f"{error}: {text[at : min(end, at + 200)]!r}", end
-    if not isinstance(row, dict):
-        return repr(row), end
-    return row if is_unicode(text[at:end], row) else "half of a surrogate pair", end
+        end = PLAIN_DECODER.raw_decode(text, start)[1]
+        found = f"{error}: {text[start : min(end, start + 200)]!r}"
+    expected = "one JSON object in UTF-8"
+    return InputError(file=path, line=line, field="record", expected=expected, found=found), end
 
 
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _next_item(text: str, end: int, path: str | Path) -> int:
+    """Return where the item behind the one that ends here begins, or the list's "]". Raises InputError for anything else."""
+    position = _skip_space(text, end)
+    if text[position : position + 1] == ",":
+        return _skip_space(text, position + 1)
+    if text[position : position + 1] != "]":
+        expected = "',' or ']' in a JSON list of records"
+        found = repr(text[position : position + 20]) if position < len(text) else "the end of the file"
+        raise InputError(file=path, line=_line_at(text, position), expected=expected, found=found)
+    return position
+
+
+def _line_at(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 # JSON lines -----------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Pa
 
 
 def _llava_samples(path: str | Path, image_root: Path) -> Iterator[tuple[int, Sample | InputError]]:
-    """One sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
+    """Yield a sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
     for line, row in _json_items(path, "id"):
         try:
             if isinstance(row, InputError):
@@ -335,8 +335,8 @@ def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: 
         question, answer = asked["value"].replace(IMAGE_MARK, "").strip(), answered["value"].strip()
         fields.sample_id = f"{name}-{number}" if number else name
         if question and answer:
-            own = (rationale, facts) if number == 0 else (None, ())
-            samples.append(Sample(fields.sample_id, images, question, answer, *own, dict(extra), image_root))
+            notes = (rationale, facts) if number == 0 else (None, ())
+            samples.append(Sample(fields.sample_id, images, question, answer, *notes, dict(extra), image_root))
         else:
             empty = "answer" if question else "question"
             samples.append(fields.error(empty, f"a non-empty {empty} in turn {number}", "", "fill it in"))
@@ -347,21 +347,21 @@ def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: 
 
 
 def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
-    """A TRL row {images, prompt, chosen, rejected} of message lists or strings."""
+    """Read a TRL row {images, prompt, chosen, rejected} of message lists or strings."""
     fields = Fields(row, path, line)
     num_images = len(Fields(row, path, line).images())
-    ours = dict(row)
+    plain = dict(row)
     for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        ours[name], marks = _message(fields, name, role)
+        plain[name], marks = _message(fields, name, role)
         if marks and name != "prompt":
             raise fields.error(name, "a response of text", "an image part", "keep images in the prompt")
         if marks not in (0, num_images):
             raise _count_error(fields, marks, num_images)
-    return _preference(ours, path, line, image_root)
+    return _preference(plain, path, line, image_root)
 
 
 def _message(fields: Fields, name: str, role: str) -> tuple[str, int]:
-    """The text of a string or of a single message, and how many images are marked by parts of it."""
+    """Take the text of a string or of a single message, and how many images are marked by parts of it."""
     expected = f"a string, or one message of role {role!r} with text"
     value = fields.take(name, expected)
     if isinstance(value, str):
