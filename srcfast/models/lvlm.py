@@ -49,7 +49,7 @@ class LVLM(nn.Module):
         self.max_positions = decoder.config.max_positions
 
     def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
-        """Tokens [n] of the user's turn and the generation prompt; each image's placeholder at its full length.
+        """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length.
 
         Raises:
             InputError: the question holds the image token or another control token, or the prompt leaves no room for a
@@ -57,61 +57,48 @@ class LVLM(nn.Module):
         """
         for token in self.control_tokens:
             if token in question:
-                raise InputError(
-                    sample_id=sample_id,
-                    field="question",
-                    expected=f"text without {token}",
-                    found=question,
-                    mend="name images under 'images' only, and leave out the tokenizer's control tokens",
-                )
+                mend = "name images under 'images' only, and leave out the tokenizer's control tokens"
+                raise _prompt_error(sample_id, "question", f"text without {token}", question, mend)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
         text = chat_text(self.tokenizer, content, None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
         ids = np.array(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
+        positions = np.flatnonzero(ids == self.image_token_id)
+        if len(positions) != len(images):
+            expected = f"{len(images)} image placeholders in the prompt"
+            mend = "the checkpoint's chat template must show each image once"
+            raise _prompt_error(sample_id, "chat_template", expected, len(positions), mend)
         repeats = np.ones(len(ids), dtype=np.int64)
-        places = np.flatnonzero(ids == self.image_token_id)
-        if len(places) != len(images):
-            raise InputError(
-                sample_id=sample_id,
-                field="chat_template",
-                expected=f"{len(images)} image placeholders in the prompt",
-                found=len(places),
-                mend="the checkpoint's chat template must show each image once",
-            )
-        repeats[places] = [self.vision.num_tokens(image) for image in images]
+        repeats[positions] = [self.vision.num_tokens(image) for image in images]
         prompt = np.repeat(ids, repeats)
         if len(prompt) >= self.max_positions:
-            raise InputError(
-                sample_id=sample_id,
-                field="question",
-                expected=f"fewer than {self.max_positions} prompt tokens, images included",
-                found=f"{len(prompt)} tokens",
-                mend="leave this sample out: image tokens are never truncated",
-            )
+            expected = f"fewer than {self.max_positions} prompt tokens, images included"
+            mend = "leave this sample out: image tokens are never truncated"
+            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", mend)
         return prompt
 
     def _adds_bos(self, text: str) -> bool:
-        """Whether the tokenizer's own special tokens are wanted: not where the template wrote the beginning itself."""
+        """Return whether the tokenizer has to add its special tokens: not where the template wrote the first one itself."""
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
     def encode_response(self, text: str) -> np.ndarray:
-        """Tokens [n] of a response on its own, no special tokens added, then the end token."""
+        """Tokenize a response, then the end token, into [n]; no other special token is added."""
         # Text of a data set never becomes a control token, least of all an image's placeholder.
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return np.array([*ids, self.end_token_id])
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of tokens, without special ones."""
+        """Turn tokens into text, without special ones."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Embeddings [n_i, D] of each image, without gradient."""
+        """Embed each image, [n_i, D], without gradient."""
         with self.vision.awake():
             return self.vision(images)
 
     def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
-        """Embeddings [T, D]: tokens, and the images' embeddings at their placeholders.
+        """Embed a forest's tokens, [T, D], with the images' embeddings at their placeholders.
 
         Raises:
             InputError: an image's length differs from its placeholders.
@@ -119,27 +106,31 @@ class LVLM(nn.Module):
         embeddings = self.decoder.embed(forest.token_ids)
         if not forest.images:
             return embeddings
-        # Found on the host: a GPU would have to be waited for.
-        on_host = (forest.host or forest).token_ids == self.image_token_id
-        places = send(on_host.nonzero()[:, 0], embeddings.device)
+        # Located on the host: nonzero() on a GPU would wait for it.
+        is_image = (forest.host or forest).token_ids == self.image_token_id
+        positions = send(is_image.nonzero()[:, 0], embeddings.device)
         values = torch.cat([features[key] for key in forest.images]).to(embeddings.dtype)
-        if len(values) != len(places):
+        if len(values) != len(positions):
             raise InputError(
                 field="images",
-                expected=f"{len(places)} image positions",
+                expected=f"{len(positions)} image positions",
                 found=f"{len(values)} image embeddings",
                 mend="the processor's image size and the model's config.json disagree",
             )
-        return embeddings.index_put((places,), values)
+        return embeddings.index_put((positions,), values)
 
     def forward(self, forest: Forest, features: Mapping[str, Tensor], rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
+        """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
 
         `features` holds each distinct image's embeddings by its key.
         """
         embeddings, attend = self.embed(forest, features), forest_attend(forest, rows=rows)
-        wanted = None if rows is None else send(rows, embeddings.device)
-        return self.decoder(embeddings, forest.positions, attend, wanted)
+        device_rows = None if rows is None else send(rows, embeddings.device)
+        return self.decoder(embeddings, forest.positions, attend, device_rows)
+
+
+def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, mend: str) -> InputError:
+    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, mend=mend)
 
 
 class ImageFeatures:
@@ -148,22 +139,22 @@ class ImageFeatures:
     def __init__(self, model: LVLM, load: Callable[[str], Image.Image], max_bytes: int = 1 << 30, batch_size: int = 64):
         self.model, self.load, self.max_bytes, self.batch_size = model, load, max_bytes, batch_size
         self.encoded = 0  # images encoded so far
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those that are not in memory."""
-        return [key for key in keys if key not in self._kept]
+        """List those that are not in memory."""
+        return [key for key in keys if key not in self._cache]
 
     def forget(self) -> None:
         """Encode all anew from here on: what is encoded beside an image moves its embeddings by rounding."""
-        self._kept.clear()
+        self._cache.clear()
         self._bytes = 0
 
     def for_training(self, deterministic: bool = False) -> ImageFeatures | EncodedAnew:
-        """What a training is given, which may have to go on bit for bit where it was stopped, with nothing in memory.
+        """Return features for a training that may be resumed, bit for bit but with nothing in memory.
 
-        Kept embeddings are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
+        Embeddings in memory are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
         make of them; in 16 bits, or on a GPU, only encoding anew in every step gives the same ones again. On a GPU that is
         done for a `deterministic` training alone: any other is not the same bit for bit anyway.
         """
@@ -173,15 +164,15 @@ class ImageFeatures:
         return self if exact or (on_gpu and not deterministic) else EncodedAnew(self)
 
     def prepare(self, key: str) -> dict[str, Tensor]:
-        """The image read, and made ready for the vision tower: on the host, in whatever process."""
+        """Read an image and process it for the vision tower: on the host, in any process."""
         return self.model.vision.prepare(self.load(key))
 
     def __call__(
         self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
     ) -> dict[str, Tensor]:
-        """Embeddings [n, D] of each key; those in `prepared` need not be read any more."""
-        wanted = list(dict.fromkeys(keys))
-        missing = self.missing(wanted)
+        """Embed the image of each key, [n, D]; those in `prepared` are not read again."""
+        distinct = list(dict.fromkeys(keys))
+        missing = self.missing(distinct)
         fresh: dict[str, Tensor] = {}
         if missing:
             with self.model.vision.awake():
@@ -190,20 +181,20 @@ class ImageFeatures:
                     ready = [prepared[key] if key in prepared else self.prepare(key) for key in batch]
                     fresh.update(zip(batch, self.model.vision.encode(ready), strict=True))
         self.encoded += len(missing)
-        found = {key: fresh[key] if key in fresh else self._kept[key] for key in wanted}
-        for key, value in found.items():
-            if key in self._kept:
-                self._kept.move_to_end(key)
+        features = {key: fresh[key] if key in fresh else self._cache[key] for key in distinct}
+        for key, value in features.items():
+            if key in self._cache:
+                self._cache.move_to_end(key)
             else:
-                self._kept[key] = value
+                self._cache[key] = value
                 self._bytes += value.nbytes
-        while self._bytes > self.max_bytes and self._kept:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return found
+        while self._bytes > self.max_bytes and self._cache:
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
+        return features
 
 
 class EncodedAnew:
-    """`ImageFeatures` that keep nothing from one call to the next."""
+    """`ImageFeatures` that encode each call's images anew."""
 
     def __init__(self, features: ImageFeatures) -> None:
         self.features, self.prepare = features, features.prepare
@@ -249,8 +240,8 @@ def load_lvlm(
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
     decoder = build_decoder(config.text_config, path, device, dtype, quantize, shard)
     vision = vision.to(device=device, dtype=dtype)
-    placed = ((*_place(name), tensor) for name, tensor in read_tensors(path))
-    fill({"language": decoder, "sight": vision.model}, own_tensors(decoder, placed, path), path)
+    tensors = ((*_part_of(name), tensor) for name, tensor in read_tensors(path))
+    fill({"language": decoder, "sight": vision.model}, own_tensors(decoder, tensors, path), path)
     model = LVLM(decoder, vision, load_tokenizer(path), path).to(device)
     model.requires_grad_(False)
     model.eval()
@@ -258,8 +249,8 @@ def load_lvlm(
     return model
 
 
-def _place(name: str) -> tuple[str, str]:
-    """("language" or "sight", name within the decoder or the vision model), for both layouts of LLaVA checkpoints."""
+def _part_of(name: str) -> tuple[str, str]:
+    """Split a tensor's name, of either layout of LLaVA checkpoints, into "language" or "sight" and the name within it."""
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):
             return "language", name.removeprefix(prefix)

@@ -99,7 +99,7 @@ def build_decoder(
     quantize: str | None = None,
     shard: bool = False,
 ) -> Decoder:
-    """A decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
+    """Build a decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
 
     With `shard` its layers are shared out over the ranks of this node, and each takes memory for its own part alone.
 
@@ -107,23 +107,7 @@ def build_decoder(
         InputError: another architecture; the config's file and field are named.
     """
     shard = shard and distributed.size() > 1
-    try:
-        with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
-            decoder = Decoder(DecoderConfig.from_huggingface(config)).to(dtype=dtype)
-            if quantize == "nf4":
-                quantize_linears(decoder, flat=shard)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(
-            file=Path(path) / "config.json", expected="settings of a decoder", found=f"{type(error).__name__}: {error}"
-        ) from error
-    except InputError as error:
-        raise InputError(
-            file=Path(path) / "config.json",
-            field=error.field,
-            expected=error.expected,
-            found=error.found,
-            mend=error.mend,
-        ) from error
+    decoder = _sketch_decoder(config, Path(path) / "config.json", dtype, quantize, flat=shard)
     if torch.device(device).type == "meta":
         return decoder
     refuse_more_than_stored([decoder], path)
@@ -132,13 +116,29 @@ def build_decoder(
     return decoder.to_empty(device=device)
 
 
+def _sketch_decoder(config: Any, file: Path, dtype: torch.dtype, quantize: str | None, flat: bool) -> Decoder:
+    """Build a decoder that takes no memory yet. Raises InputError naming the config's file."""
+    try:
+        with torch.device("meta"):  # no time for initial values, no fp32 copy of what is loaded in bf16
+            decoder = Decoder(DecoderConfig.from_huggingface(config)).to(dtype=dtype)
+            if quantize == "nf4":
+                quantize_linears(decoder, flat=flat)
+            return decoder
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(file=file, expected="settings of a decoder", found=found) from error
+    except InputError as error:  # of a field, without its file
+        expected, found = error.expected, error.found
+        raise InputError(file=file, field=error.field, expected=expected, found=found, mend=error.mend) from error
+
+
 def own_tensors(
     decoder: Decoder, tensors: Iterable[tuple[str, str, Tensor]], path: str | Path
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """(part, name, values) without what the decoder doesn't hold: rotary frequencies, and a tied head, once it is filled.
+    """Pass (part, name, values) on but for what the decoder doesn't hold: rotary frequencies, and the head where it is tied.
 
     Raises:
-        InputError: a tied head that differs from the embedding.
+        InputError: a tied head that differs from the embedding, once this is filled.
     """
     head = None
     for part, name, tensor in tensors:
@@ -157,30 +157,28 @@ def own_tensors(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The checkpoint's tokenizer, without remote code, and with the chat template wherever it lies. Raises InputError."""
+    """Load the checkpoint's tokenizer, without remote code, with the chat template of either file. Raises InputError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that it can't read
         found = f"{type(error).__name__}: {error}"
         raise InputError(file=path, expected="a tokenizer beside the model", found=found) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            file=path, field="eos_token", expected="a tokenizer with an end token", found="none", mend="name it"
-        )
+        expected = "a tokenizer with an end token"
+        raise InputError(file=path, field="eos_token", expected=expected, found="none", mend="name it")
     # Where processors of transformers 4 kept it; the tokenizer may have the text model's template, which shows no image.
-    beside = Path(path) / "chat_template.json"
-    if beside.is_file() and not (Path(path) / "chat_template.jinja").is_file():
+    file = Path(path) / "chat_template.json"
+    if file.is_file() and not (Path(path) / "chat_template.jinja").is_file():
         try:
-            tokenizer.chat_template = parse_object(beside.read_bytes())["chat_template"]
+            tokenizer.chat_template = parse_object(file.read_bytes())["chat_template"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                file=beside, field="chat_template", expected="a template, in JSON", found=repr(error)
-            ) from error
+            expected, found = "a template, in JSON", repr(error)
+            raise InputError(file=file, field="chat_template", expected=expected, found=found) from error
     return tokenizer
 
 
 def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) -> str:
-    """A user's turn and the generation prompt, by the tokenizer's chat template or the one given; it runs in a sandbox.
+    """Render a user's turn and the generation prompt by the tokenizer's chat template, or the one given, in a sandbox.
 
     Raises:
         InputError: the template fails, or reaches for what transformers' sandbox keeps from it.
@@ -190,7 +188,7 @@ def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) ->
         return tokenizer.apply_chat_template(
             turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # a template raises what it meets first: SecurityError, UndefinedError, ...
+    except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
         raise InputError(
             field="chat_template",
             expected="a template that shows a user's turn",

@@ -35,7 +35,7 @@ class TiledSight(LlavaNextModel):
         vision_feature_select_strategy: str,
         image_newline: Tensor,
     ) -> tuple[list[Tensor], list[int]]:
-        """Embeddings [n_i, D] of each image, from those of its tiles [tiles, patches, D] and its height and width; and n_i."""
+        """Pack each image's tiles [tiles, patches, D] by its height and width into embeddings [n_i, D]; returns n_i, too."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         packed = []
@@ -46,7 +46,7 @@ class TiledSight(LlavaNextModel):
             ends = image_newline[:, None, None].expand(*grid.shape[:-1], 1)
             lines = torch.cat((grid, ends), dim=-1).flatten(1, 2).T
             packed.append(torch.cat((tiles[0], lines)))
-        return packed, [len(own) for own in packed]
+        return packed, [len(embeddings) for embeddings in packed]
 
 
 FAMILIES = {"llava": LlavaModel, "llava_next": TiledSight}
@@ -57,54 +57,18 @@ class Vision(nn.Module):
 
     def __init__(self, config: Any, path: str | Path) -> None:
         super().__init__()
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                file=path,
-                field="model_type",
-                expected=" or ".join(FAMILIES),
-                found=config.model_type,
-                mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
-            )
+        _check_config(config, path)
         self.config = config
-        token = config.image_token_id
-        if type(token) is not int or not 0 <= token < config.text_config.vocab_size:
-            raise InputError(file=path, field="image_token_id", expected="a token of the vocabulary", found=repr(token))
-        if config.vision_feature_select_strategy not in ("default", "full"):
-            raise InputError(
-                file=path,
-                field="vision_feature_select_strategy",
-                expected="default or full",
-                found=repr(config.vision_feature_select_strategy),
-            )
-        settings = config.vision_config
-        if settings.patch_size > settings.image_size:
-            raise InputError(
-                file=path,
-                field="vision_config.patch_size",
-                expected=f"at most image_size, {settings.image_size}",
-                found=settings.patch_size,
-            )
         self.processor = load_image_processor(path)
-        try:
-            with torch.device("meta"):
-                sketch = bare_model(config)
-            refuse_more_than_stored([sketch], path, SIGHT)
-            self.model = bare_model(config)
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            found = f"{type(error).__name__}: {error}"
-            raise InputError(
-                file=path, field="vision_config", expected="settings of a vision tower", found=found
-            ) from error
+        self.model = _checked_model(config, path)
         self._waiting: list[Tensor] = []  # weights on the host, of a tower that waits there
 
     def train(self, mode: bool = True) -> Vision:
-        """Never: a tower's own dropout would make of one image another in each run."""
+        """Stay in evaluation mode: with a tower's dropout, an image would have other embeddings in each run."""
         return super().train(False)
 
     def rest(self) -> None:
-        """From now on the weights wait on the host, and are on their device within `awake` alone. Not where that is the host."""
+        """Move the weights from a GPU to the host; from now on they are on the GPU within `awake` alone."""
         parameters = list(self.model.parameters())
         if parameters[0].is_cuda and not self._waiting:
             self._works_on = parameters[0].device
@@ -113,7 +77,7 @@ class Vision(nn.Module):
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Within: the weights are on their device. They never change, so the way back costs nothing."""
+        """Move the weights to their device within. They never change, so nothing is copied back."""
         if not self._waiting:
             yield
             return
@@ -128,7 +92,7 @@ class Vision(nn.Module):
             parameter.data = weight
 
     def num_tokens(self, image: Image.Image) -> int:
-        """How many positions the image takes in the decoder."""
+        """Count the positions that the image takes in the decoder."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         has_class_token = vision.model_type == "clip_vision_model"
@@ -143,33 +107,66 @@ class Vision(nn.Module):
         return base + height * (width + 1)  # a newline embedding ends each row
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
-        """The processor's tensors of one image, on the CPU: pixel_values, and for LLaVA-NeXT image_sizes."""
+        """Process one image into tensors on the CPU: pixel_values, and for LLaVA-NeXT image_sizes."""
         inputs = self.processor(images=[image], return_tensors="pt")
         return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
 
     def forward(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Embeddings [n_i, D] of each image."""
+        """Embed each image: [n_i, D]."""
         return self.encode([self.prepare(image) for image in images])
 
     @torch.no_grad()
     def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """Embeddings [n_i, D] of each prepared image."""
+        """Embed each prepared image: [n_i, D]."""
         parameter = next(self.model.parameters())
         # One by one: what workers prepared lies in page-locked memory already.
-        pixels = [send(own["pixel_values"], parameter.device).to(parameter.dtype) for own in prepared]
+        pixels = [send(inputs["pixel_values"], parameter.device).to(parameter.dtype) for inputs in prepared]
         if self.config.model_type == "llava":
             sizes = {}
         else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
-            most = max(part.shape[1] for part in pixels)
-            pixels = [F.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in pixels]
-            sizes = {"image_sizes": torch.cat([own["image_sizes"] for own in prepared])}
+            max_tiles = max(tiles.shape[1] for tiles in pixels)
+            pixels = [F.pad(tiles, (0, 0) * 3 + (0, max_tiles - tiles.shape[1])) for tiles in pixels]
+            sizes = {"image_sizes": torch.cat([inputs["image_sizes"] for inputs in prepared])}
         return list(self.model.get_image_features(torch.cat(pixels), **sizes).pooler_output)
 
 
+def _settings(config: Any) -> Iterator[tuple[str, bool, str, object]]:
+    """Yield (field, whether it is right, what is expected, what is there); a later field needs all before it to be right."""
+    yield "model_type", config.model_type in FAMILIES, " or ".join(FAMILIES), config.model_type
+    token, strategy = config.image_token_id, config.vision_feature_select_strategy
+    in_vocabulary = type(token) is int and 0 <= token < config.text_config.vocab_size
+    yield "image_token_id", in_vocabulary, "a token of the vocabulary", repr(token)
+    yield "vision_feature_select_strategy", strategy in ("default", "full"), "default or full", repr(strategy)
+    patch, image = config.vision_config.patch_size, config.vision_config.image_size
+    yield "vision_config.patch_size", patch <= image, f"at most image_size, {image}", patch
+
+
+def _check_config(config: Any, path: str | Path) -> None:
+    """Raise InputError at the first setting that is not one of a LLaVA checkpoint."""
+    for field, right, expected, found in _settings(config):
+        if not right:
+            mend = "choose a LLaVA-1.5 or LLaVA-NeXT checkpoint" if field == "model_type" else None
+            raise InputError(file=path, field=field, expected=expected, found=found, mend=mend)
+
+
+def _checked_model(config: Any, path: str | Path) -> nn.Module:
+    """Build tower and projector, not yet filled. Raises InputError where they can't be built, or the files hold far less."""
+    try:
+        with torch.device("meta"):  # where weights take no memory: there may be far more than the checkpoint's
+            sketch = bare_model(config)
+        refuse_more_than_stored([sketch], path, SIGHT)
+        return bare_model(config)
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        expected, found = "settings of a vision tower", f"{type(error).__name__}: {error}"
+        raise InputError(file=path, field="vision_config", expected=expected, found=found) from error
+
+
 def bare_model(config: Any) -> nn.Module:
-    """Tower and projector of a LLaVA config, not yet filled."""
+    """Build tower and projector of a LLaVA config, not yet filled."""
     bare = copy.deepcopy(config)
-    # transformers builds the language model too; it is made next to nothing, then dropped.
+    # transformers builds the language model, too: one without layers and vocabulary, dropped at once.
     bare.text_config.num_hidden_layers, bare.text_config.vocab_size = 0, 1
     bare.text_config.pad_token_id = bare.text_config.bos_token_id = bare.text_config.eos_token_id = None
     model = FAMILIES[config.model_type](bare)
@@ -178,7 +175,7 @@ def bare_model(config: Any) -> nn.Module:
 
 
 def load_image_processor(path: str | Path) -> Any:
-    """The checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
+    """Load the checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except Exception as error:  # TypeError, KeyError, ... for a file of other fields
