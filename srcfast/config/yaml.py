@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: plain values alone, no key twice, and no more of them by aliases than anyone means."""
+"""YAML of settings: plain values alone, no key twice, and a bounded number of values by aliases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from srcfast.errors import ConfigError
 MAX_NODES = 10_000  # values that the aliases of a file stand for beside those that are written
 
 
-def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
-    """The mapping in a YAML file, {} if it is empty; `places` takes the line of every key.
+def read_yaml(path: Path, locations: dict[str, str]) -> dict[str, Any]:
+    """Read the mapping in a YAML file, {} if it is empty; the file and line of every key are noted in `locations`.
 
     Raises:
         ConfigError: no such file, no YAML, no mapping, or a key that is there twice.
@@ -24,7 +24,7 @@ def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
         text = regular(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(f"{path}: expected a readable YAML file, found {error}") from error
-    tree = parse_yaml(text, str(path), lambda node: note_lines(node, "", path, places))
+    tree = parse_yaml(text, str(path), lambda node: note_lines(node, "", path, locations))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -32,18 +32,17 @@ def read_yaml(path: Path, places: dict[str, str]) -> dict[str, Any]:
     return tree
 
 
-def parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
-    """The value of a YAML text; `look` sees its nodes first.
+def parse_yaml(text: str, where: str, look: Callable[[yaml.Node | None], None]) -> Any:
+    """Parse a YAML text; `look` sees its nodes first.
 
     Raises:
-        ConfigError: no YAML, a tag that is no plain value's, or aliases that swell to more than any settings have.
+        ConfigError: no YAML, a tag that is no plain value's, or more than MAX_NODES values by aliases.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _swells(node):
-            raise ConfigError(
-                f"{where}: expected at most {MAX_NODES:,} values by aliases, found more. Mend: leave aliases out"
-            )
+            expected = f"expected at most {MAX_NODES:,} values by aliases"
+            raise ConfigError(f"{where}: {expected}, found more. Mend: leave aliases out")
         look(node)
         return yaml.safe_load(text)
     except ConfigError:
@@ -55,31 +54,31 @@ def parse_yaml(text: str, where: str, look: Callable[[Any], None]) -> Any:
         raise ConfigError(f"{where}: expected YAML, found {found}") from error
 
 
-def _swells(node: Any) -> bool:
-    """Whether aliases add more than MAX_NODES to the nodes that are written, each counted as all that it stands for."""
-    left, written, added = [node], set(), 0
-    while left and added <= MAX_NODES:
-        one = left.pop()
-        added += id(one) in written  # an alias is the very node that it stands for
-        written.add(id(one))
-        if isinstance(one, yaml.MappingNode):
-            left += (part for pair in one.value for part in pair)
-        elif isinstance(one, yaml.SequenceNode):
-            left += one.value
+def _swells(root: yaml.Node | None) -> bool:
+    """Return whether aliases add more than MAX_NODES to the nodes that are written, each counted as all that it stands for."""
+    pending, written, added = [root], set(), 0
+    while pending and added <= MAX_NODES:
+        node = pending.pop()
+        added += id(node) in written  # an alias is the very node that it stands for
+        written.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            pending += (part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
     return added > MAX_NODES
 
 
-def note_lines(node: Any, prefix: str, path: Path, places: dict[str, str]) -> None:
-    """Note the line of every key; refuse one that is set twice (YAML would silently take the last)."""
+def note_lines(node: yaml.Node | None, prefix: str, path: Path, locations: dict[str, str]) -> None:
+    """Note the file and line of every key. Raises ConfigError at one that is set twice: YAML would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            place = f"{path}, line {key.start_mark.line + 1}"
-            if name in places:
-                raise ConfigError(f"{place}: {name} is set twice, first at {places[name]}. Mend: keep one")
-            places[name] = place
-            note_lines(value, f"{name}.", path, places)
+            location = f"{path}, line {key.start_mark.line + 1}"
+            if name in locations:
+                raise ConfigError(f"{location}: {name} is set twice, first at {locations[name]}. Mend: keep one")
+            locations[name] = location
+            note_lines(value, f"{name}.", path, locations)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            places[f"{prefix}{index}"] = f"{path}, line {value.start_mark.line + 1}"
-            note_lines(value, f"{prefix}{index}.", path, places)
+            locations[f"{prefix}{index}"] = f"{path}, line {value.start_mark.line + 1}"
+            note_lines(value, f"{prefix}{index}.", path, locations)

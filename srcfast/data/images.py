@@ -41,21 +41,21 @@ def check_image(root: Path, name: str) -> None:
 
 
 def decode_image(data: bytes, name: str | Path) -> Image.Image:
-    """Decode bytes to an upright RGB image; `name` is for the errors. Raises InputError as `load_image` does."""
+    """Decode bytes to an upright RGB image; errors name `name`. Raises InputError as `load_image` does."""
     with _opened(data, name) as image:
         image.load()
         return _rgb(ImageOps.exif_transpose(image))
 
 
 def image_suffix(data: bytes, name: str | Path) -> str:
-    """The file ending of image bytes that decode, such as ".png". Raises InputError as `load_image` does."""
+    """Return the file ending of image bytes that decode, such as ".png". Raises InputError as `load_image` does."""
     with _opened(data, name) as image:
         image.load()
         return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}.get(image.format or "", f".{image.format}".lower())
 
 
 def resolve(root: Path, name: str) -> Path:
-    """The file `name` below `root`. Raises InputError where it is missing or lies outside."""
+    """Resolve the file `name` below `root`. Raises InputError where it is missing or lies outside."""
     base = Path(root).resolve()
     try:
         file = (base / name).resolve()
@@ -71,7 +71,7 @@ def resolve(root: Path, name: str) -> Path:
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """The bytes of a base64 image, line breaks within allowed. Raises InputError where it is none."""
+    """Decode base64, which may have line breaks, to an image's bytes. Raises InputError where it is none, or too long."""
     if len(text) > MAX_BYTES * 3 // 2:
         raise _error(name, f"at most {MAX_BYTES:,} bytes", f"{len(text):,} of base64", "shrink the image")
     try:
@@ -94,7 +94,7 @@ def _read(file: Path) -> bytes:
 
 @contextmanager
 def _opened(data: bytes, name: str | Path) -> Iterator[Image.Image]:
-    """The image with its header read and held against the limits; what its decoder raises becomes an InputError."""
+    """Open an image and check its header; whatever its decoder raises, here or later, becomes an InputError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the limit below is stricter than Pillow's warning
@@ -110,7 +110,7 @@ def _opened(data: bytes, name: str | Path) -> Iterator[Image.Image]:
         raise _error(name, f"at most {MAX_PIXELS:,} pixels", error, "shrink the image") from error
     except InputError:
         raise
-    except Exception as error:  # decoders raise whatever they meet first: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         found = "none of them" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise _error(name, f"a whole image ({', '.join(FORMATS)})", found, "replace the file") from error
 
