@@ -135,13 +135,13 @@ def remove_temporary(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether any process has this path as a `temporary_of` another one."""
+    """Return whether this path is a `temporary_of` another, of any process."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of the body name this file, not a temporary one, nor none at all, as where the disk was full."""
+    """Make an OSError of the body name this file where it names a temporary one, or none, as one of a full disk does."""
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ Row = tuple[int, dict[str, Any] | InputError]  # 1-based line, and what stands t
 
 @dataclass(frozen=True)
 class LogprobRow:
-    """A response whose log-probability is asked for."""
+    """A response whose log-probability is to be computed."""
 
     images: tuple[str, ...]
     prompt: str
@@ -107,12 +107,10 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
     if over or (rejected and len(rejected) == total):
         reasons = Counter(f"{row['field'] or 'record'!r}: expected {row['expected']}" for row in rejected)
         counts = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
-        raise InputError(
-            file=rejected[0]["file"],
-            expected=f"at most max_rejected = {max_rejected} bad records of {total}",
-            found=f"{len(rejected)} ({counts}); the first: {rejected[0]['reason']}",
-            mend="mend the data, or raise max_rejected",
-        )
+        file, mend = rejected[0]["file"], "mend the data, or raise max_rejected"
+        expected = f"at most max_rejected = {max_rejected} bad records of {total}"
+        found = f"{len(rejected)} ({counts}); the first: {rejected[0]['reason']}"
+        raise InputError(file=file, expected=expected, found=found, mend=mend)
 
 
 # What all formats share -----------------------------------------------------------------------------------------------
@@ -187,14 +185,9 @@ def _image_error(root: Path, image: str, errors: dict[str, InputError | None]) -
 
 def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | None) -> InputError:
     """Turn an image's error into one of the record that names the image."""
+    expected, found = error.expected, f"{error.found} ({error.file})"
     return InputError(
-        file=path,
-        line=line,
-        sample_id=sample_id,
-        field="image",
-        expected=error.expected,
-        found=f"{error.found} ({error.file})",
-        mend=error.mend,
+        file=path, line=line, sample_id=sample_id, field="image", expected=expected, found=found, mend=error.mend
     )
 
 
@@ -319,20 +312,10 @@ def _llava_samples(path: str | Path, image_root: Path) -> Iterator[tuple[int, Sa
 def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
     fields = Fields(row, path, line)
     name, images = fields.identifier("id"), fields.images()
-    turns = fields.take("conversations", "a list of turns")
-    expected = "pairs of turns {from: human, value} and {from: gpt, value}"
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise fields.error("conversations", expected, turns)
-    for turn, speakers in zip(turns, (("human", "user"), ("gpt", "assistant")) * (len(turns) // 2), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
-            raise fields.error("conversations", expected, turn)
-    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2])
-    if marks not in (0, len(images)):
-        raise _count_error(fields, marks, len(images))
+    turns = _take_turns(fields, len(images))
     rationale, facts, extra = fields.optional_text("rationale"), fields.sentences("facts"), fields.rest()
     samples: list[Sample | InputError] = []
-    for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
-        question, answer = asked["value"].replace(IMAGE_MARK, "").strip(), answered["value"].strip()
+    for number, (question, answer) in enumerate(turns):
         fields.sample_id = f"{name}-{number}" if number else name
         if question and answer:
             notes = (rationale, facts) if number == 0 else (None, ())
@@ -341,6 +324,22 @@ def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: 
             empty = "answer" if question else "question"
             samples.append(fields.error(empty, f"a non-empty {empty} in turn {number}", "", "fill it in"))
     return samples
+
+
+def _take_turns(fields: Fields, num_images: int) -> list[tuple[str, str]]:
+    """Take a conversation's questions and answers, without image marks. Raises InputError where one is no turn of theirs."""
+    turns = fields.take("conversations", "a list of turns")
+    expected = "pairs of turns {from: human, value} and {from: gpt, value}"
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise fields.error("conversations", expected, turns)
+    for turn, speakers in zip(turns, (("human", "user"), ("gpt", "assistant")) * (len(turns) // 2), strict=True):
+        if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
+            raise fields.error("conversations", expected, turn)
+    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2])
+    if marks not in (0, num_images):
+        raise _count_error(fields, marks, num_images)
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return [(first["value"].replace(IMAGE_MARK, "").strip(), second["value"].strip()) for first, second in pairs]
 
 
 # TRL's preferences ----------------------------------------------------------------------------------------------------

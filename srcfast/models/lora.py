@@ -341,7 +341,7 @@ def _check_settings(settings: Mapping[str, Any], file: Path) -> None:
 
 
 def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Name an adapter's tensors as `_named_parameters` does. Raises InputError at one that is none of a decoder's LoRA."""
+    """Name an adapter's tensors as `_named_parameters` does. Raises InputError at one that belongs to no decoder layer."""
     weights = {}
     for key, tensor in tensors.items():
         layer, _, part = key.partition(".lora_")

@@ -217,6 +217,16 @@ def test_one_bad_record_of_a_list_is_set_aside_and_the_rest_is_read(
     assert_named(one, file, 3, "record")
 
 
+def test_an_id_that_occurs_twice_on_one_line_is_rejected(tmp_path: Path, root: Path) -> None:
+    rows = [{"id": name, "image": "good.png", "conversations": TURNS} for name in ("a", "b", "a")]
+    file, rejected = tmp_path / "llava.json", []
+    file.write_text(json.dumps(rows))
+    samples = read_samples(file, format="llava", image_root=root, rejected=rejected)
+    assert [sample.id for sample in samples] == ["a", "b"]
+    assert [row["sample_id"] for row in rejected] == ["a"]
+    assert_named(rejected[0], file, 1, "id")
+
+
 def test_later_turns_are_questions_of_their_own(tmp_path: Path, root: Path) -> None:
     more = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "3"}]
     empty = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": ""}]
