@@ -105,7 +105,7 @@ def why_mixed(output: Path, simulated: bool) -> str | None:
         stored = read(file)
         if stored is not None and stored.get("simulated") != simulated:
             kind = "simulated" if stored.get("simulated") else "real"
-            return f"--output: expected a folder without {kind} results, found {file}. Mend: name another folder"
+            return f"--output: expected a folder without {kind} results, found {file}. Fix: name another folder"
     return None
 
 

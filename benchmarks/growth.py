@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from srcfast.config.settings import CurationConfig
-from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.in_order import samples_in_order
 from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shards
 from srcfast.data.rationale_format import format_response, parse_response
@@ -136,7 +136,7 @@ class Stages:
         """
         rng = np.random.default_rng(3)
         sizes = np.stack([rng.integers(*PROMPT, self.size), *(rng.integers(*RESPONSE, (2, self.size)))], axis=1)
-        with no_full_passes():
+        with pause_full_collections():
             trees = [
                 Tree(tuple(Segment(np.zeros(n, dtype=np.int64), min(0, k - 1)) for k, n in enumerate(row)), key=number)
                 for number, row in enumerate(sizes.tolist())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from srcfast_benchmarks.harness import Benchmark, Inputs, Run, Shape, main, normal
 from srcfast_kernels import nf4_dequantize, nf4_quantize
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 
 SHAPES: dict[str, list[Shape]] = {
     "cpu": [{"out": 4096, "in": 4096, "dtype": dtype} for dtype in ("float32", "bfloat16")],
@@ -30,7 +30,7 @@ def torch_table(inputs: Inputs) -> Run:
     weight = inputs["weight"]
 
     def run() -> Tensor:
-        with use_home("reference"):
+        with use_backend("reference"):
             return nf4_dequantize(weight)
 
     return run

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srcfast_benchmarks.harness import Benchmark, Inputs, Run, Shape, main, normal, on
 from srcfast_kernels import pairwise_verdict
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 
 VOCABULARY = 151_936
 SHAPES: dict[str, list[Shape]] = {
@@ -58,7 +58,7 @@ def torch_batched(inputs: Inputs) -> Run:
     run = srcfast(inputs)
 
     def by_torch() -> Tensor:
-        with use_home("torch"):
+        with use_backend("torch"):
             return run()
 
     return by_torch

@@ -55,7 +55,7 @@ steps in TRL, where it is installed.
 A part that fails or hangs ends no other. `benchmarks/results/gpu/` gets a JSON file for each part, rewritten after every case,
 and `README.md`: what fell short of its target, what was not measured, and all ratios. The same command again runs only what is
 left, unless a source has changed. `--parts demo,kernels` runs these parts alone; `--commit` names the commit where there is no
-`.git`. Mend what the page shows, run the command again, and commit the folder.
+`.git`. Fix what the page shows, run the command again, and commit the folder.
 
 A rehearsal without a GPU, shrunk, on the simulated device of the tests (it needs a CPU build of PyTorch and a C++ compiler),
 writes to `build/first_contact/`:

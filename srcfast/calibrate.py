@@ -16,15 +16,15 @@ from srcfast import distributed
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_shards
-from srcfast.memory.out_of_memory import out_of_memory_is_met
+from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.report.run_results import write_preferences, write_summary
-from srcfast.run.directory import alone_in
-from srcfast.run.progress import Track
+from srcfast.run.directory import exclusive_lock
+from srcfast.run.progress import StageProgress
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.candidates import candidates_in_chunks, diversity
+from srcfast.stages.curation import check_pairs_left
 from srcfast.stages.curation import curate as curate_pairs
-from srcfast.stages.curation import refuse_no_pairs
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, evaluated
 from srcfast.stages.headroom import measure_headroom
@@ -47,8 +47,8 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
         Interrupted: a signal asked to stop; the same call continues.
         InputError: data that can't be used, by file, line and field.
     """
-    with alone_in(config.run_path, whole=True):
-        with out_of_memory_is_met(config, "evaluation"):
+    with exclusive_lock(config.run_path, whole=True):
+        with explain_out_of_memory(config, "evaluation"):
             run = CalibrationRun(config, profile)
         evaluate(run, "base", adapter=None)
         rationale(run)
@@ -60,7 +60,7 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
             curate(run, iteration)
             dpo(run, iteration)
             evaluate(run, f"iteration-{iteration}", run.directory.adapter(iteration))
-        distributed.from_main(lambda: write_summary(run))
+        distributed.run_on_rank_zero(lambda: write_summary(run))
         return run.directory.report_file
 
 
@@ -73,7 +73,7 @@ def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
             chunks = stage.chunks(f"{one.name}-{one.split}", policy=run.policy.hash)
             answers = answers_in_chunks(chunks, lvlm, one.samples, run.config.evaluation, features=run.policy.features)
             path = run.records.predictions(model, one.name, one.split)
-            entries.append(distributed.from_main(partial(evaluated, path, answers, one, model, run.config)))
+            entries.append(distributed.run_on_rank_zero(partial(evaluated, path, answers, one, model, run.config)))
         return {"entries": entries}
 
     total = sum(len(one.samples) for one in run.evaluation_sets)
@@ -101,7 +101,7 @@ def candidates(run: CalibrationRun, iteration: int) -> None:
         model, features = run.policy.use(run.directory.adapter(iteration - 1)), run.policy.features
         chunks = stage.chunks(policy=run.policy.hash)
         rows = candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed).rows()
-        distributed.from_main(lambda: write_shards(run.records.shards(iteration, "candidates"), rows))
+        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "candidates"), rows))
         return {"diversity": diversity(group for _, group in run.records.candidates(iteration).rest())}
 
     run.stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
@@ -119,7 +119,7 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
             chunks = stage.chunks(f"{one.name}-{one.split}", policy=run.policy.hash)
             searched.append(candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed))
         scorer, scorer_hash = run.load_scorer()
-        entries, quiet = [], Track("scores", 0, quiet=True)
+        entries, quiet = [], StageProgress("scores", 0, quiet=True)
         for (one, samples), files in zip(sets, searched, strict=True):
             groups = partial(run.records.candidates_in, stage.checkpoint_dir, files)
             chunks = replace(stage.chunks(f"{one.name}-{one.split}-scores", scorer=scorer_hash), progress=quiet)
@@ -142,7 +142,7 @@ def score(run: CalibrationRun, iteration: int) -> None:
         chunks = stage.chunks(scorer=scorer_hash)
         groups = partial(run.records.candidates, iteration)
         files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer, adaptive)
-        distributed.from_main(lambda: write_shards(run.records.shards(iteration, "scores"), files.rows()))
+        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "scores"), files.rows()))
         return {} if adaptive is None else {"adaptive": replace(adaptive, counts=files.counts()).report()}
 
     run.stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
@@ -155,12 +155,12 @@ def curate(run: CalibrationRun, iteration: int) -> None:
     def work(stage: StageRun) -> dict[str, Any]:
         candidates, scores = records.candidates(iteration), records.scores(iteration)
         pairs, funnel = curate_pairs(samples, candidates, scores, run.config.curation, seed)
-        refuse_no_pairs(pairs, funnel)
+        check_pairs_left(pairs, funnel)
         run.policy.use(run.directory.adapter(iteration - 1))
         generated: Any = records.candidates(iteration) if run.config.dpo.reuse_generation_logprobs else {}
         pairs, report = stage_references(stage, run.policy, pairs, run.samples, generated, seed + iteration)
         stage.progress.advance(len(samples))
-        distributed.from_main(lambda: write_preferences(run, iteration, pairs))
+        distributed.run_on_rank_zero(lambda: write_preferences(run, iteration, pairs))
         return {"funnel": funnel, "references": report.to_json()}
 
     run.stage(f"iteration-{iteration}/preferences", ("curation",), len(samples), work)

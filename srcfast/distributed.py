@@ -50,17 +50,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def ranks_of_node() -> int:
+def local_world_size() -> int:
     """How many of the ranks are on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if dist.is_initialized() else 1
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     """Whether this rank writes what all have in common, and shows its progress."""
     return rank() == 0
 
@@ -70,13 +70,13 @@ def barrier() -> None:
     gather(None)
 
 
-def meet() -> None:
-    """Wait for all ranks, however long the others' work takes: as long as they show signs of life, see `alive`.
+def barrier_with_heartbeat() -> None:
+    """Wait for all ranks, however long the others' work takes: as long as they show signs of life, see `heartbeat`.
 
     Raises:
         SrcfastError: a rank that is still away has shown none for the timeout; it is named.
     """
-    if size() == 1:
+    if world_size() == 1:
         return
     _arrive()
     signs, since = None, time.monotonic()
@@ -89,8 +89,8 @@ def meet() -> None:
         time.sleep(POLL)
 
 
-def alive() -> None:
-    """A sign of life for the ranks that `meet`: called by a rank whose work advances, as often as it likes.
+def heartbeat() -> None:
+    """A sign of life for the ranks that `barrier_with_heartbeat`: called by a rank whose work advances, as often as it likes.
 
     Raises:
         SrcfastError: the host that counts is gone.
@@ -103,7 +103,7 @@ def alive() -> None:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value, of what JSON can say, on every rank. Raises SrcfastError where a rank stays away."""
-    return gather(value if is_main() else None)[0]
+    return gather(value if is_rank_zero() else None)[0]
 
 
 def gather(value: Any) -> list[Any]:
@@ -112,7 +112,7 @@ def gather(value: Any) -> list[Any]:
     Raises:
         SrcfastError: a rank stays away; it is named.
     """
-    if size() == 1:
+    if world_size() == 1:
         return [value]
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)  # [n]
     lengths = gather_tensor(torch.tensor([len(own)])).flatten().tolist()
@@ -128,11 +128,11 @@ def gather_tensor(own: Tensor) -> Tensor:
     Raises:
         SrcfastError: a rank stays away; it is named.
     """
-    if size() == 1:
+    if world_size() == 1:
         return own[None]
     if own.is_cuda:
         _connect()
-    parts = [torch.empty_like(own) for _ in range(size())]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
     _together(lambda: dist.all_gather(parts, own))
     return torch.stack(parts)
 
@@ -143,7 +143,7 @@ def wait_for(event: torch.cuda.Event) -> None:
     Raises:
         SrcfastError: it has not; a rank that has come to fewer exchanges is named.
     """
-    if size() == 1:
+    if world_size() == 1:
         event.synchronize()
         return
     since = time.monotonic()
@@ -153,12 +153,12 @@ def wait_for(event: torch.cuda.Event) -> None:
         time.sleep(DEVICE_POLL)
 
 
-def start_sum(tensor: Tensor) -> Callable[[], None]:
+def all_reduce_async(tensor: Tensor) -> Callable[[], None]:
     """Begin to add up a tensor over the ranks, in place; it is whole once what is returned was called.
 
     On a GPU that call waits for nothing but orders what follows behind the sum.
     """
-    if size() == 1:
+    if world_size() == 1:
         return lambda: None
     if tensor.is_cuda:
         _connect()
@@ -166,15 +166,15 @@ def start_sum(tensor: Tensor) -> Callable[[], None]:
     return lambda: _finish(work.wait)
 
 
-def from_main(work: Callable[[], Found]) -> Found:
+def run_on_rank_zero(work: Callable[[], Found]) -> Found:
     """Rank 0 does the work while the others wait; all get what it returns, of what JSON can say.
 
     Raises:
         SrcfastError: on the other ranks, when rank 0 raises anything: no rank waits for one that has failed.
     """
-    if size() == 1:
+    if world_size() == 1:
         return work()
-    if not is_main():
+    if not is_rank_zero():
         told = broadcast(None)
         if "error" in told:
             raise SrcfastError(f"rank 0 has failed: {told['error']}")
@@ -188,7 +188,7 @@ def from_main(work: Callable[[], Found]) -> Found:
     return value
 
 
-def next_number(name: str) -> int:
+def next_index(name: str) -> int:
     """0, 1, 2, ...: each is given to one rank only, to whichever asks first. Ranks that share work take it by these.
 
     Raises:
@@ -200,7 +200,7 @@ def next_number(name: str) -> int:
     return _add(f"next/{name}", 1) - 1
 
 
-def under_way() -> None:
+def end_startup_timeout() -> None:
     """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
     global _short, _patience
     if _short is not None:
@@ -213,14 +213,14 @@ def node_mesh(device_type: str) -> Any:
     global _mesh
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    here = ranks_of_node()
+    here = local_world_size()
     if _mesh is None:  # kept: a model may be read more than once, and each time new groups would be made
         if _nccl:
             _connect()
-        if here == size():
+        if here == world_size():
             _mesh = DeviceMesh.from_group(_get_default_group(), device_type)
         else:
-            nodes = (size() // here, here)
+            nodes = (world_size() // here, here)
             _mesh = init_device_mesh(device_type, nodes, mesh_dim_names=("nodes", "ranks"))["ranks"]
             _groups.append(_mesh.get_group())
             _set_timeout(_patience)
@@ -234,7 +234,7 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
     gloo on a CPU; with a GPU NCCL beside it, and each rank takes the device of its local rank.
 
     Args:
-        timeout: longest wait for another rank once they are `under_way`; before that `START_TIMEOUT` if it is longer.
+        timeout: longest wait for another rank once they are `end_startup_timeout`; before that `START_TIMEOUT` if it is longer.
         device: the settings' `model.device`.
 
     Raises:
@@ -302,12 +302,12 @@ def _take_gpu(device: str) -> None:
     if torch.device(device).index is not None:
         raise ConfigError(
             f"model.device: expected cuda under torchrun, of which each rank takes its own, found {device}. "
-            "Mend: model.device=cuda, and CUDA_VISIBLE_DEVICES to choose"
+            "Fix: model.device=cuda, and CUDA_VISIBLE_DEVICES to choose"
         )
     if local >= here:
         raise ConfigError(
             f"torchrun: expected at most as many ranks on a node as it has GPUs ({here}), found rank {local}. "
-            f"Mend: --nproc-per-node={here}"
+            f"Fix: --nproc-per-node={here}"
         )
     torch.cuda.set_device(local)
 
@@ -357,7 +357,7 @@ def _counter(name: str) -> int:
 
 def _away() -> list[int]:
     """The ranks that have come to fewer exchanges than this one."""
-    return [other for other in range(size()) if _counter(f"arrived/{other}") < _arrived]
+    return [other for other in range(world_size()) if _counter(f"arrived/{other}") < _arrived]
 
 
 def _finish(wait: Callable[[], Found]) -> Found:
@@ -377,8 +377,8 @@ def _in_vain(why: str) -> SrcfastError:
         away = _away() or _silent()
     missing = f"rank {', '.join(map(str, away))}" if away else "another rank"
     return SrcfastError(
-        f"rank {rank()} of {size()} waited in vain for {missing}: expected all ranks to come to the same exchange. "
-        "Mend: see the first error that another rank shows; where there is none, it hangs, or it is slower than "
+        f"rank {rank()} of {world_size()} waited in vain for {missing}: expected all ranks to come to the same exchange. "
+        "Fix: see the first error that another rank shows; where there is none, it hangs, or it is slower than "
         f"distributed.timeout_seconds allows ({why})"
     )
 
@@ -394,7 +394,7 @@ def _silent() -> list[int]:
     while True:
         left = [
             other
-            for other in range(size())
+            for other in range(world_size())
             if _counter(f"arrived/{other}") == _arrived and not _counter(f"gave up/{other}")
         ]
         if not left or time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each says where, what was expected, what was found, and how to mend it."""
+"""Errors that a user can act on: each says where, what was expected, what was found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class InputError(SrcfastError):
         field: the record's field or the tensor's name.
         expected: what should have been there.
         found: what was there; long values are shortened.
-        mend: what the user can do about it.
+        fix: what the user can do about it.
         sample_id: the sample's id, where one is known.
     """
 
@@ -66,7 +66,7 @@ class InputError(SrcfastError):
         file: str | Path | None = None,
         line: int | None = None,
         field: str | None = None,
-        mend: str | None = None,
+        fix: str | None = None,
         sample_id: str | None = None,
     ) -> None:
         self.file = None if file is None else str(file)
@@ -74,7 +74,7 @@ class InputError(SrcfastError):
         self.field = field
         self.expected = expected
         self.found = shorten(str(found))
-        self.mend = mend
+        self.fix = fix
         self.sample_id = sample_id
         super().__init__(self._text())
 
@@ -88,7 +88,7 @@ class InputError(SrcfastError):
         where = ", ".join(place for place in places if place)
         text = f"{where}: " if where else ""
         text += f"expected {self.expected}, found {self.found}"
-        return text if self.mend is None else f"{text}. Mend: {self.mend}"
+        return text if self.fix is None else f"{text}. Fix: {self.fix}"
 
     def as_record(self) -> dict[str, Any]:
         """The row that `rejected.jsonl` keeps of this error: what is not UTF-8 is spelled out in it."""

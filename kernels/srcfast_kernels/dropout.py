@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srcfast_kernels.backends import Backend, accumulator, backend_for
 from srcfast_kernels.cpu_products import product, thin_product
-from srcfast_kernels.homes import Home, accumulator, home_of
 
 BLOCK = 1024  # columns that a program of the kernel takes
 CHUNK_ELEMENTS = 1 << 16  # that the CPU hashes at once, so that its passes stay within a core's cache
@@ -34,12 +34,12 @@ def dropout(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
         layer: from 0 below 2^31; other layers have other masks.
         share: to drop, from 0 to below 1.
     """
-    return _Dropout.apply(x, keys, layer, share, home_of(x))
+    return _Dropout.apply(x, keys, layer, share, backend_for(x))
 
 
 def dropout_product(x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor) -> Tensor:
     """dropout(x) weight^T, [T, r] for a weight [r, C]; it keeps x, which linears of one input share, not what is left of it."""
-    return _DropoutProduct.apply(x, keys, layer, share, weight, home_of(x))
+    return _DropoutProduct.apply(x, keys, layer, share, weight, backend_for(x))
 
 
 def dropout_reference(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
@@ -68,7 +68,7 @@ def threshold(share: float) -> int:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, home: Home) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, home: Backend) -> Tensor:
         ctx.save_for_backward(keys)
         ctx.layer, ctx.share, ctx.home = layer, share, home
         return dropped([x], keys, layer, share, home)[0]
@@ -81,7 +81,7 @@ class _Dropout(torch.autograd.Function):
 
 class _DropoutProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor, home: Home) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor, home: Backend) -> Tensor:
         ctx.save_for_backward(x, keys, weight)
         ctx.layer, ctx.share, ctx.home = layer, share, home
         return thin_product(dropped([x], keys, layer, share, home)[0], weight.T)
@@ -101,7 +101,7 @@ class _DropoutProduct(torch.autograd.Function):
         return grad_x, None, None, None, grad_weight, None
 
 
-def dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float, home: Home) -> list[Tensor]:
+def dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float, home: Backend) -> list[Tensor]:
     """`dropout` without a graph, of several [T, C] under one mask: of x, or of the result's gradient."""
     if home == "reference":
         return [dropout_reference(x, keys, layer, share) for x in xs]

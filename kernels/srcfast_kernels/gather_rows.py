@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import accumulator, home_of
+from srcfast_kernels.backends import accumulator, backend_for
 
 BLOCK = 1024  # columns of a program
 TILE = 4096  # values that a program copies at a time: narrow rows are taken several together
@@ -42,7 +42,7 @@ def gather_rows(keys: Tensor, values: Tensor, copies: RowCopies) -> tuple[Tensor
 
     A row's gradient is the sum over its copies in the order of `copies.places`, in fp32 (fp64 for fp64), rounded once.
     """
-    home = home_of(keys)
+    home = backend_for(keys)
     if home == "reference":
         return gather_rows_reference(keys, copies.index), gather_rows_reference(values, copies.index)
     function = _GatherRowsTriton if home == "triton" else _GatherRows

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srcfast_kernels.backends import Backend, accumulator, backend_for
 from srcfast_kernels.cpu_products import add_product, linear, product
-from srcfast_kernels.homes import Home, accumulator, home_of
 from srcfast_kernels.linear_logprob_tiled import linear_logprob_tiled
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at a time on a CPU, 16 MiB in fp32: near its caches
@@ -68,7 +68,7 @@ def linear_logprob(
         ValueError: the head is to be trained by tiles.
     """
     settings = HeadSettings(logit_scale, softcap, ignore_index)
-    home = home_of(hidden)
+    home = backend_for(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # its own casts decide what is rounded
         if home == "reference":
             return linear_logprob_reference(hidden, weight, targets, bias=bias, **settings._asdict())
@@ -107,7 +107,7 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor,
         bias: Tensor | None,
         settings: HeadSettings,
-        home: Home,
+        home: Backend,
         differentiated: bool,
     ) -> Tensor:
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]  # whatever the mode
@@ -170,7 +170,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _rows(
-    home: Home,
+    home: Backend,
     logits: Tensor,
     targets: Tensor,
     bias: Tensor | None,

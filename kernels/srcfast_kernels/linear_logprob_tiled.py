@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import accumulator
+from srcfast_kernels.backends import accumulator
 
 PROGRAMS = 132  # fewer than this leave multiprocessors of an H100 idle, so the vocabulary is split
 PARTIAL_BYTES = 256 << 20  # at most, of the gradient's partials

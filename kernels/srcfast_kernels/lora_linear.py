@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast_kernels.backends import Backend, backend_for
 from srcfast_kernels.cpu_products import add_product, product, thin_product
-from srcfast_kernels.homes import Home, home_of
 from srcfast_kernels.nf4 import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4_linear import frozen_linear
 from srcfast_kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
@@ -51,7 +51,7 @@ def lora_linear(
     and x A^T [T, r]. An adapter of another type than x's is taken in x's.
     """
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    if home_of(x) == "reference":
+    if backend_for(x) == "reference":
         return lora_linear_reference(x, weight, bias, lora_a, lora_b, scaling)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return torch.addmm(F.linear(x, weight, bias), x @ lora_a.T, lora_b.T, alpha=scaling)
@@ -70,7 +70,7 @@ def lora_linears(x: Tensor, linears: Sequence[Adapted], norm: Norm | None = None
 
     With a norm it is x that is normalised first and kept as it came, for which a layer has it anyway.
     """
-    home = home_of(x)
+    home = backend_for(x)
     if home == "reference":
         normed = x if norm is None else rms_norm_reference(x, norm.weight, norm.eps)
         return tuple(_reference(normed, one) for one in linears)
@@ -80,7 +80,7 @@ def lora_linears(x: Tensor, linears: Sequence[Adapted], norm: Norm | None = None
 
 def swiglu_lora_linear(gate: Tensor, up: Tensor, down: Adapted) -> Tensor:
     """The adapted linear [T, out] of silu(gate) * up, both [T, in]; gate and up are kept, their product is not."""
-    home = home_of(gate)
+    home = backend_for(gate)
     if home == "reference":
         return _reference(swiglu_reference(gate, up), down)
     return _SwiGLULoRALinear.apply(gate, up, home, down.weight, down.bias, down.scaling, down.lora_a, down.lora_b)
@@ -101,7 +101,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         norm: Norm | None,
-        home: Home,
+        home: Backend,
         bases: list[tuple[Tensor | NF4Weight, Tensor | None, float]],
         *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ class _SwiGLULoRALinear(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
-        home: Home,
+        home: Backend,
         weight: Tensor | NF4Weight,
         bias: Tensor | None,
         scaling: float,

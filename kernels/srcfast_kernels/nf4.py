@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srcfast_kernels import native
-from srcfast_kernels.homes import Home, home_of
+from srcfast_kernels.backends import Backend, backend_for
 
 DEFAULT_BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -90,7 +90,7 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = DEFAULT_BLOCKSIZE, double_q
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
     weight = weight.detach()
-    home = home_of(weight)
+    home = backend_for(weight)
     if home == "triton":
         packed, absmax = _quantize_triton(weight, blocksize)
     elif _is_native(weight, home):
@@ -104,7 +104,7 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = DEFAULT_BLOCKSIZE, double_q
     return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, blocksize)
 
 
-def _is_native(tensor: Tensor, home: Home) -> bool:
+def _is_native(tensor: Tensor, home: Backend) -> bool:
     return home == "torch" and tensor.device.type == "cpu" and native.available()
 
 
@@ -279,7 +279,7 @@ def _flat_parts(count: int) -> list[int]:
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """The weight again, in the shape and dtype it had; products are rounded once, from fp32."""
-    home = home_of(weight.packed)
+    home = backend_for(weight.packed)
     if home == "triton":
         return _nf4_dequantize_triton(weight)
     if _is_native(weight.packed, home):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srcfast_kernels.backends import backend_for
 from srcfast_kernels.cpu_products import linear
-from srcfast_kernels.homes import home_of
 from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
 from srcfast_kernels.optional import import_failure
 
@@ -69,7 +69,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 def _is_fused(x: Tensor, weight: NF4Weight) -> bool:
     """Whether bitsandbytes multiplies x [..., in] by this weight [out, in] without dequantising it first."""
-    if not x.is_cuda or home_of(x) != "triton" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not x.is_cuda or backend_for(x) != "triton" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     out_size, in_size = weight.shape
     rows = x.numel() // in_size

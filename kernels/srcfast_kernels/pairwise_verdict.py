@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import accumulator, home_of
+from srcfast_kernels.backends import accumulator, backend_for
 
 # One program has a sample to itself, and few samples fill no GPU: what counts is how few loads wait for one another.
 LAUNCH = {"BLOCK_PAIRS": 8, "BLOCK_HIDDEN": 256, "BLOCK_SCAN": 1024, "num_warps": 8}
@@ -56,7 +56,7 @@ def pairwise_verdict(
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     samples, largest = _batch(num_candidates, sample_ids, num_samples)
-    if len(first) and home_of(hidden) == "triton":
+    if len(first) and backend_for(hidden) == "triton":
         return _pairwise_verdict_triton(
             hidden, verdict_weight, first, second, verdict_values.to(dtype), sample_ids, samples, largest
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import Home, accumulator, home_of
+from srcfast_kernels.backends import Backend, accumulator, backend_for
 
 PROGRAMS = 512  # of the backward pass; each keeps a part of the weight's gradient
 
@@ -17,9 +17,9 @@ PROGRAMS = 512  # of the backward pass; each keeps a part of the weight's gradie
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., D], weight: [D].
 
-    Kept for backward: x as it is, and a number a row. Of a frozen weight no gradient is computed.
+    Saved for backward: x as it is, and a number a row. Of a frozen weight no gradient is computed.
     """
-    home = home_of(x)
+    home = backend_for(x)
     if home == "reference":
         return rms_norm_reference(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps, home)
@@ -33,7 +33,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, home: Home) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, home: Backend) -> Tensor:
         out, inverse = rms_norm_forward(x, weight, eps, home)
         ctx.save_for_backward(x, weight, inverse)
         ctx.home = home
@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return *rms_norm_backward(gradients[0], x, weight, inverse, ctx.needs_input_grad[1], ctx.home), None, None
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Home) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Backend) -> tuple[Tensor, Tensor]:
     """`rms_norm` of x [..., D] without a graph, and 1 / sqrt(mean(x^2) + eps) of each row for its backward, fp32 or fp64."""
     if home == "triton":
         return _forward_triton(x.contiguous(), weight.contiguous(), eps)
@@ -56,7 +56,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Home) -> tuple
 
 
 def rms_norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool, home: Home
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool, home: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x [..., D] and, where needed, of the weight [D]."""
     if home == "triton":

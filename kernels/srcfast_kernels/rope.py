@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import Home, accumulator, home_of
+from srcfast_kernels.backends import Backend, accumulator, backend_for
 
 HEADS = 8  # that a program of the kernel turns
 
@@ -33,7 +33,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, mrope_sections: Sequence[int] | No
         )
     if mrope_sections is not None:
         cos, sin = (_by_section(angles, mrope_sections) for angles in (cos, sin))
-    return _RoPE.apply(x, cos, sin, home_of(x))
+    return _RoPE.apply(x, cos, sin, backend_for(x))
 
 
 def _by_section(angles: Tensor, sections: Sequence[int]) -> Tensor:
@@ -50,7 +50,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, home: Home) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, home: Backend) -> Tensor:
         ctx.save_for_backward(cos, sin)  # not x: a rotation's gradient is turned back
         ctx.turn = _turn_triton if home == "triton" else _turn
         return ctx.turn(x, cos, sin, 1.0)

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import Home, accumulator, home_of
+from srcfast_kernels.backends import Backend, accumulator, backend_for
 
 BLOCK = 1024  # values that a program of a kernel takes
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; backward recomputes silu instead of storing it. [..., I] each."""
-    home = home_of(gate)
+    home = backend_for(gate)
     if home == "reference":
         return swiglu_reference(gate, up)
     return _SwiGLU.apply(gate, up, home)
@@ -30,7 +30,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, home: Home) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, home: Backend) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.home = home
         return swiglu_forward(gate, up, home)
@@ -41,7 +41,7 @@ class _SwiGLU(torch.autograd.Function):
         return *swiglu_backward(gradients[0], gate, up, ctx.home)[:2], None
 
 
-def swiglu_forward(gate: Tensor, up: Tensor, home: Home) -> Tensor:
+def swiglu_forward(gate: Tensor, up: Tensor, home: Backend) -> Tensor:
     """`swiglu` without a graph."""
     if home == "triton":
         return _forward_triton(gate.contiguous(), up.contiguous())
@@ -49,7 +49,7 @@ def swiglu_forward(gate: Tensor, up: Tensor, home: Home) -> Tensor:
 
 
 def swiglu_backward(
-    gradient: Tensor, gate: Tensor, up: Tensor, home: Home, again: bool = False
+    gradient: Tensor, gate: Tensor, up: Tensor, home: Backend, again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up; and, asked for again, silu(gate) * up. `gradient` may then be written over."""
     if home == "triton":

@@ -24,7 +24,7 @@ def indexed(device: torch.device | str) -> torch.device:
     return device
 
 
-def send(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """Put an array, a tensor or a list of numbers on the device; to a GPU they go from page-locked memory, unwaited for.
 
     A tensor that is page-locked already must stay as it is until the copy has been made.
@@ -36,7 +36,7 @@ def send(values: Any, device: torch.device | str, dtype: torch.dtype | None = No
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def send_together(arrays: Sequence[Any], device: torch.device | str) -> list[Tensor]:
+def to_device_together(arrays: Sequence[Any], device: torch.device | str) -> list[Tensor]:
     """Put several arrays or tensors of the host on the device, to a GPU in one copy: there they are views of one buffer."""
     device, tensors = torch.device(device), [torch.as_tensor(array).contiguous() for array in arrays]
     if device.type != "cuda":

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srcfast_kernels.homes import accumulator, home_of
+from srcfast_kernels.backends import accumulator, backend_for
 from srcfast_kernels.linear_logprob import linear_logprob
 
 BLOCK = 256  # tokens of a sequence that are summed at a time
@@ -110,7 +110,7 @@ def linear_weighted_dpo(
     """
     logps = linear_logprob(hidden, weight, targets, **head)  # [T]
     pairs = len(confidence)
-    if pairs and home_of(hidden) == "triton":
+    if pairs and backend_for(hidden) == "triton":
         total = confidence.sum(dtype=logps.dtype) if normalizer is None else normalizer
         reference = (ref_chosen_logps, ref_rejected_logps)
         return DPOOutput(

@@ -27,7 +27,7 @@ from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest
 from srcfast.errors import ConfigError
 from srcfast_kernels.optional import import_failure
-from srcfast_kernels.transfers import send_together
+from srcfast_kernels.transfers import to_device_together
 
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -165,7 +165,7 @@ def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: 
         sizes.append((len(members), long, wide))
         paths_of.append(paths[:, 0])
     whole = [np.concatenate(into), out_of, np.concatenate(keys_of), np.concatenate(paths_of)]
-    rows_in, rows_out, key_rows, paths_there = send_together(whole, device)
+    rows_in, rows_out, key_rows, paths_there = to_device_together(whole, device)
     parts = paths_there.split([count for count, _, _ in sizes])
     groups = [(*size, _block_mask(*size[1:], part, dtype)) for size, part in zip(sizes, parts, strict=True)]
     return rows_in, rows_out, key_rows, groups

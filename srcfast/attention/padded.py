@@ -1,6 +1,6 @@
 """The CPU's attention with gradients: groups of segments of like length, padded, a few at a time.
 
-Kept for backward are queries, keys and values as they came; gathered copies and softmax weights, which are several times as
+Saved for backward are queries, keys and values as they came; gathered copies and softmax weights, which are several times as
 much, are computed again. A part of a group is small enough for the processor's cache, so that this costs little.
 """
 

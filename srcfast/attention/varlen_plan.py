@@ -16,7 +16,7 @@ from torch import Tensor
 from srcfast.attention.query_blocks import behind_one_another, query_blocks
 from srcfast.data.forest import Forest
 from srcfast_kernels.gather_rows import RowCopies, gather_rows
-from srcfast_kernels.transfers import send_together
+from srcfast_kernels.transfers import to_device_together
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _on_device(
     cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, copies: RowCopies | None, device: torch.device
 ) -> VarlenPlan:
     lists = [] if copies is None else [copies.index, copies.starts, copies.places]
-    there_q, there_k, *there = send_together([cu_seqlens_q, cu_seqlens_k, *lists], device)
+    there_q, there_k, *there = to_device_together([cu_seqlens_q, cu_seqlens_k, *lists], device)
     lengths_q, lengths_k = np.diff(cu_seqlens_q), np.diff(cu_seqlens_k)
     return VarlenPlan(
         cu_seqlens_q=there_q,

@@ -26,7 +26,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         os.environ.update(allocator_variables(os.environ))  # first of all: `recorded` may import torch
         try:
-            with signals.listening(), disk_is_met(), warnings_are_printable():
+            with signals.listening(), report_disk_errors(), escape_warnings():
                 return recorded(super().invoke)(ctx)
         except (SrcfastError, Interrupted) as error:
             who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def disk_is_met() -> Iterator[None]:
+def report_disk_errors() -> Iterator[None]:
     """A disk that is full, or can't be written, is told as srcfast's own errors are."""
     try:
         yield
@@ -44,13 +44,13 @@ def disk_is_met() -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         raise SrcfastError(
-            f"{where}{error.strerror}. What was finished is kept. Mend: make room, or see to the file system; "
+            f"{where}{error.strerror}. What was finished is kept. Fix: make room, or see to the file system; "
             "the same command continues"
         ) from error
 
 
 @contextmanager
-def warnings_are_printable() -> Iterator[None]:
+def escape_warnings() -> Iterator[None]:
     """What warnings quote of damaged files is shown, never obeyed by the terminal."""
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *told, **more: printable(plain(*told, **more))

@@ -20,7 +20,7 @@ from srcfast.cli.inputs import (
     read_candidates,
     read_preference_file,
     read_vocabulary,
-    set_aside,
+    write_rejected,
 )
 from srcfast.cli.ranks import on_all_ranks, on_ranks
 from srcfast.config.settings import Config
@@ -34,7 +34,7 @@ from srcfast.models.checkpoint import model_hash
 from srcfast.models.text_model import save_text_model
 from srcfast.report.table import results_table
 from srcfast.run.chunks import remove_chunks
-from srcfast.run.directory import alone_in
+from srcfast.run.directory import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import candidates_in_chunks
@@ -43,7 +43,7 @@ from srcfast.stages.datasets import EvaluationSet, draw, read_dataset
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, evaluated
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
-from srcfast.stages.policy import Policy, load_judge
+from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import with_references
 from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
@@ -55,7 +55,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
     """Run everything; show the results and say where the page is. `profile`: steps of each training stage."""
     with on_all_ranks(config) as local:
         page = calibration.calibrate(local, profile)
-        if not distributed.is_main():
+        if not distributed.is_rank_zero():
             return
     if not config.quiet:
         summary = json.loads((config.run_path / "summary.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
         files = candidates_in_chunks(
             chunks, policy.model, samples, config.candidates, features=policy.features, seed=config.seed
         )
-        distributed.from_main(lambda: write_shards(output, files.rows()))
+        distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
 
 
 @on_ranks("scores")
@@ -105,25 +105,25 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
     directory, adaptive = need(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
-    scorer = load_judge(config)
+    scorer = load_scorer_for(config)
     with sampling_stage("score", config, output, len(samples), ("scorer",)) as stage:
         chunks = stage.chunks(scorer=partial(model_hash, scorer.text_model.path))
         files = scores_in_chunks(chunks, scorer, samples, lambda: read_candidates(directory), config.scorer, adaptive)
-        distributed.from_main(lambda: write_shards(output, files.rows()))
-        if adaptive is not None and distributed.is_main():
+        distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
+        if adaptive is not None and distributed.is_rank_zero():
             write_json(output / "adaptive.json", replace(adaptive, counts=files.counts()).report())
 
 
 @on_ranks("preferences")
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
     """Choose pairs into shards under `output`, with `funnel.json` beside them; rank 0 does it alone."""
-    if not distributed.is_main():
+    if not distributed.is_rank_zero():
         return
     output = need(output, "--output", "a folder for the preferences")
     samples = read_all(config, source, "calibration", output)
     rows = iter(()) if scores is None else read_scores(scores)
     if scores is None and config.curation.pairing == "score":
-        raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Mend: name it")
+        raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Fix: name it")
     pairs, funnel = curate_pairs(samples, read_candidates(candidates), rows, config.curation, config.seed)
     # The absolute root travels with the pair: the shards may be read from anywhere.
     write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
@@ -141,7 +141,7 @@ def dpo(
     if config.dpo.rehearsal_weight:
         raise ConfigError(
             "dpo.rehearsal_weight: expected 0, since this command is given no rationale-answer pairs to rehearse, "
-            f"found {config.dpo.rehearsal_weight}. Mend: leave it out, or use `srcfast calibrate`"
+            f"found {config.dpo.rehearsal_weight}. Fix: leave it out, or use `srcfast calibrate`"
         )
     pairs = read_preference_file(config, source, output)
     policy = Policy(config, pairs)
@@ -163,7 +163,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
     sets = []
     for dataset in datasets(config, source, "evaluation"):
         samples = read_dataset(dataset, Path(config.output) / "images", rejected)
-        set_aside(rejected, len(samples), config.max_rejected, output)
+        write_rejected(rejected, len(samples), config.max_rejected, output)
         sets.append(EvaluationSet(dataset.name, dataset.split, samples))
     policy = Policy(config, [sample for one in sets for sample in one.samples], adapter)
     total = sum(len(one.samples) for one in sets)
@@ -178,12 +178,12 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
                 config.evaluation,
                 features=policy.features,
             )
-            if distributed.is_main():
+            if distributed.is_rank_zero():
                 model = "base" if adapter is None else str(adapter)
                 entries.append(evaluated(output / "predictions" / name, answers, one, model, config))
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
-    if not config.quiet and distributed.is_main():
+    if not config.quiet and distributed.is_rank_zero():
         print(json.dumps(entries, indent=2))
 
 
@@ -197,14 +197,14 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
     output = need(output, "--output", "a file for the log-probabilities")
     if not output.name or output.is_dir():
         raise ConfigError(
-            f"--output: expected a file for the log-probabilities, found the folder {output}. Mend: name a file"
+            f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
         )
     rows = [
         Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root)
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
     ]
     policy, directory = Policy(config, rows, adapter), output.with_name(f"{output.name}.checkpoint")
-    with alone_in(directory), track("logprob", len(rows), "responses", config.quiet) as progress:
+    with exclusive_lock(directory), track("logprob", len(rows), "responses", config.quiet) as progress:
         files = logprobs_in_chunks(
             logprob_chunks(config, policy, rows, directory, progress),
             policy.model,
@@ -212,7 +212,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
             features=policy.features,
             token_budget=config.dpo.token_budget,
         )
-        distributed.from_main(lambda: write_jsonl(output, logprobs_of(rows, files)))
+        distributed.run_on_rank_zero(lambda: write_jsonl(output, logprobs_of(rows, files)))
         remove_chunks(directory)
 
 
@@ -223,13 +223,13 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     samples = read_all(config, source, "rationale", output)
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
-    judge, loop = load_judge(config), config.scorer_training.seeded(config.seed, config.deterministic)
+    judge, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)
     steps = num_steps(len(train), loop)
     with training_stage("scorer", config, output, steps, lambda: [judge], profile) as stage:
         with stage.training(judge, train, loop) as hooks:
             train_scorer(judge, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])
         stage.stop_clock()
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             save_text_model(judge.text_model, output)
             result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
             stage.result = {"model": config.scorer.path, "examples": len(train), "held_out": result}

@@ -14,7 +14,7 @@ import torch
 from srcfast.cli.table import table
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.data.forest import Forest
-from srcfast.memory.activations import ForestSizes, kept_bytes
+from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.advice import advice, largest_value, with_setting
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
 from srcfast.memory.forecast import Forecast, moment_bytes, recomputed_layers
@@ -26,8 +26,8 @@ from srcfast.memory.plan import (
     Lengths,
     device_memory,
     forecast_stage,
-    judge_sizes,
     policy_sizes,
+    scorer_sizes,
     sharing_ranks,
     typical_tree,
 )
@@ -155,7 +155,7 @@ def _known(datasets: Sequence[DatasetConfig]) -> int:
 def sample_flops(config: Config, stage: str, lengths: Lengths) -> float:
     """Necessary FLOPs of one sample in a stage: in training over all epochs, in decoding with all of its beams."""
     tree = typical_tree(config, stage, lengths)
-    model = judge_sizes(config) if stage == "scores" else policy_sizes(config)
+    model = scorer_sizes(config) if stage == "scores" else policy_sizes(config)
     one = ForestSizes.of(
         Forest.of([tree]), "cuda"
     )  # the sizes that memory on a GPU depends on say all that is needed here
@@ -187,7 +187,7 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
     """What doesn't depend on the stage."""
     adapter = 0 if model.lora is None else model.lora.parameters
     pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", lengths)]), model.device_type)
-    casts = kept_bytes(model, pair.times(0)).most  # of the adapter: they don't depend on tokens
+    casts = activation_bytes(model, pair.times(0)).most  # of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
     moments = moment_bytes(config.dpo.optimizer, adapter, model.device_type)
     return {
@@ -200,7 +200,7 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
         "adapter_bytes": 4 * adapter,
         "optimizer_bytes": 4 * adapter + moments,
         "fixed_bytes": weights + 8 * adapter + moments,
-        "activation_bytes_per_token": (kept_bytes(model, pair).most - casts) / pair.tokens,
+        "activation_bytes_per_token": (activation_bytes(model, pair).most - casts) / pair.tokens,
         "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
         "memory": room if math.isfinite(room) else None,
         "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=room, lengths=lengths)

@@ -83,7 +83,7 @@ def is_rank_zero() -> bool:
 def need(value: Path | None, option: str, what: str) -> Path:
     """An option's value. Raises ConfigError where it is not given."""
     if value is None:
-        raise ConfigError(f"{option}: expected {what}, found nothing. Mend: name it")
+        raise ConfigError(f"{option}: expected {what}, found nothing. Fix: name it")
     return value
 
 
@@ -114,7 +114,7 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
         found = tuple(one for one in config.data.train if use in one.use)
     if not found:
         where = "data.evaluation" if use == "evaluation" else "data.train"
-        raise ConfigError(f"no data: expected --data FILE, or datasets under {where} in the config. Mend: name one")
+        raise ConfigError(f"no data: expected --data FILE, or datasets under {where} in the config. Fix: name one")
     return found
 
 
@@ -126,11 +126,11 @@ def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sam
         for dataset in datasets(config, source, use)
         for sample in read_dataset(dataset, Path(config.output) / "images", rejected)
     ]
-    set_aside(rejected, len(samples), config.max_rejected, output)
+    write_rejected(rejected, len(samples), config.max_rejected, output)
     return samples
 
 
-def set_aside(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float, output: Path) -> None:
+def write_rejected(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float, output: Path) -> None:
     """Write `rejected.jsonl` into the folder `output`, if anything was rejected.
 
     Raises:
@@ -143,7 +143,7 @@ def set_aside(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float,
         write_jsonl(file, rejected)
     check_rejected(rejected, len(rejected) + kept, limit)
     if not kept:
-        raise InputError(expected="at least one sample", found="none", mend="name data that holds some")
+        raise InputError(expected="at least one sample", found="none", fix="name data that holds some")
 
 
 def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
@@ -165,7 +165,7 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     rejected: list[dict[str, Any]] = []
     format = source.format or ("trl" if path.suffix == ".json" else "jsonl")
     preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
-    set_aside(rejected, len(preferences), config.max_rejected, output)
+    write_rejected(rejected, len(preferences), config.max_rejected, output)
     return preferences
 
 
@@ -193,13 +193,13 @@ def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: So
                 field="image_root",
                 expected=f"images where they were, since one --image-root can't stand for each of {', '.join(sorted(recorded))}",
                 found=f"no folder {own}",
-                mend="put them back, or curate the samples again where they are now",
+                fix="put them back, or curate the samples again where they are now",
             )
         if source.image_root is None or Path(own).resolve().is_relative_to(source.image_root.resolve()):
             return Path(own)
     expected = "a path" if source.image_root is None else f"a path below --image-root ({source.image_root})"
-    mend = "name another --image-root, or none where the shards are your own"
-    raise InputError(file=file, line=line, field="image_root", expected=expected, found=repr(own), mend=mend)
+    fix = "name another --image-root, or none where the shards are your own"
+    raise InputError(file=file, line=line, field="image_root", expected=expected, found=repr(own), fix=fix)
 
 
 def read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:

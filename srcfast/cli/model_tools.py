@@ -27,7 +27,7 @@ from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.replay import replay as run_again
 from srcfast.training.loop import NotFinite
 from srcfast_kernels import native
-from srcfast_kernels.homes import home_of
+from srcfast_kernels.backends import backend_for
 from srcfast_kernels.nf4_linear import why_not_fused
 from srcfast_kernels.optional import import_failure
 
@@ -120,7 +120,7 @@ def doctor(as_json: bool) -> None:
     found: dict[str, Any] = environment()
     found["attention_backends"] = available_backends()
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    found["kernels"] = {device: home_of(torch.empty(0, device=device)) for device in devices}
+    found["kernels"] = {device: backend_for(torch.empty(0, device=device)) for device in devices}
     found["native_library"] = native.why_not() or "loaded"
     found["optional"] = {name: version(name) for name in OPTIONAL}
     found["unusable"] = unusable()

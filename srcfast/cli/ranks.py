@@ -10,14 +10,14 @@ from typing import Any
 
 from srcfast import distributed
 from srcfast.config.settings import Config
-from srcfast.memory.out_of_memory import out_of_memory_is_met
+from srcfast.memory.out_of_memory import explain_out_of_memory
 
 
 @contextmanager
 def on_all_ranks(config: Config) -> Iterator[Config]:
     """The settings as this rank has them, among the ranks that `torchrun` has started: only rank 0 shows progress."""
     with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
-        yield config if distributed.is_main() else config.model_copy(update={"quiet": True})
+        yield config if distributed.is_rank_zero() else config.model_copy(update={"quiet": True})
 
 
 def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -26,7 +26,7 @@ def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]
     def of(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(config: Config, *arguments: Any) -> None:
-            with on_all_ranks(config) as local, out_of_memory_is_met(local, stage):
+            with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
                 command(local, *arguments)
 
         return run

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srcfast.cli import inputs
-from srcfast.cli.inputs import ENDINGS, need, set_aside
+from srcfast.cli.inputs import ENDINGS, need, write_rejected
 from srcfast.config.show import annotated_yaml, json_schema
 from srcfast.data.convert import convert as convert_records
 from srcfast.data.jsonl import write_jsonl
@@ -59,7 +59,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         if rejected:
             write_jsonl(target.parent / "rejected.jsonl", rejected)
         raise
-    set_aside(rejected, count, len(rejected), target.parent)
+    write_rejected(rejected, count, len(rejected), target.parent)
     print(f"{target}: {count} records, {len(rejected)} rejected")
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
@@ -70,7 +70,7 @@ def _format_of(named: str | None, path: Path, option: str) -> str:
     """The format as named, or as the file's ending tells."""
     found = named or ENDINGS.get(path.suffix.lower())
     if found is None:
-        raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Mend: name it")
+        raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Fix: name it")
     return found
 
 

@@ -42,7 +42,7 @@ def parse_yaml(text: str, where: str, look: Callable[[yaml.Node | None], None]) 
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _swells(node):
             expected = f"expected at most {MAX_NODES:,} values by aliases"
-            raise ConfigError(f"{where}: {expected}, found more. Mend: leave aliases out")
+            raise ConfigError(f"{where}: {expected}, found more. Fix: leave aliases out")
         look(node)
         return yaml.safe_load(text)
     except ConfigError:
@@ -75,7 +75,7 @@ def note_lines(node: yaml.Node | None, prefix: str, path: Path, locations: dict[
             name = f"{prefix}{key.value}"
             location = f"{path}, line {key.start_mark.line + 1}"
             if name in locations:
-                raise ConfigError(f"{location}: {name} is set twice, first at {locations[name]}. Mend: keep one")
+                raise ConfigError(f"{location}: {name} is set twice, first at {locations[name]}. Fix: keep one")
             locations[name] = location
             note_lines(value, f"{name}.", path, locations)
     elif isinstance(node, yaml.SequenceNode):

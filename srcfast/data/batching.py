@@ -41,13 +41,15 @@ def global_batch(count: int, step: int, settings: BatchSettings) -> list[int]:
     return epoch_order(count, settings.seed, epoch)[begin : begin + settings.global_batch_size].tolist()
 
 
-def own_share(count: int, step: int, settings: BatchSettings, sizes: Sequence[int], rank: int, ranks: int) -> list[int]:
+def rank_batch_indices(
+    count: int, step: int, settings: BatchSettings, sizes: Sequence[int], rank: int, ranks: int
+) -> list[int]:
     """Indices of the items of update `step` that this rank of so many runs; `sizes` are the items' tokens."""
     batch = global_batch(count, step, settings)
-    return [batch[place] for place in deal([sizes[index] for index in batch], ranks)[rank]]
+    return [batch[place] for place in balance_by_tokens([sizes[index] for index in batch], ranks)[rank]]
 
 
-def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+def balance_by_tokens(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Shares of a global batch that are as equal in tokens as may be: one list of places, ascending, for each rank.
 
     The largest first, each to the rank that has the fewest tokens yet (of several the first); so a share is a pure function

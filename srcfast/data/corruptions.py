@@ -54,7 +54,7 @@ def corrupt(
         field="rationale",
         expected=f"sentences in which a fault of kind {kind!r} can be made",
         found=" ".join((*see, *think, answer)),
-        mend="name the domain's interchangeable words in the vocabulary, or choose another kind",
+        fix="name the domain's interchangeable words in the vocabulary, or choose another kind",
     )
 
 

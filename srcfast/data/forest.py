@@ -26,7 +26,7 @@ from torch import Tensor
 
 from srcfast.errors import InputError
 from srcfast_kernels import native
-from srcfast_kernels.transfers import indexed, send_together
+from srcfast_kernels.transfers import indexed, to_device_together
 
 NATIVE_FROM = 1024  # items to pack: below, the native packer's tables cost more than they save
 NATIVE_BUDGET = 1 << 22  # its tables have an entry for every number of tokens that may be left
@@ -221,7 +221,7 @@ class Forest:
         if device == self.token_ids.device:
             return self
         names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
-        there = send_together([getattr(self.host or self, name) for name in names], device)
+        there = to_device_together([getattr(self.host or self, name) for name in names], device)
         moved = dict(zip(names, there, strict=True))
         return replace(self, **moved, cache={}, host=self.host or self)
 
@@ -251,7 +251,7 @@ def pack_sizes(
                 field="token_budget",
                 expected=f"at most {budget} tokens in one tree",
                 found=f"{sizes[item]} tokens",
-                mend="raise token_budget or leave this sample out",
+                fix="raise token_budget or leave this sample out",
             )
         place = bisect_left(room, (sizes[item], -1))
         if place < len(room):

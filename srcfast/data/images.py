@@ -121,5 +121,5 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _error(file: str | Path, expected: str, found: object, mend: str) -> InputError:
-    return InputError(file=file, field="image", expected=expected, found=found, mend=mend)
+def _error(file: str | Path, expected: str, found: object, fix: str) -> InputError:
+    return InputError(file=file, field="image", expected=expected, found=found, fix=fix)

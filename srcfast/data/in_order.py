@@ -65,7 +65,7 @@ def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candida
                 field="sample_id",
                 expected="a sample's candidates one after the other",
                 found="some of them behind another sample's",
-                mend="sort the candidates by sample",
+                fix="sort the candidates by sample",
             )
         seen.add(sample_id)
         yield sample_id, list(own)

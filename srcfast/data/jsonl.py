@@ -255,15 +255,15 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Path, int, dict[str, An
             count += 1
             yield file, line, row
     if count != rows:
-        expected, mend = f"{rows} rows, as {COMPLETE} says", "remove the directory and run the stage again"
-        raise InputError(file=directory, expected=expected, found=count, mend=mend)
+        expected, fix = f"{rows} rows, as {COMPLETE} says", "remove the directory and run the stage again"
+        raise InputError(file=directory, expected=expected, found=count, fix=fix)
 
 
 def _read_marker(directory: Path) -> tuple[int, Iterable[str | None]]:
     """Read how many rows a directory has, and each shard's hash, None in older ones. Raises InputError where it is not whole."""
     if not is_complete(directory):
         expected = f"a finished stage ({COMPLETE} marker)"
-        raise InputError(file=directory, expected=expected, found="none", mend="run the stage before")
+        raise InputError(file=directory, expected=expected, found="none", fix="run the stage before")
     try:
         marker = parse_object((directory / COMPLETE).read_bytes())
         shards, rows = marker["shards"], marker["rows"]
@@ -274,8 +274,8 @@ def _read_marker(directory: Path) -> tuple[int, Iterable[str | None]]:
             raise ValueError(f"{hashes!r} for {shards} shards")
     except (OSError, ValueError, KeyError) as error:
         expected, found = '{"rows": n, "shards": k, "sha256": [one a shard]}', repr(error)
-        file, mend = directory / COMPLETE, "run the stage again"
-        raise InputError(file=file, expected=expected, found=found, mend=mend) from error
+        file, fix = directory / COMPLETE, "run the stage again"
+        raise InputError(file=file, expected=expected, found=found, fix=fix) from error
     return rows, hashes or (None for _ in range(shards))  # no list: a damaged marker may speak of 10^12
 
 
@@ -283,5 +283,5 @@ def _check_hash(file: Path, sha256: str | None, rows: int) -> None:
     """Raise InputError where a shard is not the one that was written; the reader of a missing one says that it is missing."""
     if sha256 is not None and file.is_file() and (found := file_hash(file)) != sha256:
         expected = f"the shard that was written ({rows} rows in all), of SHA-256 {sha256}, as {COMPLETE} says"
-        mend = "put it back as it was, or remove the directory and run the stage again; to change rows by hand, "
-        raise InputError(file=file, expected=expected, found=found, mend=f"{mend}take sha256 out of {COMPLETE}")
+        fix = "put it back as it was, or remove the directory and run the stage again; to change rows by hand, "
+        raise InputError(file=file, expected=expected, found=found, fix=f"{fix}take sha256 out of {COMPLETE}")

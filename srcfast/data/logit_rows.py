@@ -12,7 +12,7 @@ from torch import Tensor
 from srcfast.data.forest import Forest
 
 
-def response_rows(forest: Forest) -> Tensor:
+def response_logit_rows(forest: Forest) -> Tensor:
     """The rows that predict a token below a root, [M] int64, ascending, each once, on the host.
 
     A model that is given them computes its last layer for them alone: of a prompt with an image nothing but its last row.
@@ -26,11 +26,11 @@ def response_rows(forest: Forest) -> Tensor:
     return host.cache["response rows"]
 
 
-def places_of(rows: np.ndarray, hidden: Tensor, forest: Forest, given: Tensor) -> np.ndarray:
+def row_positions(rows: np.ndarray, hidden: Tensor, forest: Forest, given: Tensor) -> np.ndarray:
     """Where the hidden states of a forest's rows [n] are: themselves in `hidden` [T, D], or among the `given` [M] in [M, D]."""
     return rows if len(hidden) == forest.num_tokens else np.searchsorted(given.numpy(), rows)
 
 
-def takes_rows(model: Any) -> bool:
+def supports_row_selection(model: Any) -> bool:
     """Whether a model's `forward` takes `rows`, those whose hidden states are wanted."""
     return "rows" in inspect.signature(model.forward).parameters

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srcfast.data.collector import no_full_passes
+from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.images import check_image
 from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
 from srcfast.data.records import Fields, Preference, Sample
@@ -107,10 +107,10 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
     if over or (rejected and len(rejected) == total):
         reasons = Counter(f"{row['field'] or 'record'!r}: expected {row['expected']}" for row in rejected)
         counts = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
-        file, mend = rejected[0]["file"], "mend the data, or raise max_rejected"
+        file, fix = rejected[0]["file"], "fix the data, or raise max_rejected"
         expected = f"at most max_rejected = {max_rejected} bad records of {total}"
         found = f"{len(rejected)} ({counts}); the first: {rejected[0]['reason']}"
-        raise InputError(file=file, expected=expected, found=found, mend=mend)
+        raise InputError(file=file, expected=expected, found=found, fix=fix)
 
 
 # What all formats share -----------------------------------------------------------------------------------------------
@@ -138,16 +138,16 @@ def _with_unique_ids(
     for line, sample in samples:
         if isinstance(sample, Sample) and sample.id in lines:
             expected, found = "an id that occurs once", f"that of line {lines[sample.id]}"
-            mend = "give each sample an id of its own"
+            fix = "give each sample an id of its own"
             sample = InputError(
-                file=path, line=line, sample_id=sample.id, field="id", expected=expected, found=found, mend=mend
+                file=path, line=line, sample_id=sample.id, field="id", expected=expected, found=found, fix=fix
             )
         elif isinstance(sample, Sample):
             lines[sample.id] = line
         yield line, sample
 
 
-@no_full_passes()
+@pause_full_collections()
 def _keep_good(
     records: Iterable[tuple[int, Record | InputError]],
     path: str | Path,
@@ -187,7 +187,7 @@ def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | 
     """Turn an image's error into one of the record that names the image."""
     expected, found = error.expected, f"{error.found} ({error.file})"
     return InputError(
-        file=path, line=line, sample_id=sample_id, field="image", expected=expected, found=found, mend=error.mend
+        file=path, line=line, sample_id=sample_id, field="image", expected=expected, found=found, fix=error.fix
     )
 
 

@@ -163,7 +163,7 @@ class Fields:
         name = row.get("id", row.get("sample_id"))
         self.sample_id = None if name is None else str(name)
 
-    def error(self, name: str, expected: str, found: Any, mend: str | None = None) -> InputError:
+    def error(self, name: str, expected: str, found: Any, fix: str | None = None) -> InputError:
         return InputError(
             file=self.file,
             line=self.line,
@@ -171,7 +171,7 @@ class Fields:
             sample_id=self.sample_id,
             expected=expected,
             found=repr(found),
-            mend=mend,
+            fix=fix,
         )
 
     def take(self, name: str, expected: str) -> Any:

@@ -106,7 +106,7 @@ def _write_images(cell: str, index: str, place: str, image_output: Path) -> list
     names = []
     try:
         if not codes:
-            raise InputError(expected="an image in base64", found="an empty list", mend="encode the image again")
+            raise InputError(expected="an image in base64", found="an empty list", fix="encode the image again")
         for number, code in enumerate(codes):
             data = from_base64(code, place)
             stem = re.sub(r"[^\w.-]", "_", index, flags=re.ASCII)[:100].lstrip(".")
@@ -136,7 +136,7 @@ def _sample(
     if named is None:
         raise fields.error("image", "base64, or the index of a row that has it", cell)
     if isinstance(named, InputError):
-        raise fields.error("image", named.expected, named.found, named.mend)
+        raise fields.error("image", named.expected, named.found, named.fix)
     question, answer, rationale = fields.text("question"), fields.answer("answer"), fields.optional_text("rationale")
     extra = fields.rest()
     options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from srcfast.generation.kv_cache import LANES, Layout, rounded
 from srcfast.generation.step import Drawn, step_numbers
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 LEAST_ROWS = 8
 MANY_ROWS = 128  # above, a product's time grows with its rows
@@ -93,11 +93,11 @@ class StepGraphs:
         numbers = step_numbers(places, positions, uniform, lengths, rows, self.spare)
         if (rows, room) not in self._graphs:
             self._graphs[rows, room] = None
-            tokens, logprobs = self.step(send(numbers, self.device), rows, self.layout.slots, room)
+            tokens, logprobs = self.step(to_device(numbers, self.device), rows, self.layout.slots, room)
             return tokens[: len(places)], logprobs[: len(places)]
         graph = self._graphs[rows, room]
         if graph is None:
-            given = send(numbers, self.device)  # outside of the pool, in which replays write
+            given = to_device(numbers, self.device)  # outside of the pool, in which replays write
             outputs, replay = self.capture(partial(self.step, given, rows, self.layout.slots, room))
             graph = self._graphs[rows, room] = _Graph(given, outputs, replay)
         else:

@@ -30,7 +30,7 @@ from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
 from srcfast.generation.step import step_numbers
 from srcfast.models.sharding import is_sharded
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> embeddings [n, D] each
 PREFILL_TOKENS = 4096  # of the prompts that are run together, unless one alone has more
@@ -222,10 +222,10 @@ class _Decoding:
             self._open(slot, task, start, self.cache.start(slot, [], [0] * rows, start.draws.shape[1]), [0] * rows)
             self.prompts[slot * self.width : (slot + 1) * self.width] = len(task.prompt.token_ids)
         places = np.concatenate([self._slot(slot).places for slot in slots])
-        counts = send([len(start.room) for start in starts], self.device)
+        counts = to_device([len(start.room) for start in starts], self.device)
         logits = logits.repeat_interleave(counts, dim=0, output_size=len(places))
-        tokens, logprobs = self.step.draw(logits, send(self.draws[places, 0], self.device))
-        self.pending[send(places, self.device)] = tokens
+        tokens, logprobs = self.step.draw(logits, to_device(self.draws[places, 0], self.device))
+        self.pending[to_device(places, self.device)] = tokens
         self._drew(places, tokens, logprobs)
 
     def _prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> Tensor:
@@ -277,7 +277,7 @@ class _Decoding:
         else:
             used = 1 + max(slot for slot, held in enumerate(self.slots) if held is not None)
             numbers = step_numbers(live, positions, uniform, self.lengths, len(live))
-            drawn = self.step(send(numbers, self.device), len(live), used, longest)
+            drawn = self.step(to_device(numbers, self.device), len(live), used, longest)
         self._drew(live, *drawn)
         self.lengths[live] += 1
         return True
@@ -326,7 +326,7 @@ class _Decoding:
         before = [slot.before[parent] + len(written[parent]) for parent in start.parents]
         parents = [slot.places[parent] for parent in start.parents]
         places = self.cache.start(number, parents, [count - 1 for count in before], start.draws.shape[1])
-        rows, tokens = send(np.array([places, [written[parent][-1] for parent in start.parents]]), self.device)
+        rows, tokens = to_device(np.array([places, [written[parent][-1] for parent in start.parents]]), self.device)
         self.pending[rows] = tokens
         self._open(number, slot.task, start, places, before)
         return False

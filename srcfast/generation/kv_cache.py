@@ -21,7 +21,7 @@ from torch import Tensor
 from srcfast.attention.forest_attention import Attend
 from srcfast.generation.kv_pages import KVPages, PagedRow
 from srcfast_kernels import native
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 LANES = 16  # the native library takes prompts' rooms and heads' sizes that are multiples of it
 PROMPT_STEP = (
@@ -181,7 +181,7 @@ class SlotCache:
             self.prompt_mask = F.pad(self.prompt_mask, (0, longest - room), value=float("-inf"))
         ends = np.cumsum(lengths).tolist()
         self._into = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
-        taken, own = send(np.array([slots, lengths]), self.device)  # [n] each
+        taken, own = to_device(np.array([slots, lengths]), self.device)  # [n] each
         self.prompt_lengths[taken] = own
         hidden = torch.arange(self.prompt_mask.shape[1], device=self.device) >= own[:, None]
         self.prompt_mask[taken] = torch.zeros(
@@ -215,7 +215,7 @@ class SlotCache:
         if copies:
             longest = max(copy.length for copy in copies)
             pairs = np.array([[copy.source for copy in copies], [copy.target for copy in copies]])
-            sources, targets = send(pairs, self.device)  # [n] each
+            sources, targets = to_device(pairs, self.device)  # [n] each
             own_keys, own_values = self._by_slot(self.own_keys), self._by_slot(self.own_values)
             for held in (own_keys[:, slot, ..., :longest], own_values[:, slot, :, :, :longest]):
                 held[:, :, targets] = held[:, :, sources]

@@ -94,7 +94,7 @@ class KVPages:
         if not self._free:
             raise SrcfastError(
                 f"the key-value cache is full: expected a free page among {self._total} of {self.page_size} positions, "
-                "found none. Mend: lower the number of samples decoded at once (batch_size) or max_new_tokens"
+                "found none. Fix: lower the number of samples decoded at once (batch_size) or max_new_tokens"
             )
         page = self._free.pop()
         self._references[page] = 1

@@ -28,7 +28,7 @@ from torch import Tensor
 from srcfast.attention.forest_attention import plan_blocks
 from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest
-from srcfast.data.logit_rows import response_rows
+from srcfast.data.logit_rows import response_logit_rows
 from srcfast.memory.flops import attended_of
 from srcfast.memory.model_sizes import ModelSizes
 
@@ -37,7 +37,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"
 
 
 @dataclass(frozen=True)
-class Reads:
+class AttentionReads:
     """What attention reads in a layer.
 
     Attributes:
@@ -51,7 +51,7 @@ class Reads:
     groups: tuple[tuple[float, int, int], ...]
 
     @classmethod
-    def of(cls, forest: Forest, device_type: str, rows: Tensor | None = None) -> Reads:
+    def of(cls, forest: Forest, device_type: str, rows: Tensor | None = None) -> AttentionReads:
         """Of all tokens of a forest on the host, or of the queries of some rows."""
         queries = forest.num_tokens if rows is None else len(rows)
         if device_type == "cpu":
@@ -65,9 +65,9 @@ class Reads:
         """Of the CPU's masks and index maps."""
         return sum(blocks * (4 * long * wide + 8 * (long + wide)) for blocks, long, wide in self.groups)
 
-    def times(self, count: float) -> Reads:
+    def times(self, count: float) -> AttentionReads:
         groups = tuple((blocks * count, long, wide) for blocks, long, wide in self.groups)
-        return Reads(self.queries * count, self.keys * count, groups)
+        return AttentionReads(self.queries * count, self.keys * count, groups)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class ForestSizes:
     tokens: float
     head_rows: float
     attended: float
-    every: Reads
-    last: Reads
+    every: AttentionReads
+    last: AttentionReads
 
     @classmethod
     def of(cls, forest: Forest, device_type: str) -> ForestSizes:
@@ -95,9 +95,9 @@ class ForestSizes:
         roots = sum(tree.segments[0].tokens.size for tree in host.trees)
         lengths, paths = host.cu_seqlens_q.diff().tolist(), host.cu_seqlens_k.diff().tolist()
         attended = sum(attended_of(path - length, length) for length, path in zip(lengths, paths, strict=True))
-        every = Reads.of(host, device_type)
-        rows = response_rows(host)
-        last = Reads.of(host, device_type, rows) if len(rows) else every
+        every = AttentionReads.of(host, device_type)
+        rows = response_logit_rows(host)
+        last = AttentionReads.of(host, device_type, rows) if len(rows) else every
         return cls(host.num_tokens, host.num_tokens - roots, attended, every, last)
 
     def times(self, count: float) -> ForestSizes:
@@ -112,7 +112,7 @@ class ForestSizes:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedActivations:
     """Bytes kept for backward: when the loss is there, and when backward reaches what lies below the last layer."""
 
     at_the_head: float
@@ -123,7 +123,7 @@ class Kept:
         return max(self.at_the_head, self.below)
 
 
-def kept_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0) -> Kept:
+def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0) -> SavedActivations:
     """What one forward pass of LoRA training keeps for its backward.
 
     Args:
@@ -146,7 +146,7 @@ def kept_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: int = 0
     below = inputs + (tail - 1) * layer
     if groups == 1 and count > 1:
         below -= _unsaved_bytes(model, forest)
-    return Kept(below + last + head, max(below, again))
+    return SavedActivations(below + last + head, max(below, again))
 
 
 def _unsaved_bytes(model: ModelSizes, forest: ForestSizes) -> float:
@@ -158,7 +158,7 @@ def _unsaved_bytes(model: ModelSizes, forest: ForestSizes) -> float:
     return _attention_bytes(model, forest.every) - result + forest.tokens * (shapes.hidden * width + 4)
 
 
-def layer_bytes(model: ModelSizes, tokens: float, reads: Reads) -> float:
+def layer_bytes(model: ModelSizes, tokens: float, reads: AttentionReads) -> float:
     """Bytes that one layer keeps: of `tokens` keys and values, and of the queries that it reads."""
     shapes, width, rows = model.shapes, model.dtype_bytes, reads.queries
     alone = rows < tokens  # then the rows' input is another tensor than that of keys and values
@@ -193,7 +193,7 @@ def _adapter_bytes(model: ModelSizes, tokens: float, rows: float) -> float:
     return total
 
 
-def _attention_bytes(model: ModelSizes, reads: Reads) -> float:
+def _attention_bytes(model: ModelSizes, reads: AttentionReads) -> float:
     shapes, lora, width, rows = model.shapes, model.lora, model.dtype_bytes, reads.queries
     if model.device_type == "cuda":
         return 2 * rows * shapes.query * width + 2 * reads.keys * shapes.key * width + 4 * rows * shapes.heads
@@ -202,12 +202,12 @@ def _attention_bytes(model: ModelSizes, reads: Reads) -> float:
     return kept + (rows * shapes.query * width if keeps_result else 0)
 
 
-def fullest_forest(sizes: Sequence[int], token_budget: int, most_trees: int) -> list[int]:
+def fullest_forest(sizes: Sequence[int], token_budget: int, max_trees: int) -> list[int]:
     """Which trees make the fullest forest that the budget allows: the largest first, as many as fit. Indices into `sizes`."""
     chosen: list[int] = []
     room = token_budget
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if len(chosen) == most_trees:
+        if len(chosen) == max_trees:
             break
         if sizes[index] <= room:
             chosen.append(index)

@@ -41,7 +41,7 @@ def _tensors_of_config(config: Any, path: Path) -> dict[str, list[int]]:
                 field="model_type",
                 expected=" or ".join(FAMILIES),
                 found=config.model_type,
-                mend="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
+                fix="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
             )
         text.tie_word_embeddings = bool(config.tie_word_embeddings)
     modules: list[nn.Module] = [build_decoder(text, path, "meta", torch.float32)]

@@ -4,7 +4,7 @@ A training step's peak is at the beginning of backward, where most activations a
 is computed for the rows alone that the loss reads, or in the one below it, for all tokens:
 
     weights + quantisation state + adapter + gradients + optimizer + image features
-        + activations (`activations.kept_bytes`) + max(head, MLP, attention)
+        + activations (`activations.activation_bytes`) + max(head, MLP, attention)
 
 The workspaces, for T tokens of which h meet the head, V vocabulary, n rows of logits at a time, and elements of b bytes:
 
@@ -29,7 +29,7 @@ from srcfast.attention.padded import PART_BYTES
 from srcfast.data.forest import Forest, Tree
 from srcfast.generation.cuda_graphs import position_buckets, row_buckets
 from srcfast.generation.kv_cache import Layout, cache_dtype
-from srcfast.memory.activations import ForestSizes, Reads, fullest_forest, kept_bytes
+from srcfast.memory.activations import AttentionReads, ForestSizes, activation_bytes, fullest_forest
 from srcfast.memory.model_sizes import USABLE, ModelSizes, Shapes, memory_for
 from srcfast.units import show_bytes
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, COLUMNS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
@@ -132,7 +132,7 @@ def forecast_training(
     """
     parameters = 0 if model.lora is None else model.lora.parameters
     base = model.trained * model.dtype_bytes  # a base that is trained itself has gradients and moments of its own dtype
-    kept = kept_bytes(model, forest, checkpoint_every)
+    kept = activation_bytes(model, forest, checkpoint_every)
     features, encoding = _image_bytes(model, memory, images, images_a_step)
     in_last = _backward_bytes(model, forest.last.queries, forest.last)
     during = max(
@@ -283,7 +283,7 @@ def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
     return 4.0 * taken * shapes.vocabulary + product + rows * shapes.hidden * width
 
 
-def _backward_bytes(model: ModelSizes, rows: float, reads: Reads) -> float:
+def _backward_bytes(model: ModelSizes, rows: float, reads: AttentionReads) -> float:
     """Of a layer that is computed for `rows`: its MLP, the norm and weights before it, or its attention."""
     shapes, width = model.shapes, model.dtype_bytes
     whole = shapes.hidden * shapes.intermediate * width if model.quantised or model.trained else 0
@@ -403,9 +403,9 @@ def recomputed_layers(layers: int, every: int) -> int:
     return (math.ceil(layers / every) - 1) * every if every else 0
 
 
-def fullest_sizes(trees: Sequence[Tree], token_budget: int, most_trees: int, device_type: str) -> ForestSizes:
+def fullest_sizes(trees: Sequence[Tree], token_budget: int, max_trees: int, device_type: str) -> ForestSizes:
     """Sizes of the fullest forest that these trees can make under both limits."""
-    members = fullest_forest([tree.num_tokens for tree in trees], token_budget, most_trees)
+    members = fullest_forest([tree.num_tokens for tree in trees], token_budget, max_trees)
     return ForestSizes.of(Forest.of([trees[index] for index in members]), device_type)
 
 

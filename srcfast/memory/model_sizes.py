@@ -319,7 +319,7 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
                     yield name, shape
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                file=file, expected="a safetensors header", found=error, mend="fetch the file again"
+                file=file, expected="a safetensors header", found=error, fix="fetch the file again"
             ) from error
 
 

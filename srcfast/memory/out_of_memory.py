@@ -20,7 +20,7 @@ _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FA
 
 
 @contextmanager
-def out_of_memory_is_met(config: Config, stage: str) -> Iterator[None]:
+def explain_out_of_memory(config: Config, stage: str) -> Iterator[None]:
     """Within: where memory runs out, the stage's forecast and what to change instead of a trace.
 
     Args:
@@ -51,9 +51,9 @@ def _explanation(config: Config, stage: str, error: BaseException) -> str:
     detail = " ".join(str(error).split())[:200] or type(error).__name__
     stage = "candidates" if stage == "headroom" else stage
     if stage not in STAGES:
-        return f"{stage}: expected to fit into {there}, found {detail}. Mend: lower {stage}.token_budget"
+        return f"{stage}: expected to fit into {there}, found {detail}. Fix: lower {stage}.token_budget"
     forecast = forecast_stage(config, stage)
     # It did not fit, whatever was forecast: a fifth less at least.
     found = advice(config, stage, memory=memory, limit=min(memory, 0.8 * forecast.peak / USABLE))
-    mend = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
-    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Mend: {mend}"
+    fix = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
+    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Fix: {fix}"

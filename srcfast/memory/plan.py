@@ -85,10 +85,10 @@ def sharing_ranks(config: Config) -> int:
 
 def node_ranks(config: Config) -> int:
     """The ranks of a node: those that there are; without any, as many as the settings plan for."""
-    return distributed.ranks_of_node() if distributed.size() > 1 else config.distributed.ranks or 1
+    return distributed.local_world_size() if distributed.world_size() > 1 else config.distributed.ranks or 1
 
 
-def judge_sizes(config: Config) -> ModelSizes:
+def scorer_sizes(config: Config) -> ModelSizes:
     """The R-Scorer of the settings."""
     path = str(checkpoint_directory(config.scorer.path, "scorer"))
     tensors, found = _shapes_of(path)
@@ -231,7 +231,7 @@ def largest_forest(sizes: Sequence[int], loop: TrainingConfig) -> list[int]:
 
 def _judging(config: Config, policy: ModelSizes, forest: ForestSizes, beside: bool) -> Forecast:
     """The peak of judging, with the policy in memory too or without it."""
-    alone = forecast_forward(judge_sizes(config), forest, head_rows=0, stage="scores")
+    alone = forecast_forward(scorer_sizes(config), forest, head_rows=0, stage="scores")
     if not beside:
         return alone
     return replace(

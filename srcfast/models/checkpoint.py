@@ -84,8 +84,8 @@ def weight_files(path: str | Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    mend = "convert pickled weights with save_pretrained(safe_serialization=True); srcfast reads no pickle"
-    raise _error(path, None, f"{WEIGHTS} or {INDEX}", ", ".join(pickled) or "no weights", mend)
+    fix = "convert pickled weights with save_pretrained(safe_serialization=True); srcfast reads no pickle"
+    raise _error(path, None, f"{WEIGHTS} or {INDEX}", ", ".join(pickled) or "no weights", fix)
 
 
 def _read_index(file: Path) -> list[str]:
@@ -144,7 +144,7 @@ def stored_weights(path: str | Path, parts: Sequence[str] = ("",)) -> int:
     return count
 
 
-def refuse_more_than_stored(modules: Iterable[nn.Module], path: str | Path, parts: Sequence[str] = ("",)) -> None:
+def check_weight_count(modules: Iterable[nn.Module], path: str | Path, parts: Sequence[str] = ("",)) -> None:
     """Raise InputError where modules would take memory for more than twice the weights that the files hold."""
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     stored = stored_weights(path, parts)
@@ -239,8 +239,8 @@ def _set_nf4(target: _Target, weight: NF4Weight, path: str | Path, name: str) ->
     try:
         target.holder.set_quantized(replace(weight, dtype=target.dtype))
     except ValueError as error:
-        mend = "distributed.shard=false, or quantise the checkpoint anew"
-        raise _error(path, name, "NF4 that ranks can share out", error, mend) from error
+        fix = "distributed.shard=false, or quantise the checkpoint anew"
+        raise _error(path, name, "NF4 that ranks can share out", error, fix) from error
 
 
 def _read_nf4(target: _Target, state: Mapping[str, Tensor], path: str | Path, name: str) -> NF4Weight:
@@ -297,8 +297,8 @@ def _check_nf4(weight: NF4Weight) -> None:
         raise ValueError(f"nested_offset: expected a finite number, found {weight.offset.tolist()}")
 
 
-def _error(file: str | Path, field: str | None, expected: str, found: object, mend: str | None = None) -> InputError:
-    return InputError(file=file, field=field, expected=expected, found=found, mend=mend)
+def _error(file: str | Path, field: str | None, expected: str, found: object, fix: str | None = None) -> InputError:
+    return InputError(file=file, field=field, expected=expected, found=found, fix=fix)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -51,7 +51,7 @@ class DecoderConfig:
                 field="model_type",
                 expected="llama, mistral, qwen2 or qwen3",
                 found=kind,
-                mend="choose a checkpoint of one of these families",
+                fix="choose a checkpoint of one of these families",
             )
         if config.hidden_act != "silu":
             raise InputError(field="hidden_act", expected="silu", found=config.hidden_act)
@@ -62,7 +62,7 @@ class DecoderConfig:
                 field="sliding_window",
                 expected="full attention",
                 found=f"a window of {window} of {config.max_position_embeddings} positions",
-                mend="set sliding_window to null in config.json if the sequences fit into the window",
+                fix="set sliding_window to null in config.json if the sequences fit into the window",
             )
         scaling = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
         theta = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
@@ -293,7 +293,7 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
         return frequencies / scaling["factor"], 1.0
     if kind != "llama3":
         raise InputError(
-            field="rope_scaling", expected="default, linear or llama3", found=kind, mend="choose another checkpoint"
+            field="rope_scaling", expected="default, linear or llama3", found=kind, fix="choose another checkpoint"
         )
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -116,7 +116,7 @@ def _is_adapted(linear: nn.Module) -> bool:
 def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
     if keys is None:
         raise SrcfastError(
-            "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Mend: train with "
+            "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Fix: train with "
             "srcfast.training.loop, or set model.decoder.dropout_keys to [T] int64 before each forest"
         )
     adapter = linear.adapted(x.dtype)
@@ -136,17 +136,17 @@ def apply_lora(model: HasDecoder, lora: str | Path | LoRAConfig | None) -> None:
         load_adapter(model, lora)
 
 
-def refuse_idle_adapter(model: HasDecoder, directory: str | Path) -> None:
+def check_adapter_changes(model: HasDecoder, directory: str | Path) -> None:
     """Raise InputError where the adapter read from the directory changes nothing: the base's results would pass for its.
 
     Training may begin with such a one, as PEFT's new adapters are.
     """
     layers = adapters(model)
     if not any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
-        file, mend = Path(directory) / ADAPTER_WEIGHTS, "train the adapter first, or leave it out"
+        file, fix = Path(directory) / ADAPTER_WEIGHTS, "train the adapter first, or leave it out"
         found = f"{len(layers)} adapted layers whose lora_B @ lora_A is zero in all of them"
         expected = "an adapter that changes the model"
-        raise InputError(file=file, field="lora_B", expected=expected, found=found, mend=mend)
+        raise InputError(file=file, field="lora_B", expected=expected, found=found, fix=fix)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     Raises:
         InputError: no layer of that name, a rank below 1, or an adapter is there already.
     """
-    refuse_adapter(model)
+    check_no_adapter(model)
     embedding = model.decoder.embed_tokens.weight
     exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
@@ -189,11 +189,11 @@ def adapters(model: HasDecoder) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)}
 
 
-def refuse_adapter(model: HasDecoder) -> None:
+def check_no_adapter(model: HasDecoder) -> None:
     """Raise InputError where the model has an adapter."""
     if layers := adapters(model):
-        found, mend = f"{len(layers)} adapted layers", "merge the adapter first (merge_lora)"
-        raise InputError(field=next(iter(layers)), expected="a model without an adapter", found=found, mend=mend)
+        found, fix = f"{len(layers)} adapted layers", "merge the adapter first (merge_lora)"
+        raise InputError(field=next(iter(layers)), expected="a model without an adapter", found=found, fix=fix)
 
 
 def lora_parameters(model: HasDecoder) -> list[nn.Parameter]:
@@ -371,15 +371,15 @@ def _target_modules(weights: Mapping[str, Tensor], file: Path) -> tuple[str, ...
 def _check_fit(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
     """Raise InputError where weights are not those of just these parameters' layers, or of other shapes."""
     layers, stored = ({name.rpartition(".")[0] for name in names} for names in (parameters, weights))
-    mend = "this adapter belongs to another base"
+    fix = "this adapter belongs to another base"
     if difference := sorted(layers ^ stored):
         expected = "one adapter for each target layer of this model"
         found = f"{len(stored)} adapted layers, the model has {len(layers)}"
-        raise InputError(file=file, field=difference[0], expected=expected, found=found, mend=mend)
+        raise InputError(file=file, field=difference[0], expected=expected, found=found, fix=fix)
     for name, parameter in parameters.items():
         shape = list(weights[name].shape) if name in weights else "none"
         if shape != list(parameter.shape):
-            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, mend=mend)
+            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, fix=fix)
 
 
 def adapter_hash(directory: str | Path) -> str:

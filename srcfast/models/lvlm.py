@@ -20,11 +20,11 @@ from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder
 from srcfast.models.embedded import checkpoint_directory
-from srcfast.models.lora import apply_lora, refuse_adapter
+from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
 from srcfast.models.vision import Vision
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 # LLaVA-1.5's own template, for checkpoints that come without one.
 LLAVA_TEMPLATE = (
@@ -57,23 +57,23 @@ class LVLM(nn.Module):
         """
         for token in self.control_tokens:
             if token in question:
-                mend = "name images under 'images' only, and leave out the tokenizer's control tokens"
-                raise _prompt_error(sample_id, "question", f"text without {token}", question, mend)
+                fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
+                raise _prompt_error(sample_id, "question", f"text without {token}", question, fix)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
         text = chat_text(self.tokenizer, content, None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
         ids = np.array(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
         positions = np.flatnonzero(ids == self.image_token_id)
         if len(positions) != len(images):
             expected = f"{len(images)} image placeholders in the prompt"
-            mend = "the checkpoint's chat template must show each image once"
-            raise _prompt_error(sample_id, "chat_template", expected, len(positions), mend)
+            fix = "the checkpoint's chat template must show each image once"
+            raise _prompt_error(sample_id, "chat_template", expected, len(positions), fix)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[positions] = [self.vision.num_tokens(image) for image in images]
         prompt = np.repeat(ids, repeats)
         if len(prompt) >= self.max_positions:
             expected = f"fewer than {self.max_positions} prompt tokens, images included"
-            mend = "leave this sample out: image tokens are never truncated"
-            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", mend)
+            fix = "leave this sample out: image tokens are never truncated"
+            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
         return prompt
 
     def _adds_bos(self, text: str) -> bool:
@@ -94,7 +94,7 @@ class LVLM(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Embed each image, [n_i, D], without gradient."""
-        with self.vision.awake():
+        with self.vision.on_device():
             return self.vision(images)
 
     def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
@@ -108,14 +108,14 @@ class LVLM(nn.Module):
             return embeddings
         # Located on the host: nonzero() on a GPU would wait for it.
         is_image = (forest.host or forest).token_ids == self.image_token_id
-        positions = send(is_image.nonzero()[:, 0], embeddings.device)
+        positions = to_device(is_image.nonzero()[:, 0], embeddings.device)
         values = torch.cat([features[key] for key in forest.images]).to(embeddings.dtype)
         if len(values) != len(positions):
             raise InputError(
                 field="images",
                 expected=f"{len(positions)} image positions",
                 found=f"{len(values)} image embeddings",
-                mend="the processor's image size and the model's config.json disagree",
+                fix="the processor's image size and the model's config.json disagree",
             )
         return embeddings.index_put((positions,), values)
 
@@ -125,12 +125,12 @@ class LVLM(nn.Module):
         `features` holds each distinct image's embeddings by its key.
         """
         embeddings, attend = self.embed(forest, features), forest_attend(forest, rows=rows)
-        device_rows = None if rows is None else send(rows, embeddings.device)
+        device_rows = None if rows is None else to_device(rows, embeddings.device)
         return self.decoder(embeddings, forest.positions, attend, device_rows)
 
 
-def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, mend: str) -> InputError:
-    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, mend=mend)
+def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
+    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
 
 
 class ImageFeatures:
@@ -146,12 +146,12 @@ class ImageFeatures:
         """List those that are not in memory."""
         return [key for key in keys if key not in self._cache]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Encode all anew from here on: what is encoded beside an image moves its embeddings by rounding."""
         self._cache.clear()
         self._bytes = 0
 
-    def for_training(self, deterministic: bool = False) -> ImageFeatures | EncodedAnew:
+    def for_training(self, deterministic: bool = False) -> ImageFeatures | UncachedImageFeatures:
         """Return features for a training that may be resumed, bit for bit but with nothing in memory.
 
         Embeddings in memory are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
@@ -161,7 +161,7 @@ class ImageFeatures:
         parameter = next(self.model.parameters())
         on_gpu = parameter.device.type == "cuda"
         exact = not on_gpu and parameter.dtype in (torch.float32, torch.float64)
-        return self if exact or (on_gpu and not deterministic) else EncodedAnew(self)
+        return self if exact or (on_gpu and not deterministic) else UncachedImageFeatures(self)
 
     def prepare(self, key: str) -> dict[str, Tensor]:
         """Read an image and process it for the vision tower: on the host, in any process."""
@@ -175,7 +175,7 @@ class ImageFeatures:
         missing = self.missing(distinct)
         fresh: dict[str, Tensor] = {}
         if missing:
-            with self.model.vision.awake():
+            with self.model.vision.on_device():
                 for start in range(0, len(missing), self.batch_size):
                     batch = missing[start : start + self.batch_size]
                     ready = [prepared[key] if key in prepared else self.prepare(key) for key in batch]
@@ -193,7 +193,7 @@ class ImageFeatures:
         return features
 
 
-class EncodedAnew:
+class UncachedImageFeatures:
     """`ImageFeatures` that encode each call's images anew."""
 
     def __init__(self, features: ImageFeatures) -> None:
@@ -205,7 +205,7 @@ class EncodedAnew:
     def __call__(
         self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
     ) -> dict[str, Tensor]:
-        self.features.forget()
+        self.features.clear()
         return self.features(keys, prepared)
 
 
@@ -265,9 +265,9 @@ def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = No
     Raises:
         InputError: the model has an adapter that is not merged, or is in 4 bits.
     """
-    refuse_adapter(model)
+    check_no_adapter(model)
     if any(isinstance(part, NF4Linear) for part in model.modules()):
-        raise InputError(field="quantize", expected="a model in whole weights", found="nf4", mend="save its adapter")
+        raise InputError(field="quantize", expected="a model in whole weights", found="nf4", fix="save its adapter")
     directory = Path(directory)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():

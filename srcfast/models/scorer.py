@@ -22,7 +22,7 @@ from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.text_model import TextModel, chat_text, load_text_model
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 VerdictForm = Literal["choice", "graded"]
 
@@ -115,7 +115,7 @@ class Scorer(nn.Module):
                 field="verdicts",
                 expected="finite numbers from the R-Scorer",
                 found=f"others, computed in {str(self.verdict_weight.dtype).removeprefix('torch.')}",
-                mend="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
+                fix="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
             )
 
     def judge_tree(
@@ -229,7 +229,7 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
         ]
         rows, places = np.unique(bounds[np.concatenate(ends) + 1] - 1, return_inverse=True)
         hidden = scorer(forest.to(device), torch.from_numpy(rows.astype(np.int64)))
-        slots = hidden.index_select(0, send(places, device))
+        slots = hidden.index_select(0, to_device(places, device))
         found.update(zip(forest.indices, slots.split([len(part) for part in ends]), strict=True))
         tokens += forest.num_tokens
     return torch.cat([found[index] for index in range(len(judged))]), tokens
@@ -270,7 +270,7 @@ def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, .
         field="tokenizer",
         expected=f"a tokenizer in which each verdict of the form {form!r} is one token",
         found=f"none of these spellings: {'; '.join(tried)}",
-        mend="choose another verdict_form, or another scorer",
+        fix="choose another verdict_form, or another scorer",
     )
 
 
@@ -284,7 +284,7 @@ def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
             field="chat_template",
             expected="a template that shows the user's turn",
             found=text,
-            mend="repair tokenizer_config.json's chat_template, or remove it",
+            fix="repair tokenizer_config.json's chat_template, or remove it",
         )
     opening, closing = (
         np.asarray(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=np.int64)

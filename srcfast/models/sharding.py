@@ -36,11 +36,11 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
     """
     from torch.distributed.fsdp import fully_shard  # half a second, which no other command waits for
 
-    here = distributed.ranks_of_node()
-    if len(set(distributed.gather(here))) > 1 or distributed.size() % here:
+    here = distributed.local_world_size()
+    if len(set(distributed.gather(here))) > 1 or distributed.world_size() % here:
         raise ConfigError(
-            f"distributed.shard: expected as many ranks on every node, found {here} of {distributed.size()} on this one. "
-            "Mend: one --nproc-per-node for all nodes"
+            f"distributed.shard: expected as many ranks on every node, found {here} of {distributed.world_size()} on this one. "
+            "Fix: one --nproc-per-node for all nodes"
         )
     if here == 1:
         return

@@ -19,17 +19,17 @@ from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import (
     WEIGHTS,
+    check_weight_count,
     fill,
     read_config,
     read_tensors,
-    refuse_more_than_stored,
     save_tensors,
 )
 from srcfast.models.decoder import Decoder, DecoderConfig
-from srcfast.models.lora import apply_lora, refuse_adapter
+from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.quantized import quantize_linears
 from srcfast.models.sharding import shard_layers
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 
 class TextModel(nn.Module):
@@ -46,7 +46,7 @@ class TextModel(nn.Module):
         embeddings, attend = self.decoder.embed(forest.token_ids), forest_attend(forest, rows=rows)
         if rows is None:
             return self.decoder(embeddings, forest.positions, attend)
-        return self.decoder(embeddings, forest.positions, attend, send(rows, embeddings.device))
+        return self.decoder(embeddings, forest.positions, attend, to_device(rows, embeddings.device))
 
 
 def load_text_model(
@@ -81,7 +81,7 @@ def save_text_model(model: TextModel, directory: str | Path) -> None:
     Raises:
         InputError: the model has an adapter that is not merged.
     """
-    refuse_adapter(model)
+    check_no_adapter(model)
     directory = Path(directory)
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": tensor
@@ -106,11 +106,11 @@ def build_decoder(
     Raises:
         InputError: another architecture; the config's file and field are named.
     """
-    shard = shard and distributed.size() > 1
+    shard = shard and distributed.world_size() > 1
     decoder = _sketch_decoder(config, Path(path) / "config.json", dtype, quantize, flat=shard)
     if torch.device(device).type == "meta":
         return decoder
-    refuse_more_than_stored([decoder], path)
+    check_weight_count([decoder], path)
     if shard:
         shard_layers(decoder, device)
     return decoder.to_empty(device=device)
@@ -129,7 +129,7 @@ def _sketch_decoder(config: Any, file: Path, dtype: torch.dtype, quantize: str |
         raise InputError(file=file, expected="settings of a decoder", found=found) from error
     except InputError as error:  # of a field, without its file
         expected, found = error.expected, error.found
-        raise InputError(file=file, field=error.field, expected=expected, found=found, mend=error.mend) from error
+        raise InputError(file=file, field=error.field, expected=expected, found=found, fix=error.fix) from error
 
 
 def own_tensors(
@@ -152,7 +152,7 @@ def own_tensors(
             field="lm_head.weight",
             expected="the embedding itself, as config.json ties the two",
             found="other values",
-            mend="set tie_word_embeddings to false in config.json",
+            fix="set tie_word_embeddings to false in config.json",
         )
 
 
@@ -165,7 +165,7 @@ def load_tokenizer(path: str | Path) -> Any:
         raise InputError(file=path, expected="a tokenizer beside the model", found=found) from error
     if tokenizer.eos_token_id is None:
         expected = "a tokenizer with an end token"
-        raise InputError(file=path, field="eos_token", expected=expected, found="none", mend="name it")
+        raise InputError(file=path, field="eos_token", expected=expected, found="none", fix="name it")
     # Where processors of transformers 4 kept it; the tokenizer may have the text model's template, which shows no image.
     file = Path(path) / "chat_template.json"
     if file.is_file() and not (Path(path) / "chat_template.jinja").is_file():
@@ -193,7 +193,7 @@ def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) ->
             field="chat_template",
             expected="a template that shows a user's turn",
             found=f"{type(error).__name__}: {error}",
-            mend="repair the checkpoint's chat template",
+            fix="repair the checkpoint's chat template",
         ) from error
 
 

@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, LlavaModel, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from srcfast.errors import InputError
-from srcfast.models.checkpoint import refuse_more_than_stored
-from srcfast_kernels.transfers import send
+from srcfast.models.checkpoint import check_weight_count
+from srcfast_kernels.transfers import to_device
 
 SIGHT = ("vision_tower.", "multi_modal_projector.", "image_newline")  # in names of tensors
 
@@ -67,7 +67,7 @@ class Vision(nn.Module):
         """Stay in evaluation mode: with a tower's dropout, an image would have other embeddings in each run."""
         return super().train(False)
 
-    def rest(self) -> None:
+    def to_host(self) -> None:
         """Move the weights from a GPU to the host; from now on they are on the GPU within `awake` alone."""
         parameters = list(self.model.parameters())
         if parameters[0].is_cuda and not self._waiting:
@@ -76,7 +76,7 @@ class Vision(nn.Module):
             self._place(self._waiting)
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Move the weights to their device within. They never change, so nothing is copied back."""
         if not self._waiting:
             yield
@@ -120,7 +120,7 @@ class Vision(nn.Module):
         """Embed each prepared image: [n_i, D]."""
         parameter = next(self.model.parameters())
         # One by one: what workers prepared lies in page-locked memory already.
-        pixels = [send(inputs["pixel_values"], parameter.device).to(parameter.dtype) for inputs in prepared]
+        pixels = [to_device(inputs["pixel_values"], parameter.device).to(parameter.dtype) for inputs in prepared]
         if self.config.model_type == "llava":
             sizes = {}
         else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
@@ -145,8 +145,8 @@ def _check_config(config: Any, path: str | Path) -> None:
     """Raise InputError at the first setting that is not one of a LLaVA checkpoint."""
     for field, right, expected, found in _settings(config):
         if not right:
-            mend = "choose a LLaVA-1.5 or LLaVA-NeXT checkpoint" if field == "model_type" else None
-            raise InputError(file=path, field=field, expected=expected, found=found, mend=mend)
+            fix = "choose a LLaVA-1.5 or LLaVA-NeXT checkpoint" if field == "model_type" else None
+            raise InputError(file=path, field=field, expected=expected, found=found, fix=fix)
 
 
 def _checked_model(config: Any, path: str | Path) -> nn.Module:
@@ -154,7 +154,7 @@ def _checked_model(config: Any, path: str | Path) -> nn.Module:
     try:
         with torch.device("meta"):  # where weights take no memory: there may be far more than the checkpoint's
             sketch = bare_model(config)
-        refuse_more_than_stored([sketch], path, SIGHT)
+        check_weight_count([sketch], path, SIGHT)
         return bare_model(config)
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise

@@ -24,7 +24,7 @@ from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
 from srcfast.training.loop import Loss, TrainingItem
 from srcfast.world.claims import VOCABULARY, draw_claims
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 from srcfast.world.scenes import Scene
 
 BEGUN, CLAIM, WHOLE, VERDICT = range(4)  # what is judged: a claim so far, a claim, a candidate at its end, a pair
@@ -153,7 +153,7 @@ def candidate_places(
 ) -> list[Place]:
     """The places of all that a candidate claims, of its answer, and of the whole at its end."""
     text = shown[shown.index(": ") + 2 : shown.rindex("\n")]
-    judgement = judge_sample(sample, parse_response(text))
+    judgement = verify_sample(sample, parse_response(text))
     assert judgement is not None
     places: list[Place] = []
     at = 0

@@ -40,7 +40,7 @@ from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import (
-    Rap,
+    RationalePair,
     ScorerExample,
     Variant,
     evaluate_scorer,
@@ -50,7 +50,7 @@ from srcfast.stages.scorer_training import (
 from srcfast.training.loop import TrainingItem, train
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 from srcfast.world.samples import world_samples
 
 Variants = dict[str, list[Variant]]  # by sample
@@ -206,13 +206,13 @@ def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequ
     variants: Variants = defaultdict(list)
     for key, texts in candidates.items():
         for text in texts:
-            judgement = judge_sample(samples[key], response := parse_response(text))
+            judgement = verify_sample(samples[key], response := parse_response(text))
             if judgement is not None and response.answer is not None:
                 variants[key].append(Variant(text, 0) if judgement.aligned else Variant(text, 1, "own"))
     return variants
 
 
-def raps_of(samples: Sequence[Sample]) -> list[Rap]:
+def raps_of(samples: Sequence[Sample]) -> list[RationalePair]:
     """The samples' true rationale-answer pairs."""
     return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
 
@@ -220,7 +220,7 @@ def raps_of(samples: Sequence[Sample]) -> list[Rap]:
 def is_faulty(sample: Sample, parts: Parts) -> bool:
     """The oracle's word on a corruption."""
     see, think, answer = parts
-    judgement = judge_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
+    judgement = verify_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
     return judgement is not None and not judgement.aligned
 
 

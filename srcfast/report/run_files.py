@@ -73,7 +73,7 @@ def read_run(path: Path) -> RunFiles:
             file=path / "summary.json",
             expected="the summary of a run",
             found="no such file",
-            mend="name the directory of a run that has been evaluated",
+            fix="name the directory of a run that has been evaluated",
         )
     gallery = path / "gallery.json"
     environment = path / "environment.json"

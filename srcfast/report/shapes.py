@@ -177,5 +177,5 @@ def check_shape(value: Any, shape: Any, file: Path, line: int | None = None) -> 
             field=".".join(str(part) for part in first["loc"]) or None,
             expected=f"what a run writes ({first['msg']})",
             found=found,
-            mend="put the file back as it was, or run the same command of the run again",
+            fix="put the file back as it was, or run the same command of the run again",
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 
 GALLERY = 12  # samples shown on the page
 
@@ -95,7 +95,7 @@ def _shown(pair: Preference, sample: Sample, own: Sequence[Candidate], scores: S
 
 
 def _shown_candidate(sample: Sample, candidate: Candidate, score: float) -> dict[str, Any]:
-    judgement = judge_sample(sample, parse_response(candidate.text))
+    judgement = verify_sample(sample, parse_response(candidate.text))
     shown: dict[str, Any] = {"text": candidate.text, "answer": candidate.answer, "score": score}
     if judgement is not None:
         shown["case"] = judgement.case

@@ -16,7 +16,7 @@ from srcfast.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class RunRecords:
+class RunArtifacts:
     """Records by round and kind, read as they are asked for.
 
     Args:

@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 from srcfast import distributed
 from srcfast.data.jsonl import json_hash, parse_object, read_jsonl, regular, replacing
-from srcfast.run.progress import Track
-from srcfast.run.signals import asked, at_boundaries, stop_if_asked
+from srcfast.run.progress import StageProgress
+from srcfast.run.signals import at_boundaries, pending, stop_if_pending
 
 BATCHES = 8  # of a batch that is refilled as its members end, a piece has so many: at its end the batch runs dry
 
@@ -75,7 +75,7 @@ class Chunks:
 
     directory: Path
     depends_on: DependsOn
-    progress: Track
+    progress: StageProgress
 
     def below(self, name: str) -> Chunks:
         """Return the same with the chunks in a directory below this one."""
@@ -111,15 +111,15 @@ def run_chunks(
     place, progress = chunks.directory, chunks.progress
     pieces = [items[start : start + size] for start in range(0, len(items), size)]
     files = tuple(place / f"{number:05d}.jsonl" for number in range(len(pieces)))
-    prints, left = distributed.from_main(lambda: _begin(files, pieces, chunks.depends_on()))
+    prints, left = distributed.run_on_rank_zero(lambda: _begin(files, pieces, chunks.depends_on()))
     waiting = set(left)
     if before := [_head(file) for number, file in enumerate(files) if number not in waiting]:
         took = sum(head["seconds"] for head in before)
-        progress.went_on(sum(head["items"] for head in before), sum(head["tokens"] for head in before), took)
-    progress.on_advance = distributed.alive
+        progress.resume(sum(head["items"] for head in before), sum(head["tokens"] for head in before), took)
+    progress.on_advance = distributed.heartbeat
     done_last = f"all of {len(files)} parts that were left to it"
     with at_boundaries():
-        while (turn := distributed.next_number(f"{place}/{_lists}")) < len(left):
+        while (turn := distributed.next_index(f"{place}/{_lists}")) < len(left):
             number = left[turn]
             began, done, tokens = time.perf_counter(), progress.done, progress.tokens
             rows, counts = work(pieces[number])
@@ -128,24 +128,24 @@ def run_chunks(
                 "items": progress.done - done,
                 "counts": dict(counts),
                 "tokens": progress.tokens - tokens,
-                "seconds": (time.perf_counter() - began) / distributed.size(),
+                "seconds": (time.perf_counter() - began) / distributed.world_size(),
             }
             _write(files[number], head, rows)
             waiting.discard(number)
             _hear_of_others(files, waiting, progress)
-            if asked():
+            if pending():
                 done_last = f"part {number + 1} of {len(files)}"
                 break
         meanwhile()  # the others, asked too or not, still have theirs to finish
-        stop_if_asked(done_last)
-    distributed.meet()
+        stop_if_pending(done_last)
+    distributed.barrier_with_heartbeat()
     _hear_of_others(files, waiting, progress)
     return ChunkFiles(files)
 
 
 def remove_chunks(place: Path) -> None:
     """Remove the pieces' files, on rank 0, once what was made of them is on disk."""
-    if distributed.is_main():
+    if distributed.is_rank_zero():
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -203,7 +203,7 @@ def _head(file: Path) -> dict[str, Any]:
     return next(read_jsonl(file))[1]
 
 
-def _hear_of_others(files: Sequence[Path], waiting: set[int], progress: Track) -> None:
+def _hear_of_others(files: Sequence[Path], waiting: set[int], progress: StageProgress) -> None:
     """Add what other ranks have finished since."""
     for number in sorted(number for number in waiting if files[number].is_file()):
         head = _head(files[number])

@@ -57,13 +57,13 @@ class StageMetrics:
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append a step's metrics."""
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             with MetricsWriter(self.path) as writer:
                 writer.write({**self._label, **metrics})
 
     def restart(self, history: Iterable[Mapping[str, Any]] = ()) -> None:
         """Replace what a stopped attempt left, a half-written line included, by the metrics of the steps that stay done."""
-        distributed.from_main(lambda: self._rewrite([{**self._label, **metrics} for metrics in history]))
+        distributed.run_on_rank_zero(lambda: self._rewrite([{**self._label, **metrics} for metrics in history]))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         others: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ class RunDirectory:
         of, _, kind = stage.rpartition("/")
         return self.path / "checkpoint" / (f"evaluation/{of}" if kind == "evaluation" else stage)
 
-    def forget_checkpoint(self, stage: str) -> None:
+    def remove_checkpoint(self, stage: str) -> None:
         """Of a stage that is finished."""
         shutil.rmtree(self.checkpoint(stage), ignore_errors=True)
 
@@ -132,7 +132,7 @@ class RunDirectory:
                 file=self.manifest_file,
                 expected="a JSON object of finished stages",
                 found=error,
-                mend="take another output directory",
+                fix="take another output directory",
             ) from error
         for name, entry in entries.items():
             if fault := _entry_fault(name, entry):
@@ -141,7 +141,7 @@ class RunDirectory:
                     field=name,
                     expected="the entry as it was written, by its sha256",
                     found=fault,
-                    mend=f"put the file back as it was, or remove {name!r} and what comes after it: that is done again",
+                    fix=f"put the file back as it was, or remove {name!r} and what comes after it: that is done again",
                 )
         return entries
 
@@ -165,7 +165,7 @@ class RunDirectory:
                     file=file,
                     expected=f"what stage {stage!r} wrote, of SHA-256 {expected}",
                     found=found,
-                    mend=f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: "
+                    fix=f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: "
                     "that is done again",
                 )
 
@@ -187,7 +187,7 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.manifest_file}: stage {name!r} finished with {key} = {stored.get(key)!r}, "
                 f"this run asks for {wanted.get(key)!r}{more}. "
-                f"Mend: set {key} back, or take another name or output directory"
+                f"Fix: set {key} back, or take another name or output directory"
             )
         self.check_files(name, entry)
         return entry
@@ -211,7 +211,7 @@ class RunDirectory:
 
 
 @contextmanager
-def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
+def exclusive_lock(directory: Path, *, whole: bool = False) -> Iterator[None]:
     """No other process works in this directory for as long as the body runs; the ranks of one torchrun count as one.
 
     What killed processes have left half-written (`.name.PID.tmp`) is removed first.
@@ -235,7 +235,7 @@ def alone_in(directory: Path, *, whole: bool = False) -> Iterator[None]:
             if is_temporary(path):
                 remove_temporary(path)
 
-    distributed.from_main(take)
+    distributed.run_on_rank_zero(take)
     try:
         yield
     finally:
@@ -252,7 +252,7 @@ def _lock(directory: Path) -> Any:
     except OSError as error:
         raise SrcfastError(
             f"{directory}: expected a directory that can be written, found {error.strerror or error}. "
-            "Mend: name another output directory, or see to its permissions"
+            "Fix: name another output directory, or see to its permissions"
         ) from error
     try:
         fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -262,7 +262,7 @@ def _lock(directory: Path) -> Any:
         opened.close()
         raise SrcfastError(
             f"{directory}: expected no other process to work here, found one ({holder}) that holds {file.name} ({error}). "
-            "Mend: wait until it has ended, or take another name or output directory"
+            "Fix: wait until it has ended, or take another name or output directory"
         ) from error
     try:
         with naming(file):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LINE_INTERVAL = 10.0  # seconds between two lines where stderr is no terminal
 
 
-class Track:
+class StageProgress:
     """How far a stage is. `seconds` and `tokens` remain readable after it ended."""
 
     def __init__(self, name: str, total: int, unit: str = "samples", quiet: bool = False) -> None:
@@ -56,7 +56,7 @@ class Track:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def expect(self, total: int) -> None:
+    def set_total(self, total: int) -> None:
         """There are so many units to do, as has been found since it began."""
         self.total = total
         if self._bar is not None and self._task is not None:
@@ -74,7 +74,7 @@ class Track:
             self._last_line = time.perf_counter()
             print(self.line(), file=sys.stderr, flush=True)
 
-    def went_on(self, n: int, tokens: int, seconds: float) -> None:
+    def resume(self, n: int, tokens: int, seconds: float) -> None:
         """`n` units with so many tokens were done in so many seconds before this process began."""
         self._began -= seconds
         self.advance(n, tokens)
@@ -108,7 +108,7 @@ class Track:
 
 
 @contextmanager
-def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> Iterator[Track]:
+def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> Iterator[StageProgress]:
     """Show a stage's progress: a bar on a terminal, else a line on stderr every ten seconds and at the end.
 
     Args:
@@ -117,7 +117,7 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
         unit: what is counted.
         quiet: show nothing; the counters work all the same.
     """
-    progress = Track(name, total, unit, quiet)
+    progress = StageProgress(name, total, unit, quiet)
     try:
         yield progress
     finally:

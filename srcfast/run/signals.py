@@ -1,7 +1,7 @@
 """Stop where nothing is lost: SIGTERM and SIGINT are heard at once and obeyed at a loop's next boundary.
 
-A loop that keeps its work piece by piece runs within `at_boundaries` and calls `stop_if_asked` after each piece. Elsewhere (data
-is read, a model is loaded) a signal stops at once, for nothing is half-done there. A second signal stops at once anywhere.
+A loop that stores its work chunk by chunk runs within `at_boundaries` and calls `stop_if_pending` after each chunk. Elsewhere
+(data is read, a model is loaded) a signal stops at once, for nothing is half-done there. A second signal stops at once anywhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def at_boundaries() -> Iterator[None]:
-    """The body calls `stop_if_asked` between pieces: until then the first signal waits."""
+    """The body calls `stop_if_pending` between pieces: until then the first signal waits."""
     global _loops
     _loops += 1
     try:
@@ -51,12 +51,12 @@ def at_boundaries() -> Iterator[None]:
         _loops -= 1
 
 
-def asked() -> int:
+def pending() -> int:
     """The number of the signal that this process was asked to stop by; 0 for none."""
     return _asked
 
 
-def stop_if_asked(done: str = "") -> None:
+def stop_if_pending(done: str = "") -> None:
     """A boundary: all work so far is on disk. Talks to no other rank.
 
     Args:

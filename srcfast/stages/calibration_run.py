@@ -15,16 +15,16 @@ from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_jsonl
 from srcfast.data.records import Sample
 from srcfast.memory.measure import measured
-from srcfast.memory.out_of_memory import out_of_memory_is_met
+from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.memory.plan import forecast_stage
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.scorer import Scorer
-from srcfast.run.artifacts import RunRecords
+from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.directory import RunDirectory, StageMetrics
 from srcfast.run.progress import peak_rss_bytes, track
 from srcfast.stages.datasets import EvaluationSet, draw_round, read_evaluation_sets, read_training_samples
 from srcfast.stages.headroom import headroom_samples
-from srcfast.stages.policy import Policy, load_judge
+from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_run import StageRun
 
 Work = Callable[[StageRun], dict[str, Any]]
@@ -46,16 +46,16 @@ class CalibrationRun:
     def __init__(self, config: Config, profile: range | None = None) -> None:
         self.config, self.profile = config, profile
         self.directory = RunDirectory(config.run_path)
-        distributed.from_main(lambda: self.directory.write_config(config))
+        distributed.run_on_rank_zero(lambda: self.directory.write_config(config))
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
         self.rationale_samples = read_training_samples(config, "rationale", images, rejected)
         self.calibration_samples = read_training_samples(config, "calibration", images, rejected)
         self.evaluation_sets = read_evaluation_sets(config, images, rejected)
-        distributed.from_main(lambda: write_jsonl(self.directory.rejected_file, rejected))
+        distributed.run_on_rank_zero(lambda: write_jsonl(self.directory.rejected_file, rejected))
         self.num_rejected = len(rejected)
         groups = (self.rationale_samples, self.calibration_samples, *(one.samples for one in self.evaluation_sets))
         self.samples = {sample.id: sample for group in groups for sample in group}
-        self.records = RunRecords(self.directory, self.samples)
+        self.records = RunArtifacts(self.directory, self.samples)
         self.policy = Policy(config, list(self.samples.values()))
         self.scorer: Scorer | None = None
 
@@ -86,13 +86,13 @@ class CalibrationRun:
         """
         resolved, directory = self.config.model_dump(mode="json"), self.directory
         settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
-        if distributed.from_main(lambda: directory.stage_done(name, settings) is not None):
-            distributed.from_main(lambda: directory.forget_checkpoint(name))
+        if distributed.run_on_rank_zero(lambda: directory.stage_done(name, settings) is not None):
+            distributed.run_on_rank_zero(lambda: directory.remove_checkpoint(name))
             return
         kind = name.rpartition("/")[2]
         forecast = forecast_stage(self.config, kind, images=len(self.samples))
         with (
-            out_of_memory_is_met(self.config, kind),
+            explain_out_of_memory(self.config, kind),
             measured(self.config.model.device, self._parameters) as measurement,
             track(name, total, unit, quiet=self.config.quiet) as progress,
         ):
@@ -109,22 +109,22 @@ class CalibrationRun:
                 forecast=forecast if adapted else replace(forecast, adapter=0.0),
             )
             entry = work(stage)
-            distributed.meet()  # nothing that a rank still reads is removed
+            distributed.barrier_with_heartbeat()  # nothing that a rank still reads is removed
         assert stage.forecast is not None
         entry["memory"] = measurement.record(stage.forecast, self._models())
         self.scorer = None
         self.policy.end_stage()
         entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
-        distributed.from_main(
+        distributed.run_on_rank_zero(
             lambda: directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
         )
-        distributed.from_main(lambda: directory.forget_checkpoint(name))
-        distributed.under_way()
+        distributed.run_on_rank_zero(lambda: directory.remove_checkpoint(name))
+        distributed.end_startup_timeout()
 
     def load_scorer(self) -> tuple[Scorer, Callable[[], str]]:
         """Load the R-Scorer for the rest of the stage, with its hash; the policy leaves where both do not fit into memory."""
-        self.policy.make_room()
-        self.scorer = load_judge(self.config)
+        self.policy.offload()
+        self.scorer = load_scorer_for(self.config)
         return self.scorer, partial(model_hash, self.scorer.text_model.path)
 
     def samples_of(self, iteration: int) -> list[Sample]:

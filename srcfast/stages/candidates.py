@@ -129,7 +129,7 @@ def candidates_in_chunks(
     """`generate_candidates`, as rows of candidates."""
 
     def work(piece: Sequence[Sample]) -> ChunkResult:
-        features.forget()
+        features.clear()
         found = generate_candidates(
             model,
             piece,
@@ -145,5 +145,5 @@ def candidates_in_chunks(
 
     with decoding_memory(model) as memory:
         parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
-    features.forget()  # no stage uses these
+    features.clear()  # no stage uses these
     return parts

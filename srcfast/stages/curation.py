@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from srcfast.config.settings import CurationConfig
-from srcfast.data.collector import no_full_passes
+from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Candidate, Preference, Sample
@@ -27,7 +27,7 @@ from srcfast.errors import InputError
 BINS = 20  # of the histograms over [0, 1]
 
 
-@no_full_passes()
+@pause_full_collections()
 def curate(
     samples: Sequence[Sample],
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
@@ -112,14 +112,14 @@ def curate(
     return preferences, funnel | statistics.result()
 
 
-def refuse_no_pairs(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> None:
+def check_pairs_left(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> None:
     """Raise InputError where no pair is left to train on."""
     if not pairs:
         raise InputError(
             field="curation",
             expected="at least one preference pair",
             found=f"dropped: {funnel['dropped']}",
-            mend="lower curation.min_margin or curation.min_confidence, or raise candidates.temperature",
+            fix="lower curation.min_margin or curation.min_confidence, or raise candidates.temperature",
         )
 
 
@@ -186,7 +186,7 @@ def _check_row(
             field="candidate_ids",
             expected=f"scores of the candidates {ids}",
             found=row["candidate_ids"],
-            mend="score these candidates anew: the scores belong to another set of candidates",
+            fix="score these candidates anew: the scores belong to another set of candidates",
         )
     if settings.min_rating and "alone" not in row:
         raise InputError(
@@ -194,7 +194,7 @@ def _check_row(
             field="alone",
             expected="the candidates' ratings on their own, which curation.min_rating asks for",
             found="none",
-            mend="score these candidates anew, or leave curation.min_rating at 0",
+            fix="score these candidates anew, or leave curation.min_rating at 0",
         )
 
 

@@ -50,13 +50,13 @@ def read_training_samples(config: Config, use: str, image_dir: Path, rejected: l
     """
     sets = [one for one in config.data.train if use in one.use]
     if not sets:
-        raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Mend: name one")
+        raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Fix: name one")
     own: list[dict[str, Any]] = []
     samples = [sample for one in sets for sample in read_dataset(one, image_dir, own)]
     check_rejected(own, len(own) + len(samples), config.max_rejected)
     known = {(row["file"], row["line"]) for row in rejected}
     rejected += [row for row in own if (row["file"], row["line"]) not in known]
-    refuse_shared_ids(samples)
+    check_unique_ids(samples)
     return samples
 
 
@@ -74,13 +74,13 @@ def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[st
                 field="data.evaluation",
                 expected=f"at least one sample in {one.name!r}",
                 found="none",
-                mend="name data that holds some, or leave the dataset out",
+                fix="name data that holds some, or leave the dataset out",
             )
         found.append(EvaluationSet(one.name, one.split, samples))
     return found
 
 
-def refuse_shared_ids(samples: Sequence[Sample]) -> None:
+def check_unique_ids(samples: Sequence[Sample]) -> None:
     """Raises InputError where two samples have one id: their candidates would be mixed."""
     seen: set[str] = set()
     for sample in samples:
@@ -90,7 +90,7 @@ def refuse_shared_ids(samples: Sequence[Sample]) -> None:
                 field="id",
                 expected="an id that no other sample of the run has",
                 found=sample.id,
-                mend="give the samples of all datasets ids of their own",
+                fix="give the samples of all datasets ids of their own",
             )
         seen.add(sample.id)
 

@@ -33,16 +33,16 @@ from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
 from srcfast.stages.drift import Drift, drift, drift_of, most_drift
-from srcfast.stages.logprobs import reference_logprobs, refuse_certainty
+from srcfast.stages.logprobs import check_logprobs, reference_logprobs
 from srcfast.stages.pair_trees import loss_rows, pair_logprobs, preference_trees
 from srcfast.stages.policy import Policy
-from srcfast.stages.rationale import Rap, rationale_trees
+from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Features, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import weighted_dpo_loss
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str
         if len(pairs) < len(items):
             share = 1.0 / lengths / max(1, denominator.rehearsed)
             share[pairs] = 0.0
-            rehearsed = -(chosen * send(share, hidden.device, chosen.dtype)).sum()
+            rehearsed = -(chosen * to_device(share, hidden.device, chosen.dtype)).sum()
         rehearsal = settings.rehearsal_weight * rehearsed
         if not pairs:
             return rehearsal, {"rehearsal_loss": rehearsed}
         if len(pairs) < len(items):
-            places = send(pairs, hidden.device)
+            places = to_device(pairs, hidden.device)
             chosen, rejected = chosen.index_select(0, places), rejected.index_select(0, places)  # [P] each
         metas = [items[place].meta for place in pairs]
         columns = (
@@ -105,7 +105,7 @@ def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str
             rejected_lengths[pairs],
         )
         # One transfer for all numbers, and none is waited for.
-        numbers = send(np.stack(columns), hidden.device, chosen.dtype)  # [6, P]
+        numbers = to_device(np.stack(columns), hidden.device, chosen.dtype)  # [6, P]
         reference_chosen, reference_rejected, weight, confidence, chosen_lengths, _ = numbers
         smoothing: float | Tensor
         if settings.label_smoothing == "confidence":
@@ -168,7 +168,7 @@ def preference_items(
     model: Any,
     preferences: Sequence[Preference],
     weighting: Literal["confidence", "none"] = "confidence",
-    rehearsal: Sequence[Rap] = (),
+    rehearsal: Sequence[RationalePair] = (),
 ) -> list[TrainingItem]:
     """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
     weighted = weighting == "confidence"
@@ -193,7 +193,7 @@ def tune_preferences(
     policy: Policy,
     preferences: Sequence[Preference],
     settings: DPOConfig,
-    rehearsal: Sequence[Rap] = (),
+    rehearsal: Sequence[RationalePair] = (),
 ) -> None:
     """Stage 4, second half: confidence-weighted DPO from the policy as it is, which is the reference."""
     model = policy.model
@@ -219,7 +219,7 @@ def train_preference(
     expected_reference_hash: str,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
-    rehearsal: Sequence[Rap] = (),
+    rehearsal: Sequence[RationalePair] = (),
     profiler: StepProfiler | None = None,
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
     checkpoints: TrainingCheckpoints | None = None,
@@ -254,7 +254,7 @@ def train_preference(
         check_references(model, first, settings.token_budget, features)
 
     def check_start(metrics: Metrics) -> None:
-        refuse_certainty(metrics)
+        check_logprobs(metrics)
         if metrics["step"] != 0 or dropout or "max_drift" not in metrics:
             return
         found = Drift(math.sqrt(metrics["mean_square_drift"]), metrics["max_drift"], 2 * len(first), dtype)
@@ -307,7 +307,7 @@ def _not_the_reference(found: Drift, sample: str, worst: str) -> SrcfastError:
         f"{sample}before the first update the policy must equal its reference, but {worst}. Over {found.responses} responses "
         f"their log-probabilities differ by {found.root_mean_square:.2e} nats a root token, the worst by {found.greatest:.2e} "
         f"(rounding makes at most {most_drift(found.dtype, found.responses):.1e}, of one response "
-        f"{most_drift(found.dtype, 1):.1e}). Mend: compute the reference again with this base and adapter: leave "
+        f"{most_drift(found.dtype, 1):.1e}). Fix: compute the reference again with this base and adapter: leave "
         "reference_chosen_logprob and reference_rejected_logprob out; in a calibration: another run, with "
         "dpo.reuse_generation_logprobs=false"
     )
@@ -323,7 +323,7 @@ def _check_reference(preference: Preference, expected_hash: str) -> None:
             field="reference_hash",
             expected=f"reference log-probabilities of {expected_hash}",
             found="none" if found is None else f"those of {found}",
-            mend="compute the reference again with the base and adapter that training starts from",
+            fix="compute the reference again with the base and adapter that training starts from",
         )
     _refuse_reference_above_0(preference)
 
@@ -337,5 +337,5 @@ def _refuse_reference_above_0(preference: Preference) -> None:
                 field=field,
                 expected="a log-probability, at most 0",
                 found=value,
-                mend="compute the reference again: leave these fields out",
+                fix="compute the reference again: leave these fields out",
             )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from srcfast.config.settings import Config, EvaluationConfig
-from srcfast.data.collector import no_full_passes
 from srcfast.data.convert import letters_of, write_predictions_tsv
+from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Sample
@@ -25,7 +25,7 @@ from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
 from srcfast.stages.datasets import EvaluationSet
-from srcfast.world.oracle import CASES, Judgement, judge_sample
+from srcfast.world.oracle import CASES, Judgement, verify_sample
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def answer_greedily(
     with folded_lora(model):
         prompts = prompts_of(model, samples)
         generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs, memory)
-    with no_full_passes():
+    with pause_full_collections():
         return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
 
 
@@ -111,7 +111,7 @@ def predict(sample: Sample, text: str) -> Prediction:
     """Parse and judge one response."""
     parsed = parse_response(text)
     right = parsed.answer is not None and normalise_answer(parsed.answer) == normalise_answer(sample.answer)
-    return Prediction(sample, text, parsed.rationale, parsed.answer, right, judge_sample(sample, parsed))
+    return Prediction(sample, text, parsed.rationale, parsed.answer, right, verify_sample(sample, parsed))
 
 
 class Counts:
@@ -220,7 +220,7 @@ def answers_in_chunks(
     """`answer_greedily`, as rows {id, text}; `predictions_of` reads them."""
 
     def work(piece: Sequence[Sample]) -> ChunkResult:
-        features.forget()
+        features.clear()
         found = answer_greedily(
             model,
             piece,
@@ -235,7 +235,7 @@ def answers_in_chunks(
 
     with decoding_memory(model) as memory:
         parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
-    features.forget()
+    features.clear()
     return parts
 
 

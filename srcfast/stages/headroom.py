@@ -16,12 +16,12 @@ import numpy as np
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 
 
 def aligned(sample: Sample, text: str) -> bool:
     """Whether a response's answer is right and its rationale right and leading to it, by the oracle."""
-    judgement = judge_sample(sample, parse_response(text))
+    judgement = verify_sample(sample, parse_response(text))
     return judgement is not None and judgement.aligned
 
 

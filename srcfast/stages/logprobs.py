@@ -16,20 +16,20 @@ from torch import Tensor
 from srcfast.config.settings import Config
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.jsonl import json_hash
-from srcfast.data.logit_rows import places_of, response_rows, takes_rows
+from srcfast.data.logit_rows import response_logit_rows, row_positions, supports_row_selection
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models.lvlm import ImageFeatures
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
-from srcfast.run.progress import Track
+from srcfast.run.progress import StageProgress
 from srcfast.stages.pair_trees import pair_logprobs, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys, image_prints
 from srcfast.training.loop import Features, Metrics
 from srcfast.training.pipelining import behind
 from srcfast_kernels.linear_logprob import linear_logprob
-from srcfast_kernels.transfers import Fetched, fetch, send
+from srcfast_kernels.transfers import Fetched, fetch, to_device
 
 
 @torch.no_grad()
@@ -115,8 +115,8 @@ def response_logprobs(
             for leaf in range(1, len(tree.segments))
         ]
         rows, targets = (torch.cat(parts).numpy() for parts in zip(*responses, strict=True))
-        places = places_of(rows, hidden, forest, response_rows(forest))
-        looked_up = send(np.stack([places, targets]), hidden.device)  # [2, n]
+        places = row_positions(rows, hidden, forest, response_logit_rows(forest))
+        looked_up = to_device(np.stack([places, targets]), hidden.device)  # [2, n]
         logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
         return torch.stack([part.sum() for part in logps.split([len(own) for own, _ in responses])])
 
@@ -144,7 +144,7 @@ def _run(
 ) -> Iterator[tuple[Forest, Tensor]]:
     """The trees packed into forests, in evaluation mode: each forest and what `measure` makes of it, on the host.
 
-    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_rows` where the model takes them). A GPU computes
+    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_logit_rows` where the model takes them). A GPU computes
     the next forest while the numbers of one are read.
     """
     device = next(model.parameters()).device
@@ -153,7 +153,7 @@ def _run(
         for forest in Forest.packed(trees, token_budget):
             forest = forest.to(device)
             inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
-            wanted = {"rows": response_rows(forest)} if takes_rows(model) else {}
+            wanted = {"rows": response_logit_rows(forest)} if supports_row_selection(model) else {}
             yield forest, fetch(measure(forest, model(forest, *inputs, **wanted)))
 
     was_training = model.training
@@ -165,12 +165,12 @@ def _run(
     model.train(was_training)
 
 
-def refuse_certainty(metrics: Metrics) -> None:
+def check_logprobs(metrics: Metrics) -> None:
     """Raises SrcfastError where a log-probability is above 0 by more than rounding: then no number of the step is right."""
     if metrics.get("max_logprob", 0.0) > LOGPROB_ROUNDING:
         raise SrcfastError(
             f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
-            "Mend: see whether the checkpoint's weights are whole, and try another dtype; "
+            "Fix: see whether the checkpoint's weights are whole, and try another dtype; "
             "`srcfast doctor` says which kernels are used"
         )
 
@@ -192,7 +192,7 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
         on_forest: Callable[[Forest], None] | None = None,
     ) -> list[Preference]:
         def work(piece: Sequence[Preference]) -> ChunkResult:
-            features.forget()
+            features.clear()
             done = reference_logprobs(
                 model,
                 piece,
@@ -240,7 +240,7 @@ def logprobs_in_chunks(
         encode(one, one.question, one.id)
 
     def work(piece: Sequence[Sample]) -> ChunkResult:
-        features.forget()
+        features.clear()
         items = [
             (encode(one, one.question, one.id), image_keys(one), model.encode_response(one.answer)) for one in piece
         ]
@@ -271,7 +271,7 @@ def _same_prompts_together(requests: Sequence[Sample]) -> list[int]:
 
 
 def logprob_chunks(
-    config: Config, policy: Policy, records: Sequence[Sample | Preference], directory: Path, progress: Track
+    config: Config, policy: Policy, records: Sequence[Sample | Preference], directory: Path, progress: StageProgress
 ) -> Chunks:
     """Return where log-probabilities of a command are stored.
 

@@ -52,7 +52,7 @@ def dump_nonfinite_batch(
     except NotFinite as error:
         place, step, text = directory / DIRECTORY, error.step, str(error)
         batch = [records[index] for index in global_batch(len(records), step, loop)]
-        distributed.from_main(lambda: _write(place, stage, config, model, batch, loop, step, text))
+        distributed.run_on_rank_zero(lambda: _write(place, stage, config, model, batch, loop, step, text))
         raise SrcfastError(f"{text}. The batch is kept; to run it again: {_command(place)}") from error
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.logit_rows import places_of, response_rows
+from srcfast.data.gc_pauses import pause_full_collections
+from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.records import Preference
 from srcfast.errors import InputError
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast_kernels.linear_logprob import linear_logprob
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
 
 def preference_tree(
@@ -40,7 +40,7 @@ def preference_tree(
             field="rejected",
             expected="a response other than the chosen one",
             found="the same tokens",
-            mend="drop this pair: it prefers nothing to nothing",
+            fix="drop this pair: it prefers nothing to nothing",
         )
     most = min(len(chosen), len(rejected)) - 1
     differs = np.flatnonzero(chosen[:most] != rejected[:most])
@@ -54,7 +54,7 @@ def preference_tree(
 def pair_rows(forest: Forest) -> np.ndarray:
     """What `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
 
-    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Kept in the cache
+    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Stored in the cache
     of the forest on the host.
     """
     host = forest.host or forest
@@ -74,9 +74,9 @@ def pair_rows(forest: Forest) -> np.ndarray:
 
 
 def loss_rows(forest: Forest) -> Tensor:
-    """For `train`: `response_rows`, with `pair_rows` made on the way, which a worker process then does ahead of the step."""
+    """Return `response_logit_rows`, and compute `pair_rows` on the way: a worker process does both ahead of the step."""
     pair_rows(forest)
-    return response_rows(forest)
+    return response_logit_rows(forest)
 
 
 def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
     whole paths.
 
     Args:
-        hidden: `[T, D]`, or `[M, D]` of the forest's `response_rows`.
+        hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
         forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
         head_weight: `[V, D]`.
 
@@ -92,14 +92,14 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
         (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
     """
     rows, targets, slots = pair_rows(forest)
-    places = places_of(rows, hidden, forest, response_rows(forest))
-    index = send(np.stack([places, targets, slots]), hidden.device)  # [3, n]
+    places = row_positions(rows, hidden, forest, response_logit_rows(forest))
+    index = to_device(np.stack([places, targets, slots]), hidden.device)  # [3, n]
     logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
     sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
     return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
 
 
-@no_full_passes()
+@pause_full_collections()
 def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
     """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
     prompt = PromptEncoder(model)

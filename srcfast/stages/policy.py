@@ -15,7 +15,7 @@ from srcfast.memory.model_sizes import ModelSizes, limit_memory, memory_of, rele
 from srcfast.memory.plan import policy_stays
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
-from srcfast.models.lora import adapter_hash, adapters, apply_lora, refuse_idle_adapter, save_adapter
+from srcfast.models.lora import adapter_hash, adapters, apply_lora, check_adapter_changes, save_adapter
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.stages.prompts import image_loader
 from srcfast.training.determinism import prepare_determinism
@@ -53,7 +53,7 @@ class Policy:
         if adapter != self.adapter:
             self._adapt(adapter)
             if adapter is not None and not to_train:
-                refuse_idle_adapter(self.model, adapter)
+                check_adapter_changes(self.model, adapter)
             self.adapter = adapter
         return self.model
 
@@ -69,13 +69,13 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write the adapter that was trained, and free the gradients, which no later stage needs."""
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             directory.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, directory)
         self.adapter = directory
         self.model.zero_grad(set_to_none=True)
 
-    def make_room(self) -> None:
+    def offload(self) -> None:
         """Set the model aside where it does not fit into memory beside the R-Scorer; what needs it next reads it again.
 
         Encoded images stay.
@@ -90,7 +90,7 @@ class Policy:
     def end_stage(self) -> None:
         """Give back to a GPU what the stage had: the next one is planned with all that the model leaves free."""
         if torch.device(self.config.model.device).type == "cuda":
-            self.features.forget()
+            self.features.clear()
             release_unused(self.config.model.device)
 
     def _adapt(self, lora: Path | LoRAConfig | None) -> None:
@@ -118,9 +118,9 @@ def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = 
         shard=config.distributed.shard,
     )
     if isinstance(lora, Path) and not to_train:
-        refuse_idle_adapter(model, lora)
+        check_adapter_changes(model, lora)
     if config.model.vision_offload:
-        model.vision.rest()
+        model.vision.to_host()
     return model
 
 
@@ -131,7 +131,7 @@ def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFea
     return ImageFeatures(model, image_loader(records), image_cache(room), images_at_once(sizes, room))
 
 
-def load_judge(config: Config, lora: LoRAConfig | None = None) -> Scorer:
+def load_scorer_for(config: Config, lora: LoRAConfig | None = None) -> Scorer:
     """The R-Scorer of the settings."""
     _set_up_device(config)
     dtype = getattr(torch, config.scorer.dtype)

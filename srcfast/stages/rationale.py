@@ -16,15 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from srcfast.config.settings import Config, TrainingConfig
-from srcfast.data.collector import no_full_passes
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl
-from srcfast.data.logit_rows import places_of, response_rows
+from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.stages.datasets import draw
-from srcfast.stages.logprobs import refuse_certainty
+from srcfast.stages.logprobs import check_logprobs
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast.stages.stage_run import StageRun
@@ -32,9 +32,9 @@ from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Features, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
-from srcfast_kernels.transfers import send
+from srcfast_kernels.transfers import to_device
 
-Rap = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
+RationalePair = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
     return entries
 
 
-def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rap], Counter[str]]:
+def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[RationalePair], Counter[str]]:
     """The rationale-answer pairs that stage 1 trains on, and how many samples were dropped for which reason.
 
     Raises:
@@ -79,7 +79,7 @@ def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rap
             field="rationale",
             expected="samples with facts or a rationale",
             found=f"dropped: {dict(dropped)}",
-            mend="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
+            fix="add facts or rationales, or name a teacher's file: rationale.teacher=FILE.jsonl",
         )
     return raps, dropped
 
@@ -88,7 +88,7 @@ def build_raps(
     samples: Sequence[Sample],
     format: Literal["tagged", "plain"] = "tagged",
     teacher: Mapping[str, TeacherRationale] | None = None,
-) -> tuple[list[Rap], Counter[str]]:
+) -> tuple[list[RationalePair], Counter[str]]:
     """Rationale-answer pairs from the teacher's entry, else the sample's rationale, else its facts.
 
     Facts become what is seen, with nothing concluded. A rationale without tags counts as seen but for its
@@ -99,7 +99,7 @@ def build_raps(
         "no_rationale_or_facts", "unreadable_rationale", "answer_contradicts_rationale" (the rationale or the
         teacher states another answer).
     """
-    raps: list[Rap] = []
+    raps: list[RationalePair] = []
     dropped: Counter[str] = Counter()
     for sample in samples:
         response, reason = _response(sample, (teacher or {}).get(sample.id), format)
@@ -157,8 +157,8 @@ def _as_sentence(text: str) -> str:
 # Training ---------------------------------------------------------------------------------------------------
 
 
-@no_full_passes()
-def rationale_trees(model: Any, raps: Sequence[Rap]) -> list[TrainingItem]:
+@pause_full_collections()
+def rationale_trees(model: Any, raps: Sequence[RationalePair]) -> list[TrainingItem]:
     """One tree a RAP: prompt -> response with the end token.
 
     Args:
@@ -192,8 +192,8 @@ def rationale_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of -log p over the responses' tokens, divided by the global batch's number of them."""
     rows, targets = target_rows(forest)
-    places = places_of(rows, hidden, forest, response_rows(forest))
-    index = send(np.stack([places, targets]), hidden.device)  # [2, n]
+    places = row_positions(rows, hidden, forest, response_logit_rows(forest))
+    index = to_device(np.stack([places, targets]), hidden.device)  # [2, n]
     logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
     counted = {"response_tokens": logps.new_full((), float(len(logps)))}
     return -logps.sum() / denominator, counted | {"max_logprob": logps.detach().max()}
@@ -210,7 +210,7 @@ def target_rows(forest: Forest) -> np.ndarray:
     return np.concatenate([np.stack([predictor[part], tokens[part]]) for part in parts], axis=1)
 
 
-def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[Rap], loop: TrainingConfig) -> None:
+def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[RationalePair], loop: TrainingConfig) -> None:
     """Stage 1: train a new adapter of the policy on rationale-answer pairs."""
     model = policy.fresh()
     with stage.training(model, pairs, loop) as hooks:
@@ -219,7 +219,7 @@ def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[Rap], loop: 
 
 def fine_tune_rationale(
     model: Any,
-    raps: Sequence[Rap],
+    raps: Sequence[RationalePair],
     settings: TrainingConfig,
     *,
     features: Features | None = None,
@@ -246,8 +246,8 @@ def fine_tune_rationale(
         settings=settings,
         features=features,
         on_step=on_step,
-        before_update=refuse_certainty,
-        rows=response_rows,
+        before_update=check_logprobs,
+        rows=response_logit_rows,
         profiler=profiler,
         checkpoints=checkpoints,
     )

@@ -18,7 +18,7 @@ from srcfast.config.settings import Config
 from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.run.directory import alone_in
+from srcfast.run.directory import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.dpo import check_references
 from srcfast.stages.drift import drift, drift_of, most_drift
@@ -33,7 +33,7 @@ REFERENCES_LOOKED_AT = 32  # of those that a file states without saying whose th
 
 
 @dataclass(frozen=True)
-class Takeover:
+class ReferenceReuse:
     """What came of it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Takeover:
         return asdict(self)
 
 
-def references_from_candidates(
+def reuse_candidate_logprobs(
     model: Any,
     preferences: Sequence[Preference],
     samples: Mapping[str, Sample],
@@ -72,7 +72,7 @@ def references_from_candidates(
     on_forest: Callable[[Forest], None] | None = None,
     seed: int = 0,
     logprobs: Callable[..., list[Preference]] = reference_logprobs,
-) -> tuple[list[Preference], Takeover]:
+) -> tuple[list[Preference], ReferenceReuse]:
     """`reference_logprobs`, but for pairs whose log-probabilities generation has found already.
 
     Args:
@@ -127,7 +127,7 @@ def references_from_candidates(
                 preferences[index], reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra
             )
     reused = len(left) if agreed else 0
-    report = Takeover(
+    report = ReferenceReuse(
         pairs=len(preferences),
         eligible=len(eligible),
         rechecked=count,
@@ -146,9 +146,9 @@ def stage_references(
     samples: Mapping[str, Sample],
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
     seed: int,
-) -> tuple[list[Preference], Takeover]:
+) -> tuple[list[Preference], ReferenceReuse]:
     """Give a stage's pairs the policy's log-probabilities: those of its candidates, where there are any."""
-    return references_from_candidates(
+    return reuse_candidate_logprobs(
         policy.model,
         preferences,
         samples,
@@ -202,7 +202,7 @@ def with_references(
     if missing:
         wanted = [done[index] for index in missing]
         directory = output / "checkpoint" / "references"
-        with alone_in(output), track("reference", len(missing), "pairs", config.quiet) as progress:
+        with exclusive_lock(output), track("reference", len(missing), "pairs", config.quiet) as progress:
             logprobs = references_in_chunks(logprob_chunks(config, policy, wanted, directory, progress))
             computed = logprobs(
                 policy.model,

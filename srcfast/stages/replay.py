@@ -21,8 +21,14 @@ from srcfast.models.lora import load_adapter
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
 from srcfast.stages.nonfinite import BATCH, trained_hash
 from srcfast.stages.pair_trees import loss_rows
-from srcfast.stages.policy import features_of, load_judge, load_model
-from srcfast.stages.rationale import Rap, rationale_loss, rationale_trees, response_rows, response_tokens
+from srcfast.stages.policy import features_of, load_model, load_scorer_for
+from srcfast.stages.rationale import (
+    RationalePair,
+    rationale_loss,
+    rationale_trees,
+    response_logit_rows,
+    response_tokens,
+)
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
 from srcfast.training.loop import Metrics, run_again
 
@@ -56,7 +62,7 @@ def replay(place: Path) -> Metrics:
             file=file,
             expected="a batch that was kept for its numbers",
             found=error,
-            mend="name a not-finite/ directory",
+            fix="name a not-finite/ directory",
         ) from error
     if stage == "scorer":
         return _replay_scorer(place, config, examples, step, loop, expected)
@@ -73,7 +79,7 @@ def replay(place: Path) -> Metrics:
             denominator=response_tokens,
             settings=loop,
             features=features,
-            rows=response_rows,
+            rows=response_logit_rows,
         )
     items = dict(zip(places, preference_items(model, pairs, config.curation.weighting, raps), strict=True))
     return run_again(
@@ -97,7 +103,7 @@ def _replay_scorer(
     expected: str,
 ) -> Metrics:
     kept = config.scorer.model_copy(update={"path": str(place / "scorer")})
-    judge = load_judge(config.model_copy(update={"scorer": kept})).requires_grad_(True)
+    judge = load_scorer_for(config.model_copy(update={"scorer": kept})).requires_grad_(True)
     _check_weights(place / "scorer", judge, expected)
     return run_again(
         judge.text_model,
@@ -125,7 +131,7 @@ def _loop(values: Any) -> TrainingConfig:
     return TrainingConfig(**names).seeded(seed, deterministic)
 
 
-def _rap(row: dict[str, Any], file: Path, root: Path) -> Rap:
+def _rap(row: dict[str, Any], file: Path, root: Path) -> RationalePair:
     fields = Fields(row, file, None)
     sample = Sample(fields.identifier("id"), fields.images(), fields.text("question"), "", image_root=root)
     return sample, fields.text("response")

@@ -21,7 +21,7 @@ from torch import Tensor
 from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
 from srcfast.data.forest import Forest
-from srcfast.data.logit_rows import places_of
+from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
@@ -31,10 +31,12 @@ from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Loss, Metrics, TrainingItem, train
 from srcfast.training.profiler import StepProfiler
-from srcfast.world.oracle import judge_sample
-from srcfast_kernels.transfers import fetch, send
+from srcfast.world.oracle import verify_sample
+from srcfast_kernels.transfers import fetch, to_device
 
-Rap = tuple[Sample, Sequence[str], Sequence[str], str]  # sample, perception sentences, reasoning sentences, answer
+RationalePair = tuple[
+    Sample, Sequence[str], Sequence[str], str
+]  # sample, perception sentences, reasoning sentences, answer
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def scorer_example(sample: Sample, variants: Sequence[Variant]) -> ScorerExample
 
 
 def scorer_examples(
-    raps: Iterable[Rap],
+    raps: Iterable[RationalePair],
     rng: Random,
     vocabulary: Vocabulary,
     *,
@@ -233,8 +235,8 @@ def scorer_loss(scorer: Scorer) -> Loss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         slot = slot_rows(forest, [item.meta[0] for item in inside]).numpy()
         right = torch.cat([item.meta[1] for item in inside]).numpy()
-        index = np.stack([places_of(slot, hidden, forest, segment_ends(forest)), right])
-        places, targets = send(index, hidden.device)  # [M] each
+        index = np.stack([row_positions(slot, hidden, forest, segment_ends(forest)), right])
+        places, targets = to_device(index, hidden.device)  # [M] each
         logits = hidden.index_select(0, places).float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
@@ -330,12 +332,12 @@ def split_examples(
             field="rationale",
             expected="enough samples with rationales in which faults can be made",
             found=f"{len(train)} to train on and {len(held_out)} held out",
-            mend="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
+            fix="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     return train, held_out
 
 
 def may_be_faulty(sample: Sample, parts: Parts) -> bool:
     """Return whether an oracle that can check the corruption judges it faulty; True where none can."""
-    judgement = judge_sample(sample, ParsedResponse(*parts))
+    judgement = verify_sample(sample, ParsedResponse(*parts))
     return judgement is None or not judgement.aligned

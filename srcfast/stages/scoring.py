@@ -27,7 +27,7 @@ from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
 from srcfast.training.pipelining import behind
 from srcfast_kernels import pairwise_verdict
-from srcfast_kernels.transfers import fetch, send
+from srcfast_kernels.transfers import fetch, to_device
 
 Mode = Literal["pairwise", "independent"]
 BLOCK = 64  # samples whose trees are packed together
@@ -159,7 +159,7 @@ class Comparisons:
 
     def among(self, kept: np.ndarray) -> Comparisons:
         """Those that are kept, [M] bool."""
-        slots = self.slots.index_select(0, send(np.flatnonzero(kept), self.slots.device))
+        slots = self.slots.index_select(0, to_device(np.flatnonzero(kept), self.slots.device))
         return Comparisons(slots, self.first[kept], self.second[kept], self.owner[kept])
 
     def with_others(self, others: Comparisons) -> Comparisons:
@@ -244,7 +244,7 @@ def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> Resul
     device = found.slots.device
     pair = found.second != ALONE  # [M]
     columns = np.stack([np.flatnonzero(pair), found.first[pair], found.second[pair], found.owner[pair]])
-    compared, first, second, owner = send(columns, device)  # [pairs] each
+    compared, first, second, owner = to_device(columns, device)  # [pairs] each
     output = pairwise_verdict(
         found.slots.index_select(0, compared),
         scorer.verdict_weight,
@@ -403,7 +403,7 @@ def scores_in_chunks(
         if sample_id in known:
             judged.append(known[sample_id])
             digest.update(json.dumps([(one.id, one.text) for one in own]).encode())
-    chunks.progress.expect(len(judged))
+    chunks.progress.set_total(len(judged))
     groups = candidates().rest()
 
     def work(piece: Sequence[Sample]) -> ChunkResult:

@@ -22,8 +22,8 @@ from srcfast.memory.forecast import Forecast
 from srcfast.memory.measure import Measurement, measured
 from srcfast.memory.plan import forecast_items
 from srcfast.run.chunks import Chunks, remove_chunks
-from srcfast.run.directory import StageMetrics, alone_in
-from srcfast.run.progress import Track, peak_rss_bytes, track
+from srcfast.run.directory import StageMetrics, exclusive_lock
+from srcfast.run.progress import StageProgress, peak_rss_bytes, track
 from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import Metrics, TrainingItem
@@ -63,7 +63,7 @@ class StageRun:
     output: Path
     checkpoint_dir: Path
     settings: Mapping[str, Any]
-    progress: Track
+    progress: StageProgress
     metrics: StageMetrics
     profile_dir: Path
     profile: range | None = None
@@ -88,7 +88,7 @@ class StageRun:
         """
         self.metrics.restart()  # what a stopped attempt left; what stays done comes back with its checkpoint
         profiler = None
-        if self.profile is not None and distributed.is_main():
+        if self.profile is not None and distributed.is_rank_zero():
             profiler = StepProfiler(self.profile, self.profile_dir)
         hooks = Hooks(
             on_step=self._on_step,
@@ -121,7 +121,7 @@ class StageRun:
         """Take over the steps that a stopped process has done."""
         self.history = list(history)
         self.metrics.restart(history)
-        self.progress.went_on(len(history), sum(metrics["tokens"] for metrics in history), seconds)
+        self.progress.resume(len(history), sum(metrics["tokens"] for metrics in history), seconds)
 
 
 @dataclass
@@ -184,7 +184,7 @@ def command_stage(
     """
     resolved = config.model_dump(mode="json")
     directory = checkpoint_dir or output / "checkpoint"
-    with alone_in(output), ExitStack() as clock:
+    with exclusive_lock(output), ExitStack() as clock:
         measurement = clock.enter_context(
             measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])
         )
@@ -203,7 +203,7 @@ def command_stage(
         )
         yield stage
         clock.close()
-        if stage.result is not None and distributed.is_main():
+        if stage.result is not None and distributed.is_rank_zero():
             stage.write_summary(models())
         remove_chunks(directory)
 

@@ -99,14 +99,14 @@ class TrainingCheckpoints:
         def search() -> int | None:
             nonlocal found
             self._identity = identity_of(self.settings, loop, items, optimizer.weights)
-            distributed.meet()
+            distributed.barrier_with_heartbeat()
             found = load_training(self.directory, self._identity)
             self._identity = {key: value for key, value in self._identity.items() if key != BEFORE}
             return None if found is None else found.step
 
-        if not distributed.is_main():
-            distributed.meet()  # however long rank 0 reads images
-        step = distributed.from_main(search)
+        if not distributed.is_rank_zero():
+            distributed.barrier_with_heartbeat()  # however long rank 0 reads images
+        step = distributed.run_on_rank_zero(search)
         if step is None:
             return 0, []
         if found is None:
@@ -123,7 +123,7 @@ class TrainingCheckpoints:
         """After this many steps: the signal to stop by (0: none), and whether to save; the same on all ranks."""
         by_clock = self.minutes and time.monotonic() - self._last >= 60.0 * self.minutes
         due = bool(by_clock or (self.steps and step % self.steps == 0))
-        told = distributed.gather([signals.asked(), due])
+        told = distributed.gather([signals.pending(), due])
         stop = max(signal for signal, _ in told)
         return stop, bool(stop) or told[0][1]
 
@@ -133,7 +133,7 @@ class TrainingCheckpoints:
         Raises:
             SrcfastError: it can't be written.
         """
-        if step != self._saved and distributed.is_main():
+        if step != self._saved and distributed.is_rank_zero():
             seconds = time.monotonic() - self._began
             weights, moments = optimizer.weights, optimizer.state_dict()
             save_training(self.directory, SavedTraining(step, weights, moments, history, self._identity, seconds))
@@ -141,7 +141,7 @@ class TrainingCheckpoints:
 
     def remove(self) -> None:
         """Forget them all: the training's result is on disk."""
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -185,7 +185,7 @@ def identity_of(
     print_of = cache(image_print)  # each file is read once
     digest, before = hashlib.sha256(), hashlib.sha256()
     for item in items:
-        distributed.alive()
+        distributed.heartbeat()
         images = item.tree.images
         if item.images is not None:
             images = tuple(print_of(file, name) for file, name in zip(images, item.images, strict=True))
@@ -275,7 +275,7 @@ def save_training(directory: Path, training: SavedTraining) -> None:
         _sync(directory)
     except (OSError, SafetensorError) as error:
         raise SrcfastError(
-            f"{final}: expected room and permission to save the training, found {error}. Mend: see to these; the same "
+            f"{final}: expected room and permission to save the training, found {error}. Fix: see to these; the same "
             "command then continues from the last save"
         ) from error
     finally:
@@ -299,7 +299,7 @@ def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining
             instead = "the one before is used" if older else "this training begins anew"
             warnings.warn(f"{path}: a damaged checkpoint ({error}): {instead}", RuntimeWarning, stacklevel=2)
             continue
-        _refuse_foreign(path, training.identity, identity)
+        _check_same_training(path, training.identity, identity)
         return training
     return None
 
@@ -333,7 +333,7 @@ def _check_hash(file: Path, expected: str) -> None:
         raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {found}")
 
 
-def _refuse_foreign(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     old, new = flat(dict(stored)), flat(dict(wanted))
     if old.get("items") == (before := new.pop(BEFORE, None)):  # saved by srcfast 0.1
         new["items"] = before
@@ -342,7 +342,7 @@ def _refuse_foreign(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, 
         key = changed[0]
         raise ConfigError(
             f"{path}: this checkpoint is of a training with {key} = {old.get(key)!r}, this run has {new.get(key)!r}. "
-            f"Mend: set {key} back, take another name or output directory, or remove {path.parent} to begin anew"
+            f"Fix: set {key} back, take another name or output directory, or remove {path.parent} to begin anew"
         )
 
 

@@ -57,18 +57,18 @@ class _Steps(Dataset[PackedStep]):
         trees: Sequence[Tree],
         batch_of: Callable[[int], Sequence[int]],
         token_budget: int,
-        most_trees: int,
+        max_trees: int,
         prepare: Callable[[str], dict[str, Tensor]] | None,
         plan: Callable[[Forest], object] | None,
     ) -> None:
         self.trees, self.batch_of = trees, batch_of
-        self.token_budget, self.most_trees = token_budget, most_trees
+        self.token_budget, self.max_trees = token_budget, max_trees
         self.prepare, self.plan = prepare, plan
 
     def __getitem__(self, request: Request) -> PackedStep:
         step, wanted = request
         indices = self.batch_of(step)
-        forests = Forest.pack([self.trees[i] for i in indices], self.token_budget, max_trees=self.most_trees)
+        forests = Forest.pack([self.trees[i] for i in indices], self.token_budget, max_trees=self.max_trees)
         for forest in forests:
             if self.plan is not None:
                 self.plan(forest)
@@ -87,7 +87,7 @@ def packed_steps(
     batch_of: Callable[[int], Sequence[int]],
     *,
     token_budget: int,
-    most_trees: int,
+    max_trees: int,
     features: Any = None,
     plan: Callable[[Forest], object] | None = None,
     workers: int = 0,
@@ -100,7 +100,7 @@ def packed_steps(
         steps: numbers of the steps to do.
         batch_of: a step's items, as indices.
         token_budget: most tokens in a forest.
-        most_trees: most trees in a forest.
+        max_trees: most trees in a forest.
         features: where it has `missing(keys)` and `prepare(key)`, as `ImageFeatures` does, the workers prepare those images
             of a step that are missing when the step is asked for.
         plan: called on every forest on the host; keeps its index maps in the forest's cache.
@@ -108,7 +108,7 @@ def packed_steps(
         pin: images that the workers prepared into page-locked memory.
     """
     if not workers:
-        made = _Steps(trees, batch_of, token_budget, most_trees, None, plan)
+        made = _Steps(trees, batch_of, token_budget, max_trees, None, plan)
         for step in steps:
             yield made[step, ()]
         return
@@ -120,7 +120,7 @@ def packed_steps(
             yield step, tuple(features.missing(keys)) if takes_prepared else ()
 
     loader: DataLoader[PackedStep] = DataLoader(
-        _Steps(trees, batch_of, token_budget, most_trees, features.prepare if takes_prepared else None, plan),
+        _Steps(trees, batch_of, token_budget, max_trees, features.prepare if takes_prepared else None, plan),
         batch_size=None,
         sampler=requests(),
         num_workers=workers,

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from srcfast import distributed
 from srcfast.config.settings import TrainingConfig
-from srcfast.data.batching import global_batch, num_steps, own_share
+from srcfast.data.batching import global_batch, num_steps, rank_batch_indices
 from srcfast.data.forest import Forest, Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
-from srcfast.data.logit_rows import takes_rows
+from srcfast.data.logit_rows import supports_row_selection
 from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.memory.forecast import plan_checkpointing
 from srcfast.memory.model_sizes import memory_for
@@ -39,7 +39,7 @@ from srcfast.training.meter import StepMeter
 from srcfast.training.optimizer import AdamW, learning_rate_at
 from srcfast.training.pipelining import reads_late
 from srcfast.training.profiler import StepProfiler
-from srcfast_kernels.transfers import Fetched, fetch, send
+from srcfast_kernels.transfers import Fetched, fetch, to_device
 
 Metrics = dict[str, Any]
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, D] each
@@ -119,7 +119,7 @@ def train(
             there. On a GPU that holds for step 0; later steps' are called together with `on_step`.
         rows: the rows `[M]` of a forest, ascending, int64, on the host, whose hidden states the loss reads; default: all. A
             model whose `forward` takes `rows` then computes its last layer for these alone, and the loss is given
-            `[M, D]`. Kept in the forest's cache by the caller: it is asked for by a worker first.
+            `[M, D]`. Stored in the forest's cache by the caller: it is asked for by a worker first.
         head_rows: how many rows of a forest meet the head, for MFU; default: all tokens below the roots.
         profiler: of some steps.
         checkpoints: where the training is saved, and continued from: bit for bit on a CPU, and on a GPU where the settings
@@ -150,7 +150,7 @@ def train(
                 field="response",
                 expected="at least one token to predict after the prompt",
                 found="none",
-                mend="drop this sample: nothing can be learnt from it",
+                fix="drop this sample: nothing can be learnt from it",
             )
     if (for_training := getattr(features, "for_training", None)) is not None:
         features = for_training(settings.deterministic)
@@ -167,7 +167,7 @@ def train(
     if checkpoints is not None:
         state.step, history = checkpoints.begin(optimizer, settings.loop(), items)
     late = reads_late(device) and optimizer.skips_on_device
-    if rows is not None and not takes_rows(model):
+    if rows is not None and not supports_row_selection(model):
         rows = None
     was_training, decoder, has_dropout = model.training, model.decoder, drops(model)
     model.train()
@@ -190,15 +190,15 @@ def train(
         trees,
         range(state.step, total),
         partial(
-            own_share,
+            rank_batch_indices,
             len(items),
             settings=settings,
             sizes=[tree.num_tokens for tree in trees],
             rank=distributed.rank(),
-            ranks=distributed.size(),
+            ranks=distributed.world_size(),
         ),
         token_budget=settings.token_budget,
-        most_trees=settings.micro_batch_size,
+        max_trees=settings.micro_batch_size,
         features=features,
         plan=rows,
         workers=settings.loader_workers,
@@ -233,7 +233,7 @@ def train(
                     optimizer.step(numbers.learning_rate)
                     report(numbers, metrics)
                 state.step += 1
-                distributed.under_way()
+                distributed.end_startup_timeout()
                 if checkpoints is None:
                     continue
                 stop, save = checkpoints.asked(state.step)
@@ -278,12 +278,12 @@ def run_again(
         [step],
         lambda number: list(range(len(batch))),
         token_budget=settings.token_budget,
-        most_trees=settings.micro_batch_size,
+        max_trees=settings.micro_batch_size,
         features=features,
         plan=rows,
     )
     model.train()
-    wanted = rows if takes_rows(model) else None
+    wanted = rows if supports_row_selection(model) else None
     drop_by = step_keys(settings.seed, step, range(len(batch))) if drops(model) else None
     state, whole = TrainingState(optimizer, step), denominator(batch)
     with deterministic_algorithms(settings.deterministic and device.type == "cuda"):
@@ -311,7 +311,7 @@ def checkpoint_layers(model: Any, trees: Sequence[Tree], settings: TrainingConfi
 
 def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:
     """Raises SrcfastError where ranks begin to train with other weights or items than rank 0: their sum would mean nothing."""
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         return
     own = [weights_hash(weights), json_hash([(str(tree.key), tree.num_tokens) for tree in trees])]
     every = distributed.gather(own)
@@ -320,7 +320,7 @@ def check_same_start(weights: Tensor, trees: Sequence[Tree]) -> None:
             if found != expected:
                 raise SrcfastError(
                     f"training: expected the same {what} on all ranks, found others on rank {rank} than on rank 0. "
-                    "Mend: start all ranks with the same command, files and versions"
+                    "Fix: start all ranks with the same command, files and versions"
                 )
 
 
@@ -354,7 +354,7 @@ class StepNumbers:
         cls, step: PackedStep, losses: list[Tensor], optimizer: AdamW, totals: dict[str, Tensor], device: torch.device
     ) -> StepNumbers:
         """Adds up the gradients over the ranks, and sends all numbers to the host in one transfer that isn't waited for."""
-        added = distributed.start_sum(optimizer.gradients)
+        added = distributed.all_reduce_async(optimizer.gradients)
         shared = distributed.gather(
             {
                 "tokens": sum(forest.num_tokens for forest in step.forests),
@@ -429,7 +429,7 @@ def accumulate(
     for forest in step.forests:
         moved = forest.to(device)
         wanted = {} if rows is None else {"rows": rows(forest)}
-        with dropping(model.decoder, None if drop_by is None else send(drop_by(forest), device)):
+        with dropping(model.decoder, None if drop_by is None else to_device(drop_by(forest), device)):
             hidden = model(moved, *inputs, **wanted)  # [T, D], or [M, D]
         inside = [batch[i] for i in forest.indices]
         part, measured = loss(hidden, moved, model.decoder.head_weight, inside, normaliser)
@@ -461,6 +461,6 @@ def _check_finite(step: int, loss: float, losses: Sequence[float], norm: float, 
     raise NotFinite(
         step,
         f"step {step}: {what} is not finite (loss {loss}, gradient norm {norm}) among the samples "
-        f"{shown}; this step has not changed the weights. Mend: lower learning_rate, or look at the samples "
+        f"{shown}; this step has not changed the weights. Fix: lower learning_rate, or look at the samples "
         "with `inspect`",
     )

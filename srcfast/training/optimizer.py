@@ -171,7 +171,7 @@ def _bitsandbytes(name: OptimizerName, weights: Tensor) -> Any:
     except Exception as error:  # a broken installation raises whatever its libraries do
         raise ConfigError(
             f"optimizer {name}: expected the package bitsandbytes, which can't be imported ({type(error).__name__}: {error}). "
-            "Mend: pip install bitsandbytes, or optimizer=adamw"
+            "Fix: pip install bitsandbytes, or optimizer=adamw"
         ) from error
     if weights.dtype == torch.float64:
         raise ConfigError(f"optimizer {name}: expected trainable weights in fp32, fp16 or bf16, found fp64")
@@ -194,7 +194,7 @@ def _try_update(name: OptimizerName, made: Any, weights: Tensor) -> None:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ConfigError(
             f"optimizer {name}: expected a CUDA library of bitsandbytes that runs on {weights.device}, found {reason} "
-            "Mend: see `python -m bitsandbytes`, or optimizer=adamw"
+            "Fix: see `python -m bitsandbytes`, or optimizer=adamw"
         ) from error
 
 
@@ -212,7 +212,7 @@ def _foreign(found: Iterable[str], expected: Iterable[str]) -> InputError:
         field="optimizer state",
         expected=f"that of this optimizer over these parameters ({', '.join(sorted(expected))})",
         found=", ".join(sorted(found)),
-        mend="continue with the settings that the state was saved under",
+        fix="continue with the settings that the state was saved under",
     )
 
 

@@ -64,7 +64,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
             file=file,
             expected="a JSON list of [question, answer, image number]",
             found=error,
-            mend="reinstall it: pip install --force-reinstall easy-vqa",
+            fix="reinstall it: pip install --force-reinstall easy-vqa",
         ) from error
     programs = [parse_question(text) for text, _, _ in questions]
     told: dict[int, list[tuple[Program, str]]] = {}
@@ -90,7 +90,7 @@ def data_folder() -> Path:
     """Where the installed package keeps its data. Raises SrcfastError where it is not installed."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise SrcfastError("the data set easy_vqa needs the package of that name. Mend: pip install easy-vqa")
+        raise SrcfastError("the data set easy_vqa needs the package of that name. Fix: pip install easy-vqa")
     return Path(spec.origin).parent / "data"
 
 

@@ -238,7 +238,7 @@ def _predicate(phrase: str) -> Description | None:
 # --- Judging ------------------------------------------------------------------------------------------------
 
 
-def judge_sample(sample: Sample, response: Response) -> Judgement | None:
+def verify_sample(sample: Sample, response: Response) -> Judgement | None:
     """Judge a response to a sample that carries its scene and program; None for one that doesn't."""
     scene, program = sample.extra.get("scene"), sample.extra.get("program")
     return None if scene is None or program is None else judge(response, program, scene, sample.answer)

@@ -189,5 +189,5 @@ def test_an_evaluation_set_that_is_empty_is_named_before_a_model_is_run(tmp_path
     (tmp_path / "small.yaml").write_text(text, encoding="utf-8")
     result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "small.yaml"), f"output={tmp_path}"])
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert "empty.jsonl" in result.output and "'mine'" in result.output and "Mend" in result.output
+    assert "empty.jsonl" in result.output and "'mine'" in result.output and "Fix" in result.output
     assert not (tmp_path / "small" / "manifest.json").exists()

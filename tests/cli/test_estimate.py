@@ -138,8 +138,8 @@ def test_a_run_counts_with_the_ranks_that_there_are(
 ) -> None:
     config = settings_7b(shapes_7b, "distributed.ranks=8", "distributed.shard=true")
     planned = policy_sizes(config).weight_bytes
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "ranks_of_node", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
     assert policy_sizes(config).weight_bytes > 2 * planned
 
 

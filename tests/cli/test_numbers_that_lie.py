@@ -38,7 +38,7 @@ def dpo(srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path) -> 
 def test_a_stored_log_probability_above_0_is_refused(dpo: Callable[..., Result], tmp_path: Path) -> None:
     result = dpo(tmp_path / "out", reference_chosen_logprob=0.25, reference_rejected_logprob=-9.0)
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert "reference_chosen_logprob" in result.output and "found 0.25" in result.output and "Mend" in result.output
+    assert "reference_chosen_logprob" in result.output and "found 0.25" in result.output and "Fix" in result.output
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -46,7 +46,7 @@ def test_a_margin_before_the_first_update_is_refused(dpo: Callable[..., Result],
     result = dpo(tmp_path / "out", reference_chosen_logprob=-9000.0, reference_rejected_logprob=-9.0)
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert re.search(
-        r"p2: before the first update.*reference_chosen_logprob is stored as -9000 and is -.*Mend: compute the reference again",
+        r"p2: before the first update.*reference_chosen_logprob is stored as -9000 and is -.*Fix: compute the reference again",
         " ".join(result.output.split()),
     )
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -17,7 +17,7 @@ from srcfast.cli import commands
 from srcfast.config.settings import Config, TrainingConfig, load_config
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import OutOfMemory
-from srcfast.memory.out_of_memory import is_out_of_memory, out_of_memory_is_met
+from srcfast.memory.out_of_memory import explain_out_of_memory, is_out_of_memory
 from srcfast.memory.plan import STAGES, forecast_stage, largest_forest
 from srcfast.models.lora import adapters, save_adapter
 from srcfast.stages import policy as loading
@@ -62,20 +62,20 @@ def test_the_cpu_allocators_own_error_is_known() -> None:
 def test_other_errors_pass_as_they_are() -> None:
     for error in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("x")):
         assert not is_out_of_memory(error)
-        with pytest.raises(type(error)), out_of_memory_is_met(Config(), "dpo"):
+        with pytest.raises(type(error)), explain_out_of_memory(Config(), "dpo"):
             raise error
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "headroom"])
 def test_each_stage_says_what_was_expected_found_and_to_be_changed(stage: str) -> None:
-    with pytest.raises(OutOfMemory) as raised, out_of_memory_is_met(Config(), stage):
+    with pytest.raises(OutOfMemory) as raised, explain_out_of_memory(Config(), stage):
         raise torch.OutOfMemoryError(CUDA_SAYS)
     text = str(raised.value)
     part = "candidates" if stage == "headroom" else stage
     assert text.startswith(f"{part}: expected a peak of ")
     assert "weights" in text and CUDA_SAYS in text
-    mend = text.partition("Mend: ")[2]
-    setting, _, value = mend.partition(" ")[0].partition("=")
+    fix = text.partition("Fix: ")[2]
+    setting, _, value = fix.partition(" ")[0].partition("=")
     # The setting is one that there is, and takes this value.
     changed = load_config(None, [f"{setting}={value}"])
     assert forecast_stage(changed, part).peak < forecast_stage(Config(), part).peak
@@ -93,7 +93,7 @@ def test_a_run_stops_with_the_mend_and_goes_on_from_there(
     monkeypatch.setattr(rationale, "fine_tune_rationale", no_memory)
     result = srcfast("calibrate", config, f"output={tmp_path}", "quiet=true")
     assert result.exit_code == 1
-    assert "rationale: expected a peak of" in result.output and "Mend: " in result.output
+    assert "rationale: expected a peak of" in result.output and "Fix: " in result.output
     assert "Traceback" not in result.output
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert list(manifest) == ["base/evaluation"]
@@ -122,7 +122,7 @@ def test_single_commands_say_it_too(
     monkeypatch.setattr(commands, "need", no_memory)
     result = srcfast(command, "--data", tmp_path / "x.jsonl", "--output", tmp_path / "out")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-    assert found in result.output and "Mend: " in result.output
+    assert found in result.output and "Fix: " in result.output
 
 
 def test_a_training_command_records_forecast_against_measured(
@@ -225,16 +225,16 @@ def test_the_policy_leaves_while_the_r_scorer_judges_where_both_do_not_fit(two_a
     tight = plenty.model_copy(update={"memory": str(round(beside / 0.9 * 0.97))})
     policy = loading.Policy(plenty, [])
     policy.use(two_adapters[0])
-    policy.make_room()
+    policy.offload()
     assert policy.in_memory
     policy = loading.Policy(tight, [])
     before = logits_of(policy.use(two_adapters[0]))
-    policy.make_room()
-    policy.make_room()
+    policy.offload()
+    policy.offload()
     assert not policy.in_memory
     assert torch.equal(logits_of(policy.use(two_adapters[0])), before)
     assert policy.in_memory and policy.features.model is policy.model
-    loading.load_judge(plenty)  # takes the limit back
+    loading.load_scorer_for(plenty)  # takes the limit back
     # The forecast of judging says the same.
     assert forecast_stage(tight, "scores").peak < beside
 

@@ -23,8 +23,8 @@ from srcfast.models.checkpoint import model_hash
 from srcfast.stages.dpo import train_preference
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.nonfinite import dump_nonfinite_batch
-from srcfast.stages.policy import features_of, load_judge, load_model
-from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.stages.policy import features_of, load_model, load_scorer_for
+from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.training.loop import NotFinite
 from srcfast.world.claims import VOCABULARY
@@ -88,7 +88,7 @@ def test_a_directory_that_holds_no_batch_is_named(srcfast: Srcfast, tmp_path: Pa
     assert result.exit_code == 2 and "batch.json" in result.output and "Traceback" not in result.output
 
 
-def rationale_pairs(image_root: Path) -> list[Rap]:
+def rationale_pairs(image_root: Path) -> list[RationalePair]:
     return [
         (
             Sample(f"s{n}", (name,), "what color is it", "red", image_root=image_root),
@@ -209,7 +209,7 @@ def test_a_step_of_the_r_scorer_s_run_again_has_the_numbers_of_the_training(
     parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, "tagged")[0]]
     raps = [(one, own.perception, own.reasoning, own.answer or "") for one, own in parsed]
     examples = scorer_examples(raps, random.Random(0), dict(VOCABULARY))
-    judge = load_judge(config)
+    judge = load_scorer_for(config)
     with (
         pytest.raises(SrcfastError, match="srcfast replay"),
         dump_nonfinite_batch("scorer", config, judge, examples, loop, tmp_path),

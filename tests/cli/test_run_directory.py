@@ -29,7 +29,7 @@ def test_a_stage_is_done_once_it_is_finished_with_the_same_settings(tmp_path: Pa
 def test_a_finished_stage_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.finish_stage("dpo", {"dpo": {"beta": 0.1, "epochs": 1}}, seconds=1.0)
-    with pytest.raises(ConfigError, match=r"'dpo' finished with dpo.beta = 0.1, this run asks for 0.2.*Mend"):
+    with pytest.raises(ConfigError, match=r"'dpo' finished with dpo.beta = 0.1, this run asks for 0.2.*Fix"):
         run.stage_done("dpo", {"dpo": {"beta": 0.2, "epochs": 1}})
     with pytest.raises(ConfigError, match="dpo.sft_weight = None"):
         run.stage_done("dpo", {"dpo": {"beta": 0.1, "epochs": 1, "sft_weight": 0.5}})

@@ -19,7 +19,7 @@ from made_rows import preference_rows, write_rows
 from safetensors.torch import load_file
 
 from srcfast.errors import SrcfastError
-from srcfast.run.directory import RunDirectory, StageMetrics, alone_in
+from srcfast.run.directory import RunDirectory, StageMetrics, exclusive_lock
 from srcfast.stages import policy
 from srcfast.training import loop
 
@@ -131,8 +131,8 @@ def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
 HOLD = """
 import sys, time
 from pathlib import Path
-from srcfast.run.directory import alone_in
-with alone_in(Path(sys.argv[1])):
+from srcfast.run.directory import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -143,14 +143,14 @@ def test_a_second_process_in_a_directory_is_refused_until_the_first_is_gone(tmp_
     try:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         with (
-            pytest.raises(SrcfastError, match=rf"expected no other process.*process {first.pid} on .*Mend"),
-            alone_in(tmp_path),
+            pytest.raises(SrcfastError, match=rf"expected no other process.*process {first.pid} on .*Fix"),
+            exclusive_lock(tmp_path),
         ):
             pass
     finally:
         first.kill()
         first.communicate()
-    with alone_in(tmp_path):
+    with exclusive_lock(tmp_path):
         pass
 
 
@@ -160,7 +160,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     kept = [tmp_path / ".notes.tmp", tmp_path / "rationale" / "adapter.123.tmp", tmp_path / "manifest.json"]
     for file in kept:
         file.touch()
-    with alone_in(tmp_path, whole=True):
+    with exclusive_lock(tmp_path, whole=True):
         pass
     assert sorted(tmp_path.rglob("*")) == sorted([*kept, tmp_path / "rationale", tmp_path / ".lock"])
 
@@ -168,7 +168,10 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     place = tmp_path / "file" / "run"
-    with pytest.raises(SrcfastError, match="file/run: expected a directory that can be written.*Mend"), alone_in(place):
+    with (
+        pytest.raises(SrcfastError, match="file/run: expected a directory that can be written.*Fix"),
+        exclusive_lock(place),
+    ):
         pass
 
 

@@ -61,7 +61,7 @@ def test_paths_out_of_the_root_are_refused(tmp_path: Path, load, name: str) -> N
     os.symlink(tmp_path, root / "linked")
     with pytest.raises(InputError, match="below") as refused:
         load(root, str(secret) if name == "ABSOLUTE" else name)
-    assert refused.value.field == "image" and refused.value.mend
+    assert refused.value.field == "image" and refused.value.fix
 
 
 def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:

@@ -27,5 +27,5 @@ def test_what_aliases_add_is_bounded_however_long_the_file(tmp_path: Path, plain
         if count == most:
             assert read_yaml(tmp_path / "a.yaml", {})["b"] == [["x"] * 9] * most
         else:
-            with pytest.raises(ConfigError, match="Mend: leave aliases out"):
+            with pytest.raises(ConfigError, match="Fix: leave aliases out"):
                 read_yaml(tmp_path / "a.yaml", {})

@@ -75,7 +75,7 @@ def values_of(found: list[dict[str, Any]]) -> list[Any]:
 
 def wait_until_ended(folder: Path, *others: int) -> None:
     """Wait until these ranks have ended: for one that hangs as long as the others need, and no longer."""
-    files = [folder / f"rank-{other}-of-{distributed.size()}.json" for other in others]
+    files = [folder / f"rank-{other}-of-{distributed.world_size()}.json" for other in others]
     while not all(file.is_file() for file in files):
         time.sleep(0.01)
 

@@ -14,12 +14,12 @@ from small_model import SmallModel, image_embedding
 from srcfast import distributed
 from srcfast.config.settings import TrainingConfig
 from srcfast.data.records import Sample
-from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.loop import TrainingItem
 
 
-def raps_with_images(folder: Path) -> list[Rap]:
+def raps_with_images(folder: Path) -> list[RationalePair]:
     """Six with three images, `0.png` to `2.png`, which are there already."""
     samples = [
         Sample(str(number), (f"{number % 3}.png",), "What colour?", "red", None, (f"Fact {number}",), {}, folder)
@@ -61,7 +61,7 @@ def tell_images_read_to_name_a_training(folder: Path) -> list[list[str]]:
         return file_digest(file, name)
 
     hashlib.file_digest = digest_and_tell  # this process ends with the test
-    distributed.under_way()
+    distributed.end_startup_timeout()
     fine_tune(folder, None)
     without = list(read)
     fine_tune(folder, TrainingCheckpoints(folder / "checkpoint", {}, steps=1))
@@ -78,7 +78,7 @@ def test_images_are_read_to_name_a_training_once_and_on_rank_0_alone_and_only_fo
 def lose_an_image_before_a_training_begins(folder: Path) -> None:
     def lose(items: list[TrainingItem]) -> None:
         distributed.barrier()  # all have read their prompts' images
-        if distributed.is_main():
+        if distributed.is_rank_zero():
             (folder / "1.png").unlink()
 
     fine_tune(folder, TrainingCheckpoints(folder / "checkpoint", {}, steps=1), lose)

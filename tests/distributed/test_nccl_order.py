@@ -31,14 +31,14 @@ def test_nccl_gives_up_a_minute_behind_gloo(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(distributed, "_nccl", True)
     monkeypatch.setattr(distributed, "_patience", distributed.START_TIMEOUT)
     monkeypatch.setattr(distributed, "_short", SHORT)
-    distributed.under_way()
+    distributed.end_startup_timeout()
     assert told == {"cpu": SHORT, "cuda": SHORT + timedelta(minutes=1)}
 
 
 def sum_on_a_device(folder: Path) -> list[bool]:
     """The first sum of a stand-in for a tensor on a GPU, to which rank 2 comes late or never; whether all were there."""
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     seen = []
 
     def connect(tensor: Any, async_op: bool) -> Any:
@@ -48,7 +48,7 @@ def sum_on_a_device(folder: Path) -> list[bool]:
     distributed.dist.all_reduce = connect  # this process ends with the test
     if distributed.rank() == 2:
         time.sleep(0.5) if folder.name == "late" else wait_until_ended(folder, 0)
-    distributed.start_sum(SimpleNamespace(is_cuda=True))()  # type: ignore[arg-type]
+    distributed.all_reduce_async(SimpleNamespace(is_cuda=True))()  # type: ignore[arg-type]
     distributed.barrier()  # rank 0 holds the store that the others ask
     return seen
 
@@ -64,7 +64,7 @@ def test_nccl_connects_only_once_all_ranks_have_come(tmp_path: Path) -> None:
 def wait_for_a_device(folder: Path) -> float:
     """A device is busy for half a second, then for ever but on rank 1, which does not come to the exchange behind it."""
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     began = time.monotonic()
     distributed.wait_for(SimpleNamespace(query=lambda: time.monotonic() > began + 0.5))  # type: ignore[arg-type]
     took = time.monotonic() - began

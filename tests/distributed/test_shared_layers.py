@@ -32,7 +32,7 @@ from srcfast.models.quantized import NF4Linear, quantize_linears
 from srcfast.models.sharding import held, is_share, keep, keep_in_step, shard_layers
 from srcfast.run import signals
 from srcfast.run.chunks import Chunks, run_chunks
-from srcfast.run.progress import Track
+from srcfast.run.progress import StageProgress
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.evaluation import answers_in_chunks
 from srcfast.stages.prompts import image_loader
@@ -233,7 +233,7 @@ def search(folder: Path) -> list[Any]:
             texts.append([[(one.text, one.logprob) for one in group] for group in own])
         counted = ModelSizes.of(model)
         tensors, config = checkpoint_shapes(str(ASSETS))
-        quantized, ranks = quantize or "none", distributed.size()
+        quantized, ranks = quantize or "none", distributed.world_size()
         planned = ModelSizes.of_tensors(
             tensors, config, dtype="bfloat16", device_type="cpu", quantize=quantized, ranks=ranks
         )
@@ -254,7 +254,7 @@ def stopped_in_turn(folder: Path) -> list[str]:
     model = lvlm(True)
     samples = world_samples("train", 40, 0, image_dir=folder / f"images-{distributed.rank()}")
 
-    class Stopping(Track):
+    class Stopping(StageProgress):
         def advance(self, n: int = 1, tokens: int = 0) -> None:
             super().advance(n, tokens)
             if self.done > 8 * (1 + distributed.rank()):
@@ -295,7 +295,7 @@ def asked_while_idle(folder: Path) -> list[str]:
         return [{}], {}
 
     try:
-        run_chunks(Chunks(folder / "pieces", dict, Track("one", 1, quiet=True)), samples, 1, work, meanwhile)
+        run_chunks(Chunks(folder / "pieces", dict, StageProgress("one", 1, quiet=True)), samples, 1, work, meanwhile)
     except Interrupted as error:
         return [str(error)]
     return ["not stopped"]

@@ -16,7 +16,7 @@ from small_model import SmallModel, random_preferences, response_items
 
 from srcfast import distributed
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
-from srcfast.data.batching import deal
+from srcfast.data.batching import balance_by_tokens
 from srcfast.errors import SrcfastError
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
 from srcfast.stages.pair_trees import preference_trees
@@ -172,9 +172,9 @@ def test_a_training_that_was_stopped_goes_on_with_another_number_of_ranks(
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
 def test_shares_hold_every_item_once_and_nearly_the_same_number_of_tokens(sizes: list[int], ranks: int) -> None:
-    shares = deal(sizes, ranks)
+    shares = balance_by_tokens(sizes, ranks)
     assert sorted(sum(shares, [])) == list(range(len(sizes)))
     assert len(shares) == ranks and all(share == sorted(share) for share in shares)
     tokens = [sum(sizes[place] for place in share) for share in shares]
     assert max(tokens) - min(tokens) <= max(sizes, default=0)
-    assert shares == deal(sizes, ranks)
+    assert shares == balance_by_tokens(sizes, ranks)

@@ -26,7 +26,7 @@ def test_what_the_fork_server_is_to_import_exists() -> None:
 
 def hang(folder: Path) -> None:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     if distributed.rank() == 1:
         wait_until_ended(folder, 0)
     distributed.barrier()
@@ -34,7 +34,7 @@ def hang(folder: Path) -> None:
 
 def be_killed(folder: Path) -> None:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     if distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     distributed.barrier()
@@ -42,7 +42,7 @@ def be_killed(folder: Path) -> None:
 
 def fail(folder: Path) -> None:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     if distributed.rank() == 1:
         raise InputError(field="image", expected="a picture", found="none")
     distributed.barrier()
@@ -59,7 +59,7 @@ def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path, work
 def stop_within_an_exchange(folder: Path) -> None:
     distributed.SETTLE = 3.0  # on a busy machine the ranks give up at different times; this process ends with the test
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     if distributed.rank() == 2:
         distributed._arrive()  # it has come, and is stopped before it says anything
         wait_until_ended(folder, 0, 1, 3)
@@ -78,13 +78,13 @@ def test_of_four_ranks_one_that_stops_within_an_exchange_is_named(tmp_path: Path
 
 def lose_the_store(folder: Path) -> None:
     distributed.barrier()
-    if distributed.is_main():  # which holds the store, for there is no torchrun here
+    if distributed.is_rank_zero():  # which holds the store, for there is no torchrun here
         os.kill(os.getpid(), signal.SIGKILL)
     with suppress(RuntimeError):
         while True:  # until it is gone
             distributed._counter("seen")
             time.sleep(0.01)
-    {1: distributed.barrier, 2: distributed.alive, 3: lambda: distributed.next_number("piece")}[distributed.rank()]()
+    {1: distributed.barrier, 2: distributed.heartbeat, 3: lambda: distributed.next_index("piece")}[distributed.rank()]()
 
 
 def test_a_host_that_counts_and_is_gone_is_an_error_of_ours(tmp_path: Path) -> None:
@@ -94,13 +94,13 @@ def test_a_host_that_counts_and_is_gone_is_an_error_of_ours(tmp_path: Path) -> N
 
 def be_slow(folder: Path) -> float:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     clock = SharedClock()
     if distributed.rank() == 1:
         for _ in range(20):
             clock.spend(40)
-            distributed.alive()
-    distributed.meet()
+            distributed.heartbeat()
+    distributed.barrier_with_heartbeat()
     waited = clock.monotonic()
     distributed.barrier()  # rank 0 holds the store that the others ask
     return waited
@@ -108,11 +108,11 @@ def be_slow(folder: Path) -> float:
 
 def hang_at_work(folder: Path) -> None:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     if distributed.rank() == 1:
-        distributed.alive()
+        distributed.heartbeat()
         wait_until_ended(folder, 0)
-    distributed.meet()
+    distributed.barrier_with_heartbeat()
 
 
 def test_a_rank_that_is_slow_is_waited_for_as_long_as_it_shows_signs_of_life(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def main_fails(folder: Path) -> None:
     def read() -> dict[str, int]:
         raise InputError(file="config.yaml", expected="a mapping", found="a list")
 
-    distributed.from_main(read)
+    distributed.run_on_rank_zero(read)
 
 
 def test_what_rank_0_alone_can_not_do_ends_all(tmp_path: Path) -> None:
@@ -140,11 +140,11 @@ def test_what_rank_0_alone_can_not_do_ends_all(tmp_path: Path) -> None:
 
 def exchange(folder: Path) -> dict[str, Any]:
     own = {"rank": distributed.rank(), "words": ["ä"] * distributed.rank()}
-    numbers = [distributed.next_number("piece") for _ in range(5)]
+    numbers = [distributed.next_index("piece") for _ in range(5)]
     return {
         "gathered": distributed.gather(own),
         "broadcast": distributed.broadcast(own),
-        "main": distributed.from_main(lambda: {"of": distributed.rank()}),
+        "main": distributed.run_on_rank_zero(lambda: {"of": distributed.rank()}),
         "numbers": distributed.gather(numbers),
     }
 
@@ -160,8 +160,8 @@ def test_ranks_tell_each_other_values_and_share_numbers_without_a_gap(tmp_path: 
 
 def test_one_process_alone_needs_no_one() -> None:
     distributed.barrier()
-    distributed.under_way()
+    distributed.end_startup_timeout()
     assert distributed.gather(3) == [3] and distributed.broadcast({"a": 1}) == {"a": 1}
-    assert distributed.from_main(lambda: 7) == 7
+    assert distributed.run_on_rank_zero(lambda: 7) == 7
     with distributed.process_group():
-        assert (distributed.rank(), distributed.size(), distributed.is_main()) == (0, 1, True)
+        assert (distributed.rank(), distributed.world_size(), distributed.is_rank_zero()) == (0, 1, True)

@@ -88,9 +88,14 @@ class Faults:
         """
         from srcfast import distributed
         from srcfast.run.directory import RunDirectory
-        from srcfast.run.progress import Track
+        from srcfast.run.progress import StageProgress
 
-        begin, advance, finish, meet = Track.__init__, Track.advance, RunDirectory.finish_stage, distributed.meet
+        begin, advance, finish, meet = (
+            StageProgress.__init__,
+            StageProgress.advance,
+            RunDirectory.finish_stage,
+            distributed.barrier_with_heartbeat,
+        )
         stage, behind, victim, striker = self.fault["stage"], self.fault.get("behind", 0), os.getpid(), 0
         reading, writing = os.pipe()  # a byte when `behind` units are done, and one at the end of the stage's work
 
@@ -132,12 +137,12 @@ class Faults:
             return finish(directory, name, *more, **options)
 
         def meet_once_struck() -> None:
-            if distributed.size() > 1:
+            if distributed.world_size() > 1:
                 be_struck()
             meet()
 
-        Track.__init__, Track.advance = begin_and_expect, advance_and_tell
-        RunDirectory.finish_stage, distributed.meet = finish_once_struck, meet_once_struck
+        StageProgress.__init__, StageProgress.advance = begin_and_expect, advance_and_tell
+        RunDirectory.finish_stage, distributed.barrier_with_heartbeat = finish_once_struck, meet_once_struck
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

@@ -91,7 +91,7 @@ def test_a_damaged_file_of_a_finished_stage_is_named(
     attempt = server.run(half_done)
     assert attempt.status == 2, attempt.said
     assert str(file) in attempt.said.replace("\n", "") and "Traceback" not in attempt.said
-    assert "Mend" in attempt.said
+    assert "Fix" in attempt.said
 
 
 @pytest.mark.fault
@@ -138,7 +138,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(server: Server, tmp_pat
     (tmp_path / "small").write_text("a file is in the way", encoding="utf-8")
     attempt = server.run(tmp_path)
     assert attempt.status == 1 and str(tmp_path / "small") in attempt.said.replace("\n", ""), attempt.said
-    assert "Mend" in attempt.said and "Traceback" not in attempt.said
+    assert "Fix" in attempt.said and "Traceback" not in attempt.said
 
 
 def test_a_directory_that_becomes_read_only_is_told(server: Server, truth: dict[str, Any], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def assert_told(disk: Disk, attempt: Attempt, words: str = NO_ROOM, name: str = 
     """
     said = attempt.said.replace("\n", "")
     assert attempt.status == 1 and "Traceback" not in said, attempt.said
-    assert words in said and "Mend" in said, attempt.said
+    assert words in said and "Fix" in said, attempt.said
     assert f"srcfast: {disk.output}/" in said and name in said, attempt.said
     assert words == READ_ONLY or [str(path) for path in disk.run.rglob(".*.tmp")] == []
 
@@ -194,7 +194,7 @@ def test_a_quota_that_is_told_at_the_flush_to_disk_is_told_by_file_and_the_run_g
     attempt = server.run(tmp_path, {"kind": "quota", "only": point})
     said = attempt.said.replace("\n", "")
     assert attempt.status == 1 and NO_QUOTA in said and "Traceback" not in said, attempt.said
-    assert f"{tmp_path}/small/{name_of(attempt.points[0]).lstrip('/')}" in said and "Mend" in said, attempt.said
+    assert f"{tmp_path}/small/{name_of(attempt.points[0]).lstrip('/')}" in said and "Fix" in said, attempt.said
     assert not list((tmp_path / "small").rglob(".*.tmp"))
     assert server.run(tmp_path).status == 0
     assert_same(tmp_path / "small", truth)

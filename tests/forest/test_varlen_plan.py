@@ -12,7 +12,7 @@ from random_forests import path_rows, trees
 from srcfast.attention.forest_attention import forest_attention
 from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 
 
 def tree(*segments: tuple[int, int]) -> Tree:
@@ -87,7 +87,7 @@ def test_attention_over_keys_that_triton_gathered_is_the_dense_reference_s() -> 
     )
     results = []
     for backend in ("varlen_reference", "reference"):
-        with use_home("triton"):
+        with use_backend("triton"):
             output = forest_attention(q, k, v, forest, backend)
             results.append((output, *torch.autograd.grad(output.square().sum(), (q, k, v))))
     for ours, theirs in zip(*results, strict=True):

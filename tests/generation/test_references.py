@@ -18,7 +18,7 @@ from srcfast.stages.candidates import prompts_of
 from srcfast.stages.drift import most_drift
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.references import RECHECKED, references_from_candidates
+from srcfast.stages.references import RECHECKED, reuse_candidate_logprobs
 
 WORDS = "There is a red square left of the blue circle and it is what we see in them".split()
 OPTIONS: dict[str, Any] = {"reference_hash": "abc", "token_budget": 2000}
@@ -84,7 +84,7 @@ class Round:
         return reference_logprobs(self.model, pairs, features=self.features, **OPTIONS)
 
     def takeover(self, candidates: Any = None, pairs: Sequence[Preference] | None = None, seed: int = 0) -> Any:
-        return references_from_candidates(
+        return reuse_candidate_logprobs(
             self.model,
             self.pairs if pairs is None else pairs,
             self.samples,

@@ -14,8 +14,8 @@ from torch import Tensor
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.models.dropout_keys import dropout_keys
 from srcfast_kernels import dropout
+from srcfast_kernels.backends import Backend, use_backend
 from srcfast_kernels.dropout import dropout_product
-from srcfast_kernels.homes import Home, use_home
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of up to 130,000 correlations of independent masks one lies so far out in less than one run of a million.
@@ -42,8 +42,8 @@ def test_every_home_gives_the_same_bits(layer: int, share: float) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.from_numpy(fresh().normal(size=(len(keys), 1500))).to(DEVICE, dtype)
         found = []
-        for home in get_args(Home):
-            with use_home(home):
+        for home in get_args(Backend):
+            with use_backend(home):
                 found.append(dropout(x, keys, layer, share))
         if dtype == torch.bfloat16:  # Triton's interpreter cuts where the others round: which are dropped is the same
             found = [one != 0 for one in found]
@@ -55,7 +55,7 @@ def test_the_cpu_s_chunks_leave_no_trace(rows: int, monkeypatch: pytest.MonkeyPa
     keys = random_keys(rows)
     whole = mask(keys, 40)
     monkeypatch.setattr(sys.modules["srcfast_kernels.dropout"], "CHUNK_ELEMENTS", 40 * 32)
-    with use_home("torch"):
+    with use_backend("torch"):
         assert torch.equal(mask(keys, 40), whole)
     assert not mask(keys, 0).numel()
 
@@ -112,8 +112,8 @@ def test_no_mask_tells_anything_of_another(masks: Callable[[float], Tensor], sha
     assert abs(float(pairs.square().mean()) - 1.0) < 6 * (2.0 / len(pairs)) ** 0.5
 
 
-@pytest.mark.parametrize("home", get_args(Home))
-def test_a_product_with_what_is_left_keeps_its_input_alone(home: Home) -> None:
+@pytest.mark.parametrize("home", get_args(Backend))
+def test_a_product_with_what_is_left_keeps_its_input_alone(home: Backend) -> None:
     rng, keys = fresh(), random_keys(7)
     x, weight, gradient = (torch.from_numpy(rng.normal(size=shape)).to(DEVICE) for shape in ((7, 30), (3, 30), (7, 3)))
     results, kept = [], set[int]()
@@ -124,7 +124,7 @@ def test_a_product_with_what_is_left_keeps_its_input_alone(home: Home) -> None:
 
     for fused in (True, False):
         own = [part.clone().requires_grad_() for part in (x, weight)]
-        with use_home(home):
+        with use_backend(home):
             if fused:
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                     low = dropout_product(own[0], keys, 5, 0.3, own[1])

@@ -31,7 +31,7 @@ from srcfast_kernels import (
     swiglu,
     weighted_dpo_loss,
 )
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linear_reference, lora_linears, swiglu_lora_linear
 from srcfast_kernels.nf4_linear import why_not_fused
@@ -211,7 +211,7 @@ def test_pairwise_verdict(samples: int, candidates: int, dtype: torch.dtype, see
     own: dict[str, Any] = {"verdict_values": values, "sample_ids": sample_ids}
     poison()
     found = pairwise_verdict(hidden, rows, first, second, candidates, **own)
-    with use_home("torch"):
+    with use_backend("torch"):
         expected = pairwise_verdict(hidden.double(), rows.double(), first, second, candidates, **own)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5)  # products summed in fp32
@@ -304,7 +304,7 @@ def test_nf4_bit_for_bit(shape: Any, blocksize: int, double_quant: bool, dtype: 
     poison()
     ours = nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant)
     values = nf4_dequantize(ours)
-    with use_home("reference"):
+    with use_backend("reference"):
         theirs = nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant)
         assert torch.equal(values, nf4_dequantize(ours)), f"seed {seed}"
     assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.absmax, theirs.absmax), f"seed {seed}"

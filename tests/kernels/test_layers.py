@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import lora_linear, nf4_dequantize, nf4_quantize, rms_norm, rope, swiglu
-from srcfast_kernels.homes import HOMES, Home, use_home
+from srcfast_kernels.backends import HOMES, Backend, use_backend
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linear_reference, lora_linears, swiglu_lora_linear
 from srcfast_kernels.rms_norm import rms_norm_reference
 from srcfast_kernels.rope import rope_reference
@@ -265,7 +265,7 @@ def plainly(x: Tensor, one: Adapted) -> Tensor:
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 6])
 def test_a_gated_layer_gives_what_its_operations_give_one_by_one(
-    rows: int, needs_x: bool, bias: bool, four_bits: bool, home: Home
+    rows: int, needs_x: bool, bias: bool, four_bits: bool, home: Backend
 ) -> None:
     generator = torch.Generator().manual_seed(rows + 10 * needs_x + 20 * four_bits)
 
@@ -277,7 +277,7 @@ def test_a_gated_layer_gives_what_its_operations_give_one_by_one(
     down = random_adapted(draw, 11, 13, 4, four_bits, bias)
     leaves = [part for one in (gate, up, down) for part in (one.lora_a, one.lora_b)] + [x] * needs_x
     outer = draw(rows, 11)
-    with use_home(home):
+    with use_backend(home):
         ours = swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(norm, eps)), down)
         gradients = torch.autograd.grad(ours, leaves, outer)
     normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
@@ -319,7 +319,7 @@ def test_a_backward_through_a_kept_graph_gives_the_same_twice() -> None:
     gate, up = draw(5, 7).requires_grad_(), draw(5, 7).requires_grad_()
     down = random_adapted(draw, 3, 7, 2, False, True)
     for home in HOMES:
-        with use_home(home):
+        with use_backend(home):
             out = swiglu_lora_linear(gate, up, down)
             outer = draw(5, 3)
             once, again = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import NF4Weight
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 
 pytestmark = pytest.mark.simulated
 ours: Any = importlib.import_module("srcfast_kernels.nf4_linear")  # the package has a function of that name, too
@@ -108,7 +108,7 @@ def test_what_bitsandbytes_refuses_or_warns_of_is_never_handed_to_it(launched: l
         ours.frozen_linear(torch.zeros(2, 4, 96, device="cuda"), empty_weight(64, 96, torch.float32), None)
         fp64 = torch.zeros(2, 128, dtype=torch.float64, device="cuda")
         ours.frozen_linear(fp64, empty_weight(64, 128, torch.float64), None)
-        with use_home("torch"):  # forced by a setting
+        with use_backend("torch"):  # forced by a setting
             ours.frozen_linear(torch.zeros(2, 128, device="cuda"), empty_weight(64, 128, torch.float32), None)
     assert launched == ["one pass"] * 3
 

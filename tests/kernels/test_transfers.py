@@ -7,7 +7,7 @@ import pytest
 import simulated_cuda
 import torch
 
-from srcfast_kernels.transfers import ALIGNMENT, fetch, indexed, send, send_together
+from srcfast_kernels.transfers import ALIGNMENT, fetch, indexed, to_device, to_device_together
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARRAYS = [
@@ -21,19 +21,19 @@ ARRAYS = [
 
 
 def test_what_is_sent_arrives_in_the_dtype_asked_for() -> None:
-    found = send(np.array([[1, 2], [3, 4]]), DEVICE, torch.float64)
+    found = to_device(np.array([[1, 2], [3, 4]]), DEVICE, torch.float64)
     assert found.dtype == torch.float64 and found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert send([3, 1], DEVICE).dtype == torch.int64
+    assert to_device([3, 1], DEVICE).dtype == torch.int64
     assert found.device == indexed(DEVICE)
 
 
 def test_what_is_sent_together_arrives_whole_and_aligned() -> None:
-    for there, here in zip(send_together(ARRAYS, DEVICE), map(torch.as_tensor, ARRAYS), strict=True):
+    for there, here in zip(to_device_together(ARRAYS, DEVICE), map(torch.as_tensor, ARRAYS), strict=True):
         assert there.dtype == here.dtype and there.shape == here.shape and there.device == indexed(DEVICE)
         assert torch.equal(there.cpu(), here)
         assert there.numel() == 0 or there.is_contiguous()
         assert DEVICE == "cpu" or there.data_ptr() % ALIGNMENT == 0
-    assert send_together([], DEVICE) == []
+    assert to_device_together([], DEVICE) == []
 
 
 def test_what_is_fetched_is_on_the_host_once_it_is_waited_for() -> None:
@@ -50,8 +50,12 @@ def test_a_device_without_a_number_is_the_current_one() -> None:
 @pytest.mark.simulated
 def test_nothing_is_waited_for_or_copied_from_memory_that_can_be_paged() -> None:
     with simulated_cuda.recording() as record:
-        sent = [send(array, "cuda") for array in ARRAYS]
-        sent += [send(torch.arange(4).pin_memory(), "cuda"), send(sent[0], "cuda"), *send_together(ARRAYS, "cuda")]
+        sent = [to_device(array, "cuda") for array in ARRAYS]
+        sent += [
+            to_device(torch.arange(4).pin_memory(), "cuda"),
+            to_device(sent[0], "cuda"),
+            *to_device_together(ARRAYS, "cuda"),
+        ]
         fetched = [fetch(tensor) for tensor in sent]
         assert not record.waits and not record.pageable_copies and not record.event_waits, record.text()
         assert all(

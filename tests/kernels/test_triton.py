@@ -23,7 +23,7 @@ from srcfast_kernels import (
     rope,
     swiglu,
 )
-from srcfast_kernels.homes import home_of, use_home
+from srcfast_kernels.backends import backend_for, use_backend
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
@@ -37,7 +37,7 @@ DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def _triton() -> Iterator[None]:
-    with use_home("triton"):
+    with use_backend("triton"):
         yield
 
 
@@ -57,16 +57,16 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def test_a_home_is_forced_by_name_and_found_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.zeros(1)
-    assert home_of(tensor) == "triton"
-    with use_home("reference"):
-        assert home_of(tensor) == "reference"
-    monkeypatch.setattr(sys.modules["srcfast_kernels.homes"], "_forced", None)
-    assert home_of(tensor) == "torch"
+    assert backend_for(tensor) == "triton"
+    with use_backend("reference"):
+        assert backend_for(tensor) == "reference"
+    monkeypatch.setattr(sys.modules["srcfast_kernels.backends"], "_forced", None)
+    assert backend_for(tensor) == "torch"
     monkeypatch.setenv("SRCFAST_KERNELS", "reference")
-    assert home_of(tensor) == "reference"
+    assert backend_for(tensor) == "reference"
     monkeypatch.setenv("SRCFAST_KERNELS", "cuda")
     with pytest.raises(ValueError, match="SRCFAST_KERNELS: expected auto, triton, torch, reference, found 'cuda'"):
-        home_of(tensor)
+        backend_for(tensor)
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def test_linear_weighted_dpo(
     results = []
     for home in ("triton", "torch"):
         hidden = random(25, 6, dtype=dtype, seed=7).requires_grad_()
-        with use_home(home):  # type: ignore[arg-type]
+        with use_backend(home):  # type: ignore[arg-type]
             output = linear_weighted_dpo(
                 hidden,
                 random(11, 6, dtype=dtype, seed=8),
@@ -224,7 +224,7 @@ def test_nf4_dequantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, doub
         random(*shape, dtype=torch.float32, seed=len(shape)), blocksize=blocksize, double_quant=double_quant
     )
     ours = nf4_dequantize(weight)
-    with use_home("torch"):
+    with use_backend("torch"):
         assert torch.equal(ours, nf4_dequantize(weight))
 
 
@@ -234,7 +234,7 @@ def test_nf4_quantize_bit_for_bit(shape: tuple[int, ...], blocksize: int, dtype1
     weight = random(*shape, dtype=torch.float32, seed=len(shape)).to(dtype16)
     weight[0] *= 0.0
     ours = nf4_quantize(weight, blocksize=blocksize, double_quant=False)
-    with use_home("torch"):
+    with use_backend("torch"):
         theirs = nf4_quantize(weight, blocksize=blocksize, double_quant=False)
     assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.absmax, theirs.absmax)
 
@@ -305,7 +305,7 @@ LORA_LAYER: list[tuple[int, ...]] = [(3, 5), (2, 5), (7, 2), (1, 5), (7, 1), (2,
 def test_layers_with_adapters(dtype: torch.dtype) -> None:
     parts = [random(*shape, dtype=dtype, seed=20 + n).requires_grad_() for n, shape in enumerate(LORA_LAYER)]
     ours = gradients(lora_layer, parts, 3)
-    with use_home("reference"):
+    with use_backend("reference"):
         theirs = gradients(lora_layer, parts, 3)
     for own, other in zip(ours, theirs, strict=True):
         close(own, other)
@@ -376,7 +376,7 @@ def test_verdicts_of_pairs_that_are_columns_of_a_table(dtype: torch.dtype) -> No
     hidden, weight = random(len(table), 12, dtype=dtype, seed=1), random(3, 12, dtype=dtype, seed=2)
     own = {"verdict_values": apart(torch.tensor([1.0, 0.5, 0.0], dtype=dtype, device=DEVICE)), "sample_ids": samples}
     ours = pairwise_verdict(apart(hidden), apart(weight), first, second, 4, **own)
-    with use_home("torch"):
+    with use_backend("torch"):
         theirs = pairwise_verdict(hidden, weight, first, second, 4, **own)
     for found, expected in zip(ours, theirs, strict=True):
         close(found, expected)

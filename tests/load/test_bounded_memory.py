@@ -26,7 +26,7 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.run.chunks import ChunkFiles
 from srcfast.stages.evaluation import predictions_of, summarise, write_predictions
 from srcfast.stages.headroom import measure_headroom
-from srcfast.stages.references import references_from_candidates
+from srcfast.stages.references import reuse_candidate_logprobs
 from srcfast_benchmarks import growth
 from srcfast_benchmarks.growth import Stages
 
@@ -189,7 +189,7 @@ def test_references_hold_a_copy_of_each_pair_and_no_candidates() -> None:
 
         def run() -> Any:
             known = InOrder(candidates_of(size))
-            done, takeover = references_from_candidates(
+            done, takeover = reuse_candidate_logprobs(
                 model, pairs, samples, known, reference_hash="abc", token_budget=1, logprobs=exact
             )
             assert takeover.rechecked + takeover.reused == size

@@ -14,9 +14,9 @@ from malformed_records import (
     easy_vqa,
     package,
     pairs,
-    set_aside,
     shards,
     teacher,
+    write_rejected,
 )
 from malformed_runs import (
     ask_manifest,
@@ -66,11 +66,11 @@ ODD: dict[str, Callable[[Path], None]] = {
     "a folder": folder,
 }
 FILES: dict[str, Act] = {
-    "samples": set_aside("jsonl"),
-    "conversations": set_aside("llava"),
-    "a table": set_aside("vlmeval_tsv"),
-    "preferences": set_aside("jsonl", read_preferences),
-    "TRL preferences": set_aside("trl", read_preferences),
+    "samples": write_rejected("jsonl"),
+    "conversations": write_rejected("llava"),
+    "a table": write_rejected("vlmeval_tsv"),
+    "preferences": write_rejected("jsonl", read_preferences),
+    "TRL preferences": write_rejected("trl", read_preferences),
     "teacher rationales": teacher,
     "log-probabilities asked for": lambda path: read_logprob_rows(path, path.parent),
     "predictions": read_aligned,

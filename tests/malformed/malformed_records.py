@@ -71,8 +71,8 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
 }
 
 
-def set_aside(format: str, read: Callable[..., Any] = read_samples) -> Callable[[Path], list[dict[str, Any]]]:
-    """Reads a file and returns what was set aside; the file's folder is the image root."""
+def write_rejected(format: str, read: Callable[..., Any] = read_samples) -> Callable[[Path], list[dict[str, Any]]]:
+    """Read a file and returns what was set aside; the file's folder is the image root."""
 
     def act(path: Path) -> list[dict[str, Any]]:
         rejected: list[dict[str, Any]] = []
@@ -385,7 +385,7 @@ def _by_field(
 
 
 def _too_many(path: Path) -> None:
-    rejected = set_aside("jsonl")(path)
+    rejected = write_rejected("jsonl")(path)
     check_rejected(rejected, 3, 1)
 
 
@@ -395,8 +395,8 @@ def cases() -> list[Case]:
     def lines(text: str | bytes) -> Callable[[Path], Path]:
         return file_of(text, "rows.jsonl")
 
-    samples, trl, llava = set_aside("jsonl"), set_aside("trl", read_preferences), set_aside("llava")
-    tsv = set_aside("vlmeval_tsv")
+    samples, trl, llava = write_rejected("jsonl"), write_rejected("trl", read_preferences), write_rejected("llava")
+    tsv = write_rejected("vlmeval_tsv")
     found = [
         Case("JSON lines", wrong, lines(text), samples, ("line 1", word)) for wrong, (text, word) in BAD_LINES.items()
     ]
@@ -404,12 +404,12 @@ def cases() -> list[Case]:
         Case("JSON lines", "no file", missing("rows.jsonl"), samples, ("a readable file",)),
         Case("JSON lines", "a folder", folder_of("rows.jsonl"), samples, ("a readable file",)),
         Case("JSON lines", "a path with a NUL", missing("a\0b"), samples, ("a readable file",)),
-        Case("JSON lines", "an unknown format", lines("{}"), set_aside("csv"), ("'format'", "csv")),
+        Case("JSON lines", "an unknown format", lines("{}"), write_rejected("csv"), ("'format'", "csv")),
         Case("JSON lines", "an id twice", lines(f"{json.dumps(SAMPLE)}\n" * 2), samples, ("occurs once",)),
         Case("JSON lines", "more bad rows than max_rejected", lines("{}\n{}\n{}"), _too_many, ("max_rejected",)),
     ]
     found += _by_field("Samples", SAMPLE, SAMPLE_FIELDS, samples, lines)
-    found += _by_field("Preferences", PAIR, PAIR_FIELDS, set_aside("jsonl", read_preferences), lines)
+    found += _by_field("Preferences", PAIR, PAIR_FIELDS, write_rejected("jsonl", read_preferences), lines)
     shard_fields = {wrong: value for wrong, value in PAIR_FIELDS.items() if not wrong.startswith("an image")}
     found += _by_field("Preferences in shards", PAIR, shard_fields, pairs, shards)
     strange = shards(json.dumps(PAIR))
@@ -424,7 +424,9 @@ def cases() -> list[Case]:
     )
     found += _by_field("TRL preferences", PAIR, TRL_FIELDS | PAIR_FIELDS, trl, lines)
     found += [
-        Case("TRL preferences", "an unknown format", lines("{}"), set_aside("csv", read_preferences), ("'format'",)),
+        Case(
+            "TRL preferences", "an unknown format", lines("{}"), write_rejected("csv", read_preferences), ("'format'",)
+        ),
         Case("TRL preferences", "no file", missing("rows.json"), trl, ("a readable file",)),
     ]
     found += _by_field("LLaVA conversations", TALK, TALK_FIELDS, llava, lines)

@@ -18,7 +18,7 @@ from srcfast.data.jsonl import COMPLETE, json_hash, write_shards
 from srcfast.data.records import Sample
 from srcfast.run.chunks import Chunks, run_chunks
 from srcfast.run.directory import RunDirectory
-from srcfast.run.progress import Track
+from srcfast.run.progress import StageProgress
 
 STAGE, SETTINGS = "iteration-1/candidates", {"seed": 3}
 BRACKETS = '{"a":' * 100_000
@@ -221,7 +221,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
 def do_parts(path: Path) -> list[dict[str, Any]]:
     """What is said of the part that is done again."""
     samples = [Sample("s", (), "What color?", "red")]
-    track = Track("parts", 1, quiet=True)
+    track = StageProgress("parts", 1, quiet=True)
     return warned(lambda: run_chunks(Chunks(path, dict, track), samples, 1, lambda piece: ([{"id": "s"}], {})))
 
 
@@ -473,10 +473,11 @@ def cases() -> list[Case]:
         for wrong, (told, word) in BAD_JSON.items()
     ]
     found += [
-        Case("Kept batches", wrong, batch(change), replay_batch, (word,)) for wrong, (change, word) in BATCHES.items()
+        Case("Stored batches", wrong, batch(change), replay_batch, (word,))
+        for wrong, (change, word) in BATCHES.items()
     ]
     found += [
-        Case("Kept batches", wrong, batch_of(told), replay_batch, ("batch.json", word))
+        Case("Stored batches", wrong, batch_of(told), replay_batch, ("batch.json", word))
         for wrong, (told, word) in BAD_JSON.items()
     ]
     page = "Runs that are reported"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.data.logit_rows import response_rows
+from srcfast.data.logit_rows import response_logit_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.dropout_keys import dropout_keys, dropping, drops
 from srcfast.models.lora import add_lora
@@ -76,7 +76,7 @@ def random_trees(rng: np.random.Generator, count: int, prompt: int, response: in
 
 def run(model: SmallModel, forest: Forest, on_loss: Callable[[], None] = lambda: None) -> None:
     """Forward and backward of the responses' log-probabilities; `on_loss` in between."""
-    rows, host = response_rows(forest), forest.host or forest
+    rows, host = response_logit_rows(forest), forest.host or forest
     found = [host.target_rows(i, range(1, len(tree.segments))) for i, tree in enumerate(forest.trees)]
     targets = torch.cat([own for _, own in found]).to(forest.token_ids.device)
     places = torch.searchsorted(rows, torch.cat([own for own, _ in found])).to(targets.device)

@@ -14,9 +14,9 @@ from small_training import SHAPES, SmallModel, random_trees, run
 
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
-from srcfast.data.logit_rows import response_rows
+from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import ConfigError
-from srcfast.memory.activations import ForestSizes, fullest_forest, kept_bytes
+from srcfast.memory.activations import ForestSizes, activation_bytes, fullest_forest
 from srcfast.memory.forecast import (
     Forecast,
     forecast_training,
@@ -64,7 +64,7 @@ def saved(model: SmallModel, forest: Forest) -> int:
 def test_activations_are_those_that_autograd_saves(rng: np.random.Generator, shape: str, dtype: str) -> None:
     model = SmallModel(SHAPES[shape], LoRAConfig(r=8, alpha=32.0), DTYPES[dtype])
     for forest in (forest_of(rng), forest_of(rng, 9, 60, 60, 1), forest_of(rng, 1, 300, 200)):
-        forecast = kept_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
+        forecast = activation_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
         # Measured so far: within 1 %.
         assert forecast == pytest.approx(saved(model, forest), rel=0.03)
 
@@ -82,14 +82,14 @@ def test_activations_are_those_that_autograd_saves(rng: np.random.Generator, sha
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_other_adapters(rng: np.random.Generator, lora: LoRAConfig, dtype: str) -> None:
     model, forest = SmallModel({}, lora, DTYPES[dtype]).train(), forest_of(rng)
-    forecast = kept_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
+    forecast = activation_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
     # The first layer keeps a little less, since nothing before its first adapter has a gradient.
     assert forecast == pytest.approx(saved(model, forest), rel=TENTH)
 
 
 def test_activations_of_paths_too_long_for_scores_in_memory(rng: np.random.Generator) -> None:
     model, forest = SmallModel({}, LoRAConfig(r=4, alpha=32.0)), forest_of(rng, 2, 2400, 60)
-    forecast = kept_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
+    forecast = activation_bytes(ModelSizes.of(model), ForestSizes.of(forest, "cpu")).at_the_head
     assert forecast == pytest.approx(saved(model, forest), rel=TENTH)
 
 
@@ -109,7 +109,7 @@ def test_a_training_pass_peaks_where_it_was_forecast(
         run(model, Forest.of(forest.trees), lambda: at_the_head.append(live.bytes))
     sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cpu")
     plans = own.every.plan_bytes + own.last.plan_bytes  # masks and index maps
-    assert kept_bytes(sizes, own, every).at_the_head + plans == pytest.approx(at_the_head[0], rel=TENTH)
+    assert activation_bytes(sizes, own, every).at_the_head + plans == pytest.approx(at_the_head[0], rel=TENTH)
     forecast = forecast_training(sizes, own, checkpoint_every=every)
     assert forecast.activations + forecast.workspace == pytest.approx(live.peak, rel=TENTH)
 
@@ -387,7 +387,7 @@ def test_a_model_that_is_trained_as_a_whole_peaks_where_it_was_forecast(
     model.decoder.checkpoint_layers = every
     forest = forest_of(rng)
     trees = forest.trees
-    rows, verdicts = response_rows(forest), torch.tensor([3, 7, 9])
+    rows, verdicts = response_logit_rows(forest), torch.tensor([3, 7, 9])
 
     def step() -> None:
         forest = Forest.of(trees)

@@ -35,7 +35,7 @@ def test_weights_are_on_their_device_within_and_on_the_host_after(monkeypatch: p
     placed: list[list[torch.Tensor]] = []
     monkeypatch.setattr(vision, "_place", lambda tensors: placed.append(list(tensors)))
     vision._waiting, vision._works_on = weights, torch.device("meta")  # a device that is no host, on any machine
-    with pytest.raises(KeyError), vision.awake():
+    with pytest.raises(KeyError), vision.on_device():
         assert [[part.is_meta for part in tensors] for tensors in placed] == [[True] * len(weights)]
         raise KeyError
     assert len(placed) == 2 and all(one is other for one, other in zip(placed[1], weights, strict=True))
@@ -87,7 +87,7 @@ def test_a_gpu_has_the_towers_memory_for_other_things() -> None:
     expected = model.encode_images([image("a"), image("b")])
     before = torch.cuda.memory_allocated()
     sizes = ModelSizes.of(model)
-    model.vision.rest()
+    model.vision.to_host()
     saved = before - torch.cuda.memory_allocated()
     tower = 2 * (sizes.parameters["vision"] + sizes.parameters["projector"])
     assert saved == pytest.approx(tower, rel=0.05)  # blocks of 512 bytes

@@ -41,7 +41,7 @@ def test_images_are_encoded_without_a_wait(tmp_path: Path, kind: str, tower: str
     for device in ("cuda", "cpu"):
         model = load_lvlm(tmp_path, device=device)
         if offload:
-            model.vision.rest()
+            model.vision.to_host()
         features = ImageFeatures(model, images().__getitem__, batch_size=3)
         with simulated_cuda.recording() as record:
             found[device] = features(images())

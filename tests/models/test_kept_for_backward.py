@@ -44,7 +44,7 @@ def model(dtype: torch.dtype, four_bits: bool) -> nn.Module:
     return whole.train()
 
 
-def kept_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
+def activation_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
     """Bytes of the storages that are saved within, each once, without the parameters' own."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     found: dict[int, Tensor] = {}
@@ -76,7 +76,7 @@ def test_a_token_keeps_what_gradients_need_and_no_more(dtype: torch.dtype, four_
     for tokens in (32, 96):  # the difference is free of what doesn't depend on tokens
         embeddings, positions = torch.randn(tokens, HIDDEN, dtype=dtype), torch.arange(tokens)
         run = partial(whole.decoder, embeddings, positions, lambda layer, q, k, v: Attended.apply(q, k, v))
-        kept.append(kept_bytes(run, list(whole.parameters())))
+        kept.append(activation_bytes(run, list(whole.parameters())))
     queries = HIDDEN
     layer = (
         2 * HIDDEN  # the inputs of the two norms: q, k, v, gate and up need nothing else
@@ -93,5 +93,5 @@ def test_a_token_keeps_what_gradients_need_and_no_more(dtype: torch.dtype, four_
 def test_a_frozen_head_keeps_the_unit_gradients_alone(dtype: torch.dtype) -> None:
     hidden = torch.randn(40, HIDDEN, dtype=dtype, requires_grad=True)
     weight, targets = torch.randn(50, HIDDEN, dtype=dtype), torch.randint(50, (40,))
-    kept = kept_bytes(lambda: linear_logprob(hidden, weight, targets).sum(), [weight, targets])
+    kept = activation_bytes(lambda: linear_logprob(hidden, weight, targets).sum(), [weight, targets])
     assert kept == 40 * HIDDEN * dtype.itemsize

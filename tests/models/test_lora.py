@@ -31,12 +31,12 @@ from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import (
     adapter_hash,
     adapters,
+    check_adapter_changes,
     disable_lora,
     folded_lora,
     load_adapter,
     lora_parameters,
     merge_lora,
-    refuse_idle_adapter,
     save_adapter,
 )
 from srcfast.models.lvlm import save_lvlm
@@ -181,7 +181,7 @@ def test_only_the_adapter_gets_gradients_and_dropout_acts_in_training_alone(pair
 
     evaluated = hidden()
     ours.train()
-    with pytest.raises(SrcfastError, match=r"(?s)lora\.dropout: expected the rows' keys.*Mend: train with"):
+    with pytest.raises(SrcfastError, match=r"(?s)lora\.dropout: expected the rows' keys.*Fix: train with"):
         hidden()
     with dropping(ours.decoder, dropout_keys(forest, 0, 0, [0])):
         trained = hidden()
@@ -229,12 +229,12 @@ def test_an_adapter_that_changes_nothing_is_refused_by_name(pair: Pair, tmp_path
     ours = pair.load(lora=CONFIG)
     save_adapter(ours, tmp_path / "adapter")
     idle = pair.load(lora=tmp_path / "adapter")  # training may begin with it
-    with pytest.raises(InputError, match=r"lora_B.*an adapter that changes the model.*zero.*Mend: train the adapter"):
-        refuse_idle_adapter(idle, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"lora_B.*an adapter that changes the model.*zero.*Fix: train the adapter"):
+        check_adapter_changes(idle, tmp_path / "adapter")
     with torch.no_grad():
         lora_parameters(ours)[1][0, 0] = 1e-8  # one entry of one B is enough
     save_adapter(ours, tmp_path / "adapter")
-    refuse_idle_adapter(pair.load(lora=tmp_path / "adapter"), tmp_path / "adapter")
+    check_adapter_changes(pair.load(lora=tmp_path / "adapter"), tmp_path / "adapter")
 
 
 def test_an_adapter_on_the_vision_tower_is_refused_by_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from srcfast.data import forest
 from srcfast.data.forest import pack_sizes
 from srcfast_kernels import native, nf4_dequantize, nf4_quantize
-from srcfast_kernels.homes import use_home
+from srcfast_kernels.backends import use_backend
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"native library: {native.why_not()}")
 
@@ -72,7 +72,7 @@ def test_nf4_is_bit_for_bit_the_same_natively(
     weight[0, : shape[1] // 2] = 0.0
     values = []
     for home in ("torch", "reference"):
-        with use_home(home):  # type: ignore[arg-type]
+        with use_backend(home):  # type: ignore[arg-type]
             quantised = nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant)
             values.append((quantised.packed, quantised.absmax, nf4_dequantize(quantised)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*values, strict=True))

@@ -112,7 +112,7 @@ def test_decoding_does_without_a_bitsandbytes_whose_cuda_library_is_not_loaded(i
 
 def test_an_optimizer_of_a_broken_bitsandbytes_is_refused_by_name(install: Install) -> None:
     install("bitsandbytes", "raise OSError('libcudart.so.13: cannot open shared object file')\n")
-    with pytest.raises(ConfigError, match="adamw_8bit.*can't be imported.*libcudart.*Mend: pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match="adamw_8bit.*can't be imported.*libcudart.*Fix: pip install bitsandbytes"):
         AdamW([nn.Parameter(torch.ones(2))], name="adamw_8bit")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from srcfast.data.rationale_format import format_response, parse_response
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 from srcfast.world.samples import world_samples
 
 MODELS = ("base", "rationale", "iteration-1", "iteration-2")
@@ -214,7 +214,7 @@ def gallery_entries(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
         candidates = []
         for text in texts:
             parsed = parse_response(text)
-            verdict = judge_sample(sample, parsed)
+            verdict = verify_sample(sample, parsed)
             assert verdict is not None
             score = 0.9 if verdict.aligned else rng.uniform(0.05, 0.6)
             candidates.append(

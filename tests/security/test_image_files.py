@@ -83,7 +83,7 @@ OUTSIDE = (
 def test_what_is_not_below_the_root_is_refused(root: Path, load: Callable, name: str) -> None:
     with pytest.raises(InputError) as refused:
         load(root, name.replace("SECRET", str(root.parent / "secret" / "secret.png")))
-    assert refused.value.field == "image" and refused.value.mend
+    assert refused.value.field == "image" and refused.value.fix
 
 
 def test_a_folder_linked_within_the_root_is_followed(root: Path) -> None:

@@ -21,7 +21,7 @@ from srcfast.cli.table import table
 from srcfast.errors import printable
 from srcfast.report.page import write_report
 from srcfast.report.table import results_table
-from srcfast.run.progress import Track, track
+from srcfast.run.progress import StageProgress, track
 
 Srcfast = Callable[..., Result]
 HTML = (
@@ -185,7 +185,7 @@ def test_progress_shows_names_as_they_are(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "300")
-    bar = Track(evil, 3)
+    bar = StageProgress(evil, 3)
     bar.close()
     sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", terminal.getvalue())  # rich's own colours and movements
     assert printable(evil) in sent and not OBEYED.search(sent)

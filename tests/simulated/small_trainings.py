@@ -113,7 +113,7 @@ def train_on(
         path, quantize=case.quantize, dtype=DTYPES[case.dtype], device="cpu" if case.quantize else device, lora=lora
     ).to(device)
     if case.vision_offload:
-        model.vision.rest()
+        model.vision.to_host()
     features = ImageFeatures(model, image_loader(samples))
     loop = LOOP.replace(
         activation_checkpointing=case.checkpointing, loader_workers=case.workers, optimizer=case.optimizer

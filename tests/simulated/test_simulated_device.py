@@ -308,7 +308,7 @@ def test_products_with_a_wider_result_round_once() -> None:
 @pytest.mark.triton
 def test_a_triton_kernel_on_memory_of_the_host_is_refused() -> None:
     from srcfast_kernels import rms_norm
-    from srcfast_kernels.homes import use_home
+    from srcfast_kernels.backends import use_backend
 
     x, weight = (
         torch.randn(3, 8, device="cuda", dtype=torch.bfloat16),
@@ -317,7 +317,7 @@ def test_a_triton_kernel_on_memory_of_the_host_is_refused() -> None:
     with recording() as record:
         ours = rms_norm(x, weight, 1e-6)
     assert record.launches.total() > 0
-    with use_home("reference"):
+    with use_backend("reference"):
         torch.testing.assert_close(ours, rms_norm(x, weight, 1e-6), atol=1.6e-2, rtol=8e-3)  # one rounding to bf16
     with pytest.raises(ValueError, match="cpu tensor"):
         rms_norm(x, weight.cpu(), 1e-6)

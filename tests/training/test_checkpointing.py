@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
-from srcfast.data.logit_rows import response_rows
+from srcfast.data.logit_rows import response_logit_rows
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import add_lora, lora_parameters
@@ -159,7 +159,7 @@ def test_response_rows_are_those_that_predict_a_response_s_token() -> None:
     for number, tree in enumerate(forest.trees):
         for segment in range(1, len(tree.segments)):
             needed.update(forest.target_rows(number, [segment])[0].tolist())
-    assert response_rows(forest).tolist() == sorted(needed)
+    assert response_logit_rows(forest).tolist() == sorted(needed)
     assert len(needed) < forest.num_tokens
 
 
@@ -167,7 +167,7 @@ def test_response_rows_are_those_that_predict_a_response_s_token() -> None:
 @pytest.mark.parametrize("every", [0, 2])
 def test_with_the_needed_rows_alone_log_probabilities_and_gradients_are_the_same(every: int, dropout: float) -> None:
     model, forest = Deep(dropout).train(), pair_forest()
-    rows = response_rows(forest)
+    rows = response_logit_rows(forest)
     with dropping(model.decoder, dropout_keys(forest, 11, 0, range(len(forest.trees)))):
         assert model(forest, rows).shape == (len(rows), 24)
         torch.testing.assert_close(model(forest, rows), model(forest)[rows], rtol=1e-10, atol=1e-12)
@@ -196,7 +196,7 @@ def test_training_asks_a_model_that_takes_rows_for_those_of_the_loss(monkeypatch
         activation_checkpointing=0,
     )
     losses = []
-    for rows in (None, response_rows):
+    for rows in (None, response_logit_rows):
         history = train(Deep(), items, loss=rationale_loss, denominator=response_tokens, settings=settings, rows=rows)
         losses.append(history[0]["loss"])
     assert asked[0] is None and asked[1] is not None

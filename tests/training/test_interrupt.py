@@ -19,7 +19,7 @@ def test_in_a_loop_a_signal_waits_for_the_boundary(number: signal.Signals) -> No
             if piece == 1:
                 signal.raise_signal(number)
             done.append(piece)
-            signals.stop_if_asked(f"piece {piece + 1} of 3")
+            signals.stop_if_pending(f"piece {piece + 1} of 3")
     assert done == [0, 1]
     assert error.value.status == 128 + number
     assert str(error.value) == f"stopped by {number.name} after piece 2 of 3. The same command continues"
@@ -44,10 +44,10 @@ def test_signals_are_what_they_were_afterwards() -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     with signals.listening(), signals.at_boundaries():
         signal.raise_signal(signal.SIGTERM)
-        assert signals.asked() == signal.SIGTERM
+        assert signals.pending() == signal.SIGTERM
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
-    assert not signals.asked()
-    signals.stop_if_asked()
+    assert not signals.pending()
+    signals.stop_if_pending()
 
 
 def test_in_another_thread_nothing_is_listened_to() -> None:

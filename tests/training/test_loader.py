@@ -17,7 +17,7 @@ from torch import Tensor
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.forest import Segment, Tree
-from srcfast.data.logit_rows import response_rows
+from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import InputError
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loader import PackedStep, packed_steps
@@ -78,12 +78,12 @@ class Pictures:
 
 def steps_of(workers: int, trees: list[Tree], **more: Any) -> list[PackedStep]:
     batch_of = partial(global_batch, len(trees), settings=SETTINGS)
-    return list(packed_steps(trees, range(6), batch_of, token_budget=90, most_trees=2, workers=workers, **more))
+    return list(packed_steps(trees, range(6), batch_of, token_budget=90, max_trees=2, workers=workers, **more))
 
 
 def test_workers_make_the_same_steps_in_the_same_order() -> None:
     trees = [item.tree for item in picture_items()]
-    alone, ahead = (steps_of(workers, trees, plan=response_rows) for workers in (0, 2))
+    alone, ahead = (steps_of(workers, trees, plan=response_logit_rows) for workers in (0, 2))
     assert [one.step for one in ahead] == [one.step for one in alone] == list(range(6))
     for mine, other in zip(alone, ahead, strict=True):
         assert mine.indices == other.indices and mine.images == other.images and len(mine.forests) > 1
@@ -91,7 +91,7 @@ def test_workers_make_the_same_steps_in_the_same_order() -> None:
             assert forest.indices == there.indices
             for name in ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor"):
                 assert torch.equal(getattr(forest, name), getattr(there, name))
-            assert torch.equal(there.cache["response rows"], response_rows(forest))  # made by the worker
+            assert torch.equal(there.cache["response rows"], response_logit_rows(forest))  # made by the worker
 
 
 @pytest.mark.parametrize("lora", [LoRAConfig(r=3, alpha=12.0, dropout=0.2)])

@@ -16,7 +16,7 @@ from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, train_preference
-from srcfast.stages.logprobs import reference_logprobs, refuse_certainty, response_logprobs
+from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
 from srcfast.stages.rationale import rationale_trees
 from srcfast.training.loop import TrainingItem
@@ -278,7 +278,7 @@ def test_with_dropout_too_a_stored_log_probability_that_is_not_the_policy_s_is_r
     assert len(trained(model, preferences, SETTINGS)) == 1
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
     wrong = replace(preferences[3], reference_rejected_logprob=preferences[3].reference_rejected_logprob * 1.01)
-    with pytest.raises(SrcfastError, match="sample-3.*before the first update.*reference_rejected_logprob.*Mend"):
+    with pytest.raises(SrcfastError, match="sample-3.*before the first update.*reference_rejected_logprob.*Fix"):
         trained(model, [*preferences[:3], wrong, *preferences[4:]], SETTINGS)
     assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
 
@@ -294,14 +294,14 @@ def test_a_reference_above_0_is_refused_by_name() -> None:
     model = SmallModel(lora=LoRAConfig(r=3, alpha=32.0))
     pairs = referenced(model, 3)
     pairs[1] = replace(pairs[1], reference_rejected_logprob=0.25)
-    with pytest.raises(InputError, match="sample-1.*reference_rejected_logprob.*at most 0, found 0.25.*Mend"):
+    with pytest.raises(InputError, match="sample-1.*reference_rejected_logprob.*at most 0, found 0.25.*Fix"):
         trained(model, pairs, SETTINGS)
 
 
 def test_a_log_probability_above_0_is_an_error_and_rounding_is_none() -> None:
-    refuse_certainty({"step": 3, "max_logprob": 1e-6})
+    check_logprobs({"step": 3, "max_logprob": 1e-6})
     with pytest.raises(SrcfastError, match="step 3: expected log-probabilities of at most 0, found 0.01"):
-        refuse_certainty({"step": 3, "max_logprob": 0.01})
+        check_logprobs({"step": 3, "max_logprob": 0.01})
 
 
 def test_the_greatest_log_probability_of_a_step_is_watched() -> None:

@@ -23,7 +23,7 @@ from srcfast.stages.dpo import pair_denominator, preference_items, preference_lo
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import loss_rows
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import Rap, build_raps, fine_tune_rationale
+from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.training.loop import Metrics, train
 from srcfast.world.samples import world_samples
 
@@ -54,11 +54,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(scope="module")
-def raps(tmp_path_factory: pytest.TempPathFactory) -> list[Rap]:
+def raps(tmp_path_factory: pytest.TempPathFactory) -> list[RationalePair]:
     return build_raps(world_samples("train", 6, 3, image_dir=tmp_path_factory.mktemp("images")), "tagged")[0]
 
 
-def pair_of(rap: Rap) -> Preference:
+def pair_of(rap: RationalePair) -> Preference:
     sample, response = rap
     return Preference(
         sample_id=sample.id,
@@ -74,11 +74,11 @@ def pair_of(rap: Rap) -> Preference:
     )
 
 
-def model_and_features(case: Case, device: str, raps: list[Rap]) -> tuple[Any, ImageFeatures]:
+def model_and_features(case: Case, device: str, raps: list[RationalePair]) -> tuple[Any, ImageFeatures]:
     lora = LoRAConfig(r=4, alpha=8.0, dropout=case.dropout)
     model = load_lvlm("embedded", quantize=case.quantize, dtype=case.dtype, device=device, lora=lora)
     if case.vision_offload:
-        model.vision.rest()
+        model.vision.to_host()
     return model, ImageFeatures(model, image_loader([sample for sample, _ in raps]), batch_size=2)
 
 
@@ -94,7 +94,9 @@ def settings_of(case: Case) -> TrainingConfig:
     )
 
 
-def train_dpo(case: Case, model: Any, features: ImageFeatures, raps: list[Rap], on_step: OnStep) -> list[Metrics]:
+def train_dpo(
+    case: Case, model: Any, features: ImageFeatures, raps: list[RationalePair], on_step: OnStep
+) -> list[Metrics]:
     """A reference pass, then DPO on the pairs and some rehearsed rationale-answer pairs."""
     pairs = [pair_of(rap) for rap in raps]
     known = reference_logprobs(model, pairs, reference_hash="own", token_budget=400, features=features)
@@ -109,14 +111,16 @@ def train_dpo(case: Case, model: Any, features: ImageFeatures, raps: list[Rap], 
     )
 
 
-def train_rationale(case: Case, model: Any, features: ImageFeatures, raps: list[Rap], on_step: OnStep) -> list[Metrics]:
+def train_rationale(
+    case: Case, model: Any, features: ImageFeatures, raps: list[RationalePair], on_step: OnStep
+) -> list[Metrics]:
     return fine_tune_rationale(model, raps, settings_of(case), features=features, on_step=on_step)
 
 
 @pytest.mark.parametrize("training", [train_dpo, train_rationale])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_training_waits_for_one_event_a_step(
-    training: Callable[..., list[Metrics]], case: Case, raps: list[Rap]
+    training: Callable[..., list[Metrics]], case: Case, raps: list[RationalePair]
 ) -> None:
     events: list[int] = []
     on_gpu, on_cpu = (model_and_features(case, device, raps) for device in ("cuda", "cpu"))

@@ -163,7 +163,7 @@ def test_an_item_without_a_token_to_predict_is_refused_by_name_before_anything_i
     bare = TrainingItem(Tree((Segment(np.arange(4, 9)),), key="all-prompt"))
     for items in ([bare], [*response_items(20), bare]):
         model, stepped = SmallModel(), []
-        with pytest.raises(InputError, match="'all-prompt'.*at least one token to predict.*found none.*Mend"):
+        with pytest.raises(InputError, match="'all-prompt'.*at least one token to predict.*found none.*Fix"):
             train(
                 model,
                 items,

@@ -177,7 +177,7 @@ def test_where_both_are_damaged_training_begins_anew(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path: Path) -> None:
     stop_after(1, tmp_path)
-    with pytest.raises(ConfigError, match=r"with stage.beta = 0.1, this run has 0.2.*Mend: set stage.beta back"):
+    with pytest.raises(ConfigError, match=r"with stage.beta = 0.1, this run has 0.2.*Fix: set stage.beta back"):
         trained(tmp_path, beta=0.2)
     with pytest.raises(ConfigError, match="with loop.learning_rate = 0.01, this run has 0.02"):
         trained(tmp_path, SETTINGS.replace(learning_rate=0.02))
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path: Path) -> 
 
 def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected room and permission.*Mend"):
+    with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected room and permission.*Fix"):
         trained(tmp_path / "file" / "checkpoint", steps=1)
 
 

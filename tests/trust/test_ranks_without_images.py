@@ -14,7 +14,7 @@ from srcfast import distributed
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Segment, Tree
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.stages.rationale import rationale_loss, response_rows, response_tokens
+from srcfast.stages.rationale import rationale_loss, response_logit_rows, response_tokens
 from srcfast.training.loop import TrainingItem, train
 
 SETTINGS = TrainingConfig(
@@ -53,7 +53,7 @@ def train_mixed(folder: Path) -> dict[str, Any]:
         denominator=response_tokens,
         settings=SETTINGS,
         features=features,
-        rows=response_rows,
+        rows=response_logit_rows,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     return {"weights": weights.tolist(), "losses": [row["loss"] for row in history], "images": seen}
@@ -61,7 +61,7 @@ def train_mixed(folder: Path) -> dict[str, Any]:
 
 def test_ranks_of_which_some_have_no_image_train_as_one_does(tmp_path: Path) -> None:
     write_small_lvlm(tmp_path / "lvlm")
-    assert distributed.size() == 1
+    assert distributed.world_size() == 1
     alone = train_mixed(tmp_path)
     together = values_of(run_ranks(3, train_mixed, tmp_path))
     seen = [sum(one["images"]) for one in together]

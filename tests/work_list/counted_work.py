@@ -9,7 +9,7 @@ from typing import Any
 
 from srcfast.data.jsonl import write_shards
 from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
-from srcfast.run.progress import Track
+from srcfast.run.progress import StageProgress
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CountedWork:
     def __init__(self, place: Path, seed: int = 1, fails_at: int | None = None) -> None:
         self.place, self.seed, self.fails_at = place, seed, fails_at
         self.given: list[list[int]] = []
-        self.progress = Track("numbers", 11, quiet=True)
+        self.progress = StageProgress("numbers", 11, quiet=True)
 
     def __call__(self) -> ChunkFiles:
         numbers = [Number(value) for value in range(11)]

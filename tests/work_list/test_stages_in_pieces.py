@@ -25,7 +25,7 @@ from srcfast.errors import InputError
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import load_scorer
 from srcfast.run.chunks import ChunkFiles, Chunks
-from srcfast.run.progress import Track
+from srcfast.run.progress import StageProgress
 from srcfast.stages import logprobs
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import candidates_in_chunks
@@ -78,24 +78,24 @@ class Stages:
         return load_image(name)
 
     def candidates(self) -> ChunkFiles:
-        chunks = Chunks(self.folder / "candidates-parts", dict, Track("candidates", 36, quiet=True))
+        chunks = Chunks(self.folder / "candidates-parts", dict, StageProgress("candidates", 36, quiet=True))
         return candidates_in_chunks(chunks, self.model, self.samples, SEARCH, features=self.features, seed=3)
 
     def answers(self) -> ChunkFiles:
         settings = EvaluationConfig(max_new_tokens=6, batch_size=2)
-        chunks = Chunks(self.folder / "answers-parts", dict, Track("answers", 36, quiet=True))
+        chunks = Chunks(self.folder / "answers-parts", dict, StageProgress("answers", 36, quiet=True))
         return answers_in_chunks(chunks, self.model, self.samples, settings, features=self.features)
 
     def logprobs(self) -> ChunkFiles:
         place = self.folder / "logprobs-parts"
-        progress = Track("logprobs", len(self.requests), unit="responses", quiet=True)
+        progress = StageProgress("logprobs", len(self.requests), unit="responses", quiet=True)
         options: dict[str, Any] = {"features": self.features, "token_budget": 3000}
         parts = logprobs_in_chunks(Chunks(place, dict, progress), self.model, self.requests, **options)
         assert progress.done == len(self.requests)
         return parts
 
     def references(self) -> list[Preference]:
-        progress = Track("references", len(self.pairs), unit="pairs", quiet=True)
+        progress = StageProgress("references", len(self.pairs), unit="pairs", quiet=True)
         logprobs = references_in_chunks(Chunks(self.folder / "references-parts", dict, progress))
         return logprobs(self.model, self.pairs, reference_hash="abc", token_budget=3000, features=self.features)
 
@@ -137,7 +137,7 @@ class Judging:
                 yield sample.id, [Candidate(f"{number}#{k}", sample.id, t, "", "", 0.0) for k, t in enumerate(texts)]
 
     def scores(self) -> ChunkFiles:
-        progress = Track("scores", 290, quiet=True)
+        progress = StageProgress("scores", 290, quiet=True)
         place = self.folder / "scores-parts"
         chunks, settings = Chunks(place, dict, progress), ScorerConfig(token_budget=4096)
         return scores_in_chunks(
@@ -206,7 +206,7 @@ def test_references_in_chunks_are_those_computed_at_once(folder: Callable[[str],
     assert len(pairs) > PAIRS
     options: dict[str, Any] = {"reference_hash": "abc", "token_budget": 3000, "features": stages.features}
     found = stages.references()
-    logprobs = references_in_chunks(Chunks(stages.folder / "few", dict, Track("references", 0, quiet=True)))
+    logprobs = references_in_chunks(Chunks(stages.folder / "few", dict, StageProgress("references", 0, quiet=True)))
     few = logprobs(stages.model, pairs[:3], **options)
     for one, other in zip(found, reference_logprobs(stages.model, pairs, **options), strict=True):
         assert one.extra == other.extra and one.chosen == other.chosen and one.rejected == other.rejected
@@ -234,7 +234,7 @@ def test_logprobs_in_chunks_are_those_computed_at_once(folder: Callable[[str], P
 def test_requests_share_their_prompt_however_far_they_lie_apart(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages, progress = Stages(folder("far")), Track("logprobs", 8, unit="responses", quiet=True)
+    stages, progress = Stages(folder("far")), StageProgress("logprobs", 8, unit="responses", quiet=True)
     monkeypatch.setattr(logprobs, "PAIRS", 4)
     model, two = stages.model, stages.samples[:2]
     requests = [replace(sample, answer="3 " * (1 + k)) for k in range(4) for sample in two]  # in turns
@@ -247,7 +247,7 @@ def test_requests_share_their_prompt_however_far_they_lie_apart(
 
 
 def test_a_request_that_does_not_fit_the_model_is_named_before_any_is_computed(folder: Callable[[str], Path]) -> None:
-    stages, progress = Stages(folder("bad")), Track("logprobs", 300, unit="responses", quiet=True)
+    stages, progress = Stages(folder("bad")), StageProgress("logprobs", 300, unit="responses", quiet=True)
     requests = [*stages.requests, replace(stages.samples[0], id="request 7", question="Why <image>?")]
     options: dict[str, Any] = {"features": stages.features, "token_budget": 3000}
     with pytest.raises(InputError, match="'request 7'"):
@@ -298,7 +298,7 @@ def test_on_a_gpu_a_stage_that_fails_leaves_no_memory(folder: Callable[[str], Pa
     with pytest.raises(OSError, match="disk is gone") as caught:
         stages.candidates()
     del caught  # its frames hold what they had
-    stages.features.forget()
+    stages.features.clear()
     gc.collect()
     assert torch.cuda.memory_allocated() == before
 

@@ -105,9 +105,9 @@ def count_over_ranks(folder: Path) -> Any:
 
 
 def fail_on_one_rank(folder: Path) -> Any:
-    distributed.under_way()  # from here on the timeout counts
+    distributed.end_startup_timeout()  # from here on the timeout counts
     work = CountedWork(folder / "parts", fails_at=0 if distributed.rank() else None)
-    if distributed.is_main():  # slow enough to leave the other rank a piece
+    if distributed.is_rank_zero():  # slow enough to leave the other rank a piece
         piece = work.piece
 
         def slow(numbers: Any) -> Any:

@@ -18,7 +18,7 @@ from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.stages.rationale import build_raps
 from srcfast.world.easy_vqa import read_easy_vqa
-from srcfast.world.oracle import judge_sample
+from srcfast.world.oracle import verify_sample
 from srcfast.world.questions import ABILITIES
 from srcfast.world.render import render
 from srcfast.world.samples import world_samples
@@ -27,7 +27,7 @@ from srcfast.world.scenes import Scene, scene_digest
 
 def aligned(sample: Sample) -> bool:
     response = format_response(sample.extra["see"], sample.extra["think"], sample.answer, "tagged")
-    judgement = judge_sample(sample, parse_response(response))
+    judgement = verify_sample(sample, parse_response(response))
     return judgement is not None and judgement.aligned
 
 
@@ -180,7 +180,7 @@ def test_the_tags_part_what_is_seen_from_what_is_concluded(tmp_path: Path) -> No
 
 def test_a_sample_without_a_scene_is_not_judged(tmp_path: Path) -> None:
     sample = Sample("a", ("a.png",), "What?", "red", None, (), {}, tmp_path)
-    assert judge_sample(sample, parse_response("red")) is None
+    assert verify_sample(sample, parse_response("red")) is None
 
 
 # --- easy-VQA ---

@@ -11,14 +11,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-Home = Literal["triton", "torch", "reference"]
-HOMES: tuple[Home, ...] = ("triton", "torch", "reference")
+Backend = Literal["triton", "torch", "reference"]
+HOMES: tuple[Backend, ...] = ("triton", "torch", "reference")
 
-_forced: Home | None = None
+_forced: Backend | None = None
 
 
-def home_of(tensor: Tensor) -> Home:
-    """Which home takes an operation on this tensor: what `use_home` or SRCFAST_KERNELS says, else Triton where CUDA is.
+def backend_for(tensor: Tensor) -> Backend:
+    """Which home takes an operation on this tensor: what `use_backend` or SRCFAST_KERNELS says, else Triton where CUDA is.
 
     Raises:
         ValueError: SRCFAST_KERNELS is none of the homes.
@@ -35,7 +35,7 @@ def home_of(tensor: Tensor) -> Home:
 
 
 @contextmanager
-def use_home(home: Home) -> Iterator[None]:
+def use_backend(home: Backend) -> Iterator[None]:
     """Every operation within runs in this home. Triton on CPU tensors needs TRITON_INTERPRET=1 from the start."""
     global _forced
     before, _forced = _forced, home

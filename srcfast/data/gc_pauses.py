@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_full_passes() -> Iterator[None]:
+def pause_full_collections() -> Iterator[None]:
     """Within (or in a function decorated with it) the collector looks at young objects alone.
 
     Its full passes go through all that lives, and come again and again while that grows: a third of the time of reading a
