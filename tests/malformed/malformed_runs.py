@@ -473,8 +473,7 @@ def cases() -> list[Case]:
         for wrong, (told, word) in BAD_JSON.items()
     ]
     found += [
-        Case("Stored batches", wrong, batch(change), replay_batch, (word,))
-        for wrong, (change, word) in BATCHES.items()
+        Case("Stored batches", wrong, batch(change), replay_batch, (word,)) for wrong, (change, word) in BATCHES.items()
     ]
     found += [
         Case("Stored batches", wrong, batch_of(told), replay_batch, ("batch.json", word))
