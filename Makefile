@@ -22,11 +22,11 @@ simulated: $(NATIVE)
 
 # A run killed at every point of writing and at random moments of every stage, and continued: some minutes.
 fault: $(NATIVE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault -rA tests/fault
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault -rA tests/system/fault
 
 # Each parser is given thousands of malformed inputs; `make test` gives it a hundred.
 fuzz: $(NATIVE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/malformed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/system/malformed
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

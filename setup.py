@@ -1,5 +1,5 @@
-"""Packaging: `srcfast`, from kernels/ `srcfast_kernels` (kernels/ itself is no package: see tests/packaging), from benchmarks/
-`srcfast_benchmarks`."""
+"""Packaging: `srcfast`; from kernels/ `srcfast_kernels` (kernels/ itself is no package: see tests/system/packaging); from
+benchmarks/ `srcfast_benchmarks`."""
 
 import os
 from pathlib import Path

@@ -27,7 +27,10 @@ GPU, TIMING = re.compile(r"\bmark\.gpu\b"), re.compile(r"\bmark\.timing\b")
 SHARES = {"kernels": 4, "forest": 3}  # folders with many tests, or many kernels to compile
 MOST_PROCESSES = 6  # for one case
 SILENCE, SIMULATED_SILENCE = 60.0, 600.0  # seconds without an event in the log after which a test counts as hung
-TINY = {"generation": ["tests/generation/test_slot_cache.py"], "memory": ["tests/memory/test_vision_offload.py"]}
+TINY = {
+    "generation": ["tests/unit/generation/test_slot_cache.py"],
+    "memory": ["tests/unit/memory/test_vision_offload.py"],
+}
 COMPLETE = (0, 5)  # exit statuses of pytest: all passed, no test left
 
 _running: set[str] = set()  # names of cases

@@ -1,7 +1,7 @@
 """A gated layer with adapters, its norm included: what does it cost to have again what is not kept?
 
 `torch` keeps the normalised input and the gated activation as well. The memory shown is the peak of one layer's pass, most of it
-buffers of backward; what is kept, and so adds up over layers, is counted in tests/models/test_kept_for_backward.py.
+buffers of backward; what is kept, and so adds up over layers, is counted in tests/unit/models/test_kept_for_backward.py.
 """
 
 from __future__ import annotations

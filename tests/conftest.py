@@ -4,17 +4,12 @@ With the environment variable SIMULATED_CUDA=N the suite has N simulated CUDA de
 """
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import simulated_cuda
 import torch
 from hypothesis import HealthCheck, settings
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import simulated_cuda
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic trainings; read at the first product

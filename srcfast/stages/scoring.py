@@ -31,6 +31,7 @@ from srcfast_kernels.transfers import fetch, to_device
 
 Mode = Literal["pairwise", "independent"]
 BLOCK = 64  # samples whose trees are packed together
+CHUNK = 4 * BLOCK  # samples a chunk
 Results = Callable[[], list[dict[str, Any]]]  # one a sample; waits for the device
 
 
@@ -415,7 +416,7 @@ def scores_in_chunks(
     def on_candidates() -> Mapping[str, Any]:
         return {**chunks.depends_on(), "candidates": digest.hexdigest()}
 
-    return run_chunks(replace(chunks, depends_on=on_candidates), judged, 4 * BLOCK, work)
+    return run_chunks(replace(chunks, depends_on=on_candidates), judged, CHUNK, work)
 
 
 def _next_of(groups: Iterator[tuple[str, list[Candidate]]], wanted: set[str]) -> dict[str, list[Candidate]]:

@@ -1,0 +1,167 @@
+"""Greedy decoding and sampling against recomputation and against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_lvlm import SmallLVLM, load_image
+
+from srcfast.generation.generate import generate_greedy, sample_responses
+from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_greedy_equals_running_everything_anew_at_each_step(batch_size: int, exact: SmallLVLM) -> None:
+    prompts = exact.prompts()
+    results = generate_greedy(exact.model, prompts, exact.features, 40, batch_size)
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens: list[int] = []
+        while len(tokens) < 40 and (not tokens or tokens[-1] != exact.model.end_token_id):
+            tokens.append(int(exact.logits(prompt, tokens)[-1].argmax()))
+        assert list(result.token_ids) == tokens
+        assert result.finished == (tokens[-1] == exact.model.end_token_id)
+        assert result.logprob == pytest.approx(exact.logprob(prompt, tokens), abs=1e-9)  # fp64
+    lengths = {len(result.token_ids) for result in results}
+    assert len(lengths) > 2 and max(lengths) > 33  # rows end at different times, and the cache has grown
+
+
+def test_greedy_equals_transformers_generate(written: tuple[Path, Any], single: SmallLVLM) -> None:
+    theirs = written[1]
+    prompts = single.prompts()
+    ours = generate_greedy(single.model, prompts, single.features, 20, 3)
+    for prompt, result in zip(prompts, ours, strict=True):
+        pixels = {}
+        if prompt.images:
+            pixels = single.model.vision.processor(
+                images=[load_image(key) for key in prompt.images], return_tensors="pt"
+            )
+        ids = torch.from_numpy(prompt.token_ids)[None]
+        with torch.no_grad():
+            out = theirs.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=0,
+                **pixels,
+            )
+        assert list(result.token_ids) == out[0, ids.shape[1] :].tolist()
+
+
+def test_the_end_token_ends_and_the_limit_holds(exact: SmallLVLM) -> None:
+    for limit in (1, 3):
+        for result in generate_greedy(exact.model, exact.prompts(), exact.features, limit, 4):
+            assert len(result.token_ids) <= limit
+            assert exact.model.end_token_id not in result.token_ids[:-1]
+            assert result.finished or len(result.token_ids) == limit
+
+
+def test_no_prompts_give_no_results(exact: SmallLVLM) -> None:
+    assert generate_greedy(exact.model, [], exact.features, 5, 4) == []
+
+
+def test_progress_counts_every_sample_and_token(exact: SmallLVLM) -> None:
+    told: list[tuple[int, int]] = []
+    prompts = exact.prompts()
+    results = generate_greedy(exact.model, prompts, exact.features, 9, 2, lambda n, tokens: told.append((n, tokens)))
+    assert sum(n for n, _ in told) == len(prompts) and len(told) > 1
+    expected = sum(len(p.token_ids) for p in prompts) + sum(len(r.token_ids) for r in results)
+    assert sum(tokens for _, tokens in told) == expected
+
+
+@pytest.mark.parametrize("dtype", ["exact", "single"])
+def test_samples_do_not_depend_on_what_else_is_decoded(dtype: str, request: pytest.FixtureRequest) -> None:
+    """In fp32 rounding could move a draw across the border between two tokens; for these seeds it does not."""
+    lvlm: SmallLVLM = request.getfixturevalue(dtype)
+    prompts = lvlm.prompts()
+
+    def sampled(slots: int, order: slice = slice(None)) -> list[list[tuple[int, ...]]]:
+        found = sample_responses(
+            lvlm.model, prompts[order], lvlm.features, count=3, max_new_tokens=40, seed=7, slots=slots
+        )
+        return [[one.token_ids for one in own] for own in found]
+
+    expected = sampled(5)
+    assert len({one for own in expected for one in own}) == 15  # all differ
+    assert sampled(1) == sampled(2) == sampled(50) == expected
+    assert sampled(2, slice(None, None, -1)) == expected[::-1]
+
+
+def test_a_sample_s_log_probability_is_the_model_s_own(single: SmallLVLM) -> None:
+    prompts = single.prompts()
+    for settings in ({}, {"temperature": 1.7, "top_p": 0.8}):
+        found = sample_responses(
+            single.model, prompts, single.features, count=4, max_new_tokens=50, seed=1, slots=2, **settings
+        )
+        for prompt, own in zip(prompts, found, strict=True):
+            assert len(own) == 4
+            for one in own:
+                # fp32, a few dozen log-probabilities of a few units each
+                assert one.logprob == pytest.approx(single.logprob(prompt, one.token_ids), rel=1e-4, abs=1e-4)
+                assert one.finished == (one.token_ids[-1] == single.model.end_token_id)
+                assert one.finished or len(one.token_ids) == 50
+
+
+def nucleus(probabilities: list[float], top_p: float) -> list[float]:
+    """Holtzman et al., 2020: the smallest set of the likeliest tokens whose mass reaches top_p, renormalised."""
+    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    kept: list[int] = []
+    while sum(probabilities[token] for token in kept) < top_p and len(kept) < len(order):
+        kept.append(order[len(kept)])
+    total = sum(probabilities[token] for token in kept)
+    return [p / total if token in kept else 0.0 for token, p in enumerate(probabilities)]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6, 0.05])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_sampled_shares_are_the_nucleus_s_probabilities(temperature: float, top_p: float) -> None:
+    logits = torch.randn(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    draws = 4000
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    picked = sample_tokens(logits.expand(draws, -1), uniform, temperature, top_p)
+    expected = nucleus((logits / temperature).softmax(-1).tolist(), top_p)
+    for token, share in enumerate(expected):
+        # evenly spaced draws: each interval of the CDF is hit to within one draw
+        assert abs(float((picked == token).double().mean()) - share) <= 1.0 / draws + 1e-12
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    logits = torch.randn(9, 17, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(sample_tokens(logits, torch.rand(9), 0.0, 0.5), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_at_the_edges_stay_among_possible_tokens(top_p: float) -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf, 0.5, -torch.inf]]).repeat(3, 1)
+    uniform = torch.tensor([0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-24], dtype=torch.float64)  # the second rounds to 1 in fp32
+    assert set(sample_tokens(logits, uniform, 1.0, top_p).tolist()) <= {1, 2, 4}
+
+
+def test_a_nucleus_among_many_tokens_is_the_one_that_sorting_all_of_them_finds() -> None:
+    """Rows whose nucleus is small are drawn from the likeliest tokens alone, rows with a large one from all."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(60, 700, generator=generator, dtype=torch.float64)
+    logits[::2] *= 6.0  # peaked
+    uniform = torch.rand(60, generator=generator, dtype=torch.float64)
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    sizes = ((probabilities.cumsum(-1) - probabilities) < 0.9).sum(-1)
+    assert (sizes < 64).sum() >= 20 and (sizes > 64).sum() >= 20
+    for row, token in enumerate(sample_tokens(logits, uniform, 1.0, 0.9).tolist()):
+        kept = probabilities[row, : sizes[row]]
+        place = int((kept.cumsum(0) <= uniform[row] * kept.sum()).sum())
+        assert token == int(order[row, place])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_log_probabilities_are_at_temperature_one(temperature: float, top_p: float) -> None:
+    logits = torch.randn(20, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
+    uniform = torch.rand(20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniform, Sampling(temperature, top_p))
+    assert torch.equal(tokens, sample_tokens(logits, uniform, temperature, top_p))
+    expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)

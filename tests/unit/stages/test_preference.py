@@ -1,0 +1,312 @@
+"""Preference training: log-probabilities, the start, weights, refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_model import SmallModel, path_logprob, random_preferences
+
+from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
+from srcfast.data.forest import Forest
+from srcfast.data.records import Sample
+from srcfast.errors import InputError, SrcfastError
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, train_preference
+from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
+from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
+from srcfast.stages.rationale import rationale_trees
+from srcfast.training.loop import TrainingItem
+
+SETTINGS = TrainingConfig(
+    micro_batch_size=8,
+    token_budget=4096,
+    learning_rate=0.003,
+    warmup_ratio=0.0,
+    gradient_accumulation_steps=1,
+    activation_checkpointing=0,
+).seeded(1)
+
+
+def referenced(model: SmallModel, count: int, seed: int = 0) -> list:
+    return reference_logprobs(model, random_preferences(count, seed), reference_hash="abc", token_budget=150)
+
+
+def with_loss(loop: TrainingConfig, **loss: Any) -> DPOConfig:
+    """The loop's settings with those of the loss."""
+    return DPOConfig(**loop.model_dump(), **({"sft_weight": 0.0} | loss)).seeded(loop.seed)
+
+
+def trained(model: SmallModel, preferences: list, loop: TrainingConfig, **loss: Any) -> list[dict]:
+    return train_preference(model, preferences, with_loss(loop, **loss), expected_reference_hash="abc")
+
+
+def test_reference_log_probabilities_are_those_of_each_sequence_alone() -> None:
+    model, plain = SmallModel(), random_preferences(7)
+    for before, after in zip(plain, referenced(model, 7), strict=True):
+        prompt = model.encode_prompt(before.prompt, [])
+        for text, found in (
+            (before.chosen, after.reference_chosen_logprob),
+            (before.rejected, after.reference_rejected_logprob),
+        ):
+            expected = path_logprob(model, prompt, model.encode_response(text)).item()
+            assert found == pytest.approx(expected, rel=1e-10)
+        assert after.extra == {**before.extra, "reference_hash": "abc"}
+
+
+def test_a_shared_beginning_changes_neither_log_probabilities_nor_gradients() -> None:
+    model = SmallModel()
+    prompt, common = np.array([5, 6, 7]), np.array([8, 9, 10, 11])
+    chosen, rejected = np.append(common, [12, 2]), np.append(common, [13, 14, 15, 2])
+    tree = preference_tree(prompt, chosen, rejected)
+    assert [segment.tokens.size for segment in tree.segments] == [3, 4, 2, 4]
+    forest = Forest.of([tree])
+    found = pair_logprobs(model(forest), forest, model.decoder.head_weight)
+    expected = path_logprob(model, prompt, chosen), path_logprob(model, prompt, rejected)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = (0.7, -1.9)  # unlike ones, so that what is shared doesn't cancel
+    ours = torch.autograd.grad(sum(w * x.sum() for w, x in zip(weights, found, strict=True)), parameters)
+    theirs = torch.autograd.grad(sum(w * x for w, x in zip(weights, expected, strict=True)), parameters)
+    torch.testing.assert_close(torch.cat(found), torch.stack(expected), rtol=1e-11, atol=1e-11)
+    for mine, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+def test_a_response_that_begins_with_the_other_keeps_a_token_of_its_own() -> None:
+    tree = preference_tree(np.array([5]), np.array([6, 7]), np.array([6, 7, 8]))
+    assert [(segment.tokens.tolist(), segment.parent) for segment in tree.segments] == [
+        ([5], -1),
+        ([6], 0),
+        ([7], 1),
+        ([7, 8], 1),
+    ]
+
+
+def test_responses_to_one_prompt_are_scored_together_as_if_alone() -> None:
+    model, rng = SmallModel(), np.random.default_rng(2)
+    prompts = [rng.integers(4, 40, n) for n in (11, 3)]
+    items = [(prompts[i % 2], (), rng.integers(4, 40, rng.integers(1, 9))) for i in range(9)]
+    found = response_logprobs(model, items, token_budget=30)
+    for (prompt, _, response), (logprob, tokens) in zip(items, found, strict=True):
+        assert tokens == len(response)
+        assert logprob == pytest.approx(path_logprob(model, prompt, response).item(), rel=1e-10)
+    with pytest.raises(InputError, match="at most 10 tokens"):
+        response_logprobs(model, items, token_budget=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_before_the_first_update_margins_are_nought_and_the_loss_is_ln_2(dtype: torch.dtype) -> None:
+    model = SmallModel(dtype=dtype)
+    preferences = referenced(model, 16)
+    history = trained(model, preferences, SETTINGS.replace(epochs=6), beta=0.3)
+    start, end = history[0], history[-1]
+    assert start["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(start["margin"]) < 1e-5 and start["max_drift"] < 1e-5
+    assert end["loss"] < start["loss"] - 0.02 and end["margin"] > 0.05 and end["reward_accuracy"] > 0.5
+    assert end["margin"] == pytest.approx(end["chosen_reward"] - end["rejected_reward"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_training_is_the_same_however_the_batch_is_split(dtype: torch.dtype, tolerance: float) -> None:
+    def weights(settings: TrainingConfig) -> torch.Tensor:
+        model = SmallModel(dtype=dtype, lora=LoRAConfig(r=3, alpha=12.0))
+        history = trained(model, referenced(model, 24), settings, sft_weight=0.4, label_smoothing=0.1)
+        assert len(history) == 3
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    whole = weights(SETTINGS)
+    for change in (
+        {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"token_budget": 70},
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "token_budget": 100},
+    ):
+        # fp32: sums of some hundred terms in another order, enlarged where AdamW divides by small gradients.
+        torch.testing.assert_close(weights(SETTINGS.replace(**change)), whole, rtol=tolerance, atol=tolerance)
+
+
+def loss_by_hand(model: SmallModel, preferences: list, settings: DPOConfig, weighted: bool = True) -> float:
+    total = weight_sum = 0.0
+    for pair in preferences:
+        prompt = model.encode_prompt(pair.prompt, [])
+        texts = (model.encode_response(pair.chosen), model.encode_response(pair.rejected))
+        chosen, rejected = (float(path_logprob(model, prompt, text).detach()) for text in texts)
+        margin = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
+        weight = pair.confidence if weighted else 1.0
+        epsilon = settings.label_smoothing
+        epsilon = (1 - pair.confidence) / 2 if epsilon == "confidence" else epsilon
+        delta = settings.beta * margin
+        loss = (1 - epsilon) * math.log1p(math.exp(-delta)) + epsilon * math.log1p(math.exp(delta))
+        total += weight * (loss - settings.sft_weight * chosen / len(texts[0]))
+        weight_sum += weight
+    return total / weight_sum
+
+
+@pytest.mark.parametrize(
+    ("settings", "weighted"),
+    [
+        (DPOConfig(beta=0.4, sft_weight=0.0), True),
+        (DPOConfig(beta=0.4, sft_weight=0.0), False),
+        (DPOConfig(beta=0.2, sft_weight=0.7, label_smoothing=0.15), True),
+        (DPOConfig(beta=0.2, label_smoothing="confidence", sft_weight=0.0), True),
+    ],
+)
+def test_the_loss_is_the_formula_s(settings: DPOConfig, weighted: bool) -> None:
+    model = SmallModel(seed=1)
+    preferences = referenced(SmallModel(seed=2), 9)  # another model's: margins are far from nought
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                pair.confidence if weighted else 1.0,
+                pair.confidence,
+                pair.reference_chosen_logprob,
+                pair.reference_rejected_logprob,
+            ),
+        )
+        for tree, pair in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    total = 0.0
+    for part in (items[:4], items[4:]):
+        forest = Forest.of([item.tree for item in part])
+        loss, _ = preference_loss(settings)(
+            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
+        )
+        total += loss.item()
+    assert total == pytest.approx(loss_by_hand(model, preferences, settings, weighted), rel=1e-9)
+
+
+def rehearsed(count: int) -> list[tuple[Sample, str]]:
+    pairs = random_preferences(count, seed=5)
+    samples = [Sample(f"r{k}", (), pair.prompt, "red", image_root=pair.image_root) for k, pair in enumerate(pairs)]
+    return [(sample, pair.chosen) for sample, pair in zip(samples, pairs, strict=True)]
+
+
+@pytest.mark.parametrize("cut", [4, 9, 11])  # a forest of both kinds, one of pairs and one of rehearsal, one of each
+def test_rehearsal_adds_its_mean_likelihood_whatever_the_cut(cut: int) -> None:
+    settings = DPOConfig(beta=0.2, sft_weight=0.7, rehearsal_weight=1.5)
+    model = SmallModel(seed=1)
+    preferences, raps = referenced(SmallModel(seed=2), 9), rehearsed(5)
+    pairs = zip(preference_trees(model, preferences), preferences, strict=True)
+    items = [
+        TrainingItem(
+            tree, PairMeta(p.confidence, p.confidence, p.reference_chosen_logprob, p.reference_rejected_logprob)
+        )
+        for tree, p in pairs
+    ] + rationale_trees(model, raps)
+    total = 0.0
+    for part in (items[:cut], items[cut:]):
+        forest = Forest.of([item.tree for item in part])
+        loss, _ = preference_loss(settings)(
+            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
+        )
+        total += loss.item()
+    likelihoods = []
+    for sample, text in raps:
+        response = model.encode_response(text)
+        logprob = float(path_logprob(model, model.encode_prompt(sample.question, []), response).detach())
+        likelihoods.append(logprob / len(response))
+    expected = loss_by_hand(model, preferences, settings) - 1.5 * np.mean(likelihoods)
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+def test_rehearsal_holds_what_it_rehearses_while_pairs_are_learnt() -> None:
+    def likelihood(raps: list[tuple[Sample, str]], weight: float) -> tuple[float, float]:
+        model = SmallModel()
+        history = train_preference(
+            model,
+            referenced(model, 12),
+            with_loss(SETTINGS.replace(epochs=4), rehearsal_weight=weight),
+            expected_reference_hash="abc",
+            rehearsal=raps,
+        )
+        total = 0.0
+        for sample, text in rehearsed(4):
+            prompt = model.encode_prompt(sample.question, [])
+            total += float(path_logprob(model, prompt, model.encode_response(text)).detach())
+        return total, history[-1]["margin"]
+
+    without, _ = likelihood([], 0.0)
+    with_rehearsal, margin = likelihood(rehearsed(4), 2.0)
+    assert with_rehearsal > without + 1.0 and margin > 0.02
+
+
+def test_a_pair_of_little_confidence_weighs_little() -> None:
+    def chosen_gain(confidence: float) -> float:
+        model = SmallModel()
+        first, second = referenced(model, 2)
+        pairs = [replace(first, confidence=confidence), replace(second, confidence=1.0)]
+        trained(model, pairs, SETTINGS.replace(epochs=3))
+        prompt = model.encode_prompt(first.prompt, [])
+        margins = [
+            float(path_logprob(model, prompt, model.encode_response(t)).detach())
+            for t in (first.chosen, first.rejected)
+        ]
+        return (margins[0] - margins[1]) - (first.reference_chosen_logprob - first.reference_rejected_logprob)
+
+    assert chosen_gain(1.0) > 2 * abs(chosen_gain(1e-3))
+
+
+def test_a_reference_of_another_model_is_refused_by_name() -> None:
+    model = SmallModel()
+    preferences = referenced(model, 3)
+    for wrong, found in (
+        ({"extra": {"reference_hash": "xyz"}}, "those of xyz"),
+        ({"extra": {}}, "none"),
+        ({"reference_rejected_logprob": None}, "none"),
+    ):
+        pairs = [*preferences[:2], replace(preferences[2], **wrong)]
+        with pytest.raises(InputError, match=f"sample-2.*reference_hash.*of abc, found {found}"):
+            trained(model, pairs, SETTINGS)
+
+
+def test_a_stored_log_probability_that_is_not_the_policy_s_is_refused_before_the_update() -> None:
+    model = SmallModel()
+    preferences = referenced(model, 8)
+    wrong = replace(preferences[3], reference_chosen_logprob=preferences[3].reference_chosen_logprob + 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(SrcfastError, match="before the first update"):
+        trained(model, [*preferences[:3], wrong, *preferences[4:]], SETTINGS)
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_with_dropout_too_a_stored_log_probability_that_is_not_the_policy_s_is_refused() -> None:
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
+    preferences = referenced(model, 8)
+    assert len(trained(model, preferences, SETTINGS)) == 1
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.2))
+    wrong = replace(preferences[3], reference_rejected_logprob=preferences[3].reference_rejected_logprob * 1.01)
+    with pytest.raises(SrcfastError, match="sample-3.*before the first update.*reference_rejected_logprob.*Fix"):
+        trained(model, [*preferences[:3], wrong, *preferences[4:]], SETTINGS)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_pair_of_identical_responses_is_refused_by_name() -> None:
+    model = SmallModel()
+    pair = referenced(model, 1)[0]
+    with pytest.raises(InputError, match="sample-0.*the same tokens"):
+        trained(model, [replace(pair, rejected=pair.chosen)], SETTINGS)
+
+
+def test_a_reference_above_0_is_refused_by_name() -> None:
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=32.0))
+    pairs = referenced(model, 3)
+    pairs[1] = replace(pairs[1], reference_rejected_logprob=0.25)
+    with pytest.raises(InputError, match="sample-1.*reference_rejected_logprob.*at most 0, found 0.25.*Fix"):
+        trained(model, pairs, SETTINGS)
+
+
+def test_a_log_probability_above_0_is_an_error_and_rounding_is_none() -> None:
+    check_logprobs({"step": 3, "max_logprob": 1e-6})
+    with pytest.raises(SrcfastError, match="step 3: expected log-probabilities of at most 0, found 0.01"):
+        check_logprobs({"step": 3, "max_logprob": 0.01})
+
+
+def test_the_greatest_log_probability_of_a_step_is_watched() -> None:
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=32.0))
+    pairs = referenced(model, 4)
+    first = trained(model, pairs, SETTINGS)[0]
+    stored = [value for pair in pairs for value in (pair.reference_chosen_logprob, pair.reference_rejected_logprob)]
+    assert first["max_logprob"] == pytest.approx(max(stored), rel=1e-6)

@@ -1,0 +1,189 @@
+"""Training the R-Scorer: examples, targets, a small one learns to judge from scratch and by LoRA."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_scorer import small_tokenizer, write_text_model
+
+from srcfast.config.settings import LoRAConfig, TrainingConfig
+from srcfast.data.corruptions import KINDS
+from srcfast.data.rationale_format import parse_response
+from srcfast.data.records import Sample
+from srcfast.models.scorer import ALONE, load_scorer
+from srcfast.stages.scorer_training import (
+    ScorerExample,
+    Variant,
+    evaluate_scorer,
+    fault_name,
+    scorer_example,
+    scorer_examples,
+    target_verdict,
+    train_scorer,
+)
+
+VOCABULARY = {
+    "colour": ("red", "blue", "green", "gold"),
+    "shape": ("circle", "square"),
+    "count": ("1", "2", "3"),
+}
+
+
+def rap(index, rng):
+    a, b = rng.sample(VOCABULARY["colour"], 2)
+    see = (f"There is a {a} circle.", f"There is a {b} square.")
+    sample = Sample(
+        id=f"s{index}",
+        images=(),
+        question="Which colour is the circle?",
+        answer=a,
+        rationale=None,
+        facts=see,
+        extra={},
+        image_root=Path("."),
+    )
+    return sample, see, (f"The circle is {a}.",), a
+
+
+def raps(count, seed=0):
+    rng = random.Random(seed)
+    return [rap(index, rng) for index in range(count)]
+
+
+def test_examples_hold_the_truth_and_its_corruptions():
+    examples = scorer_examples(raps(200), random.Random(1), VOCABULARY)
+    assert len(examples) == 200
+    kinds, sizes, retold = set(), set(), 0
+    for example, (sample, see, think, answer) in zip(examples, raps(200), strict=True):
+        assert example.key == sample.id and sample.question in example.reference and see[0] in example.reference
+        sizes.add(len(example.variants))
+        assert len({v.text for v in example.variants}) == len(example.variants)
+        for variant in example.variants:
+            parsed = parse_response(variant.text)
+            if variant.faults == 0:
+                retold += parsed.perception != see
+                assert set(parsed.perception) == set(see) and parsed.reasoning == think and parsed.answer == answer
+            else:
+                kinds.add(variant.kind)
+                parts = (parsed.perception != see, parsed.reasoning != think, parsed.answer != answer)
+                assert sum(parts) == variant.faults
+        assert 1 <= sum(v.faults == 0 for v in example.variants) <= 2
+    assert kinds == set(KINDS) and max(sizes) == 4 and 20 < retold < 80
+    places = [[v.faults for v in e.variants].index(0) for e in examples]
+    assert set(places) == {0, 1, 2, 3}  # the truth's place gives nothing away
+
+
+def test_examples_depend_on_the_seed_alone():
+    one, two, other = (scorer_examples(raps(20), random.Random(seed), VOCABULARY) for seed in (3, 3, 4))
+    assert one == two != other
+
+
+def test_a_stronger_judge_may_overrule_corruptions():
+    def is_faulty(sample, parts):
+        return parts[2] != sample.answer
+
+    examples = scorer_examples(raps(50), random.Random(5), VOCABULARY, is_faulty=is_faulty)
+    answers = {sample.id: answer for sample, _, _, answer in raps(50)}
+    assert len(examples) > 30  # where no such corruption was found in a few attempts, the sample is left out
+    for example in examples:
+        assert all(parse_response(v.text).answer != answers[example.key] for v in example.variants if v.faults)
+
+
+def test_raps_that_cannot_be_corrupted_are_left_out():
+    sample = raps(1)[0][0]
+    assert scorer_examples([(sample, ("Nothing.",), (), "x")], random.Random(0), VOCABULARY) == []
+
+
+def example_of(*faults):
+    kinds = [("none", "insufficient", "counterfactual", "unreasonable")[f] for f in faults]
+    variants = [Variant(f"text {k}", f, kind) for k, (f, kind) in enumerate(zip(faults, kinds, strict=True))]
+    return scorer_example(raps(1)[0][0], variants)
+
+
+def test_fewer_faults_win_and_equal_numbers_tie():
+    example = example_of(0, 1, 1, 3, 0)
+    assert len(example.pairs) == 20 + 5
+    choice = {pair: target_verdict(example, *pair, 3) for pair in example.pairs}
+    assert [choice[p] for p in ((0, 1), (1, 0), (1, 2), (0, 4), (2, 3), (3, 2))] == [0, 2, 1, 1, 0, 2]
+    assert [choice[i, ALONE] for i in range(5)] == [0, 2, 2, 2, 0]
+    graded = {pair: target_verdict(example, *pair, 5) for pair in example.pairs}
+    assert [graded[p] for p in ((0, 1), (1, 0), (1, 2), (2, 3), (3, 0))] == [1, 3, 2, 0, 4]
+    assert [graded[i, ALONE] for i in range(2)] == [0, 4]
+    names = [fault_name(example, *p) for p in ((0, 1), (1, 0), (1, 2), (0, 4), (1, 3), (0, ALONE))]
+    assert names == ["insufficient", "insufficient", "tie", "tie", "bad_or_worse", "alone"]
+
+
+COLOURS = ("red", "blue", "green", "gold", "pink")
+
+
+def gold_examples(count, seed):
+    """A synthetic judging task: a candidate is good if it has the gold word; one example in four is a tie."""
+    rng = random.Random(seed)
+    examples = []
+    for index in range(count):
+        gold, wrong = rng.sample(COLOURS, 2)
+        variants = [Variant(f"So it is {gold}", 0), Variant(f"So it is {wrong}", 1, "unreasonable")]
+        if rng.random() < 0.25:
+            variants[1] = variants[0]
+        rng.shuffle(variants)
+        pairs = tuple((i, j) for i in (0, 1) for j in (0, 1, ALONE) if i != j)
+        examples.append(ScorerExample(f"g{index}", f"Answer: {gold}\n", tuple(variants), pairs))
+    return examples
+
+
+def judging_tokenizer():
+    return small_tokenizer(
+        "Question Facts Answer First Second Better first tie second So it is none " + " ".join(COLOURS)
+    )
+
+
+def test_a_small_scorer_learns_to_judge_from_scratch(tmp_path):
+    scorer = load_scorer(write_text_model(tmp_path, judging_tokenizer(), hidden_size=64, initializer_range=0.1))
+    settings = TrainingConfig(
+        micro_batch_size=16,
+        learning_rate=0.001,
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
+    before = evaluate_scorer(scorer, gold_examples(100, seed=1))
+    history = train_scorer(scorer, gold_examples(2200, seed=0), settings)
+    after = evaluate_scorer(scorer, gold_examples(200, seed=2))
+    assert before["accuracy"] < 0.6
+    assert after["accuracy"] > 0.9 and after["preference_accuracy"] > 0.9 and after["order_flip_rate"] < 0.1
+    assert after["ci95"][0] <= after["accuracy"] <= after["ci95"][1] and after["n"] == 200 * 2
+    assert set(after["by_fault"]) == {"tie", "unreasonable"} and after["alone_accuracy"] > 0.9
+    assert history[-1]["accuracy"] > 0.9 > history[0]["accuracy"]
+
+
+def test_training_with_lora_changes_only_the_adapter_and_learns(scorer_directory):
+    scorer = load_scorer(scorer_directory, lora=LoRAConfig(r=4, alpha=8))
+    frozen = {n: p.clone() for n, p in scorer.named_parameters() if not p.requires_grad}
+    settings = TrainingConfig(
+        epochs=4,
+        micro_batch_size=24,
+        learning_rate=0.005,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        activation_checkpointing=0,
+    )
+    history = train_scorer(scorer, gold_examples(16, seed=0), settings)
+    assert all(torch.equal(p, frozen[n]) for n, p in scorer.named_parameters() if n in frozen)
+    assert len(frozen) > 0 and history[-1]["loss"] < history[0]["loss"]
+
+
+def test_the_first_loss_is_the_mean_over_all_slots_whatever_the_cut(scorer_directory):
+    examples = gold_examples(6, seed=3)
+    losses = []
+    for batch, steps, budget in ((18, 1, 8192), (6, 3, 8192), (18, 1, 150)):
+        scorer = load_scorer(scorer_directory)
+        settings = TrainingConfig(
+            micro_batch_size=batch, gradient_accumulation_steps=steps, token_budget=budget, activation_checkpointing=0
+        )
+        losses.append(train_scorer(scorer, examples, settings)[0]["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # fp32: the order of summation differs
+    assert np.isfinite(losses[0])
