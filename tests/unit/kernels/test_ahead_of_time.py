@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from srcfast_kernels.ahead_of_time import ARCHITECTURES, cases
+from ahead_of_time import ARCHITECTURES, TABLE, cases
 
 ROOT = Path(__file__).parents[3]
-TABLE = json.loads((ROOT / "kernels" / "resources.json").read_text(encoding="utf-8"))
-PROGRAM = "import json, sys; from srcfast_kernels.ahead_of_time import resources; print(json.dumps(resources(int(sys.argv[1]))))"
+PROGRAM = "import json, sys; from ahead_of_time import resources; print(json.dumps(resources(int(sys.argv[1]))))"
 
 
 @pytest.mark.slow
@@ -22,11 +20,12 @@ PROGRAM = "import json, sys; from srcfast_kernels.ahead_of_time import resources
 def test_kernels_compile_without_spills_within_the_table(architecture: int, tmp_path: Path) -> None:
     surroundings = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", PROGRAM, str(architecture)]
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, table = json.loads(done.stdout), TABLE[str(architecture)]
-    assert found.keys() == table.keys()
-    for name, used in found.items():
+    compiled = json.loads(done.stdout)
+    table = json.loads(TABLE.read_text(encoding="utf-8"))[str(architecture)]
+    assert compiled.keys() == table.keys()
+    for name, used in compiled.items():
         assert used["spilled"] == 0, name
         assert used["shared"] <= ARCHITECTURES[architecture], name
         # Another Triton allots registers a little differently; half as many again is another kernel.

@@ -1,8 +1,9 @@
-"""Every kernel compiled for GPUs that needn't be there: registers, spills and shared memory, read from the cubin.
+"""Compile every kernel for GPUs that needn't be there, and read registers, spills and shared memory from the cubin.
 
-    python -m srcfast_kernels.ahead_of_time kernels/resources.json
+    python tests/unit/kernels/ahead_of_time.py
 
-writes the table that a test holds the kernels to. The cases are what the launchers choose for the shapes that models have.
+writes resources.json, the table that test_ahead_of_time.py compares kernels with. The cases are what the launchers choose for the
+shapes that models have.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from srcfast_kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 from srcfast_kernels.weighted_dpo import BLOCK as DPO_BLOCK
 from srcfast_kernels.weighted_dpo import token_dpo_kernel
 
+TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # and the shared memory that a block may take, bytes
 DIVISIBLE = [["tt.divisibility", 16]]  # what Triton finds of aligned pointers and of sizes that are multiples of 16
 
@@ -57,7 +58,7 @@ class Case:
 
 
 def cases(architecture: int) -> Iterator[Case]:
-    """All kernels in all variants, as launched on sm_`architecture`."""
+    """Yield all kernels in all variants, as launched on sm_`architecture`."""
     yield from _logprob_cases()
     yield from _tiled_cases(architecture)
     for loss_type in ("sigmoid", "ipo", "hinge"):
@@ -211,18 +212,17 @@ def _gather_cases() -> Iterator[Case]:
 
 
 def _gather_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Case:
-    own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    return Case(
-        f"{kernel.__name__.removesuffix('_kernel')} {constants['BLOCK']}", kernel, own, constants, {"num_warps": warps}
-    )
+    name = f"{kernel.__name__.removesuffix('_kernel')} {constants['BLOCK']}"
+    arguments = {argument: kind for argument, kind in types.items() if argument in kernel.arg_names}
+    return Case(name, kernel, arguments, constants, {"num_warps": warps})
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, int]:
-    """Registers a thread, bytes spilled a thread, and bytes of shared memory a block, for sm_`architecture`."""
+    """Return registers a thread, bytes spilled a thread, and bytes of shared memory a block, for sm_`architecture`."""
     signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
     aligned = {
-        (place,): DIVISIBLE
-        for place, (name, kind) in enumerate(signature.items())
+        (index,): DIVISIBLE
+        for index, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name.endswith(("stride", "size", "vocabulary", "num_bytes", "num_values", "count"))
     }
     source = ASTSource(case.kernel, signature, case.constants, aligned)
@@ -241,11 +241,10 @@ def compile_case(case: Case, architecture: int) -> dict[str, int]:
 
 
 def resources(architecture: int) -> dict[str, dict[str, int]]:
-    """What every case takes on one architecture."""
+    """Compile every case for one architecture; by name what `compile_case` returns."""
     return {case.name: compile_case(case, architecture) for case in cases(architecture)}
 
 
 if __name__ == "__main__":
-    found = {str(architecture): resources(architecture) for architecture in ARCHITECTURES}
-    text = json.dumps({"triton": triton.__version__} | found, indent=1)
-    Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
+    table = {str(architecture): resources(architecture) for architecture in ARCHITECTURES}
+    TABLE.write_text(json.dumps({"triton": triton.__version__} | table, indent=1) + "\n", encoding="utf-8")
