@@ -21,7 +21,7 @@ import numpy as np
 import typer
 
 from srcfast.calibrate import calibrate, evaluate, rationale
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.data.jsonl import read_jsonl, write_json
 from srcfast.run.directory import environment
 from srcfast.stages.calibration_run import CalibrationRun

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srcfast.config.settings import Config, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import Config
 from srcfast.data.records import Sample
 from srcfast.memory.flops import decode_flops, peak_flops
 from srcfast.memory.model_sizes import ModelSizes, memory_of

@@ -66,7 +66,7 @@ class Models:
         return self._model
 
     def words(self, quantize: str, r: int) -> list[str]:
-        """The model's settings as `key=value` words, for `srcfast.config.settings.load_config`."""
+        """The model's settings as `key=value` words, for `srcfast.config.load.load_config`."""
         model = f"model={{path: '{self.directory}', dtype: {self.shape.dtype}, device: cuda, quantize: {quantize}}}"
         return [model, f"lora={{r: {r}, alpha: {2 * r}}}"]
 

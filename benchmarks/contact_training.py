@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srcfast.config.settings import DPOConfig, TrainingConfig, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import DPOConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.records import Preference
 from srcfast.memory.activations import ForestSizes

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srcfast.config.settings import Config, DatasetConfig, known_keys, load_config, load_with_sources
+from srcfast.config.load import known_keys, load_config, load_with_sources
+from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import read_shards, write_jsonl

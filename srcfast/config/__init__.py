@@ -1,1 +1,1 @@
-"""Settings: one frozen tree, read from YAML and `key=value`."""
+"""Settings: a frozen tree, read from YAML and `key=value` overrides."""

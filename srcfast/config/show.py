@@ -15,8 +15,7 @@ def annotated_yaml(config: Config, sources: Mapping[str, str]) -> str:
 
     Args:
         config: settings.
-        sources: dotted key -> where it was set, see `load_with_sources`; a key without one, and whose section has none, is a
-            default.
+        sources: dotted key -> where it was set, see `load_with_sources`; a key without an entry is a default.
     """
     lines = list(_lines(config.model_dump(mode="json"), sources))
     width = min(60, max(len(text) for text, source in lines if source))
@@ -24,7 +23,7 @@ def annotated_yaml(config: Config, sources: Mapping[str, str]) -> str:
 
 
 def _lines(values: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (line, source); a section's heading has no source."""
+    """Yield (line, source); the source of a section's heading is empty."""
     indent = "  " * prefix.count(".")
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -37,6 +36,6 @@ def _lines(values: Mapping[str, Any], sources: Mapping[str, str], prefix: str = 
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of config files, for editors: names, types, bounds, defaults and what each setting means."""
+    """Return the JSON schema of config files, for editors: names, types, bounds, defaults and descriptions."""
     schema = Config.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "srcfast config"}

@@ -1,4 +1,4 @@
-"""YAML of settings: plain values alone, no key twice, and a bounded number of values by aliases."""
+"""Read YAML of settings: plain values alone, no key twice, and a bounded number of values by aliases."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import yaml
 from srcfast.data.jsonl import regular
 from srcfast.errors import ConfigError
 
-MAX_NODES = 10_000  # values that the aliases of a file stand for beside those that are written
+MAX_NODES = 10_000  # values that a file's aliases may add to those that are written out
 
 
 def read_yaml(path: Path, locations: dict[str, str]) -> dict[str, Any]:
-    """Read the mapping in a YAML file, {} if it is empty; the file and line of every key are noted in `locations`.
+    """Read the mapping in a YAML file, {} if it is empty, and add the file and line of every key to `locations`.
 
     Raises:
-        ConfigError: no such file, no YAML, no mapping, or a key that is there twice.
+        ConfigError: the file is missing, is not YAML or not a mapping, or sets a key twice.
     """
     try:
         text = regular(path).read_text(encoding="utf-8")
@@ -32,34 +32,35 @@ def read_yaml(path: Path, locations: dict[str, str]) -> dict[str, Any]:
     return tree
 
 
-def parse_yaml(text: str, where: str, look: Callable[[yaml.Node | None], None]) -> Any:
-    """Parse a YAML text; `look` sees its nodes first.
+def parse_yaml(text: str, where: str, on_node: Callable[[yaml.Node | None], None]) -> Any:
+    """Parse a YAML text; `on_node` is called with its root node before values are made.
 
     Raises:
-        ConfigError: no YAML, a tag that is no plain value's, or more than MAX_NODES values by aliases.
+        ConfigError: the text is not YAML, has a tag for something other than plain values, or more than MAX_NODES values by
+            aliases.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if _swells(node):
+        if _aliases_exceed_limit(node):
             expected = f"expected at most {MAX_NODES:,} values by aliases"
             raise ConfigError(f"{where}: {expected}, found more. Fix: leave aliases out")
-        look(node)
+        on_node(node)
         return yaml.safe_load(text)
     except ConfigError:
         raise
     except RecursionError as error:
         raise ConfigError(f"{where}: expected settings, found YAML that is nested too deep, or holds itself") from error
     except Exception as error:  # PyYAML lets through what a value's parser raises: ValueError for 2001-99-99, ...
-        found = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{where}: expected YAML, found {found}") from error
+        reason = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where}: expected YAML, found {reason}") from error
 
 
-def _swells(root: yaml.Node | None) -> bool:
-    """Return whether aliases add more than MAX_NODES to the nodes that are written, each counted as all that it stands for."""
+def _aliases_exceed_limit(root: yaml.Node | None) -> bool:
+    """Return whether aliases add more than MAX_NODES nodes; an alias counts as every node that it stands for."""
     pending, written, added = [root], set(), 0
     while pending and added <= MAX_NODES:
         node = pending.pop()
-        added += id(node) in written  # an alias is the very node that it stands for
+        added += id(node) in written  # PyYAML returns the same node object for an alias
         written.add(id(node))
         if isinstance(node, yaml.MappingNode):
             pending += (part for pair in node.value for part in pair)
@@ -69,7 +70,11 @@ def _swells(root: yaml.Node | None) -> bool:
 
 
 def note_lines(node: yaml.Node | None, prefix: str, path: Path, locations: dict[str, str]) -> None:
-    """Note the file and line of every key. Raises ConfigError at one that is set twice: YAML would silently take the last."""
+    """Add the file and line of every key to `locations`.
+
+    Raises:
+        ConfigError: a key is set twice, of which YAML would silently use the last.
+    """
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"

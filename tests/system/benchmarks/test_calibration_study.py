@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.world.easy_vqa import read_easy_vqa
 
 ROOT = Path(__file__).parents[3]

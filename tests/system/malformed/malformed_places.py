@@ -29,7 +29,7 @@ from malformed_runs import (
     training_with,
 )
 
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.config.yaml import read_yaml
 from srcfast.data.jsonl import COMPLETE
 from srcfast.data.readers import read_logprob_rows, read_preferences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from malformed_case import Case, file_of, folder_of, missing
 
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

@@ -23,7 +23,7 @@ from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
 from malformed_runs import CARD, EVALUATED, HEADROOM, STEP, SUMMARY
 
-from srcfast.config.settings import known_keys, load_config
+from srcfast.config.load import known_keys, load_config
 from srcfast.data.images import FORMATS, decode_image
 from srcfast.data.jsonl import COMPLETE, json_hash, read_shards, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response

@@ -208,13 +208,13 @@ def test_an_installed_wheel_runs_without_the_repository(wheel, tmp_path):
     run.mkdir()
     (run / "summary.json").write_text("{}")
     code = (
-        "import srcfast.cli.app, srcfast.config.settings, srcfast_kernels\n"
+        "import srcfast.cli.app, srcfast.config.load, srcfast_kernels\n"
         "from pathlib import Path\n"
         "from srcfast.report.page import write_report\n"
         f"write_report(Path({str(run)!r}))\n"
         "demo = Path(srcfast.__file__).parent / 'world' / 'demo.yaml'\n"
         "print(srcfast.__file__, srcfast_kernels.__file__, sep='\\n')\n"
-        "print(srcfast.config.settings.load_config(demo).name)"
+        "print(srcfast.config.load.load_config(demo).name)"
     )
     *files, name = python(code, Path("/"), PYTHONPATH=str(tmp_path)).splitlines()
     assert len(files) == 2 and all(Path(file).is_relative_to(tmp_path) for file in files)

@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 
 from srcfast.cli.app import app
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.data.readers import read_samples
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from helpers.bombs import plant_code
 
-from srcfast.config.settings import Config, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import Config
 from srcfast.errors import ConfigError, InputError
 from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import read_config

@@ -14,7 +14,7 @@ from helpers.shapes_7b import write_configs
 from safetensors.torch import load_file
 
 from srcfast import distributed
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.memory.advice import advice, with_setting
 from srcfast.memory.plan import STAGES, Lengths, forecast_stage, policy_sizes
 

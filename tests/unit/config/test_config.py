@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from srcfast import __version__
 from srcfast.cli.app import app
 from srcfast.cli.inputs import complete_words
-from srcfast.config.settings import Config, known_keys, load_config
+from srcfast.config.load import known_keys, load_config
+from srcfast.config.settings import Config
 from srcfast.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from helpers.shapes_7b import write_configs
 
-from srcfast.config.settings import PRESETS, Config, Preset, load_config
+from srcfast.config.load import PRESETS, load_config
+from srcfast.config.settings import Config, Preset
 from srcfast.errors import ConfigError
 from srcfast.memory.advice import largest_value
 from srcfast.memory.plan import STAGES, forecast_stage, policy_stays

@@ -14,7 +14,8 @@ from click.testing import Result
 from helpers.made_rows import sentence, write_rows
 
 from srcfast.cli import commands
-from srcfast.config.settings import Config, TrainingConfig, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import OutOfMemory
 from srcfast.memory.out_of_memory import explain_out_of_memory, is_out_of_memory

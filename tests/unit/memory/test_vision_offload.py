@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.memory.forecast import forecast_training
 from srcfast.memory.model_sizes import ModelSizes
 from srcfast.memory.plan import policy_sizes

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srcfast.config.settings import Config, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import Config
 from srcfast.errors import ConfigError, InputError
 from srcfast.run import progress as telemetry
 from srcfast.run.directory import RunDirectory

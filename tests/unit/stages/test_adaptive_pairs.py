@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scoring import candidates_of, sample, world
 
-from srcfast.config.settings import CurationConfig, ScorerConfig, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import CurationConfig, ScorerConfig
 from srcfast.models.scorer import ALONE, load_scorer
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.curation import curate

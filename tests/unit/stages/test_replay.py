@@ -13,7 +13,7 @@ from helpers.made_rows import preference_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 import srcfast.world
-from srcfast.config.settings import load_config
+from srcfast.config.load import load_config
 from srcfast.data.batching import global_batch
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.readers import read_samples

@@ -13,7 +13,8 @@ import torch
 from helpers.small_model import SmallModel, response_items
 from torch import Tensor
 
-from srcfast.config.settings import LoRAConfig, TrainingConfig, load_config
+from srcfast.config.load import load_config
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
 from srcfast.stages.policy import load_model
