@@ -1,7 +1,7 @@
-"""One node, many ranks: who this process is, what the ranks tell each other, and who takes the next piece of work.
+"""Ranks of one node: process group, barriers, exchange of JSON values and tensors, and a shared counter for chunks of work.
 
-Started by `torchrun`; without it there is one rank, and nothing here talks to anyone. What ranks tell each other is JSON,
-never a pickle. Every wait has an end: where a rank stays away, the others raise an error that names it.
+The process group exists under `torchrun`; without it there is one rank, and no function here communicates. Ranks exchange
+JSON, never pickles. Every wait has a timeout: when a rank is missing, the others raise a SrcfastError that names it.
 """
 
 from __future__ import annotations
@@ -22,163 +22,163 @@ from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeo
 
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-START_TIMEOUT = timedelta(minutes=30)  # models are read, kernels compiled, caches filled: ranks may be far apart
+START_TIMEOUT = timedelta(minutes=30)  # ranks load models, compile kernels and fill caches, at different speeds
 TIMEOUT = timedelta(minutes=10)
-# NCCL ends the whole process, and names no rank; so it comes behind gloo, which leaves it to us to name the one that is away.
+# NCCL's watchdog aborts the process without naming a rank. gloo raises an error that this module explains, so it must be first.
 NCCL_LATER = timedelta(minutes=1)
-POLL = 0.1  # seconds between two looks at who is still away
-DEVICE_POLL = 0.0002  # seconds between two looks at whether a device is done
-DROPPED = 0.2  # seconds in which threads that nobody ends any more drop what they hold
-SETTLE = 1.0  # seconds in which the ranks that a failed exchange has in common hear of it
+POLL = 0.1  # seconds between two queries of the ranks' counters
+DEVICE_POLL = 0.0002  # seconds between two queries of a CUDA event
+THREAD_EXIT = 0.2  # seconds in which the threads of a destroyed group release their tensors
+SETTLE = 1.0  # seconds in which all ranks of a failed exchange notice the failure
 
 _store: dist.Store | None = None
-_short: timedelta | None = None  # the timeout still to be set once all ranks are under way
-_patience = START_TIMEOUT  # the one that holds now
-_nccl = False  # whether there is NCCL beside gloo
-_connected = False  # whether it has connected the ranks' devices
-_arrived = 0  # exchanges that this rank has come to
-_sign = 0.0  # when this rank last gave a sign of life
-_alone: dict[str, int] = {}
-_groups: list[dist.ProcessGroup] = []  # of some of the ranks, beside the one of all
-_mesh: Any = None  # of the ranks of this node, once it was asked for
+_timeout_after_start: timedelta | None = None  # to be set by `end_startup_timeout`; None: it is set
+_timeout = START_TIMEOUT  # of the exchanges that begin now
+_has_nccl = False  # whether the group has NCCL beside gloo
+_nccl_connected = False  # whether NCCL has connected the ranks' devices
+_num_exchanges = 0  # that this rank has begun
+_last_heartbeat = 0.0  # of this rank, by time.monotonic
+_local_counters: dict[str, int] = {}  # of `next_index` without a process group
+_subgroups: list[dist.ProcessGroup] = []  # groups of fewer than all ranks
+_mesh: Any = None  # the DeviceMesh of this node's ranks, cached by `node_mesh`
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world_size() -> int:
-    """How many of the ranks are on this node."""
+    """Return the number of ranks on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if dist.is_initialized() else 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this rank writes what all have in common, and shows its progress."""
+    """Return whether this is the rank that writes shared files and shows progress."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait for all ranks. Raises SrcfastError where one does not come within the timeout."""
+    """Wait for all ranks. Raises SrcfastError if one does not arrive within the timeout."""
     gather(None)
 
 
 def barrier_with_heartbeat() -> None:
-    """Wait for all ranks, however long the others' work takes: as long as they show signs of life, see `heartbeat`.
+    """Wait for all ranks without a limit as long as each missing rank calls `heartbeat`.
 
     Raises:
-        SrcfastError: a rank that is still away has shown none for the timeout; it is named.
+        SrcfastError: no missing rank has called it for the timeout; the missing ranks are named.
     """
     if world_size() == 1:
         return
     _arrive()
-    signs, since = None, time.monotonic()
-    while away := _finish(_away):
-        found = _finish(lambda: [_counter(f"alive/{other}") for other in away])  # noqa: B023  (called at once)
-        if found != signs:
-            signs, since = found, time.monotonic()
-        elif time.monotonic() - since > _patience.total_seconds():
-            raise _in_vain("no sign of life")
+    last_counts, since = None, time.monotonic()
+    while missing := _run_or_name_missing(_missing_ranks):
+        counts = _run_or_name_missing(lambda: [_counter(f"alive/{other}") for other in missing])  # noqa: B023  (called at once)
+        if counts != last_counts:
+            last_counts, since = counts, time.monotonic()
+        elif time.monotonic() - since > _timeout.total_seconds():
+            raise _timeout_error("no sign of life")
         time.sleep(POLL)
 
 
 def heartbeat() -> None:
-    """A sign of life for the ranks that `barrier_with_heartbeat`: called by a rank whose work advances, as often as it likes.
+    """Tell the ranks in `barrier_with_heartbeat` that this rank's work advances. Cheap: at most one message a second.
 
     Raises:
-        SrcfastError: the host that counts is gone.
+        SrcfastError: the host of the counters is gone.
     """
-    global _sign
-    if _store is not None and time.monotonic() - _sign > 1.0:
-        _sign = time.monotonic()
+    global _last_heartbeat
+    if _store is not None and time.monotonic() - _last_heartbeat > 1.0:
+        _last_heartbeat = time.monotonic()
         _add(f"alive/{rank()}", 1)
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, of what JSON can say, on every rank. Raises SrcfastError where a rank stays away."""
+    """Return rank 0's JSON value on every rank. Raises SrcfastError if a rank is missing."""
     return gather(value if is_rank_zero() else None)[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, of what JSON can say, in the order of the ranks, on every rank.
+    """Return every rank's JSON value, in the order of the ranks, on every rank.
 
     Raises:
-        SrcfastError: a rank stays away; it is named.
+        SrcfastError: a rank is missing; it is named.
     """
     if world_size() == 1:
         return [value]
-    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)  # [n]
-    lengths = gather_tensor(torch.tensor([len(own)])).flatten().tolist()
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)  # [n]
+    lengths = gather_tensor(torch.tensor([len(encoded)])).flatten().tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[: len(own)] = own
-    parts = gather_tensor(padded)  # [ranks, longest]
-    return [json.loads(bytes(part[:length].tolist())) for part, length in zip(parts, lengths, strict=True)]
+    padded[: len(encoded)] = encoded
+    per_rank = gather_tensor(padded)  # [ranks, max(lengths)]
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(per_rank, lengths, strict=True)]
 
 
-def gather_tensor(own: Tensor) -> Tensor:
-    """Every rank's tensor of this shape and dtype: [ranks, ...], on its device.
+def gather_tensor(local_tensor: Tensor) -> Tensor:
+    """Return every rank's tensor of this shape and dtype, stacked: [ranks, ...], on its device.
 
     Raises:
-        SrcfastError: a rank stays away; it is named.
+        SrcfastError: a rank is missing; it is named.
     """
     if world_size() == 1:
-        return own[None]
-    if own.is_cuda:
-        _connect()
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    _together(lambda: dist.all_gather(parts, own))
-    return torch.stack(parts)
+        return local_tensor[None]
+    if local_tensor.is_cuda:
+        _connect_nccl()
+    per_rank = [torch.empty_like(local_tensor) for _ in range(world_size())]
+    _run_collective(lambda: dist.all_gather(per_rank, local_tensor))
+    return torch.stack(per_rank)
 
 
 def wait_for(event: torch.cuda.Event) -> None:
-    """Wait until a device has come to this event, behind sums over the ranks: as long as for another rank, and no longer.
+    """Wait for a CUDA event that may depend on other ranks, at most for the timeout.
 
     Raises:
-        SrcfastError: it has not; a rank that has come to fewer exchanges is named.
+        SrcfastError: the event is still pending; ranks that have begun fewer exchanges are named.
     """
     if world_size() == 1:
         event.synchronize()
         return
     since = time.monotonic()
     while not event.query():
-        if time.monotonic() - since > _patience.total_seconds():
-            raise _in_vain("the device is still busy")
+        if time.monotonic() - since > _timeout.total_seconds():
+            raise _timeout_error("the device is still busy")
         time.sleep(DEVICE_POLL)
 
 
 def all_reduce_async(tensor: Tensor) -> Callable[[], None]:
-    """Begin to add up a tensor over the ranks, in place; it is whole once what is returned was called.
+    """Start to sum a tensor over the ranks, in place; the sum is complete after a call of the function returned.
 
-    On a GPU that call waits for nothing but orders what follows behind the sum.
+    On a GPU that call does not block the host: it orders later work of the current stream after the sum.
     """
     if world_size() == 1:
         return lambda: None
     if tensor.is_cuda:
-        _connect()
-    work = _together(lambda: dist.all_reduce(tensor, async_op=True))
-    return lambda: _finish(work.wait)
+        _connect_nccl()
+    work = _run_collective(lambda: dist.all_reduce(tensor, async_op=True))
+    return lambda: _run_or_name_missing(work.wait)
 
 
-def run_on_rank_zero(work: Callable[[], Found]) -> Found:
-    """Rank 0 does the work while the others wait; all get what it returns, of what JSON can say.
+def run_on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 while the others wait, and return its JSON value on every rank.
 
     Raises:
-        SrcfastError: on the other ranks, when rank 0 raises anything: no rank waits for one that has failed.
+        SrcfastError: on the other ranks, when `work` raises anything on rank 0, so that no rank waits for a failed one.
     """
     if world_size() == 1:
         return work()
     if not is_rank_zero():
-        told = broadcast(None)
-        if "error" in told:
-            raise SrcfastError(f"rank 0 has failed: {told['error']}")
-        return told["value"]
+        message = broadcast(None)
+        if "error" in message:
+            raise SrcfastError(f"rank 0 has failed: {message['error']}")
+        return message["value"]
     try:
         value = work()
     except (Exception, Interrupted) as error:
@@ -189,214 +189,222 @@ def run_on_rank_zero(work: Callable[[], Found]) -> Found:
 
 
 def next_index(name: str) -> int:
-    """0, 1, 2, ...: each is given to one rank only, to whichever asks first. Ranks that share work take it by these.
+    """Return 0, 1, 2, ... from a counter that all ranks share: each index goes to one rank alone.
 
     Raises:
-        SrcfastError: the host that counts is gone.
+        SrcfastError: the host of the counters is gone.
     """
     if _store is None:
-        _alone[name] = _alone.get(name, -1) + 1
-        return _alone[name]
+        _local_counters[name] = _local_counters.get(name, -1) + 1
+        return _local_counters[name]
     return _add(f"next/{name}", 1) - 1
 
 
 def end_startup_timeout() -> None:
-    """Say that the start is over (models are read, a first step or stage is done): from now on waits are short."""
-    global _short, _patience
-    if _short is not None:
-        _set_timeout(_short)
-        _short = None
+    """Replace START_TIMEOUT by the configured timeout; called once a first step or stage is done."""
+    global _timeout_after_start
+    if _timeout_after_start is not None:
+        _set_timeout(_timeout_after_start)
+        _timeout_after_start = None
 
 
 def node_mesh(device_type: str) -> Any:
-    """The ranks of this node, as PyTorch's DeviceMesh; their waits end as those of all do."""
+    """Return the DeviceMesh of this node's ranks. Its collectives have the same timeout as all others."""
     global _mesh
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    here = local_world_size()
-    if _mesh is None:  # kept: a model may be read more than once, and each time new groups would be made
-        if _nccl:
-            _connect()
-        if here == world_size():
+    local_size = local_world_size()
+    if _mesh is None:  # cached: each model that is loaded would create new groups
+        if _has_nccl:
+            _connect_nccl()
+        if local_size == world_size():
             _mesh = DeviceMesh.from_group(_get_default_group(), device_type)
         else:
-            nodes = (world_size() // here, here)
-            _mesh = init_device_mesh(device_type, nodes, mesh_dim_names=("nodes", "ranks"))["ranks"]
-            _groups.append(_mesh.get_group())
-            _set_timeout(_patience)
+            shape = (world_size() // local_size, local_size)
+            _mesh = init_device_mesh(device_type, shape, mesh_dim_names=("nodes", "ranks"))["ranks"]
+            _subgroups.append(_mesh.get_group())
+            _set_timeout(_timeout)
     return _mesh
 
 
 @contextmanager
 def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator[None]:
-    """The ranks that `torchrun` has started, for as long as the body runs; without it, nothing.
+    """Join the process group of `torchrun` while the body runs; without torchrun, do nothing.
 
-    gloo on a CPU; with a GPU NCCL beside it, and each rank takes the device of its local rank.
+    The backend is gloo on CPUs. With GPUs it is gloo and NCCL, and each rank uses the device of its local rank.
 
     Args:
-        timeout: longest wait for another rank once they are `end_startup_timeout`; before that `START_TIMEOUT` if it is longer.
+        timeout: of each exchange after `end_startup_timeout`; before it, START_TIMEOUT where that is longer.
         device: the settings' `model.device`.
 
     Raises:
-        ConfigError: one GPU is named, or fewer are here than ranks.
+        ConfigError: `device` names one GPU, or the node has fewer GPUs than ranks.
+        SrcfastError: a collective of PyTorch's in the body has failed; missing ranks are named.
     """
-    global _store, _short, _arrived, _nccl, _connected
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
+    global _store, _timeout_after_start, _num_exchanges, _has_nccl, _nccl_connected
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
         _take_gpu(device)
-    at_start = max(timeout, START_TIMEOUT)
-    store, own_rank, world_size = next(dist.rendezvous("env://", timeout=at_start))
-    store.set_timeout(at_start)
+    start_timeout = max(timeout, START_TIMEOUT)
+    store, this_rank, num_ranks = next(dist.rendezvous("env://", timeout=start_timeout))
+    store.set_timeout(start_timeout)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("srcfast/group", store),
-        rank=own_rank,
-        world_size=world_size,
-        timeout=at_start,
+        rank=this_rank,
+        world_size=num_ranks,
+        timeout=start_timeout,
     )
-    _store, _short, _arrived, _nccl, _connected = store, timeout, 0, cuda, False
-    _set_timeout(at_start)
-    # After an error the group is left as it is: to end it might wait for the others, who learn of it from the closed
-    # connection or from torchrun. After a signal a shared base is let go of as after the work: no rank needs it any more.
+    _store, _timeout_after_start = store, timeout
+    _num_exchanges = 0
+    _has_nccl, _nccl_connected = on_gpu, False
+    _set_timeout(start_timeout)
+    # After an error the group is not destroyed: that might wait for the other ranks, which learn of the error from the
+    # closed connection or from torchrun. After a signal a sharded model is released, for no rank needs it any more.
     try:
         yield
     except Interrupted:
         if _mesh is not None:
-            _end()
+            _destroy_group()
         raise
-    except RuntimeError as error:  # where ranks put a layer together, PyTorch's own words name none of them
+    except RuntimeError as error:  # collectives of sharded layers are PyTorch's own, and its message names no rank
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise _in_vain(_first_line(error)) from error
+            raise _timeout_error(_first_line(error)) from error
         raise
-    _end()
+    _destroy_group()
 
 
-def _end() -> None:
-    global _store, _short
-    shared = _mesh is not None
-    if shared:
-        _let_go()
-    _store = _short = None
+def _destroy_group() -> None:
+    global _store, _timeout_after_start
+    was_sharded = _mesh is not None
+    if was_sharded:
+        _release_groups()
+    _store = _timeout_after_start = None
     dist.destroy_process_group()
-    if shared:  # where PyTorch still holds the group (2.11 does), its threads let go of their tensors meanwhile
-        time.sleep(DROPPED)
+    if was_sharded:  # PyTorch 2.11 still refers to the group: its threads release their tensors meanwhile
+        time.sleep(THREAD_EXIT)
 
 
-def _let_go() -> None:
-    """Of all that holds the groups: else their threads outlive them, and one that drops a tensor while Python ends, ends all."""
+def _release_groups() -> None:
+    """Drop all references to the groups. Their threads would outlive them, and a thread that frees a tensor while Python
+    shuts down aborts the process.
+    """
     global _mesh
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _mesh = None
-    _groups.clear()
+    _subgroups.clear()
     _clear_sharding_prop_cache()
     gc.collect()
 
 
 def _take_gpu(device: str) -> None:
-    local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    """Make the GPU of the local rank the current one. Raises ConfigError, see `process_group`."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_gpus = torch.cuda.device_count()
     if torch.device(device).index is not None:
         raise ConfigError(
-            f"model.device: expected cuda under torchrun, of which each rank takes its own, found {device}. "
+            f"model.device: expected cuda under torchrun, where each rank uses the GPU of its local rank, found {device}. "
             "Fix: model.device=cuda, and CUDA_VISIBLE_DEVICES to choose"
         )
-    if local >= here:
+    if local_rank >= num_gpus:
         raise ConfigError(
-            f"torchrun: expected at most as many ranks on a node as it has GPUs ({here}), found rank {local}. "
-            f"Fix: --nproc-per-node={here}"
+            f"torchrun: expected at most as many ranks on a node as it has GPUs ({num_gpus}), found rank {local_rank}. "
+            f"Fix: --nproc-per-node={num_gpus}"
         )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local_rank)
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    """Of all exchanges that begin from now on."""
-    global _patience
-    _patience = timeout
-    for group in (_get_default_group(), *_groups):
+    """Set the timeout of all exchanges that begin from now on."""
+    global _timeout
+    _timeout = timeout
+    for group in (_get_default_group(), *_subgroups):
         _set_pg_timeout(timeout, group)
-        if _nccl:
+        if _has_nccl:
             group._get_backend(torch.device("cuda"))._set_default_timeout(timeout + NCCL_LATER)
 
 
-def _connect() -> None:
-    """Before NCCL's first exchange, in which it connects the devices and waits without an end for a rank that is away."""
-    global _connected
-    if not _connected:
+def _connect_nccl() -> None:
+    """Wait for all ranks before NCCL's first exchange, which connects the devices and would wait for a missing rank forever."""
+    global _nccl_connected
+    if not _nccl_connected:
         barrier()
-        _connected = True
+        _nccl_connected = True
 
 
-def _together(collective: Callable[[], Found]) -> Found:
-    """A collective, counted before it begins: so that a rank which is not there can be named."""
+def _run_collective(collective: Callable[[], Result]) -> Result:
+    """Count a collective, then run it. The count tells the other ranks that this one has arrived."""
     _arrive()
-    return _finish(collective)
+    return _run_or_name_missing(collective)
 
 
 def _arrive() -> None:
-    global _arrived
-    _arrived += 1
+    global _num_exchanges
+    _num_exchanges += 1
     _add(f"arrived/{rank()}", 1)
 
 
 def _add(name: str, number: int) -> int:
-    """Add to a counter that all ranks see; returns what it is then. Raises SrcfastError where the host that counts is gone."""
+    """Add to a counter that all ranks share and return its new value. Raises SrcfastError if the counters' host is gone."""
     assert _store is not None
     store = _store
-    return _finish(lambda: store.add(f"srcfast/{name}", number))
+    return _run_or_name_missing(lambda: store.add(f"srcfast/{name}", number))
 
 
 def _counter(name: str) -> int:
-    """Raises RuntimeError where the host that counts is gone."""
+    """Return a shared counter's value. Raises RuntimeError if the counters' host is gone."""
     assert _store is not None
     return _store.add(f"srcfast/{name}", 0)
 
 
-def _away() -> list[int]:
-    """The ranks that have come to fewer exchanges than this one."""
-    return [other for other in range(world_size()) if _counter(f"arrived/{other}") < _arrived]
+def _missing_ranks() -> list[int]:
+    """Return the ranks that have begun fewer exchanges than this one."""
+    return [other for other in range(world_size()) if _counter(f"arrived/{other}") < _num_exchanges]
 
 
-def _finish(wait: Callable[[], Found]) -> Found:
+def _run_or_name_missing(operation: Callable[[], Result]) -> Result:
+    """Run an operation that waits for other ranks; turn its RuntimeError into a SrcfastError that names the missing ones."""
     try:
-        return wait()
+        return operation()
     except RuntimeError as error:
-        raise _in_vain(_first_line(error)) from error
+        raise _timeout_error(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _in_vain(why: str) -> SrcfastError:
-    away: list[int] = []
-    with suppress(RuntimeError):  # who counts may be gone with its host
-        away = _away() or _silent()
-    missing = f"rank {', '.join(map(str, away))}" if away else "another rank"
+def _timeout_error(reason: str) -> SrcfastError:
+    """Return the error of a wait that has failed, with the ranks that it failed for."""
+    ranks: list[int] = []
+    with suppress(RuntimeError):  # the counters may be gone with their host
+        ranks = _missing_ranks() or _stalled_rank()
+    missing = f"rank {', '.join(map(str, ranks))}" if ranks else "another rank"
     return SrcfastError(
-        f"rank {rank()} of {world_size()} waited in vain for {missing}: expected all ranks to come to the same exchange. "
+        f"rank {rank()} of {world_size()} timed out waiting for {missing}: expected all ranks to come to the same exchange. "
         "Fix: see the first error that another rank shows; where there is none, it hangs, or it is slower than "
-        f"distributed.timeout_seconds allows ({why})"
+        f"distributed.timeout_seconds allows ({reason})"
     )
 
 
-def _silent() -> list[int]:
-    """The one rank that has stopped within an exchange to which all have come: all others give it up, it does not.
+def _stalled_rank() -> list[int]:
+    """Return the one rank that hangs in an exchange which all ranks have begun: all others have given it up.
 
-    Empty where several don't within SETTLE: some may not have heard of it yet.
+    Empty where several ranks have not given it up after SETTLE seconds: some of them may not have noticed the failure yet.
     """
     assert _store is not None
     _store.add(f"srcfast/gave up/{rank()}", 1)
     end = time.monotonic() + SETTLE
     while True:
-        left = [
+        stalled = [
             other
             for other in range(world_size())
-            if _counter(f"arrived/{other}") == _arrived and not _counter(f"gave up/{other}")
+            if _counter(f"arrived/{other}") == _num_exchanges and not _counter(f"gave up/{other}")
         ]
-        if not left or time.monotonic() > end:
-            return left if len(left) == 1 else []
+        if not stalled or time.monotonic() > end:
+            return stalled if len(stalled) == 1 else []
         time.sleep(POLL)

@@ -88,14 +88,14 @@ class SharedClock:
     """
 
     def __init__(self) -> None:
-        distributed.time, distributed._sign = self, 0.0  # type: ignore[assignment]  # this process ends with the test
+        distributed.time, distributed._last_heartbeat = self, 0.0  # type: ignore[assignment]  # this process ends with the test
 
     def monotonic(self) -> float:
         return float(distributed._counter("clock/seconds"))
 
     def sleep(self, seconds: float) -> None:
         now = distributed._add("clock/seconds", 1)
-        while distributed._counter("clock/spent") < now and distributed._away():
+        while distributed._counter("clock/spent") < now and distributed._missing_ranks():
             time.sleep(0.001)
 
     def spend(self, seconds: int) -> None:

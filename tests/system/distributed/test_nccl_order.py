@@ -28,9 +28,9 @@ def test_nccl_gives_up_a_minute_behind_gloo(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(distributed, "_set_pg_timeout", of_all)
     monkeypatch.setattr(distributed, "_get_default_group", lambda: SimpleNamespace(_get_backend=of_one))
-    monkeypatch.setattr(distributed, "_nccl", True)
-    monkeypatch.setattr(distributed, "_patience", distributed.START_TIMEOUT)
-    monkeypatch.setattr(distributed, "_short", SHORT)
+    monkeypatch.setattr(distributed, "_has_nccl", True)
+    monkeypatch.setattr(distributed, "_timeout", distributed.START_TIMEOUT)
+    monkeypatch.setattr(distributed, "_timeout_after_start", SHORT)
     distributed.end_startup_timeout()
     assert told == {"cpu": SHORT, "cuda": SHORT + timedelta(minutes=1)}
 
@@ -58,7 +58,7 @@ def test_nccl_connects_only_once_all_ranks_have_come(tmp_path: Path) -> None:
     assert values_of(run_ranks(3, sum_on_a_device, late)) == [[True]] * 3
     (never := tmp_path / "never").mkdir()
     here = run_ranks(3, sum_on_a_device, never, SHORT)[0]  # which holds the store, and so can always name
-    assert "waited in vain for rank 2:" in here["error"]
+    assert "timed out waiting for rank 2:" in here["error"]
 
 
 def wait_for_a_device(folder: Path) -> float:
@@ -81,4 +81,4 @@ def test_a_device_that_waits_for_another_rank_s_is_waited_for_no_longer_than_a_r
     assert min(values_of(run_ranks(2, wait_for_a_device, well, SHORT))) > 0.5
     (never := tmp_path / "never").mkdir()
     here = run_ranks(2, wait_for_a_device, never, SHORT)[0]
-    assert "waited in vain for rank 1:" in here["error"] and "the device is still busy" in here["error"]
+    assert "timed out waiting for rank 1:" in here["error"] and "the device is still busy" in here["error"]

@@ -353,7 +353,7 @@ def one_dies(folder: Path) -> None:
 def test_a_rank_that_dies_within_a_layer_is_an_error_by_name(tmp_path: Path) -> None:
     left, dead = run_ranks(2, one_dies, tmp_path)
     assert dead["exit"] == 9
-    assert "rank 0 of 2 waited in vain for rank 1" in left["error"]
+    assert "rank 0 of 2 timed out waiting for rank 1" in left["error"]
 
 
 def test_a_four_bit_weight_that_cannot_be_shared_out_is_named() -> None:

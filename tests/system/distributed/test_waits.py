@@ -53,7 +53,7 @@ def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path, work
     here = run_ranks(2, work, tmp_path, SHORT)[0]
     # A rank that waited for START_TIMEOUT, which holds before, would be killed at LIMIT.
     assert here["exit"] == 1 and distributed.START_TIMEOUT.total_seconds() > 2 * LIMIT
-    assert "waited in vain for rank 1" in here["error"] and "distributed.timeout_seconds" in here["error"]
+    assert "timed out waiting for rank 1" in here["error"] and "distributed.timeout_seconds" in here["error"]
 
 
 def stop_within_an_exchange(folder: Path) -> None:
@@ -68,12 +68,12 @@ def stop_within_an_exchange(folder: Path) -> None:
 
 def test_of_four_ranks_one_that_stops_within_an_exchange_is_named(tmp_path: Path) -> None:
     found = run_ranks(4, stop_within_an_exchange, tmp_path, SHORT)
-    assert "waited in vain for rank 2:" in found[0]["error"]
+    assert "timed out waiting for rank 2:" in found[0]["error"]
     for here in (
         found[1],
         found[3],
     ):  # the store by which they name it may have ended with rank 0: there is no torchrun
-        assert here["exit"] == 1 and "waited in vain for" in here["error"]
+        assert here["exit"] == 1 and "timed out waiting for" in here["error"]
 
 
 def lose_the_store(folder: Path) -> None:
@@ -89,7 +89,7 @@ def lose_the_store(folder: Path) -> None:
 
 def test_a_host_that_counts_and_is_gone_is_an_error_of_ours(tmp_path: Path) -> None:
     for here in run_ranks(4, lose_the_store, tmp_path)[1:]:
-        assert "waited in vain for another rank" in here["error"] and "SrcfastError" in here["trace"]
+        assert "timed out waiting for another rank" in here["error"] and "SrcfastError" in here["trace"]
 
 
 def be_slow(folder: Path) -> float:
@@ -121,7 +121,7 @@ def test_a_rank_that_is_slow_is_waited_for_as_long_as_it_shows_signs_of_life(tmp
 
 def test_a_rank_that_shows_none_is_not(tmp_path: Path) -> None:
     here = run_ranks(2, hang_at_work, tmp_path, SHORT)[0]
-    assert "waited in vain for rank 1" in here["error"] and "no sign of life" in here["error"]
+    assert "timed out waiting for rank 1" in here["error"] and "no sign of life" in here["error"]
 
 
 def main_fails(folder: Path) -> None:

@@ -83,8 +83,8 @@ def assert_others_end(attempt: RankAttempt, victim: int, timeout: int, always_na
         if rank == victim:
             continue
         assert status == 1, f"rank {rank}, status {status}: {said}"
-        named = said.rpartition("waited in vain for ")[2].partition(":")[0]  # `rank 1, 3`
-        words = said.rpartition("waited in vain for ")[2].lower()
+        named = said.rpartition("timed out waiting for ")[2].partition(":")[0]  # `rank 1, 3`
+        words = said.rpartition("timed out waiting for ")[2].lower()
         heard = not always_named and ("connection" in words or "reset by peer" in words)
         assert str(victim) in named.removeprefix("rank ").split(", ") or heard, f"rank {rank}: {said}"
 
