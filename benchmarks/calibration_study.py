@@ -23,7 +23,7 @@ import typer
 from srcfast.calibrate import calibrate, evaluate, rationale
 from srcfast.config.load import load_config
 from srcfast.data.jsonl import read_jsonl, write_json
-from srcfast.run.directory import environment
+from srcfast.run.environment import environment
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.evaluation import bootstrap_interval
 from srcfast.stages.headroom import recovered

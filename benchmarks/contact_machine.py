@@ -11,7 +11,7 @@ import torch
 
 from srcfast.attention.forest_attention import available_backends
 from srcfast.memory.allocator import VARIABLES
-from srcfast.run.directory import environment, version
+from srcfast.run.environment import environment, version
 from srcfast_benchmarks.harness import PEERS
 from srcfast_kernels import native
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from srcfast.data.jsonl import write_json
-from srcfast.run.directory import environment
+from srcfast.run.environment import environment
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("seconds", "peak_rss_bytes", "stages", "evaluations")

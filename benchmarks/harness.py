@@ -28,7 +28,7 @@ from torch import Tensor
 
 from srcfast.memory.allocator import allocator_variables
 from srcfast.report.plots import can_plot
-from srcfast.run.directory import environment, version
+from srcfast.run.environment import environment, version
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = (

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from srcfast.data.jsonl import write_json
 from srcfast.report.plots import can_plot
-from srcfast.run.directory import environment, version
+from srcfast.run.environment import environment, version
 from srcfast_benchmarks.harness import GIVES_BACK, PEERS, RESULTS, Shape, describe, resident, run_process
 
 REPEATS = 3

@@ -18,7 +18,7 @@ from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_shards
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.report.run_results import write_preferences, write_summary
-from srcfast.run.directory import exclusive_lock
+from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun

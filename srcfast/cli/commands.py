@@ -34,7 +34,7 @@ from srcfast.models.checkpoint import model_hash
 from srcfast.models.text_model import save_text_model
 from srcfast.report.table import results_table
 from srcfast.run.chunks import remove_chunks
-from srcfast.run.directory import exclusive_lock
+from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import candidates_in_chunks

@@ -21,7 +21,7 @@ from srcfast.errors import ConfigError, SrcfastError, printable
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import merge_lora
 from srcfast.models.lvlm import LVLM, save_lvlm
-from srcfast.run.directory import environment, version
+from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.replay import replay as run_again

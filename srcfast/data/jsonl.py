@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -221,6 +221,21 @@ def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_si
         write_shard()
     write_json(directory / COMPLETE, {"rows": count, "shards": len(hashes), "sha256": hashes})
     return count
+
+
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a mapping to what JSON reads back: tuples become lists, paths strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Map dotted names to the leaves of nested dicts; an empty dict is a leaf."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, inner in value.items():
+        leaves |= flatten(inner, f"{prefix}.{key}" if prefix else key)
+    return leaves
 
 
 def json_hash(value: Any) -> str:

@@ -18,7 +18,7 @@ from srcfast.config.settings import Config
 from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.run.directory import exclusive_lock
+from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.dpo import check_references
 from srcfast.stages.drift import drift, drift_of, most_drift

@@ -22,7 +22,8 @@ from srcfast.memory.forecast import Forecast
 from srcfast.memory.measure import Measurement, measured
 from srcfast.memory.plan import forecast_items
 from srcfast.run.chunks import Chunks, remove_chunks
-from srcfast.run.directory import StageMetrics, exclusive_lock
+from srcfast.run.directory import StageMetrics
+from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress, peak_rss_bytes, track
 from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.training.checkpoint import TrainingCheckpoints

@@ -31,10 +31,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from srcfast import distributed
-from srcfast.data.jsonl import COMPLETE, file_hash, parse_object, regular, replacing, temporary_of, write_json
+from srcfast.data.jsonl import (
+    COMPLETE,
+    as_json,
+    file_hash,
+    flatten,
+    parse_object,
+    regular,
+    replacing,
+    temporary_of,
+    write_json,
+)
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.run import signals
-from srcfast.run.directory import flat, plain
 
 if TYPE_CHECKING:
     from srcfast.training.loop import TrainingItem
@@ -195,7 +204,7 @@ def identity_of(
         segments = [(segment.parent, segment.tokens) for segment in item.tree.segments]
         named = named_values([segments, images, item.tree.key, item.meta])
         digest.update(json.dumps(named, sort_keys=True).encode() + b"\n")
-    return plain(
+    return as_json(
         {
             "stage": settings,
             "loop": loop,
@@ -334,7 +343,7 @@ def _check_hash(file: Path, expected: str) -> None:
 
 
 def _check_same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    old, new = flat(dict(stored)), flat(dict(wanted))
+    old, new = flatten(dict(stored)), flatten(dict(wanted))
     if old.get("items") == (before := new.pop(BEFORE, None)):  # saved by srcfast 0.1
         new["items"] = before
     changed = [key for key in new | old if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _NO_MATTER]

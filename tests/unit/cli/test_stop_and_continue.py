@@ -19,7 +19,8 @@ from helpers.made_rows import preference_rows, write_rows
 from safetensors.torch import load_file
 
 from srcfast.errors import SrcfastError
-from srcfast.run.directory import RunDirectory, StageMetrics, exclusive_lock
+from srcfast.run.directory import RunDirectory, StageMetrics
+from srcfast.run.lock import exclusive_lock
 from srcfast.stages import policy
 from srcfast.training import loop
 
@@ -131,7 +132,7 @@ def test_a_stop_between_the_last_step_and_the_result_costs_no_step(
 HOLD = """
 import sys, time
 from pathlib import Path
-from srcfast.run.directory import exclusive_lock
+from srcfast.run.lock import exclusive_lock
 with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
