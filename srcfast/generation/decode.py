@@ -219,7 +219,7 @@ class _Decoding:
         starts = [task.begin() for task in tasks]
         for slot, task, start in zip(slots, tasks, starts, strict=True):
             rows = len(start.room)
-            self._open(slot, task, start, self.cache.start(slot, [], [0] * rows, start.draws.shape[1]), [0] * rows)
+            self._open(slot, task, start, self.cache.start(slot, [], [0] * rows), [0] * rows)
             self.prompts[slot * self.width : (slot + 1) * self.width] = len(task.prompt.token_ids)
         places = np.concatenate([self._slot(slot).places for slot in slots])
         counts = to_device([len(start.room) for start in starts], self.device)
@@ -325,7 +325,7 @@ class _Decoding:
             return True
         before = [slot.before[parent] + len(written[parent]) for parent in start.parents]
         parents = [slot.places[parent] for parent in start.parents]
-        places = self.cache.start(number, parents, [count - 1 for count in before], start.draws.shape[1])
+        places = self.cache.start(number, parents, [count - 1 for count in before])
         rows, tokens = to_device(np.array([places, [written[parent][-1] for parent in start.parents]]), self.device)
         self.pending[rows] = tokens
         self._open(number, slot.task, start, places, before)

@@ -1,13 +1,15 @@
 """Keys and values of samples that are decoded at once, each slot a sample: a prompt, and rows that continue it.
 
-A prompt is kept once and read once a step by all rows of its sample; each row's own continuation is one page, contiguous, so
-that no step gathers keys. A step's attention is csrc's `decode_attention` on a CPU in fp32, where the native library was built,
-and plain PyTorch elsewhere: padded to the longest prompt and continuation, and so slower where rows differ. Scores, their
-softmax and all sums are fp32 whatever the model's type, as in training's attention. No call waits for a GPU.
+A prompt is stored once and read once a step by all rows of its sample. Each row's continuation is contiguous, so that no step
+gathers keys; of rows that fork, all but one copy what they continue. A step's attention is csrc's `decode_attention` on a CPU
+in fp32, where the native library was built, and plain PyTorch elsewhere: padded to the longest prompt and continuation, and so
+slower where rows differ. Scores, their softmax and all sums are fp32 whatever the model's type, as in training's attention. No
+call waits for a GPU.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast.attention.forest_attention import Attend
-from srcfast.generation.kv_pages import KVPages, PagedRow
+from srcfast.errors import SrcfastError
 from srcfast_kernels import native
 from srcfast_kernels.transfers import to_device
 
@@ -28,7 +30,6 @@ PROMPT_STEP = (
     64  # positions by which prompts' rooms of fixed size differ: few sizes, so that captured steps serve many calls
 )
 GROWTH = 32  # positions by which a cache that grows does so
-ENDLESS = 1 << 30  # a page takes any number of positions
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -158,8 +159,10 @@ class SlotCache:
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._pages = [KVPages(range(self.width), ENDLESS) for _ in range(self.slots)]
-        self._rows: list[dict[int, PagedRow]] = [{} for _ in range(self.slots)]  # by their page
+        # Both by slot, as indices within it. Free ones are a stack: a row's index decides its order in a step's products, so
+        # that results are the same bytes only as long as indices are given out in the same order.
+        self._rows: list[list[int]] = [[] for _ in range(self.slots)]
+        self._free = [list(reversed(range(self.width))) for _ in range(self.slots)]
         self._into: list[tuple[int, int, int]] = []  # (slot, first token, end) of the prompts that are being run
 
     def reset(self) -> None:
@@ -194,39 +197,60 @@ class SlotCache:
             self.prompt_keys[layer, slot, :, :, : end - start] = k[start:end].permute(1, 2, 0)
             self.prompt_values[layer, slot, :, : end - start] = v[start:end].transpose(0, 1)
 
-    def start(self, slot: int, parents: Sequence[int], lengths: Sequence[int], limit: int) -> list[int]:
-        """Let new rows take the place of a slot's old ones.
+    def start(self, slot: int, parents: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Replace a slot's rows by new ones.
 
         Args:
             parents: the place of the row that each new row continues; empty: as many rows as `lengths`, behind the prompt.
             lengths: how many of its parent's positions each keeps.
-            limit: positions that each will write at most.
 
         Returns:
             The new rows' places.
+
+        Raises:
+            SrcfastError: more rows than a slot has.
         """
-        pages, old = self._pages[slot], self._rows[slot]
+        if len(lengths) > self.width:
+            raise SrcfastError(
+                f"the key-value cache: expected at most {self.width} rows in a slot, found {len(lengths)}. "
+                "Fix: decode with a width of the most rows that a sample writes at once"
+            )
+        sources: list[int | None] = [None] * len(lengths)
         if parents:
-            rows = [pages.fork(old[parent % self.width], n) for parent, n in zip(parents, lengths, strict=True)]
-        else:
-            rows = [pages.new_row() for _ in lengths]
-        self.release(slot)
-        copies = [copy for row in rows for copy in pages.extend(row, row.length + limit)]
-        if copies:
-            longest = max(copy.length for copy in copies)
-            pairs = np.array([[copy.source for copy in copies], [copy.target for copy in copies]])
-            sources, targets = to_device(pairs, self.device)  # [n] each
+            paired = zip(parents, lengths, strict=True)
+            sources = [parent % self.width if length else None for parent, length in paired]
+        rows = self._assign(slot, sources)
+        triples = zip(sources, rows, lengths, strict=True)
+        copies = np.array([triple for triple in triples if triple[0] is not None and triple[0] != triple[1]])  # [n, 3]
+        if len(copies):
+            longest = int(copies[:, 2].max())
+            copied, written = to_device(copies[:, :2].T.copy(), self.device)  # [n] each
             own_keys, own_values = self._by_slot(self.own_keys), self._by_slot(self.own_values)
-            for held in (own_keys[:, slot, ..., :longest], own_values[:, slot, :, :, :longest]):
-                held[:, :, targets] = held[:, :, sources]
-        self._rows[slot] = {row.pages[0]: row for row in rows}
-        return [slot * self.width + row.pages[0] for row in rows]
+            for stored in (own_keys[:, slot, ..., :longest], own_values[:, slot, :, :, :longest]):
+                stored[:, :, written] = stored[:, :, copied]
+        return [slot * self.width + row for row in rows]
+
+    def _assign(self, slot: int, sources: Sequence[int | None]) -> list[int]:
+        """Give new rows their indices within a slot; a row has to copy its source's positions where its index is another.
+
+        The last row that continues a source takes over the source's index. So the copies can be made at once: an index that is
+        read is still in use, one that is written was free.
+        """
+        remaining = Counter(sources)
+        assert remaining.keys() <= {None, *self._rows[slot]}, "a row continues one of its slot"
+        free = self._free[slot]
+        free += [row for row in self._rows[slot] if row not in remaining]
+        rows = []
+        for source in sources:
+            remaining[source] -= 1
+            rows.append(free.pop() if source is None or remaining[source] else source)
+        self._rows[slot] = rows
+        return rows
 
     def release(self, slot: int) -> None:
-        """Forget a slot's rows."""
-        for row in self._rows[slot].values():
-            self._pages[slot].release(row)
-        self._rows[slot] = {}
+        """Free a slot's rows."""
+        self._free[slot] += self._rows[slot]
+        self._rows[slot] = []
 
     def move(self, source: int, target: int) -> None:
         """A sample moves to a free slot, its rows each to the same place within it."""
@@ -235,7 +259,7 @@ class SlotCache:
             kept[:, target] = kept[:, source]
         for by_slot in (self.prompt_mask, self.prompt_lengths):
             by_slot[target] = by_slot[source]
-        for listed in (self._pages, self._rows):
+        for listed in (self._free, self._rows):
             _swap(listed, source, target)
 
     # A step -----------------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from srcfast.errors import SrcfastError
 from srcfast.generation.kv_cache import GROWTH, HALVES, Layout, SlotCache
 from srcfast_kernels import native
 
@@ -64,11 +67,11 @@ class Paths:
             self.prompt[slot] = [(k[begin : begin + length], v[begin : begin + length]) for k, v in layers]
             begin += length
 
-    def start(self, slot: int, parents: list[int], lengths: list[int], limit: int) -> list[int]:
+    def start(self, slot: int, parents: list[int], lengths: list[int]) -> list[int]:
         old = dict(self.own)
         for place in range(slot * WIDTH, (slot + 1) * WIDTH):
             self.own.pop(place, None)
-        places = self.cache.start(slot, parents, lengths, limit)
+        places = self.cache.start(slot, parents, lengths)
         assert len(set(places)) == len(places) and all(place // WIDTH == slot for place in places)
         empty = [(self.drawn(0, KV_HEADS, self.size), self.drawn(0, KV_HEADS, self.size))] * LAYERS
         for index, (place, length) in enumerate(zip(places, lengths, strict=True)):
@@ -139,19 +142,19 @@ def follow(paths: Paths, fixed: bool) -> None:
     """Samples come and go, rows are continued, forked and left behind."""
     assert paths.cache._native == (paths.size % 16 == 0 and not fixed)
     paths.admit({0: 5, 1: 9})
-    first, second = paths.start(0, [], [0, 0, 0], 10), paths.start(1, [], [0, 0], 10)
+    first, second = paths.start(0, [], [0, 0, 0]), paths.start(1, [], [0, 0])
     paths.step([*first, *second], 2)
     paths.step([first[0], first[2], second[1]], 2)  # the others have ended
     paths.admit({2: 17})  # longer than what there was room for
-    third = paths.start(2, [], [0], 10)
+    third = paths.start(2, [], [0])
     paths.step([first[0], second[0], *third], 3)
     # Two of the first sample's rows are continued, one of them twice and from before its last position.
-    first = paths.start(0, [first[0], first[0], first[2]], [2, 3, 2], 50)
+    first = paths.start(0, [first[0], first[0], first[2]], [2, 3, 2])
     for _ in range(GROWTH + 3):
         paths.step([*first, *third], 3)
     paths.cache.release(1)
     paths.admit({1: 3})
-    second = paths.start(1, [], [0, 0, 0], 4)
+    second = paths.start(1, [], [0, 0, 0])
     paths.step([*second, first[1]], 3)
     paths.step([*second, *first, *third], 3)
     if fixed:  # rows that only fill up change nothing, however many
@@ -163,8 +166,8 @@ def follow(paths: Paths, fixed: bool) -> None:
 def test_a_sample_may_move_to_a_free_slot(dtype: torch.dtype, size: int, tolerance: tuple[float, float]) -> None:
     paths = Paths((dtype, size, tolerance), 4, False, seed=1)
     paths.admit({0: 4, 1: 6, 2: 5})
-    paths.start(0, [], [0], 9)
-    places = paths.start(2, [], [0, 0], 9)
+    paths.start(0, [], [0])
+    places = paths.start(2, [], [0, 0])
     paths.step(places, 3)
     paths.cache.release(0)
     paths.cache.move(2, 0)
@@ -174,5 +177,125 @@ def test_a_sample_may_move_to_a_free_slot(dtype: torch.dtype, size: int, toleran
         paths.lengths[place - 2 * WIDTH] = paths.lengths[place]
     places = [place - 2 * WIDTH for place in places]
     paths.step(places, 1)
-    places = paths.start(0, [places[1], places[1], places[0]], [2, 1, 2], 9)
+    places = paths.start(0, [places[1], places[1], places[0]], [2, 1, 2])
     paths.step(places, 1)
+
+
+# Forks ------------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A slot's rows beside the list of what each holds; keys and values are numbers, each written once."""
+
+    SLOT, HEADS = 1, 2
+
+    def __init__(self, width: int) -> None:
+        config = SimpleNamespace(num_layers=1, num_heads=self.HEADS, num_kv_heads=self.HEADS, head_dim=1)
+        self.width = width
+        self.cache = SlotCache(config, Layout.of(2, width, 16, 64, on_gpu=True), torch.zeros(1, dtype=torch.float64))
+        self.cache.admit([self.SLOT], [1])
+        self.rows: dict[int, list[float]] = {}  # by place
+        self.written = 0
+
+    def stored(self, place: int) -> tuple[Tensor, Tensor]:
+        """Views of a row's keys and values, [Hkv, positions] each."""
+        keys, values = (self.cache._by_slot(x) for x in (self.cache.own_keys, self.cache.own_values))
+        row = place % self.width
+        return keys[0, self.SLOT, :, row, 0], values[0, self.SLOT, :, row, :, 0]
+
+    def start(self, parents: list[int], lengths: list[int]) -> list[int]:
+        held = [self.rows[parent] for parent in parents] or [[] for _ in lengths]
+        places = self.cache.start(self.SLOT, parents, lengths)
+        assert len(set(places)) == len(places)
+        self.rows = {place: row[:length] for place, row, length in zip(places, held, lengths, strict=True)}
+        for place, row in self.rows.items():
+            for numbers in self.stored(place):
+                numbers[:, len(row) :] = -2  # nothing behind what a row continues may be relied on
+        return places
+
+    def write(self, places: list[int]) -> None:
+        rows = torch.tensor(sorted(places))
+        lengths = torch.zeros(2 * self.width, dtype=torch.int64)
+        for place, row in self.rows.items():
+            lengths[place] = len(row)
+        attend = self.cache.begin(rows, lengths, 2, int(lengths.max()) + 1)
+        numbers = self.written + torch.arange(len(rows) * self.HEADS, dtype=torch.float64).view(-1, self.HEADS, 1)
+        attend(0, torch.zeros_like(numbers), numbers, numbers)
+        for place, number in zip(rows.tolist(), numbers[:, 0, 0].tolist(), strict=True):
+            self.rows[place].append(number)
+        self.written += numbers.numel()
+
+    def release(self) -> None:
+        self.cache.release(self.SLOT)
+        self.rows = {}
+
+    def check(self) -> None:
+        for place, row in self.rows.items():
+            expected = torch.tensor([[number + head for number in row] for head in range(self.HEADS)])
+            for numbers in self.stored(place):
+                assert numbers[:, : len(row)].tolist() == expected.tolist()
+        taken = [place % self.width for place in self.rows]
+        assert sorted(taken + self.cache._free[self.SLOT]) == list(range(self.width))  # none is lost or given out twice
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["new", "fork", "cut", "write", "write", "release"]), st.lists(st.integers(0, 99), min_size=1)
+    ),
+    max_size=30,
+)
+
+
+@given(actions, st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_every_row_holds_what_it_and_its_ancestors_wrote(steps: list[tuple[str, list[int]]], width: int) -> None:
+    numbers = Numbers(width)
+    for action, which in steps:
+        chosen = [list(numbers.rows)[index % len(numbers.rows)] for index in which[:width] if numbers.rows]
+        if action == "new" or not chosen:
+            numbers.start([], [0] * (1 + which[0] % width))
+        elif action == "fork":
+            numbers.start(chosen, [len(numbers.rows[place]) for place in chosen])
+        elif action == "cut":  # forks of beginnings
+            pairs = zip(which, chosen, strict=False)
+            numbers.start(chosen, [index % (len(numbers.rows[place]) + 1) for index, place in pairs])
+        elif action == "write":
+            for _ in range(1 + which[0] % 3):
+                numbers.write(list(set(chosen)))
+        else:
+            numbers.release()
+        numbers.check()
+    numbers.release()
+    numbers.check()
+
+
+def test_the_last_row_that_continues_a_parent_takes_its_place_and_the_others_copy() -> None:
+    numbers = Numbers(4)
+    first = [4, 5, 6]  # behind slot 0's places
+    assert numbers.start([], [0, 0, 0]) == first
+    numbers.write(first)
+    # Place 6, which has just been freed, is given out before 7.
+    assert numbers.start([5, 5, 4, 5], [1, 1, 1, 1]) == [6, 7, 4, 5]
+    numbers.check()
+    # The first and last rows continue 0 positions, so they take free places: 5, which was freed last, then 4.
+    assert numbers.start([7, 7, 6], [0, 1, 0]) == [5, 7, 4]
+    numbers.check()
+    numbers.release()
+    assert numbers.start([], [0]) == [4]
+
+
+def test_copies_of_different_lengths_are_made_together() -> None:
+    numbers = Numbers(4)
+    for places in (numbers.start([], [0, 0]), [4, 5], [4, 5]):
+        numbers.write(places)
+    assert numbers.start([4, 4, 5, 5], [1, 1, 3, 3]) == [6, 4, 7, 5]
+    numbers.check()
+
+
+def test_more_rows_than_a_slot_has_are_an_error() -> None:
+    numbers = Numbers(2)
+    with pytest.raises(SrcfastError, match="at most 2 rows in a slot, found 3. Fix: "):
+        numbers.cache.start(1, [], [0, 0, 0])
+    numbers.start([], [0])
+    with pytest.raises(AssertionError, match="one of its slot"):
+        numbers.cache.start(1, [3], [1])
