@@ -15,7 +15,7 @@ import torch
 
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import generate_candidates, prompts_of
-from srcfast.stages.drift import drift, drift_of, most_drift
+from srcfast.stages.drift import drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import response_logprobs
 from srcfast.stages.prompts import image_loader
 from srcfast_benchmarks.contact_decoding import (
@@ -84,7 +84,7 @@ def differences(ones: Sequence[float], others: Sequence[float], lengths: Sequenc
         "mean_nats": apart.mean(),
         "largest_nats": apart.max(),
         "root_mean_square_drift": found.root_mean_square,
-        "most_root_mean_square_drift": most_drift(dtype, found.responses),
+        "most_root_mean_square_drift": rounding_bound(dtype, found.responses),
         "largest_drift": found.greatest,
-        "most_drift": most_drift(dtype, 1),
+        "most_drift": rounding_bound(dtype, 1),
     }

@@ -24,9 +24,9 @@ from srcfast.memory.plan import forecast_stage
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
-from srcfast.stages.drift import most_drift
+from srcfast.stages.drift import rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
-from srcfast.stages.pair_trees import loss_rows, preference_trees
+from srcfast.stages.pair_trees import pair_logit_rows, preference_trees
 from srcfast.stages.prompts import image_loader
 from srcfast.training.loop import train
 from srcfast_benchmarks.contact_model import Models, free
@@ -87,7 +87,7 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
 
     def on_step(metrics: dict[str, Any]) -> None:
         rows.append(metrics)
-        case.store(first_step=rows[0], most_drift=most_drift(model.decoder.head_weight.dtype, 1), steps=len(rows))
+        case.store(first_step=rows[0], most_drift=rounding_bound(model.decoder.head_weight.dtype, 1), steps=len(rows))
 
     free()
     train(  # not `train_preference`, whose check of the first step would end a case that drifts
@@ -98,7 +98,7 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
         settings=settings,
         features=features,
         on_step=on_step,
-        rows=loss_rows,
+        rows=pair_logit_rows,
         profiler=last,  # type: ignore[arg-type]
     )
     taken = peaks()

@@ -32,9 +32,9 @@ from srcfast.data.forest import Forest, Tree
 from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
-from srcfast.stages.drift import Drift, drift, drift_of, most_drift
+from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs
-from srcfast.stages.pair_trees import loss_rows, pair_logprobs, preference_trees
+from srcfast.stages.pair_trees import pair_logit_rows, pair_logprobs, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.stage_run import StageRun
@@ -271,7 +271,7 @@ def train_preference(
         features=features,
         on_step=on_step,
         before_update=check_start,
-        rows=loss_rows,
+        rows=pair_logit_rows,
         profiler=profiler,
         checkpoints=checkpoints,
     )
@@ -306,8 +306,8 @@ def _not_the_reference(found: Drift, sample: str, worst: str) -> SrcfastError:
     return SrcfastError(
         f"{sample}before the first update the policy must equal its reference, but {worst}. Over {found.responses} responses "
         f"their log-probabilities differ by {found.root_mean_square:.2e} nats a root token, the worst by {found.greatest:.2e} "
-        f"(rounding makes at most {most_drift(found.dtype, found.responses):.1e}, of one response "
-        f"{most_drift(found.dtype, 1):.1e}). Fix: compute the reference again with this base and adapter: leave "
+        f"(rounding makes at most {rounding_bound(found.dtype, found.responses):.1e}, of one response "
+        f"{rounding_bound(found.dtype, 1):.1e}). Fix: compute the reference again with this base and adapter: leave "
         "reference_chosen_logprob and reference_rejected_logprob out; in a calibration: another run, with "
         "dpo.reuse_generation_logprobs=false"
     )

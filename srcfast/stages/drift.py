@@ -1,4 +1,4 @@
-"""How far two computations of a response's log-probability may be apart if one model made both.
+"""Measure how far two computations of a response's log-probability are apart, and bound what rounding may do.
 
 Packing, batching and decoding change the order of sums and the shapes of products, hence the rounding of each token's
 log-probability. A response's is the sum of its tokens', whose errors are nearly independent: it grows with the root of their
@@ -25,18 +25,18 @@ ROUNDOFF = {torch.float64: 2.0**-36, torch.float32: 2.0**-20, torch.float16: 2.0
 # Root of the mean square of z, in roundoffs. Measured on the CPU, 3 seeds each: SmolLM2-135M (30 layers), forests against
 # another implementation's steps: 29 in bf16, 31 in fp16, 7 in fp32, one response at most 75. The embedded model (5 layers),
 # decoding against training: 1 in all. The same model after one more round of preferences: 270 in bf16.
-MOST = 64.0
+MAX_ROUNDOFFS = 64.0
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of some responses.
+    """The differences z of some responses, in nats a root token.
 
     Attributes:
         root_mean_square: of z.
-        greatest: |z| of the worst response.
-        responses: how many.
-        dtype: of the products.
+        greatest: |z| of the response that differs most.
+        responses: their number.
+        dtype: in which the model's products are computed.
     """
 
     root_mean_square: float
@@ -46,27 +46,26 @@ class Drift:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether one model may have made both. False where a difference isn't finite."""
-        return self.root_mean_square <= most_drift(self.dtype, self.responses) and self.greatest <= most_drift(
-            self.dtype, 1
-        )
+        """Whether rounding alone explains the differences, so that one model may have made both. False where one isn't finite."""
+        bound, bound_of_one = rounding_bound(self.dtype, self.responses), rounding_bound(self.dtype, 1)
+        return self.root_mean_square <= bound and self.greatest <= bound_of_one
 
 
-def most_drift(dtype: torch.dtype, responses: int) -> float:
-    """The root mean square of z, in nats a root token, that rounding can make over so many responses.
+def rounding_bound(dtype: torch.dtype, responses: int) -> float:
+    """Return the greatest root mean square of z, in nats a root token, that rounding can make over so many responses.
 
     A mean square of n values scatters by about 1 / sqrt(n) of itself: the fewer there are, the more is allowed.
     """
-    return ROUNDOFF[dtype] * MOST * (1.0 + 3.0 / math.sqrt(responses))
+    return ROUNDOFF[dtype] * MAX_ROUNDOFFS * (1.0 + 3.0 / math.sqrt(responses))
 
 
 def drift(value: float, exact: float, tokens: int) -> float:
-    """|z| of one response."""
+    """Return |z| of one response of so many tokens."""
     return abs(value - exact) / math.sqrt(tokens)
 
 
 def drift_of(drifts: Sequence[float], dtype: torch.dtype) -> Drift | None:
-    """Of the |z| of some responses; None of none."""
+    """Summarise the |z| of some responses; None where there are none."""
     if not len(drifts):
         return None
     z = np.asarray(drifts, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: of preference pairs under their reference, of any responses after their prompts."""
+"""Compute log-probabilities of responses: of preference pairs under their reference, of any responses after their prompts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from srcfast.training.pipelining import behind
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import Fetched, fetch, to_device
 
+PAIRS = 256  # preference pairs a chunk, or requests for a log-probability
+
 
 @torch.no_grad()
 def reference_logprobs(
@@ -42,32 +44,33 @@ def reference_logprobs(
     features: Features | None = None,
     on_forest: Callable[[Forest], None] | None = None,
 ) -> list[Preference]:
-    """The preferences with the model's log-probabilities as their reference.
+    """Return the preferences with the model's log-probabilities as those of their reference, in nats.
 
     Args:
         model: base with the adapter as it is before the round.
         preferences: pairs.
-        reference_hash: of base and adapter; stored in `extra["reference_hash"]`, and asked for when training.
-        token_budget: most tokens in a forest.
+        reference_hash: of base and adapter; stored in `extra["reference_hash"]`, and compared when training starts.
+        token_budget: maximum of tokens in a forest.
         features: image keys to embeddings.
         on_forest: called after each forest, for progress.
     """
     trees = preference_trees(model, preferences)
-    done = list(preferences)
+    results = list(preferences)
     head = model.decoder.head_weight
 
     def sums(forest: Forest, hidden: Tensor) -> Tensor:
         return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
 
-    for forest, (chosen, rejected) in _run(model, trees, sums, token_budget, features, on_forest):
-        for index, one, other in zip(forest.indices, chosen.tolist(), rejected.tolist(), strict=True):
-            done[index] = replace(
-                preferences[index],
-                reference_chosen_logprob=one,
-                reference_rejected_logprob=other,
-                extra={**preferences[index].extra, "reference_hash": reference_hash},
-            )
-    return done
+    for forest, logprobs in _run_forests(model, trees, sums, token_budget, features, on_forest):
+        for index, (chosen, rejected) in zip(forest.indices, logprobs.T.tolist(), strict=True):
+            results[index] = with_reference(preferences[index], chosen, rejected, reference_hash)
+    return results
+
+
+def with_reference(pair: Preference, chosen: float, rejected: float, reference_hash: str) -> Preference:
+    """Return the pair with its reference's log-probabilities and with the hash of the model that they are from."""
+    extra = {**pair.extra, "reference_hash": reference_hash}
+    return replace(pair, reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra)
 
 
 @torch.no_grad()
@@ -79,62 +82,75 @@ def response_logprobs(
     features: Features | None = None,
     on_forest: Callable[[Forest], None] | None = None,
 ) -> list[tuple[float, int]]:
-    """Summed log-probability and number of tokens of each response after its prompt.
+    """Compute the summed log-probability, in nats, and the number of tokens of each response after its prompt.
 
     Args:
         items: (prompt token ids, image keys, response token ids with the end token). Responses to the same
             prompt share it.
+        token_budget: maximum of tokens in a forest.
 
     Returns:
         (log-probability, tokens) in the order of `items`.
     """
-    trees: list[Tree] = []
-    members: list[list[int]] = []
-    for indices in _same_prompt(items):
-        prompt_size, room = len(items[indices[0]][0]), 0
-        part: list[int] = []
-        for index in indices:
-            size = len(items[index][2])
-            if not part or size > room:
-                room, part = token_budget - prompt_size, []
-                members.append(part)
-            room -= size
-            part.append(index)
-    for part in members:
-        prompt, images, _ = items[part[0]]
-        leaves = (Segment(items[index][2], 0) for index in part)
-        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {part[0]}"))
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(items)
+    groups = _tree_members(items, token_budget)
+    trees = []
+    for members in groups:
+        prompt, images, _ = items[members[0]]
+        leaves = (Segment(items[index][2], 0) for index in members)
+        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {members[0]}"))
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(items)
 
     def sums(forest: Forest, hidden: Tensor) -> Tensor:
-        """Of each response in the forest, [responses]."""
+        """Sum each response's log-probabilities: [responses], trees in the forest's order, leaves in each tree's."""
         host = forest.host or forest
         responses = [
             host.target_rows(number, [leaf])
             for number, tree in enumerate(host.trees)
             for leaf in range(1, len(tree.segments))
         ]
-        rows, targets = (torch.cat(parts).numpy() for parts in zip(*responses, strict=True))
-        places = row_positions(rows, hidden, forest, response_logit_rows(forest))
-        looked_up = to_device(np.stack([places, targets]), hidden.device)  # [2, n]
-        logps = linear_logprob(hidden.index_select(0, looked_up[0]), model.decoder.head_weight, looked_up[1])
-        return torch.stack([part.sum() for part in logps.split([len(own) for own, _ in responses])])
+        rows, targets = (torch.cat(columns).numpy() for columns in zip(*responses, strict=True))  # [n] each
+        positions = row_positions(rows, hidden, forest, response_logit_rows(forest))
+        index = to_device(np.stack([positions, targets]), hidden.device)  # [2, n]
+        logps = linear_logprob(hidden.index_select(0, index[0]), model.decoder.head_weight, index[1])  # [n]
+        return torch.stack(
+            [response.sum() for response in logps.split([len(predictors) for predictors, _ in responses])]
+        )
 
-    for forest, totals in _run(model, trees, sums, token_budget, features, on_forest):
-        order = [index for tree_index in forest.indices for index in members[tree_index]]
+    for forest, totals in _run_forests(model, trees, sums, token_budget, features, on_forest):
+        order = [index for tree_index in forest.indices for index in groups[tree_index]]
         for index, total in zip(order, totals.tolist(), strict=True):
-            found[index] = (total, len(items[index][2]))
-    return found
+            results[index] = (total, len(items[index][2]))
+    return results
+
+
+def _tree_members(
+    items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]], token_budget: int
+) -> list[list[int]]:
+    """Group the items' indices into trees of one prompt; a prompt with more responses than fit a forest has several trees."""
+    groups: list[list[int]] = []
+    for indices in _same_prompt(items):
+        members: list[int] = []
+        capacity = 0
+        for index in indices:
+            size = len(items[index][2])
+            # A response that exceeds the budget alone gets a tree as well: packing raises the error that names it.
+            if not members or size > capacity:
+                capacity, members = token_budget - len(items[index][0]), []
+                groups.append(members)
+            capacity -= size
+            members.append(index)
+    return groups
 
 
 def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]) -> list[list[int]]:
+    """Group the items' indices by prompt tokens and images."""
     groups: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
     for index, (prompt, images, _) in enumerate(items):
         groups.setdefault((np.asarray(prompt, dtype=np.int64).tobytes(), tuple(images)), []).append(index)
     return list(groups.values())
 
 
-def _run(
+def _run_forests(
     model: Any,
     trees: Sequence[Tree],
     measure: Callable[[Forest, Tensor], Tensor],
@@ -142,10 +158,10 @@ def _run(
     features: Features | None,
     on_forest: Callable[[Forest], None] | None,
 ) -> Iterator[tuple[Forest, Tensor]]:
-    """The trees packed into forests, in evaluation mode: each forest and what `measure` makes of it, on the host.
+    """Pack the trees into forests and run them in evaluation mode; yield each forest and `measure`'s result on the host.
 
-    `measure` is given (forest, hidden [T, D], or [M, D] of the `response_logit_rows` where the model takes them). A GPU computes
-    the next forest while the numbers of one are read.
+    `measure` takes (forest, hidden [T, D]), or [M, D] of the `response_logit_rows` where the model can select rows. A GPU
+    computes the next forest while the host reads the numbers of the last one.
     """
     device = next(model.parameters()).device
 
@@ -153,11 +169,11 @@ def _run(
         for forest in Forest.packed(trees, token_budget):
             forest = forest.to(device)
             inputs = () if features is None else (features(list(dict.fromkeys(forest.images))),)
-            wanted = {"rows": response_logit_rows(forest)} if supports_row_selection(model) else {}
-            yield forest, fetch(measure(forest, model(forest, *inputs, **wanted)))
+            selected = {"rows": response_logit_rows(forest)} if supports_row_selection(model) else {}
+            yield forest, fetch(measure(forest, model(forest, *inputs, **selected)))
 
     was_training = model.training
-    model.eval()
+    model.eval()  # log-probabilities are those without dropout
     for forest, numbers in behind(queued(), device):
         yield forest, numbers.wait()
         if on_forest is not None:
@@ -166,7 +182,11 @@ def _run(
 
 
 def check_logprobs(metrics: Metrics) -> None:
-    """Raises SrcfastError where a log-probability is above 0 by more than rounding: then no number of the step is right."""
+    """Check that no log-probability of a step is above 0 by more than rounding; one that is makes the whole step wrong.
+
+    Raises:
+        SrcfastError: one is.
+    """
     if metrics.get("max_logprob", 0.0) > LOGPROB_ROUNDING:
         raise SrcfastError(
             f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
@@ -175,11 +195,11 @@ def check_logprobs(metrics: Metrics) -> None:
         )
 
 
-PAIRS = 256  # preference pairs a piece, or requests for a log-probability
-
-
 def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
-    """What stands in for `reference_logprobs`: the same, in pieces; each call has a folder of its own under `place`."""
+    """Return a function with the signature of `reference_logprobs` that works chunk by chunk.
+
+    Each call stores its chunks in a directory of its own below that of `chunks`: 0, 1, ...
+    """
     calls = count()
 
     def logprobs(
@@ -191,30 +211,25 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
         features: ImageFeatures,
         on_forest: Callable[[Forest], None] | None = None,
     ) -> list[Preference]:
-        def work(piece: Sequence[Preference]) -> ChunkResult:
-            features.clear()
-            done = reference_logprobs(
+        def work(chunk: Sequence[Preference]) -> ChunkResult:
+            features.clear()  # nothing may carry over from one chunk to the next
+            pairs = reference_logprobs(
                 model,
-                piece,
+                chunk,
                 reference_hash=reference_hash,
                 token_budget=token_budget,
                 features=features,
                 on_forest=on_forest,
             )
-            return [
-                {"chosen": one.reference_chosen_logprob, "rejected": one.reference_rejected_logprob} for one in done
-            ], {}
+            rows = [
+                {"chosen": pair.reference_chosen_logprob, "rejected": pair.reference_rejected_logprob} for pair in pairs
+            ]
+            return rows, {}
 
-        beside = in_step_with(model)
-        parts = run_chunks(chunks.below(str(next(calls))), preferences, PAIRS, work, beside)
+        files = run_chunks(chunks.below(str(next(calls))), preferences, PAIRS, work, in_step_with(model))
         return [
-            replace(
-                pair,
-                reference_chosen_logprob=row["chosen"],
-                reference_rejected_logprob=row["rejected"],
-                extra={**pair.extra, "reference_hash": reference_hash},
-            )
-            for pair, row in zip(preferences, parts.rows(), strict=True)
+            with_reference(pair, row["chosen"], row["rejected"], reference_hash)
+            for pair, row in zip(preferences, files.rows(), strict=True)
         ]
 
     return logprobs
@@ -228,23 +243,29 @@ def logprobs_in_chunks(
     features: ImageFeatures,
     token_budget: int,
 ) -> ChunkFiles:
-    """`response_logprobs` of the requests' answers, each after its question; `logprobs_of` reads them.
+    """Run `response_logprobs` of the requests' answers, each after its question, chunk by chunk; `logprobs_of` reads them.
 
-    Answers to the same prompt share it within a piece, and pieces are cut where the same prompts follow each other.
+    Answers to the same prompt share it within a chunk; requests with the same prompt follow each other, so that few chunks
+    cut between them.
 
     Raises:
         InputError: a prompt that does not fit the model, before any is computed; it names the request.
     """
-    encode = PromptEncoder(model)
-    for one in requests:
-        encode(one, one.question, one.id)
+    encode_prompt = PromptEncoder(model)
+    for request in requests:
+        encode_prompt(request, request.question, request.id)
 
-    def work(piece: Sequence[Sample]) -> ChunkResult:
+    def work(chunk: Sequence[Sample]) -> ChunkResult:
         features.clear()
         items = [
-            (encode(one, one.question, one.id), image_keys(one), model.encode_response(one.answer)) for one in piece
+            (
+                encode_prompt(request, request.question, request.id),
+                image_keys(request),
+                model.encode_response(request.answer),
+            )
+            for request in chunk
         ]
-        found = response_logprobs(
+        logprobs = response_logprobs(
             model,
             items,
             token_budget=token_budget,
@@ -253,27 +274,27 @@ def logprobs_in_chunks(
                 sum(len(tree.segments) - 1 for tree in forest.trees), tokens=forest.num_tokens
             ),
         )
-        return [{"logprob": value, "tokens": tokens} for value, tokens in found], {}
+        return [{"logprob": value, "tokens": tokens} for value, tokens in logprobs], {}
 
-    ordered = [requests[index] for index in _same_prompts_together(requests)]
+    ordered = [requests[index] for index in _order_by_prompt(requests)]
     return run_chunks(chunks, ordered, PAIRS, work, in_step_with(model))
 
 
 def logprobs_of(requests: Sequence[Sample], logprobs: ChunkFiles) -> list[dict[str, Any]]:
-    """The requests' rows {logprob, tokens}, in the requests' order."""
-    rows = zip(_same_prompts_together(requests), logprobs.rows(), strict=True)
+    """Read the requests' rows {logprob, tokens}, in the requests' order."""
+    rows = zip(_order_by_prompt(requests), logprobs.rows(), strict=True)
     return [row for _, row in sorted(rows, key=itemgetter(0))]
 
 
-def _same_prompts_together(requests: Sequence[Sample]) -> list[int]:
-    """The requests' numbers by images and question: each image, too, is then encoded in few pieces."""
+def _order_by_prompt(requests: Sequence[Sample]) -> list[int]:
+    """Sort the requests' indices by images and question: each image, too, is then encoded in few chunks."""
     return sorted(range(len(requests)), key=lambda index: (requests[index].images, requests[index].question))
 
 
 def logprob_chunks(
     config: Config, policy: Policy, records: Sequence[Sample | Preference], directory: Path, progress: StageProgress
 ) -> Chunks:
-    """Return where log-probabilities of a command are stored.
+    """Return where a command stores log-probabilities.
 
     They depend on the records' text, on their images' contents, and of the settings of `dpo` on the token budget alone.
     """

@@ -1,4 +1,9 @@
-"""A preference pair as a tree: the prompt, what both responses share at their beginning, and the two ends."""
+"""Turn a preference pair into a tree (the prompt, what both responses share at their beginning, the two ends) and sum its
+log-probabilities.
+
+The layout of trees in a forest is that of `srcfast.data.forest`; the kernel below `pair_logprobs` is
+`srcfast_kernels.linear_logprob`.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +30,12 @@ def preference_tree(
     images: tuple[str, ...] = (),
     key: Any = None,
 ) -> Tree:
-    """prompt -> {chosen, rejected}, or prompt -> shared beginning -> {chosen, rejected}.
+    """Build prompt -> {chosen, rejected}, or prompt -> shared beginning -> {chosen, rejected}.
 
     Args:
-        prompt, chosen, rejected: token ids; responses with their end token. Each keeps at least one token of
-            its own.
+        prompt, chosen, rejected: token ids `[n]`; responses with their end token.
+        images: keys of the prompt's images.
+        key: names the tree in error messages: the sample's id.
 
     Raises:
         InputError: the two responses are the same.
@@ -42,20 +48,21 @@ def preference_tree(
             found="the same tokens",
             fix="drop this pair: it prefers nothing to nothing",
         )
-    most = min(len(chosen), len(rejected)) - 1
-    differs = np.flatnonzero(chosen[:most] != rejected[:most])
-    shared = int(differs[0]) if differs.size else most
+    # A segment is never empty: each response keeps its last token, even where one begins with the whole other.
+    max_shared = min(len(chosen), len(rejected)) - 1
+    differs = np.flatnonzero(chosen[:max_shared] != rejected[:max_shared])
+    shared = int(differs[0]) if differs.size else max_shared
     middle = (Segment(chosen[:shared], 0),) if shared else ()
-    parent = len(middle)
+    parent = len(middle)  # index of the segment that both ends follow: 1, or 0 (the prompt) where nothing is shared
     leaves = (Segment(chosen[shared:], parent), Segment(rejected[shared:], parent))
     return Tree((Segment(prompt), *middle, *leaves), images, key)
 
 
 def pair_rows(forest: Forest) -> np.ndarray:
-    """What `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
+    """Return what `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
 
-    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Stored in the cache
-    of the forest on the host.
+    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Computed once a
+    forest: the cache of the forest on the host stores it.
     """
     host = forest.host or forest
     if "pair rows" not in host.cache:
@@ -64,36 +71,40 @@ def pair_rows(forest: Forest) -> np.ndarray:
         for number, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
             last = len(tree.segments) - 1
             for segment in range(1, last + 1):
-                slot = max(0, segment - last + 2) if last > 1 else 1  # a response alone is chosen
-                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
-                rows.append(predictor[part])
-                targets.append(tokens[part])
-                slots.append(np.full(part.stop - part.start, 3 * number + slot))
-        host.cache["pair rows"] = np.stack([np.concatenate(part) for part in (rows, targets, slots)])
+                # The last two segments are the ends of chosen (slot 1) and rejected (2), one before them is shared (0).
+                # A tree of prompt and response alone, as rehearsal has it, counts as chosen.
+                slot = max(0, segment - last + 2) if last > 1 else 1
+                span = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
+                rows.append(predictor[span])
+                targets.append(tokens[span])
+                slots.append(np.full(span.stop - span.start, 3 * number + slot))
+        host.cache["pair rows"] = np.stack([np.concatenate(column) for column in (rows, targets, slots)])
     return host.cache["pair rows"]
 
 
-def loss_rows(forest: Forest) -> Tensor:
-    """Return `response_logit_rows`, and compute `pair_rows` on the way: a worker process does both ahead of the step."""
+def pair_logit_rows(forest: Forest) -> Tensor:
+    """Return the rows that the head reads, [M] int64 (`response_logit_rows`), and fill the cache of `pair_rows`.
+
+    A worker process of the loader calls this ahead of the step, so that the step itself finds both in the forest's cache.
+    """
     pair_rows(forest)
     return response_logit_rows(forest)
 
 
 def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the chosen and the rejected response of each preference tree, summed over their
-    whole paths.
+    """Sum the log-probabilities of the chosen and of the rejected response of each preference tree, in nats.
 
     Args:
         hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
-        forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
+        forest: of P trees of preferences. A tree of prompt and response alone gives (the response's, 0).
         head_weight: `[V, D]`.
 
     Returns:
         (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
     """
-    rows, targets, slots = pair_rows(forest)
-    places = row_positions(rows, hidden, forest, response_logit_rows(forest))
-    index = to_device(np.stack([places, targets, slots]), hidden.device)  # [3, n]
+    rows, targets, slots = pair_rows(forest)  # [n] each
+    positions = row_positions(rows, hidden, forest, response_logit_rows(forest))  # [n], rows of `hidden`
+    index = to_device(np.stack([positions, targets, slots]), hidden.device)  # [3, n], in one transfer
     logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
     sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
     return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
@@ -101,11 +112,11 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
 
 @pause_full_collections()
 def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
-    """One tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
-    prompt = PromptEncoder(model)
+    """Build one tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
+    encode_prompt = PromptEncoder(model)
     return [
         preference_tree(
-            prompt(preference, preference.prompt, preference.sample_id),
+            encode_prompt(preference, preference.prompt, preference.sample_id),
             model.encode_response(preference.chosen),
             model.encode_response(preference.rejected),
             image_keys(preference),

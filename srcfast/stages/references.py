@@ -21,7 +21,7 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.dpo import check_references
-from srcfast.stages.drift import drift, drift_of, most_drift
+from srcfast.stages.drift import drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks
 from srcfast.stages.policy import Policy
 from srcfast.stages.stage_run import StageRun
@@ -133,7 +133,7 @@ def reuse_candidate_logprobs(
         rechecked=count,
         reused=reused,
         disagreement=None if found is None else found.root_mean_square,
-        tolerance=None if found is None else most_drift(found.dtype, found.responses),
+        tolerance=None if found is None else rounding_bound(found.dtype, found.responses),
         worst=None if found is None else found.greatest,
     )
     return done, report

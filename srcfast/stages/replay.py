@@ -20,7 +20,7 @@ from srcfast.errors import InputError
 from srcfast.models.lora import load_adapter
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
 from srcfast.stages.nonfinite import BATCH, trained_hash
-from srcfast.stages.pair_trees import loss_rows
+from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.policy import features_of, load_model, load_scorer_for
 from srcfast.stages.rationale import (
     RationalePair,
@@ -90,7 +90,7 @@ def replay(place: Path) -> Metrics:
         denominator=pair_denominator,
         settings=loop,
         features=features,
-        rows=loss_rows,
+        rows=pair_logit_rows,
     )
 
 

@@ -17,7 +17,7 @@ from srcfast.errors import SrcfastError
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM, load_lvlm
 from srcfast.stages.dpo import check_references, train_preference
-from srcfast.stages.drift import ROUNDOFF, drift, drift_of, most_drift
+from srcfast.stages.drift import ROUNDOFF, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
 from srcfast.world.samples import world_samples
@@ -56,7 +56,7 @@ def test_a_difference_that_a_short_answer_may_have_is_not_allowed_twice_over_of_
 
 
 def test_many_small_differences_are_not_rounding_where_one_is() -> None:
-    each = 2 * most_drift(torch.bfloat16, 10_000)
+    each = 2 * rounding_bound(torch.bfloat16, 10_000)
     assert of([each], [1], torch.bfloat16).is_rounding
     assert not of([each] * 64, [1] * 64, torch.bfloat16).is_rounding
 

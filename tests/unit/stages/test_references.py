@@ -15,7 +15,7 @@ from helpers.small_lvlm import IMAGES, SmallLVLM, load_image
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import prompts_of
-from srcfast.stages.drift import most_drift
+from srcfast.stages.drift import rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.references import RECHECKED, reuse_candidate_logprobs
@@ -115,8 +115,8 @@ def test_what_is_taken_over_is_what_would_be_computed(round_: Round) -> None:
             other, reference_chosen_logprob=0.0, reference_rejected_logprob=0.0
         )
     assert report.pairs == len(round_.pairs)
-    assert 0 <= report.disagreement <= report.tolerance == most_drift(torch.float32, 2 * RECHECKED)
-    assert report.disagreement <= report.worst <= most_drift(torch.float32, 1)
+    assert 0 <= report.disagreement <= report.tolerance == rounding_bound(torch.float32, 2 * RECHECKED)
+    assert report.disagreement <= report.worst <= rounding_bound(torch.float32, 1)
     assert report.rechecked == RECHECKED and report.reused == report.eligible - RECHECKED > RECHECKED
     known = {candidate.id: candidate.logprob for own in round_.candidates.values() for candidate in own}
     taken = [p for p in found if values(p) == [known[p.extra["chosen_id"]], known[p.extra["rejected_id"]]]]

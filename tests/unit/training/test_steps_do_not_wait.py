@@ -21,7 +21,7 @@ from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import reference_logprobs
-from srcfast.stages.pair_trees import loss_rows
+from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.training.loop import Metrics, train
@@ -150,7 +150,7 @@ def test_nor_is_a_step_of_triton_s_kernels_waited_for() -> None:
                 settings=TrainingConfig(
                     micro_batch_size=2, activation_checkpointing=1, gradient_accumulation_steps=1, token_budget=8192
                 ),
-                rows=loss_rows,
+                rows=pair_logit_rows,
             )
         losses.append([row["loss"] for row in history])
         assert not record.waits and not record.pageable_copies, record.text()

@@ -14,7 +14,7 @@ from srcfast.config.settings import DPOConfig, LoRAConfig
 from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
 from srcfast.stages.dpo import pair_denominator, preference_loss
-from srcfast.stages.pair_trees import loss_rows
+from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.loop import TrainingItem, train
 
@@ -51,7 +51,7 @@ def test_nothing_is_waited_for_from_the_second_step_on(workers: int) -> None:
             loss=preference_loss(DPOConfig(sft_weight=0.3, rehearsal_weight=0.5)),
             denominator=denominator,
             settings=SETTINGS.replace(loader_workers=workers),
-            rows=loss_rows,
+            rows=pair_logit_rows,
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
