@@ -1,17 +1,21 @@
-"""From judged candidates to preference pairs: best against worst, each drop counted by its reason.
+"""Stage 4, first half: turn scored candidates into preference pairs, best against worst, and count each drop by its reason.
 
 The formulas are "Our reading" of the SRC paper (an implementation of its abstract, not its unpublished code).
-With p_ij the judge's probability that candidate i, shown first, beats candidate j, shown second:
+With p_ij the R-Scorer's probability that candidate i, shown first, beats candidate j, shown second:
 
     q_ij = (p_ij + 1 - p_ji) / 2                      the order's bias cancelled
     u_ij = |2 q_ij - 1| (1 - |p_ij + p_ji - 1|)       0 if neutral, 0 if it flips with the order
     S_i  = sum_j u_ij q_ij / sum_j u_ij               1/2 where the sum is 0
+
+`srcfast_kernels.pairwise_verdict` computes them when candidates are scored; here they are read from the score rows:
+S as `scores`, u as `confidence`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -25,6 +29,41 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
 
 BINS = 20  # of the histograms over [0, 1]
+
+# The funnel's steps: samples, then pairs, that pass each; and the reasons of drops, in the order in which they are tested.
+STEPS = (
+    "samples",
+    "with_two_parsed_distinct",
+    "with_pair",
+    "pairs_proposed",
+    "within_margin",
+    "within_confidence",
+    "kept",
+)
+REASONS = (
+    "fewer_than_two_candidates",
+    "fewer_than_two_parsed",
+    "not_scored",
+    "same_correctness",
+    "margin",
+    "confidence",
+    "rating",
+    "length",
+)
+
+
+@dataclass
+class Funnel:
+    """How many samples, then pairs, pass each of `STEPS`, and how many are dropped for each of `REASONS`."""
+
+    passed: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts in order, zeros included."""
+        return {step: self.passed[step] for step in STEPS} | {
+            "dropped": {reason: self.dropped[reason] for reason in REASONS}
+        }
 
 
 @pause_full_collections()
@@ -40,76 +79,66 @@ def curate(
     Args:
         samples: in the order in which their pairs come out.
         candidates: sample id -> its candidates.
-        score_rows: rows of `score_candidates`, read as they are needed: in the samples' order none is kept. Samples
+        score_rows: rows of `score_candidates`, read as they are needed: rows in the samples' order take no memory. Samples
             without a row can't be paired by score and are dropped as "not_scored" (the baselines don't need rows).
         settings: thresholds, pairing, weighting.
         seed: with the sample's id it decides the baselines' draws; a sample's pair depends on nothing else.
 
     Returns:
         The preferences, and the funnel: counts of samples and of pairs in order, `dropped` by reason, and the
-        rates and histograms that show whether the judge can be trusted. Rates without data are None.
+        rates and histograms that show whether the R-Scorer can be trusted. Rates without data are None.
 
     Raises:
-        InputError: a score row names other candidates than the sample has, or lacks the ratings that are asked for.
+        InputError: a score row names other candidates than the sample has, or lacks the ratings that the settings need.
     """
     rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
-    statistics = JudgeStatistics()
+    statistics, funnel = ScorerStatistics(), Funnel()
     preferences: list[Preference] = []
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
     for sample in samples:
-        own = list(candidates.get(sample.id) or ())
+        sample_candidates = list(candidates.get(sample.id) or ())
         row = rows.get(sample.id)
-        _check_row(sample, own, row, settings)
+        _check_row(sample, sample_candidates, row, settings)
         if row is not None:
-            statistics.add(row, own)
-        counts["samples"] += 1
-        eligible = _parsed_distinct(own)
-        if len(eligible) < 2:
-            dropped["fewer_than_two_parsed" if len(own) >= 2 else "fewer_than_two_candidates"] += 1
-            continue
-        counts["with_two_parsed_distinct"] += 1
-        rng = Random(f"{seed}/{sample.id}")
-        proposed, reason = _propose(sample, own, eligible, row, settings, rng)
-        if reason is not None:
-            dropped[reason] += 1
-            continue
-        counts["with_pair"] += 1
-        counts["pairs_proposed"] += len(proposed)
-        for best, worst in proposed:
-            reason = _drop_reason(own, row, best, worst, settings)
-            for passed, failing in (("within_margin", "margin"), ("within_confidence", "confidence")):
-                if reason == failing:
-                    break
-                counts[passed] += 1
-            if reason is not None:
-                dropped[reason] += 1
-                continue
-            preferences.append(_preference(sample, own, row, best, worst, settings))
-    counts["kept"] = len(preferences)
-    stages = (
-        "samples",
-        "with_two_parsed_distinct",
-        "with_pair",
-        "pairs_proposed",
-        "within_margin",
-        "within_confidence",
-        "kept",
-    )
-    reasons = (
-        "fewer_than_two_candidates",
-        "fewer_than_two_parsed",
-        "not_scored",
-        "same_correctness",
-        "margin",
-        "confidence",
-        "rating",
-        "length",
-    )
-    funnel: dict[str, Any] = {stage: counts[stage] for stage in stages}
-    funnel["dropped"] = {reason: dropped[reason] for reason in reasons}
-    funnel |= _pair_statistics(preferences)
-    return preferences, funnel | statistics.result()
+            statistics.add(row, sample_candidates)
+        preferences += _sample_pairs(sample, sample_candidates, row, settings, seed, funnel)
+    funnel.passed["kept"] = len(preferences)
+    return preferences, funnel.to_json() | _pair_statistics(preferences) | statistics.result()
+
+
+def _sample_pairs(
+    sample: Sample,
+    candidates: Sequence[Candidate],
+    row: Mapping[str, Any] | None,
+    settings: CurationConfig,
+    seed: int,
+    funnel: Funnel,
+) -> list[Preference]:
+    """Return one sample's preference pairs; count in the funnel what passes and what is dropped."""
+    funnel.passed["samples"] += 1
+    eligible = _parsed_distinct(candidates)
+    if len(eligible) < 2:
+        funnel.dropped["fewer_than_two_parsed" if len(candidates) >= 2 else "fewer_than_two_candidates"] += 1
+        return []
+    funnel.passed["with_two_parsed_distinct"] += 1
+    proposed, reason = _propose(sample, candidates, eligible, row, settings, Random(f"{seed}/{sample.id}"))
+    if reason is not None:
+        funnel.dropped[reason] += 1
+        return []
+    funnel.passed["with_pair"] += 1
+    funnel.passed["pairs_proposed"] += len(proposed)
+    pairs = []
+    for best, worst in proposed:
+        reason = _drop_reason(candidates, row, best, worst, settings)
+        # A pair that fails a later threshold has passed the earlier ones.
+        if reason != "margin":
+            funnel.passed["within_margin"] += 1
+            if reason != "confidence":
+                funnel.passed["within_confidence"] += 1
+        if reason is None:
+            pairs.append(_preference(sample, candidates, row, best, worst, settings))
+        else:
+            funnel.dropped[reason] += 1
+    return pairs
 
 
 def check_pairs_left(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> None:
@@ -123,8 +152,8 @@ def check_pairs_left(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> 
         )
 
 
-class JudgeStatistics:
-    """Rates and histograms over all judged candidates: is the judge swayed by order or by length?
+class ScorerStatistics:
+    """Rates and histograms over all scored candidates: do order or length sway the R-Scorer?
 
     `order_flip_rate` is over unordered pairs, `tie_rate` over verdicts, `mean_confidence` over unordered pairs of distinct
     texts. `length_correlation` is Pearson's between score and response length in tokens, both taken from their mean within
@@ -138,14 +167,14 @@ class JudgeStatistics:
         self.confidence_sum = 0.0
         self.products = np.zeros(3)  # sums of score squared, length squared, score times length, from their means
 
-    def add(self, row: Mapping[str, Any], own: Sequence[Candidate]) -> None:
-        """One sample's row and its candidates."""
+    def add(self, row: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
+        """Count one sample's score row over its candidates, each text once."""
         self.flips += row["flip_rate"] * row["pairs"]
         self.pairs += row["pairs"]
         self.ties += row["tie_rate"] * row["verdicts"]
         self.verdicts += row["verdicts"]
         first_of: dict[str, int] = {}
-        for index, candidate in enumerate(own):
+        for index, candidate in enumerate(candidates):
             first_of.setdefault(candidate.text, index)
         distinct = list(first_of.values())
         values = np.array(row["scores"], dtype=np.float64)[distinct]
@@ -153,15 +182,15 @@ class JudgeStatistics:
         confidences = np.array(row["confidence"], dtype=np.float64)[np.ix_(distinct, distinct)][above]
         self.scores += _counts(values)
         self.confidences += _counts(confidences)
-        if row["pairs"]:  # not those that were left alone, each 0
+        if row["pairs"]:  # adaptive scoring leaves some pairs out: their confidences, all 0, are no measurements
             self.confidences[0] -= len(confidences) - row["pairs"]
         self.confidence_sum += float(confidences.sum())
-        lengths = np.array([_length(own[i]) for i in distinct], dtype=np.float64)
+        lengths = np.array([_length(candidates[i]) for i in distinct], dtype=np.float64)
         values, lengths = values - values.mean(), lengths - lengths.mean()
         self.products += (values @ values, lengths @ lengths, values @ lengths)
 
     def result(self) -> dict[str, Any]:
-        """The funnel's part; None where there is nothing to take a rate of."""
+        """Return the funnel's entries; None where there is nothing to take a rate of."""
         norm = float(np.sqrt(self.products[0] * self.products[1]))
         confidences = int(self.confidences.sum())
         return {
@@ -175,71 +204,75 @@ class JudgeStatistics:
 
 
 def _check_row(
-    sample: Sample, own: Sequence[Candidate], row: Mapping[str, Any] | None, settings: CurationConfig
+    sample: Sample, candidates: Sequence[Candidate], row: Mapping[str, Any] | None, settings: CurationConfig
 ) -> None:
+    """Raise InputError where a score row is of other candidates, or lacks the ratings that the settings need."""
     if row is None:
         return
-    ids = [candidate.id for candidate in own]
+    ids = [candidate.id for candidate in candidates]
     if list(row["candidate_ids"]) != ids:
         raise InputError(
             sample_id=sample.id,
             field="candidate_ids",
             expected=f"scores of the candidates {ids}",
             found=row["candidate_ids"],
-            fix="score these candidates anew: the scores belong to another set of candidates",
+            fix="score these candidates again: the scores belong to another set of candidates",
         )
     if settings.min_rating and "alone" not in row:
         raise InputError(
             sample_id=sample.id,
             field="alone",
-            expected="the candidates' ratings on their own, which curation.min_rating asks for",
+            expected="the rating of each candidate alone, which curation.min_rating needs",
             found="none",
-            fix="score these candidates anew, or leave curation.min_rating at 0",
+            fix="score these candidates again, or leave curation.min_rating at 0",
         )
 
 
-def _parsed_distinct(own: Sequence[Candidate]) -> list[int]:
-    """Indices of candidates that parse as rationale and answer, the first of each text."""
-    kept: dict[str, int] = {}
-    for index, candidate in enumerate(own):
+def _parsed_distinct(candidates: Sequence[Candidate]) -> list[int]:
+    """Return the indices of candidates that parse as rationale and answer, the first of each text."""
+    first_of: dict[str, int] = {}
+    for index, candidate in enumerate(candidates):
         parsed = parse_response(candidate.text)
         if parsed.answer is not None and parsed.has_rationale:
-            kept.setdefault(candidate.text, index)
-    return list(kept.values())
+            first_of.setdefault(candidate.text, index)
+    return list(first_of.values())
 
 
 def _propose(
     sample: Sample,
-    own: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     eligible: Sequence[int],
     row: Mapping[str, Any] | None,
     settings: CurationConfig,
     rng: Random,
 ) -> tuple[list[tuple[int, int]], str | None]:
-    """Up to pairs_per_sample (chosen, rejected) index pairs, or the reason why there is none."""
-    most = settings.pairs_per_sample
+    """Propose up to `pairs_per_sample` (chosen, rejected) pairs of indices, or say why there is none.
+
+    `score` pairs best with worst by S; the baselines of the ablation draw: `random` any two, `answer` a right and a wrong answer.
+    """
+    max_pairs = settings.pairs_per_sample
     if settings.pairing == "random":
         shuffled = rng.sample(list(eligible), len(eligible))
-        return list(zip(shuffled[0::2], shuffled[1::2], strict=False))[:most], None
+        return list(zip(shuffled[0::2], shuffled[1::2], strict=False))[:max_pairs], None
     if settings.pairing == "answer":
-        right = [i for i in eligible if _is_right(own[i], sample)]
-        wrong = [i for i in eligible if not _is_right(own[i], sample)]
+        right = [i for i in eligible if _is_right(candidates[i], sample)]
+        wrong = [i for i in eligible if not _is_right(candidates[i], sample)]
         if not right or not wrong:
             return [], "same_correctness"
-        every = [(chosen, rejected) for chosen in right for rejected in wrong]
-        return rng.sample(every, min(most, len(every))), None
+        crossed = [(chosen, rejected) for chosen in right for rejected in wrong]
+        return rng.sample(crossed, min(max_pairs, len(crossed))), None
     if row is None:
         return [], "not_scored"
-    ranked = sorted(eligible, key=lambda i: (-row["scores"][i], i))
+    ranked = sorted(eligible, key=lambda i: (-row["scores"][i], i))  # best first; the index breaks ties
     if settings.pair_choice == "disjoint":
-        return [(ranked[k], ranked[-1 - k]) for k in range(min(most, len(ranked) // 2))], None
-    return [(ranked[0], ranked[-1 - k]) for k in range(min(most, len(ranked) - 1))], None
+        return [(ranked[k], ranked[-1 - k]) for k in range(min(max_pairs, len(ranked) // 2))], None
+    return [(ranked[0], ranked[-1 - k]) for k in range(min(max_pairs, len(ranked) - 1))], None
 
 
 def _drop_reason(
-    own: Sequence[Candidate], row: Mapping[str, Any] | None, best: int, worst: int, settings: CurationConfig
+    candidates: Sequence[Candidate], row: Mapping[str, Any] | None, best: int, worst: int, settings: CurationConfig
 ) -> str | None:
-    """The first threshold that the pair fails, in the funnel's order."""
+    """Return the first threshold that the pair fails, in the funnel's order; None if it passes all."""
     if settings.pairing == "score" and row is not None:
         if row["scores"][best] - row["scores"][worst] < settings.min_margin:
             return "margin"
@@ -248,19 +281,20 @@ def _drop_reason(
             return "confidence"
         if settings.min_rating and row["alone"][best] < settings.min_rating:
             return "rating"
-    lengths = sorted((_length(own[best]), _length(own[worst])))
+    lengths = sorted((_length(candidates[best]), _length(candidates[worst])))
     return "length" if lengths[1] > settings.max_length_ratio * lengths[0] else None
 
 
 def _preference(
     sample: Sample,
-    own: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     row: Mapping[str, Any] | None,
     best: int,
     worst: int,
     settings: CurationConfig,
 ) -> Preference:
-    chosen, rejected = own[best], own[worst]
+    """Build the pair, without its reference; its confidence weighs it in the loss, 1 for the baselines."""
+    chosen, rejected = candidates[best], candidates[worst]
     extra: dict[str, Any] = {
         "chosen_id": chosen.id,
         "rejected_id": rejected.id,
@@ -289,16 +323,18 @@ def _preference(
 
 
 def _is_right(candidate: Candidate, sample: Sample) -> bool:
+    """Return whether the candidate's answer is the gold answer, both normalised."""
     answer = parse_response(candidate.text).answer
     return answer is not None and normalise_answer(answer) == normalise_answer(sample.answer)
 
 
 def _length(candidate: Candidate) -> int:
-    """Response length in tokens; in words where the candidate came without token ids (a user's own file)."""
+    """Return the response's length in tokens; in words where the candidate has no token ids (a user's file)."""
     return max(1, len(candidate.token_ids) or len(candidate.text.split()))
 
 
 def _pair_statistics(preferences: Sequence[Preference]) -> dict[str, Any]:
+    """Return the pairs' mean confidence, and the shares by whether chosen and rejected answer are right."""
     kinds = Counter((pair.extra["chosen_right"], pair.extra["rejected_right"]) for pair in preferences)
     total = max(1, len(preferences))
     return {
@@ -313,10 +349,11 @@ def _pair_statistics(preferences: Sequence[Preference]) -> dict[str, Any]:
 
 
 def _counts(values: np.ndarray) -> np.ndarray:
-    """How many of the values in [0, 1] lie in each bin; the last bin has its upper edge."""
-    places = np.minimum((values * BINS).astype(np.int64), BINS - 1)
-    return np.bincount(places, minlength=BINS)
+    """Count the values in [0, 1] by bin, [BINS]; the last bin includes its upper edge."""
+    bins = np.minimum((values * BINS).astype(np.int64), BINS - 1)
+    return np.bincount(bins, minlength=BINS)
 
 
 def _histogram(counts: np.ndarray) -> dict[str, list[float]]:
+    """Return the histogram as JSON values: the bins' edges, [BINS + 1], and counts, [BINS]."""
     return {"edges": np.linspace(0.0, 1.0, BINS + 1).tolist(), "counts": counts.tolist()}

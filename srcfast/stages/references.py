@@ -1,12 +1,12 @@
-"""The reference's log-probabilities from generation: a candidate comes with its own, under the very policy that is the reference.
+"""Give preference pairs the reference's log-probabilities: from generation where that has computed them, else from the model.
 
-They are taken over after a recheck: of a random part of the pairs they are computed exactly, and unless all of these agree
-within what rounding may do, those of all pairs are.
+The policy that wrote a round's candidates is the round's reference, and each candidate has its log-probability under that
+policy. These numbers are reused after a recheck: those of a random subset of the pairs are computed exactly, and unless they
+agree within what rounding may do (`stages/drift.py`), those of all pairs are computed.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -22,29 +22,28 @@ from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.dpo import check_references
 from srcfast.stages.drift import drift, drift_of, rounding_bound
-from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks
+from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks, with_reference
 from srcfast.stages.policy import Policy
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.loop import Features
 
-RECHECKED = 16  # pairs at least
-RECHECKED_SHARE = 0.05
-REFERENCES_LOOKED_AT = 32  # of those that a file states without saying whose they are
+RECHECKED = 16  # pairs at least, and
+RECHECKED_SHARE = 0.05  # of the eligible ones
+MAX_STATED_CHECKS = 32  # of the references that a file states without saying whose they are, so many are computed again
 
 
 @dataclass(frozen=True)
 class ReferenceReuse:
-    """What came of it.
+    """How many pairs reuse generation's log-probabilities, and how well these agree with exact ones.
 
     Attributes:
         pairs: all of them.
-        eligible: pairs of which both responses are candidates' very tokens, after the same prompt.
+        eligible: pairs whose two responses are token for token their candidates, after the same prompt.
         rechecked: of these, computed exactly.
-        reused: of these, taken over.
-        disagreement: of the rechecked, the root of the mean square of what `stages/drift.py` measures, nats a root token;
-            None without any.
-        tolerance: the greatest at which the others are taken over; None without any.
-        worst: the greatest of a single response, which is bounded, too; None without any.
+        reused: of these, those with generation's log-probabilities.
+        disagreement: root mean square of the rechecked responses' z, nats a root token (`stages/drift.py`); None without any.
+        tolerance: the greatest disagreement at which the others are reused; None without any.
+        worst: the greatest |z| of a single response, which is bounded, too; None without any.
     """
 
     pairs: int
@@ -56,7 +55,7 @@ class ReferenceReuse:
     worst: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the entry of the manifest."""
         return asdict(self)
 
 
@@ -73,25 +72,29 @@ def reuse_candidate_logprobs(
     seed: int = 0,
     logprobs: Callable[..., list[Preference]] = reference_logprobs,
 ) -> tuple[list[Preference], ReferenceReuse]:
-    """`reference_logprobs`, but for pairs whose log-probabilities generation has found already.
+    """Give the pairs their reference: generation's log-probabilities where they are known and pass the recheck.
 
     Args:
         model: base with the adapter as it is before the round; it has written the candidates.
         preferences: pairs; `extra` names their candidates (`chosen_id`, `rejected_id`).
         samples: sample id -> the sample that the candidates answer.
-        candidates: sample id -> candidates, whose `logprob` is the model's own over `token_ids`; asked once for each run of
+        candidates: sample id -> candidates, whose `logprob` is the model's over `token_ids`; read once for each run of
             pairs of one sample.
-        seed: of the part that is rechecked.
-        logprobs: computes those that are not taken over.
+        reference_hash, token_budget, features, on_forest: see `reference_logprobs`.
+        seed: of the subset that is rechecked.
+        logprobs: computes what is not reused.
+
+    Returns:
+        The pairs in their order, and a report.
     """
     known: list[tuple[float, float] | None] = []
     for sample_id, pairs in groupby(preferences, key=lambda pair: pair.sample_id):
-        own = {candidate.id: candidate for candidate in candidates.get(sample_id) or ()}
-        known += [_known(model, pair, samples.get(sample_id), own) for pair in pairs]
-    eligible = [index for index, values in enumerate(known) if values is not None]
-    count = min(len(eligible), max(RECHECKED, round(RECHECKED_SHARE * len(eligible))))
-    rechecked = Random(f"references/{seed}").sample(eligible, count)
-    done = list(preferences)
+        by_id = {candidate.id: candidate for candidate in candidates.get(sample_id) or ()}
+        known += [_generated_logprobs(model, pair, samples.get(sample_id), by_id) for pair in pairs]
+    eligible = {index: values for index, values in enumerate(known) if values is not None}
+    num_rechecked = min(len(eligible), max(RECHECKED, round(RECHECKED_SHARE * len(eligible))))
+    rechecked = Random(f"references/{seed}").sample(list(eligible), num_rechecked)
+    results = list(preferences)
 
     def compute(indices: Sequence[int]) -> None:
         exact = logprobs(
@@ -103,40 +106,30 @@ def reuse_candidate_logprobs(
             on_forest=on_forest,
         )
         for index, pair in zip(indices, exact, strict=True):
-            done[index] = pair
+            results[index] = pair
 
-    # Those to recheck in one go with those that have to be computed anyhow.
-    computed = sorted({*range(len(preferences))} - {*eligible} | {*rechecked})
-    if computed:
+    # One pass for the pairs to recheck and for those that have to be computed in any case.
+    if computed := sorted({*range(len(preferences))} - {*eligible} | {*rechecked}):
         compute(computed)
-    found = drift_of(
-        [one for index in rechecked for one in _drifts(model, done[index], known[index])],
-        model.decoder.head_weight.dtype,
-    )
-    left = sorted({*eligible} - {*rechecked})
-    agreed = found is not None and found.is_rounding
-    if left and not agreed:
-        compute(left)
-    elif left:
-        for index in left:
-            values = known[index]
-            assert values is not None
-            extra = {**preferences[index].extra, "reference_hash": reference_hash}
-            chosen, rejected = values
-            done[index] = replace(
-                preferences[index], reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra
-            )
-    reused = len(left) if agreed else 0
+    drifts = [z for index in rechecked for z in _drifts(model, results[index], eligible[index])]
+    result = drift_of(drifts, model.decoder.head_weight.dtype)
+    agree = result is not None and result.is_rounding
+    remaining = sorted({*eligible} - {*rechecked})
+    if remaining and not agree:
+        compute(remaining)
+    elif remaining:
+        for index in remaining:
+            results[index] = with_reference(preferences[index], *eligible[index], reference_hash)
     report = ReferenceReuse(
         pairs=len(preferences),
         eligible=len(eligible),
-        rechecked=count,
-        reused=reused,
-        disagreement=None if found is None else found.root_mean_square,
-        tolerance=None if found is None else rounding_bound(found.dtype, found.responses),
-        worst=None if found is None else found.greatest,
+        rechecked=num_rechecked,
+        reused=len(remaining) if agree else 0,
+        disagreement=None if result is None else result.root_mean_square,
+        tolerance=None if result is None else rounding_bound(result.dtype, result.responses),
+        worst=None if result is None else result.greatest,
     )
-    return done, report
+    return results, report
 
 
 def stage_references(
@@ -147,7 +140,7 @@ def stage_references(
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
     seed: int,
 ) -> tuple[list[Preference], ReferenceReuse]:
-    """Give a stage's pairs the policy's log-probabilities: those of its candidates, where there are any."""
+    """Give a round's pairs the policy's log-probabilities as their reference, chunk by chunk where they are computed."""
     return reuse_candidate_logprobs(
         policy.model,
         preferences,
@@ -162,60 +155,72 @@ def stage_references(
     )
 
 
-def _known(
-    model: Any, pair: Preference, sample: Sample | None, own: Mapping[str, Candidate]
+def _generated_logprobs(
+    model: Any, pair: Preference, sample: Sample | None, candidates: Mapping[str, Candidate]
 ) -> tuple[float, float] | None:
-    """The chosen and the rejected candidate's log-probabilities, if they are those of the pair's responses."""
+    """Return the chosen and the rejected candidate's log-probabilities, in nats; None where they are not the pair's.
+
+    They are the pair's if the candidates answer the same prompt and are, token for token, the responses as training encodes
+    them: decoding to text and back may give other tokens.
+    """
     if sample is None or (pair.prompt, tuple(pair.images)) != (sample.question, tuple(sample.images)):
         return None
-    found = []
+    logprobs = []
     for name, text in (("chosen_id", pair.chosen), ("rejected_id", pair.rejected)):
-        candidate = own.get(pair.extra.get(name, ""))
+        candidate = candidates.get(pair.extra.get(name, ""))
         if candidate is None or candidate.token_ids != tuple(model.encode_response(text).tolist()):
             return None
-        found.append(candidate.logprob)
-    return found[0], found[1]
+        logprobs.append(candidate.logprob)
+    return logprobs[0], logprobs[1]
 
 
-def _drifts(model: Any, pair: Preference, known: tuple[float, float] | None) -> list[float]:
-    """Of the chosen and of the rejected response."""
-    chosen, rejected = pair.reference_chosen_logprob, pair.reference_rejected_logprob
-    assert known is not None and chosen is not None and rejected is not None
-    lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
-    return [drift(own, exact, size) for own, exact, size in zip(known, (chosen, rejected), lengths, strict=True)]
+def _drifts(model: Any, pair: Preference, generated: tuple[float, float]) -> list[float]:
+    """Return |z| of the chosen and of the rejected response: generation's log-probability against the pair's exact one."""
+    exact = (pair.reference_chosen_logprob, pair.reference_rejected_logprob)
+    drifts = []
+    for text, value, expected in zip((pair.chosen, pair.rejected), generated, exact, strict=True):
+        assert expected is not None
+        drifts.append(drift(value, expected, len(model.encode_response(text))))
+    return drifts
 
 
 def with_references(
     config: Config, policy: Policy, pairs: Sequence[Preference], output: Path
 ) -> tuple[list[Preference], int]:
-    """Give the pairs that have none the policy's log-probabilities; returns all, and how many were computed.
+    """Give the pairs that have none the policy's log-probabilities; return all, and how many were computed.
 
-    A reference that a file states without a hash is believed, but for some that are compared now, and those of the first step.
-    They are stored below `output` until the adapter is written: beside the training's checkpoints, and removed with these.
+    A reference that a file states without a hash is trusted after two checks: a random subset is computed again here, and the
+    first step of training compares those of its batch. What is computed is stored below `output`, beside the training's
+    checkpoints, and removed with these once the adapter is written.
+
+    Raises:
+        SrcfastError: a stated reference is another model's.
+        InputError: one is above 0.
     """
-    name = policy.hash()
+    policy_hash = policy.hash()
     stated = [pair for pair in pairs if "reference_hash" not in pair.extra and _has_reference(pair)]
-    compared = random.Random(f"references/{config.seed}").sample(stated, min(REFERENCES_LOOKED_AT, len(stated)))
+    compared = Random(f"references/{config.seed}").sample(stated, min(MAX_STATED_CHECKS, len(stated)))
     check_references(policy.model, compared, config.dpo.token_budget, policy.features)
-    done = [replace(pair, extra={"reference_hash": name} | pair.extra) for pair in pairs]
-    missing = [index for index, pair in enumerate(done) if not _has_reference(pair)]
+    results = [replace(pair, extra={"reference_hash": policy_hash} | pair.extra) for pair in pairs]
+    missing = [index for index, pair in enumerate(results) if not _has_reference(pair)]
     if missing:
-        wanted = [done[index] for index in missing]
+        incomplete = [results[index] for index in missing]
         directory = output / "checkpoint" / "references"
         with exclusive_lock(output), track("reference", len(missing), "pairs", config.quiet) as progress:
-            logprobs = references_in_chunks(logprob_chunks(config, policy, wanted, directory, progress))
+            logprobs = references_in_chunks(logprob_chunks(config, policy, incomplete, directory, progress))
             computed = logprobs(
                 policy.model,
-                wanted,
-                reference_hash=name,
+                incomplete,
+                reference_hash=policy_hash,
                 token_budget=config.dpo.token_budget,
                 features=policy.features,
                 on_forest=lambda forest: progress.advance(len(forest.trees), tokens=forest.num_tokens),
             )
         for index, pair in zip(missing, computed, strict=True):
-            done[index] = pair
-    return done, len(missing)
+            results[index] = pair
+    return results, len(missing)
 
 
 def _has_reference(pair: Preference) -> bool:
+    """Return whether both log-probabilities are there."""
     return pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None
