@@ -1,4 +1,4 @@
-"""What a run's stages have written, read back by the stages behind them: see `run.directory` for the places."""
+"""Read what a run's earlier stages have written; `run.directory` has the paths."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from srcfast.run.directory import RunDirectory
 
 @dataclass(frozen=True)
 class RunArtifacts:
-    """Records by round and kind, read as they are asked for.
+    """Readers of a run's records, by iteration and kind; records are read when they are needed.
 
     Args:
-        directory: the run's.
-        samples: all of the run's samples by id.
+        directory: of the run.
+        samples: all samples of the run, by id.
     """
 
     directory: RunDirectory
     samples: Mapping[str, Sample]
 
     def shards(self, iteration: int, kind: str) -> Path:
-        """Folder of a round's "candidates", "scores" or "preferences"."""
+        """Return the directory of an iteration's "candidates", "scores" or "preferences"."""
         return self.directory.iteration(iteration) / kind
 
     def candidates(self, iteration: int) -> InOrder[list[Candidate]]:
-        """A round's candidates by sample id."""
+        """Read an iteration's candidates, by sample id."""
         rows = read_shards(self.shards(iteration, "candidates"))
         return samples_in_order(
             Candidate.from_json(row, file=file, line=line, image_root=Path()) for file, line, row in rows
         )
 
-    def candidates_in(self, place: Path, parts: ChunkFiles) -> InOrder[list[Candidate]]:
-        """Candidates of finished pieces under `place` that are not in shards yet, by sample id."""
-        rows = parts.rows()
-        return samples_in_order(Candidate.from_json(row, file=place, line=None, image_root=Path()) for row in rows)
+    def candidates_in(self, directory: Path, chunks: ChunkFiles) -> InOrder[list[Candidate]]:
+        """Read candidates, by sample id, from finished chunks in `directory`, before they are written as shards."""
+        rows = chunks.rows()
+        return samples_in_order(Candidate.from_json(row, file=directory, line=None, image_root=Path()) for row in rows)
 
     def scores(self, iteration: int) -> Iterator[dict[str, Any]]:
-        """A round's score rows."""
+        """Read an iteration's score rows."""
         return read_scores(self.shards(iteration, "scores"))
 
     def preferences(self, iteration: int) -> list[Preference]:
-        """A round's pairs with their references."""
+        """Read an iteration's preference pairs with their reference log-probabilities."""
         return read_pairs(self.shards(iteration, "preferences"), self.samples)
 
     def predictions(self, model: str, dataset: str, split: str) -> Path:
-        """A model's predictions on an evaluation set, without the file's ending."""
+        """Return the path of a model's predictions on an evaluation set, without its suffix."""
         return self.directory.path / "predictions" / model / f"{dataset}-{split}"
 
     def aligned(self, model: str, dataset: str, split: str, samples: Sequence[Sample]) -> list[bool]:
-        """Whether the model's greedy answer to each of these samples of a set is right and aligned, from its predictions."""
-        found = read_aligned(f"{self.predictions(model, dataset, split)}.jsonl")
-        return [found[sample.id] for sample in samples]
+        """Return for each sample whether the model's greedy answer is right and aligned, from its stored predictions."""
+        aligned = read_aligned(f"{self.predictions(model, dataset, split)}.jsonl")
+        return [aligned[sample.id] for sample in samples]

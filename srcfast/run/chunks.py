@@ -1,8 +1,8 @@
-"""A stage's work in pieces that are kept: shared out over the ranks, stopped and continued without a difference in the result.
+"""A stage's work in chunks that are saved one by one, so that ranks share it, and a stopped stage continues.
 
-The items are cut into pieces of one size, whatever the number of ranks. A rank takes the next piece, works on it alone and
-writes its rows to a file of its own; a piece whose file is there and whole is not done again. What a piece gives depends on
-its items and the settings alone, so the rows in the pieces' order are the same, byte for byte, whoever did which piece and
+The items are cut into chunks of one size, whatever the number of ranks. A rank takes the next chunk, computes it alone and
+writes its rows to one file; a chunk whose file is complete is not computed again. The rows of a chunk depend on its items and
+the settings alone. So the rows of all chunks, in order, are the same byte for byte, whichever rank computed which chunk and
 however often the run was stopped.
 """
 
@@ -24,37 +24,39 @@ from srcfast.data.jsonl import json_hash, parse_object, read_jsonl, regular, rep
 from srcfast.run.progress import StageProgress
 from srcfast.run.signals import at_boundaries, pending, stop_if_pending
 
-BATCHES = 8  # of a batch that is refilled as its members end, a piece has so many: at its end the batch runs dry
+BATCHES = 8  # batches a chunk: a batch is refilled as its members end, but at a chunk's end there is nothing to refill it with
 
 
 class Record(Protocol):
-    """A sample or a preference."""
+    """A sample or a preference, whose JSON identifies it in a chunk's fingerprint."""
 
     def to_json(self) -> dict[str, Any]: ...
 
 
 DependsOn = Callable[[], Mapping[str, Any]]
 Item = TypeVar("Item", bound=Record)
-ChunkResult = tuple[list[dict[str, Any]], Mapping[str, float]]  # a piece's rows, and counts that add up over the pieces
+ChunkResult = tuple[
+    list[dict[str, Any]], Mapping[str, float]
+]  # a chunk's rows, and counts that are added up over the chunks
 
-_lists = 0  # work lists that this process has begun; the same on all ranks
+_num_runs = 0  # calls of run_chunks in this process, the same on all ranks: each call has a shared counter
 
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """The finished pieces' files, in the order of the items."""
+    """The files of the finished chunks, in the order of the items."""
 
     files: tuple[Path, ...]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows, read one at a time."""
+        """Yield all rows, one at a time."""
         for file in self.files:
             rows = read_jsonl(file)
-            next(rows)  # the head
+            next(rows)  # the first line is the head
             yield from (row for _, row in rows)
 
     def counts(self) -> Counter[str]:
-        """The pieces' counts, added up in their order."""
+        """Add up the chunks' counts, in order."""
         total: Counter[str] = Counter()
         for file in self.files:
             total.update(_head(file)["counts"])
@@ -89,9 +91,10 @@ def run_chunks(
     work: Callable[[Sequence[Item]], ChunkResult],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> ChunkFiles:
-    """Do all items piece by piece, together with the other ranks; returns when all pieces are done.
+    """Compute all items chunk by chunk, together with the other ranks, and return when all chunks are finished.
 
-    Every rank calls this alike, and sees the same files. The caller removes `place` once it has used the rows (`forget`).
+    Every rank calls this with the same arguments, and sees the same files. The caller removes the files with `remove_chunks`
+    once it has used the rows.
 
     Args:
         chunks: see there.
@@ -99,91 +102,103 @@ def run_chunks(
         size: items a chunk; the last may have fewer.
         work: returns rows and counts of one chunk. Nothing may carry over from one chunk to the next. A rank's chunks come
             in ascending order.
-        meanwhile: called on each rank that takes no more pieces, returns when no rank has one left: where ranks need each
-            other to compute.
+        meanwhile: called on each rank that takes no more chunks; returns when no rank has one left. For models whose layers
+            are sharded, where ranks need each other to compute.
 
     Raises:
-        Interrupted: a signal asked to stop; what was begun has been finished and kept.
+        Interrupted: a signal asked to stop; the chunk that was being computed has been finished and saved.
         SrcfastError: another rank has failed.
     """
-    global _lists
-    _lists += 1
-    place, progress = chunks.directory, chunks.progress
-    pieces = [items[start : start + size] for start in range(0, len(items), size)]
-    files = tuple(place / f"{number:05d}.jsonl" for number in range(len(pieces)))
-    prints, left = distributed.run_on_rank_zero(lambda: _begin(files, pieces, chunks.depends_on()))
-    waiting = set(left)
-    if before := [_head(file) for number, file in enumerate(files) if number not in waiting]:
-        took = sum(head["seconds"] for head in before)
-        progress.resume(sum(head["items"] for head in before), sum(head["tokens"] for head in before), took)
+    global _num_runs
+    _num_runs += 1
+    directory, progress = chunks.directory, chunks.progress
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    files = tuple(directory / f"{index:05d}.jsonl" for index in range(len(batches)))
+    fingerprints, to_do = distributed.run_on_rank_zero(lambda: _prepare(files, batches, chunks.depends_on()))
+    unfinished = set(to_do)  # on any rank, as far as this rank knows
+    _resume_progress(progress, [file for index, file in enumerate(files) if index not in unfinished])
     progress.on_advance = distributed.heartbeat
-    done_last = f"all of {len(files)} parts that were left to it"
+    last_step = f"all of the {len(files)} chunks that it could take"
     with at_boundaries():
-        while (turn := distributed.next_index(f"{place}/{_lists}")) < len(left):
-            number = left[turn]
-            began, done, tokens = time.perf_counter(), progress.done, progress.tokens
-            rows, counts = work(pieces[number])
-            head = {
-                "fingerprint": prints[number],
-                "items": progress.done - done,
-                "counts": dict(counts),
-                "tokens": progress.tokens - tokens,
-                "seconds": (time.perf_counter() - began) / distributed.world_size(),
-            }
-            _write(files[number], head, rows)
-            waiting.discard(number)
-            _hear_of_others(files, waiting, progress)
+        while (turn := distributed.next_index(f"{directory}/{_num_runs}")) < len(to_do):
+            index = to_do[turn]
+            _write(files[index], *_compute(work, batches[index], progress, fingerprints[index]))
+            unfinished.discard(index)
+            _advance_by_other_ranks(files, unfinished, progress)
             if pending():
-                done_last = f"part {number + 1} of {len(files)}"
+                last_step = f"chunk {index + 1} of {len(files)}"
                 break
-        meanwhile()  # the others, asked too or not, still have theirs to finish
-        stop_if_pending(done_last)
+        meanwhile()  # other ranks may still compute their last chunk, whether they have received a signal or not
+        stop_if_pending(last_step)
     distributed.barrier_with_heartbeat()
-    _hear_of_others(files, waiting, progress)
+    _advance_by_other_ranks(files, unfinished, progress)
     return ChunkFiles(files)
 
 
-def remove_chunks(place: Path) -> None:
-    """Remove the pieces' files, on rank 0, once what was made of them is on disk."""
+def remove_chunks(directory: Path) -> None:
+    """Remove the chunks' files, on rank 0; called once the stage's result is on disk."""
     if distributed.is_rank_zero():
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _begin(
-    files: Sequence[Path], pieces: Sequence[Sequence[Record]], depends_on: Mapping[str, Any]
+def _prepare(
+    files: Sequence[Path], batches: Sequence[Sequence[Record]], depends_on: Mapping[str, Any]
 ) -> tuple[list[str], list[int]]:
-    """The pieces' fingerprints, and the numbers of those that are still to be done."""
-    prints, left = [], []
+    """Return the chunks' fingerprints and the indices of the unfinished ones; remove files that can't be used."""
+    fingerprints, to_do = [], []
     settings = json.dumps(depends_on, sort_keys=True, default=str)
-    for number, (file, piece) in enumerate(zip(files, pieces, strict=True)):
+    for index, (file, batch) in enumerate(zip(files, batches, strict=True)):
         digest = hashlib.sha256(settings.encode())
-        for item in piece:
+        for item in batch:
             digest.update(json.dumps(item.to_json(), sort_keys=True, default=str).encode())
-        prints.append(digest.hexdigest())
-        if fault := _fault(file, prints[-1]):
-            left.append(number)
+        fingerprints.append(digest.hexdigest())
+        if fault := _fault(file, fingerprints[-1]):
+            to_do.append(index)
             file.unlink(missing_ok=True)
             if fault != "missing":
-                warnings.warn(f"{file}: {fault}; this part of the stage is done again", RuntimeWarning, stacklevel=2)
-    return prints, left
+                warnings.warn(f"{file}: {fault}; this chunk of the stage is done again", RuntimeWarning, stacklevel=2)
+    return fingerprints, to_do
+
+
+def _resume_progress(progress: StageProgress, finished: Sequence[Path]) -> None:
+    """Count the chunks that were finished before this process began."""
+    heads = [_head(file) for file in finished]
+    if heads:
+        progress.resume(*(sum(head[name] for head in heads) for name in ("items", "tokens", "seconds")))
+
+
+def _compute(
+    work: Callable[[Sequence[Item]], ChunkResult], batch: Sequence[Item], progress: StageProgress, fingerprint: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compute one chunk and return its head and rows. The head's items and tokens are those by which `work` advances."""
+    began, done, tokens = time.perf_counter(), progress.done, progress.tokens
+    rows, counts = work(batch)
+    head = {
+        "fingerprint": fingerprint,
+        "items": progress.done - done,
+        "counts": dict(counts),
+        "tokens": progress.tokens - tokens,
+        "seconds": (time.perf_counter() - began) / distributed.world_size(),  # as all ranks compute at the same time
+    }
+    return head, rows
 
 
 def _fault(file: Path, fingerprint: str) -> str:
-    """Why the file can't be used; empty if it can."""
+    """Return why a chunk's file can't be used; empty: it can."""
     try:
         with open(regular(file), "rb") as opened:
             head, digest = parse_object(opened.readline()), hashlib.sha256()
             for line in opened:
                 digest.update(line)
-        whole = digest.hexdigest() == head["sha256"] and _checksum(head) == head["head_sha256"]
-        same = head["fingerprint"] == fingerprint
+        is_intact = digest.hexdigest() == head["sha256"] and _checksum(head) == head["head_sha256"]
+        is_current = head["fingerprint"] == fingerprint
     except FileNotFoundError:
         return "missing"
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"expected a finished part, found {error!r}"
-    if not whole:
+        return f"expected a finished chunk, found {error!r}"
+    if not is_intact:
         return "expected the contents that its checksum names, found others"
-    return "" if same else "expected a part of these samples under these settings, found one of others"
+    return "" if is_current else "expected a chunk of these samples under these settings, found one of others"
 
 
 def _write(file: Path, head: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -203,9 +218,9 @@ def _head(file: Path) -> dict[str, Any]:
     return next(read_jsonl(file))[1]
 
 
-def _hear_of_others(files: Sequence[Path], waiting: set[int], progress: StageProgress) -> None:
-    """Add what other ranks have finished since."""
-    for number in sorted(number for number in waiting if files[number].is_file()):
-        head = _head(files[number])
+def _advance_by_other_ranks(files: Sequence[Path], unfinished: set[int], progress: StageProgress) -> None:
+    """Advance the progress by the chunks that other ranks have finished, and remove them from `unfinished`."""
+    for index in sorted(index for index in unfinished if files[index].is_file()):
+        head = _head(files[index])
         progress.advance(head["items"], tokens=head["tokens"])
-        waiting.discard(number)
+        unfinished.discard(index)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress with throughput and time left, metrics, peak memory."""
+"""Progress with throughput and remaining time, metrics as JSON lines, and peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -19,20 +19,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from srcfast.data.jsonl import naming
 from srcfast.errors import printable
 
-if TYPE_CHECKING:
-    pass
-
-LINE_INTERVAL = 10.0  # seconds between two lines where stderr is no terminal
+LINE_INTERVAL = 10.0  # seconds between two lines on a stderr that is no terminal
 
 
 class StageProgress:
-    """How far a stage is. `seconds` and `tokens` remain readable after it ended."""
+    """Count and show a stage's units and tokens. The counters remain readable after `close`."""
 
     def __init__(self, name: str, total: int, unit: str = "samples", quiet: bool = False) -> None:
         self.name, self.total, self.unit = printable(name), total, unit
         self.done = 0
         self.tokens = 0
-        self.on_advance: Callable[[], None] | None = None  # told whenever the stage advances
+        self.on_advance: Callable[[], None] | None = None  # called at each advance
         self._began = time.perf_counter()
         self._ended: float | None = None
         self._last_line = self._began
@@ -49,21 +46,22 @@ class StageProgress:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds so far, or of the whole once it ended."""
+        """Wall-clock seconds since the stage began, up to `close`."""
         return (self._ended or time.perf_counter()) - self._began
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second since the stage began."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def set_total(self, total: int) -> None:
-        """There are so many units to do, as has been found since it began."""
+        """Replace the number of units to do, where it is known only after the stage began."""
         self.total = total
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=max(1, total))
 
     def advance(self, n: int = 1, tokens: int = 0) -> None:
-        """`n` more units are done, in which `tokens` tokens were run."""
+        """Count `n` more units as done, and the tokens that they took."""
         self.done += n
         self.tokens += tokens
         if self.on_advance is not None:
@@ -75,28 +73,28 @@ class StageProgress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def resume(self, n: int, tokens: int, seconds: float) -> None:
-        """`n` units with so many tokens were done in so many seconds before this process began."""
+        """Count units, tokens and seconds of an earlier process, so that throughput is that of the whole stage."""
         self._began -= seconds
         self.advance(n, tokens)
 
     def line(self) -> str:
-        """`candidates 320/1000 samples, 45.0 samples/s, 8,200 tokens/s, 0:00:15 left`."""
+        """Return the state as text: `candidates 320/1000 samples, 45.0 samples/s, 8,200 tokens/s, 0:00:15 left`."""
         return f"{self.name} {self._state()}"
 
     def _state(self) -> str:
         rate = self.done / max(self.seconds, 1e-9)
-        parts = [f"{self.done}/{self.total} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
+        words = [f"{self.done}/{self.total} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
         if self.tokens:
-            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+            words.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self._ended is not None:
-            parts.append(f"took {timedelta(seconds=round(self.seconds))}")
+            words.append(f"took {timedelta(seconds=round(self.seconds))}")
         elif self.done:
-            left = (self.total - self.done) / rate
-            parts.append(f"{timedelta(seconds=max(0, round(left)))} left")
-        return ", ".join(parts)
+            remaining = (self.total - self.done) / rate
+            words.append(f"{timedelta(seconds=max(0, round(remaining)))} left")
+        return ", ".join(words)
 
     def close(self) -> None:
-        """End the clock and say how it went."""
+        """Stop the clock and show the final state. A second call does nothing."""
         if self._ended is not None:
             return
         self._ended = time.perf_counter()
@@ -115,7 +113,7 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
         name: of the stage.
         total: units to do.
         unit: what is counted.
-        quiet: show nothing; the counters work all the same.
+        quiet: show nothing, and only count.
     """
     progress = StageProgress(name, total, unit, quiet)
     try:
@@ -125,7 +123,7 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to a file, flushed at once; also a context manager."""
+    """Append JSON objects to a file, one a line, each flushed at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -133,6 +131,7 @@ class MetricsWriter:
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (closed by close)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append a row. Raises ValueError for a number that is not finite."""
         with naming(self.path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
@@ -151,6 +150,6 @@ class MetricsWriter:
 
 
 def peak_rss_bytes() -> int:
-    """Most resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

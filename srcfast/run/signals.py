@@ -1,7 +1,8 @@
-"""Stop where nothing is lost: SIGTERM and SIGINT are heard at once and obeyed at a loop's next boundary.
+"""Stop at SIGTERM or SIGINT where no work is lost: at the next boundary of the loop that runs.
 
-A loop that stores its work chunk by chunk runs within `at_boundaries` and calls `stop_if_pending` after each chunk. Elsewhere
-(data is read, a model is loaded) a signal stops at once, for nothing is half-done there. A second signal stops at once anywhere.
+A loop that saves its work chunk by chunk runs within `at_boundaries` and calls `stop_if_pending` after each chunk. Outside such
+loops (while data are read or a model is loaded) a signal stops the process at once, since there is no work to save. A second
+signal stops it at once everywhere.
 """
 
 from __future__ import annotations
@@ -16,64 +17,64 @@ from srcfast.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_asked = 0  # the signal that was received and not yet obeyed
-_loops = 0  # how many loops with boundaries the process is in, one within the other
+_pending_signal = 0  # received, but the process has not stopped yet; 0: none
+_loop_depth = 0  # how many loops with boundaries are running, one within the other
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Signals are received as this module says for as long as the body runs; only in the main thread, elsewhere nothing.
+    """Install this module's signal handlers while the body runs. Outside the main thread, do nothing.
 
-    The command line does this once. As a library srcfast leaves the signals as they are.
+    Only the command line does this: as a library, srcfast leaves its user's handlers in place.
     """
-    global _asked
+    global _pending_signal
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked = 0
-    before = {number: signal.signal(number, _receive) for number in SIGNALS}
+    _pending_signal = 0
+    previous = {number: signal.signal(number, _receive) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        _asked = 0
+        _pending_signal = 0
 
 
 @contextmanager
 def at_boundaries() -> Iterator[None]:
-    """The body calls `stop_if_pending` between pieces: until then the first signal waits."""
-    global _loops
-    _loops += 1
+    """Defer the first signal while the body runs; the body calls `stop_if_pending` after each chunk of its work."""
+    global _loop_depth
+    _loop_depth += 1
     try:
         yield
     finally:
-        _loops -= 1
+        _loop_depth -= 1
 
 
 def pending() -> int:
-    """The number of the signal that this process was asked to stop by; 0 for none."""
-    return _asked
+    """Return the number of the signal that was received and deferred; 0: none."""
+    return _pending_signal
 
 
 def stop_if_pending(done: str = "") -> None:
-    """A boundary: all work so far is on disk. Talks to no other rank.
+    """Stop if a signal is pending. Called when all work so far is on disk; does not communicate with other ranks.
 
     Args:
-        done: what was done last, such as "sample 12 of 40"; shown.
+        done: what was done last, such as "sample 12 of 40", for the message.
 
     Raises:
-        Interrupted: a signal asked to stop.
+        Interrupted: a signal is pending.
     """
-    if _asked:
-        raise Interrupted(_asked, done)
+    if _pending_signal:
+        raise Interrupted(_pending_signal, done)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
-    global _asked
-    if _loops and not _asked:
-        _asked = number
+    global _pending_signal
+    if _loop_depth and not _pending_signal:
+        _pending_signal = number
         return
-    for each in SIGNALS:  # whoever asks a third time need not be asked for more patience
-        signal.signal(each, signal.SIG_DFL)
+    for handled in SIGNALS:  # a third signal ends the process, even while this exception is handled
+        signal.signal(handled, signal.SIG_DFL)
     raise Interrupted(number, "at once")

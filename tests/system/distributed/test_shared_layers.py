@@ -258,7 +258,7 @@ def stopped_in_turn(folder: Path) -> list[str]:
         def advance(self, n: int = 1, tokens: int = 0) -> None:
             super().advance(n, tokens)
             if self.done > 8 * (1 + distributed.rank()):
-                signals._asked = signal.SIGTERM
+                signals._pending_signal = signal.SIGTERM
 
     try:
         answers_in_chunks(
@@ -275,7 +275,7 @@ def stopped_in_turn(folder: Path) -> list[str]:
 
 def test_ranks_that_are_asked_to_stop_wait_for_each_other_s_pieces(tmp_path: Path) -> None:
     found = [one[0] for one in values_of(run_ranks(2, stopped_in_turn, tmp_path))]
-    assert all("part" in one for one in found), found
+    assert all("chunk" in one for one in found), found
     kept = len(list((tmp_path / "pieces").glob("*.jsonl")))
     assert 2 <= kept < 5
 
@@ -286,7 +286,7 @@ def asked_while_idle(folder: Path) -> list[str]:
     samples = world_samples("train", 1, 0, image_dir=folder / f"images-{distributed.rank()}")
 
     def meanwhile() -> None:
-        signals._asked = signal.SIGTERM
+        signals._pending_signal = signal.SIGTERM
         keep_in_step(model.decoder)
 
     def work(piece: Any) -> Any:
@@ -303,7 +303,7 @@ def asked_while_idle(folder: Path) -> list[str]:
 
 def test_a_rank_that_is_asked_to_stop_while_it_has_no_piece_stops(tmp_path: Path) -> None:
     for (told,) in values_of(run_ranks(2, asked_while_idle, tmp_path)):
-        assert "1 parts" in told
+        assert "1 chunks" in told
     assert len(list((tmp_path / "pieces").glob("*.jsonl"))) == 1
 
 

@@ -70,7 +70,7 @@ def test_in_every_loop_a_signal_saves_at_the_next_boundary(tmp_path: Path, monke
         number = strikes.struck[stage]
         assert result.exit_code == 128 + number, result.output
         done = re.search(
-            rf"stopped by {number.name} after (part|step) 1 of (\d+)\. The same command continues", result.output
+            rf"stopped by {number.name} after (chunk|step) 1 of (\d+)\. The same command continues", result.output
         )
         assert done is not None and int(done[2]) > 1, result.output
         kept = "step-00000001/COMPLETE" if done[1] == "step" else "**/00000.jsonl"

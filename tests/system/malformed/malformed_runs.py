@@ -249,13 +249,13 @@ def part_with(change: Callable[[bytes], bytes]) -> Callable[[Path], Path]:
 
 
 PARTS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "cut off": (part_with(lambda whole: whole[:40]), "a finished part"),
+    "cut off": (part_with(lambda whole: whole[:40]), "a finished chunk"),
     "no row": (part_with(lambda whole: whole.split(b"\n")[0] + b"\n"), "its checksum"),
     "a row changed": (part_with(lambda whole: whole.replace(b'{"id": "s"}', b'{"id": "t"}')), "its checksum"),
     "a count changed": (part_with(lambda whole: whole.replace(b'"tokens": 0', b'"tokens": 9')), "its checksum"),
     "a head that is a list": (part("[]"), "list instead of an object"),
     "a head of nothing": (part("{}"), "'sha256'"),
-    "a head of null hashes": (part('{"sha256": null, "head_sha256": null}'), "a finished part"),
+    "a head of null hashes": (part('{"sha256": null, "head_sha256": null}'), "a finished chunk"),
 }
 
 # A batch that was kept ------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_signal_stops_it_behind_the_piece_under_way(tmp_path: Path) -> None:
         return piece(numbers)
 
     work.piece = signalled  # type: ignore[method-assign]
-    with listening(), pytest.raises(Interrupted, match="after part 1 of 3"):
+    with listening(), pytest.raises(Interrupted, match="after chunk 1 of 3"):
         work()
     again = CountedWork(tmp_path / "parts")
     assert merged(again(), tmp_path / "shards") == undisturbed(tmp_path)
