@@ -22,7 +22,7 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
-from srcfast.training.loop import Loss, TrainingItem
+from srcfast.training.items import Loss, TrainingItem
 from srcfast.world.claims import VOCABULARY, draw_claims
 from srcfast.world.oracle import verify_sample
 from srcfast.world.scenes import Scene

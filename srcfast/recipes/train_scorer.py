@@ -47,7 +47,8 @@ from srcfast.stages.scorer_training import (
     scorer_example,
     scorer_examples,
 )
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.oracle import verify_sample

@@ -26,7 +26,7 @@ from srcfast.run.progress import StageProgress
 from srcfast.stages.pair_trees import pair_logprobs, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys, image_prints
-from srcfast.training.loop import Features, Metrics
+from srcfast.training.items import Features, Metrics
 from srcfast.training.pipelining import behind
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import Fetched, fetch, to_device

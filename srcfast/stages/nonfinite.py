@@ -20,7 +20,7 @@ from srcfast.models.lora import lora_parameters, save_adapter
 from srcfast.models.scorer import Scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.training.checkpoint import weights_hash
-from srcfast.training.loop import NotFinite
+from srcfast.training.items import NotFinite
 
 DIRECTORY, BATCH = "not-finite", "batch.json"
 

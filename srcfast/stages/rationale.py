@@ -29,7 +29,8 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import Features, Metrics, TrainingItem, train
+from srcfast.training.items import Features, Metrics, TrainingItem
+from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
 from srcfast_kernels.transfers import to_device

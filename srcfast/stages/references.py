@@ -25,7 +25,7 @@ from srcfast.stages.drift import drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks, with_reference
 from srcfast.stages.policy import Policy
 from srcfast.stages.stage_run import StageRun
-from srcfast.training.loop import Features
+from srcfast.training.items import Features
 
 RECHECKED = 16  # pairs at least, and
 RECHECKED_SHARE = 0.05  # of the eligible ones

@@ -30,7 +30,8 @@ from srcfast.stages.rationale import (
     response_tokens,
 )
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
-from srcfast.training.loop import Metrics, run_again
+from srcfast.training.items import Metrics
+from srcfast.training.loop import rerun_step
 
 
 def replay(place: Path) -> Metrics:
@@ -71,7 +72,7 @@ def replay(place: Path) -> Metrics:
     _check_weights(place / "adapter", model, expected)
     features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
     if stage == "rationale":
-        return run_again(
+        return rerun_step(
             model,
             rationale_trees(model, raps),
             step,
@@ -82,7 +83,7 @@ def replay(place: Path) -> Metrics:
             rows=response_logit_rows,
         )
     items = dict(zip(places, preference_items(model, pairs, config.curation.weighting, raps), strict=True))
-    return run_again(
+    return rerun_step(
         model,
         [items[number] for number in range(len(items))],
         step,
@@ -105,7 +106,7 @@ def _replay_scorer(
     kept = config.scorer.model_copy(update={"path": str(place / "scorer")})
     judge = load_scorer_for(config.model_copy(update={"scorer": kept})).requires_grad_(True)
     _check_weights(place / "scorer", judge, expected)
-    return run_again(
+    return rerun_step(
         judge.text_model,
         scorer_items(judge, examples),
         step,

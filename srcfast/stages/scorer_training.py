@@ -29,7 +29,8 @@ from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_ro
 from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import Loss, Metrics, TrainingItem, train
+from srcfast.training.items import Loss, Metrics, TrainingItem
+from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast.world.oracle import verify_sample
 from srcfast_kernels.transfers import fetch, to_device

@@ -27,7 +27,7 @@ from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress, peak_rss_bytes, track
 from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import Metrics, TrainingItem
+from srcfast.training.items import Metrics, TrainingItem
 from srcfast.training.profiler import StepProfiler
 
 

@@ -1,11 +1,11 @@
-"""A training on disk, so that it continues where it was stopped: on a CPU, and on a GPU that is deterministic, bit for bit.
+"""Save a training and continue it: bit for bit on a CPU, and on a GPU with deterministic algorithms.
 
-`checkpoint/step-NNNNNNNN/` holds `weights.safetensors` (what is trained), `optimizer.safetensors` (its moments), `state.json`
-(step, metrics so far, whose training it is, each file's SHA-256) and last `COMPLETE` (the SHA-256 of `state.json`). Nothing else
-changes while training: the learning rate, the order of the items and what dropout drops are functions of seed and step.
+`checkpoint/step-NNNNNNNN/` holds `weights.safetensors` (the trained weights), `optimizer.safetensors` (their moments),
+`state.json` (step, metrics so far, the training's identity, each file's SHA-256) and, written last, `COMPLETE` (the SHA-256 of
+`state.json`). Nothing else changes while training: learning rate, order of items and dropout are functions of seed and step.
 
-The directory is written under a temporary name, flushed and renamed; the last two are kept, so that a damaged newest one costs
-the steps between them.
+The directory is written under a temporary name, flushed and renamed. The last two are retained, so that damage to the newest
+costs only the steps between them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +44,12 @@ from srcfast.data.jsonl import (
 )
 from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.run import signals
-
-if TYPE_CHECKING:
-    from srcfast.training.loop import TrainingItem
-    from srcfast.training.optimizer import AdamW
+from srcfast.training.items import TrainingItem
+from srcfast.training.optimizer import AdamW
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
-KEPT = 2
-_STATE: Mapping[str, tuple[type, ...]] = {
+NUM_RETAINED = 2  # checkpoints
+_STATE_TYPES: Mapping[str, tuple[type, ...]] = {
     "step": (int,),
     "seconds": (float, int),
     "identity": (dict,),
@@ -59,23 +57,24 @@ _STATE: Mapping[str, tuple[type, ...]] = {
     "history": (list,),
 }
 _NAME = re.compile(r"step-\d{8,}")
-# Settings that change no number of a training: it may continue with others, after running out of memory for instance.
-# What names the items in checkpoints of srcfast 0.1: a hash that held their classes' names. These are still accepted.
+# The key of the items' hash as srcfast 0.1 computed it, over their classes' names. Its checkpoints are still accepted.
 BEFORE = "items as srcfast 0.1 named them"
-_NO_MATTER = ("loader_workers", "activation_checkpointing", "deterministic")
+# Settings that change no number of a training, so that it may continue with other values, for instance after running out of
+# memory.
+_NUMERICALLY_NEUTRAL = ("loader_workers", "activation_checkpointing", "deterministic")
 
 
 @dataclass
 class TrainingCheckpoints:
-    """Where and how often a training is saved, and whose it is.
+    """Where and how often a training is saved.
 
     Args:
         directory: of its checkpoints, and of nothing else.
-        settings: all that its numbers depend on beside what `train` is given; what JSON can say. A checkpoint of other
-            settings is refused.
-        minutes: between two saves; 0: not by the clock.
-        steps: between two saves; 0: not by their number.
-        on_continue: called with the metrics of the steps that need not be done again, and the seconds they took.
+        settings: all that its numbers depend on beside what `train` is given, as JSON values. A checkpoint of other settings
+            is refused.
+        minutes: between two saves; 0: don't save by time.
+        steps: between two saves; 0: don't save by step.
+        on_continue: called with the metrics of the steps that are saved, and the seconds they took.
     """
 
     directory: Path
@@ -91,56 +90,62 @@ class TrainingCheckpoints:
     def begin(
         self, optimizer: AdamW, loop: Mapping[str, Any], items: Sequence[TrainingItem]
     ) -> tuple[int, list[dict[str, Any]]]:
-        """Take over what is saved of the training that begins with these weights, items and settings of the loop.
+        """Load the newest checkpoint, if there is one, into the optimizer and its weights.
 
-        On several ranks all take what rank 0 finds whole; there may be another number of them than before. It alone reads the
-        images, to name the training by them.
+        All ranks load the one that rank 0 selects; their number may differ from that of the run that saved it. Rank 0 alone
+        reads the images, to compute the training's identity.
+
+        Args:
+            optimizer: with the weights that the training starts from.
+            loop: `TrainingConfig` as a dict.
+            items: what is trained on.
 
         Returns:
             Steps done, and their metrics.
 
         Raises:
-            ConfigError: what is saved is another training's, see `load_training`.
+            ConfigError: the checkpoint is another training's, see `load_training`.
             InputError: an image can't be read.
         """
-        found: SavedTraining | None = None
+        saved: SavedTraining | None = None
 
         def search() -> int | None:
-            nonlocal found
+            nonlocal saved
             self._identity = identity_of(self.settings, loop, items, optimizer.weights)
             distributed.barrier_with_heartbeat()
-            found = load_training(self.directory, self._identity)
+            saved = load_training(self.directory, self._identity)
             self._identity = {key: value for key, value in self._identity.items() if key != BEFORE}
-            return None if found is None else found.step
+            return None if saved is None else saved.step
 
         if not distributed.is_rank_zero():
-            distributed.barrier_with_heartbeat()  # however long rank 0 reads images
+            distributed.barrier_with_heartbeat()  # without a timeout: rank 0 may read many images
         step = distributed.run_on_rank_zero(search)
         if step is None:
             return 0, []
-        if found is None:
-            found = _read(_place(self.directory, step))
+        if saved is None:
+            saved = _read(_step_directory(self.directory, step))
         with torch.no_grad():
-            optimizer.weights.copy_(found.weights)
-        optimizer.load_state_dict(found.optimizer)
-        self._saved, self._began = step, time.monotonic() - found.seconds
+            optimizer.weights.copy_(saved.weights)
+        optimizer.load_state_dict(saved.optimizer)
+        self._saved, self._began = step, time.monotonic() - saved.seconds
         if self.on_continue is not None:
-            self.on_continue(found.history, found.seconds)
-        return step, list(found.history)
+            self.on_continue(saved.history, saved.seconds)
+        return step, list(saved.history)
 
-    def asked(self, step: int) -> tuple[int, bool]:
-        """After this many steps: the signal to stop by (0: none), and whether to save; the same on all ranks."""
-        by_clock = self.minutes and time.monotonic() - self._last >= 60.0 * self.minutes
-        due = bool(by_clock or (self.steps and step % self.steps == 0))
-        told = distributed.gather([signals.pending(), due])
-        stop = max(signal for signal, _ in told)
-        return stop, bool(stop) or told[0][1]
+    def due(self, step: int) -> tuple[int, bool]:
+        """Return the signal to stop by after this many steps (0: none), and whether to save; the same on all ranks."""
+        by_time = self.minutes and time.monotonic() - self._last >= 60.0 * self.minutes
+        by_step = self.steps and step % self.steps == 0
+        per_rank = distributed.gather([signals.pending(), bool(by_time or by_step)])
+        stop = max(signal for signal, _ in per_rank)
+        _, rank_zero_saves = per_rank[0]  # the ranks' clocks may disagree
+        return stop, bool(stop) or rank_zero_saves
 
     def save(self, step: int, optimizer: AdamW, history: list[dict[str, Any]]) -> None:
-        """Save unless that is done already. Rank 0 alone does it, for all ranks have the same.
+        """Save a step, on rank 0, unless it is saved already. All ranks have the same weights and moments.
 
         Raises:
-            SrcfastError: it can't be written.
+            SrcfastError: the checkpoint can't be written.
         """
         if step != self._saved and distributed.is_rank_zero():
             seconds = time.monotonic() - self._began
@@ -149,7 +154,7 @@ class TrainingCheckpoints:
         self._saved, self._last = step, time.monotonic()
 
     def remove(self) -> None:
-        """Forget them all: the training's result is on disk."""
+        """Remove all checkpoints; called once the training's result is on disk."""
         if distributed.is_rank_zero():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -160,10 +165,10 @@ class SavedTraining:
 
     Attributes:
         step: updates done.
-        weights: all that is trained, `[n]`.
-        optimizer: as `AdamW.state_dict` gives it.
+        weights: all trained weights, `[n]`.
+        optimizer: as `AdamW.state_dict` returns it.
         history: metrics of each step done.
-        identity: whose training it is, see `identity_of`.
+        identity: of the training, see `identity_of`.
         seconds: that the steps took.
     """
 
@@ -178,9 +183,9 @@ class SavedTraining:
 def identity_of(
     settings: Mapping[str, Any], loop: Mapping[str, Any], items: Sequence[TrainingItem], weights: Tensor
 ) -> dict[str, Any]:
-    """What makes two trainings the same one: their settings, and hashes of their items and of the weights they start from.
+    """Return what identifies a training: its settings, and hashes of its items and of the weights that it starts from.
 
-    Not where their images lie: a run that was moved with its images, stopped in mid-training, goes on.
+    The directory of the images is not part of it, so that a stopped run can be moved together with its images and continued.
 
     Args:
         settings: of the stage.
@@ -191,7 +196,7 @@ def identity_of(
     Raises:
         InputError: an image can't be read.
     """
-    print_of = cache(image_print)  # each file is read once
+    print_of = cache(image_print)  # reads each file once
     digest, before = hashlib.sha256(), hashlib.sha256()
     for item in items:
         distributed.heartbeat()
@@ -216,15 +221,15 @@ def identity_of(
 
 
 def named_values(value: Any) -> Any:
-    """A value as JSON: dataclasses by their fields' names and not their own, tensors and arrays by dtype, shape and SHA-256.
+    """Convert a value to JSON: dataclasses to their fields without the class's name, tensors and arrays to dtype, shape and hash.
 
     Raises:
-        TypeError: a value of another kind, whose text may differ from one process or release to the next.
+        TypeError: a value of another type, whose text may differ between processes or releases.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if is_dataclass(value):
-        return {one.name: named_values(getattr(value, one.name)) for one in fields(value)}
+        return {field.name: named_values(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): named_values(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):
@@ -239,16 +244,16 @@ def named_values(value: Any) -> Any:
 
 
 def image_print(file: str | Path, name: str) -> str:
-    """An image's name and SHA-256: the same when its folder is moved, another for another image. Raises InputError."""
+    """Return an image's name and SHA-256, which don't depend on its directory. Raises InputError if it can't be read."""
     try:
         return f"{name} {file_hash(file)}"
     except OSError as error:
-        found = error.strerror or error
-        raise InputError(file=file, field="images", expected="a readable file", found=found) from error
+        reason = error.strerror or error
+        raise InputError(file=file, field="images", expected="a readable file", found=reason) from error
 
 
 def weights_hash(*weights: Tensor) -> str:
-    """SHA-256 of the bits of one tensor after the other."""
+    """Return the SHA-256 of the tensors' bytes, one tensor after the other."""
     digest = hashlib.sha256()
     for tensor in weights:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -256,12 +261,12 @@ def weights_hash(*weights: Tensor) -> str:
 
 
 def save_training(directory: Path, training: SavedTraining) -> None:
-    """Write `step-NNNNNNNN/` whole or not at all, and drop all but the last two.
+    """Write `step-NNNNNNNN/` atomically, and remove all checkpoints but the last two.
 
     Raises:
         SrcfastError: it can't be written.
     """
-    final = _place(directory, training.step)
+    final = _step_directory(directory, training.step)
     temporary = temporary_of(final)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -277,35 +282,34 @@ def save_training(directory: Path, training: SavedTraining) -> None:
         }
         write_json(temporary / STATE, state)
         write_json(temporary / COMPLETE, {STATE: file_hash(temporary / STATE)})
-        _sync(temporary)
-        if final.exists():  # damaged: else training would have continued from it
-            _discard(final)
+        _sync_directory(temporary)
+        if final.exists():  # it is damaged: else the training would have continued from it
+            _remove(final)
         os.replace(temporary, final)
-        _sync(directory)
+        _sync_directory(directory)
     except (OSError, SafetensorError) as error:
         raise SrcfastError(
-            f"{final}: expected room and permission to save the training, found {error}. Fix: see to these; the same "
+            f"{final}: expected space and permission to save the training, found {error}. Fix: see to these; the same "
             "command then continues from the last save"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _checkpoints(directory)[:-KEPT]:
-        _discard(old)
+    for old in _checkpoints(directory)[:-NUM_RETAINED]:
+        _remove(old)
 
 
 def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining | None:
-    """The newest whole checkpoint; None where there is none. A damaged one is passed over with a warning.
+    """Load the newest undamaged checkpoint; None: there is none. A damaged one is skipped with a warning.
 
     Raises:
         ConfigError: it is another training's; the first setting that differs is named.
     """
-    found = _checkpoints(directory)
-    for path in reversed(found):
+    paths = _checkpoints(directory)
+    for path in reversed(paths):
         try:
             training = _read(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            older = path != found[0]
-            instead = "the one before is used" if older else "this training begins anew"
+            instead = "this training begins anew" if path == paths[0] else "the one before is used"
             warnings.warn(f"{path}: a damaged checkpoint ({error}): {instead}", RuntimeWarning, stacklevel=2)
             continue
         _check_same_training(path, training.identity, identity)
@@ -314,14 +318,14 @@ def load_training(directory: Path, identity: Mapping[str, Any]) -> SavedTraining
 
 
 def _read(path: Path) -> SavedTraining:
-    """Raises ValueError and the like where anything isn't as it was written."""
+    """Read a checkpoint. Raises OSError, ValueError, KeyError or SafetensorError if anything differs from what was written."""
     marker = parse_object(regular(path / COMPLETE).read_bytes())
     _check_hash(path / STATE, marker[STATE])
     state = parse_object((path / STATE).read_bytes())
-    for name, kind in _STATE.items():
-        if type(state[name]) not in kind:
-            raise ValueError(f"{STATE}, field {name!r}: expected {kind[0].__name__}, found {state[name]!r}"[:200])
-    if _place(path.parent, state["step"]) != path:
+    for name, types in _STATE_TYPES.items():
+        if type(state[name]) not in types:
+            raise ValueError(f"{STATE}, field {name!r}: expected {types[0].__name__}, found {state[name]!r}"[:200])
+    if _step_directory(path.parent, state["step"]) != path:
         raise ValueError(f"{STATE}, field 'step': expected that of the folder's name, found {state['step']}")
     if not all(isinstance(row, dict) for row in state["history"]):
         raise ValueError(f"{STATE}, field 'history': expected a JSON object a step")
@@ -338,15 +342,18 @@ def _read(path: Path) -> SavedTraining:
 
 
 def _check_hash(file: Path, expected: str) -> None:
-    if (found := file_hash(regular(file))) != expected:
-        raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {found}")
+    if (actual := file_hash(regular(file))) != expected:
+        raise ValueError(f"{file.name}: expected SHA-256 {expected}, found {actual}")
 
 
 def _check_same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a checkpoint's identity differs from this training's in a setting that changes its numbers."""
     old, new = flatten(dict(stored)), flatten(dict(wanted))
-    if old.get("items") == (before := new.pop(BEFORE, None)):  # saved by srcfast 0.1
-        new["items"] = before
-    changed = [key for key in new | old if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _NO_MATTER]
+    if old.get("items") == (hash_of_0_1 := new.pop(BEFORE, None)):  # saved by srcfast 0.1
+        new["items"] = hash_of_0_1
+    changed = [
+        key for key in new | old if old.get(key) != new.get(key) and key.rpartition(".")[2] not in _NUMERICALLY_NEUTRAL
+    ]
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -356,11 +363,11 @@ def _check_same_training(path: Path, stored: Mapping[str, Any], wanted: Mapping[
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Oldest first."""
+    """List the checkpoints of a directory, oldest first."""
     if not directory.is_dir():
         return []
-    found: Iterable[Path] = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    paths = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -368,19 +375,19 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         opened.write(to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _place(directory: Path, step: int) -> Path:
+def _step_directory(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def _discard(path: Path) -> None:
-    """Under another name first, so that no half of it is ever taken for a damaged checkpoint."""
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never read as a damaged checkpoint."""
     temporary = temporary_of(path.with_name(f"{path.name}.old"))
     os.replace(path, temporary)
     shutil.rmtree(temporary)
 
 
-def _sync(directory: Path) -> None:
-    """Names in a directory to disk."""
+def _sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to disk, without which a rename may be lost in a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -31,7 +31,7 @@ class Strikes:
         self.run = run
         self.struck: dict[str, signal.Signals] = {}
         self.written, self.stepped = Counter[Path](), Counter[tuple[str, int]]()
-        write, asked = chunks._write, TrainingCheckpoints.asked
+        write, due = chunks._write, TrainingCheckpoints.due
 
         def strike_and_write(file: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             self.written[file] += 1
@@ -41,10 +41,10 @@ class Strikes:
         def strike_and_ask(checkpoints: TrainingCheckpoints, step: int) -> tuple[int, bool]:
             self.stepped[str(checkpoints.directory), step] += 1
             self.strike(checkpoints.directory)
-            return asked(checkpoints, step)
+            return due(checkpoints, step)
 
         monkeypatch.setattr(chunks, "_write", strike_and_write)
-        monkeypatch.setattr(TrainingCheckpoints, "asked", strike_and_ask)
+        monkeypatch.setattr(TrainingCheckpoints, "due", strike_and_ask)
 
     def strike(self, place: Path) -> None:
         stage = max(

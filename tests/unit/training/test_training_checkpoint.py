@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path: Path) -> 
 
 def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected room and permission.*Fix"):
+    with pytest.raises(SrcfastError, match=r"file/checkpoint.*expected space and permission.*Fix"):
         trained(tmp_path / "file" / "checkpoint", steps=1)
 
 
