@@ -1,7 +1,7 @@
-"""Trainings whose numbers are the same in every run on a GPU: by deterministic algorithms alone, which take longer.
+"""Deterministic algorithms, slower ones, with which a training on a GPU gives the same numbers in every run.
 
-What else sums in no fixed order there: FlashAttention's backward pass (the gradients of queries), and sums by index with
-atomics. On a CPU every operation that srcfast uses sums in a fixed order anyway.
+Without them two kinds of operations add in no fixed order there: FlashAttention's backward pass (the gradients of queries), and
+sums by index with atomics. On a CPU every operation that srcfast uses adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ import torch
 
 
 def prepare_determinism() -> None:
-    """Give cuBLAS a workspace for each stream; it reads this once, at its first product.
+    """Set the environment variable that gives cuBLAS one workspace a stream; cuBLAS reads it once, at its first product.
 
-    A value that the environment has already stays. PyTorch raises RuntimeError, and names the variable, where it is none of
-    the deterministic ones.
+    A value that is already set stays. If it is not a deterministic one, PyTorch raises RuntimeError and names the variable.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Within, PyTorch takes deterministic algorithms alone, and raises RuntimeError for an operation that has none."""
+    """Restrict PyTorch to deterministic algorithms while the body runs; an operation without one raises RuntimeError."""
     if not wanted:
         yield
         return
-    before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # which costs time; no kernel here reads unwritten memory
+    )
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(was_enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling

@@ -1,7 +1,7 @@
-"""What a step needs of the host, ahead of it: forests packed, index maps made, images decoded and preprocessed.
+"""Prepare steps on the host, ahead of time: pack forests, make index maps, decode and preprocess images.
 
-A step's content is a pure function of its number (and through it of seed and epoch); which of its images still have to be
-prepared is decided in this process when the step is asked for. So the number of worker processes changes nothing but time.
+A step's content is a pure function of its number (and through it of seed and epoch). This process decides, when it requests a
+step, which of its images still have to be prepared. So the number of worker processes changes time alone.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.utils.data import DataLoader, Dataset
 from srcfast.data.forest import Forest, Tree
 from srcfast.errors import SrcfastError
 
-AHEAD = 2  # steps that each worker prepares before they are asked for
+AHEAD = 2  # steps that each worker prepares before they are needed
 
-Request = tuple[int, tuple[str, ...]]  # a step, and its images that are to be prepared
+Request = tuple[int, tuple[str, ...]]  # a step, and the keys of the images to prepare
 
 
 @dataclass
 class PackedStep:
-    """A rank's share of a global batch, on the host; it may be empty.
+    """The part of a global batch that a rank runs, on the host; it may be empty.
 
     Attributes:
         step: its number.
         indices: of its items, in the batch's order.
-        forests: whose `indices` are places in `indices`.
-        prepared: images by key, ready for the vision tower.
+        forests: their `indices` are positions in `indices`.
+        prepared: inputs of the vision tower, by image key.
     """
 
     step: int
@@ -42,16 +42,20 @@ class PackedStep:
 
     @property
     def images(self) -> list[str]:
-        """Distinct keys, in order of appearance."""
+        """Distinct image keys, in order of appearance."""
         return list(dict.fromkeys(key for forest in self.forests for key in forest.images))
 
     def pin_memory(self) -> PackedStep:
-        """With images in page-locked memory; forests, which are small, are put there when they are sent."""
-        prepared = {key: {name: part.pin_memory() for name, part in own.items()} for key, own in self.prepared.items()}
+        """Copy the images to page-locked memory. Forests are small: they are copied there when they are sent to the device."""
+        prepared = {
+            key: {name: tensor.pin_memory() for name, tensor in image.items()} for key, image in self.prepared.items()
+        }
         return replace(self, prepared=prepared)
 
 
 class _Steps(Dataset[PackedStep]):
+    """Packs the step of a request; the arguments are those of `packed_steps`."""
+
     def __init__(
         self,
         trees: Sequence[Tree],
@@ -66,19 +70,19 @@ class _Steps(Dataset[PackedStep]):
         self.prepare, self.plan = prepare, plan
 
     def __getitem__(self, request: Request) -> PackedStep:
-        step, wanted = request
+        step, image_keys = request
         indices = self.batch_of(step)
         forests = Forest.pack([self.trees[i] for i in indices], self.token_budget, max_trees=self.max_trees)
         for forest in forests:
             if self.plan is not None:
                 self.plan(forest)
-        made = PackedStep(step, indices, forests)
+        packed = PackedStep(step, indices, forests)
         if self.prepare is not None:
-            for key in wanted:
-                # An image that can't be read is left to the training process, whose error it then is.
+            for key in image_keys:
+                # An image that can't be read is skipped: the training process reads it again, and raises the error.
                 with suppress(SrcfastError):
-                    made.prepared[key] = self.prepare(key)
-        return made
+                    packed.prepared[key] = self.prepare(key)
+        return packed
 
 
 def packed_steps(
@@ -93,41 +97,41 @@ def packed_steps(
     workers: int = 0,
     pin: bool = False,
 ) -> Generator[PackedStep, None, None]:
-    """The steps one after the other, some of them ahead; to be closed, with which its processes end.
+    """Yield the steps in order, while workers prepare later ones. Closing the generator ends the workers.
 
     Args:
         trees: of all items.
         steps: numbers of the steps to do.
         batch_of: a step's items, as indices.
-        token_budget: most tokens in a forest.
-        max_trees: most trees in a forest.
+        token_budget: maximal tokens in a forest.
+        max_trees: maximal trees in a forest.
         features: where it has `missing(keys)` and `prepare(key)`, as `ImageFeatures` does, the workers prepare those images
-            of a step that are missing when the step is asked for.
-        plan: called on every forest on the host; keeps its index maps in the forest's cache.
-        workers: processes; 0: each step is made here when its turn comes, its images by `features` itself.
-        pin: images that the workers prepared into page-locked memory.
+            of a step that are missing when the step is requested.
+        plan: called on every forest on the host; stores its index maps in the forest's cache.
+        workers: processes; 0: each step is packed in this process when it is needed, and `features` prepares its images.
+        pin: copy images that the workers prepared to page-locked memory.
     """
     if not workers:
-        made = _Steps(trees, batch_of, token_budget, max_trees, None, plan)
+        packed = _Steps(trees, batch_of, token_budget, max_trees, None, plan)
         for step in steps:
-            yield made[step, ()]
+            yield packed[step, ()]
         return
-    takes_prepared = hasattr(features, "missing") and hasattr(features, "prepare")
+    can_prepare = hasattr(features, "missing") and hasattr(features, "prepare")
 
     def requests() -> Iterator[Request]:
-        for step in steps:  # asked for one by one, as workers become free
+        for step in steps:  # the loader takes one request at a time, as workers become free
             keys = dict.fromkeys(key for i in batch_of(step) for key in trees[i].images)
-            yield step, tuple(features.missing(keys)) if takes_prepared else ()
+            yield step, tuple(features.missing(keys)) if can_prepare else ()
 
     loader: DataLoader[PackedStep] = DataLoader(
-        _Steps(trees, batch_of, token_budget, max_trees, features.prepare if takes_prepared else None, plan),
+        _Steps(trees, batch_of, token_budget, max_trees, features.prepare if can_prepare else None, plan),
         batch_size=None,
         sampler=requests(),
         num_workers=workers,
         prefetch_factor=AHEAD,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin,
-        generator=torch.Generator(),  # else a seed for the workers would be drawn from the caller's numbers
+        generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         worker_init_fn=_leave_process_group,
         multiprocessing_context="fork",  # workers share the trees, and touch no GPU
     )
@@ -135,9 +139,11 @@ def packed_steps(
 
 
 def _leave_process_group(worker: int) -> None:
-    """A signal that asks the whole group to stop would else end the workers, while the training needs them for its step."""
+    """Put a worker into a separate process group. A terminal sends SIGINT to the whole group of the training, and would end the
+    workers while it still needs them for its current step.
+    """
     os.setpgid(0, 0)
 
 
-def _as_it_is(made: PackedStep) -> PackedStep:
-    return made
+def _identity(step: PackedStep) -> PackedStep:
+    return step

@@ -1,4 +1,4 @@
-"""Queue work on a device before the host reads the results of earlier work, so that the device always has some."""
+"""Queue work on a device before the host reads the results of earlier work, so that the device is never idle."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Item = TypeVar("Item")
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether results are read after further work was queued: where work is queued on a device."""
+    """Return whether to read results one step late: on a GPU, which queues work. A CPU has computed when a call returns."""
     return device.type == "cuda"
 
 
 def behind(items: Iterable[Item], device: torch.device) -> Iterator[Item]:
-    """Yield the items in order; on a GPU each one only after the next one was made, whose work is then queued."""
-    waiting: deque[Item] = deque()
+    """Yield the items in order; on a GPU each one after the next one was computed, so that its work is queued by then."""
+    queued: deque[Item] = deque()
     for item in items:
-        waiting.append(item)
-        del item  # it may hold what the device needs memory for
-        if len(waiting) > int(reads_late(device)):
-            yield waiting.popleft()
-    yield from waiting
+        queued.append(item)
+        del item  # no reference stays here: the item may hold device memory that the next one needs
+        if len(queued) > int(reads_late(device)):
+            yield queued.popleft()
+    yield from queued

@@ -1,10 +1,10 @@
-"""A profile of chosen training steps: where time and memory went.
+"""Profile time and memory of chosen training steps.
 
-Written into a folder: `trace.json`, which chrome://tracing and Perfetto open; `memory.json`, on a GPU the allocator's
-snapshot with its history, on a CPU every allocation as the profiler saw it; `summary.json`, the table that is printed.
+The profile is a directory with `trace.json`, which chrome://tracing and Perfetto open; `memory.json`, on a GPU the allocator's
+snapshot with its history, on a CPU every allocation that the profiler recorded; `summary.json`, the table that is printed.
 
-Time is divided by what ran. On a GPU that is its kernels by name, and as host the time in which it ran none. On a CPU it is
-each operator's own time, without the operators it calls, and as host the time outside of operators: Python, mostly.
+Time is split by kind of work. On a GPU it is the time of its kernels, classified by name, and "host" is the time without any. On
+a CPU it is each operator's time without the operators it calls, and "host" is the time outside of operators: mostly Python.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from srcfast.errors import ConfigError
 SHOWN = 12  # operations in the table
 HISTORY = 200_000  # allocations that a GPU's allocator remembers
 SHARES = ("gemm", "attention", "srcfast", "other", "host")
-_GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of the trace
+_GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a trace's events
 _ATTENTION = re.compile(r"flash|fmha|attention|scaled_dot_product|aten::bmm|softmax|BmmBackward", re.IGNORECASE)
 _GEMM = re.compile(
     r"gemm|gemv|nvjet|cutlass|xmma|splitk|^mkldnn::_linear|aten::(mm|addmm|addmm_|linear|matmul|addmv|mv|_scaled_mm)$",
     re.IGNORECASE,
 )
-# The house's Triton kernels on a GPU; on a CPU its autograd functions, which PyTorch names without underscore.
+# srcfast's Triton kernels on a GPU; on a CPU its autograd functions.
 _SRCFAST = re.compile(r"^(?:[a-z0-9_]+_kernel(?:_\w+)?|_[A-Z]\w*|srcfast::\w+)$")
 
 
 @dataclass(frozen=True)
 class ProfileSummary:
-    """Seconds of the profiled steps by kind of work, and the operations that took most: (name, seconds, calls)."""
+    """Shares of the profiled steps' time by kind of work, and the slowest operations: (name, seconds, calls)."""
 
     steps: int
     seconds: float
@@ -44,27 +44,27 @@ class ProfileSummary:
     operations: list[tuple[str, float, int]]
 
     def text(self) -> str:
-        """For a terminal."""
-        share = ", ".join(f"{name} {100 * part:.1f} %" for name, part in self.shares.items())
-        lines = [f"{self.steps} steps in {self.seconds:.3f} s: {share}"]
+        """Format the summary for a terminal."""
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares.items())
+        lines = [f"{self.steps} steps in {self.seconds:.3f} s: {shares}"]
         lines += [f"  {1000 * spent:9.2f} ms  {calls:6d} x  {name[:90]}" for name, spent, calls in self.operations]
         return "\n".join(lines)
 
 
 def parse_steps(text: str) -> range:
-    """`3:6` is steps 3, 4 and 5, counted from 0. Raises ConfigError where it names none."""
-    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if found is None or int(found[1]) >= int(found[2]):
+    """Parse a range of steps: `3:6` is steps 3, 4 and 5, counted from 0. Raises ConfigError if it is empty or malformed."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
         raise ConfigError(f"--profile: expected the first step and the one after the last, such as 3:6, found {text!r}")
-    return range(int(found[1]), int(found[2]))
+    return range(int(match[1]), int(match[2]))
 
 
 class StepProfiler:
-    """Profiles the steps of a range; `begin` is called before each step, `end` after the last one.
+    """Profile the steps of a range. The loop calls `begin` before each step, and `end` after the last one.
 
     Args:
-        steps: to profile. Those of a run that ends before are moved back to its last ones.
-        folder: for the files.
+        steps: to profile. If the run ends before them, its last steps are profiled instead.
+        folder: directory of the profile.
     """
 
     def __init__(self, steps: range, folder: Path) -> None:
@@ -74,7 +74,7 @@ class StepProfiler:
         self._done = 0
 
     def begin(self, step: int, total: int) -> None:
-        """Step `step` of `total` is about to begin."""
+        """Start or stop the profiler where the range begins or ends; called before step `step` of `total`."""
         back = max(0, min(self.steps.stop - total, self.steps.start))
         if self._profile is not None:
             self._done += 1
@@ -84,13 +84,13 @@ class StepProfiler:
             self._start()
 
     def end(self) -> None:
-        """The last step is done, or the run has failed."""
+        """Stop the profiler; called after the last step, or after an error."""
         if self._profile is not None:
             self._done += 1
             self._stop()
 
     def show(self) -> None:
-        """Print where time went, and where the files are."""
+        """Print the summary and the path of the profile."""
         if self.summary is not None:
             print(f"profile: {self.folder}\n{self.summary.text()}")
 
@@ -98,7 +98,7 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.synchronize()  # what is queued belongs to the step before
+            torch.cuda.synchronize()  # queued work belongs to the step before
             torch.cuda.memory._record_memory_history(max_entries=HISTORY)
         self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
         self._profile.start()
@@ -124,8 +124,8 @@ class StepProfiler:
 
 
 def allocations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of a trace's events each allocation (bytes above 0) and release: when, how much, and the total that it left."""
-    found = [event for event in events if event.get("name") == "[memory]"]
+    """Extract each allocation (bytes above 0) and release (below 0) from a trace's events, in order of time."""
+    memory_events = [event for event in events if event.get("name") == "[memory]"]
     return [
         {
             "microseconds": event["ts"],
@@ -133,28 +133,28 @@ def allocations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "address": event["args"].get("Addr"),
             "total_bytes": event["args"].get("Total Allocated"),
         }
-        for event in sorted(found, key=lambda event: float(event["ts"]))
+        for event in sorted(memory_events, key=lambda event: float(event["ts"]))
     ]
 
 
 def summarise(events: Sequence[Mapping[str, Any]], steps: int) -> ProfileSummary:
-    """Shares of time and top operations of a chrome trace's events."""
+    """Compute shares of time and the slowest operations from a chrome trace's events."""
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     gpu = [event for event in spans if event.get("cat") in _GPU_WORK]
     ops = [event for event in spans if event.get("cat") == "cpu_op"]
-    whole = [event for event in spans if event.get("cat") in _GPU_WORK | {"cpu_op", "cuda_runtime", "cuda_driver"}]
-    begin = min((float(event["ts"]) for event in whole), default=0.0)
-    end = max((float(event["ts"]) + float(event["dur"]) for event in whole), default=0.0)
+    work = [event for event in spans if event.get("cat") in _GPU_WORK | {"cpu_op", "cuda_runtime", "cuda_driver"}]
+    begin = min((float(event["ts"]) for event in work), default=0.0)
+    end = max((float(event["ts"]) + float(event["dur"]) for event in work), default=0.0)
     spent: dict[str, float] = defaultdict(float)  # by operation, microseconds
     calls: dict[str, int] = defaultdict(int)
     kinds = dict.fromkeys(SHARES, 0.0)
-    for name, kind, own in _gpu_times(gpu) if gpu else _own_times(ops):
-        spent[name] += own
+    for name, kind, microseconds in _gpu_times(gpu) if gpu else _self_times(ops):
+        spent[name] += microseconds
         calls[name] += 1
-        kinds[kind] += own
+        kinds[kind] += microseconds
     busy = _covered(gpu or ops)
-    scale = busy / max(sum(kinds.values()), 1e-9)  # several streams, or threads, at a time
-    shares = {kind: scale * own / max(end - begin, 1e-9) for kind, own in kinds.items()}
+    scale = busy / max(sum(kinds.values()), 1e-9)  # below 1 where several streams, or threads, ran at a time
+    shares = {kind: scale * microseconds / max(end - begin, 1e-9) for kind, microseconds in kinds.items()}
     shares["host"] = 1.0 - busy / max(end - begin, 1e-9)
     top = sorted(spent, key=lambda name: -spent[name])[:SHOWN]
     return ProfileSummary(
@@ -163,29 +163,33 @@ def summarise(events: Sequence[Mapping[str, Any]], steps: int) -> ProfileSummary
 
 
 def _gpu_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, float]]:
+    """Yield (name, kind, microseconds) of each kernel or copy."""
     for event in events:
         yield event["name"], _kind(event["name"]), float(event["dur"])
 
 
-def _own_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, float]]:
-    """(name, kind, own microseconds) of nested operators; what is no product takes the kind of the function that it is in."""
+def _self_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, float]]:
+    """Yield (name, kind, microseconds without the operators it calls) of each operator.
+
+    An operator of kind "other" within one of another kind counts as that: the elementwise work of attention is attention.
+    """
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         threads[event["pid"], event["tid"]].append(event)
-    for own in threads.values():
-        open_ones: list[list[Any]] = []  # end, name, kind, own microseconds
-        for event in sorted(own, key=lambda event: (float(event["ts"]), -float(event["dur"]))):
+    for operators in threads.values():
+        stack: list[list[Any]] = []  # of the operators that are running: end, name, kind, microseconds
+        for event in sorted(operators, key=lambda event: (float(event["ts"]), -float(event["dur"]))):
             start, duration = float(event["ts"]), float(event["dur"])
-            while open_ones and open_ones[-1][0] <= start:
-                yield tuple(open_ones.pop()[1:])  # type: ignore[misc]
+            while stack and stack[-1][0] <= start:
+                yield tuple(stack.pop()[1:])  # type: ignore[misc]
             kind = _kind(event["name"])
-            if open_ones:
-                open_ones[-1][3] -= duration
+            if stack:
+                stack[-1][3] -= duration
                 if kind == "other":
-                    kind = open_ones[-1][2]
-            open_ones.append([start + duration, event["name"], kind, duration])
-        while open_ones:
-            yield tuple(open_ones.pop()[1:])  # type: ignore[misc]
+                    kind = stack[-1][2]
+            stack.append([start + duration, event["name"], kind, duration])
+        while stack:
+            yield tuple(stack.pop()[1:])  # type: ignore[misc]
 
 
 def _kind(name: str) -> str:
@@ -197,7 +201,7 @@ def _kind(name: str) -> str:
 
 
 def _covered(events: Iterable[Mapping[str, Any]]) -> float:
-    """Microseconds in which at least one of them ran."""
+    """Return the microseconds in which at least one of the events ran."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: float(event["ts"])):
         start, end = float(event["ts"]), float(event["ts"]) + float(event["dur"])
