@@ -48,11 +48,11 @@ def test_the_tower_is_woken_for_missing_images_alone(monkeypatch: pytest.MonkeyP
     woken = []
 
     @contextmanager
-    def awake():
+    def on_device():
         woken.append(True)
         yield
 
-    monkeypatch.setattr(model.vision, "awake", awake)
+    monkeypatch.setattr(model.vision, "on_device", on_device)
     features = ImageFeatures(model, image)
     features(["a", "b"])
     features(["b", "a"])
