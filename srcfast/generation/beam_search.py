@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from srcfast.config.settings import CandidatesConfig
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
 from srcfast.generation.generate import Generated, random_of
+from srcfast.models.protocols import VisionLanguageModel
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Search:
 
 
 def sentence_beam_search(
-    model: Any,
+    model: VisionLanguageModel,
     prompts: Sequence[Prompt],
     features: Features,
     settings: CandidatesConfig,
@@ -80,7 +80,6 @@ def sentence_beam_search(
     """Search candidates of every sample.
 
     Args:
-        model: an LVLM: `embed`, `decoder`, `decode`, `tokenizer`, `end_token_id`.
         prompts: their keys seed the samples' random numbers, so a sample's candidates don't depend on its batch.
         features: image keys -> embeddings.
         slots: samples searched at once; as one ends, the next takes its place.
@@ -149,7 +148,7 @@ def bigram_overlap(one: Beam, other: Beam) -> float:
     return len(one.bigrams & other.bigrams) / union if union else 0.0
 
 
-def _choose(model: Any, search: Search, settings: CandidatesConfig) -> list[Generated]:
+def _choose(model: VisionLanguageModel, search: Search, settings: CandidatesConfig) -> list[Generated]:
     """Distinct finished candidates by text, best score first."""
     by_text: dict[str, Beam] = {}
     for beam in sorted(search.finished, key=lambda b: (-b.score(settings), b.tokens)):

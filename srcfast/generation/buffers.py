@@ -11,6 +11,7 @@ from srcfast.generation.cuda_graphs import StepGraphs, captured_in
 from srcfast.generation.kv_cache import Layout, SlotCache, storage_of
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.step import DecodingStep
+from srcfast.models.protocols import HasDecoder
 
 
 class DecodingMemory:
@@ -52,7 +53,7 @@ class DecodingMemory:
         if on_gpu:
             torch.cuda.empty_cache()
 
-    def step(self, model: Any, layout: Layout, sampling: Sampling) -> tuple[DecodingStep, StepGraphs | None]:
+    def step(self, model: HasDecoder, layout: Layout, sampling: Sampling) -> tuple[DecodingStep, StepGraphs | None]:
         """The step over a cache of this layout that holds nothing, and its graphs where it has a spare row for them."""
         weight = model.decoder.head_weight
         if not layout.fixed:

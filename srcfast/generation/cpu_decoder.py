@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from srcfast.attention.forest_attention import Attend
+from srcfast.models.decoder import RMSNorm
+from srcfast.models.lora import LoRALinear
+from srcfast.models.protocols import TransformerDecoder
 
 FEW_ROWS = 8  # below, MKL is faster
 
@@ -43,7 +45,7 @@ class LayerWeights:
 class CPUDecoder:
     """Calls as a decoder does. Made within `folded_lora`, from the weights as they are then; see `of`."""
 
-    def __init__(self, decoder: Any, layers: list[LayerWeights]) -> None:
+    def __init__(self, decoder: TransformerDecoder, layers: list[LayerWeights]) -> None:
         self.layers = layers
         self.rotary = decoder.rotary
         self.norm = decoder.norm.weight
@@ -53,7 +55,7 @@ class CPUDecoder:
         self.heads, self.kv_heads = decoder.config.num_heads, decoder.config.num_kv_heads
 
     @classmethod
-    def of(cls, decoder: Any) -> CPUDecoder | None:
+    def of(cls, decoder: TransformerDecoder) -> CPUDecoder | None:
         """None where it can't take the decoder's place: another device or dtype, 4-bit weights, an adapter not folded in."""
         weight = decoder.head_weight
         if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
@@ -70,8 +72,8 @@ class CPUDecoder:
                 LayerWeights(
                     input_norm=layer.input_layernorm.weight,
                     qkv=_stack(q, k, v),
-                    q_norm=getattr(attention.q_norm, "weight", None),
-                    k_norm=getattr(attention.k_norm, "weight", None),
+                    q_norm=_norm_weight(attention.q_norm),
+                    k_norm=_norm_weight(attention.k_norm),
                     output=output,
                     mlp_norm=layer.post_attention_layernorm.weight,
                     gate=gate,
@@ -117,9 +119,14 @@ class CPUDecoder:
         return (x * inverse).mul_(weight)
 
 
-def _affine(linear: Any) -> Affine | None:
+def _norm_weight(norm: nn.Module) -> Tensor | None:
+    """Return the weight [d] of a norm of queries or keys, None where the model has none."""
+    return norm.weight if isinstance(norm, RMSNorm) else None
+
+
+def _affine(linear: nn.Module) -> Affine | None:
     """Weight and bias of an ordinary linear layer, or of one whose adapter is switched off."""
-    if hasattr(linear, "lora_A"):
+    if isinstance(linear, LoRALinear):
         if linear.active:
             return None
         linear = linear.base

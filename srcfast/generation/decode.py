@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from srcfast.generation.kv_cache import Layout
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
 from srcfast.generation.step import step_numbers
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels.transfers import to_device
 
@@ -106,7 +107,7 @@ class _Step:
 
 
 def decode(
-    model: Any,
+    model: VisionLanguageModel,
     tasks: Sequence[Task],
     features: Features,
     *,
@@ -121,7 +122,6 @@ def decode(
     """Decode all tasks, taken up in this order, `slots` of them at once.
 
     Args:
-        model: an LVLM: `embed`, `decoder`, `tokenizer`, `end_token_id`.
         features: image keys -> embeddings; asked for the images of `IMAGES_AHEAD` prompts at a time.
         width: most rows that a task writes at once.
         limit: most tokens that a row has in the end, those of the rows that it continues included.
@@ -153,7 +153,7 @@ class _Decoding:
 
     def __init__(
         self,
-        model: Any,
+        model: VisionLanguageModel,
         tasks: Sequence[Task],
         features: Features,
         layout: Layout,

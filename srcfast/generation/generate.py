@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
+from srcfast.models.protocols import VisionLanguageModel
 
 __all__ = ["Features", "Generated", "Prompt", "generate_greedy", "random_of", "sample_responses"]
 
@@ -40,7 +40,7 @@ class _Responses:
 
 
 def generate_greedy(
-    model: Any,
+    model: VisionLanguageModel,
     prompts: Sequence[Prompt],
     features: Features,
     max_new_tokens: int,
@@ -63,7 +63,7 @@ def generate_greedy(
 
 
 def sample_responses(
-    model: Any,
+    model: VisionLanguageModel,
     prompts: Sequence[Prompt],
     features: Features,
     *,
@@ -92,7 +92,7 @@ def sample_responses(
 
 
 def _respond(
-    model: Any,
+    model: VisionLanguageModel,
     tasks: Sequence[_Responses],
     features: Features,
     slots: int,
@@ -117,7 +117,7 @@ def _respond(
     )
 
 
-def _generated(model: Any, task: _Responses) -> list[Generated]:
+def _generated(model: VisionLanguageModel, task: _Responses) -> list[Generated]:
     return [Generated(row.token_ids, row.logprob, row.token_ids[-1] == model.end_token_id) for row in task.written]
 
 

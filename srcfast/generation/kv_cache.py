@@ -22,6 +22,7 @@ from torch import Tensor
 
 from srcfast.attention.forest_attention import Attend
 from srcfast.errors import SrcfastError
+from srcfast.models.protocols import DecoderShapes
 from srcfast_kernels import native
 from srcfast_kernels.transfers import to_device
 
@@ -72,7 +73,7 @@ class Layout:
         return self.slots * self.prompt_room + self.rows * self.own_room
 
 
-def storage_of(config: Any, layout: Layout, weight: Tensor) -> dict[str, Tensor]:
+def storage_of(config: DecoderShapes, layout: Layout, weight: Tensor) -> dict[str, Tensor]:
     """Memory for a cache's keys and values, zeros: attention multiplies what no mask lets through by 0, so none is left unset.
 
     On a CPU halves are kept in fp32: attention computes in fp32 there, and so each position is converted once.
@@ -124,7 +125,7 @@ class SlotCache:
     """
 
     def __init__(
-        self, config: Any, layout: Layout, weight: Tensor, storage: Mapping[str, Tensor] | None = None
+        self, config: DecoderShapes, layout: Layout, weight: Tensor, storage: Mapping[str, Tensor] | None = None
     ) -> None:
         self.layout, self.slots, self.width = layout, layout.slots, layout.width
         self.layers, self.kv_heads, self.size = config.num_layers, config.num_kv_heads, config.head_dim

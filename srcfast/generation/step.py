@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from srcfast.generation.cpu_decoder import CPUDecoder, Forward
 from srcfast.generation.kv_cache import SlotCache
 from srcfast.generation.sampling import Sampling, draw_tokens
+from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels import head_logits
 
@@ -27,12 +27,11 @@ class DecodingStep:
     """Calls as `(numbers, rows, used, longest) -> Drawn`, see `step_numbers`; looks at no tensor's values.
 
     Args:
-        model: an LVLM: `decoder`.
         cache: of keys and values; see its `begin` for `used` and `longest`.
         sampling: how tokens are drawn.
     """
 
-    def __init__(self, model: Any, cache: SlotCache, sampling: Sampling) -> None:
+    def __init__(self, model: HasDecoder, cache: SlotCache, sampling: Sampling) -> None:
         decoder = model.decoder
         fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
         self.forward: Forward = fast or decoder
@@ -76,6 +75,6 @@ def step_numbers(
     return numbers
 
 
-def _next_logits(decoder: Any, hidden: Tensor) -> Tensor:
+def _next_logits(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
     """Logits [R, V] in fp32 (fp64 for an fp64 model), as the log-probabilities of training compute them."""
     return head_logits(hidden, decoder.head_weight)

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from srcfast.attention.padded import PART_BYTES
 from srcfast.data.forest import Forest, Tree
@@ -31,6 +30,7 @@ from srcfast.generation.cuda_graphs import position_buckets, row_buckets
 from srcfast.generation.kv_cache import Layout, cache_dtype
 from srcfast.memory.activations import AttentionReads, ForestSizes, activation_bytes, fullest_forest
 from srcfast.memory.model_sizes import USABLE, ModelSizes, Shapes, memory_for
+from srcfast.models.protocols import HasDecoder
 from srcfast.units import show_bytes
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, COLUMNS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
@@ -353,7 +353,7 @@ def images_at_once(model: ModelSizes, memory: float | None) -> int:
 
 
 def plan_checkpointing(
-    model: nn.Module,
+    model: HasDecoder,
     trees: Sequence[Tree],
     *,
     token_budget: int,

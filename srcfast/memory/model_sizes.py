@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
+from srcfast.models.protocols import HasDecoder
 from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, held
 from srcfast.units import show_bytes
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
@@ -156,9 +157,9 @@ class ModelSizes:
         return self.quantisation_bytes > 0
 
     @classmethod
-    def of(cls, model: nn.Module, device_type: str | None = None) -> ModelSizes:
+    def of(cls, model: HasDecoder, device_type: str | None = None) -> ModelSizes:
         """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
-        decoder: Any = model.decoder
+        decoder = model.decoder
         parameters: dict[str, int] = {}
         weights, scales, waiting, trained = 0.0, 0.0, 0, 0
         device = decoder.embed_tokens.weight.device
@@ -266,7 +267,7 @@ class ModelSizes:
         )
 
 
-def whole_nf4(model: nn.Module) -> Iterator[NF4Weight]:
+def whole_nf4(model: HasDecoder | nn.Module) -> Iterator[NF4Weight]:
     """The 4-bit weights of a model, but for those that ranks share out."""
     for module in model.modules():
         if getattr(module, "flat", None) is None and isinstance(weight := getattr(module, "weight", None), NF4Weight):
@@ -369,7 +370,7 @@ def memory_of(device: torch.device | str) -> int:
     return found if _limit is None else min(found, _limit)
 
 
-def memory_for(model: nn.Module) -> int:
+def memory_for(model: HasDecoder) -> int:
     """`memory_of` the model's device, less what a GPU's tensors have beside the model and its gradients: it is not to be had."""
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -381,5 +382,5 @@ def memory_for(model: nn.Module) -> int:
     return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(own))
 
 
-def _gradients(model: nn.Module) -> Iterator[Tensor]:
+def _gradients(model: HasDecoder) -> Iterator[Tensor]:
     return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)

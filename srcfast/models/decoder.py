@@ -201,6 +201,7 @@ class Decoder(nn.Module):
     """
 
     inverse_frequencies: Tensor
+    idle = False  # within a pass that only keeps in step with other ranks
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

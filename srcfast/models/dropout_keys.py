@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from srcfast.data.forest import Forest
+from srcfast.models.protocols import TransformerDecoder
 
 # SplitMix64 (Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators")
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -48,7 +48,7 @@ def step_keys(seed: int, step: int, places: Sequence[int]) -> Callable[[Forest],
 
 
 @contextmanager
-def dropping(decoder: Any, keys: Tensor | None) -> Iterator[None]:
+def dropping(decoder: TransformerDecoder, keys: Tensor | None) -> Iterator[None]:
     """A forward pass within drops by these keys; its backward pass keeps them."""
     decoder.dropout_keys = keys
     try:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
+from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels import swiglu
@@ -43,14 +44,6 @@ _NUMBERS: Sequence[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = (
     ("lora_alpha", (int, float), lambda alpha: 0 < alpha < 1e9, "a number above 0"),
     ("lora_dropout", (int, float), lambda share: 0 <= share < 1, "a share from 0 to below 1"),
 )
-
-
-class HasDecoder(Protocol):
-    """A model whose decoder's linear layers take an adapter: `LVLM` and `TextModel`."""
-
-    decoder: nn.Module
-    path: Path  # of the base's checkpoint
-    lora_config: LoRAConfig  # once it has an adapter
 
 
 class LoRALinear(nn.Module):
@@ -176,7 +169,7 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     model.lora_config = config
 
 
-def _linears(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
+def _linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
     """Yield (parent, name, linear) in one order, by which dropout numbers them and weights are drawn."""
     for layer in decoder.layers:
         for parent in (layer.self_attn, layer.mlp):

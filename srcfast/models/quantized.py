@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
+from srcfast.models.protocols import TransformerDecoder
 from srcfast.models.sharding import keep
 from srcfast_kernels import NF4Weight, nf4_linear, nf4_quantize
 from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
@@ -70,9 +71,9 @@ class NF4Linear(nn.Module):
         return self
 
 
-def quantize_linears(decoder: nn.Module, flat: bool = False) -> None:
+def quantize_linears(decoder: TransformerDecoder, flat: bool = False) -> None:
     """Replace the linear layers of a decoder's blocks, not yet filled, by 4-bit ones. Embedding and head stay."""
-    for layer in decoder.layers:  # type: ignore[union-attr]
+    for layer in decoder.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
@@ -79,7 +80,7 @@ class Scorer(nn.Module):
         self.text_model = text_model
         self.verdict_form = verdict_form
         tokenizer = text_model.tokenizer
-        chat = bool(getattr(tokenizer, "chat_template", None))
+        chat = bool(tokenizer.chat_template)
         self.verdict_words, ids, replies = _verdict_tokens(tokenizer, verdict_form, chat)
         self.register_buffer("verdict_token_ids", torch.tensor(ids), persistent=False)
         self.register_buffer("verdict_values", torch.tensor(VERDICT_VALUES[verdict_form]), persistent=False)
@@ -241,7 +242,7 @@ def load_scorer(
     verdict_form: VerdictForm = "choice",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    lora: Any = None,
+    lora: str | Path | LoRAConfig | None = None,
 ) -> Scorer:
     """An R-Scorer from a Hugging Face directory of a text LLM, with an adapter if one is named.
 

@@ -24,6 +24,7 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
 from srcfast.models.dropout_keys import dropping
+from srcfast.models.protocols import HasDecoder, TransformerDecoder
 
 GATHERED_LAYERS = 2  # whole at once: the one that computes, and the next, which is on its way
 
@@ -58,9 +59,9 @@ def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
     decoder.is_sharded = True  # type: ignore[assignment]
 
 
-def is_sharded(decoder: nn.Module) -> bool:
+def is_sharded(decoder: TransformerDecoder) -> bool:
     """Whether the decoder's layers are shared out over ranks."""
-    return bool(getattr(decoder, "is_sharded", False))
+    return bool(getattr(decoder, "is_sharded", False))  # a model of the caller's may have any decoder
 
 
 def is_share(parameter: Tensor) -> bool:
@@ -84,18 +85,17 @@ def keep(parameter: Any, whole: Tensor) -> None:
     share.copy_(whole[start : start + len(share)])
 
 
-def gathered_bytes(decoder: nn.Module) -> int:
+def gathered_bytes(decoder: TransformerDecoder) -> int:
     """What is whole for a moment while layers compute, beside the shares."""
     if not is_sharded(decoder):
         return 0
     sizes = [
-        sum(parameter.nbytes for parameter in layer.parameters() if is_share(parameter))
-        for layer in decoder.layers  # type: ignore[union-attr]
+        sum(parameter.nbytes for parameter in layer.parameters() if is_share(parameter)) for layer in decoder.layers
     ]
     return GATHERED_LAYERS * max(sizes)
 
 
-def keep_in_step(decoder: nn.Module) -> None:
+def keep_in_step(decoder: TransformerDecoder) -> None:
     """Take part in the other ranks' passes until none has work left; all ranks come here, each when it has none.
 
     Raises:
@@ -108,19 +108,19 @@ def keep_in_step(decoder: nn.Module) -> None:
             _empty_pass(decoder)
 
 
-def empty_step(decoder: nn.Module) -> None:
+def empty_step(decoder: TransformerDecoder) -> None:
     """Take part in a forward and a backward pass of other ranks; the gradients that it adds are 0."""
     hidden = _empty_pass(decoder)
     hidden.backward(torch.zeros_like(hidden))
 
 
-def _announce(decoder: nn.Module, arguments: Any) -> None:
+def _announce(decoder: TransformerDecoder, arguments: Any) -> None:
     """Before a pass without gradients: the ranks without work learn that there is one."""
-    if not torch.is_grad_enabled() and not getattr(decoder, "idle", False):
+    if not torch.is_grad_enabled() and not decoder.idle:
         _any_busy(True)
 
 
-def _forget_order(decoder: Any, arguments: Any, hidden: Tensor) -> None:
+def _forget_order(decoder: TransformerDecoder, arguments: Any, hidden: Tensor) -> None:
     """FSDP notes in which order layers ran, for the backward pass that clears it: where there is none, it would only grow."""
     if torch.is_grad_enabled():
         return
@@ -134,7 +134,7 @@ def _any_busy(busy: bool) -> bool:
     return bool(distributed.gather_tensor(torch.tensor([busy])).any())
 
 
-def _empty_pass(decoder: Any) -> Tensor:
+def _empty_pass(decoder: TransformerDecoder) -> Tensor:
     """Hidden states [1, D] of a single position."""
     forest = Forest.of([Tree((Segment(np.zeros(1, dtype=np.int64)),))]).to(decoder.embed_tokens.weight.device)
     decoder.idle = True
@@ -145,6 +145,6 @@ def _empty_pass(decoder: Any) -> Tensor:
         decoder.idle = False
 
 
-def in_step_with(model: Any) -> Callable[[], None]:
+def in_step_with(model: HasDecoder) -> Callable[[], None]:
     """What a rank does that has no piece left: nothing, unless the model's layers are shared out over the ranks."""
     return partial(keep_in_step, model.decoder)
