@@ -1,7 +1,7 @@
-"""Stage 1, rationale fine-tuning: from samples to rationale-answer pairs (RAPs), and LoRA on them.
+"""Stage 1, rationale fine-tuning: turn samples into rationale-answer pairs (RAPs), and train LoRA on them.
 
 The tree of a RAP is prompt -> response. The loss is the mean negative log-likelihood of the response's
-tokens, the end token included, over the whole global batch; the prompt has none.
+tokens, the end token included, over the whole global batch; the prompt's tokens have none.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ RationalePair = tuple[Sample, str]  # a sample and its response's text: rational
 
 @dataclass(frozen=True)
 class TeacherRationale:
-    """What a teacher wrote for a sample; `answer` None where it gave none of its own."""
+    """What a teacher wrote for a sample; `answer` is None where it gave none."""
 
     rationale: str
     answer: str | None = None
 
 
 def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
-    """A teacher's file by sample id: JSON lines of `{id, rationale, answer?}`.
+    """Read a teacher's file by sample id: JSON lines of `{id, rationale, answer?}`.
 
     Raises:
         InputError: a malformed line, a field that is missing or no text, or an id that occurs twice.
@@ -61,13 +61,13 @@ def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
             if not isinstance(value, str) or not value.strip():
                 raise InputError(file=path, line=line, field=field, expected="a non-empty text", found=repr(value))
         if row["id"] in entries:
-            raise InputError(file=path, line=line, field="id", expected="an id of its own", found=row["id"])
+            raise InputError(file=path, line=line, field="id", expected="an id that no other line has", found=row["id"])
         entries[row["id"]] = TeacherRationale(row["rationale"], row.get("answer"))
     return entries
 
 
 def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[RationalePair], Counter[str]]:
-    """The rationale-answer pairs that stage 1 trains on, and how many samples were dropped for which reason.
+    """Build the rationale-answer pairs that stage 1 trains on, and count the samples dropped by reason.
 
     Raises:
         InputError: no sample gives a pair.
@@ -90,10 +90,15 @@ def build_raps(
     format: Literal["tagged", "plain"] = "tagged",
     teacher: Mapping[str, TeacherRationale] | None = None,
 ) -> tuple[list[RationalePair], Counter[str]]:
-    """Rationale-answer pairs from the teacher's entry, else the sample's rationale, else its facts.
+    """Build rationale-answer pairs from the teacher's entry, else the sample's rationale, else its facts.
 
-    Facts become what is seen, with nothing concluded. A rationale without tags counts as seen but for its
-    last sentence, which is the conclusion.
+    Facts become what is seen, with nothing concluded. In a rationale without tags the last sentence is the conclusion, and
+    those before it are what is seen.
+
+    Args:
+        samples: in the order of the pairs.
+        format: of the responses, "tagged" or "plain".
+        teacher: entries by sample id.
 
     Returns:
         The pairs in the samples' order, and how many samples were dropped for which reason: "no_answer",
@@ -114,11 +119,11 @@ def build_raps(
 def _response(
     sample: Sample, entry: TeacherRationale | None, format: Literal["tagged", "plain"]
 ) -> tuple[str | None, str]:
-    """(response, "") or (None, why there is none)."""
+    """Return (response, "") or (None, the reason why there is none)."""
     rationale = (sample.rationale if entry is None else entry.rationale) or ""
     if not sample.answer.strip():
         return None, "no_answer"
-    stated = [] if entry is None else [entry.answer]
+    stated = [] if entry is None else [entry.answer]  # answers of the teacher and within the rationale
     if rationale.strip():
         see, think, answer = _read_rationale(rationale)
         stated.append(answer)
@@ -126,7 +131,8 @@ def _response(
         see, think = tuple(map(_as_sentence, sample.facts)), ()
     if not see and not think:
         return None, "unreadable_rationale" if rationale.strip() else "no_rationale_or_facts"
-    if any(other is not None and normalise_answer(other) != normalise_answer(sample.answer) for other in stated):
+    gold = normalise_answer(sample.answer)
+    if any(answer is not None and normalise_answer(answer) != gold for answer in stated):
         return None, "answer_contradicts_rationale"
     try:
         return format_response(see, think, sample.answer, format), ""
@@ -135,10 +141,10 @@ def _response(
 
 
 def _read_rationale(text: str) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
-    """(seen, concluded, the answer if it states one) of a rationale with or without tags and answer."""
+    """Return (sentences seen, sentences concluded, the answer if it states one) of a rationale with or without tags."""
     parsed = parse_response(text)
     answer = parsed.answer if parsed.has_rationale else None
-    if not parsed.has_rationale:  # a rationale alone; the one parser reads it once an answer stands behind it
+    if not parsed.has_rationale:  # a rationale without an answer: the parser of responses reads it once one follows
         tagged = "<see>" in text or "<think>" in text
         parsed = parse_response(f"{text} <answer> unknown </answer>" if tagged else f"{text} Answer: unknown")
     see, think = parsed.perception, parsed.reasoning
@@ -148,71 +154,16 @@ def _read_rationale(text: str) -> tuple[tuple[str, ...], tuple[str, ...], str | 
 
 
 def _as_sentence(text: str) -> str:
+    """End the text with a full stop unless it ends a sentence already."""
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-# Prompts and images -----------------------------------------------------------------------------------------
 
 
 # Training ---------------------------------------------------------------------------------------------------
 
 
-@pause_full_collections()
-def rationale_trees(model: Any, raps: Sequence[RationalePair]) -> list[TrainingItem]:
-    """One tree a RAP: prompt -> response with the end token.
-
-    Args:
-        model: `encode_prompt` and `encode_response` of an `LVLM`.
-        raps: as `build_raps` gives them.
-    """
-    prompt = PromptEncoder(model)
-    return [
-        TrainingItem(
-            Tree(
-                (
-                    Segment(prompt(sample, sample.question, sample.id)),
-                    Segment(model.encode_response(response), 0),
-                ),
-                image_keys(sample),
-                key=sample.id,
-            ),
-            images=sample.images,
-        )
-        for sample, response in raps
-    ]
-
-
-def response_tokens(items: Sequence[TrainingItem]) -> int:
-    """The denominator: tokens that carry loss."""
-    return sum(item.tree.segments[1].tokens.size for item in items)
-
-
-def rationale_loss(
-    hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], denominator: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of -log p over the responses' tokens, divided by the global batch's number of them."""
-    rows, targets = target_rows(forest)
-    places = row_positions(rows, hidden, forest, response_logit_rows(forest))
-    index = to_device(np.stack([places, targets]), hidden.device)  # [2, n]
-    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
-    counted = {"response_tokens": logps.new_full((), float(len(logps)))}
-    return -logps.sum() / denominator, counted | {"max_logprob": logps.detach().max()}
-
-
-def target_rows(forest: Forest) -> np.ndarray:
-    """Of the responses' tokens the rows that predict them, and they themselves: [2, n] int64, on the host."""
-    host = forest.host or forest
-    predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
-    parts = [
-        slice(starts[1], starts[1] + tree.segments[1].tokens.size)
-        for starts, tree in zip(host.segment_start, host.trees, strict=True)
-    ]
-    return np.concatenate([np.stack([predictor[part], tokens[part]]) for part in parts], axis=1)
-
-
 def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[RationalePair], loop: TrainingConfig) -> None:
-    """Stage 1: train a new adapter of the policy on rationale-answer pairs."""
+    """Train a new adapter of the policy on rationale-answer pairs."""
     model = policy.fresh()
     with stage.training(model, pairs, loop) as hooks:
         fine_tune_rationale(model, pairs, loop, features=policy.features, **hooks)
@@ -229,9 +180,17 @@ def fine_tune_rationale(
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
     checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
-    """Train the model's adapter (what requires gradients) on RAPs; one dict of metrics a step.
+    """Train the model's adapter (what requires gradients) on RAPs; return one dict of metrics a step.
 
-    `on_items` is called with what is trained on, before it is; for `checkpoints` see `train`.
+    Args:
+        model: the policy.
+        raps: rationale-answer pairs.
+        settings: the loop.
+        features: image keys to embeddings.
+        on_step: called after each update with its metrics.
+        profiler: of some steps.
+        on_items: called with the training items before training.
+        checkpoints: see `train`.
 
     Raises:
         SrcfastError: a log-probability above 0.
@@ -252,3 +211,67 @@ def fine_tune_rationale(
         profiler=profiler,
         checkpoints=checkpoints,
     )
+
+
+@pause_full_collections()
+def rationale_trees(model: Any, raps: Sequence[RationalePair]) -> list[TrainingItem]:
+    """Build one item a RAP: the tree prompt -> response, the end token included.
+
+    Args:
+        model: `encode_prompt` and `encode_response` of an `LVLM`.
+        raps: of `build_raps`.
+    """
+    encode_prompt = PromptEncoder(model)
+    return [
+        TrainingItem(
+            Tree(
+                (
+                    Segment(encode_prompt(sample, sample.question, sample.id)),
+                    Segment(model.encode_response(response), 0),
+                ),
+                image_keys(sample),
+                key=sample.id,
+            ),
+            images=sample.images,
+        )
+        for sample, response in raps
+    ]
+
+
+def response_tokens(items: Sequence[TrainingItem]) -> int:
+    """Count the tokens that carry loss in a global batch: the loss's denominator."""
+    return sum(item.tree.segments[1].tokens.size for item in items)
+
+
+def rationale_loss(
+    hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], denominator: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum -log p over the responses' tokens, divided by the global batch's number of them.
+
+    Args:
+        hidden: [T, D], or [M, D] of the forest's `response_logit_rows`.
+        forest: of trees prompt -> response.
+        head_weight: [V, D].
+        items: of the forest's trees.
+        denominator: of `response_tokens`.
+
+    Returns:
+        The loss in nats a token, and metrics: response_tokens, and max_logprob, the greatest log p of a token.
+    """
+    rows, targets = target_rows(forest)  # [n] each
+    positions = row_positions(rows, hidden, forest, response_logit_rows(forest))  # [n], rows of `hidden`
+    index = to_device(np.stack([positions, targets]), hidden.device)  # [2, n], in one transfer
+    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
+    metrics = {"response_tokens": logps.new_full((), float(len(logps))), "max_logprob": logps.detach().max()}
+    return -logps.sum() / denominator, metrics
+
+
+def target_rows(forest: Forest) -> np.ndarray:
+    """Return the rows that predict the responses' tokens, and these tokens: [2, n] int64, on the host."""
+    host = forest.host or forest
+    predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
+    spans = [
+        slice(starts[1], starts[1] + tree.segments[1].tokens.size)
+        for starts, tree in zip(host.segment_start, host.trees, strict=True)
+    ]
+    return np.concatenate([np.stack([predictor[span], tokens[span]]) for span in spans], axis=1)

@@ -1,4 +1,9 @@
-"""Stage 3: the R-Scorer judges every sample's candidates against each other, verdict slots only."""
+"""Stage 3: the R-Scorer compares every sample's candidates with each other, at the verdict slots alone.
+
+A block of samples is one batch: their trees (`JudgeTree`) are packed into forests, the hidden states at the verdict slots
+go through `srcfast_kernels.pairwise_verdict`, and the results, over distinct texts, become one row a sample. While the
+device runs a block the host builds the next one.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +36,11 @@ from srcfast_kernels.transfers import fetch, to_device
 
 Mode = Literal["pairwise", "independent"]
 BLOCK = 64  # samples whose trees are packed together
-CHUNK = 4 * BLOCK  # samples a chunk
-Results = Callable[[], list[dict[str, Any]]]  # one a sample; waits for the device
+Results = Callable[[], list[dict[str, Any]]]  # waits for the device and returns one result a sample
 
 
 class Progress(Protocol):
-    """What `run.progress.track` gives."""
+    """Counts samples and tokens as they are done: `run.progress.StageProgress`."""
 
     def advance(self, count: int, tokens: int = 0) -> None: ...
 
@@ -51,18 +55,18 @@ def score_candidates(
     output: str | Path | None = None,
     adaptive: AdaptivePairs | None = None,
 ) -> list[dict[str, Any]]:
-    """Score each sample's candidates; candidates of the same text are judged once and share the result.
+    """Score each sample's candidates; candidates of the same text are scored once and share the result.
 
     Args:
-        scorer: the judge.
+        scorer: the R-Scorer.
         samples: in the order of the rows that come back; a sample without candidates gets no row.
         candidates: sample id -> its candidates.
-        token_budget: most tokens in one forward. The scores don't depend on it.
-        mode: "pairwise" over all ordered pairs; "independent": each candidate on its own with S_i = p_i,
+        token_budget: maximum of tokens in one forward pass. The scores don't depend on it.
+        mode: "pairwise" over all ordered pairs; "independent": each candidate alone with S_i = p_i,
             q_ij = (1 + S_i - S_j) / 2 and u_ij = |S_i - S_j|, so that curation can treat both alike.
-        progress: told of samples done and tokens run.
+        progress: advances by samples done and tokens run.
         output: directory for the rows in numbered JSONL shards.
-        adaptive: compare in two rounds those candidates alone that may be best or worst; it counts what was judged.
+        adaptive: compare in two rounds only those candidates that may be best or worst; it counts the comparisons.
             "independent" has no pairs to choose from.
 
     Returns:
@@ -86,14 +90,14 @@ def scored_rows(
     progress: Progress | None = None,
     adaptive: AdaptivePairs | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """`score_candidates` row by row, some samples in memory at a time.
+    """Score candidates as `score_candidates` does, row by row, at most two blocks of samples in memory.
 
     Yields:
         Rows of plain JSON values, n candidates each: sample_id; candidate_ids; scores [n]; win_probability q
         [n, n]; confidence u [n, n]; raw: p [n, n] of the ordered pairs (1/2 where there is none), or [n] if
-        independent; alone: p [n] of each rated on its own; flip_rate: share of unordered pairs whose verdict
-        names the same place in both orders; tie_rate: share of the pairs' verdicts that are ties; pairs and
-        verdicts: what these rates are shares of. A pair that was not judged has q = 1/2 and u = 0.
+        independent; alone: p [n] of each candidate rated alone; flip_rate: share of unordered pairs whose verdict
+        names the same position in both orders; tie_rate: share of the pairs' verdicts that are ties; pairs and
+        verdicts: what these rates are shares of. A pair that was not compared has q = 1/2 and u = 0.
 
     Raises:
         InputError: a tree doesn't fit into the token budget; the sample is named.
@@ -101,10 +105,10 @@ def scored_rows(
     if mode not in ("pairwise", "independent"):
         raise ConfigError(f"scoring.mode: expected pairwise or independent, found {mode!r}")
     scorer.eval()
-    judged = ((sample, own) for sample in samples if (own := candidates.get(sample.id)))
+    groups = ((sample, group) for sample in samples if (group := candidates.get(sample.id)))
 
     def queued() -> Iterator[Callable[[], tuple[list[dict[str, Any]], int]]]:
-        while block := list(islice(judged, BLOCK)):
+        while block := list(islice(groups, BLOCK)):
             yield _score_block(scorer, *zip(*block, strict=True), token_budget, mode, adaptive)
 
     for rows_and_tokens in behind(queued(), scorer.verdict_values.device):
@@ -115,7 +119,7 @@ def scored_rows(
 
 
 def sample_reference(sample: Sample) -> str:
-    """The judge's view of a sample: question and reference."""
+    """Return what the R-Scorer reads of a sample: question and reference."""
     return reference_text(sample.question, sample.answer, sample.facts, sample.rationale)
 
 
@@ -128,46 +132,65 @@ def _score_block(
     mode: Mode,
     adaptive: AdaptivePairs | None,
 ) -> Callable[[], tuple[list[dict[str, Any]], int]]:
-    """Judge some samples, their trees packed together.
+    """Score a block of samples, their trees packed together.
 
     Returns:
-        A function that waits for the device, and gives the rows and the number of tokens that were run.
+        A function that waits for the device, and returns the rows and the number of tokens that were run.
     """
-    texts = [list(dict.fromkeys(candidate.text for candidate in own)) for own in candidates]  # distinct, in order
+    texts = [list(dict.fromkeys(candidate.text for candidate in group)) for group in candidates]  # distinct, in order
     sizes = [len(distinct) for distinct in texts]
-    pairwise, alone = mode == "pairwise", [[(i, ALONE) for i in range(n)] for n in sizes]
-    # A lone text has nothing to be compared with.
-    judged = [index for index, n in enumerate(sizes) if not pairwise or n >= 2]
-    results: Results = partial(_all_lone, len(samples))
+    pairwise = mode == "pairwise"
+    # Indices of the samples to score: a single text has nothing to be compared with.
+    scored = [index for index, n in enumerate(sizes) if not pairwise or n >= 2]
+    results: Results = partial(_all_single, len(samples))
     tokens = 0
-    if judged and pairwise and adaptive is not None:
-        results, tokens = _in_two_rounds(scorer, samples, texts, judged, token_budget, adaptive)
-    elif judged:
-        pairs = {index: alone[index] + (all_pairs(sizes[index]) if pairwise else []) for index in judged}
-        found, tokens = _compare(scorer, samples, texts, pairs, token_budget)
-        results = (_pairwise if pairwise else _independent)(scorer, found, sizes)
-    return lambda: ([_expand(*parts) for parts in zip(samples, candidates, texts, results(), strict=True)], tokens)
+    if scored and pairwise and adaptive is not None:
+        results, tokens = _in_two_rounds(scorer, samples, texts, scored, token_budget, adaptive)
+    elif scored:
+        # The rating of each candidate alone is a few tokens more in the same tree.
+        pairs = {index: _alone(sizes[index]) + (all_pairs(sizes[index]) if pairwise else []) for index in scored}
+        comparisons, tokens = _compare(scorer, samples, texts, pairs, token_budget)
+        results = (_pairwise if pairwise else _independent)(scorer, comparisons, sizes)
+
+    def rows_and_tokens() -> tuple[list[dict[str, Any]], int]:
+        return [_expand(*row) for row in zip(samples, candidates, texts, results(), strict=True)], tokens
+
+    return rows_and_tokens
+
+
+def _alone(count: int) -> list[tuple[int, int]]:
+    """Return the ordered pairs that rate each of `count` candidates alone."""
+    return [(index, ALONE) for index in range(count)]
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Hidden states [M, D] at the verdict slots, and of each the candidates and the sample, [M] int64."""
+    """The M comparisons of a block of samples.
+
+    Attributes:
+        slots: hidden states at the verdict slots, [M, D].
+        first, second: indices of the candidates in the sample's distinct texts, [M] int64; second -1: first alone.
+        sample: index of the sample in the block, [M] int64.
+    """
 
     slots: Tensor
     first: np.ndarray
     second: np.ndarray
-    owner: np.ndarray
+    sample: np.ndarray
 
-    def among(self, kept: np.ndarray) -> Comparisons:
-        """Those that are kept, [M] bool."""
-        slots = self.slots.index_select(0, to_device(np.flatnonzero(kept), self.slots.device))
-        return Comparisons(slots, self.first[kept], self.second[kept], self.owner[kept])
+    def select(self, mask: np.ndarray) -> Comparisons:
+        """Return those that the mask [M] is true for."""
+        slots = self.slots.index_select(0, to_device(np.flatnonzero(mask), self.slots.device))
+        return Comparisons(slots, self.first[mask], self.second[mask], self.sample[mask])
 
-    def with_others(self, others: Comparisons) -> Comparisons:
-        """These and then the others."""
-        mine, theirs = ((x.first, x.second, x.owner) for x in (self, others))
-        indices = (np.concatenate(both) for both in zip(mine, theirs, strict=True))
-        return Comparisons(torch.cat([self.slots, others.slots]), *indices)
+    def concatenate(self, others: Comparisons) -> Comparisons:
+        """Return these and then the others."""
+        return Comparisons(
+            torch.cat([self.slots, others.slots]),
+            np.concatenate([self.first, others.first]),
+            np.concatenate([self.second, others.second]),
+            np.concatenate([self.sample, others.sample]),
+        )
 
 
 def _compare(
@@ -177,14 +200,16 @@ def _compare(
     pairs: Mapping[int, Sequence[tuple[int, int]]],
     token_budget: int,
 ) -> tuple[Comparisons, int]:
-    """The pairs of each sample, by its index: the comparisons, and the number of tokens that were run."""
-    trees = [_tree(scorer, samples[index], texts[index], own) for index, own in pairs.items()]
+    """Compare the ordered pairs of each sample, given by its index; return the comparisons and the number of tokens run."""
+    trees = [_tree(scorer, samples[index], texts[index], sample_pairs) for index, sample_pairs in pairs.items()]
     slots, tokens = slot_hidden(scorer, trees, token_budget)  # [M, D]
-    first, second = (np.concatenate([getattr(one, name) for one in trees]) for name in ("first", "second"))
-    return Comparisons(slots, first, second, np.repeat(list(pairs), [len(one.slots) for one in trees])), tokens
+    first = np.concatenate([tree.first for tree in trees])
+    second = np.concatenate([tree.second for tree in trees])
+    return Comparisons(slots, first, second, np.repeat(list(pairs), [len(tree.slots) for tree in trees])), tokens
 
 
 def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> JudgeTree:
+    """Tokenise one sample's comparisons."""
     return scorer.judge_tree(sample_reference(sample), texts, pairs, key=sample.id)
 
 
@@ -192,47 +217,51 @@ def _in_two_rounds(
     scorer: Scorer,
     samples: Sequence[Sample],
     texts: Sequence[Sequence[str]],
-    judged: Sequence[int],
+    scored: Sequence[int],
     token_budget: int,
     adaptive: AdaptivePairs,
 ) -> tuple[Results, int]:
-    """`_pairwise` over the pairs that `adaptive` asks for, or over all where a sample is audited or small; and the tokens."""
-    sizes = [len(distinct) for distinct in texts]
-    alone = {index: [(i, ALONE) for i in range(sizes[index])] for index in judged}
-    full = {index: alone[index] + all_pairs(sizes[index]) for index in judged}
-    short = [index for index in judged if adaptive.is_short(sizes[index])]
-    audited = [index for index in short if adaptive.is_audited(samples[index].id)]
-    waiting = set(short) - set(audited)
-    asked = {index: (alone if index in waiting else full)[index] for index in judged}
-    found, tokens = _compare(scorer, samples, texts, asked, token_budget)
-    p, _ = fetch(scorer.win_and_verdict(found.slots)).wait().numpy()
-    scorer.check_wins(p)
-    rated = found.second == ALONE
-    chosen = {index: adaptive.pairs(p[rated & (found.owner == index)]) for index in short}
-    if waiting:
-        second_round = {index: chosen[index] for index in short if index in waiting}
-        others, more = _compare(scorer, samples, texts, second_round, token_budget)
-        found, tokens = found.with_others(others), tokens + more
-    whole = _pairwise(scorer, found, sizes)
-    shortened = {
-        index: _pairwise(
-            scorer, found.among((found.owner == index) & ordered(chosen[index], found.first, found.second)), sizes
-        )
-        for index in audited
-    }
+    """Run `_pairwise` over the pairs that `adaptive` chooses, over all where a sample is audited or small; count tokens.
 
-    def cost(index: int, pairs: Sequence[tuple[int, int]]) -> int:
+    Round 1 rates each candidate alone; audited and small samples have their whole tournament in it. Round 2 compares the
+    contenders of the other samples.
+    """
+    sizes = [len(distinct) for distinct in texts]
+    alone = {index: _alone(sizes[index]) for index in scored}
+    full = {index: alone[index] + all_pairs(sizes[index]) for index in scored}
+    short = [index for index in scored if adaptive.is_short(sizes[index])]
+    audited = [index for index in short if adaptive.is_audited(samples[index].id)]
+    second_round = set(short) - set(audited)
+    first_pairs = {index: (alone if index in second_round else full)[index] for index in scored}
+    comparisons, tokens = _compare(scorer, samples, texts, first_pairs, token_budget)
+    # The host waits here: which pairs come next depends on the ratings.
+    p, _ = fetch(scorer.win_and_verdict(comparisons.slots)).wait().numpy()  # [M]
+    scorer.check_wins(p)
+    rated = comparisons.second == ALONE  # [M]
+    chosen = {index: adaptive.pairs(p[rated & (comparisons.sample == index)]) for index in short}
+    if second_round:
+        second_pairs = {index: chosen[index] for index in short if index in second_round}
+        others, more_tokens = _compare(scorer, samples, texts, second_pairs, token_budget)
+        comparisons, tokens = comparisons.concatenate(others), tokens + more_tokens
+    wait = _pairwise(scorer, comparisons, sizes)
+    # What the short way would have said of the audited samples, from the comparisons that are there anyway.
+    shortened: dict[int, Results] = {}
+    for index in audited:
+        mask = (comparisons.sample == index) & ordered(chosen[index], comparisons.first, comparisons.second)
+        shortened[index] = _pairwise(scorer, comparisons.select(mask), sizes)
+
+    def tokens_of(index: int, pairs: Sequence[tuple[int, int]]) -> int:
         return share_prefixes(_tree(scorer, samples[index], texts[index], pairs).tree)[0].num_tokens
 
     def results() -> list[dict[str, Any]]:
-        results = whole()
-        for index in judged:
-            count, all_tokens = sizes[index] * (sizes[index] - 1), cost(index, full[index])
+        results = wait()
+        for index in scored:
+            num_pairs, all_tokens = sizes[index] * (sizes[index] - 1), tokens_of(index, full[index])
             if index not in chosen:
-                adaptive.count(count, count, all_tokens, all_tokens)
+                adaptive.count(num_pairs, num_pairs, all_tokens, all_tokens)
                 continue
-            two_rounds = cost(index, alone[index]) + cost(index, chosen[index])
-            adaptive.count(len(chosen[index]), count, two_rounds, all_tokens)
+            two_rounds = tokens_of(index, alone[index]) + tokens_of(index, chosen[index])
+            adaptive.count(len(chosen[index]), num_pairs, two_rounds, all_tokens)
             if index in shortened:
                 adaptive.compare(shortened[index]()[index]["scores"], results[index]["scores"])
         return results
@@ -240,62 +269,67 @@ def _in_two_rounds(
     return results, tokens
 
 
-def _pairwise(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> Results:
-    """Per sample the scores, q, u, p and rates over its distinct texts; computed at once, waited for when they are asked for."""
-    device = found.slots.device
-    pair = found.second != ALONE  # [M]
-    columns = np.stack([np.flatnonzero(pair), found.first[pair], found.second[pair], found.owner[pair]])
-    compared, first, second, owner = to_device(columns, device)  # [pairs] each
+def _pairwise(scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int]) -> Results:
+    """Compute per sample the scores, q, u, p and rates over its distinct texts, without waiting; the result waits.
+
+    The scores' formulas are those of `srcfast_kernels.pairwise_verdict`.
+    """
+    device = comparisons.slots.device
+    pair = comparisons.second != ALONE  # [M]
+    columns = [comparisons.first[pair], comparisons.second[pair], comparisons.sample[pair]]  # [pairs] each
+    compared, first, second, sample = to_device(np.stack([np.flatnonzero(pair), *columns]), device)  # [pairs] each
     output = pairwise_verdict(
-        found.slots.index_select(0, compared),
+        comparisons.slots.index_select(0, compared),
         scorer.verdict_weight,
         first,
         second,
         max(sizes),
         verdict_values=scorer.verdict_values,
-        sample_ids=owner,
+        sample_ids=sample,
         num_samples=len(sizes),
     )
-    verdicts = scorer.win_and_verdict(found.slots)  # [2, M]
-    parts = (output.scores, output.win_probability, output.confidence, verdicts)
-    fetched = fetch(torch.cat([part.double().flatten() for part in parts]))  # one copy to the host
+    verdicts = scorer.win_and_verdict(comparisons.slots)  # [2, M]
+    tensors = (output.scores, output.win_probability, output.confidence, verdicts)
+    fetched = fetch(torch.cat([tensor.double().flatten() for tensor in tensors]))  # one copy to the host
 
     def results() -> list[dict[str, Any]]:
-        numbers = fetched.wait().split([part.numel() for part in parts])
-        return _by_sample(
-            scorer, found, sizes, *(x.view(part.shape).numpy() for x, part in zip(numbers, parts, strict=True))
-        )
+        numbers = fetched.wait().split([tensor.numel() for tensor in tensors])
+        arrays = [x.view(tensor.shape).numpy() for x, tensor in zip(numbers, tensors, strict=True)]
+        return _by_sample(scorer, comparisons, sizes, *arrays)
 
     return results
 
 
 def _by_sample(
     scorer: Scorer,
-    found: Comparisons,
+    comparisons: Comparisons,
     sizes: Sequence[int],
     scores: np.ndarray,
     wins: np.ndarray,
     confidence: np.ndarray,
     verdicts_of_slots: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """`_pairwise` from what the device has computed: scores [S, N], q and u [S, N, N], p and verdict [2, M]."""
-    first, second, owner = found.first, found.second, found.owner
+    """Split what the device has computed by sample: scores [S, N], q and u [S, N, N], p and verdict [2, M]."""
+    first, second = comparisons.first, comparisons.second
     pair = second != ALONE  # [M]
-    p, verdict = verdicts_of_slots
+    p, verdict = verdicts_of_slots  # [M] each
     scorer.check_wins(p)
     results = []
     for sample, n in enumerate(sizes):
-        mine, rated = (owner == sample) & pair, (owner == sample) & ~pair
-        if not mine.any():
-            results.append(_lone())
+        in_sample = comparisons.sample == sample  # [M]
+        compared, rated = in_sample & pair, in_sample & ~pair  # [M] each
+        if not compared.any():
+            results.append(_single())
             continue
         alone = np.full(n, 0.5)
         alone[first[rated]] = p[rated]
-        raw, said = np.full((2, n, n), 0.5)
-        raw[first[mine], second[mine]] = p[mine]
-        said[first[mine], second[mine]] = verdict[mine]
-        flips = (said - 0.5) * (said.T - 0.5) > 0.0  # False where a pair was not judged
-        verdicts = int(mine.sum())
+        raw = np.full((n, n), 0.5)
+        raw[first[compared], second[compared]] = p[compared]
+        said = np.full((n, n), 0.5)  # the verdict of each ordered pair: 1 first, 0 second, 1/2 a tie
+        said[first[compared], second[compared]] = verdict[compared]
+        # Both orders name the same position, not the same candidate. False where a pair was not compared.
+        flips = (said - 0.5) * (said.T - 0.5) > 0.0
+        verdicts = int(compared.sum())
         results.append(
             {
                 "scores": scores[sample, :n],
@@ -304,7 +338,7 @@ def _by_sample(
                 "raw": raw,
                 "alone": alone,
                 "flip_rate": float(flips[np.triu_indices(n, 1)].sum() / (verdicts // 2)),
-                "tie_rate": float((verdict[mine] == 0.5).mean()),
+                "tie_rate": float((verdict[compared] == 0.5).mean()),
                 "pairs": verdicts // 2,
                 "verdicts": verdicts,
             }
@@ -312,22 +346,22 @@ def _by_sample(
     return results
 
 
-def _independent(scorer: Scorer, found: Comparisons, sizes: Sequence[int]) -> Results:
-    """`_pairwise` for candidates that were each rated on their own; `second` is -1 throughout."""
-    fetched = fetch(scorer.win_and_verdict(found.slots))
-    return lambda: _rated(scorer, found, sizes, *fetched.wait().numpy())
+def _independent(scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int]) -> Results:
+    """Score candidates that were each rated alone (`second` is -1 throughout); results as those of `_pairwise`."""
+    fetched = fetch(scorer.win_and_verdict(comparisons.slots))
+    return lambda: _rated(scorer, comparisons, sizes, *fetched.wait().numpy())
 
 
 def _rated(
-    scorer: Scorer, found: Comparisons, sizes: Sequence[int], p: np.ndarray, verdict: np.ndarray
+    scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int], p: np.ndarray, verdict: np.ndarray
 ) -> list[dict[str, Any]]:
+    """Return S_i = p_i, q_ij = (1 + S_i - S_j) / 2 and u_ij = |S_i - S_j| of each sample from p and verdict, [M] each."""
     scorer.check_wins(p)
-    first, owner = found.first, found.owner
     results = []
     for sample in range(len(sizes)):
-        mine = owner == sample
-        scores = p[mine][np.argsort(first[mine])]
-        margin = scores[:, None] - scores[None, :]
+        in_sample = comparisons.sample == sample  # [M]
+        scores = p[in_sample][np.argsort(comparisons.first[in_sample])]  # [n]
+        margin = scores[:, None] - scores[None, :]  # [n, n]
         results.append(
             {
                 "scores": scores,
@@ -336,7 +370,7 @@ def _rated(
                 "raw": scores,
                 "alone": scores,
                 "flip_rate": 0.0,
-                "tie_rate": float((verdict[mine] == 0.5).mean()),
+                "tie_rate": float((verdict[in_sample] == 0.5).mean()),
                 "pairs": 0,
                 "verdicts": len(scores),
             }
@@ -344,38 +378,39 @@ def _rated(
     return results
 
 
-def _all_lone(count: int) -> list[dict[str, Any]]:
-    return [_lone() for _ in range(count)]
+def _all_single(count: int) -> list[dict[str, Any]]:
+    return [_single() for _ in range(count)]
 
 
-def _lone() -> dict[str, Any]:
-    """The result where all candidates say the same: nothing to compare."""
-    half, nought = np.full((1, 1), 0.5), np.zeros((1, 1))
+def _single() -> dict[str, Any]:
+    """Return the result of a sample with one distinct text: nothing to compare."""
+    half, zero = np.full((1, 1), 0.5), np.zeros((1, 1))
     rates = {"flip_rate": 0.0, "tie_rate": 0.0, "pairs": 0, "verdicts": 0}
-    return {"scores": half[0], "win_probability": half, "confidence": nought, "raw": half, "alone": half[0], **rates}
+    return {"scores": half[0], "win_probability": half, "confidence": zero, "raw": half, "alone": half[0], **rates}
 
 
 def _expand(
     sample: Sample, candidates: Sequence[Candidate], distinct: Sequence[str], result: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row over all candidates from one over distinct texts; equal texts are an even match of no weight."""
-    place = {text: index for index, text in enumerate(distinct)}
-    of = np.array([place[candidate.text] for candidate in candidates])
-    grid = np.ix_(of, of)
+    """Expand a result over distinct texts to a row over all candidates; equal texts are an even match of no weight."""
+    index_of = {text: index for index, text in enumerate(distinct)}
+    indices = np.array([index_of[candidate.text] for candidate in candidates])  # [n]
+    grid = np.ix_(indices, indices)  # [n, n]
     raw = result["raw"]
     return {
         "sample_id": sample.id,
         "candidate_ids": [candidate.id for candidate in candidates],
-        "scores": result["scores"][of].tolist(),
-        "win_probability": _even_diagonal(result["win_probability"], 0.5)[grid].tolist(),
-        "confidence": _even_diagonal(result["confidence"], 0.0)[grid].tolist(),
-        "raw": (raw[of] if raw.ndim == 1 else raw[grid]).tolist(),
-        "alone": result["alone"][of].tolist(),
+        "scores": result["scores"][indices].tolist(),
+        "win_probability": _fill_diagonal(result["win_probability"], 0.5)[grid].tolist(),
+        "confidence": _fill_diagonal(result["confidence"], 0.0)[grid].tolist(),
+        "raw": (raw[indices] if raw.ndim == 1 else raw[grid]).tolist(),
+        "alone": result["alone"][indices].tolist(),
         **{name: result[name] for name in ("flip_rate", "tie_rate", "pairs", "verdicts")},
     }
 
 
-def _even_diagonal(matrix: np.ndarray, value: float) -> np.ndarray:
+def _fill_diagonal(matrix: np.ndarray, value: float) -> np.ndarray:
+    """Return a copy of the matrix [n, n] with this value on its diagonal."""
     filled = matrix.copy()
     np.fill_diagonal(filled, value)
     return filled
@@ -389,41 +424,47 @@ def scores_in_chunks(
     settings: ScorerConfig,
     adaptive: AdaptivePairs | None = None,
 ) -> ChunkFiles:
-    """`scored_rows` in the order of the candidates; the parts' counts are `adaptive`'s.
+    """Run `scored_rows` chunk by chunk, in the order of the candidates; the chunks' counts are `adaptive`'s.
 
     Args:
-        candidates: reads (sample id, its candidates), from the beginning each time. They are read twice: once for what there
-            is, once to judge it, a piece at a time.
+        candidates: reads (sample id, its candidates) from the beginning at each call. It is called twice: once to list the
+            samples and hash the texts, once to score them, a chunk at a time.
 
     Raises:
         InputError: a candidate that can't be read, or a sample's candidates are not one after the other.
     """
-    known = {sample.id: sample for sample in samples}
-    digest, judged = hashlib.sha256(), []
-    for sample_id, own in candidates().rest():
-        if sample_id in known:
-            judged.append(known[sample_id])
-            digest.update(json.dumps([(one.id, one.text) for one in own]).encode())
-    chunks.progress.set_total(len(judged))
+    by_id = {sample.id: sample for sample in samples}
+    digest, scored = hashlib.sha256(), []
+    for sample_id, group in candidates().rest():
+        if sample_id in by_id:
+            scored.append(by_id[sample_id])
+            digest.update(json.dumps([(candidate.id, candidate.text) for candidate in group]).encode())
+    chunks.progress.set_total(len(scored))
     groups = candidates().rest()
 
-    def work(piece: Sequence[Sample]) -> ChunkResult:
+    def work(chunk: Sequence[Sample]) -> ChunkResult:
+        # Counts of this chunk alone: `run_chunks` adds the chunks' counts up.
         counted = None if adaptive is None else replace(adaptive, counts=Counter())
-        own = _next_of(groups, {sample.id for sample in piece})
-        rows = list(scored_rows(scorer, piece, own, settings.token_budget, settings.mode, chunks.progress, counted))
+        of_chunk = _read_candidates(groups, {sample.id for sample in chunk})
+        rows = list(
+            scored_rows(scorer, chunk, of_chunk, settings.token_budget, settings.mode, chunks.progress, counted)
+        )
         return rows, {} if counted is None else counted.counts
 
-    def on_candidates() -> Mapping[str, Any]:
+    def depends_on() -> Mapping[str, Any]:
         return {**chunks.depends_on(), "candidates": digest.hexdigest()}
 
-    return run_chunks(replace(chunks, depends_on=on_candidates), judged, CHUNK, work)
+    return run_chunks(replace(chunks, depends_on=depends_on), scored, 4 * BLOCK, work)
 
 
-def _next_of(groups: Iterator[tuple[str, list[Candidate]]], wanted: set[str]) -> dict[str, list[Candidate]]:
-    """The next candidates of these samples, of which none was passed over yet; others' on the way are other ranks' work."""
-    found: dict[str, list[Candidate]] = {}
-    while len(found) < len(wanted):
-        sample_id, own = next(groups)
-        if sample_id in wanted:
-            found[sample_id] = own
-    return found
+def _read_candidates(groups: Iterator[tuple[str, list[Candidate]]], sample_ids: set[str]) -> dict[str, list[Candidate]]:
+    """Read on until these samples' candidates are complete, and pass over others': they are in other ranks' chunks.
+
+    A rank's chunks come in ascending order, so none of these samples has been passed over before.
+    """
+    result: dict[str, list[Candidate]] = {}
+    while len(result) < len(sample_ids):
+        sample_id, group = next(groups)
+        if sample_id in sample_ids:
+            result[sample_id] = group
+    return result

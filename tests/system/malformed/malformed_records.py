@@ -343,7 +343,7 @@ TEACHER_FIELDS: dict[str, tuple[str, str]] = {
     "an empty rationale": (changed(TAUGHT, {"rationale": " "}), "'rationale'"),
     "a rationale that is a list": (changed(TAUGHT, {"rationale": ["a"]}), "'rationale'"),
     "an answer that is a number": (changed(TAUGHT, {"answer": 3}), "'answer'"),
-    "an id twice": (f"{json.dumps(TAUGHT)}\n{json.dumps(TAUGHT)}", "an id of its own"),
+    "an id twice": (f"{json.dumps(TAUGHT)}\n{json.dumps(TAUGHT)}", "an id that no other line has"),
 }
 PREDICTION_FIELDS: dict[str, tuple[str, str]] = {
     "no id": (changed(PREDICTED, {"id": None}), "'id'"),
