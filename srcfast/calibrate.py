@@ -26,7 +26,7 @@ from srcfast.stages.candidates import candidates_in_chunks, diversity
 from srcfast.stages.curation import check_pairs_left
 from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.dpo import tune_preferences
-from srcfast.stages.evaluation import answers_in_chunks, evaluated
+from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.headroom import measure_headroom
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import stage_references
@@ -73,7 +73,9 @@ def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
             chunks = stage.chunks(f"{one.name}-{one.split}", policy=run.policy.hash)
             answers = answers_in_chunks(chunks, lvlm, one.samples, run.config.evaluation, features=run.policy.features)
             path = run.records.predictions(model, one.name, one.split)
-            entries.append(distributed.run_on_rank_zero(partial(evaluated, path, answers, one, model, run.config)))
+            entries.append(
+                distributed.run_on_rank_zero(partial(write_evaluation, path, answers, one, model, run.config))
+            )
         return {"entries": entries}
 
     total = sum(len(one.samples) for one in run.evaluation_sets)

@@ -41,7 +41,7 @@ from srcfast.stages.candidates import candidates_in_chunks
 from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.datasets import EvaluationSet, draw, read_dataset
 from srcfast.stages.dpo import tune_preferences
-from srcfast.stages.evaluation import answers_in_chunks, evaluated
+from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
@@ -180,7 +180,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             )
             if distributed.is_rank_zero():
                 model = "base" if adapter is None else str(adapter)
-                entries.append(evaluated(output / "predictions" / name, answers, one, model, config))
+                entries.append(write_evaluation(output / "predictions" / name, answers, one, model, config))
         if distributed.is_rank_zero():
             write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
     if not config.quiet and distributed.is_rank_zero():

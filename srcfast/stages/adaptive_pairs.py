@@ -1,10 +1,10 @@
-"""Comparisons where the order is still uncertain: best and worst candidate without the whole tournament.
+"""Choose the comparisons that decide which candidate is best and which worst, without the whole tournament.
 
-Two rounds. In the first each candidate is rated on its own: a few tokens behind the candidate, which the tournament's tree
-has anyhow. Those whose rating comes within a margin of the highest may be the best, those near the lowest the worst, the
-nearest few of each; in the second round all of these are compared with each other in both orders, the others are left alone
-(score 1/2, confidence 0). The tree is run anew in the second round, so what is saved is counted in tokens, and a share of the
-samples is judged in full as well, to know what the short way misses.
+Two rounds. The first rates each candidate alone: a few tokens after the candidate, which the tournament's tree has in any
+case. Candidates whose rating is within a margin of the highest may be the best, those near the lowest the worst; the
+nearest few of each are the contenders. The second round compares the contenders with each other in both orders; the other
+candidates are not compared (score 1/2, confidence 0). The second round runs the tree again, so the saving is counted in
+tokens. A share of the samples is compared in full as well, to measure what two rounds miss.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ SAME_SCORE = 1e-6  # candidates whose full scores are this near are equally good
 
 @dataclass
 class AdaptivePairs:
-    """Settings (`scorer.adaptive_*`), and counts of what was judged."""
+    """Settings (`scorer.adaptive_*`), and counts of the comparisons."""
 
     settings: ScorerConfig
     counts: Counter[str] = field(default_factory=Counter, repr=False)
 
     @classmethod
     def of(cls, settings: ScorerConfig) -> AdaptivePairs | None:
-        """Return None where the settings ask for all pairs."""
+        """Return None where the settings say to compare all pairs."""
         return cls(settings) if settings.pairs == "adaptive" else None
 
     def is_audited(self, sample_id: str) -> bool:
-        """Drawn by the id alone."""
+        """Return whether the sample is compared in full as well; the id alone decides, whatever the other samples are."""
         return Random(f"audit/{sample_id}").random() < self.settings.adaptive_audit
 
     def is_short(self, num_candidates: int) -> bool:
-        """Whether a second round has fewer pairs than the tournament: else that is run at once."""
+        """Return whether two rounds have fewer pairs than the tournament; if not, the tournament is run at once."""
         return num_candidates > 2 * self.settings.adaptive_contenders
 
     def pairs(self, ratings: np.ndarray) -> list[tuple[int, int]]:
-        """The ordered pairs of the second round, from the ratings [n]; ties by place, so that it is deterministic."""
+        """Return the ordered pairs of the second round, from the ratings [n]; the index breaks ties."""
         order = np.argsort(-ratings, kind="stable").tolist()
         best = [i for i in order if ratings[i] >= ratings[order[0]] - self.settings.adaptive_margin][
             : self.settings.adaptive_contenders
@@ -55,37 +55,37 @@ class AdaptivePairs:
         return [(i, j) for i in chosen for j in chosen if i != j]
 
     def count(self, pairs: int, all_pairs: int, tokens: int, all_tokens: int) -> None:
-        """What was judged of a sample, and what its tournament takes; without the audit."""
+        """Count a sample's pairs and tokens, and those of its tournament; the audit's are left out."""
         self.counts.update(samples=1, pairs=pairs, all_pairs=all_pairs, tokens=tokens, all_tokens=all_tokens)
 
     def compare(self, short: np.ndarray, full: np.ndarray) -> None:
-        """An audited sample's scores [n] by the pairs chosen, and by all."""
+        """Count how far an audited sample's scores [n] by the chosen pairs agree with those by all pairs."""
         best, worst = int(short.argmax()), int(short.argmin())
-        lost = (full.max() - full[best], full[worst] - full.min())
+        lost = (full.max() - full[best], full[worst] - full.min())  # by the tournament's scores, 0 where both agree
         same = [bool(value <= SAME_SCORE) for value in lost]
         self.counts.update(audited=1, same_best=same[0], same_worst=same[1], same_pair=all(same))
         self.counts["best_shortfall"] += float(lost[0])  # type: ignore[assignment]
         self.counts["worst_shortfall"] += float(lost[1])  # type: ignore[assignment]
 
     def report(self) -> dict[str, Any]:
-        """Shares of the tournament that were judged; agreement with it on audited samples, None where there are none.
+        """Return the shares of the tournament that were run, and the agreement on audited samples, None where there are none.
 
         `same_best`, `same_worst`, `same_pair`: shares of audited samples in which the tournament scores the same candidate
         best, worst, or both; `best_shortfall`, `worst_shortfall`: how much worse (better), by the tournament's scores, the
-        chosen best (worst) is than its own, on average.
+        chosen best (worst) is than the tournament's, on average.
         """
         counts = self.counts
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "samples": counts["samples"],
             "pairs_share": counts["pairs"] / counts["all_pairs"] if counts["all_pairs"] else None,
             "tokens_share": counts["tokens"] / counts["all_tokens"] if counts["all_tokens"] else None,
             "audited": counts["audited"],
         }
         names = ("same_best", "same_worst", "same_pair", "best_shortfall", "worst_shortfall")
-        return found | {name: counts[name] / counts["audited"] if counts["audited"] else None for name in names}
+        return result | {name: counts[name] / counts["audited"] if counts["audited"] else None for name in names}
 
 
 def ordered(pairs: Sequence[tuple[int, int]], first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Which of the comparisons (first [M], second [M]) are among the pairs: [M] bool."""
-    wanted = set(pairs)
-    return np.array([pair in wanted for pair in zip(first.tolist(), second.tolist(), strict=True)], dtype=bool)
+    """Return which of the comparisons (first [M], second [M]) are among the pairs: [M] bool."""
+    members = set(pairs)
+    return np.array([pair in members for pair in zip(first.tolist(), second.tolist(), strict=True)], dtype=bool)

@@ -1,4 +1,7 @@
-"""Stage 2: diverse rationale-answer candidates of every sample, by sentence-level beam search over the model itself."""
+"""Stage 2: generate diverse rationale-answer candidates of every sample, by sentence-level beam search.
+
+The search is `srcfast.generation.beam_search`; here are the samples' prompts, the candidates as records, and the chunks.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,25 @@ from srcfast.stages.prompts import PromptEncoder, image_keys
 
 
 class Progress(Protocol):
-    """What `run.progress.track` gives."""
+    """Counts samples and tokens as they are done: `run.progress.StageProgress`."""
 
     def advance(self, n: int = 1, tokens: int = 0) -> None: ...
 
 
 @contextmanager
 def decoding_memory(model: Any) -> Iterator[DecodingMemory]:
-    """What a stage decodes with, chunk after chunk: the adapter folded into the weights once, and memory that chunks share.
+    """Fold the adapter into the weights once, and share one decoding memory between a stage's chunks.
 
-    At the stage's end the weights are as they were and the memory is free.
+    At the end the weights are as they were and the memory is free.
     """
     with folded_lora(model), DecodingMemory() as memory:
         yield memory
 
 
 def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
-    """Each sample's prompt, image placeholders expanded, keyed by the sample's id."""
-    encode = PromptEncoder(model)
-    return [Prompt(encode(s, s.question, s.id), image_keys(s), s.id) for s in samples]
+    """Encode each sample's prompt, image placeholders expanded, keyed by the sample's id."""
+    encode_prompt = PromptEncoder(model)
+    return [Prompt(encode_prompt(s, s.question, s.id), image_keys(s), s.id) for s in samples]
 
 
 def generate_candidates(
@@ -55,31 +58,33 @@ def generate_candidates(
     graphs: bool = True,
     memory: DecodingMemory | None = None,
 ) -> list[list[Candidate]]:
-    """Up to `settings.num_candidates` distinct candidates a sample, best score first.
+    """Generate up to `settings.num_candidates` distinct candidates a sample, best score of the search first.
 
     Args:
         model: an LVLM.
-        samples: what to answer.
+        samples: the questions to answer.
+        settings: the search.
         features: image keys to embeddings.
         seed: with a sample's id it decides the sample's draws.
-        batch_size: samples searched at once; as one ends, the next takes its place.
-        progress: told of samples done and tokens run.
+        batch_size: samples searched at once; as one ends, the next takes its slot.
+        progress: advances by samples done and tokens run.
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: a `decoding_memory` of the stage; default: one for this call.
     """
     prompts = prompts_of(model, samples)
     on_done = None if progress is None else progress.advance
     with folded_lora(model):
-        found, _ = sentence_beam_search(
+        generated, _ = sentence_beam_search(
             model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs, memory=memory
         )
     return [
-        [_candidate(model, sample, number, one) for number, one in enumerate(own)]
-        for sample, own in zip(samples, found, strict=True)
+        [_candidate(model, sample, number, response) for number, response in enumerate(responses)]
+        for sample, responses in zip(samples, generated, strict=True)
     ]
 
 
 def _candidate(model: Any, sample: Sample, number: int, generated: Generated) -> Candidate:
+    """Decode and parse a generated response. Its log-probability, in nats, is the model's over its tokens."""
     text = model.decode(generated.token_ids)
     parsed = parse_response(text)
     return Candidate(
@@ -94,18 +99,18 @@ def _candidate(model: Any, sample: Sample, number: int, generated: Generated) ->
 
 
 def diversity(candidates: Iterable[Sequence[Candidate]]) -> dict[str, float]:
-    """How much the candidates of a sample differ, on average over samples with at least two.
+    """Measure how much the candidates of a sample differ, on average over samples with at least two.
 
     `distinct_texts` and `distinct_answers` are shares of a sample's candidates; `bigram_overlap` is the mean Jaccard overlap of
     two candidates' token bigrams.
     """
     texts, answers, overlaps = [], [], []
-    for own in candidates:
-        if len(own) < 2:
+    for group in candidates:
+        if len(group) < 2:
             continue
-        texts.append(len({c.text for c in own}) / len(own))
-        answers.append(len({c.answer for c in own}) / len(own))
-        bigrams = [set(zip(c.token_ids, c.token_ids[1:], strict=False)) for c in own]
+        texts.append(len({c.text for c in group}) / len(group))
+        answers.append(len({c.answer for c in group}) / len(group))
+        bigrams = [set(zip(c.token_ids, c.token_ids[1:], strict=False)) for c in group]
         pairs = [(a, b) for i, a in enumerate(bigrams) for b in bigrams[i + 1 :]]
         overlaps.append(float(np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs])))
     if not texts:
@@ -126,13 +131,13 @@ def candidates_in_chunks(
     features: ImageFeatures,
     seed: int,
 ) -> ChunkFiles:
-    """`generate_candidates`, as rows of candidates."""
+    """Run `generate_candidates` chunk by chunk; the rows are the candidates' JSON."""
 
-    def work(piece: Sequence[Sample]) -> ChunkResult:
-        features.clear()
-        found = generate_candidates(
+    def work(chunk: Sequence[Sample]) -> ChunkResult:
+        features.clear()  # nothing may carry over from one chunk to the next
+        groups = generate_candidates(
             model,
-            piece,
+            chunk,
             settings,
             features=features,
             seed=seed,
@@ -141,9 +146,9 @@ def candidates_in_chunks(
             graphs=settings.cuda_graphs,
             memory=memory,
         )
-        return [candidate.to_json() for own in found for candidate in own], {}
+        return [candidate.to_json() for group in groups for candidate in group], {}
 
     with decoding_memory(model) as memory:
-        parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
-    features.clear()  # no stage uses these
-    return parts
+        files = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
+    features.clear()  # no later stage uses these
+    return files

@@ -1,4 +1,4 @@
-"""The samples that the settings name: training sets, evaluation sets, and those of a round."""
+"""Read the samples that the settings name (training sets, evaluation sets), and draw those of a round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srcfast.world.samples import world_samples
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Samples held out from all else."""
+    """Samples that no training uses."""
 
     name: str
     split: str
@@ -26,7 +26,7 @@ class EvaluationSet:
 
 
 def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
-    """A dataset's samples; bad records go to `rejected`. The world's images are drawn into `image_dir`."""
+    """Read a dataset's samples and append its bad records to `rejected`; the world's images are drawn into `image_dir`."""
     if dataset.format == "world":
         return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
@@ -42,46 +42,51 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
 
 
 def read_training_samples(config: Config, use: str, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
-    """The samples of all training sets that take part in `use` ("rationale" or "calibration").
+    """Read the samples of all training sets that take part in `use` ("rationale" or "calibration").
 
     Raises:
         ConfigError: no training set takes part.
         InputError: more bad samples than `max_rejected`, or none left, or an id that two sets share.
     """
-    sets = [one for one in config.data.train if use in one.use]
-    if not sets:
+    datasets = [dataset for dataset in config.data.train if use in dataset.use]
+    if not datasets:
         raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Fix: name one")
-    own: list[dict[str, Any]] = []
-    samples = [sample for one in sets for sample in read_dataset(one, image_dir, own)]
-    check_rejected(own, len(own) + len(samples), config.max_rejected)
-    known = {(row["file"], row["line"]) for row in rejected}
-    rejected += [row for row in own if (row["file"], row["line"]) not in known]
+    bad: list[dict[str, Any]] = []
+    samples = [sample for dataset in datasets for sample in read_dataset(dataset, image_dir, bad)]
+    check_rejected(bad, len(bad) + len(samples), config.max_rejected)
+    # A dataset of both uses is read twice: its bad records are listed once.
+    listed = {(row["file"], row["line"]) for row in rejected}
+    rejected += [row for row in bad if (row["file"], row["line"]) not in listed]
     check_unique_ids(samples)
     return samples
 
 
 def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[str, Any]]) -> list[EvaluationSet]:
-    """The evaluation sets, in the config's order. Raises InputError where one is empty."""
-    found = []
-    for one in config.data.evaluation:
-        own: list[dict[str, Any]] = []
-        samples = read_dataset(one, image_dir, own)
-        check_rejected(own, len(own) + len(samples), config.max_rejected)
-        rejected += own
+    """Read the evaluation sets, in the config's order.
+
+    Raises:
+        InputError: one is empty, or has more bad samples than `max_rejected`.
+    """
+    evaluation_sets = []
+    for dataset in config.data.evaluation:
+        bad: list[dict[str, Any]] = []
+        samples = read_dataset(dataset, image_dir, bad)
+        check_rejected(bad, len(bad) + len(samples), config.max_rejected)
+        rejected += bad
         if not samples:
             raise InputError(
-                file=one.path,
+                file=dataset.path,
                 field="data.evaluation",
-                expected=f"at least one sample in {one.name!r}",
+                expected=f"at least one sample in {dataset.name!r}",
                 found="none",
                 fix="name data that holds some, or leave the dataset out",
             )
-        found.append(EvaluationSet(one.name, one.split, samples))
-    return found
+        evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
+    return evaluation_sets
 
 
 def check_unique_ids(samples: Sequence[Sample]) -> None:
-    """Raises InputError where two samples have one id: their candidates would be mixed."""
+    """Raise InputError where two samples have the same id: their candidates would be mixed."""
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:
@@ -90,19 +95,19 @@ def check_unique_ids(samples: Sequence[Sample]) -> None:
                 field="id",
                 expected="an id that no other sample of the run has",
                 found=sample.id,
-                fix="give the samples of all datasets ids of their own",
+                fix="give each sample of all datasets an id that no other has",
             )
         seen.add(sample.id)
 
 
 def draw(samples: Sequence[Sample], count: int, seed: str) -> list[Sample]:
-    """`count` of the samples in an order drawn by the seed; 0 for all."""
+    """Draw `count` of the samples, 0 for all, in an order that the seed decides."""
     shuffled = random.Random(seed).sample(samples, len(samples))
     return shuffled[: count or len(shuffled)]
 
 
 def draw_round(samples: Sequence[Sample], count: int, iteration: int, seed: int) -> list[Sample]:
-    """`count` fresh samples each round (0 for all), from one shuffle; they begin anew once all had their turn."""
+    """Return the round's `count` samples (0 for all), from one shuffle of all: fresh ones each round, until all were used."""
     shuffled = draw(samples, 0, f"calibration/{seed}")
     count = min(count or len(shuffled), len(shuffled))
     start = (iteration - 1) * count

@@ -1,4 +1,7 @@
-"""Evaluation: greedy answers, read by the one parser, scored against the gold answer and, in the world, by the oracle."""
+"""Evaluation: answer greedily, parse as training data is parsed, compare with the gold answer and, in the world, ask the oracle.
+
+`answers_in_chunks` runs the model; `write_evaluation` reads its rows, writes predictions and returns the summary's entry.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from srcfast.world.oracle import CASES, Judgement, verify_sample
 
 @dataclass(frozen=True)
 class Prediction:
-    """One sample's greedy response, parsed and judged."""
+    """One sample's greedy response, parsed and verified."""
 
     sample: Sample
     text: str
@@ -40,7 +43,7 @@ class Prediction:
     judgement: Judgement | None  # None: the sample carries no scene to check a rationale against
 
     def to_json(self) -> dict[str, Any]:
-        """The row of `predictions`: `prediction` is the bare answer, as VLMEvalKit scores it."""
+        """Return the row of `predictions`: `prediction` is the bare answer, as VLMEvalKit scores it."""
         return {
             "id": self.sample.id,
             "question": self.sample.question,
@@ -65,16 +68,24 @@ def answer_greedily(
     graphs: bool = True,
     memory: DecodingMemory | None = None,
 ) -> list[Prediction]:
-    """Greedy responses of an LVLM to every sample, parsed and judged; `progress` is told of samples and tokens.
+    """Answer every sample greedily with an LVLM; parse and verify the responses.
 
-    `graphs`: on a GPU, replay steps as CUDA graphs. `memory`: a `decoding_memory` of the stage; default: one for this call.
+    Args:
+        model: an LVLM.
+        samples: the questions to answer.
+        features: image keys to embeddings.
+        max_new_tokens: of a response.
+        batch_size: samples at once; as one ends, the next takes its slot.
+        progress: advances by samples done and tokens run.
+        graphs: on a GPU, replay steps as CUDA graphs.
+        memory: a `decoding_memory` of the stage; default: one for this call.
     """
     on_batch = None if progress is None else progress.advance
     with folded_lora(model):
         prompts = prompts_of(model, samples)
         generated = generate_greedy(model, prompts, features, max_new_tokens, batch_size, on_batch, graphs, memory)
     with pause_full_collections():
-        return [predict(s, model.decode(one.token_ids)) for s, one in zip(samples, generated, strict=True)]
+        return [predict(s, model.decode(response.token_ids)) for s, response in zip(samples, generated, strict=True)]
 
 
 def write_predictions(path: Path, samples: Sequence[Sample], predictions: Iterable[Prediction]) -> Counts:
@@ -83,10 +94,10 @@ def write_predictions(path: Path, samples: Sequence[Sample], predictions: Iterab
     Args:
         path: without its ending.
         samples: those of the predictions, in their order.
-        predictions: made as they are asked for; none is held once it is written.
+        predictions: consumed one at a time; none stays in memory once it is written.
 
     Returns:
-        What the summary needs of them.
+        The counts that the summary is made of.
     """
     counts = Counts()
     write_jsonl(f"{path}.jsonl", (prediction.to_json() for prediction in counts.counted(predictions)))
@@ -97,7 +108,7 @@ def write_predictions(path: Path, samples: Sequence[Sample], predictions: Iterab
 
 
 def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
-    """With what a table of VLMEvalKit's had beside: the question before its options were written into it, the split."""
+    """Add back the VLMEvalKit columns that are not fields of a Sample: the question without its options, options, split."""
     extra = sample.extra
     return row | {
         "question": extra.get(QUESTION_KEY, row["question"]),
@@ -108,14 +119,14 @@ def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(sample: Sample, text: str) -> Prediction:
-    """Parse and judge one response."""
+    """Parse and verify one response."""
     parsed = parse_response(text)
     right = parsed.answer is not None and normalise_answer(parsed.answer) == normalise_answer(sample.answer)
     return Prediction(sample, text, parsed.rationale, parsed.answer, right, verify_sample(sample, parsed))
 
 
 class Counts:
-    """What `summarise` needs of predictions, counted as they pass by: it takes the same memory for any number of them."""
+    """The counts of predictions that `summarise` needs; they take the same memory for any number of predictions."""
 
     def __init__(self) -> None:
         self.of_all: Counter[str] = Counter()
@@ -123,7 +134,7 @@ class Counts:
         self.cases = dict.fromkeys(CASES, 0)
 
     def counted(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-        """The same predictions, each counted before it is handed on."""
+        """Count each prediction and yield it."""
         for prediction in predictions:
             self.add(prediction)
             yield prediction
@@ -131,10 +142,10 @@ class Counts:
     def add(self, prediction: Prediction) -> None:
         """Count one prediction."""
         judgement = prediction.judgement
-        found: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
+        values: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
         if judgement is not None:
             self.cases[judgement.case] += 1
-            found |= {
+            values |= {
                 "judged": 1,
                 "aligned": judgement.aligned,
                 "rationale_right": judgement.rationale_right,
@@ -142,27 +153,28 @@ class Counts:
                 "reasoning_right": judgement.reasoning_right,
             }
         for counts in (self.of_all, self.of_ability[str(prediction.sample.extra.get("ability", "all"))]):
-            for name, value in found.items():
+            for name, value in values.items():
                 counts[name] += value
 
 
 def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples: int, seed: int) -> dict[str, Any]:
-    """One entry of `summary.json`'s `evaluations`.
+    """Return one entry of `summary.json`'s `evaluations`.
 
     `accuracy` is the share of right answers; `alignment` the share of samples whose answer is right and whose
     rationale is right and leads to it; `rationale_accuracy` the share whose rationale is right. A response that does
-    not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples.
+    not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples. Shares of alignment and rationales are
+    over the samples that the oracle can verify.
     """
-    found = counts.of_all
-    n, judged = found["n"], found["judged"]
+    totals = counts.of_all
+    n, judged = totals["n"], totals["judged"]
     entry: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
         "split": split,
         "n": n,
-        "accuracy": found["right"] / n,
-        "accuracy_ci95": _interval_of_share(found["right"], n, resamples, seed),
-        "unparsed": found["unparsed"],
+        "accuracy": totals["right"] / n,
+        "accuracy_ci95": _interval_of_share(totals["right"], n, resamples, seed),
+        "unparsed": totals["unparsed"],
         "by_ability": {
             ability: {
                 "n": group["n"],
@@ -175,35 +187,35 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
     if not judged:
         return entry | {"rationale_accuracy": None, "right_answer_wrong_rationale": None, "alignment": None}
     return entry | {
-        "rationale_accuracy": found["rationale_right"] / judged,
-        "rationale_accuracy_ci95": _interval_of_share(found["rationale_right"], judged, resamples, seed),
-        "perception_accuracy": found["perception_right"] / judged,
-        "reasoning_accuracy": found["reasoning_right"] / judged,
+        "rationale_accuracy": totals["rationale_right"] / judged,
+        "rationale_accuracy_ci95": _interval_of_share(totals["rationale_right"], judged, resamples, seed),
+        "perception_accuracy": totals["perception_right"] / judged,
+        "reasoning_accuracy": totals["reasoning_right"] / judged,
         "right_answer_wrong_rationale": counts.cases["right_answer_wrong_rationale"] / judged,
-        "alignment": found["aligned"] / judged,
-        "alignment_ci95": _interval_of_share(found["aligned"], judged, resamples, seed),
+        "alignment": totals["aligned"] / judged,
+        "alignment_ci95": _interval_of_share(totals["aligned"], judged, resamples, seed),
         "cases": dict(counts.cases),
     }
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """95 % percentile bootstrap interval of the mean of `values` [n] (Efron, 1979): [low, high]."""
+    """Return the 95 % percentile bootstrap interval of the mean of `values` [n] (Efron, 1979): [low, high]."""
     levels, counts = np.unique(values, return_counts=True)
     return _interval(levels, counts, resamples, seed)
 
 
 def _interval_of_share(hits: int, n: int, resamples: int, seed: int) -> list[float]:
-    """`bootstrap_interval` of n values, of which so many are 1 and the others 0."""
+    """Return `bootstrap_interval` of n values, of which `hits` are 1 and the others 0."""
     counts = np.array([n - hits, hits])
-    there = counts > 0
-    return _interval(np.array([0.0, 1.0])[there], counts[there], resamples, seed)
+    present = counts > 0
+    return _interval(np.array([0.0, 1.0])[present], counts[present], resamples, seed)
 
 
 def _interval(levels: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """The interval from the distinct values, ascending, and how often each is there."""
+    """Return the interval from the distinct values, ascending, and their counts."""
     generator, n = np.random.default_rng(seed), int(counts.sum())
-    # How often a resample holds each distinct value is multinomial: drawing that asks for no sample one by one. One resample
-    # after the other, since all at once would take some gigabytes where there are many values.
+    # How often a resample has each distinct value is multinomial, so no sample is drawn by itself. One resample after the
+    # other: all at once would take gigabytes where there are many distinct values.
     means = [generator.multinomial(n, counts / n) @ levels / n for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]
@@ -217,13 +229,13 @@ def answers_in_chunks(
     *,
     features: ImageFeatures,
 ) -> ChunkFiles:
-    """`answer_greedily`, as rows {id, text}; `predictions_of` reads them."""
+    """Run `answer_greedily` chunk by chunk; rows {id, text}, which `predictions_of` reads."""
 
-    def work(piece: Sequence[Sample]) -> ChunkResult:
-        features.clear()
-        found = answer_greedily(
+    def work(chunk: Sequence[Sample]) -> ChunkResult:
+        features.clear()  # nothing may carry over from one chunk to the next
+        predictions = answer_greedily(
             model,
-            piece,
+            chunk,
             features,
             settings.max_new_tokens,
             settings.batch_size,
@@ -231,16 +243,18 @@ def answers_in_chunks(
             settings.cuda_graphs,
             memory,
         )
-        return [{"id": one.sample.id, "text": one.text} for one in found], {}
+        return [{"id": prediction.sample.id, "text": prediction.text} for prediction in predictions], {}
 
     with decoding_memory(model) as memory:
-        parts = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
+        files = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
     features.clear()
-    return parts
+    return files
 
 
-def evaluated(path: Path, answers: ChunkFiles, dataset: EvaluationSet, model: str, config: Config) -> dict[str, Any]:
-    """Write the predictions on an evaluation set to `path` (without ending); returns its entry of `summary.json`."""
+def write_evaluation(
+    path: Path, answers: ChunkFiles, dataset: EvaluationSet, model: str, config: Config
+) -> dict[str, Any]:
+    """Write the predictions on an evaluation set to `path` (without ending); return its entry of `summary.json`."""
     return summarise(
         write_predictions(path, dataset.samples, predictions_of(dataset.samples, answers)),
         model=model,
@@ -252,5 +266,5 @@ def evaluated(path: Path, answers: ChunkFiles, dataset: EvaluationSet, model: st
 
 
 def predictions_of(samples: Sequence[Sample], answers: ChunkFiles) -> Iterator[Prediction]:
-    """The samples' answers, parsed and judged as they are read, one at a time."""
+    """Yield the samples' answers, parsed and verified as they are read, one at a time."""
     return (predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True))

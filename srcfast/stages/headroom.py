@@ -1,4 +1,4 @@
-"""How much better the model could answer than it does: measured on held-out samples before it is claimed.
+"""Measure on held-out samples how much better the model could answer than it does greedily.
 
 pass@1 is the share of greedy answers that are right and aligned by the oracle; pass@N the share of samples of which some
 candidate is; best-of-N the share whose candidate that the R-Scorer ranks first is. What the next model's greedy answers
@@ -20,14 +20,14 @@ from srcfast.world.oracle import verify_sample
 
 
 def aligned(sample: Sample, text: str) -> bool:
-    """Whether a response's answer is right and its rationale right and leading to it, by the oracle."""
+    """Return whether, by the oracle, a response's answer is right and its rationale is right and leads to it."""
     judgement = verify_sample(sample, parse_response(text))
     return judgement is not None and judgement.aligned
 
 
-def headroom_samples(samples: Iterable[Sample], most: int) -> list[Sample]:
-    """The first samples that the oracle can judge."""
-    return list(islice((s for s in samples if "program" in s.extra and "scene" in s.extra), most))
+def headroom_samples(samples: Iterable[Sample], max_samples: int) -> list[Sample]:
+    """Return the first samples that the oracle can verify."""
+    return list(islice((s for s in samples if "program" in s.extra and "scene" in s.extra), max_samples))
 
 
 def measure_headroom(
@@ -36,26 +36,32 @@ def measure_headroom(
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
     score_rows: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """pass@1, pass@N, best-of-N, and how often the R-Scorer prefers the aligned one of two candidates.
+    """Compute pass@1, pass@N, best-of-N, and how often the R-Scorer prefers the aligned one of two candidates.
 
     Args:
-        samples: held-out ones that the oracle can judge.
+        samples: held-out ones that the oracle can verify.
         greedy_aligned: of the same samples, whether the greedy answer is aligned.
-        candidates: sample id -> candidates; read as they are needed: in the samples' order one sample's are held.
+        candidates: sample id -> candidates, read as they are needed: in the samples' order one sample's are in memory.
         score_rows: the R-Scorer's rows of those candidates, read likewise.
+
+    Returns:
+        n, n_candidates (mean), and the shares pass_at_1, pass_at_n, best_of_n, scorer_oracle_agreement (None without a pair).
     """
     rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
-    proposed = some = best = agreed = compared = 0
+    proposed = any_aligned = best_aligned = agreed = compared = 0
     for sample in samples:
-        own, row = candidates.get(sample.id) or (), rows.get(sample.id)
-        good = [aligned(sample, candidate.text) for candidate in own]
+        group, row = candidates.get(sample.id) or (), rows.get(sample.id)
+        good = [aligned(sample, candidate.text) for candidate in group]
         proposed += len(good)
-        some += any(good)
+        any_aligned += any(good)
         if row is None:
             continue
-        best += good[int(np.argmax(row["scores"]))]
+        best_aligned += good[int(np.argmax(row["scores"]))]
         wins = row["win_probability"]
-        verdicts = [wins[i][j] > 0.5 for i, one in enumerate(good) for j, other in enumerate(good) if one and not other]
+        # One verdict for each aligned candidate i and unaligned candidate j.
+        verdicts = [
+            wins[i][j] > 0.5 for i, first in enumerate(good) if first for j, second in enumerate(good) if not second
+        ]
         agreed += sum(verdicts)
         compared += len(verdicts)
     n = len(samples)
@@ -63,19 +69,19 @@ def measure_headroom(
         "n": n,
         "n_candidates": proposed / n,
         "pass_at_1": sum(greedy_aligned) / n,
-        "pass_at_n": some / n,
-        "best_of_n": best / n,
+        "pass_at_n": any_aligned / n,
+        "best_of_n": best_aligned / n,
         "scorer_oracle_agreement": agreed / compared if compared else None,
     }
 
 
 def with_next(entry: Mapping[str, Any], next_aligned: Sequence[bool]) -> dict[str, Any]:
-    """The entry with the next model's pass@1, and what it recovers; `next_aligned` as `measure_headroom`'s `greedy_aligned`."""
+    """Add the next model's pass@1 and what it recovers to the entry; `next_aligned` is `greedy_aligned` of that model."""
     pass_at_1 = sum(next_aligned) / len(next_aligned)
     return {**entry, "next_pass_at_1": pass_at_1, "recovered": recovered(entry, pass_at_1)}
 
 
 def recovered(headroom: Mapping[str, Any], next_pass_at_1: float) -> float | None:
-    """Share of the gap from pass@1 to best-of-N that the next model's greedy answers close; None without a gap."""
+    """Return the share of the gap from pass@1 to best-of-N that the next model's greedy answers close; None without a gap."""
     gap = headroom["best_of_n"] - headroom["pass_at_1"]
     return None if gap <= 0 else (next_pass_at_1 - headroom["pass_at_1"]) / gap

@@ -1,4 +1,4 @@
-"""From settings to what they name: datasets, the policy in memory, the R-Scorer."""
+"""Load the models that the settings name: the policy with its adapter and encoded images, the R-Scorer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Policy:
 
     @property
     def model(self) -> LVLM:
-        """Read again if it was set aside: the bare base then."""
+        """The LVLM; read again, as the bare base, after `offload`."""
         if self._model is None:
             self._model = load_model(self.config, None)
             self.features.model = self._model
@@ -42,6 +42,7 @@ class Policy:
 
     @property
     def in_memory(self) -> bool:
+        """Whether the model is loaded: not after `offload`, until something needs it."""
         return self._model is not None
 
     def use(self, adapter: Path | None, *, to_train: bool = False) -> LVLM:
@@ -58,13 +59,13 @@ class Policy:
         return self.model
 
     def fresh(self) -> LVLM:
-        """The model with a new adapter, drawn by the config's seed."""
+        """Return the model with a new adapter, initialised from the config's seed."""
         self._adapt(self.config.lora.seeded(self.config.seed))
         self.adapter = None
         return self.model
 
     def hash(self) -> str:
-        """Names base and adapter, and how they are computed with: whose log-probabilities these are."""
+        """Return the hash that names whose log-probabilities these are; see `policy_hash`."""
         return policy_hash(self.config, self.model, self.adapter)
 
     def save(self, directory: Path) -> None:
@@ -76,11 +77,11 @@ class Policy:
         self.model.zero_grad(set_to_none=True)
 
     def offload(self) -> None:
-        """Set the model aside where it does not fit into memory beside the R-Scorer; what needs it next reads it again.
+        """Free the model where it does not fit into memory beside the R-Scorer; what needs it next reads it again.
 
         Encoded images stay.
         """
-        # All ranks alike, though one may have less memory: what needs the model next reads it together where it is shared out.
+        # All ranks decide alike, though one may have less memory: a sharded model is read by all ranks together.
         if self._model is None or all(distributed.gather(policy_stays(self.config))):
             return
         del self.features.model
@@ -88,26 +89,35 @@ class Policy:
         release_unused(self.config.model.device)
 
     def end_stage(self) -> None:
-        """Give back to a GPU what the stage had: the next one is planned with all that the model leaves free."""
+        """Free a GPU's memory beyond the model: the plan of the next stage counts on it."""
         if torch.device(self.config.model.device).type == "cuda":
             self.features.clear()
             release_unused(self.config.model.device)
 
     def _adapt(self, lora: Path | LoRAConfig | None) -> None:
-        """Another adapter on the same base: no weight is read again, and no second model is ever in memory."""
+        """Replace the adapter on the same base: no weight is read again, and no second model is ever in memory."""
         remove_adapter(self.model)
         apply_lora(self.model, lora)
 
 
 def remove_adapter(model: LVLM) -> None:
-    """The bare base again, as it was."""
+    """Replace each adapted layer by its base layer; the weights are those before the adapter."""
     for name, layer in adapters(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
 def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = False) -> LVLM:
-    """The LVLM of the settings. Unless it is to be trained, InputError where a saved adapter changes nothing."""
+    """Load the LVLM of the settings.
+
+    Args:
+        config: model, quantization, dtype, device, sharding.
+        lora: a saved adapter's directory, or the settings of a new one; None: the bare base.
+        to_train: whether the adapter is to be trained.
+
+    Raises:
+        InputError: a saved adapter changes nothing, unless it is to be trained.
+    """
     _set_up_device(config)
     model = load_lvlm(
         config.model.path,
@@ -125,14 +135,14 @@ def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = 
 
 
 def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:
-    """The records' encoded images, kept in memory up to a limit."""
+    """Return the records' encoded images, cached in memory up to a limit."""
     sizes = ModelSizes.of(model)
-    room = memory_of(next(model.parameters()).device)
-    return ImageFeatures(model, image_loader(records), image_cache(room), images_at_once(sizes, room))
+    capacity = memory_of(next(model.parameters()).device)  # bytes
+    return ImageFeatures(model, image_loader(records), image_cache(capacity), images_at_once(sizes, capacity))
 
 
 def load_scorer_for(config: Config, lora: LoRAConfig | None = None) -> Scorer:
-    """The R-Scorer of the settings."""
+    """Load the R-Scorer of the settings; with `lora`, an adapter on it."""
     _set_up_device(config)
     dtype = getattr(torch, config.scorer.dtype)
     return load_scorer(
@@ -141,13 +151,13 @@ def load_scorer_for(config: Config, lora: LoRAConfig | None = None) -> Scorer:
 
 
 def _set_up_device(config: Config) -> None:
-    """Limits the memory; before a model is loaded, and so before the device's first product."""
+    """Set determinism and the memory limit; before a model is loaded, and so before the device's first product."""
     if config.deterministic:
         prepare_determinism()
     limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"), config.model.device)
 
 
 def policy_hash(config: Config, model: LVLM, adapter: Path | None) -> str:
-    """Names base and adapter, and how they are computed with: whose log-probabilities these are."""
-    added = "none" if adapter is None else adapter_hash(adapter)
-    return f"base:{model_hash(model.path)} adapter:{added} {config.model.dtype} {config.model.quantize}"
+    """Return the hashes of base and adapter, with dtype and quantization: these decide a log-probability."""
+    adapter_name = "none" if adapter is None else adapter_hash(adapter)
+    return f"base:{model_hash(model.path)} adapter:{adapter_name} {config.model.dtype} {config.model.quantize}"

@@ -1,4 +1,4 @@
-"""A record as the model is given it: its prompt's tokens, its images' keys, its images."""
+"""Turn a record into the model's inputs: its prompt's tokens, its images' keys, its images."""
 
 from __future__ import annotations
 
@@ -15,45 +15,50 @@ from srcfast.training.checkpoint import image_print
 
 
 class PromptEncoder:
-    """Prompt tokens of records, each distinct (text, images) encoded once."""
+    """Encode prompts of records, each distinct (text, images) once."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+        self.encoded: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
 
     def __call__(self, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
-        """`[n]` int64: the chat template's generation prompt with the image placeholders expanded.
+        """Return the prompt's token ids, `[n]` int64: the chat template's generation prompt, image placeholders expanded.
+
+        Args:
+            record: whose images the prompt shows.
+            text: the user's turn.
+            sample_id: named in errors.
 
         Raises:
             InputError: the prompt does not fit the model; it names the sample.
         """
         key = (text, image_keys(record))
-        if key not in self.known:
+        if key not in self.encoded:
             images = [load_image(record.image_root, image) for image in record.images]
-            self.known[key] = self.model.encode_prompt(text, images, sample_id)
-        return self.known[key]
+            self.encoded[key] = self.model.encode_prompt(text, images, sample_id)
+        return self.encoded[key]
 
 
 def image_keys(record: Sample | Preference) -> tuple[str, ...]:
-    """Names of a record's images that are unique across data sets."""
+    """Return names of a record's images that are unique across data sets: their paths."""
     return tuple(str(record.image_root / image) for image in record.images)
 
 
 def image_prints(records: Iterable[Sample | Preference]) -> list[tuple[str, ...]]:
-    """Of each record, its images' names and SHA-256: the same when their folder is moved, others for other images.
+    """Return each record's images' names and SHA-256: the same when their directory moves, others for other images.
 
     Raises:
         InputError: an image that is missing, or lies outside of its root.
     """
-    print_of = cache(lambda root, name: image_print(resolve(root, name), name))  # each file is read once
+    print_of = cache(lambda root, name: image_print(resolve(root, name), name))  # reads each file once
     return [tuple(print_of(record.image_root, name) for name in record.images) for record in records]
 
 
 def image_loader(records: Iterable[Sample | Preference]) -> Callable[[str], Image.Image]:
-    """The function that opens the records' images by `image_keys`, for `srcfast.models.ImageFeatures`."""
-    places = {
+    """Return the function that opens the records' images by `image_keys`, for `srcfast.models.ImageFeatures`."""
+    files = {
         key: (record.image_root, image)
         for record in records
         for key, image in zip(image_keys(record), record.images, strict=True)
     }
-    return lambda key: load_image(*places[key])
+    return lambda key: load_image(*files[key])
