@@ -40,7 +40,7 @@ from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import (
-    RationalePair,
+    ParsedRationale,
     ScorerExample,
     Variant,
     evaluate_scorer,
@@ -213,7 +213,7 @@ def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequ
     return variants
 
 
-def raps_of(samples: Sequence[Sample]) -> list[RationalePair]:
+def raps_of(samples: Sequence[Sample]) -> list[ParsedRationale]:
     """The samples' true rationale-answer pairs."""
     return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
 

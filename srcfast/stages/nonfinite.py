@@ -1,4 +1,4 @@
-"""A batch whose loss or gradient was not finite, on disk with the weights before its step: see `replay`."""
+"""Store a batch whose loss or gradient was not finite, with the weights before its step; `replay` runs it again."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def dump_nonfinite_batch(
     try:
         yield
     except NotFinite as error:
-        place, step, text = directory / DIRECTORY, error.step, str(error)
+        target, step, text = directory / DIRECTORY, error.step, str(error)
         batch = [records[index] for index in global_batch(len(records), step, loop)]
-        distributed.run_on_rank_zero(lambda: _write(place, stage, config, model, batch, loop, step, text))
-        raise SrcfastError(f"{text}. The batch is kept; to run it again: {_command(place)}") from error
+        distributed.run_on_rank_zero(lambda: _write(target, stage, config, model, batch, loop, step, text))
+        raise SrcfastError(f"{text}. The batch is stored; to run it again: {_command(target)}") from error
 
 
 def _write(
-    place: Path,
+    directory: Path,
     stage: str,
     config: Config,
     model: Any,
@@ -66,6 +66,7 @@ def _write(
     step: int,
     error: str,
 ) -> None:
+    """Write `batch.json` and the weights that `model` has now, which are those before the step."""
     pairs = [record for record in batch if isinstance(record, Preference)]
     raps = [record for record in batch if isinstance(record, tuple)]
     examples = [record for record in batch if not isinstance(record, tuple | Preference)]
@@ -73,16 +74,16 @@ def _write(
     owners: list[Preference | Sample] = [*pairs, *(sample for sample, _ in raps)]
     # Examples of the R-Scorer have no images.
     root = Path(os.path.commonpath([owner.image_root.resolve() for owner in owners] or [Path.cwd()]))
-    kept = {
+    contents = {
         "stage": stage,
         "step": step,
         "error": error,
         "weights_sha256": trained_hash(model),
-        "command": _command(place),
+        "command": _command(directory),
         "loop": loop.loop(),
         "config": config.model_dump(mode="json"),
         "image_root": str(root),
-        # Of the records below, in the batch: what dropout drops of a tree depends on it.
+        # The positions in the batch of the records below, kind after kind: dropout of a tree depends on its position.
         "places": sorted(range(len(batch)), key=lambda number: not kinds[number]),
         "preferences": [replace(pair, images=_below(pair, root)).to_json() for pair in pairs],
         "rationales": [
@@ -91,23 +92,24 @@ def _write(
         ],
         "examples": [asdict(example) for example in examples],
     }
-    place.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Scorer):
-        save_text_model(model.text_model, place / "scorer")
+        save_text_model(model.text_model, directory / "scorer")
     else:
-        save_adapter(model, place / "adapter")
-    write_json(place / BATCH, kept)
+        save_adapter(model, directory / "adapter")
+    write_json(directory / BATCH, contents)
 
 
-def _command(place: Path) -> str:
-    """For a shell, whatever the directory is called."""
-    return f"srcfast replay {shlex.quote(str(place))}"
+def _command(directory: Path) -> str:
+    """Return the command that runs the batch again, quoted for a shell."""
+    return f"srcfast replay {shlex.quote(str(directory))}"
 
 
 def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
-    """The record's images relative to `root`."""
+    """Return the record's images relative to `root`."""
     return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
 
 
 def trained_hash(model: Any) -> str:
+    """Hash the weights that training changes: the R-Scorer's, or the adapter's."""
     return weights_hash(*(model.parameters() if isinstance(model, Scorer) else lora_parameters(model)))

@@ -1,13 +1,14 @@
-"""A batch whose loss or gradient was not finite: kept on disk with the weights it met, and run again.
+"""Run again a batch whose loss or gradient was not finite, from the records and weights that `nonfinite` stored.
 
 `not-finite/` holds `batch.json` (the step's records, its settings, the hash of the trained weights) and those weights, before
 the step: `adapter/`, or the R-Scorer that is trained whole, `scorer/`. `srcfast replay not-finite` runs the step again, on one
-device whatever number of ranks it had, and says whether it comes out as before.
+device whatever number of ranks it had, and says whether the numbers are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,111 +35,155 @@ from srcfast.training.items import Metrics
 from srcfast.training.loop import rerun_step
 
 
-def replay(place: Path) -> Metrics:
-    """Run the kept batch again; its numbers, where they are finite this time.
+@dataclass(frozen=True)
+class StoredBatch:
+    """What `batch.json` holds, checked.
+
+    Attributes:
+        stage: "rationale", "dpo" or "scorer".
+        step: of the training.
+        weights_sha256: of the trained weights before the step.
+        config: the run's.
+        loop: the training's settings.
+        pairs, rationales, examples: the batch's records by kind.
+        positions: in the batch, of these records, kind after kind.
+    """
+
+    stage: str
+    step: int
+    weights_sha256: str
+    config: Config
+    loop: TrainingConfig
+    pairs: list[Preference]
+    rationales: list[RationalePair]
+    examples: list[ScorerExample]
+    positions: list[int]
+
+
+def replay(directory: Path) -> Metrics:
+    """Run the stored batch of a `not-finite/` directory again; return its metrics, where they are finite this time.
 
     Raises:
-        NotFinite: it came out as before.
-        InputError: what was kept can't be read, or has been changed.
+        NotFinite: loss or gradient is not finite, as before.
+        InputError: what was stored can't be read, or has been changed.
     """
-    file = place / BATCH
-    try:
-        found = parse_object(regular(file).read_bytes())
-        config = Config.model_validate(found["config"])
-        loop = _loop(found["loop"])
-        root, step, stage, expected = Path(found["image_root"]), found["step"], found["stage"], found["weights_sha256"]
-        places = [int(place) for place in found["places"]]
-        pairs = [Preference.from_json(row, file=file, line=None, image_root=root) for row in found["preferences"]]
-        raps = [_rap(row, file, root) for row in found["rationales"]]
-        examples = [_example(row) for row in found["examples"]]
-        records: dict[str, Sequence[Any]] = {"rationale": raps, "dpo": pairs, "scorer": examples}
-        if type(step) is not int or not 0 <= step < 1 << 31 or stage not in tuple(records):
-            raise ValueError(f"step {step!r} of stage {stage!r}")
-        if not records[stage]:
-            raise ValueError(f"nothing that stage {stage!r} trains on")
-        if sorted(places) != list(range(len(pairs) + len(raps) + len(examples))):
-            raise ValueError(f"places {places} of {len(pairs) + len(raps) + len(examples)} records")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            file=file,
-            expected="a batch that was kept for its numbers",
-            found=error,
-            fix="name a not-finite/ directory",
-        ) from error
-    if stage == "scorer":
-        return _replay_scorer(place, config, examples, step, loop, expected)
-    model = load_model(config, None)
-    load_adapter(model, place / "adapter")  # which before the first step changes nothing
-    _check_weights(place / "adapter", model, expected)
-    features = features_of(model, [*pairs, *(sample for sample, _ in raps)])
-    if stage == "rationale":
-        return rerun_step(
+    batch = _read_batch(directory / BATCH)
+    if batch.stage == "scorer":
+        return _replay_scorer(directory / "scorer", batch)
+    model = load_model(batch.config, None)
+    load_adapter(model, directory / "adapter")  # not checked for effect: before the first step it has none
+    _check_weights(directory / "adapter", model, batch.weights_sha256)
+    features = features_of(model, [*batch.pairs, *(sample for sample, _ in batch.rationales)])
+    if batch.stage == "rationale":
+        return run_again(
             model,
-            rationale_trees(model, raps),
-            step,
+            rationale_trees(model, batch.rationales),
+            batch.step,
             loss=rationale_loss,
             denominator=response_tokens,
-            settings=loop,
+            settings=batch.loop,
             features=features,
             rows=response_logit_rows,
         )
-    items = dict(zip(places, preference_items(model, pairs, config.curation.weighting, raps), strict=True))
-    return rerun_step(
+    items = preference_items(model, batch.pairs, batch.config.curation.weighting, batch.rationales)
+    item_at = dict(zip(batch.positions, items, strict=True))
+    return run_again(
         model,
-        [items[number] for number in range(len(items))],
-        step,
-        loss=preference_loss(config.dpo),
+        [item_at[position] for position in range(len(items))],
+        batch.step,
+        loss=preference_loss(batch.config.dpo),
         denominator=pair_denominator,
-        settings=loop,
+        settings=batch.loop,
         features=features,
         rows=pair_logit_rows,
     )
 
 
-def _replay_scorer(
-    place: Path,
-    config: Config,
-    examples: Sequence[ScorerExample],
-    step: int,
-    loop: TrainingConfig,
-    expected: str,
-) -> Metrics:
-    kept = config.scorer.model_copy(update={"path": str(place / "scorer")})
-    judge = load_scorer_for(config.model_copy(update={"scorer": kept})).requires_grad_(True)
-    _check_weights(place / "scorer", judge, expected)
-    return rerun_step(
-        judge.text_model,
-        scorer_items(judge, examples),
-        step,
-        loss=scorer_loss(judge),
+def _replay_scorer(directory: Path, batch: StoredBatch) -> Metrics:
+    """Run the batch again on the R-Scorer in this directory, which is trained whole."""
+    stored = batch.config.scorer.model_copy(update={"path": str(directory)})
+    scorer = load_scorer_for(batch.config.model_copy(update={"scorer": stored})).requires_grad_(True)
+    _check_weights(directory, scorer, batch.weights_sha256)
+    return run_again(
+        scorer.text_model,
+        scorer_items(scorer, batch.examples),
+        batch.step,
+        loss=scorer_loss(scorer),
         denominator=num_slots,
-        settings=loop,
+        settings=batch.loop,
         rows=segment_ends,
     )
 
 
-def _check_weights(place: Path, model: Any, expected: str) -> None:
-    if (found := trained_hash(model)) != expected:
-        raise InputError(file=place, expected=f"weights with SHA-256 {expected}", found=found)
+def _read_batch(file: Path) -> StoredBatch:
+    """Read `batch.json` and check it.
+
+    Raises:
+        InputError: it can't be read, a field is missing or of another type, or the records don't fit the stage.
+    """
+    try:
+        row = parse_object(regular(file).read_bytes())
+        root = Path(row["image_root"])
+        batch = StoredBatch(
+            config=Config.model_validate(row["config"]),
+            loop=_loop(row["loop"]),
+            step=row["step"],
+            stage=row["stage"],
+            weights_sha256=row["weights_sha256"],
+            positions=[int(position) for position in row["places"]],
+            pairs=[Preference.from_json(pair, file=file, line=None, image_root=root) for pair in row["preferences"]],
+            rationales=[_rationale(rationale, file, root) for rationale in row["rationales"]],
+            examples=[_example(example) for example in row["examples"]],
+        )
+        _check_batch(batch)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            file=file,
+            expected="a batch that was stored because its numbers were not finite",
+            found=error,
+            fix="name a not-finite/ directory",
+        ) from error
+    return batch
+
+
+def _check_batch(batch: StoredBatch) -> None:
+    """Raise ValueError where step, stage, records and positions don't fit each other."""
+    records: dict[str, Sequence[Any]] = {"rationale": batch.rationales, "dpo": batch.pairs, "scorer": batch.examples}
+    if type(batch.step) is not int or not 0 <= batch.step < 1 << 31 or batch.stage not in tuple(records):
+        raise ValueError(f"step {batch.step!r} of stage {batch.stage!r}")
+    if not records[batch.stage]:
+        raise ValueError(f"nothing that stage {batch.stage!r} trains on")
+    total = sum(len(rows) for rows in records.values())
+    if sorted(batch.positions) != list(range(total)):
+        raise ValueError(f"places {batch.positions} of {total} records")
+
+
+def _check_weights(directory: Path, model: Any, expected: str) -> None:
+    """Raise InputError where the stored weights have another hash than the batch names."""
+    if (actual := trained_hash(model)) != expected:
+        raise InputError(file=directory, expected=f"weights with SHA-256 {expected}", found=actual)
 
 
 def _loop(values: Any) -> TrainingConfig:
+    """Read the training's settings, seed and determinism among them; raise ValueError where they are none."""
     if not isinstance(values, dict):
         raise ValueError(f"loop: expected a mapping, found {values!r}")
-    names = {name: value for name, value in values.items() if name not in ("seed", "deterministic")}
+    settings = {name: value for name, value in values.items() if name not in ("seed", "deterministic")}
     seed, deterministic = values.get("seed", 0), values.get("deterministic", False)
     if type(seed) is not int or type(deterministic) is not bool:
         raise ValueError(f"seed {seed!r}, deterministic {deterministic!r}")
-    return TrainingConfig(**names).seeded(seed, deterministic)
+    return TrainingConfig(**settings).seeded(seed, deterministic)
 
 
-def _rap(row: dict[str, Any], file: Path, root: Path) -> RationalePair:
+def _rationale(row: dict[str, Any], file: Path, root: Path) -> RationalePair:
+    """Read one rationale-answer pair; its images lie below `root`."""
     fields = Fields(row, file, None)
     sample = Sample(fields.identifier("id"), fields.images(), fields.text("question"), "", image_root=root)
     return sample, fields.text("response")
 
 
 def _example(row: Any) -> ScorerExample:
+    """Read one example of the R-Scorer; raise ValueError where a pair names no variant."""
     example = TypeAdapter(ScorerExample).validate_python(row)
     if not all(0 <= first < len(example.variants) > second >= -1 for first, second in example.pairs):
         raise ValueError(f"pairs {example.pairs} of {len(example.variants)} variants")

@@ -1,7 +1,7 @@
-"""Training the R-Scorer: true rationale-answer pairs against their corruptions, in all ordered pairs.
+"""Train the R-Scorer to compare true rationale-answer pairs with their corruptions, in all ordered pairs.
 
-What is better is decided by counting faults: a candidate has one for each part (perception, reasoning,
-answer) that is not the true one's. Fewer faults win; equal numbers tie, none at all as well as one each.
+The number of faults decides which is better: a candidate has one for each part (perception, reasoning,
+answer) that differs from the true one's. Fewer faults win; equal numbers tie, none at all as well as one each.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from srcfast.training.profiler import StepProfiler
 from srcfast.world.oracle import verify_sample
 from srcfast_kernels.transfers import fetch, to_device
 
-RationalePair = tuple[
-    Sample, Sequence[str], Sequence[str], str
-]  # sample, perception sentences, reasoning sentences, answer
+# Sample, perception sentences, reasoning sentences, answer.
+ParsedRationale = tuple[Sample, Sequence[str], Sequence[str], str]
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class ScorerExample:
-    """One sample's comparisons before tokenising: its reference, variants, and the ordered pairs to judge.
+    """One sample's comparisons before tokenising: its reference, variants, and the ordered pairs to compare.
 
-    `pairs` are indices (first, second) into `variants`; second -1: the first on its own, a win if faultless.
+    `pairs` are indices (first, second) into `variants`; second -1: the first alone, a win if faultless.
     """
 
     key: str
@@ -63,18 +62,18 @@ class ScorerExample:
 
 
 def scorer_example(sample: Sample, variants: Sequence[Variant]) -> ScorerExample:
-    """All ordered pairs of the variants, and each variant on its own.
+    """Build an example of all ordered pairs of the variants, and of each variant alone.
 
-    The variants may come from `corrupted_variants` or be a model's candidates whose faults a stronger judge
+    The variants may come from `corrupted_variants` or be a model's candidates whose faults a stronger model
     has counted.
     """
-    places = range(len(variants))
-    pairs = tuple((i, j) for i in places for j in (*places, ALONE) if i != j)
+    indices = range(len(variants))
+    pairs = tuple((i, j) for i in indices for j in (*indices, ALONE) if i != j)
     return ScorerExample(sample.id, sample_reference(sample), tuple(variants), pairs)
 
 
 def scorer_examples(
-    raps: Iterable[RationalePair],
+    raps: Iterable[ParsedRationale],
     rng: Random,
     vocabulary: Vocabulary,
     *,
@@ -82,26 +81,26 @@ def scorer_examples(
     format: Format = "tagged",
     is_faulty: Callable[[Sample, Parts], bool] | None = None,
 ) -> list[ScorerExample]:
-    """One training tree for each true rationale-answer pair in which a fault can be made.
+    """Build one example for each true rationale-answer pair in which a fault can be made.
 
     Args:
         raps: (sample, perception sentences, reasoning sentences, answer), all true.
         rng: decides corruptions and order.
         vocabulary: interchangeable words, see `corrupt`.
-        variants: candidates a tree: the true one, now and then (one in four) the true one retold in another
-            order, the rest corrupted.
+        variants: candidates a tree: the true one, in one of four trees the true one in another order of sentences,
+            the rest corrupted.
         format: of the candidates' texts, "tagged" or "plain".
-        is_faulty: a stronger judge's word on whether a corruption is a fault indeed (a swapped word may
-            happen to be true as well); those that it doesn't find faulty are made anew.
+        is_faulty: an oracle's verdict on whether a corruption is a fault indeed (a swapped word may happen to be
+            true as well); others are drawn in place of those that are not.
     """
     examples = []
     for sample, see, think, answer in raps:
         truth: Parts = (tuple(see), tuple(think), answer)
-        own = _true_variants(truth, rng, variants, format)
-        own += corrupted_variants(sample, truth, variants - len(own), rng, vocabulary, format, is_faulty)
-        if any(variant.faults for variant in own):
-            rng.shuffle(own)
-            examples.append(scorer_example(sample, own))
+        candidates = _true_variants(truth, rng, variants, format)
+        candidates += corrupted_variants(sample, truth, variants - len(candidates), rng, vocabulary, format, is_faulty)
+        if any(variant.faults for variant in candidates):
+            rng.shuffle(candidates)
+            examples.append(scorer_example(sample, candidates))
     return examples
 
 
@@ -114,13 +113,13 @@ def corrupted_variants(
     format: Format = "tagged",
     is_faulty: Callable[[Sample, Parts], bool] | None = None,
 ) -> list[Variant]:
-    """Up to `count` distinct corruptions of a true rationale-answer pair, their kinds as different as can be.
+    """Make up to `count` distinct corruptions of a true rationale-answer pair, of as many kinds as possible.
 
-    Now and then (one in four) a second fault is added to the first, so that bad is told from worse.
+    One in four has a second fault, so that the scorer learns to tell bad from worse.
     """
     made: dict[str, Variant] = {}
     kinds = rng.sample(KINDS, len(KINDS))
-    for attempt in range(4 * count):
+    for attempt in range(4 * count):  # a kind may not apply to this pair, or its corruption may be true as well
         if len(made) >= count:
             break
         kind = kinds[attempt % len(kinds)]
@@ -139,19 +138,20 @@ def corrupted_variants(
 
 
 def _true_variants(truth: Parts, rng: Random, variants: int, format: Format) -> list[Variant]:
+    """Return the true pair and, one time in four, the same with its perceptions in another order: order is no fault."""
     see, think, answer = truth
-    own = [Variant(format_response(see, think, answer, format), 0)]
+    faultless = [Variant(format_response(see, think, answer, format), 0)]
     if variants >= 3 and len(see) >= 2 and rng.random() < 0.25:
-        retold = tuple(rng.sample(see, len(see)))
-        if retold != see:
-            own.append(Variant(format_response(retold, think, answer, format), 0))
-    return own
+        shuffled = tuple(rng.sample(see, len(see)))
+        if shuffled != see:
+            faultless.append(Variant(format_response(shuffled, think, answer, format), 0))
+    return faultless
 
 
 def target_verdict(example: ScorerExample, first: int, second: int, num_verdicts: int) -> int:
-    """Index of the right verdict on an ordered pair: 0 the first is better, ..., num_verdicts - 1 the second.
+    """Return the index of the right verdict on an ordered pair: 0 the first is better, ..., num_verdicts - 1 the second.
 
-    The middle one is a tie. Of five verdicts the outer ones ask for a difference of two faults or more.
+    The middle one is a tie. Of five verdicts the outer ones mean a difference of two faults or more.
     """
     faults = example.variants[first].faults
     if second == ALONE:
@@ -163,19 +163,19 @@ def target_verdict(example: ScorerExample, first: int, second: int, num_verdicts
 
 
 def fault_name(example: ScorerExample, first: int, second: int) -> str:
-    """What a pair tests: the kind of the one fault there is, or "tie", "bad_or_worse", "alone"."""
+    """Name what a pair tests: the kind of the one fault there is, or "tie", "bad_or_worse", "alone"."""
     if second == ALONE:
         return "alone"
-    one, other = example.variants[first], example.variants[second]
-    if one.faults == other.faults:
+    shown_first, shown_second = example.variants[first], example.variants[second]
+    if shown_first.faults == shown_second.faults:
         return "tie"
-    if one.faults and other.faults:
+    if shown_first.faults and shown_second.faults:
         return "bad_or_worse"
-    return one.kind if one.faults else other.kind
+    return shown_first.kind if shown_first.faults else shown_second.kind
 
 
 def judge_tree_of(scorer: Scorer, example: ScorerExample) -> JudgeTree:
-    """The example tokenised."""
+    """Tokenise the example."""
     texts = [variant.text for variant in example.variants]
     return scorer.judge_tree(example.reference, texts, example.pairs, example.key)
 
@@ -188,10 +188,18 @@ def train_scorer(
     profiler: StepProfiler | None = None,
     checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
-    """Cross entropy over the verdict tokens alone, at the verdict slots alone.
+    """Train the scorer by cross entropy over the verdict tokens alone, at the verdict slots alone.
 
     The adapter is trained where there is one, else the whole model. The loss is the mean over the slots of
-    the global batch, however it is cut. For `checkpoints` see `train`.
+    the global batch, however the batch is cut into forests.
+
+    Args:
+        scorer: with or without an adapter.
+        examples: in any order; the seed decides that of training.
+        settings: the loop.
+        on_step: called after each update with its metrics.
+        profiler: of some steps.
+        checkpoints: see `train`.
 
     Returns:
         The steps' metrics, `accuracy` over the step's slots among them.
@@ -206,39 +214,41 @@ def train_scorer(
         settings=settings,
         on_step=on_step,
         rows=segment_ends,  # the slots are among them
-        head_rows=lambda forest: 0,  # of the verdict tokens alone: next to nothing
+        head_rows=lambda forest: (
+            0
+        ),  # the head's product has a column for each verdict token: it counts for nothing in MFU
         profiler=profiler,
         checkpoints=checkpoints,
     )
 
 
 def scorer_items(scorer: Scorer, examples: Sequence[ScorerExample]) -> list[TrainingItem]:
-    """What `train_scorer` trains on: an example's tree each, and the right verdict of each of its slots."""
+    """Build the items of `train_scorer`: each example's tree, and the right verdict of each of its slots."""
     items = []
     for example in examples:
-        one = judge_tree_of(scorer, example)
-        pairs = zip(one.first.tolist(), one.second.tolist(), strict=True)
+        judged = judge_tree_of(scorer, example)
+        pairs = zip(judged.first.tolist(), judged.second.tolist(), strict=True)
         targets = [target_verdict(example, *pair, len(scorer.verdict_values)) for pair in pairs]
-        items.append(TrainingItem(one.tree, (one, torch.tensor(targets))))
+        items.append(TrainingItem(judged.tree, (judged, torch.tensor(targets))))  # targets [slots] int64
     return items
 
 
 def num_slots(batch: Sequence[TrainingItem]) -> int:
-    """Verdict slots of a global batch: the loss's denominator."""
+    """Count the verdict slots of a global batch: the loss's denominator."""
     return sum(len(item.meta[1]) for item in batch)
 
 
 def scorer_loss(scorer: Scorer) -> Loss:
-    """Cross entropy over the scorer's verdict tokens, for `train`."""
+    """Return the loss for `train`: cross entropy over the scorer's K verdict tokens at the M slots of a forest."""
 
     def loss(
-        hidden: Tensor, forest: Forest, head: Tensor, inside: Sequence[TrainingItem], slots: int
+        hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], slots: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        slot = slot_rows(forest, [item.meta[0] for item in inside]).numpy()
-        right = torch.cat([item.meta[1] for item in inside]).numpy()
-        index = np.stack([row_positions(slot, hidden, forest, segment_ends(forest)), right])
-        places, targets = to_device(index, hidden.device)  # [M] each
-        logits = hidden.index_select(0, places).float() @ head[scorer.verdict_token_ids].float().T  # [M, K]
+        rows = slot_rows(forest, [item.meta[0] for item in items]).numpy()  # [M]
+        right = torch.cat([item.meta[1] for item in items]).numpy()  # [M]
+        index = np.stack([row_positions(rows, hidden, forest, segment_ends(forest)), right])  # [2, M]
+        positions, targets = to_device(index, hidden.device)  # [M] each
+        logits = hidden.index_select(0, positions).float() @ head_weight[scorer.verdict_token_ids].float().T  # [M, K]
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
 
@@ -246,45 +256,48 @@ def scorer_loss(scorer: Scorer) -> Loss:
 
 
 def segment_ends(forest: Forest) -> Tensor:
-    """Each segment's last row, [S] int64, on the host."""
+    """Return each segment's last row, [S] int64, on the host."""
     return (forest.host or forest).cu_seqlens_q[1:].long() - 1
 
 
 def evaluate_scorer(
     scorer: Scorer, examples: Sequence[ScorerExample], token_budget: int = 8192, seed: int = 0
 ) -> dict[str, Any]:
-    """How often the scorer says what it should, on held-out examples.
+    """Measure how often the scorer's verdict is the right one, on held-out examples.
 
     Returns:
-        accuracy: share of ordered pairs whose verdict (first, tie or second is better) is right; ci95: its
-            bootstrap
-        interval, resampled by example; by_fault: the same share by what the pair tests (`fault_name`);
-        preference_accuracy: share of unordered pairs of unequal quality in which q_ij, the order's bias
-            cancelled, is on
-        the right side; alone_accuracy: share of candidates rated on their own that are told right from
-        faulty;
-        order_flip_rate: share of unordered pairs whose verdict names the same place in both orders; n:
-            ordered pairs.
+        accuracy: share of ordered pairs whose verdict (first, tie or second is better) is right;
+        ci95: its bootstrap interval, resampled by example;
+        by_fault: the same share by what the pair tests (`fault_name`);
+        preference_accuracy: share of unordered pairs of unequal quality in which q_ij, the order's bias cancelled, is on the
+            right side;
+        alone_accuracy: share of candidates rated alone that are told right from faulty;
+        order_flip_rate: share of unordered pairs whose verdict names the same position in both orders;
+        n: ordered pairs.
     """
     scorer.eval()
-    judged = [judge_tree_of(scorer, example) for example in examples]
-    wins, said = fetch(scorer.win_and_verdict(slot_hidden(scorer, judged, token_budget)[0])).wait().numpy()  # [M] each
+    trees = [judge_tree_of(scorer, example) for example in examples]
+    wins, verdicts = (
+        fetch(scorer.win_and_verdict(slot_hidden(scorer, trees, token_budget)[0])).wait().numpy()
+    )  # [M] each
     scorer.check_wins(wins)
     values = scorer.verdict_values.tolist()
     hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
     by_fault: dict[str, list[bool]] = defaultdict(list)
-    leans: dict[tuple[int, int, int], tuple[float, float, float]] = {}  # by example and pair: p, said, target less 1/2
+    # Of (example, first, second): p, the verdict's value and the right verdict's value, each less 1/2. The sign says who wins.
+    leans: dict[tuple[int, int, int], tuple[float, float, float]] = {}
     slot = 0
-    for number, (one, example) in enumerate(zip(judged, examples, strict=True)):
-        for pair in zip(one.first.tolist(), one.second.tolist(), strict=True):
+    for number, (tree, example) in enumerate(zip(trees, examples, strict=True)):
+        for pair in zip(tree.first.tolist(), tree.second.tolist(), strict=True):
             target = values[target_verdict(example, *pair, len(values))]
-            lean = (wins[slot] - 0.5, said[slot] - 0.5, target - 0.5)
+            lean = (wins[slot] - 0.5, verdicts[slot] - 0.5, target - 0.5)
             slot += 1
             right = bool(np.sign(lean[1]) == np.sign(lean[2]))
             by_fault[fault_name(example, *pair)].append(right)
             if pair[1] != ALONE:
                 hits[number] += right, 1
                 leans[(number, *pair)] = lean
+    # Each unordered pair once, with both of its orders.
     both = [(lean, leans[k, j, i]) for (k, i, j), lean in leans.items() if i < j and (k, j, i) in leans]
     alone = by_fault.pop("alone", [])
     return {
@@ -299,11 +312,12 @@ def evaluate_scorer(
 
 
 def _mean(values: Any) -> float | None:
+    """Return the mean, None of nothing."""
     return float(np.mean(values)) if np.size(values) else None
 
 
 def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float]:
-    """95 % interval of the share hits[:, 0] / hits[:, 1], resampled by row."""
+    """Return the 95 % percentile bootstrap interval of the share hits[:, 0] / hits[:, 1], resampled by row."""
     picks = np.random.default_rng(seed).integers(0, len(hits), (resamples, len(hits)))
     totals = hits[picks].sum(1)  # [resamples, 2]
     low, high = np.quantile(totals[:, 0] / np.maximum(totals[:, 1], 1.0), (0.025, 0.975))
@@ -313,7 +327,7 @@ def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float
 def split_examples(
     config: Config, samples: Sequence[Sample], words: Vocabulary
 ) -> tuple[list[ScorerExample], list[ScorerExample]]:
-    """Make the R-Scorer's examples of samples with rationales: those to train on, and those held out.
+    """Make the R-Scorer's examples from samples with rationales: those to train on, and those held out.
 
     Raises:
         InputError: too few samples in whose rationales faults can be made.
@@ -325,8 +339,8 @@ def split_examples(
     rng.shuffle(pairs)
     cut = max(1, round(settings.held_out * len(pairs)))
     held_out, train = (
-        scorer_examples(part, rng, words, variants=settings.variants, format=form, is_faulty=may_be_faulty)
-        for part in (pairs[:cut], pairs[cut:])
+        scorer_examples(subset, rng, words, variants=settings.variants, format=form, is_faulty=may_be_faulty)
+        for subset in (pairs[:cut], pairs[cut:])
     )
     if not held_out or not train:
         raise InputError(
@@ -339,6 +353,6 @@ def split_examples(
 
 
 def may_be_faulty(sample: Sample, parts: Parts) -> bool:
-    """Return whether an oracle that can check the corruption judges it faulty; True where none can."""
+    """Return whether the oracle finds a fault in the corruption; True where it cannot check the sample."""
     judgement = verify_sample(sample, ParsedResponse(*parts))
     return judgement is None or not judgement.aligned

@@ -229,4 +229,7 @@ def test_a_batch_whose_records_were_changed_in_number_is_refused(
     kept = json.loads((place / "batch.json").read_text())
     (place / "batch.json").write_text(json.dumps(kept | {"examples": kept["examples"][:1]}))
     result = srcfast("replay", place)
-    assert result.exit_code == 2 and "expected a batch that was kept for its numbers" in result.output
+    assert (
+        result.exit_code == 2
+        and "expected a batch that was stored because its numbers were not finite" in result.output
+    )
