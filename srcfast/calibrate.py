@@ -1,8 +1,8 @@
 """Self-Rationale Calibration on one page: rationale fine-tuning, then rounds of candidates, scores, curation and DPO.
 
-Every stage reads files of the run directory and writes files there. A stage that is finished is never run again: the same
-command continues a run that was stopped. On several ranks all go through all stages together; what a run has once (its
-settings, manifest, metrics, adapters, summary, page) rank 0 writes.
+Each stage below hands its work to `CalibrationRun.stage`, which runs it unless the manifest lists it as finished: the same
+command continues a run that was stopped. A stage reads and writes files of the run directory. On several ranks all run all
+stages together; rank 0 writes what a run has once (settings, manifest, metrics, adapters, summary, page).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.report.run_results import write_preferences, write_summary
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress
+from srcfast.stages import curation
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.candidates import candidates_in_chunks, diversity
-from srcfast.stages.curation import check_pairs_left
-from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.headroom import measure_headroom
@@ -35,20 +34,20 @@ from srcfast.stages.stage_run import StageRun
 
 
 def calibrate(config: Config, profile: range | None = None) -> Path:
-    """Run, or continue, a whole calibration; returns the page that shows it.
+    """Run or continue a whole calibration; return the path of its page.
 
     Args:
-        config: its settings.
-        profile: steps of each training stage, written to the run directory's `profile/STAGE/`.
+        config: the run's settings.
+        profile: the steps of each training stage to profile, into the run directory's `profile/STAGE/`.
 
     Raises:
         ConfigError: the run directory holds a stage that was finished, or begun, with other settings.
         SrcfastError: another process works in the run directory.
-        Interrupted: a signal asked to stop; the same call continues.
+        Interrupted: a signal stopped the run; the same call continues.
         InputError: data that can't be used, by file, line and field.
     """
     with exclusive_lock(config.run_path, whole=True):
-        with explain_out_of_memory(config, "evaluation"):
+        with explain_out_of_memory(config, "evaluation"):  # the first stage that needs the model
             run = CalibrationRun(config, profile)
         evaluate(run, "base", adapter=None)
         rationale(run)
@@ -65,25 +64,25 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
 
 
 def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
-    """Answer every evaluation set greedily: predictions and the entries of the summary."""
+    """Answer every evaluation set greedily with `model` ("base", "rationale", "iteration-K"); write its predictions."""
+    settings, features = run.config.evaluation, run.policy.features
 
     def work(stage: StageRun) -> dict[str, Any]:
         lvlm, entries = run.policy.use(adapter), []
-        for one in run.evaluation_sets:
-            chunks = stage.chunks(f"{one.name}-{one.split}", policy=run.policy.hash)
-            answers = answers_in_chunks(chunks, lvlm, one.samples, run.config.evaluation, features=run.policy.features)
-            path = run.records.predictions(model, one.name, one.split)
-            entries.append(
-                distributed.run_on_rank_zero(partial(write_evaluation, path, answers, one, model, run.config))
-            )
+        for dataset in run.evaluation_sets:
+            chunks = stage.chunks(f"{dataset.name}-{dataset.split}", policy=run.policy.hash)
+            answers = answers_in_chunks(chunks, lvlm, dataset.samples, settings, features=features)
+            path = run.records.predictions(model, dataset.name, dataset.split)
+            write = partial(write_evaluation, path, answers, dataset, model, run.config)
+            entries.append(distributed.run_on_rank_zero(write))
         return {"entries": entries}
 
-    total = sum(len(one.samples) for one in run.evaluation_sets)
+    total = sum(len(dataset.samples) for dataset in run.evaluation_sets)
     run.stage(f"{model}/evaluation", ("data", "evaluation"), total, work, adapted=adapter is not None)
 
 
 def rationale(run: CalibrationRun) -> None:
-    """Stage 1: LoRA on rationale-answer pairs."""
+    """Stage 1: train a LoRA adapter on rationale-answer pairs; it starts round 1."""
     pairs, dropped = rationale_pairs(run.config, run.rationale_samples)
     loop = run.config.rationale.seeded(run.config.seed, run.config.deterministic)
 
@@ -96,7 +95,7 @@ def rationale(run: CalibrationRun) -> None:
 
 
 def candidates(run: CalibrationRun, iteration: int) -> None:
-    """Stage 2: diverse candidates of this round's samples."""
+    """Stage 2: generate diverse candidates of this round's samples."""
     samples, settings, seed = run.samples_of(iteration), run.config.candidates, run.config.seed + iteration
 
     def work(stage: StageRun) -> dict[str, Any]:
@@ -110,25 +109,26 @@ def candidates(run: CalibrationRun, iteration: int) -> None:
 
 
 def headroom(run: CalibrationRun, iteration: int) -> None:
-    """What the round's starting model could reach on held-out samples: candidates and the R-Scorer's pick."""
+    """Measure what the round's starting model could reach on held-out samples: by its candidates, and by the R-Scorer's pick."""
     sets, settings, seed = run.headroom_sets(), run.config.candidates, run.config.seed + iteration
-    before = "rationale" if iteration == 1 else f"iteration-{iteration - 1}"
+    previous = "rationale" if iteration == 1 else f"iteration-{iteration - 1}"
 
     def work(stage: StageRun) -> dict[str, Any]:
         model, features = run.policy.use(run.directory.adapter(iteration - 1)), run.policy.features
-        searched = []
-        for one, samples in sets:
-            chunks = stage.chunks(f"{one.name}-{one.split}", policy=run.policy.hash)
-            searched.append(candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed))
+        # Candidates of all sets first: the R-Scorer may have to take the policy's memory.
+        candidate_files = []
+        for dataset, samples in sets:
+            chunks = stage.chunks(f"{dataset.name}-{dataset.split}", policy=run.policy.hash)
+            candidate_files.append(candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed))
         scorer, scorer_hash = run.load_scorer()
-        entries, quiet = [], StageProgress("scores", 0, quiet=True)
-        for (one, samples), files in zip(sets, searched, strict=True):
+        entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
+        for (dataset, samples), files in zip(sets, candidate_files, strict=True):
             groups = partial(run.records.candidates_in, stage.checkpoint_dir, files)
-            chunks = replace(stage.chunks(f"{one.name}-{one.split}-scores", scorer=scorer_hash), progress=quiet)
-            rows = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer)
-            aligned = run.records.aligned(before, one.name, one.split, samples)
-            entry = measure_headroom(samples, aligned, groups(), rows.rows())
-            entries.append({"iteration": iteration, "dataset": one.name, "split": one.split} | entry)
+            chunks = replace(stage.chunks(f"{dataset.name}-{dataset.split}-scores", scorer=scorer_hash), progress=quiet)
+            score_files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer)
+            aligned = run.records.aligned(previous, dataset.name, dataset.split, samples)
+            entry = measure_headroom(samples, aligned, groups(), score_files.rows())
+            entries.append({"iteration": iteration, "dataset": dataset.name, "split": dataset.split} | entry)
         return {"entries": entries}
 
     sections = ("candidates", "scorer", "evaluation")
@@ -136,13 +136,12 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
 
 
 def score(run: CalibrationRun, iteration: int) -> None:
-    """Stage 3: the R-Scorer compares every sample's candidates."""
+    """Stage 3: compare every sample's candidates with the R-Scorer."""
     samples, adaptive = run.samples_of(iteration), AdaptivePairs.of(run.config.scorer)
 
     def work(stage: StageRun) -> dict[str, Any]:
         scorer, scorer_hash = run.load_scorer()
-        chunks = stage.chunks(scorer=scorer_hash)
-        groups = partial(run.records.candidates, iteration)
+        chunks, groups = stage.chunks(scorer=scorer_hash), partial(run.records.candidates, iteration)
         files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer, adaptive)
         distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "scores"), files.rows()))
         return {} if adaptive is None else {"adaptive": replace(adaptive, counts=files.counts()).report()}
@@ -151,13 +150,14 @@ def score(run: CalibrationRun, iteration: int) -> None:
 
 
 def curate(run: CalibrationRun, iteration: int) -> None:
-    """Stage 4, first half: pairs, their confidences, and the reference's log-probabilities."""
+    """Stage 4, first half: choose preference pairs with their confidences, and add the reference's log-probabilities."""
     samples, records, seed = run.samples_of(iteration), run.records, run.config.seed
 
     def work(stage: StageRun) -> dict[str, Any]:
         candidates, scores = records.candidates(iteration), records.scores(iteration)
-        pairs, funnel = curate_pairs(samples, candidates, scores, run.config.curation, seed)
-        check_pairs_left(pairs, funnel)
+        pairs, funnel = curation.curate(samples, candidates, scores, run.config.curation, seed)
+        curation.check_pairs_left(pairs, funnel)
+        # The reference is the policy that the round starts from, whose candidates these are.
         run.policy.use(run.directory.adapter(iteration - 1))
         generated: Any = records.candidates(iteration) if run.config.dpo.reuse_generation_logprobs else {}
         pairs, report = stage_references(stage, run.policy, pairs, run.samples, generated, seed + iteration)
@@ -169,7 +169,7 @@ def curate(run: CalibrationRun, iteration: int) -> None:
 
 
 def dpo(run: CalibrationRun, iteration: int) -> None:
-    """Stage 4, second half: confidence-weighted DPO from the round's starting policy, which is the reference."""
+    """Stage 4, second half: train by confidence-weighted DPO from the round's starting policy, which is the reference."""
     settings = run.config.dpo.seeded(run.config.seed + iteration, run.config.deterministic)
     pairs = run.records.preferences(iteration)
     rehearsal = rationale_pairs(run.config, run.rationale_samples)[0] if settings.rehearsal_weight else []

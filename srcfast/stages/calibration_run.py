@@ -1,4 +1,4 @@
-"""A calibration's run: its settings, its directory, its samples, and the models in memory."""
+"""Hold what the stages of a calibration share: settings, run directory, samples, and the models in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_run import StageRun
 
-Work = Callable[[StageRun], dict[str, Any]]
+Work = Callable[[StageRun], dict[str, Any]]  # does a stage's work and returns what the manifest records of it
 
 
 class CalibrationRun:
@@ -40,6 +40,7 @@ class CalibrationRun:
         policy: the LVLM in memory.
         scorer: the R-Scorer while a stage uses it.
         rationale_samples, calibration_samples, evaluation_sets: the data.
+        samples: all of them by id.
         num_rejected: bad samples that were left out.
     """
 
@@ -53,7 +54,11 @@ class CalibrationRun:
         self.evaluation_sets = read_evaluation_sets(config, images, rejected)
         distributed.run_on_rank_zero(lambda: write_jsonl(self.directory.rejected_file, rejected))
         self.num_rejected = len(rejected)
-        groups = (self.rationale_samples, self.calibration_samples, *(one.samples for one in self.evaluation_sets))
+        groups = (
+            self.rationale_samples,
+            self.calibration_samples,
+            *(dataset.samples for dataset in self.evaluation_sets),
+        )
         self.samples = {sample.id: sample for group in groups for sample in group}
         self.records = RunArtifacts(self.directory, self.samples)
         self.policy = Policy(config, list(self.samples.values()))
@@ -70,19 +75,22 @@ class CalibrationRun:
         adapted: bool = True,
         unfinished: Sequence[str] = (),
     ) -> None:
-        """Run a stage unless the manifest has it, and enter it once all that it wrote is on disk.
+        """Run a stage unless the manifest lists it, and list it once all that it wrote is on disk.
 
-        All ranks run it, or skip it as rank 0 reads the manifest; none leaves before rank 0 has entered it.
+        All ranks run it, or all skip it as rank 0 reads the manifest; none returns before rank 0 has written the manifest.
 
         Args:
-            name: the manifest's.
+            name: in the manifest: `KIND` or `iteration-K/KIND`.
             sections: settings that the stage depends on, beside those of all stages.
-            total: units to do.
-            work: runs it; the entry holds what it returns.
+            total: units of the stage, for its progress.
+            work: does the stage's work; the manifest's entry holds what it returns.
             unit: what is counted.
             adapted: whether the policy has an adapter.
-            unfinished: sections that the stage's chunks and checkpoints depend on, too. (Once it is finished, the manifest
-                holds them with the stage before.)
+            unfinished: sections that the stage's chunks and checkpoints depend on as well. (A finished stage needs no check of
+                them: the manifest checks them with the stage before.)
+
+        Raises:
+            ConfigError: the stage was finished with other settings.
         """
         resolved, directory = self.config.model_dump(mode="json"), self.directory
         settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
@@ -109,12 +117,12 @@ class CalibrationRun:
                 forecast=forecast if adapted else replace(forecast, adapter=0.0),
             )
             entry = work(stage)
-            distributed.barrier_with_heartbeat()  # nothing that a rank still reads is removed
+            distributed.barrier_with_heartbeat()  # rank 0 removes nothing that another rank still reads
         assert stage.forecast is not None
         entry["memory"] = measurement.record(stage.forecast, self._models())
         self.scorer = None
         self.policy.end_stage()
-        entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process: a run that is continued has several
+        entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process alone: a run that was continued had others before
         distributed.run_on_rank_zero(
             lambda: directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
         )
@@ -122,7 +130,10 @@ class CalibrationRun:
         distributed.end_startup_timeout()
 
     def load_scorer(self) -> tuple[Scorer, Callable[[], str]]:
-        """Load the R-Scorer for the rest of the stage, with its hash; the policy leaves where both do not fit into memory."""
+        """Load the R-Scorer for the rest of the stage; return it and a function that computes its hash.
+
+        Where policy and R-Scorer do not fit into memory together, the policy is freed.
+        """
         self.policy.offload()
         self.scorer = load_scorer_for(self.config)
         return self.scorer, partial(model_hash, self.scorer.text_model.path)
@@ -132,10 +143,10 @@ class CalibrationRun:
         return draw_round(self.calibration_samples, self.config.candidates.samples, iteration, self.config.seed)
 
     def headroom_sets(self) -> list[tuple[EvaluationSet, list[Sample]]]:
-        """Return the evaluation sets of which the oracle can judge samples, with the first of these."""
-        most = self.config.evaluation.headroom_samples
-        chosen = [(one, headroom_samples(one.samples, most)) for one in self.evaluation_sets]
-        return [(one, samples) for one, samples in chosen if samples]
+        """Return the evaluation sets of which the oracle can verify samples, with the first of these samples."""
+        max_samples = self.config.evaluation.headroom_samples
+        subsets = [(dataset, headroom_samples(dataset.samples, max_samples)) for dataset in self.evaluation_sets]
+        return [(dataset, samples) for dataset, samples in subsets if samples]
 
     def _models(self) -> list[nn.Module]:
         """Return the models in memory."""
@@ -143,4 +154,5 @@ class CalibrationRun:
         return [*policy, *([] if self.scorer is None else [self.scorer])]
 
     def _parameters(self) -> list[nn.Parameter]:
+        """Return the parameters in memory, whose gradients and optimizer states are measured with them."""
         return [parameter for model in self._models() for parameter in model.parameters()]

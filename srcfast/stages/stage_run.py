@@ -1,7 +1,7 @@
-"""One stage at work: its chunks and checkpoints, its metrics, its progress, its memory as forecast and as measured.
+"""Run one stage: its chunks and checkpoints, its metrics, its progress, its memory as forecast and as measured.
 
 `calibrate` runs its stages in one run directory (`CalibrationRun.stage`); a command runs one stage in its output directory
-(`command_stage`). The stages themselves see a `StageRun` alone.
+(`command_stage`). The stages take a `StageRun` and do not see which of the two it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from srcfast.training.profiler import StepProfiler
 
 
 class Hooks(TypedDict):
-    """What a training calls and where it is saved: the keyword arguments of the stages' trainings."""
+    """The keyword arguments that each training of the stages takes: its callbacks, profiler and checkpoints."""
 
     on_step: Callable[[Metrics], None]
     on_items: Callable[[Sequence[TrainingItem]], None]
@@ -42,13 +42,13 @@ class Hooks(TypedDict):
 
 @dataclass
 class StageRun:
-    """A stage at work.
+    """The surroundings of a stage's work.
 
     Attributes:
         kind: which stage, as forecasts name it: rationale, candidates, scores, preferences, dpo, evaluation, headroom, scorer.
         config: of the run.
         output: the run's directory, or the command's.
-        checkpoint_dir: of chunks and training checkpoints; the stage's alone, removed once its result is on disk.
+        checkpoint_dir: of chunks and training checkpoints; used by this stage alone, removed once its result is on disk.
         settings: those that the result depends on.
         progress: of the stage.
         metrics: of the training's steps.
@@ -73,7 +73,13 @@ class StageRun:
     result: dict[str, Any] | None = None
 
     def chunks(self, name: str = "", **depends_on: Callable[[], Any]) -> Chunks:
-        """Return where this stage stores chunks: below `name`; the values of `depends_on` are computed when they are needed."""
+        """Return where this stage stores chunks: in `name` below its checkpoint directory.
+
+        Args:
+            name: one for each list of items of the stage.
+            depends_on: functions that compute what the chunks depend on beside settings and items, such as hashes of weights;
+                called when chunks are compared with those on disk.
+        """
 
         def values() -> dict[str, Any]:
             return {**self.settings, **{key: value() for key, value in depends_on.items()}}
@@ -82,12 +88,17 @@ class StageRun:
 
     @contextmanager
     def training(self, model: Any, records: Sequence[Any], loop: TrainingConfig) -> Iterator[Hooks]:
-        """Record the training that the body runs on items made of these records, one each, in their order.
+        """Yield the hooks of the training that the body runs; record its metrics, checkpoints, profile and memory.
+
+        Args:
+            model: what is trained.
+            records: the training's items are made of these records, one each, in their order.
+            loop: the training's settings.
 
         Raises:
             SrcfastError: a loss or gradient is not finite; the batch is stored, see `nonfinite`.
         """
-        self.metrics.restart()  # what a stopped attempt left; what stays done comes back with its checkpoint
+        self.metrics.restart()  # drops the rows of a stopped attempt; those of its last checkpoint come back in _on_continue
         profiler = None
         if self.profile is not None and distributed.is_rank_zero():
             profiler = StepProfiler(self.profile, self.profile_dir)
@@ -111,15 +122,17 @@ class StageRun:
                 profiler.show()
 
     def _on_step(self, metrics: Metrics) -> None:
+        """Record one step."""
         self.history.append(metrics)
         self.metrics.write(metrics)
         self.progress.advance(1, tokens=metrics["tokens"])
 
     def _on_items(self, loop: TrainingConfig, items: Sequence[TrainingItem]) -> None:
+        """Replace the forecast of typical items by that of the actual ones."""
         self.forecast = forecast_items(self.config, self.kind, [item.tree for item in items], loop)
 
     def _on_continue(self, history: list[Metrics], seconds: float) -> None:
-        """Take over the steps that a stopped process has done."""
+        """Restore the metrics and the progress of the steps that a stopped process has done, in so many seconds."""
         self.history = list(history)
         self.metrics.restart(history)
         self.progress.resume(len(history), sum(metrics["tokens"] for metrics in history), seconds)
@@ -127,13 +140,13 @@ class StageRun:
 
 @dataclass
 class CommandStage(StageRun):
-    """A stage as a command of its own."""
+    """A stage that is a whole command."""
 
     measurement: Measurement = field(default_factory=lambda: Measurement("cpu"))
     clock: ExitStack = field(default_factory=ExitStack)
 
     def stop_clock(self) -> None:
-        """End progress bar and memory measurement: what comes now is not the stage's."""
+        """End the progress bar and the measurement of memory; what follows is not counted as the stage's."""
         self.clock.close()
 
     def write_summary(self, models: Sequence[nn.Module]) -> None:
