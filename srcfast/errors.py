@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-# Control characters but tab and line break, marks that turn the direction of writing, halves of surrogate pairs.
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters except tab and line feed, marks that change the direction of writing, halves of surrogate pairs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text out of data, fit for a terminal: what the terminal would obey instead of show is spelled out (\\x1b)."""
-    return _OBEYED.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+    """Escape the characters of a text that a terminal would obey instead of show, as \\x1b."""
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class SrcfastError(Exception):
@@ -25,18 +25,18 @@ class ConfigError(SrcfastError):
 
 
 class OutOfMemory(SrcfastError):
-    """A stage that found less memory than it needs: with its forecast, and the setting to change."""
+    """A stage ran out of memory; the text has its forecast and the settings to change."""
 
 
 class Interrupted(BaseException):
-    """A run that a signal asked to stop; the exit status of its process is `status`, 128 + the signal's number.
+    """A signal has stopped the run. The process exits with `status`, 128 + the signal's number.
 
-    No `Exception`, as KeyboardInterrupt is none: where any error of a library is taken for a bad image or file, a signal that
-    arrives at that moment must not be.
+    Not an `Exception`, just as KeyboardInterrupt is not: code that takes every error of a library for a bad image or file must
+    not take a signal that arrives at that moment for one.
 
     Args:
-        number: the signal's.
-        done: what was done last, or "at once".
+        number: number of the signal.
+        done: the last step or item that was finished, or "at once".
     """
 
     def __init__(self, number: int, done: str = "") -> None:
@@ -46,16 +46,16 @@ class Interrupted(BaseException):
 
 
 class InputError(SrcfastError):
-    """A file, record or tensor that is not what it must be.
+    """A file, record or tensor is not what srcfast expects.
 
     Args:
-        file: the file in question.
-        line: 1-based line within it.
+        file: path of the file.
+        line: line of the file, from 1.
         field: the record's field or the tensor's name.
-        expected: what should have been there.
-        found: what was there; long values are shortened.
+        expected: what srcfast expects.
+        found: what the file, record or tensor has; long values are shortened.
         fix: what the user can do about it.
-        sample_id: the sample's id, where one is known.
+        sample_id: id of the sample, if known.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class InputError(SrcfastError):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        places = [
+        parts = [
             self.file,
             None if self.line is None else f"line {self.line}",
             None if self.sample_id is None else f"sample {self.sample_id!r}",
             None if self.field is None else f"field {self.field!r}",
         ]
-        where = ", ".join(place for place in places if place)
+        where = ", ".join(part for part in parts if part)
         text = f"{where}: " if where else ""
         text += f"expected {self.expected}, found {self.found}"
         return text if self.fix is None else f"{text}. Fix: {self.fix}"
 
     def as_record(self) -> dict[str, Any]:
-        """The row that `rejected.jsonl` keeps of this error: what is not UTF-8 is spelled out in it."""
+        """Return the row of `rejected.jsonl` for this error; characters that are not UTF-8 are escaped."""
         row = {
             "file": self.file,
             "line": self.line,
@@ -108,5 +108,5 @@ class InputError(SrcfastError):
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """A text for an error, cut off after `limit` characters."""
+    """Cut a text off after `limit` characters, and append its length."""
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -1,4 +1,7 @@
-"""The command line: what may be said. `commands` and `tools` do it; nothing heavy is imported before."""
+"""The command line: commands, arguments and options.
+
+`commands`, `model_tools` and `tools` do the work. They are imported within the commands, so that `srcfast --help` needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ from srcfast.run import signals
 
 
 class Commands(TyperGroup):
-    """Shows srcfast's own errors as text: exit status 2 for settings and input, 1 for the rest."""
+    """Group of commands that prints srcfast's errors as text and exits with `exit_status`."""
 
     def invoke(self, ctx: Any) -> Any:
-        os.environ.update(allocator_variables(os.environ))  # first of all: `recorded` may import torch
+        os.environ.update(
+            allocator_variables(os.environ)
+        )  # torch reads these when it is imported, and `recorded` may import it
         try:
             with signals.listening(), report_disk_errors(), escape_warnings():
                 return recorded(super().invoke)(ctx)
@@ -36,7 +41,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def report_disk_errors() -> Iterator[None]:
-    """A disk that is full, or can't be written, is told as srcfast's own errors are."""
+    """Turn ENOSPC, EDQUOT and EROFS into a SrcfastError."""
     try:
         yield
     except OSError as error:
@@ -44,36 +49,36 @@ def report_disk_errors() -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         raise SrcfastError(
-            f"{where}{error.strerror}. What was finished is kept. Fix: make room, or see to the file system; "
+            f"{where}{error.strerror}. Finished work is saved. Fix: free disk space, or repair the file system; "
             "the same command continues"
         ) from error
 
 
 @contextmanager
 def escape_warnings() -> Iterator[None]:
-    """What warnings quote of damaged files is shown, never obeyed by the terminal."""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *told, **more: printable(plain(*told, **more))
+    """Escape control characters in warnings, which may quote damaged files."""
+    original = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(original(*args, **kwargs))
     try:
         yield
     finally:
-        warnings.formatwarning = plain
+        warnings.formatwarning = original
 
 
 def exit_status(error: SrcfastError | Interrupted) -> int:
-    """128 + the signal's number where one has stopped the command, 2 for settings and input, 1 for the rest."""
+    """Return 128 + the signal's number for an interrupted command, 2 for bad settings and input, 1 for all other errors."""
     if isinstance(error, Interrupted):
         return error.status
     return 2 if isinstance(error, ConfigError | InputError) else 1
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of torchrun's ranks."""
+    """Return whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Under torchrun an error is also written where torchrun looks for it, which then shows the first of all ranks'."""
+    """Under torchrun, also write errors to the file from which torchrun shows the first error of all ranks."""
     if not under_torchrun():
         return work
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -111,31 +116,35 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="settings: a file, then single ones",
+        help="settings: a YAML file, then single settings, which win over the file",
         show_default=False,
         autocompletion=inputs.complete_words,
     ),
 ]
-Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded'")]
-Adapter = Annotated[Path | None, typer.Option(help="LoRA adapter directory, as PEFT writes it")]
-ScorerPath = Annotated[str | None, typer.Option("--scorer", help="R-Scorer directory, or 'embedded'")]
-Data = Annotated[Path | None, typer.Option(help="file of records instead of the config's datasets")]
+Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded' (model.path)")]
+Adapter = Annotated[Path | None, typer.Option(help="directory of a LoRA adapter in PEFT's format")]
+ScorerPath = Annotated[
+    str | None, typer.Option("--scorer", help="R-Scorer checkpoint directory, or 'embedded' (scorer.path)")
+]
+Data = Annotated[Path | None, typer.Option(help="file of records, used instead of the config's datasets")]
 Format = Annotated[
     str | None,
-    typer.Option(help="of --data: jsonl, llava, vlmeval_tsv, trl, easy_vqa; default: by its ending"),
+    typer.Option(help="format of --data: jsonl, llava, vlmeval_tsv, trl, easy_vqa; default: by the file's ending"),
 ]
-ImageRoot = Annotated[Path | None, typer.Option(help="folder that image paths are relative to; default: the file's")]
-Output = Annotated[Path | None, typer.Option(help="file or folder to write")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no tables")]
-Candidates = Annotated[Path | None, typer.Option(help="folder that `srcfast candidates` wrote")]
+ImageRoot = Annotated[
+    Path | None, typer.Option(help="directory that image paths are relative to; default: the file's directory")
+]
+Output = Annotated[Path | None, typer.Option(help="file or directory to write")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress and no tables")]
+Candidates = Annotated[Path | None, typer.Option(help="directory that `srcfast candidates` wrote")]
 Profile = Annotated[
     str | None,
     typer.Option(
-        help="training steps to profile, such as 3:6 (from 0, the last one excluded): a trace, allocations and a summary"
-        " in the output's profile/"
+        help="training steps to profile, such as 3:6 (from 0, without the last): writes a trace, allocations and a summary"
+        " to profile/ in the output directory"
     ),
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
+AsJSON = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
@@ -183,7 +192,7 @@ def candidates(
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Stage 2: sentence-level beam search for diverse candidates."""
+    """Stage 2: generate diverse candidates by sentence-level beam search."""
     config = inputs.settings(words, "candidates", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -201,7 +210,7 @@ def score(
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Stage 3: the R-Scorer judges the candidates pairwise."""
+    """Stage 3: score the candidates pairwise by the R-Scorer."""
     config = inputs.settings(words, "scorer", scorer=scorer, quiet=quiet)
     from srcfast.cli import commands
 
@@ -215,11 +224,11 @@ def curate(
     format: Format = None,
     image_root: ImageRoot = None,
     candidates: Candidates = None,
-    scores: Annotated[Path | None, typer.Option(help="folder that `srcfast score` wrote")] = None,
+    scores: Annotated[Path | None, typer.Option(help="directory that `srcfast score` wrote")] = None,
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Stage 4a: preference pairs from judged candidates, with a funnel of what was dropped and why."""
+    """Stage 4a: choose preference pairs among scored candidates, and count what is dropped and why."""
     config = inputs.settings(words, "curation", quiet=quiet)
     from srcfast.cli import commands
 
@@ -238,7 +247,7 @@ def dpo(
     quiet: Quiet = False,
     profile: Profile = None,
 ) -> None:
-    """Stage 4b: confidence-weighted DPO on preference pairs; writes a LoRA adapter."""
+    """Stage 4b: train a LoRA adapter by confidence-weighted DPO on preference pairs."""
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -256,7 +265,7 @@ def evaluate(
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
+    """Measure accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
     config = inputs.settings(words, "evaluation", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -273,7 +282,7 @@ def logprob(
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Log-probabilities: {images, prompt, response} a line in, {logprob, tokens} out, in the same order."""
+    """Compute log-probabilities: reads lines of {images, prompt, response}, writes {logprob, tokens} in the same order."""
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -285,19 +294,27 @@ def estimate(
     words: Words = None,
     model: Model = None,
     scorer: ScorerPath = None,
-    memory: Annotated[str | None, typer.Option(help="to fit into, such as 12GiB; default: what the device has")] = None,
-    flops: Annotated[float | None, typer.Option(min=1, help="that the run reaches a second, such as 400e12")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of the device's rate, without --flops")] = 0.4,
-    text_tokens: Annotated[int, typer.Option(min=1, help="of a prompt, beside its image")] = 64,
-    response_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 192,
+    memory: Annotated[str | None, typer.Option(help="memory to fit into, such as 12GiB; default: the device's")] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(min=1, help="floating-point operations a second that the run reaches, such as 400e12"),
+    ] = None,
+    mfu: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="share of the device's peak rate that the run reaches, unless --flops is given"
+        ),
+    ] = 0.4,
+    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of a typical prompt, without its image")] = 64,
+    response_tokens: Annotated[int, typer.Option(min=1, help="tokens of a typical response")] = 192,
     json: AsJSON = False,
 ) -> None:
-    """Forecast memory and time by stage, what fits and what to change; from config.json and file headers alone."""
-    from srcfast.cli.estimate import estimate as show
+    """Forecast memory and time by stage, and advise what to change; reads config.json and file headers alone."""
+    from srcfast.cli.estimate import estimate as print_estimate
     from srcfast.memory.plan import Lengths
 
     config = inputs.settings(words, None, model=model, scorer=scorer)
-    show(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
+    print_estimate(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
 
 
 @app.command()
@@ -307,9 +324,9 @@ def inspect(
     data: Data = None,
     format: Format = None,
     image_root: ImageRoot = None,
-    index: Annotated[int, typer.Option(min=0, help="which sample, from 0")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="index of the sample, from 0")] = 0,
 ) -> None:
-    """One sample as the model sees it: decoded, counted, its loss mask coloured."""
+    """Print one sample as the model sees it: decoded tokens, their number, the loss mask in colours."""
     from srcfast.cli import model_tools
 
     config = inputs.settings(words, "rationale", model=model)
@@ -320,11 +337,15 @@ def inspect(
 def convert(
     source: Annotated[Path, typer.Argument(help="file to read")],
     target: Annotated[Path, typer.Argument(help="file to write")],
-    from_format: Annotated[str | None, typer.Option("--from", help="jsonl, llava, trl, vlmeval_tsv")] = None,
-    to_format: Annotated[str | None, typer.Option("--to", help="jsonl, llava, trl, vlmeval_tsv")] = None,
+    from_format: Annotated[
+        str | None, typer.Option("--from", help="format to read: jsonl, llava, trl, vlmeval_tsv")
+    ] = None,
+    to_format: Annotated[
+        str | None, typer.Option("--to", help="format to write: jsonl, llava, trl, vlmeval_tsv")
+    ] = None,
     image_root: ImageRoot = None,
 ) -> None:
-    """Among JSON lines, LLaVA JSON, TRL preference JSON and VLMEvalKit TSV."""
+    """Convert records among JSON lines, LLaVA JSON, TRL preference JSON and VLMEvalKit TSV."""
     from srcfast.cli import tools
 
     tools.convert(source, target, from_format, to_format, image_root)
@@ -337,7 +358,7 @@ def merge(
     adapter: Adapter = None,
     output: Output = None,
 ) -> None:
-    """Add an adapter into its base and write a whole checkpoint that transformers reads."""
+    """Merge an adapter into its base and write a checkpoint that transformers reads."""
     from srcfast.cli import model_tools
 
     model_tools.merge(inputs.settings(words, None, model=model), adapter, output)
@@ -354,7 +375,7 @@ def scorer(
     quiet: Quiet = False,
     profile: Profile = None,
 ) -> None:
-    """Train an R-Scorer on rationale-answer pairs and their corruptions; reports its held-out accuracy."""
+    """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
     config = inputs.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
     from srcfast.cli import commands
 
@@ -365,9 +386,11 @@ def scorer(
 def config(
     words: Words = None,
     json: AsJSON = False,
-    schema: Annotated[bool, typer.Option("--schema", help="JSON schema of config files, for editors")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of config files, for editors")
+    ] = False,
 ) -> None:
-    """Print the resolved settings and where each came from: a config file; or the schema of config files."""
+    """Print the resolved settings as a config file with the source of each; or the schema of config files."""
     from srcfast.cli import tools
 
     tools.config(words, json, schema)
@@ -375,7 +398,7 @@ def config(
 
 @app.command()
 def doctor(json: AsJSON = False) -> None:
-    """What is installed, which backends are live, what is missing and would bring what."""
+    """Print versions, available backends, and optional packages that are missing, with what each adds."""
     from srcfast.cli import model_tools
 
     model_tools.doctor(json)
@@ -383,11 +406,11 @@ def doctor(json: AsJSON = False) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str | None, typer.Argument(help="one benchmark; default: all")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is here")] = None,
+    name: Annotated[str | None, typer.Argument(help="name of a benchmark; default: all")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is a GPU")] = None,
     output: Output = None,
 ) -> None:
-    """Time the operations against PyTorch and the peers that are installed: tables of ratios, CSV and a plot each."""
+    """Time operations against PyTorch and installed peers; writes tables of ratios, CSV files and plots."""
     from srcfast.cli import tools
 
     tools.bench(name, device, output)
@@ -395,17 +418,17 @@ def bench(
 
 @app.command()
 def replay(
-    place: Annotated[Path, typer.Argument(help="the not-finite/ directory that a stopped training has named")],
+    directory: Annotated[Path, typer.Argument(help="the not-finite/ directory that the error of a training names")],
 ) -> None:
-    """Run a batch again whose loss or gradient was not finite: does it come out as before?"""
+    """Run a saved batch again whose loss or gradient was not finite, and say whether that is reproduced."""
     from srcfast.cli import model_tools
 
-    model_tools.replay(place)
+    model_tools.replay(directory)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")]) -> None:
-    """Draw a run's page anew."""
+    """Write a run's page again."""
     from srcfast.cli import tools
 
     tools.report(run)
@@ -415,10 +438,10 @@ def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs
 def world(
     output: Output = None,
     split: Annotated[str, typer.Option(help="train, validation, test, generalisation, base or scorer")] = "train",
-    samples: Annotated[int, typer.Option(min=1, help="how many")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="of the draw")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="number of samples")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the draw")] = 0,
 ) -> None:
-    """Write samples of the embedded world: SPLIT.jsonl and its pictures in images/."""
+    """Write samples of the embedded world: SPLIT.jsonl, and the images in images/."""
     from srcfast.cli import tools
 
     tools.world(output, split, samples, seed)

@@ -1,4 +1,4 @@
-"""What each command that runs a stage does, from its settings to its files."""
+"""The commands that run a stage: read the input, run the stage, write its files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ from srcfast.stages.stage_run import sampling_stage, training_stage
 
 
 def calibrate(config: Config, profile: range | None = None) -> None:
-    """Run everything; show the results and say where the page is. `profile`: steps of each training stage."""
+    """Run all stages, then print the results and the path of the page.
+
+    Args:
+        profile: steps to profile of each training stage.
+    """
     with on_all_ranks(config) as local:
         page = calibration.calibrate(local, profile)
         if not distributed.is_rank_zero():
@@ -65,7 +69,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 
 @on_ranks("rationale")
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
-    """Train an adapter on rationale-answer pairs into `output`."""
+    """Train an adapter on rationale-answer pairs, and save it in `output`."""
     output = need(output, "--output", "a folder for the adapter")
     samples = read_all(config, source, "rationale", output)
     pairs, dropped = rationale_pairs(config, samples)
@@ -85,7 +89,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 
 @on_ranks("candidates")
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """Search candidates of every sample into shards under `output`."""
+    """Search candidates of each sample, and write them into shards in `output`."""
     output = need(output, "--output", "a folder for the candidates")
     samples = read_all(config, source, "calibration", output)
     if config.candidates.samples:
@@ -101,7 +105,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 
 @on_ranks("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
-    """Judge candidates into shards under `output`."""
+    """Score candidates, and write the scores into shards in `output`."""
     output = need(output, "--output", "a folder for the scores")
     samples = read_all(config, source, "calibration", output)
     directory, adaptive = need(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
@@ -116,7 +120,7 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
 
 @on_ranks("preferences")
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
-    """Choose pairs into shards under `output`, with `funnel.json` beside them; rank 0 does it alone."""
+    """Choose preference pairs, and write them into shards and `funnel.json` in `output`, on rank 0 alone."""
     if not distributed.is_rank_zero():
         return
     output = need(output, "--output", "a folder for the preferences")
@@ -125,7 +129,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
     if scores is None and config.curation.pairing == "score":
         raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Fix: name it")
     pairs, funnel = curate_pairs(samples, read_candidates(candidates), rows, config.curation, config.seed)
-    # The absolute root travels with the pair: the shards may be read from anywhere.
+    # The absolute directory of images is stored with each pair, since the shards may be read from another working directory.
     write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
     write_json(output / "funnel.json", funnel)
     if not config.quiet:
@@ -136,7 +140,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
 def dpo(
     config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
 ) -> None:
-    """Preference-tune an adapter (a given one, or a new one) into `output`."""
+    """Train `adapter`, or a new one, on preference pairs, and save it in `output`."""
     output = need(output, "--output", "a folder for the adapter")
     if config.dpo.rehearsal_weight:
         raise ConfigError(
@@ -157,30 +161,32 @@ def dpo(
 
 @on_ranks("evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """Answer every evaluation dataset greedily: `predictions/` and `summary.json` under `output`."""
+    """Answer each evaluation dataset greedily, and write `predictions/` and `summary.json` in `output`."""
     output = need(output, "--output", "a folder for predictions and summary")
     rejected: list[dict[str, Any]] = []
-    sets = []
+    evaluation_sets = []
     for dataset in datasets(config, source, "evaluation"):
         samples = read_dataset(dataset, Path(config.output) / "images", rejected)
         write_rejected(rejected, len(samples), config.max_rejected, output)
-        sets.append(EvaluationSet(dataset.name, dataset.split, samples))
-    policy = Policy(config, [sample for one in sets for sample in one.samples], adapter)
-    total = sum(len(one.samples) for one in sets)
+        evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
+    policy = Policy(
+        config, [sample for evaluation_set in evaluation_sets for sample in evaluation_set.samples], adapter
+    )
+    total = sum(len(evaluation_set.samples) for evaluation_set in evaluation_sets)
     with sampling_stage("evaluate", config, output, total, ("evaluation",)) as stage:
         entries = []
-        for one in sets:
-            name = f"{one.name}-{one.split}"
+        for evaluation_set in evaluation_sets:
+            name = f"{evaluation_set.name}-{evaluation_set.split}"
             answers = answers_in_chunks(
                 stage.chunks(name, policy=policy.hash),
                 policy.model,
-                one.samples,
+                evaluation_set.samples,
                 config.evaluation,
                 features=policy.features,
             )
             if distributed.is_rank_zero():
                 model = "base" if adapter is None else str(adapter)
-                entries.append(write_evaluation(output / "predictions" / name, answers, one, model, config))
+                entries.append(evaluated(output / "predictions" / name, answers, evaluation_set, model, config))
         if distributed.is_rank_zero():
             write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
     if not config.quiet and distributed.is_rank_zero():
@@ -189,9 +195,9 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
 
 @on_ranks("preferences")
 def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """Write {logprob, tokens} for each line of {images, prompt, response}; a bad line is an error at once.
+    """Write {logprob, tokens} for each line of {images, prompt, response}; a bad line stops the command.
 
-    Finished chunks are stored in a directory beside `output` until that is written.
+    Finished chunks are stored in a directory beside `output` until `output` is written.
     """
     path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
     output = need(output, "--output", "a file for the log-probabilities")
@@ -218,20 +224,20 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 
 @on_ranks("scorer_training")
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
-    """Train the R-Scorer into a checkpoint directory, its held-out accuracy in `summary.json`."""
+    """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = need(output, "--output", "a folder for the R-Scorer")
     samples = read_all(config, source, "rationale", output)
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
-    judge, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)
+    model, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)
     steps = num_steps(len(train), loop)
-    with training_stage("scorer", config, output, steps, lambda: [judge], profile) as stage:
-        with stage.training(judge, train, loop) as hooks:
-            train_scorer(judge, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])
+    with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
+        with stage.training(model, train, loop) as hooks:
+            train_scorer(model, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])
         stage.stop_clock()
         if distributed.is_rank_zero():
-            save_text_model(judge.text_model, output)
-            result = evaluate_scorer(judge, held_out, loop.token_budget, config.seed)
+            save_text_model(model.text_model, output)
+            result = evaluate_scorer(model, held_out, loop.token_budget, config.seed)
             stage.result = {"model": config.scorer.path, "examples": len(train), "held_out": result}
             if not config.quiet:
                 print(json.dumps(result, indent=2))

@@ -1,4 +1,4 @@
-"""`srcfast estimate`: a run's memory and time by stage, what fits, and what to change where it doesn't."""
+"""`srcfast estimate`: forecast a run's memory and time by stage, and advise what to change where memory doesn't suffice."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from srcfast.memory.plan import (
 )
 from srcfast.units import parse_bytes, show_bytes
 
-UNKNOWN = 1000  # samples, where the settings don't say how many there are
-# What can be as large as memory allows, by stage.
+ASSUMED_SAMPLES = 1000  # of a stage whose number of samples the settings don't give
+# By stage the settings whose largest value that fits is reported.
 LARGEST = {
     "rationale": ("rationale.token_budget",),
     "candidates": ("candidates.batch_size", "candidates.num_beams"),
@@ -47,21 +47,21 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a run; `seconds` and `fits` are None where no rate and no memory are known."""
+    """Forecast of one stage. `seconds` is None if the device's rate is unknown, `fits` if its memory is."""
 
     forecast: Forecast
     fits: bool | None
-    largest: dict[str, int]  # settings and their largest values
-    largest_kept: int | None  # token budget of training with which nothing is recomputed
-    change: tuple[str, ...]
+    largest: dict[str, int]  # setting -> its largest value that fits, the other settings unchanged
+    largest_kept: int | None  # largest token budget of training that fits with nothing recomputed
+    change: tuple[str, ...]  # advised changes of settings, cheapest first
     samples: int
     samples_known: bool
-    times: int  # that the stage is run
-    flops: float  # necessary, of all of these
+    times: int  # how often the stage runs
+    flops: float  # necessary floating-point operations of all these times
     seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return (
             self.forecast.to_json()
             | {name: value for name, value in asdict(self).items() if name not in ("forecast", "change")}
@@ -81,17 +81,17 @@ def estimate(
 
     Args:
         config: the run's settings.
-        memory: of the card, such as `12GiB`; None: the settings' `memory`, or what their device has.
-        flops: floating-point operations a second that the run is taken to reach; None: `mfu` of the device's.
-        mfu: see there.
-        lengths: of a typical sample.
-        as_json: JSON instead of tables.
+        memory: memory of the device, such as `12GiB`; None: the settings' `memory`, or the device's.
+        flops: floating-point operations a second that the run reaches; None: `mfu` times the device's peak.
+        mfu: share of the device's peak rate that the run reaches; used if `flops` is None.
+        lengths: token counts of a typical sample.
+        as_json: print JSON instead of tables.
     """
-    room = device_memory(config) if memory is None else float(parse_bytes(memory))
+    capacity = device_memory(config) if memory is None else float(parse_bytes(memory))
     rate = flops or _device_rate(config, mfu)
-    stages = [_estimate_stage(config, stage, room, rate, lengths) for stage in STAGES]
+    stages = [_estimate_stage(config, stage, capacity, rate, lengths) for stage in STAGES]
     model = policy_sizes(config)
-    summary = _summary(config, model, room, lengths) | {
+    summary = _summary(config, model, capacity, lengths) | {
         "assumed": asdict(lengths)
         | {"image": 0 if model.vision is None else model.vision.image_tokens, "flops_per_second": rate},
         "stages": [stage.to_json() for stage in stages],
@@ -99,32 +99,35 @@ def estimate(
     if as_json:
         print(json.dumps(summary, indent=2))
         return
-    _print_model(config, summary, room)
+    _print_model(config, summary, capacity)
     _print_stages(stages, summary["assumed"] | {"layers": model.shapes.layers})
 
 
 def _device_rate(config: Config, mfu: float) -> float | None:
+    """Return `mfu` times the device's peak rate, in FLOP/s; None for a GPU that this machine doesn't have."""
     device = torch.device(config.model.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return None
     return mfu * peak_flops(device, getattr(torch, config.model.dtype))
 
 
-def _estimate_stage(config: Config, stage: str, room: float, rate: float | None, lengths: Lengths) -> StageEstimate:
-    forecast = forecast_stage(config, stage, memory=room, lengths=lengths)
-    known = math.isfinite(room)
+def _estimate_stage(config: Config, stage: str, capacity: float, rate: float | None, lengths: Lengths) -> StageEstimate:
+    forecast = forecast_stage(config, stage, memory=capacity, lengths=lengths)
+    known = math.isfinite(capacity)
     count = _count(config, stage)
     times = {"rationale": 1, "evaluation": config.iterations + 2}.get(stage, config.iterations)
-    necessary = times * (count or UNKNOWN) * sample_flops(config, stage, lengths)
+    necessary = times * (count or ASSUMED_SAMPLES) * sample_flops(config, stage, lengths)
     return StageEstimate(
         forecast=forecast,
-        fits=forecast.fits(room) if known else None,
-        largest={name: largest_value(config, name, stage, memory=room, lengths=lengths) for name in LARGEST[stage]}
+        fits=forecast.fits(capacity) if known else None,
+        largest={name: largest_value(config, name, stage, memory=capacity, lengths=lengths) for name in LARGEST[stage]}
         if known
         else {},
-        largest_kept=_largest_kept(config, stage, room, lengths) if known and stage in TRAINING else None,
-        change=tuple(map(str, advice(config, stage, memory=room, lengths=lengths))) if known else (),
-        samples=count or UNKNOWN,
+        largest_kept=_largest_without_recomputing(config, stage, capacity, lengths)
+        if known and stage in TRAINING
+        else None,
+        change=tuple(map(str, advice(config, stage, memory=capacity, lengths=lengths))) if known else (),
+        samples=count or ASSUMED_SAMPLES,
         samples_known=bool(count),
         times=times,
         flops=necessary,
@@ -132,45 +135,46 @@ def _estimate_stage(config: Config, stage: str, room: float, rate: float | None,
     )
 
 
-def _largest_kept(config: Config, stage: str, room: float, lengths: Lengths) -> int:
-    keeping = with_setting(config, f"{stage}.activation_checkpointing", 0)
-    return largest_value(keeping, f"{stage}.token_budget", stage, memory=room, lengths=lengths)
+def _largest_without_recomputing(config: Config, stage: str, capacity: float, lengths: Lengths) -> int:
+    """Return the largest token budget with which a training stage fits and recomputes nothing."""
+    without_recomputing = with_setting(config, f"{stage}.activation_checkpointing", 0)
+    return largest_value(without_recomputing, f"{stage}.token_budget", stage, memory=capacity, lengths=lengths)
 
 
 def _count(config: Config, stage: str) -> int:
-    """Samples of a stage, as far as the settings say; 0 where they don't."""
+    """Count a stage's samples from the settings; 0 where they don't say."""
     if stage == "evaluation":
         return _known(config.data.evaluation)
     use = "rationale" if stage == "rationale" else "calibration"
     count = config.rationale.samples if stage == "rationale" else config.candidates.samples
-    count = count or _known([one for one in config.data.train if use in one.use])
+    count = count or _known([dataset for dataset in config.data.train if use in dataset.use])
     return count * (config.curation.pairs_per_sample if stage in ("preferences", "dpo") else 1)
 
 
 def _known(datasets: Sequence[DatasetConfig]) -> int:
-    limits = [one.limit for one in datasets]
+    """Sum the datasets' limits; 0 if one of them has no limit, since its size is unknown until it is read."""
+    limits = [dataset.limit for dataset in datasets]
     return sum(limits) if all(limits) else 0
 
 
 def sample_flops(config: Config, stage: str, lengths: Lengths) -> float:
-    """Necessary FLOPs of one sample in a stage: in training over all epochs, in decoding with all of its beams."""
+    """Count the necessary FLOPs of one sample in a stage: in training over all epochs, in decoding with all beams."""
     tree = typical_tree(config, stage, lengths)
     model = scorer_sizes(config) if stage == "scores" else policy_sizes(config)
-    one = ForestSizes.of(
-        Forest.of([tree]), "cuda"
-    )  # the sizes that memory on a GPU depends on say all that is needed here
+    # Sizes for a GPU: they hold every count that FLOPs depend on, whatever device the run uses.
+    sizes = ForestSizes.of(Forest.of([tree]), "cuda")
     adapter = 0 if model.lora is None else model.lora.parameters
     if stage in TRAINING:
         section = config.rationale if stage == "rationale" else config.dpo
-        passes = training_flops(model.shapes, one.tokens, one.attended, one.head_rows, adapter)
+        passes = training_flops(model.shapes, sizes.tokens, sizes.attended, sizes.head_rows, adapter)
         return section.epochs * passes + _image_flops(model)
     if stage in DECODING:
         rows = config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1
-        seen = rows * attended_of(tree.num_tokens, lengths.response)
-        prompt = forward_flops(model.shapes, one.tokens, one.attended, 1, adapter) + _image_flops(model)
-        return prompt + decode_flops(model.shapes, rows * lengths.response, seen, adapter)
-    head_rows = 0 if stage == "scores" else one.head_rows
-    return forward_flops(model.shapes, one.tokens, one.attended, head_rows, adapter) + _image_flops(model)
+        attended = rows * attended_of(tree.num_tokens, lengths.response)
+        prompt = forward_flops(model.shapes, sizes.tokens, sizes.attended, 1, adapter) + _image_flops(model)
+        return prompt + decode_flops(model.shapes, rows * lengths.response, attended, adapter)
+    head_rows = 0 if stage == "scores" else sizes.head_rows
+    return forward_flops(model.shapes, sizes.tokens, sizes.attended, head_rows, adapter) + _image_flops(model)
 
 
 def _image_flops(model: ModelSizes) -> float:
@@ -180,14 +184,14 @@ def _image_flops(model: ModelSizes) -> float:
     return 2.0 * weights * model.vision.patches
 
 
-# Shown ------------------------------------------------------------------------------------------------------
+# Output -----------------------------------------------------------------------------------------------------
 
 
-def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -> dict[str, Any]:
-    """What doesn't depend on the stage."""
+def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Lengths) -> dict[str, Any]:
+    """Collect the model's sizes, which don't depend on the stage."""
     adapter = 0 if model.lora is None else model.lora.parameters
     pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", lengths)]), model.device_type)
-    casts = activation_bytes(model, pair.times(0)).most  # of the adapter: they don't depend on tokens
+    casts = activation_bytes(model, pair.times(0)).most  # 16-bit copies of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
     moments = moment_bytes(config.dpo.optimizer, adapter, model.device_type)
     return {
@@ -202,16 +206,16 @@ def _summary(config: Config, model: ModelSizes, room: float, lengths: Lengths) -
         "fixed_bytes": weights + 8 * adapter + moments,
         "activation_bytes_per_token": (activation_bytes(model, pair).most - casts) / pair.tokens,
         "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
-        "memory": room if math.isfinite(room) else None,
-        "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=room, lengths=lengths)
-        if math.isfinite(room)
+        "memory": capacity if math.isfinite(capacity) else None,
+        "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=capacity, lengths=lengths)
+        if math.isfinite(capacity)
         else None,
     }
 
 
-def _print_model(config: Config, summary: dict[str, Any], room: float) -> None:
+def _print_model(config: Config, summary: dict[str, Any], capacity: float) -> None:
     ranks = sharing_ranks(config)
-    shared = f", layers shared out over {ranks} ranks" if ranks > 1 else ""
+    shared = f", layers sharded across {ranks} ranks" if ranks > 1 else ""
     rows = [(f"parameters: {part}", f"{count:,}") for part, count in summary["parameters"].items()]
     rows += [
         ("parameters", f"{summary['total_parameters']:,}"),
@@ -220,15 +224,15 @@ def _print_model(config: Config, summary: dict[str, Any], room: float) -> None:
             f"weights ({config.model.dtype}, quantize {config.model.quantize}{shared})",
             show_bytes(summary["weight_bytes"]),
         ),
-        ("of these, scales of 4-bit weights", show_bytes(summary["quantisation_bytes"])),
+        ("  of which scales of 4-bit weights", show_bytes(summary["quantisation_bytes"])),
         ("adapter", show_bytes(summary["adapter_bytes"])),
         ("gradients and optimizer", show_bytes(summary["optimizer_bytes"])),
-        ("activations, a token trained on", show_bytes(summary["activation_bytes_per_token"])),
-        ("keys and values, a token decoded", show_bytes(summary["kv_bytes_per_token"])),
+        ("activations per token in training", show_bytes(summary["activation_bytes_per_token"])),
+        ("keys and values per token in decoding", show_bytes(summary["kv_bytes_per_token"])),
     ]
-    if math.isfinite(room):
+    if math.isfinite(capacity):
         rows.append(
-            (f"largest token budget of DPO in {show_bytes(room)}", f"{summary['largest_token_budget']:,} tokens")
+            (f"largest token budget of DPO in {show_bytes(capacity)}", f"{summary['largest_token_budget']:,} tokens")
         )
     table(str(config.model.path), rows)
 
@@ -250,18 +254,20 @@ def _print_stages(stages: Sequence[StageEstimate], assumed: dict[str, Any]) -> N
     table("stages", rows, header=True)
     for stage in stages:
         print(f"{stage.forecast.stage}: {stage.forecast.text()}")
-        if every := stage.forecast.checkpoint_every:
-            again = recomputed_layers(assumed["layers"], every)
-            print(f"  groups of {every} layers: {again} of {assumed['layers']} layers are run again in backward")
+        if group_size := stage.forecast.checkpoint_every:
+            recomputed = recomputed_layers(assumed["layers"], group_size)
+            print(
+                f"  groups of {group_size} layers: {recomputed} of {assumed['layers']} layers are recomputed in backward"
+            )
         if stage.fits is False:
             print(f"  does not fit. Change, in this order: {'; '.join(stage.change) or 'the device, or the model'}")
         elif stage.largest:
-            most = ", ".join(f"{name}={value}" for name, value in stage.largest.items())
-            kept = "" if stage.largest_kept is None else f" ({stage.largest_kept} with nothing recomputed)"
-            print(f"  largest that fits, each by itself: {most}{kept}")
+            largest = ", ".join(f"{name}={value}" for name, value in stage.largest.items())
+            without = "" if stage.largest_kept is None else f" ({stage.largest_kept} with nothing recomputed)"
+            print(f"  largest values that fit, one changed at a time: {largest}{without}")
     rate = assumed["flops_per_second"]
-    reached = "no rate is known: --flops states one" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s are reached"
+    speed = "unknown speed (--flops sets it)" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s"
     print(
         f"Assumed: {assumed['text']} tokens of text and {assumed['image']} of an image in a prompt, {assumed['response']} in a "
-        f"response; {reached}. Decoding is bound by memory, too: its time is the least."
+        f"response; {speed}. Decoding is also bound by memory bandwidth: its time is a lower bound."
     )

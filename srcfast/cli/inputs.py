@@ -1,4 +1,4 @@
-"""What a command line names: settings, data, the outputs of earlier stages."""
+"""Read the inputs of a command: settings, datasets, the outputs of earlier stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
 @dataclass(frozen=True)
 class Source:
-    """The file named on the command line, if any."""
+    """The data options of a command: --data, --format and --image-root."""
 
     data: Path | None
     format: str | None
@@ -41,10 +41,10 @@ def settings(
     output: Path | None = None,
     quiet: bool = False,
 ) -> Config:
-    """Return the settings of a command line: its file, then its single settings, then its options, which win."""
+    """Read the settings of a command line: options win over single settings, and these over the file."""
     files, single = _files_and_settings(words)
     named = {"model.path": model, "scorer.path": scorer, "output": output}
-    # An option's full name is in no section, so it is read from the root.
+    # No stage's section has `model.path` and the like, so they are read from the root.
     single += [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
     single += ["quiet=true"] if quiet else []
     config = load_config(files[0] if files else None, single, section)
@@ -56,13 +56,13 @@ def settings(
 
 
 def settings_and_sources(words: Sequence[str] | None) -> tuple[Config, dict[str, str]]:
-    """Return the settings of a command line, and where each one that is no default was set."""
+    """Read the settings of a command line, and return where each one that is not a default was set."""
     files, single = _files_and_settings(words)
     return load_with_sources(files[0] if files else None, single)
 
 
 def _files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Raise ConfigError where the words name several files."""
+    """Split words into files and `key=value` settings. Raises ConfigError for several files."""
     files = [word for word in words or () if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"expected one CONFIG.yaml and key=value settings, found {' and '.join(files)}")
@@ -70,33 +70,37 @@ def _files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[st
 
 
 def complete_words(incomplete: str) -> list[str]:
-    """Return what a shell may complete a word to: `key=` of every setting, and YAML files."""
+    """List the completions of a word: `key=` of each setting, and YAML files."""
     keys = [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
     files = [str(path) for path in Path().glob(f"{glob.escape(incomplete)}*") if path.suffix in (".yaml", ".yml")]
     return [*keys, *files]
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is torchrun's rank 0, or there is no torchrun: without asking PyTorch."""
+    """Return whether this process is rank 0 of torchrun, or torchrun has not started it; without importing torch."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def need(value: Path | None, option: str, what: str) -> Path:
-    """An option's value. Raises ConfigError where it is not given."""
+    """Return an option's value. Raises ConfigError if the option is not given."""
     if value is None:
         raise ConfigError(f"{option}: expected {what}, found nothing. Fix: name it")
     return value
 
 
 def steps(profile: str | None) -> range | None:
-    """The steps that `--profile` names."""
+    """Parse the steps of `--profile`."""
     from srcfast.training.profiler import parse_steps
 
     return None if profile is None else parse_steps(profile)
 
 
 def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, ...]:
-    """The dataset named on the command line, else the config's for rationale, calibration or evaluation."""
+    """Return the dataset of --data, else the config's datasets for `use`: rationale, calibration or evaluation.
+
+    Raises:
+        ConfigError: there is no dataset, or the format is unknown.
+    """
     if source.data is not None or source.format == "easy_vqa":
         format = source.format or ENDINGS.get("" if source.data is None else source.data.suffix.lower(), "jsonl")
         path = None if source.data is None else str(source.data)
@@ -110,17 +114,17 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
         if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
             raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
         return (DatasetConfig.model_validate(values | {"split": "test" if use == "evaluation" else "train"}),)
-    found = config.data.evaluation
+    configured = config.data.evaluation
     if use != "evaluation":
-        found = tuple(one for one in config.data.train if use in one.use)
-    if not found:
+        configured = tuple(dataset for dataset in config.data.train if use in dataset.use)
+    if not configured:
         where = "data.evaluation" if use == "evaluation" else "data.train"
         raise ConfigError(f"no data: expected --data FILE, or datasets under {where} in the config. Fix: name one")
-    return found
+    return configured
 
 
 def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sample]:
-    """The samples of all datasets for a use; what was rejected lies beside the output."""
+    """Read the samples of all datasets for a use, and write the rejected records to `output`."""
     rejected: list[dict[str, Any]] = []
     samples = [
         sample
@@ -131,33 +135,37 @@ def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sam
     return samples
 
 
-def write_rejected(rejected: Sequence[dict[str, Any]], kept: int, limit: int | float, output: Path) -> None:
-    """Write `rejected.jsonl` into the folder `output`, if anything was rejected.
+def write_rejected(rejected: Sequence[dict[str, Any]], accepted: int, limit: int | float, output: Path) -> None:
+    """Write the rejected records, if any, to `rejected.jsonl` in `output`.
+
+    Args:
+        accepted: number of good samples.
+        limit: `max_rejected`.
 
     Raises:
-        InputError: more was rejected than `max_rejected` allows, or nothing is left.
+        InputError: more records are bad than `limit` allows, or none is good.
     """
-    if not rejected and kept:
+    if not rejected and accepted:
         return
     file = output / "rejected.jsonl"
     if rejected and is_rank_zero():
         write_jsonl(file, rejected)
-    check_rejected(rejected, len(rejected) + kept, limit)
-    if not kept:
+    check_rejected(rejected, len(rejected) + accepted, limit)
+    if not accepted:
         raise InputError(expected="at least one sample", found="none", fix="name data that holds some")
 
 
 def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
-    """Preferences from a file (JSON lines, or TRL's JSON) or from a folder of shards."""
+    """Read preferences from a file (JSON lines, or TRL's JSON) or from a directory of shards."""
     path = need(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():
-        recorded: set[str] = set()  # asked for only where a folder is to stand for those that are gone
+        recorded: set[str] = set()  # only needed if --image-root may replace a directory that is missing
         if source.image_root is not None:
             recorded = {str(row["image_root"]) for *_, row in read_shards(path) if "image_root" in row}
         return [
             Preference.from_json(
-                row, file=file, line=line, image_root=_own_root(row, file, line, root, source, recorded)
+                row, file=file, line=line, image_root=_image_root_of(row, file, line, root, source, recorded)
             )
             for file, line, row in read_shards(path)
         ]
@@ -170,22 +178,22 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
     return preferences
 
 
-def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: Source, recorded: set[str]) -> Path:
-    """The folder of a pair's images that travels with it; `root` where it names none.
+def _image_root_of(row: dict[str, Any], file: Path, line: int, root: Path, source: Source, recorded: set[str]) -> Path:
+    """Return the directory of a pair's images: the one stored with the pair, else `root`.
 
-    One that is no longer there is where the images were before they were moved: then it is the --image-root that is given,
-    and without one it is returned as it is, so that the first image says what is missing.
+    If the stored directory is missing, the images have been moved: --image-root replaces it. Without --image-root it is returned
+    unchanged, and reading the first image reports what is missing.
 
     Args:
-        recorded: all folders that the shards name.
+        recorded: all directories that the shards store.
 
     Raises:
-        InputError: it is no path, or lies outside of the --image-root that is given; or it is no longer there and is one of
-            several, for which one --image-root can't stand.
+        InputError: the stored value is not a path, or is outside --image-root; or the directory is missing and the shards store
+            several, which one --image-root can't replace.
     """
-    own = row.pop("image_root", str(root))
-    if isinstance(own, str) and "\0" not in own:
-        if source.image_root is not None and not os.path.lexists(own):
+    stored = row.pop("image_root", str(root))
+    if isinstance(stored, str) and "\0" not in stored:
+        if source.image_root is not None and not os.path.lexists(stored):
             if len(recorded) < 2:
                 return source.image_root
             raise InputError(
@@ -193,34 +201,40 @@ def _own_root(row: dict[str, Any], file: Path, line: int, root: Path, source: So
                 line=line,
                 field="image_root",
                 expected=f"images where they were, since one --image-root can't stand for each of {', '.join(sorted(recorded))}",
-                found=f"no folder {own}",
+                found=f"no folder {stored}",
                 fix="put them back, or curate the samples again where they are now",
             )
-        if source.image_root is None or Path(own).resolve().is_relative_to(source.image_root.resolve()):
-            return Path(own)
+        if source.image_root is None or Path(stored).resolve().is_relative_to(source.image_root.resolve()):
+            return Path(stored)
     expected = "a path" if source.image_root is None else f"a path below --image-root ({source.image_root})"
-    fix = "name another --image-root, or none where the shards are your own"
-    raise InputError(file=file, line=line, field="image_root", expected=expected, found=repr(own), fix=fix)
+    fix = "name another --image-root, or leave it out if you trust the shards"
+    raise InputError(file=file, line=line, field="image_root", expected=expected, found=repr(stored), fix=fix)
 
 
 def read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
+    """Read the candidates of each sample from the shards in a directory, in their order."""
     from srcfast.data.in_order import samples_in_order
 
-    place = need(directory, "--candidates", "the folder that `srcfast candidates` wrote")
+    shards = need(directory, "--candidates", "the folder that `srcfast candidates` wrote")
     return samples_in_order(
-        Candidate.from_json(row, file=file, line=line, image_root=place) for file, line, row in read_shards(place)
+        Candidate.from_json(row, file=file, line=line, image_root=shards) for file, line, row in read_shards(shards)
     )
 
 
 def read_vocabulary(path: str | None) -> dict[str, Sequence[str]]:
+    """Read classes of interchangeable words from YAML; None: the embedded world's.
+
+    Raises:
+        ConfigError: the file is not a mapping from class to a list of at least two words.
+    """
     if path is None:
         from srcfast.world.claims import VOCABULARY
 
         return dict(VOCABULARY)
     try:
-        found = read_yaml(Path(path), {})
+        classes = read_yaml(Path(path), {})
     except ConfigError as error:
         raise ConfigError(f"scorer_training.vocabulary: {error}") from error
-    if not found or not all(isinstance(words, list) and len(words) > 1 for words in found.values()):
+    if not classes or not all(isinstance(words, list) and len(words) > 1 for words in classes.values()):
         raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}")
-    return {str(name): tuple(str(word) for word in words) for name, words in found.items()}
+    return {str(name): tuple(str(word) for word in words) for name, words in classes.items()}

@@ -1,4 +1,4 @@
-"""What the commands do that load a model or ask PyTorch: merge, inspect, doctor, replay."""
+"""The commands that load a model or query PyTorch, but run no stage: merge, inspect, doctor, replay."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from srcfast.models.lvlm import LVLM, save_lvlm
 from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, read_teacher
-from srcfast.stages.replay import replay as run_again
-from srcfast.training.items import NotFinite
+from srcfast.stages.replay import replay as rerun_batch
+from srcfast.training.loop import NotFinite
 from srcfast_kernels import native
 from srcfast_kernels.backends import backend_for
 from srcfast_kernels.nf4_linear import why_not_fused
@@ -33,7 +33,7 @@ from srcfast_kernels.optional import import_failure
 
 
 def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
-    """Write base and adapter as one checkpoint."""
+    """Merge an adapter into its base and write the checkpoint."""
     output = need(output, "--output", "a folder for the checkpoint")
     adapter = need(adapter, "--adapter", "the adapter to merge")
     if config.model.quantize != "none":
@@ -47,7 +47,7 @@ def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
 
 
 def inspect(config: Config, source: Source, index: int) -> None:
-    """Print one sample decoded: no loss on the prompt (dim), loss on the response (green)."""
+    """Print one sample decoded: the prompt, which has no loss, dimmed; the response, which has, in green."""
     samples = read_all(config, source, "rationale", Path(config.output))
     if index >= len(samples):
         raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
@@ -75,7 +75,7 @@ def inspect(config: Config, source: Source, index: int) -> None:
 
 
 def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
-    """The prompt's text, a run of image tokens as `<image> x 576`."""
+    """Decode a prompt, and write each run of image tokens as `[<image> x 576]`."""
     parts = []
     for is_image, run in groupby([int(token) for token in prompt], key=lambda token: token == model.image_token_id):
         tokens = list(run)
@@ -84,7 +84,7 @@ def _condensed(model: LVLM, prompt: Iterable[int]) -> str:
     return "".join(parts)
 
 
-# What is not required, and what each brings.
+# Optional packages, and what each adds.
 OPTIONAL = {
     "flash-attn": "FlashAttention 2 for forests on NVIDIA GPUs, in place of PyTorch's (pip install wheel packaging ninja psutil; "
     "pip install 'flash-attn>=2.8,<3' --no-build-isolation)",
@@ -98,59 +98,61 @@ OPTIONAL = {
     "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
     "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
 }
-
-
 SLOWER = "NF4 on the CPU (10 to 20 times), packing of many samples (10 times)"
 
 
 def unusable() -> dict[str, str]:
-    """Import what srcfast calls of the installed optional packages. Returns why it can't be used, by package."""
+    """Import what srcfast uses of the installed optional packages, and return by package why it can't be used."""
     reasons = {
         "flash-attn": import_failure("flash_attn", "flash_attn_varlen_func"),
         "xformers": import_failure("xformers.ops", "memory_efficient_attention"),
         "matplotlib": import_failure("matplotlib.figure", "Figure"),
-        # Of bitsandbytes what decoding calls, on GPUs alone.
+        # Only decoding on a GPU uses bitsandbytes.
         "bitsandbytes": why_not_fused() if torch.cuda.is_available() else None,
     }
     return {name: reason for name, reason in reasons.items() if reason is not None and version(name) is not None}
 
 
 def doctor(as_json: bool) -> None:
-    """Print versions, backends, what is missing or can't be used, and whether the embedded models are here."""
-    found: dict[str, Any] = environment()
-    found["attention_backends"] = available_backends()
+    """Print versions, backends, missing and unusable packages, and whether the embedded models are installed."""
+    report: dict[str, Any] = environment()
+    report["attention_backends"] = available_backends()
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    found["kernels"] = {device: backend_for(torch.empty(0, device=device)) for device in devices}
-    found["native_library"] = native.why_not() or "loaded"
-    found["optional"] = {name: version(name) for name in OPTIONAL}
-    found["unusable"] = unusable()
-    found["embedded"] = {
+    report["kernels"] = {device: backend_for(torch.empty(0, device=device)) for device in devices}
+    report["native_library"] = native.why_not() or "loaded"
+    report["optional"] = {name: version(name) for name in OPTIONAL}
+    report["unusable"] = unusable()
+    report["embedded"] = {
         name: (checkpoint_directory("embedded", name) / "config.json").is_file() for name in ("base", "scorer")
     }
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
         return
     rows = [
         (name, "none" if value is None else str(value))
-        for name, value in found.items()
+        for name, value in report.items()
         if isinstance(value, str | int | None) and name != "native_library"
     ]
-    rows.append(("attention backends", ", ".join(found["attention_backends"])))
-    rows.append(("kernels", ", ".join(f"{home} on {device}" for device, home in found["kernels"].items())))
-    rows.append(("native library", found["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
-    broken = {name: f", can't be used: {reason}" for name, reason in found["unusable"].items()}
+    rows.append(("attention backends", ", ".join(report["attention_backends"])))
+    rows.append(("kernels", ", ".join(f"{backend} on {device}" for device, backend in report["kernels"].items())))
+    rows.append(("native library", report["native_library"] + ("" if native.available() else f"; slower: {SLOWER}")))
+    broken = {name: f", can't be used: {reason}" for name, reason in report["unusable"].items()}
     rows += [
         (name, f"missing: {OPTIONAL[name]}" if installed is None else installed + broken.get(name, ""))
-        for name, installed in found["optional"].items()
+        for name, installed in report["optional"].items()
     ]
-    rows += [(f"embedded {name}", "present" if here else "missing") for name, here in found["embedded"].items()]
+    rows += [(f"embedded {name}", "present" if present else "missing") for name, present in report["embedded"].items()]
     table("srcfast doctor", rows)
 
 
-def replay(place: Path) -> None:
-    """Run a kept batch again. Raises SrcfastError where its loss or gradient is not finite again."""
+def replay(directory: Path) -> None:
+    """Run a saved batch again, and print its numbers.
+
+    Raises:
+        SrcfastError: its loss or gradient is not finite again.
+    """
     try:
-        metrics = run_again(place)
+        metrics = rerun_batch(directory)
     except NotFinite as error:
         raise SrcfastError(f"reproduced: {error}") from error
     print(

@@ -1,4 +1,4 @@
-"""A command on the ranks that torchrun has started."""
+"""Run a command on the ranks that torchrun has started."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from srcfast.memory.out_of_memory import explain_out_of_memory
 
 @contextmanager
 def on_all_ranks(config: Config) -> Iterator[Config]:
-    """The settings as this rank has them, among the ranks that `torchrun` has started: only rank 0 shows progress."""
+    """Join the ranks that `torchrun` has started, and yield this rank's settings: all ranks but 0 are quiet."""
     with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
         yield config if distributed.is_rank_zero() else config.model_copy(update={"quiet": True})
 
 
 def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a command, of which the settings are the first argument, on all ranks; explain where memory runs out."""
+    """Decorate a command, whose first argument is the settings, to run on all ranks and to explain errors of memory."""
 
-    def of(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(config: Config, *arguments: Any) -> None:
             with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
@@ -31,4 +31,4 @@ def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
         return run
 
-    return of
+    return decorate

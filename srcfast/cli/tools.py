@@ -1,4 +1,4 @@
-"""What the commands do that need no PyTorch: config, convert, bench, report, world."""
+"""The commands that need no PyTorch: config, convert, bench, report, world."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from srcfast.cli import inputs
 from srcfast.cli.inputs import ENDINGS, need, write_rejected
@@ -21,12 +21,9 @@ from srcfast.report.page import write_report
 from srcfast.world.samples import world_samples
 from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
 
-if TYPE_CHECKING:
-    pass
-
 
 def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
-    """Print the resolved settings as a config file, each with where it came from; or the JSON schema of config files."""
+    """Print the resolved settings as a config file with the source of each, or the JSON schema of config files."""
     if schema:
         print(json.dumps(json_schema(), indent=2))
         return
@@ -38,7 +35,7 @@ def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
 
 
 def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
-    """Records from one format to another; the bad ones are named on stderr and in `rejected.jsonl`."""
+    """Convert records, and write the bad ones with their errors to `rejected.jsonl` beside the target."""
     formats = [
         _format_of(named, path, option)
         for named, path, option in ((from_format, source, "--from"), (to_format, target, "--to"))
@@ -55,7 +52,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
             rejected=rejected,
             lost=lost,
         )
-    except InputError:  # where no record is good, what is wrong with each is still written down
+    except InputError:  # raised if no record is good: write the errors of all of them first
         if rejected:
             write_jsonl(target.parent / "rejected.jsonl", rejected)
         raise
@@ -67,15 +64,22 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
 
 
 def _format_of(named: str | None, path: Path, option: str) -> str:
-    """The format as named, or as the file's ending tells."""
-    found = named or ENDINGS.get(path.suffix.lower())
-    if found is None:
+    """Return the named format, else the one that the file's ending stands for.
+
+    Raises:
+        ConfigError: none is named, and the ending stands for none.
+    """
+    format = named or ENDINGS.get(path.suffix.lower())
+    if format is None:
         raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Fix: name it")
-    return found
+    return format
 
 
 def bench(name: str | None, device: str | None, output: Path | None) -> None:
-    """Run one benchmark or all; results go beside the benchmarks in a work tree, else into `benchmarks` here."""
+    """Run one benchmark or all, each in a process of its own.
+
+    Results go to `output`; by default to benchmarks/results of a source tree, else to `benchmarks` in the working directory.
+    """
     known = (*STAGES, *BENCHMARKS, *HOST)
     if name is not None and name not in known:
         raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
@@ -83,21 +87,21 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
     output = output or (results if results.is_dir() else Path("benchmarks"))
     options = ["--output", str(output)] + ([] if device is None else ["--device", device])
     failed = []
-    for one in (name,) if name else known:
-        if subprocess.run([sys.executable, "-m", f"srcfast_benchmarks.{one}", *options]).returncode:
-            failed.append(one)
+    for benchmark in (name,) if name else known:
+        if subprocess.run([sys.executable, "-m", f"srcfast_benchmarks.{benchmark}", *options]).returncode:
+            failed.append(benchmark)
     if failed:
         raise SrcfastError(f"benchmarks that did not finish: {', '.join(failed)}")
     print(f"results and plots: {output}")
 
 
 def report(run: Path) -> None:
-    """Draw the page of a run directory."""
+    """Write the page of a run directory, and print its path."""
     print(write_report(run))
 
 
 def world(output: Path | None, split: str, count: int, seed: int) -> None:
-    """Samples of the embedded world as JSON lines, their pictures beside them."""
+    """Write samples of the embedded world as JSON lines, and their images to `images/`."""
     output = need(output, "--output", "a folder for the samples")
     samples = world_samples(split, count, seed, image_dir=output / "images")
     file = output / f"{split}.jsonl"
