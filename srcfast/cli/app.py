@@ -17,7 +17,6 @@ import typer
 from typer.core import TyperGroup
 
 from srcfast import __version__
-from srcfast.cli import inputs
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
 from srcfast.memory.allocator import allocator_variables
 from srcfast.run import signals
@@ -96,6 +95,13 @@ app = typer.Typer(
 )
 
 
+def complete_words(incomplete: str) -> list[str]:
+    """Return what a shell may complete a word to: `key=` of every setting, and YAML files."""
+    from srcfast.cli import inputs
+
+    return inputs.complete_words(incomplete)
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and exit."""
     if wanted:
@@ -118,7 +124,7 @@ Words = Annotated[
         metavar="[CONFIG.yaml] [KEY=VALUE]...",
         help="settings: a YAML file, then single settings, which win over the file",
         show_default=False,
-        autocompletion=inputs.complete_words,
+        autocompletion=complete_words,
     ),
 ]
 Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded' (model.path)")]
@@ -157,6 +163,8 @@ def calibrate(
     profile: Profile = None,
 ) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
     from srcfast.cli import commands
 
@@ -175,6 +183,8 @@ def rationale(
     profile: Profile = None,
 ) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "rationale", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -193,6 +203,8 @@ def candidates(
     quiet: Quiet = False,
 ) -> None:
     """Stage 2: generate diverse candidates by sentence-level beam search."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "candidates", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -211,6 +223,8 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Stage 3: score the candidates pairwise by the R-Scorer."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "scorer", scorer=scorer, quiet=quiet)
     from srcfast.cli import commands
 
@@ -229,6 +243,8 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Stage 4a: choose preference pairs among scored candidates, and count what is dropped and why."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "curation", quiet=quiet)
     from srcfast.cli import commands
 
@@ -248,6 +264,8 @@ def dpo(
     profile: Profile = None,
 ) -> None:
     """Stage 4b: train a LoRA adapter by confidence-weighted DPO on preference pairs."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -266,6 +284,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "evaluation", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -283,6 +303,8 @@ def logprob(
     quiet: Quiet = False,
 ) -> None:
     """Compute log-probabilities: reads lines of {images, prompt, response}, writes {logprob, tokens} in the same order."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "dpo", model=model, quiet=quiet)
     from srcfast.cli import commands
 
@@ -310,6 +332,7 @@ def estimate(
     json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, and advise what to change; reads config.json and file headers alone."""
+    from srcfast.cli import inputs
     from srcfast.cli.estimate import estimate as print_estimate
     from srcfast.memory.plan import Lengths
 
@@ -327,7 +350,7 @@ def inspect(
     index: Annotated[int, typer.Option(min=0, help="index of the sample, from 0")] = 0,
 ) -> None:
     """Print one sample as the model sees it: decoded tokens, their number, the loss mask in colours."""
-    from srcfast.cli import model_tools
+    from srcfast.cli import inputs, model_tools
 
     config = inputs.settings(words, "rationale", model=model)
     model_tools.inspect(config, inputs.Source(data, format, image_root), index)
@@ -359,7 +382,7 @@ def merge(
     output: Output = None,
 ) -> None:
     """Merge an adapter into its base and write a checkpoint that transformers reads."""
-    from srcfast.cli import model_tools
+    from srcfast.cli import inputs, model_tools
 
     model_tools.merge(inputs.settings(words, None, model=model), adapter, output)
 
@@ -376,6 +399,8 @@ def scorer(
     profile: Profile = None,
 ) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
+    from srcfast.cli import inputs
+
     config = inputs.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
     from srcfast.cli import commands
 

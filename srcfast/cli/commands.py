@@ -186,7 +186,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             )
             if distributed.is_rank_zero():
                 model = "base" if adapter is None else str(adapter)
-                entries.append(evaluated(output / "predictions" / name, answers, evaluation_set, model, config))
+                entries.append(write_evaluation(output / "predictions" / name, answers, evaluation_set, model, config))
         if distributed.is_rank_zero():
             write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
     if not config.quiet and distributed.is_rank_zero():

@@ -37,7 +37,7 @@ class TransformerDecoder(Protocol):
     layers: nn.ModuleList
     norm: nn.Module
     dropout_keys: Tensor | None  # [T], set before a forward pass whose adapters drop
-    checkpoint_layers: int
+    checkpoint_layers: int  # layers a group whose activations the backward pass recomputes; 0: none are recomputed
     idle: bool  # it runs only to keep in step with ranks that have work
 
     @property

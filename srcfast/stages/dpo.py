@@ -43,7 +43,7 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Features, Metrics, TrainingItem
+from srcfast.training.items import Features, Loss, Metrics, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import to_device

@@ -75,7 +75,7 @@ def replay(directory: Path) -> Metrics:
     _check_weights(directory / "adapter", model, batch.weights_sha256)
     features = features_of(model, [*batch.pairs, *(sample for sample, _ in batch.rationales)])
     if batch.stage == "rationale":
-        return run_again(
+        return rerun_step(
             model,
             rationale_trees(model, batch.rationales),
             batch.step,
@@ -87,7 +87,7 @@ def replay(directory: Path) -> Metrics:
         )
     items = preference_items(model, batch.pairs, batch.config.curation.weighting, batch.rationales)
     item_at = dict(zip(batch.positions, items, strict=True))
-    return run_again(
+    return rerun_step(
         model,
         [item_at[position] for position in range(len(items))],
         batch.step,
@@ -104,7 +104,7 @@ def _replay_scorer(directory: Path, batch: StoredBatch) -> Metrics:
     stored = batch.config.scorer.model_copy(update={"path": str(directory)})
     scorer = load_scorer_for(batch.config.model_copy(update={"scorer": stored})).requires_grad_(True)
     _check_weights(directory, scorer, batch.weights_sha256)
-    return run_again(
+    return rerun_step(
         scorer.text_model,
         scorer_items(scorer, batch.examples),
         batch.step,

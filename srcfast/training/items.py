@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from srcfast.data.forest import Forest, Tree
 from srcfast.errors import SrcfastError
@@ -17,37 +17,6 @@ Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, 
 # (loss, metrics). The losses of a global batch's forests are added, and so are their metrics, except that of metrics named
 # max_* the largest counts. A loss that waits for the device makes every step wait.
 Loss = Callable[[Tensor, Forest, Tensor, Sequence["TrainingItem"], Any], tuple[Tensor, dict[str, Tensor]]]
-
-
-class TrainableDecoder(Protocol):
-    """The decoder of a `TrainableModel`."""
-
-    checkpoint_layers: int  # layers a group whose activations the backward pass recomputes; 0: none are recomputed
-
-    @property
-    def head_weight(self) -> Tensor:
-        """`[V, D]`."""
-
-
-class TrainableModel(Protocol):
-    """A model that `train` can train: `LVLM` and `TextModel`.
-
-    A call `model(forest, features, rows=rows)` returns hidden states `[T, D]`, or those of the rows, `[M, D]`. A model without
-    images takes no `features`, and a model that computes all rows of its last layer takes no `rows`.
-    """
-
-    training: bool
-
-    @property
-    def decoder(self) -> TrainableDecoder: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def __call__(self, forest: Forest, *features: Mapping[str, Tensor], **rows: Tensor) -> Tensor: ...
 
 
 class NotFinite(SrcfastError):

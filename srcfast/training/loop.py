@@ -28,11 +28,12 @@ from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.memory.forecast import plan_checkpointing
 from srcfast.memory.model_sizes import memory_for
 from srcfast.models.dropout_keys import drops, step_keys
+from srcfast.models.protocols import HasDecoder
 from srcfast.models.sharding import is_sharded
 from srcfast.run import signals
 from srcfast.training.checkpoint import TrainingCheckpoints, weights_hash
 from srcfast.training.determinism import deterministic_algorithms
-from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainableModel, TrainingItem
+from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainingItem
 from srcfast.training.loader import PackedStep, packed_steps
 from srcfast.training.meter import StepMeter
 from srcfast.training.optimizer import AdamW, learning_rate_at
@@ -54,7 +55,7 @@ __all__ = [
 
 
 def train(
-    model: TrainableModel,
+    model: HasDecoder,
     items: Sequence[TrainingItem],
     *,
     loss: Loss,
@@ -74,7 +75,8 @@ def train(
     added up over the ranks once a step, and all make the same update: the metrics are of the whole batch on every rank.
 
     Args:
-        model: see `TrainableModel`.
+        model: `model(forest, features, rows=rows)` returns hidden states `[T, D]`, or those of the rows, `[M, D]`. One without
+            images takes no `features`, one that computes all rows of its last layer no `rows`.
         items: what to train on.
         loss: loss and metrics of one forest, see `Loss`.
         denominator: of a global batch's items; handed to `loss`.
@@ -158,7 +160,7 @@ def train(
 
 
 def rerun_step(
-    model: TrainableModel,
+    model: HasDecoder,
     batch: Sequence[TrainingItem],
     step: int,
     *,
@@ -224,12 +226,12 @@ def check_items(items: Sequence[TrainingItem], settings: TrainingConfig) -> None
     pack_sizes(sizes, settings.token_budget, keys=keys)  # raises InputError for an item that is too large
 
 
-def trainable(model: TrainableModel) -> list[nn.Parameter]:
+def trainable(model: HasDecoder) -> list[nn.Parameter]:
     """Return the parameters that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def checkpoint_layers(model: TrainableModel, trees: Sequence[Tree], settings: TrainingConfig) -> int:
+def checkpoint_layers(model: HasDecoder, trees: Sequence[Tree], settings: TrainingConfig) -> int:
     """Return how many layers a group has whose activations are recomputed, by the settings or by the memory forecast."""
     if settings.activation_checkpointing != "auto":
         return settings.activation_checkpointing
@@ -294,7 +296,7 @@ def _packed_steps(
 
 
 @contextmanager
-def _training_mode(model: TrainableModel, recomputed: int) -> Iterator[None]:
+def _training_mode(model: HasDecoder, recomputed: int) -> Iterator[None]:
     """Put the model into training mode with activation checkpointing; restore its mode afterwards."""
     was_training = model.training
     model.train()

@@ -11,8 +11,8 @@ import torch
 from srcfast.data.forest import Forest
 from srcfast.memory.flops import attended_of, peak_flops, training_flops
 from srcfast.memory.model_sizes import Shapes
+from srcfast.models.protocols import HasDecoder
 from srcfast.run.progress import peak_rss_bytes
-from srcfast.training.items import TrainableModel
 
 
 class StepMeter:
@@ -32,7 +32,7 @@ class StepMeter:
         head_rows: how many rows of a forest the head is applied to; default: all tokens below the roots.
     """
 
-    def __init__(self, model: TrainableModel, head_rows: Callable[[Forest], int] | None = None) -> None:
+    def __init__(self, model: HasDecoder, head_rows: Callable[[Forest], int] | None = None) -> None:
         weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         adapters = sum(parameter.numel() for name, parameter in weights if ".lora_" in name)
         base = sum(parameter.numel() for name, parameter in weights if ".layers." in name and ".lora_" not in name)

@@ -13,8 +13,9 @@ from torch import Tensor
 from srcfast import distributed
 from srcfast.data.forest import Forest
 from srcfast.models.dropout_keys import dropping
+from srcfast.models.protocols import HasDecoder
 from srcfast.models.sharding import empty_step, is_sharded
-from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainableModel, TrainingItem
+from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainingItem
 from srcfast.training.loader import PackedStep
 from srcfast.training.optimizer import AdamW
 from srcfast_kernels.transfers import Fetched, fetch, to_device
@@ -117,7 +118,7 @@ class StepNumbers:
 
 
 def accumulate(
-    model: TrainableModel,
+    model: HasDecoder,
     step: PackedStep,
     items: Sequence[TrainingItem],
     objective: Objective,
