@@ -1,4 +1,4 @@
-"""Which items a training step takes, and which of them each rank: pure functions of seed and step."""
+"""Select the items of a training step, and split them across ranks: pure functions of seed and step."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class BatchSettings(Protocol):
     def seed(self) -> int: ...
 
 
-@lru_cache(maxsize=2)  # each step of an epoch asks, some of them twice; loaders are an epoch ahead at most
+@lru_cache(maxsize=2)  # called at each step of an epoch; loader workers are at most one epoch ahead
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation `[count]` of the items in an epoch."""
+    """Return the permutation `[count]` of the items in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def num_steps(count: int, settings: BatchSettings) -> int:
-    """Updates that `count` items make; an epoch's last global batch may be smaller."""
+    """Return the number of updates for `count` items; an epoch's last global batch may be smaller."""
     return settings.epochs * math.ceil(count / settings.global_batch_size)
 
 
 def global_batch(count: int, step: int, settings: BatchSettings) -> list[int]:
-    """Indices of the items of update `step`."""
+    """Return the indices of the items of update `step`."""
     epoch, within = divmod(step, math.ceil(count / settings.global_batch_size))
     begin = within * settings.global_batch_size
     return epoch_order(count, settings.seed, epoch)[begin : begin + settings.global_batch_size].tolist()
@@ -44,25 +44,29 @@ def global_batch(count: int, step: int, settings: BatchSettings) -> list[int]:
 def rank_batch_indices(
     count: int, step: int, settings: BatchSettings, sizes: Sequence[int], rank: int, ranks: int
 ) -> list[int]:
-    """Indices of the items of update `step` that this rank of so many runs; `sizes` are the items' tokens."""
+    """Return the indices of the items of update `step` that a rank runs; `sizes` are the items' tokens."""
     batch = global_batch(count, step, settings)
-    return [batch[place] for place in balance_by_tokens([sizes[index] for index in batch], ranks)[rank]]
+    positions = balance_by_tokens([sizes[index] for index in batch], ranks)[rank]
+    return [batch[position] for position in positions]
 
 
 def balance_by_tokens(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Shares of a global batch that are as equal in tokens as may be: one list of places, ascending, for each rank.
+    """Split a global batch across ranks with about equal numbers of tokens.
 
-    The largest first, each to the rank that has the fewest tokens yet (of several the first); so a share is a pure function
-    of the batch and the number of ranks. Where ranks outnumber items, some shares are empty.
+    Greedy: the largest item first, each to the rank with the fewest tokens so far, to the first of several. So the split is a
+    pure function of the batch and the number of ranks.
 
     Args:
         sizes: tokens of each item.
-        ranks: how many shares.
+        ranks: number of ranks.
+
+    Returns:
+        For each rank the positions of its items in `sizes`, ascending; empty for some where ranks outnumber items.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place], place)):
-        poorest = tokens.index(min(tokens))
-        shares[poorest].append(place)
-        tokens[poorest] += sizes[place]
+    for position in sorted(range(len(sizes)), key=lambda position: (-sizes[position], position)):
+        least_loaded = tokens.index(min(tokens))
+        shares[least_loaded].append(position)
+        tokens[least_loaded] += sizes[position]
     return [sorted(share) for share in shares]

@@ -1,4 +1,4 @@
-"""Records from one format to another: ours, LLaVA's conversations, VLMEvalKit's tables, TRL's preferences."""
+"""Convert records between formats: srcfast's, LLaVA's conversations, VLMEvalKit's tables, TRL's preferences."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ def convert(
     image_output: Path | None = None,
     lost: Counter[str] | None = None,
 ) -> int:
-    """Write what `source` holds as `target`, at once or not at all; returns how many records.
+    """Convert a file of records, write the target atomically, and return the number of records.
 
-    Samples go among jsonl, llava and vlmeval_tsv, preferences among jsonl and trl. A jsonl source holds preferences
-    if its first record has `chosen` and `rejected`.
+    Samples can be jsonl, llava or vlmeval_tsv, preferences jsonl or trl. A jsonl source holds preferences if its first
+    record has `chosen` and `rejected`.
 
     Args:
-        image_root: folder that the source's image paths are relative to; the target's are relative to it too.
-        rejected: bad records are appended here.
-        image_output: where a table's images are written; the target's paths are relative to the target's folder
-            where they lie below it, else to `image_output`. Default: `<target's name>_images` beside the target.
-        lost: counts, by name, the fields that the target format can't carry.
+        source: file to read.
+        target: file to write.
+        source_format, target_format: of SAMPLE_FORMATS or PREFERENCE_FORMATS.
+        image_root: directory that the source's image paths are relative to; the target's are relative to it, too.
+        rejected: rows about bad records are appended to it.
+        image_output: where a table's images are written. The target's paths are relative to the target's directory if
+            that contains `image_output`, else to `image_output`. Default: `<target's name>_images` beside the target.
+        lost: counts, by name, the fields that the target format can't hold.
 
     Raises:
-        InputError: there is no such conversion, the source as a whole can't be read, or no record of it is good.
+        InputError: no such conversion exists, the source as a whole can't be read, or all its records are bad.
     """
     lost = Counter() if lost is None else lost
     target = Path(target)
@@ -57,7 +60,7 @@ def convert(
     preferences = "trl" in formats or (source_format == "jsonl" and _holds_preferences(source))
     if preferences and formats <= set(PREFERENCE_FORMATS):
         pairs = read_preferences(source, format=source_format, image_root=image_root, rejected=rejected)
-        _refuse_empty(source, len(pairs), rejected)
+        _check_not_empty(source, len(pairs), rejected)
         if target_format == "jsonl":
             return write_jsonl(target, (pair.to_json() for pair in pairs))
         return _write_list(target, (_trl_row(pair, lost) for pair in pairs))
@@ -72,7 +75,7 @@ def convert(
     samples = read_samples(
         source, format=source_format, image_root=image_root, rejected=rejected, image_output=image_output
     )
-    _refuse_empty(source, len(samples), rejected)
+    _check_not_empty(source, len(samples), rejected)
     if target_format == "vlmeval_tsv":
         return write_vlmeval_tsv(target, samples, lost)
     if source_format == "vlmeval_tsv":
@@ -83,18 +86,20 @@ def convert(
 
 
 def _holds_preferences(source: str | Path) -> bool:
+    """Return whether the first record of a jsonl file is a preference."""
     first = next((row for _, row in read_lines(source) if isinstance(row, dict)), {})
     return {"chosen", "rejected"} <= first.keys()
 
 
-def _refuse_empty(source: str | Path, count: int, rejected: list[dict[str, Any]]) -> None:
+def _check_not_empty(source: str | Path, count: int, rejected: list[dict[str, Any]]) -> None:
+    """Raise InputError, with the first reason, if no record is good."""
     if not count:
         found = f"none; the first: {rejected[0]['reason']}" if rejected else "none"
         raise InputError(file=source, expected="at least one good record", found=found)
 
 
 def _relative_to(sample: Sample, folder: Path) -> Sample:
-    """The sample with its image paths relative to `folder`, where they lie below it."""
+    """Make a sample's image paths relative to `folder` if its image root is below that; else return it unchanged."""
     root, folder = sample.image_root.resolve(), folder.resolve()
     if not root.is_relative_to(folder):
         return sample
@@ -106,23 +111,23 @@ def _llava_row(sample: Sample, lost: Counter[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"id": sample.id}
     if sample.images:
         row["image"] = sample.images[0] if len(sample.images) == 1 else list(sample.images)
-    asked = "\n".join((*[IMAGE_MARK] * len(sample.images), sample.question))
-    row["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": sample.answer}]
+    prompt = "\n".join((*[IMAGE_MARK] * len(sample.images), sample.question))
+    row["conversations"] = [{"from": "human", "value": prompt}, {"from": "gpt", "value": sample.answer}]
     if sample.rationale is not None:
         row["rationale"] = sample.rationale
     if sample.facts:
         row["facts"] = list(sample.facts)
-    return row | _carried(sample.extra, _TURN_KEYS, lost)
+    return row | _without_names(sample.extra, _TURN_KEYS, lost)
 
 
 def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
-    """A conversational row; TRL puts the images before the text of the first user message by itself."""
+    """Convert a pair to a conversational row. TRL itself puts the images before the text of the first user message."""
     flat: dict[str, Any] = {}
     for name, value in pair.to_json().items():
         if name not in _MESSAGE_KEYS and value is not None:
             flat[name] = value
     nested = {name: value for name, value in flat.items() if isinstance(value, dict | list)}
-    lost.update(list(nested))  # `datasets` wants one type a column: nested fields that differ by row would stop it
+    lost.update(list(nested))  # `datasets` needs one type a column, which nested fields that differ by row don't have
     return {
         "images": list(pair.images),
         "prompt": [{"role": "user", "content": pair.prompt}],
@@ -131,14 +136,14 @@ def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
     } | {name: value for name, value in flat.items() if name not in nested}
 
 
-def _carried(extra: Mapping[str, Any], taken: set[str], lost: Counter[str]) -> dict[str, Any]:
-    """The extra fields whose names the target format doesn't use itself; the others are counted as lost."""
-    lost.update(name for name in extra if name in taken)
-    return {name: value for name, value in extra.items() if name not in taken}
+def _without_names(extra: Mapping[str, Any], reserved: set[str], lost: Counter[str]) -> dict[str, Any]:
+    """Drop the extra fields whose names the target format reserves, and count them as lost."""
+    lost.update(name for name in extra if name in reserved)
+    return {name: value for name, value in extra.items() if name not in reserved}
 
 
 def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """A JSON list, one item a line."""
+    """Write a JSON list, one item a line, atomically; return the number of items."""
     count = 0
     with replacing(path) as file:
         for row in rows:
@@ -150,21 +155,21 @@ def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def write_predictions_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]], letters: Sequence[str]) -> int:
-    """Write predictions as VLMEvalKit scores them, row by row; returns how many.
+    """Write predictions as a table that VLMEvalKit can score; return the number of rows.
 
     Args:
         rows: index (or id), question, answer, prediction (the bare answer), and if known rationale, category (or
             ability), split, and options (capital letter -> text; options in another form are left out).
-        letters: `letters_of` all rows' options; each has a column.
+        letters: of all rows' options, see `letters_of`; each has a column.
     """
     columns = ("index", "question", *letters, "answer", "prediction", "rationale", "category", "split")
     return write_table(path, columns, map(_prediction_row, rows))
 
 
 def letters_of(options: Iterable[object]) -> list[str]:
-    """The letters that some of these options have, in their order."""
-    found = {letter for one in options for letter in _lettered(one)}
-    return [letter for letter in OPTION_LETTERS if letter in found]
+    """Return the letters that occur in any of these options, in alphabetical order."""
+    letters = {letter for row_options in options for letter in _lettered(row_options)}
+    return [letter for letter in OPTION_LETTERS if letter in letters]
 
 
 def _prediction_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,6 +186,6 @@ def _prediction_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lettered(options: object) -> dict[str, Any]:
-    """Options by letter; none where a data set has them in a form of its own."""
-    found = options if isinstance(options, dict) else {}
-    return {letter: found[letter] for letter in OPTION_LETTERS if letter in found}
+    """Return options by letter; empty if a dataset has them in another form."""
+    by_name = options if isinstance(options, dict) else {}
+    return {letter: by_name[letter] for letter in OPTION_LETTERS if letter in by_name}

@@ -1,10 +1,10 @@
-"""The three faults of rationales that SRC names, made on purpose in true ones: the R-Scorer's training data.
+"""Corrupt true rationales by the three faults that SRC names, to make the R-Scorer's training data.
 
-Everything here works on sentences and on a vocabulary of interchangeable words, so it serves any domain:
+The functions need only sentences and a vocabulary of interchangeable words, so they serve any domain:
 
-- counterfactual: something is said to be seen that is not there (a swapped attribute, an invented object);
-- insufficient: a perception sentence is left out, or the reasoning as a whole;
-- unreasonable: what was seen does not give what is concluded (a swapped count or relation, another answer).
+- counterfactual: a perception sentence states what the image does not show (a swapped attribute, an invented object);
+- insufficient: a perception sentence is omitted, or the whole reasoning;
+- unreasonable: the conclusion does not follow from the perception (a swapped count or relation, another answer).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Parts = tuple[tuple[str, ...], tuple[str, ...], str]  # perception sentences, re
 def corrupt(
     see: Sequence[str], think: Sequence[str], answer: str, kind: str, rng: Random, vocabulary: Vocabulary
 ) -> Parts:
-    """Give a true rationale-answer pair one fault of the kind named.
+    """Put one fault of a kind into a true rationale-answer pair.
 
     Args:
-        see: perception sentences; where there are none (plain format), the reasoning stands for them.
+        see: perception sentences; if there are none (plain format), faults of perception are put into the reasoning.
         think: reasoning sentences.
         answer: the true answer.
         kind: "counterfactual", "insufficient" or "unreasonable".
-        rng: decides among the ways in which the fault can be made.
-        vocabulary: class name -> words (or phrases) of which one may stand where another stood.
+        rng: selects one of the corruptions of the kind, and the words.
+        vocabulary: class name -> words (or phrases) that can replace each other.
 
     Returns:
         (see, think, answer), at least one of the three changed.
@@ -41,13 +41,13 @@ def corrupt(
     Raises:
         InputError: the kind is unknown, or no fault of that kind can be made in these sentences.
     """
-    ways = _WAYS.get(kind)
-    if ways is None:
+    corruptions = _CORRUPTIONS.get(kind)
+    if corruptions is None:
         raise InputError(field="kind", expected=f"one of {', '.join(KINDS)}", found=repr(kind))
     truth: Parts = (tuple(see), tuple(think), answer)
     words = _Words.of(vocabulary)
-    for way in rng.sample(ways, len(ways)):
-        corrupted = way(*truth, rng, words)
+    for corruption in rng.sample(corruptions, len(corruptions)):
+        corrupted = corruption(*truth, rng, words)
         if corrupted is not None and corrupted != truth:
             return corrupted
     raise InputError(
@@ -59,14 +59,14 @@ def corrupt(
 
 
 def swap_word(sentence: str, rng: Random, vocabulary: Vocabulary) -> str | None:
-    """The sentence with one word replaced by another of its class; None where it has none that could be."""
+    """Replace one word of a sentence by another of its class; None: the sentence has no word that can be replaced."""
     words = _Words.of(vocabulary)
-    places = words.find(sentence)
-    return words.swap(sentence, rng.choice(places), rng)[0] if places else None
+    matches = words.find(sentence)
+    return words.swap(sentence, rng.choice(matches), rng)[0] if matches else None
 
 
 class _Words:
-    """A vocabulary compiled once: a pattern that finds its words, and the alternatives of each."""
+    """A compiled vocabulary: a pattern that matches its words, and the alternatives of each word."""
 
     def __init__(self, classes: tuple[tuple[str, ...], ...]) -> None:
         self.alternatives: dict[str, tuple[str, ...]] = {}
@@ -80,18 +80,19 @@ class _Words:
 
     @staticmethod
     def of(vocabulary: Vocabulary) -> _Words:
+        """Compile a vocabulary, in lower case; compiled ones are cached."""
         return _compile(tuple(tuple(word.lower() for word in words) for words in vocabulary.values()))
 
     def find(self, sentence: str) -> list[re.Match[str]]:
-        """The places in a sentence where another word of the same class could stand."""
+        """Return the matches of words that have an alternative."""
         return [match for match in self.pattern.finditer(sentence) if self.alternatives[match[0].lower()]]
 
     def swap(self, sentence: str, match: re.Match[str], rng: Random) -> tuple[str, str, str]:
-        """The sentence with the match replaced, the word that went, and the word that came."""
+        """Replace a match; return the new sentence, the old word and the new word."""
         old = match[0].lower()
         new = rng.choice(self.alternatives[old])
-        written = new[:1].upper() + new[1:] if match[0][:1].isupper() else new
-        return sentence[: match.start()] + written + sentence[match.end() :], old, new
+        capitalised = new[:1].upper() + new[1:] if match[0][:1].isupper() else new
+        return sentence[: match.start()] + capitalised + sentence[match.end() :], old, new
 
 
 @lru_cache(maxsize=16)
@@ -104,10 +105,14 @@ def _replace_word(sentence: str, old: str, new: str) -> str:
 
 
 def _swap_one(sentences: tuple[str, ...], rng: Random, words: _Words) -> tuple[tuple[str, ...], str, str] | None:
-    """One word of one sentence swapped, so that no sentence is said twice that was not before."""
-    places = [(index, match) for index, sentence in enumerate(sentences) for match in words.find(sentence)]
-    rng.shuffle(places)
-    for index, match in places:
+    """Replace one word of one sentence, so that the new sentence is none of the others.
+
+    Returns:
+        (sentences, old word, new word); None: no word can be replaced.
+    """
+    matches = [(index, match) for index, sentence in enumerate(sentences) for match in words.find(sentence)]
+    rng.shuffle(matches)
+    for index, match in matches:
         swapped, old, new = words.swap(sentences[index], match, rng)
         if swapped not in sentences:
             return (*sentences[:index], swapped, *sentences[index + 1 :]), old, new
@@ -115,7 +120,7 @@ def _swap_one(sentences: tuple[str, ...], rng: Random, words: _Words) -> tuple[t
 
 
 def _misperceive(see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words) -> Parts | None:
-    """An attribute is seen wrongly; the rest stays, so the conclusion no longer rests on what is seen."""
+    """Replace one perceived attribute; the conclusion stays, and no longer follows from the perception."""
     swapped = _swap_one(see or think, rng, words)
     if swapped is None:
         return None
@@ -125,13 +130,13 @@ def _misperceive(see: tuple[str, ...], think: tuple[str, ...], answer: str, rng:
 def _misperceive_throughout(
     see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words
 ) -> Parts | None:
-    """An attribute is seen wrongly, and reasoning and answer carry the error on, as a model's errors do."""
+    """Replace one perceived attribute, and the same word in reasoning and answer, as a model's errors propagate."""
     swapped = _swap_one(see, rng, words)
     if swapped is None:
         return None
-    seen, old, new = swapped
+    perception, old, new = swapped
     return (
-        seen,
+        perception,
         tuple(_replace_word(sentence, old, new) for sentence in think),
         _replace_word(answer, old, new),
     )
@@ -140,57 +145,57 @@ def _misperceive_throughout(
 def _invent_object(
     see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words
 ) -> Parts | None:
-    """A perception sentence again, every attribute of it swapped: an object that nobody mentioned."""
+    """Insert a copy of a perception sentence with all its attributes replaced: an object that does not exist."""
     sources = [sentence for sentence in see if len(words.find(sentence)) >= 2]
     if not sources:
         return None
     invented = rng.choice(sources)
-    for match in reversed(words.find(invented)):  # from the end, so that earlier matches keep their places
+    for match in reversed(words.find(invented)):  # from the end, so that the positions of earlier matches stay valid
         invented = words.swap(invented, match, rng)[0]
     if invented in see:
         return None
-    place = rng.randint(0, len(see))
-    return (*see[:place], invented, *see[place:]), think, answer
+    position = rng.randint(0, len(see))
+    return (*see[:position], invented, *see[position:]), think, answer
 
 
 def _omit_perception(
     see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words
 ) -> Parts | None:
-    """A perception sentence left out, one that the conclusion speaks of where there is such a one."""
+    """Omit a perception sentence, if possible one that shares a word with reasoning or answer."""
     if len(see) < 2:
         return None
     used = {match[0].lower() for sentence in (*think, answer) for match in words.find(sentence)}
     needed = [i for i, s in enumerate(see) if any(match[0].lower() in used for match in words.find(s))]
-    gone = rng.choice(needed or range(len(see)))
-    return see[:gone] + see[gone + 1 :], think, answer
+    omitted = rng.choice(needed or range(len(see)))
+    return see[:omitted] + see[omitted + 1 :], think, answer
 
 
 def _omit_reasoning(
     see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words
 ) -> Parts | None:
-    """What is seen and the answer, without the steps between; in plain text one step is left out."""
+    """Omit the reasoning; in plain format, where perception is not marked, omit one sentence."""
     if see and think:
         return see, (), answer
     if len(think) >= 2:
-        gone = rng.randrange(len(think))
-        return see, think[:gone] + think[gone + 1 :], answer
+        omitted = rng.randrange(len(think))
+        return see, think[:omitted] + think[omitted + 1 :], answer
     return None
 
 
 def _misreason(see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words) -> Parts | None:
-    """A count, relation or other word of the reasoning swapped; the answer stays and no longer follows."""
+    """Replace a count, relation or other word of the reasoning; the answer stays, and no longer follows."""
     swapped = _swap_one(think, rng, words)
     return None if swapped is None else (see, swapped[0], answer)
 
 
 def _misanswer(see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words) -> Parts | None:
-    """The rationale is true, and another answer is given than the one that it leads to."""
+    """Replace the answer; the rationale stays true and supports another one."""
     swapped = _swap_one((answer,), rng, words)
     return None if swapped is None else (see, think, swapped[0][0])
 
 
-_Way = Callable[[tuple[str, ...], tuple[str, ...], str, Random, _Words], Parts | None]
-_WAYS: dict[str, tuple[_Way, ...]] = {
+_Corruption = Callable[[tuple[str, ...], tuple[str, ...], str, Random, _Words], Parts | None]
+_CORRUPTIONS: dict[str, tuple[_Corruption, ...]] = {
     "counterfactual": (_misperceive, _misperceive_throughout, _invent_object),
     "insufficient": (_omit_perception, _omit_reasoning),
     "unreasonable": (_misreason, _misanswer),

@@ -1,8 +1,8 @@
-"""The packed prefix forest: texts that share beginnings, laid end to end without padding.
+"""The packed prefix forest: sequences with shared prefixes, packed without padding.
 
-A segment is a run of tokens. Segments form trees: a segment sees all of its ancestors and, causally, itself,
-never a sibling; its positions start where its parent's end. A forest is many trees in one row of `T` tokens.
-What defines it: every root-to-leaf path, run alone as an ordinary sequence, gives the same result.
+A segment is a run of tokens. Segments form trees: a segment attends to all of its ancestors and, causally, to itself,
+never to a sibling; its positions start where its parent's end. A forest is many trees in one row of `T` tokens.
+Its invariant: every root-to-leaf path, run alone as an ordinary sequence, gives the same result.
 
     prompt -> {chosen, rejected}                    tokens   p p p p c c c r r
                                                     position 0 1 2 3 4 5 6 4 5
@@ -28,13 +28,13 @@ from srcfast.errors import InputError
 from srcfast_kernels import native
 from srcfast_kernels.transfers import indexed, to_device_together
 
-NATIVE_FROM = 1024  # items to pack: below, the native packer's tables cost more than they save
-NATIVE_BUDGET = 1 << 22  # its tables have an entry for every number of tokens that may be left
+NATIVE_FROM = 1024  # items: for fewer, filling the native packer's tables takes longer than packing in Python
+NATIVE_BUDGET = 1 << 22  # its tables have an entry for each number of free tokens, up to the budget
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens below its parent.
+    """A run of tokens that continues its parent.
 
     Args:
         tokens: `[n]` int64 token ids, n >= 1. Image placeholders are ordinary ids here.
@@ -55,12 +55,12 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """Segments in an order in which parents come before their children; the first is the root.
+    """Segments, parents before their children; the first is the root.
 
     Args:
         segments: at least one.
         images: keys of the images whose placeholders the segments hold, in order of appearance.
-        key: whatever names this tree to its owner (a sample's id, say); it appears in error messages.
+        key: identifies the tree for the caller, as a sample's id does; shown in error messages.
     """
 
     segments: tuple[Segment, ...]
@@ -79,6 +79,7 @@ class Tree:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all segments."""
         return sum(segment.tokens.size for segment in self.segments)
 
 
@@ -91,8 +92,8 @@ class Forest:
     `kv_index[cu_seqlens_k[s]:cu_seqlens_k[s + 1]]`, which are the rows of its whole root-to-itself path.
     `predictor` is `[T]` int64: the row whose hidden state predicts each token (the one before it; the
     parent's last row for a segment's first token; -1 for the root's first). `segment_start[tree][segment]` is
-    the row where a segment begins. `indices` says which of the trees handed in each tree is. `host` is the same
-    forest on the CPU where this one was moved: index maps are made from it without waiting for the device.
+    the row where a segment begins. `indices` are the positions of `trees` in the sequence that was packed. `host` is
+    the forest on the CPU that this one is a copy of: index maps are made from it without waiting for the device.
     """
 
     token_ids: Tensor
@@ -114,28 +115,28 @@ class Forest:
 
     @property
     def wasted_tokens(self) -> int:
-        """Tokens of the budget that no tree fills."""
+        """Tokens of the budget that are not used."""
         return self.token_budget - self.num_tokens
 
     @classmethod
     def of(cls, trees: Sequence[Tree]) -> Forest:
-        """One forest with exactly these trees, in this order."""
+        """Build one forest with exactly these trees, in this order."""
         return cls._build(trees, range(len(trees)), token_budget=sum(tree.num_tokens for tree in trees))
 
     @classmethod
     def pack(cls, trees: Sequence[Tree], token_budget: int, max_trees: int | None = None) -> list[Forest]:
-        """Best-fit decreasing: few forests, each of at most `token_budget` tokens and `max_trees` trees.
+        """Pack trees, best-fit decreasing, into few forests of at most `token_budget` tokens and `max_trees` trees each.
 
-        Deterministic. Trees within a forest keep the order of `trees`; `indices` tells which they are.
+        Deterministic. Trees within a forest have the order of `trees`; `indices` are their positions in it.
 
         Raises:
-            InputError: a single tree is larger than the budget; it names the tree's key.
+            InputError: a tree is larger than the budget; it is named by its key.
         """
         return list(cls.packed(trees, token_budget, max_trees))
 
     @classmethod
     def packed(cls, trees: Sequence[Tree], token_budget: int, max_trees: int | None = None) -> Iterator[Forest]:
-        """The forests of `pack` built one by one: whoever lets go of each holds one, and what attention keeps with it."""
+        """Yield the forests of `pack`, built one by one, so that a caller can release each, with its cache, before the next."""
         sizes = [tree.num_tokens for tree in trees]
         for members in pack_sizes(sizes, token_budget, max_trees, keys=[tree.key for tree in trees]):
             yield cls._build([trees[i] for i in members], members, token_budget)
@@ -147,7 +148,7 @@ class Forest:
         segments = [segment for tree in trees for segment in tree.segments]
         counts = [len(tree.segments) for tree in trees]
         lengths = np.array([segment.tokens.size for segment in segments], dtype=np.int64)  # [S]
-        first = np.repeat(np.cumsum(counts) - counts, counts)  # [S] each segment's tree's first segment
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # [S] index of the first segment of each segment's tree
         parents = np.array([segment.parent for segment in segments], dtype=np.int64)  # [S]
         parents = np.where(parents < 0, -1, parents + first)
         starts = np.cumsum(lengths) - lengths  # [S]
@@ -158,7 +159,7 @@ class Forest:
             chain.append(np.where(chain[-1] >= 0, parents[chain[-1]], -1))
         ancestors = np.stack(chain[-2::-1], axis=1)  # [S, depth], -1 where the path is shorter
         present = ancestors >= 0
-        path_lengths = np.where(present, lengths[ancestors], 0).sum(axis=1)  # [S] keys a segment sees
+        path_lengths = np.where(present, lengths[ancestors], 0).sum(axis=1)  # [S] keys that a segment attends to
         flat = ancestors[present]
         kv_index = _ranges(starts[flat], lengths[flat])  # [K]
 
@@ -179,28 +180,28 @@ class Forest:
             trees=tuple(trees),
             indices=tuple(indices),
             images=tuple(image for tree in trees for image in tree.images),
-            segment_start=[part.tolist() for part in np.split(starts, offsets)],
+            segment_start=[tree_starts.tolist() for tree_starts in np.split(starts, offsets)],
             num_tokens=int(within.size),
             token_budget=token_budget,
         )
 
     def paths(self) -> list[Tensor]:
-        """For each leaf, tree by tree: the rows `[n]` int64 of its whole root-to-leaf path."""
-        found, segment = [], 0
+        """Return for each leaf, tree by tree, the rows `[n]` int64 of its root-to-leaf path."""
+        paths, first = [], 0
         bounds = self.cu_seqlens_k.tolist()
         for tree in self.trees:
-            inner = {child.parent for child in tree.segments}
+            parents = {segment.parent for segment in tree.segments}
             for local in range(len(tree.segments)):
-                if local not in inner:
-                    found.append(self.kv_index[bounds[segment + local] : bounds[segment + local + 1]])
-            segment += len(tree.segments)
-        return found
+                if local not in parents:
+                    paths.append(self.kv_index[bounds[first + local] : bounds[first + local + 1]])
+            first += len(tree.segments)
+        return paths
 
     def target_rows(self, tree: int, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Rows that predict each token of the named segments, and those tokens.
+        """Return the rows that predict each token of some segments, and those tokens.
 
-        A segment's first token is predicted by its parent's last row, which siblings therefore share: a row
-        may occur more than once over several calls, and its gradients add up. The root's first token has no
+        A segment's first token is predicted by its parent's last row, which siblings therefore share: several calls
+        may return the same row, and its gradients add up. The root's first token has no
         predictor and is left out.
 
         Returns:
@@ -216,25 +217,25 @@ class Forest:
         return torch.cat(rows), torch.cat(targets)
 
     def to(self, device: torch.device | str) -> Forest:
-        """The same forest with its tensors on `device`; a GPU is sent them in one copy that isn't waited for."""
+        """Copy the forest's tensors to `device`; to a GPU in one asynchronous copy."""
         device = indexed(device)
         if device == self.token_ids.device:
             return self
         names = ("token_ids", "positions", "cu_seqlens_q", "cu_seqlens_k", "kv_index", "predictor")
-        there = to_device_together([getattr(self.host or self, name) for name in names], device)
-        moved = dict(zip(names, there, strict=True))
-        return replace(self, **moved, cache={}, host=self.host or self)
+        host = self.host or self
+        tensors = to_device_together([getattr(host, name) for name in names], device)
+        return replace(self, **dict(zip(names, tensors, strict=True)), cache={}, host=host)
 
 
 def pack_sizes(
     sizes: Sequence[int], budget: int, max_items: int | None = None, keys: Sequence[Any] | None = None
 ) -> list[list[int]]:
-    """Best-fit decreasing bin packing; each bin lists its items in ascending order.
+    """Pack items into bins, best-fit decreasing; each bin lists its items in ascending order.
 
     Args:
-        sizes: one number an item.
-        budget: what a bin holds.
-        max_items: most items in a bin; None for no limit.
+        sizes: of each item.
+        budget: capacity of a bin.
+        max_items: maximal items in a bin; None: no limit.
         keys: names of the items for the error message.
 
     Raises:
@@ -243,7 +244,7 @@ def pack_sizes(
     if len(sizes) >= NATIVE_FROM and budget <= NATIVE_BUDGET and max(sizes) <= budget and native.available():
         return _pack_sizes_native(sizes, budget, max_items or 0)
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending: the first that is large enough fits best
+    free: list[tuple[int, int]] = []  # (free tokens, bin), ascending: the first that is large enough fits best
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         if sizes[item] > budget:
             raise InputError(
@@ -253,19 +254,20 @@ def pack_sizes(
                 found=f"{sizes[item]} tokens",
                 fix="raise token_budget or leave this sample out",
             )
-        place = bisect_left(room, (sizes[item], -1))
-        if place < len(room):
-            left, number = room.pop(place)
+        position = bisect_left(free, (sizes[item], -1))
+        if position < len(free):
+            capacity, bin_index = free.pop(position)
         else:
-            left, number = budget, len(bins)
+            capacity, bin_index = budget, len(bins)
             bins.append([])
-        bins[number].append(item)
-        if max_items is None or len(bins[number]) < max_items:
-            insort(room, (left - sizes[item], number))
+        bins[bin_index].append(item)
+        if max_items is None or len(bins[bin_index]) < max_items:
+            insort(free, (capacity - sizes[item], bin_index))
     return [sorted(members) for members in bins]
 
 
 def _pack_sizes_native(sizes: Sequence[int], budget: int, max_items: int) -> list[list[int]]:
+    """Do the same as `pack_sizes` in C++; `max_items` 0: no limit."""
     counts = torch.as_tensor(sizes, dtype=torch.int64)
     items, offsets = torch.empty(len(counts), dtype=torch.int64), torch.empty(len(counts) + 1, dtype=torch.int64)
     bins = torch.ops.srcfast.pack_sizes(counts, budget, max_items, items, offsets)
@@ -274,10 +276,11 @@ def _pack_sizes_native(sizes: Sequence[int], budget: int, max_items: int) -> lis
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ranges start, start + 1, ..., start + length - 1, one after the other."""
+    """Concatenate the ranges start, start + 1, ..., start + length - 1."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    """Return 0 and the cumulative sums of lengths, int32, as variable-length attention takes them."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

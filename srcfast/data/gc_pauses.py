@@ -1,4 +1,4 @@
-"""Python's garbage collector, while many records are made that all stay."""
+"""Pause full passes of Python's garbage collector while many long-lived records are created."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def pause_full_collections() -> Iterator[None]:
-    """Within (or in a function decorated with it) the collector looks at young objects alone.
+    """Restrict the collector to young objects while the body, or a function decorated with this, runs.
 
-    Its full passes go through all that lives, and come again and again while that grows: a third of the time of reading a
-    hundred thousand records. Cycles among what one record needed for a moment are freed as ever.
+    Its full passes visit all live objects, again and again while their number grows: a third of the time of reading a hundred
+    thousand records. Cycles among short-lived objects are still freed.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, 1 << 30)

@@ -1,4 +1,4 @@
-"""Values looked up by key while they are read: what lies in files in the order in which it is asked for need not be in memory."""
+"""Look up values by key while they are read, so that files in the order of the lookups need not fit into memory."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ Value = TypeVar("Value")
 
 
 class InOrder(Generic[Value]):
-    """`get` over (key, value) pairs that are read as they are asked for, each handed out once.
+    """Look up (key, value) pairs that are read lazily; each value is returned once.
 
-    What is passed over on the way to a key is kept until it is asked for: asked in the order in which the pairs come, one
-    pair is held at a time; in any other order, up to all.
+    Pairs that are read on the way to a key are buffered until they are looked up. If lookups have the order of the pairs, no
+    pair is buffered; in any other order up to all are.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Value]]) -> None:
         self._pairs = iter(pairs)
-        self._kept: dict[str, Value] = {}
+        self._buffered: dict[str, Value] = {}
 
     def get(self, key: str) -> Value | None:
-        """The key's value, None where there is none or it was handed out."""
-        if key in self._kept:
-            return self._kept.pop(key)
+        """Return a key's value; None: there is none, or it was returned before."""
+        if key in self._buffered:
+            return self._buffered.pop(key)
         for other, value in self._pairs:
             if other == key:
                 return value
-            self._kept[other] = value
+            self._buffered[other] = value
         return None
 
     def rest(self) -> Iterator[tuple[str, Value]]:
-        """What nobody asked for."""
-        yield from self._kept.items()
+        """Yield the pairs that were not looked up."""
+        yield from self._buffered.items()
         yield from self._pairs
 
 
 def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    """Candidates as the shards hold them, one after the other, by their sample's id."""
+    """Group candidates by sample id, in the order in which they come."""
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(candidate.sample_id, []).append(candidate)
@@ -48,17 +48,17 @@ def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate
 
 
 def samples_in_order(candidates: Iterable[Candidate]) -> InOrder[list[Candidate]]:
-    """`group_by_sample` while they are read: for samples that are asked for in the shards' order.
+    """Group candidates by sample id while they are read, for lookups in the shards' order.
 
-    Raises (when it comes to it):
-        InputError: a sample's candidates are not one after the other.
+    Raises (during a lookup):
+        InputError: a sample's candidates are not consecutive.
     """
     return InOrder(_groups(candidates))
 
 
 def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candidate]]]:
     seen: set[str] = set()
-    for sample_id, own in groupby(candidates, key=lambda one: one.sample_id):
+    for sample_id, group in groupby(candidates, key=lambda candidate: candidate.sample_id):
         if sample_id in seen:
             raise InputError(
                 sample_id=sample_id,
@@ -68,4 +68,4 @@ def _groups(candidates: Iterable[Candidate]) -> Iterator[tuple[str, list[Candida
                 fix="sort the candidates by sample",
             )
         seen.add(sample_id)
-        yield sample_id, list(own)
+        yield sample_id, list(group)

@@ -1,4 +1,4 @@
-"""Siblings that begin alike share their beginning: the same paths with fewer tokens."""
+"""Merge the common prefixes of sibling segments: the same paths with fewer tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from srcfast.data.forest import Segment, Tree
 
-LEAST_SAVED = 8  # tokens: what a further segment costs attention more than it saves
+MIN_SAVED = 8  # tokens: for fewer, the additional segment costs attention more than the tokens it saves
 
 
-def share_prefixes(tree: Tree, least_saved: int = LEAST_SAVED) -> tuple[Tree, list[int]]:
-    """The tree with what siblings begin with in a segment of its own above them, again and again.
+def share_prefixes(tree: Tree, min_saved: int = MIN_SAVED) -> tuple[Tree, list[int]]:
+    """Move common prefixes of siblings into new segments above them, recursively.
 
-    Every path spells the same tokens. Beam search's candidates begin with the same sentences; what a prompt says before
-    each of them they share anyhow.
+    Every path has the same tokens as before. Beam search's candidates, for instance, begin with the same sentences.
 
     Args:
-        tree: whose segments below the root hold no image placeholder.
-        least_saved: tokens that a shared beginning must save: its length, times its siblings but one.
+        tree: its segments below the root must hold no image placeholder.
+        min_saved: minimal tokens that a shared prefix saves: its length times (its siblings - 1).
 
     Returns:
-        The new tree, depth first, and for each segment of `tree` the one of the new tree whose last token is its last.
+        The new tree, depth first, and for each segment of `tree` the index of the new tree's segment that ends with its last
+        token.
     """
     tokens = [segment.tokens.tolist() for segment in tree.segments]
     children: list[list[int]] = [[] for _ in tokens]
@@ -31,33 +31,33 @@ def share_prefixes(tree: Tree, least_saved: int = LEAST_SAVED) -> tuple[Tree, li
     shared: list[Segment] = []
     ends = [0] * len(tokens)
 
-    def add(part: list[int], parent: int) -> int:
-        shared.append(Segment(np.array(part, dtype=np.int64), parent))
+    def add(segment_tokens: list[int], parent: int) -> int:
+        shared.append(Segment(np.array(segment_tokens, dtype=np.int64), parent))
         return len(shared) - 1
 
     def end(index: int, segment: int) -> None:
+        """Record that a segment of `tree` ends with a new segment, and continue with its children."""
         ends[index] = segment
-        below = sorted(children[index], key=lambda child: tokens[child])
-        place(below, 0, 0, segment)
+        add_siblings(sorted(children[index], key=lambda child: tokens[child]), 0, 0, segment)
 
-    def place(members: list[int], start: int, alike: int, parent: int) -> None:
-        """Siblings, sorted, that are alike up to `alike`; what lies before `start` is in `parent`'s path."""
-        over = [index for index in members if len(tokens[index]) == alike]
-        for index in over:
-            end(index, add(tokens[index][start:], parent) if alike > start else parent)
-        for _, group in groupby(members[len(over) :], key=lambda index: tokens[index][alike]):
-            together = list(group)
-            if len(together) == 1:
-                end(together[0], add(tokens[together[0]][start:], parent))
+    def add_siblings(siblings: list[int], start: int, equal: int, parent: int) -> None:
+        """Add siblings, sorted, whose first `equal` tokens are equal; those before `start` are in the path of `parent`."""
+        finished = [index for index in siblings if len(tokens[index]) == equal]
+        for index in finished:
+            end(index, add(tokens[index][start:], parent) if equal > start else parent)
+        for _, group in groupby(siblings[len(finished) :], key=lambda index: tokens[index][equal]):
+            members = list(group)
+            first, last = tokens[members[0]], tokens[members[-1]]
+            if len(members) == 1:
+                end(members[0], add(first[start:], parent))
                 continue
-            first, last = tokens[together[0]], tokens[together[-1]]  # the two that differ first
-            common = alike
+            common = equal  # sorted: a prefix of the first and the last is one of all
             while common < min(len(first), len(last)) and first[common] == last[common]:
                 common += 1
-            if (len(together) - 1) * (common - start) >= least_saved:
-                place(together, common, common, add(first[start:common], parent))
+            if (len(members) - 1) * (common - start) >= min_saved:
+                add_siblings(members, common, common, add(first[start:common], parent))
             else:
-                place(together, start, common, parent)
+                add_siblings(members, start, common, parent)
 
     end(0, add(tokens[0], -1))
     return Tree(tuple(shared), tree.images, tree.key), ends

@@ -1,9 +1,9 @@
-"""The one format and the one parser of rationale-answer responses.
+"""Format and parse rationale-answer responses.
 
     tagged  <see> What is seen. </see> <think> What follows. </think> <answer> A </answer>
     plain   What is seen. What follows. Answer: A
 
-Baselines and every model's output go through the same parser; what it cannot read counts as unparsed.
+The outputs of baselines and of every model go through the same parser; a response that it cannot read counts as unparsed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from srcfast.errors import InputError
 
 Format = Literal["tagged", "plain"]
-BARE_ANSWER_WORDS = 5  # a response without marks is an answer if it is this short
+BARE_ANSWER_WORDS = 5  # a response without tags or "Answer:" is an answer if it has at most so many words
 
 _ANY_TAG = re.compile(r"(</?(?:see|think|answer)>)")
 _TAGS = (
@@ -35,7 +35,7 @@ _NUMBER_WORDS = {
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """A response taken apart; `answer` is None where it could not be read."""
+    """The sentences and the answer of a response; `answer` is None if the response could not be parsed."""
 
     perception: tuple[str, ...]
     reasoning: tuple[str, ...]
@@ -43,11 +43,12 @@ class ParsedResponse:
 
     @property
     def has_rationale(self) -> bool:
+        """Whether there is any sentence."""
         return bool(self.perception or self.reasoning)
 
     @property
     def rationale(self) -> str:
-        """All sentences, joined."""
+        """All sentences, joined by spaces."""
         return " ".join((*self.perception, *self.reasoning))
 
 
@@ -55,19 +56,20 @@ UNPARSED = ParsedResponse((), (), None)
 
 
 def format_response(see: Sequence[str], think: Sequence[str], answer: str, format: Format) -> str:
-    """Write a response. Raises InputError where it would not be read back as what it says.
+    """Write a response that `parse_response` reads back.
 
-    Such are: an empty sentence or answer, a response tag within one, in plain format also a second "Answer:" and an
-    answer of several lines.
+    Raises:
+        InputError: a sentence or the answer is empty or contains a response tag; in plain format, also if there is a second
+            "Answer:" or an answer of several lines.
     """
     if format == "plain":
         text = " ".join((*see, *think, f"Answer: {answer}"))
     else:
         text = f"{tagged_rationale(see, think)} <answer> {answer} </answer>"
     sentences = (*see, *think)
-    read = parse_response(text)
-    whole = read.rationale.split() == " ".join(sentences).split() and read.answer == answer.strip()
-    if not whole or not all(sentence.strip() for sentence in sentences):
+    parsed = parse_response(text)
+    is_same = parsed.rationale.split() == " ".join(sentences).split() and parsed.answer == answer.strip()
+    if not is_same or not all(sentence.strip() for sentence in sentences):
         raise InputError(
             field="rationale",
             expected=f"sentences and an answer that a {format} response can hold: not empty, without tags",
@@ -77,21 +79,21 @@ def format_response(see: Sequence[str], think: Sequence[str], answer: str, forma
 
 
 def tagged_rationale(see: Sequence[str], think: Sequence[str]) -> str:
-    """A rationale with its visual perception tags; without conclusions there is no second block."""
-    concluded = ("<think>", *think, "</think>") if think else ()
-    return " ".join(("<see>", *see, "</see>", *concluded))
+    """Write a rationale with its tags; without reasoning sentences there is no <think> block."""
+    reasoning = ("<think>", *think, "</think>") if think else ()
+    return " ".join(("<see>", *see, "</see>", *reasoning))
 
 
 def parse_response(text: str) -> ParsedResponse:
-    """Read a tagged, plain or bare response; linear in its length, never raises.
+    """Parse a tagged, plain or bare response in time linear in its length; never raises.
 
     A tagged response has each block at most once, in order, the answer last and nothing after it. A plain one has one
-    `Answer:` and a single line behind it. A bare one is a single line of at most five words.
+    `Answer:` and a single line after it. A bare one is a single line of at most five words.
     """
-    between = _ANY_TAG.split(text)  # text, tag, text, tag, ..., text
-    if len(between) > 1:
-        texts, tags = between[::2], between[1::2]
-        if tags not in _TAGS or any(part.strip() for part in texts[::2]) or not texts[-2].strip():
+    pieces = _ANY_TAG.split(text)  # text, tag, text, tag, ..., text
+    if len(pieces) > 1:
+        texts, tags = pieces[::2], pieces[1::2]
+        if tags not in _TAGS or any(outside.strip() for outside in texts[::2]) or not texts[-2].strip():
             return UNPARSED
         think = split_sentences(texts[3]) if len(tags) == 6 else []
         return ParsedResponse(tuple(split_sentences(texts[1])), tuple(think), texts[-2].strip())
@@ -108,7 +110,7 @@ def parse_response(text: str) -> ParsedResponse:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
+    """Split a text into sentences; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
     sentences: list[str] = []
     start = 0
     for boundary in _BOUNDARY.finditer(text):
@@ -118,7 +120,7 @@ def split_sentences(text: str) -> list[str]:
                 continue
             if end - start < 8 and _LIST_MARKER.fullmatch(text[start:end].strip()):
                 continue
-        # What closes a quotation or bracket belongs to the sentence.
+        # A closing quotation mark or bracket belongs to the sentence.
         closed = end + len(boundary.group().rstrip())
         if text[start:closed].strip():
             sentences.append(text[start:closed].strip())
@@ -129,7 +131,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def normalise_answer(text: str) -> str:
-    """Answers are equal if these are: case, final period, articles, number words, "grey", bold print do not count."""
+    """Normalise an answer for comparison: case, final period, articles, number words, "grey" and bold print do not count."""
     words = text.strip().lower().strip(" .!*\"'").split()
     words = [_NUMBER_WORDS.get(word, "gray" if word == "grey" else word) for word in words]
     while len(words) > 1 and words[0] in ("a", "an", "the"):

@@ -1,4 +1,4 @@
-"""The records that stages hand on, one JSON object a line: samples, candidates, preferences. Unknown keys are kept."""
+"""The records that stages exchange, one JSON object a line: samples, candidates, preferences. Unknown keys are preserved."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from srcfast.errors import InputError
 
-LOGPROB_ROUNDING = 1e-3  # a log-probability is above 0 by no more than this
+LOGPROB_ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about images. `images` are paths relative to `image_root`; `facts` are sentences known to be true."""
+    """A question about images. `images` are paths relative to `image_root`; `facts` are true sentences about the images."""
 
     id: str
     images: tuple[str, ...]
@@ -27,7 +27,7 @@ class Sample:
     image_root: Path = Path(".")
 
     def to_json(self) -> dict[str, Any]:
-        """The record `{id, images, question, answer, rationale?, facts?}` and whatever else was read with it."""
+        """Convert to `{id, images, question, answer, rationale?, facts?}` and the extra keys."""
         row: dict[str, Any] = {
             "id": self.id,
             "images": list(self.images),
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response that the model proposed for a sample; `logprob` is the model's own, summed over `token_ids`."""
+    """A response that the model generated for a sample; `logprob` is the model's, summed over `token_ids`."""
 
     id: str
     sample_id: str
@@ -70,7 +70,7 @@ class Candidate:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record `{id, sample_id, text, rationale, answer, logprob, token_ids}` and its extra keys."""
+        """Convert to `{id, sample_id, text, rationale, answer, logprob, token_ids}` and the extra keys."""
         return {
             "id": self.id,
             "sample_id": self.sample_id,
@@ -99,7 +99,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Preference:
-    """A chosen and a rejected response, their confidence and, once computed, the reference's log-probabilities."""
+    """A chosen and a rejected response, their confidence and, once computed, their reference log-probabilities."""
 
     sample_id: str
     images: tuple[str, ...]
@@ -113,7 +113,7 @@ class Preference:
     image_root: Path = Path(".")
 
     def to_json(self) -> dict[str, Any]:
-        """The record as the design fixes it, and its extra keys."""
+        """Convert to a record with all fields but `image_root`, and the extra keys."""
         return {
             "sample_id": self.sample_id,
             "images": list(self.images),
@@ -152,7 +152,7 @@ class Preference:
 
 
 class Fields:
-    """Takes typed fields out of one JSON object; the others are `rest()`. Errors name file, line, field, sample."""
+    """Take typed fields out of one JSON object; `rest` returns the others. Errors name file, line, field and sample."""
 
     def __init__(self, row: Mapping[str, Any], file: str | Path, line: int | None) -> None:
         self.file, self.line = file, line
@@ -164,6 +164,7 @@ class Fields:
         self.sample_id = None if name is None else str(name)
 
     def error(self, name: str, expected: str, found: Any, fix: str | None = None) -> InputError:
+        """Return an error about a field of this record."""
         return InputError(
             file=self.file,
             line=self.line,
@@ -175,11 +176,13 @@ class Fields:
         )
 
     def take(self, name: str, expected: str) -> Any:
+        """Take a field of any type. Raises InputError if it is missing."""
         if name not in self.left:
             raise self.error(name, expected, "no such key", f"add {name!r} to the record")
         return self.left.pop(name)
 
     def identifier(self, name: str, default: str | None = None) -> str:
+        """Take an id, a non-empty string or an integer, as a string. Raises InputError."""
         if default and name not in self.left:
             return default
         value = self.take(name, "an id (string or integer)")
@@ -188,39 +191,45 @@ class Fields:
         return str(value)
 
     def text(self, name: str) -> str:
+        """Take a string that is not blank. Raises InputError."""
         value = self.take(name, "a non-empty string")
         if not isinstance(value, str) or not value.strip():
             raise self.error(name, "a non-empty string", value)
         return value
 
     def answer(self, name: str) -> str:
+        """Take an answer, a string that is not blank or a number, as a string. Raises InputError."""
         if isinstance(self.left.get(name), int | float) and not isinstance(self.left[name], bool):
             self.left[name] = str(self.left[name])
         return self.text(name)
 
     def optional_text(self, name: str) -> str | None:
+        """Take a string, or None if it is missing or null. Raises InputError for another type."""
         value = self.left.pop(name, None)
         if value is not None and not isinstance(value, str):
             raise self.error(name, "a string", value)
         return value
 
     def sentences(self, name: str) -> tuple[str, ...]:
+        """Take a list of sentences, or a single one; empty if it is missing or null. Raises InputError."""
         value = self.left.pop(name, None)
         if value is None:
             return ()
         if isinstance(value, str):
             value = [value]
-        if not isinstance(value, list) or any(not isinstance(one, str) or not one.strip() for one in value):
+        if not isinstance(value, list) or any(not isinstance(text, str) or not text.strip() for text in value):
             raise self.error(name, "a list of sentences, none of them empty", value)
         return tuple(value)
 
     def integers(self, name: str) -> tuple[int, ...]:
+        """Take a list of token ids; empty if it is missing. Raises InputError."""
         value = self.left.pop(name, [])
         if not isinstance(value, list) or any(type(x) is not int or not 0 <= x < 2**31 for x in value):
             raise self.error(name, "a list of token ids, integers of at least 0", value)
         return tuple(value)
 
     def number(self, name: str, default: float | None = None) -> float:
+        """Take a finite number, or the default if it is missing or null. Raises InputError."""
         if default is not None and self.left.get(name) is None:
             self.left.pop(name, None)
             return default
@@ -233,26 +242,30 @@ class Fields:
             raise self.error(name, "a finite number", "an integer beyond all floats") from error
 
     def logprob(self, name: str) -> float:
+        """Take a log-probability, at most 0 within rounding. Raises InputError."""
         value = self.number(name)
         if value > LOGPROB_ROUNDING:
             raise self.error(name, "a log-probability, at most 0", value, "compute it anew: it is none of any response")
         return value
 
     def optional_number(self, name: str) -> float | None:
+        """Take a finite number, or None if it is missing or null. Raises InputError."""
         if self.left.get(name) is None:
             self.left.pop(name, None)
             return None
         return self.number(name)
 
     def images(self) -> tuple[str, ...]:
-        one, several = self.left.pop("image", None), self.left.pop("images", None)
-        if one is not None and several is not None:
+        """Take the image paths of `image` or `images`; empty if both are missing or null. Raises InputError."""
+        image, images = self.left.pop("image", None), self.left.pop("images", None)
+        if image is not None and images is not None:
             raise self.error("images", "either 'image' or 'images'", "both")
-        value = one if one is not None else [] if several is None else several
+        value = image if image is not None else [] if images is None else images
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or any(not isinstance(path, str) or not path for path in value):
             raise self.error("images", "an image path or a list of image paths", value)
         return tuple(value)
 
     def rest(self) -> dict[str, Any]:
+        """Return the fields that were not taken."""
         return self.left

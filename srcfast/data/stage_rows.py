@@ -1,4 +1,4 @@
-"""What stages read of each other's shards beside the records: score rows and predictions, checked as they are read."""
+"""Read and check the rows that stages exchange beside records: scores, preference pairs, predictions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from srcfast.errors import InputError
 
 _COUNTS = ("pairs", "verdicts")
 _RATES = ("flip_rate", "tie_rate")
-MEND = "score these candidates anew"
+FIX = "score these candidates anew"
 
 
 def read_scores(directory: str | Path) -> Iterator[dict[str, Any]]:
-    """Score rows of n candidates each: those of `srcfast score`, see `stages.scoring.scored_rows`, or of another scorer.
+    """Yield score rows: those of `srcfast score`, see `stages.scoring.scored_rows`, or of another scorer.
 
     Raises:
-        InputError: the directory is not whole, or a row lacks a field, or one is of another shape; it is named.
+        InputError: the directory is incomplete, or a field of a row is missing or has another type or shape; it is named.
     """
     for file, line, row in read_shards(directory):
         check_scores(row, file, line)
@@ -28,34 +28,34 @@ def read_scores(directory: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
-    """Raises InputError where a score row is not what curation takes: file, line and field are named.
+    """Check a score row of n candidates. Raises InputError that names file, line and field.
 
     Curation needs `sample_id`, `candidate_ids`, `scores`, `confidence`, the rates and the counts; `alone` and `win_probability`
-    are checked where they are there.
+    are checked if they are present.
     """
     fields = Fields(row, file, line)
     fields.identifier("sample_id")
     ids = fields.take("candidate_ids", "a list of ids")
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
-        raise fields.error("candidate_ids", "a list of ids, each once", ids, MEND)
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids) or len(set(ids)) < len(ids):
+        raise fields.error("candidate_ids", "a list of ids, each once", ids, FIX)
     n = len(ids)
     for name in ("scores", *(("alone",) if "alone" in row else ())):
         values = fields.take(name, f"{n} numbers from 0 to 1")
-        if not _is_shares(values, n):
-            raise fields.error(name, f"{n} numbers from 0 to 1", values, MEND)
+        if not _is_probabilities(values, n):
+            raise fields.error(name, f"{n} numbers from 0 to 1", values, FIX)
     expected = f"{n} x {n} numbers from 0 to 1"
     for name in ("confidence", *(("win_probability",) if "win_probability" in row else ())):
         matrix = fields.take(name, expected)
-        if not isinstance(matrix, list) or len(matrix) != n or not all(_is_shares(one, n) for one in matrix):
-            raise fields.error(name, expected, matrix, MEND)
+        if not isinstance(matrix, list) or len(matrix) != n or not all(_is_probabilities(row, n) for row in matrix):
+            raise fields.error(name, expected, matrix, FIX)
     for name in (*_COUNTS, *_RATES):
         value = fields.number(name)
         if value < 0 or (name in _RATES and value > 1):
-            raise fields.error(name, "a share" if name in _RATES else "a count", value, MEND)
+            raise fields.error(name, "a share" if name in _RATES else "a count", value, FIX)
 
 
-def _is_shares(values: Any, count: int) -> bool:
-    """Whether these are so many numbers from 0 to 1, with room for what rounding did."""
+def _is_probabilities(values: Any, count: int) -> bool:
+    """Return whether a value is a list of so many numbers from 0 to 1, within rounding."""
     return (
         isinstance(values, list)
         and len(values) == count
@@ -64,10 +64,14 @@ def _is_shares(values: Any, count: int) -> bool:
 
 
 def read_pairs(directory: str | Path, samples: Mapping[str, Sample]) -> list[Preference]:
-    """The preferences that curation wrote, with the image roots of their samples, which `samples` has by id.
+    """Read the preferences that curation wrote, with the image roots of their samples.
+
+    Args:
+        directory: of the shards.
+        samples: by id.
 
     Raises:
-        InputError: the directory is not whole, a field is missing or of another kind, or a sample is none of these.
+        InputError: the directory is incomplete, a field is missing or has another type, or a sample is not in `samples`.
     """
     pairs = []
     for file, line, row in read_shards(directory):
@@ -82,18 +86,18 @@ def read_pairs(directory: str | Path, samples: Mapping[str, Sample]) -> list[Pre
 
 
 def read_aligned(file: str | Path) -> dict[str, bool]:
-    """Sample id -> whether its prediction is right and aligned, from predictions in JSON lines.
+    """Read from predictions in JSON lines, by sample id, whether each is right and aligned.
 
     Raises:
-        InputError: a malformed line, a field that is missing or of another kind, or an id that occurs twice.
+        InputError: a line is malformed, a field is missing or has another type, or an id occurs twice.
     """
-    found: dict[str, bool] = {}
+    aligned_by_id: dict[str, bool] = {}
     for line, row in read_jsonl(file):
         fields = Fields(row, file, line)
         name, aligned = fields.identifier("id"), fields.take("aligned", "true, false or null")
         if aligned is not None and not isinstance(aligned, bool):
             raise fields.error("aligned", "true, false or null", aligned)
-        if name in found:
+        if name in aligned_by_id:
             raise InputError(file=file, line=line, field="id", expected="an id that occurs once", found=name)
-        found[name] = bool(aligned)
-    return found
+        aligned_by_id[name] = bool(aligned)
+    return aligned_by_id

@@ -1,4 +1,4 @@
-"""VLMEvalKit's tables: tab-separated, images in base64 within them, read into samples and written from them."""
+"""Read and write VLMEvalKit's tables: tab-separated, with images in base64."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from srcfast.data.jsonl import is_unicode, regular, replacing
 from srcfast.data.records import Fields, Sample
 from srcfast.errors import InputError
 
-REFERENCE_CHARACTERS = 64  # an image cell no longer than this is the index of the row that holds the image
+REFERENCE_CHARACTERS = 64  # an image cell of at most so many is the index of the row that holds the image
 OPTION_LETTERS = string.ascii_uppercase
-QUESTION_KEY = "vlmeval_question"  # the question as it stood in the table, before the options were written into it
+QUESTION_KEY = "vlmeval_question"  # the question of the table, without the options
 _COLUMNS = ("index", "image", "question", "answer")
 
 
 def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int, Sample | InputError]]:
-    """Yield (line, sample or what is wrong with it); images are written into `image_output`, each once.
+    """Yield (line, sample or its error), and write each image once into `image_output`.
 
     Columns: index, image, question, answer; optional: hint, A, B, ..., category, l2-category, split, rationale.
-    Options are written into the question as VLMEvalKit's multiple-choice prompt has them.
+    Options are appended to the question as in VLMEvalKit's multiple-choice prompt.
 
     Raises:
         InputError: the file can't be read, or a column is missing.
     """
     images: dict[str, list[str] | InputError] = {}
-    for line, row in _rows(path):  # first all images: a row may name the image of a later one
+    for line, row in _rows(path):  # all images first: a row may refer to the image of a later one
         cell = "" if isinstance(row, InputError) else row["image"].strip()
         if not isinstance(row, InputError) and len(cell) > REFERENCE_CHARACTERS and row["index"] not in images:
             images[row["index"]] = _write_images(cell, row["index"], f"{path}, line {line}", image_output)
@@ -49,15 +49,16 @@ def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int
 
 
 def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]:
+    """Yield (line, cells by column, or the row's error). Raises InputError if the file or its header is malformed."""
     csv.field_size_limit(sys.maxsize)
     try:
         with open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            again: deque[str] = deque()  # lines to read once more
-            taken: list[str] = []  # lines of the row that is being read
+            reread: deque[str] = deque()  # lines to read once more
+            row_lines: list[str] = []  # of the row that is being read
 
             def lines() -> Iterator[str]:
-                while (text := again.popleft() if again else file.readline()) != "":
-                    taken.append(text)
+                while (text := reread.popleft() if reread else file.readline()) != "":
+                    row_lines.append(text)
                     yield text
 
             reader = csv.reader(lines(), delimiter="\t", strict=True)
@@ -68,15 +69,15 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]
                 raise InputError(file=path, line=1, field="header", expected=expected, found=ascii(names[:200]))
             line = 1
             while True:
-                line += len(taken)
-                taken.clear()
+                line += len(row_lines)
+                row_lines.clear()
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
                     yield line, InputError(file=path, line=line, field="record", expected="a table row", found=error)
-                    # A quote left open takes in the rows after it: read these again, each as a row of its own.
-                    again.extendleft(reversed(taken[1:]))
-                    del taken[1:]
+                    # An unclosed quote swallows the rows after it: read these again, as separate rows.
+                    reread.extendleft(reversed(row_lines[1:]))
+                    del row_lines[1:]
                     reader = csv.reader(lines(), delimiter="\t", strict=True)
                     continue
                 if cells is None:
@@ -88,31 +89,32 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]
 
 
 def _row(header: Sequence[str], cells: Sequence[str], path: str | Path, line: int) -> dict[str, str] | InputError:
+    """Return the cells by column, or an error about their number or encoding."""
     if len(cells) != len(header):
         expected, found = f"{len(header)} cells, as the header has", str(len(cells))
         return InputError(file=path, line=line, sample_id=cells[0], field="record", expected=expected, found=found)
     row = dict(zip(header, cells, strict=True))
     for name, cell in row.items():
-        odd = not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell)
-        if odd or "\0" in cell:
+        is_undecoded = not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell)
+        if is_undecoded or "\0" in cell:
             expected = "text in UTF-8 without a NUL"
             return InputError(file=path, line=line, field=name, expected=expected, found=ascii(cell[:100]))
     return row
 
 
-def _write_images(cell: str, index: str, place: str, image_output: Path) -> list[str] | InputError:
-    """The names of a cell's images: one in base64, or several as a list literal of such."""
+def _write_images(cell: str, index: str, source: str, image_output: Path) -> list[str] | InputError:
+    """Write a cell's images (one in base64, or a list literal of several) and return their names, or what is wrong."""
     codes = re.findall(r"[^\s'\",\[\]]+", cell) if cell.startswith("[") else [cell]
     names = []
     try:
         if not codes:
             raise InputError(expected="an image in base64", found="an empty list", fix="encode the image again")
         for number, code in enumerate(codes):
-            data = from_base64(code, place)
+            data = from_base64(code, source)
             stem = re.sub(r"[^\w.-]", "_", index, flags=re.ASCII)[:100].lstrip(".")
             if stem != index:  # two indexes must not share a name
                 stem += "-" + hashlib.sha256(index.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            name = f"{stem}{f'-{number}' if number else ''}{image_suffix(data, place)}"
+            name = f"{stem}{f'-{number}' if number else ''}{image_suffix(data, source)}"
             with replacing(image_output / name) as file:
                 file.write(data)
             names.append(name)
@@ -131,12 +133,12 @@ def _sample(
     fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
     fields.sample_id = row["index"] or None
     index, cell = fields.identifier("index"), fields.text("image")
-    own = len(cell.strip()) > REFERENCE_CHARACTERS
-    named = images.get(index) if own else images.get(cell, images.get(cell.strip()))
-    if named is None:
+    is_base64 = len(cell.strip()) > REFERENCE_CHARACTERS
+    names = images.get(index) if is_base64 else images.get(cell, images.get(cell.strip()))
+    if names is None:
         raise fields.error("image", "base64, or the index of a row that has it", cell)
-    if isinstance(named, InputError):
-        raise fields.error("image", named.expected, named.found, named.fix)
+    if isinstance(names, InputError):
+        raise fields.error("image", names.expected, names.found, names.fix)
     question, answer, rationale = fields.text("question"), fields.answer("answer"), fields.optional_text("rationale")
     extra = fields.rest()
     options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}
@@ -144,12 +146,12 @@ def _sample(
         extra.setdefault("ability", extra["category"])
     if options:
         extra |= {"options": options, QUESTION_KEY: question}
-    full = _with_options(question, extra.get("hint"), options)
-    return Sample(index, tuple(named), full, answer, rationale, (), extra, image_output)
+    prompt = _with_options(question, extra.get("hint"), options)
+    return Sample(index, tuple(names), prompt, answer, rationale, (), extra, image_output)
 
 
 def _with_options(question: str, hint: str | None, options: Mapping[str, str]) -> str:
-    """The prompt of VLMEvalKit's ImageMCQDataset.build_prompt; without options, the question alone."""
+    """Build the prompt of VLMEvalKit's ImageMCQDataset.build_prompt; without options, the question alone."""
     if not options:
         return question
     lines = [] if hint is None else [f"Hint: {hint}"]
@@ -158,28 +160,33 @@ def _with_options(question: str, hint: str | None, options: Mapping[str, str]) -
 
 
 def write_vlmeval_tsv(path: str | Path, samples: Sequence[Sample], lost: Counter[str]) -> int:
-    """Write samples with their images in base64, an image that occurs again as the index of its first row.
+    """Write samples with their images in base64, and return the number of rows.
 
-    `lost` counts, by name, the fields that a table can't carry: nested ones, and `facts`. Returns the rows written.
+    An image that occurs again is written as the index of its first row.
+
+    Args:
+        path: of the table.
+        samples: to write.
+        lost: counts, by name, the fields that a table can't hold: nested ones, and `facts`.
 
     Raises:
-        InputError: an image can't be read, or an extra field bears the name of a column.
+        InputError: an image can't be read, or an extra field has the name of a column.
     """
     extra_columns = {name: None for sample in samples for name in _cells(sample, Counter())}
     return write_table(path, (*_COLUMNS, *extra_columns), _table_rows(samples, lost))
 
 
 def _table_rows(samples: Iterable[Sample], lost: Counter[str]) -> Iterator[dict[str, str]]:
-    first: dict[tuple[Path, tuple[str, ...]], str] = {}
+    first_rows: dict[tuple[Path, tuple[str, ...]], str] = {}  # images -> index of the first row that has them
     for sample in samples:
         if not sample.images:
             raise InputError(
                 sample_id=sample.id, field="images", expected="an image, as each row has one", found="none"
             )
-        place = (sample.image_root, sample.images)
-        image = first.setdefault(place, sample.id)
+        image = first_rows.setdefault((sample.image_root, sample.images), sample.id)
         if image == sample.id or len(image) > REFERENCE_CHARACTERS:
-            codes = [base64.b64encode(resolve(place[0], name).read_bytes()).decode("ascii") for name in sample.images]
+            files = [resolve(sample.image_root, name) for name in sample.images]
+            codes = [base64.b64encode(file.read_bytes()).decode("ascii") for file in files]
             image = codes[0] if len(codes) == 1 else str(codes)
         question = sample.extra.get(QUESTION_KEY, sample.question)
         yield {
@@ -192,7 +199,7 @@ def _table_rows(samples: Iterable[Sample], lost: Counter[str]) -> Iterator[dict[
 
 
 def _cells(sample: Sample, lost: Counter[str]) -> dict[str, str]:
-    """What a sample holds beside the four columns that every table has."""
+    """Return the cells of a sample beside the four columns of every table; count fields that a cell can't hold as lost."""
     options = sample.extra.get("options") if QUESTION_KEY in sample.extra else None
     cells: dict[str, str] = dict(options) if isinstance(options, dict) else {}
     if sample.rationale is not None:
@@ -213,7 +220,7 @@ def _cells(sample: Sample, lost: Counter[str]) -> dict[str, str]:
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Replace `path` atomically by a tab-separated table; returns how many rows it has."""
+    """Replace `path` atomically by a tab-separated table, and return the number of rows."""
     count = 0
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -227,5 +234,5 @@ def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping
             writer = quoted if any("\r" in str(value) for value in row.values()) else plain
             writer.writerow(row)
             count += 1
-        text.detach()  # flushes, and leaves the file to be synchronised
+        text.detach()  # flushes, and leaves `file` open, for `replacing` to synchronise
     return count

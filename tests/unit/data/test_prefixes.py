@@ -47,7 +47,7 @@ def test_every_segment_ends_where_its_path_spells_the_same_tokens(tree: Tree, le
 @settings(max_examples=100, deadline=None)
 @given(tree=alike_trees())
 def test_sharing_all_leaves_one_token_for_each_beginning(tree: Tree) -> None:
-    shared, _ = share_prefixes(tree, least_saved=1)
+    shared, _ = share_prefixes(tree, min_saved=1)
     children: dict[int, list[int]] = {}
     for segment in shared.segments[1:]:
         children.setdefault(segment.parent, []).append(int(segment.tokens[0]))
@@ -62,7 +62,7 @@ def test_sharing_all_leaves_one_token_for_each_beginning(tree: Tree) -> None:
 
 def test_a_beginning_is_shared_where_it_saves_enough_and_within_one_that_does_not() -> None:
     tree = Tree((Segment([9]), Segment([1, 2, 3, 4, 5, 6], 0), Segment([1, 2, 3, 4, 5, 7], 0), Segment([1, 8], 0)))
-    shared, ends = share_prefixes(tree, least_saved=5)
+    shared, ends = share_prefixes(tree, min_saved=5)
     spelled = [(segment.tokens.tolist(), segment.parent) for segment in shared.segments]
     # The three share one token, which would save two; two of them share five, which saves five.
     assert spelled == [([9], -1), ([1, 2, 3, 4, 5], 0), ([6], 1), ([7], 1), ([1, 8], 0)]
@@ -71,6 +71,6 @@ def test_a_beginning_is_shared_where_it_saves_enough_and_within_one_that_does_no
 
 def test_equal_segments_and_beginnings_of_others_need_no_token_of_their_own() -> None:
     tree = Tree((Segment([9]), Segment([1, 2], 0), Segment([1, 2], 0), Segment([1, 2, 3], 0), Segment([4], 2)))
-    shared, ends = share_prefixes(tree, least_saved=1)
+    shared, ends = share_prefixes(tree, min_saved=1)
     assert [(s.tokens.tolist(), s.parent) for s in shared.segments] == [([9], -1), ([1, 2], 0), ([4], 1), ([3], 1)]
     assert ends == [0, 1, 1, 3, 2]
