@@ -82,7 +82,7 @@ def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
 
 
 def rationale(run: CalibrationRun) -> None:
-    """Stage 1: train a LoRA adapter on rationale-answer pairs; it starts round 1."""
+    """Stage 1: train a LoRA adapter on rationale-answer pairs: adapter 0. Round K trains adapter K - 1 on to adapter K."""
     pairs, dropped = rationale_pairs(run.config, run.rationale_samples)
     loop = run.config.rationale.seeded(run.config.seed, run.config.deterministic)
 

@@ -79,8 +79,8 @@ def curate(
     Args:
         samples: in the order in which their pairs come out.
         candidates: sample id -> its candidates.
-        score_rows: rows of `score_candidates`, read as they are needed: rows in the samples' order take no memory. Samples
-            without a row can't be paired by score and are dropped as "not_scored" (the baselines don't need rows).
+        score_rows: rows of `score_candidates`, read as they are needed: in the samples' order one is in memory at a time.
+            Samples without a row can't be paired by score and are dropped as "not_scored" (the baselines don't need rows).
         settings: thresholds, pairing, weighting.
         seed: with the sample's id it decides the baselines' draws; a sample's pair depends on nothing else.
 

@@ -56,7 +56,7 @@ class PairMeta:
 
     Attributes:
         weight: c of the formula.
-        confidence: the R-Scorer's, also where `weight` is 1 for all pairs; `label_smoothing: confidence` reads it.
+        confidence: the preference's, also where `weight` is 1 for all pairs; `label_smoothing: confidence` reads it.
         reference_chosen_logprob, reference_rejected_logprob: log pi_ref, in nats.
     """
 
@@ -127,7 +127,7 @@ def train_preference(
         checkpoints: see `train`.
 
     Raises:
-        InputError: a pair whose responses are the same, or that has no reference, or another model's, or one above 0.
+        InputError: a pair's responses are the same, or its reference is missing, another model's, or above 0.
         SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
             the hash fits. Or a log-probability is above 0.
     """
@@ -138,8 +138,8 @@ def train_preference(
         on_items(items)
     first_batch = [preferences[index] for index in global_batch(len(items), 0, settings) if index < len(preferences)]
     dtype = model.decoder.head_weight.dtype
-    # The first step's log-probabilities must be the stored ones. With dropout that step says nothing about it: its pairs are
-    # computed beforehand, without dropout.
+    # The first step's log-probabilities must be the stored ones. With dropout they are not: then the step's pairs are computed
+    # beforehand, without dropout.
     dropout = drops(model)
     if dropout:
         check_references(model, first_batch, settings.token_budget, features)
@@ -237,9 +237,8 @@ def preference_loss(settings: DPOConfig) -> Loss:
         )
         total = output.loss + rehearsal
         if settings.sft_weight:
-            total = (
-                total + settings.sft_weight * (batch.weights * -chosen / batch.lengths[0]).sum() / denominator.weight
-            )
+            nll = batch.weights * -chosen / batch.lengths[0]  # [P]
+            total = total + settings.sft_weight * nll.sum() / denominator.weight
         return total, _metrics(output, torch.stack([chosen.detach(), rejected.detach()]), batch, rehearsed, denominator)
 
     return loss

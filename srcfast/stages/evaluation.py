@@ -146,7 +146,7 @@ class Counts:
         if judgement is not None:
             self.cases[judgement.case] += 1
             values |= {
-                "judged": 1,
+                "verified": 1,
                 "aligned": judgement.aligned,
                 "rationale_right": judgement.rationale_right,
                 "perception_right": judgement.perception_right,
@@ -166,7 +166,7 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
     over the samples that the oracle can verify.
     """
     totals = counts.of_all
-    n, judged = totals["n"], totals["judged"]
+    n, verified = totals["n"], totals["verified"]
     entry: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
@@ -179,21 +179,21 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
             ability: {
                 "n": group["n"],
                 "accuracy": group["right"] / group["n"],
-                "alignment": group["aligned"] / group["judged"] if group["judged"] else None,
+                "alignment": group["aligned"] / group["verified"] if group["verified"] else None,
             }
             for ability, group in sorted(counts.of_ability.items())
         },
     }
-    if not judged:
+    if not verified:
         return entry | {"rationale_accuracy": None, "right_answer_wrong_rationale": None, "alignment": None}
     return entry | {
-        "rationale_accuracy": totals["rationale_right"] / judged,
-        "rationale_accuracy_ci95": _interval_of_share(totals["rationale_right"], judged, resamples, seed),
-        "perception_accuracy": totals["perception_right"] / judged,
-        "reasoning_accuracy": totals["reasoning_right"] / judged,
-        "right_answer_wrong_rationale": counts.cases["right_answer_wrong_rationale"] / judged,
-        "alignment": totals["aligned"] / judged,
-        "alignment_ci95": _interval_of_share(totals["aligned"], judged, resamples, seed),
+        "rationale_accuracy": totals["rationale_right"] / verified,
+        "rationale_accuracy_ci95": _interval_of_share(totals["rationale_right"], verified, resamples, seed),
+        "perception_accuracy": totals["perception_right"] / verified,
+        "reasoning_accuracy": totals["reasoning_right"] / verified,
+        "right_answer_wrong_rationale": counts.cases["right_answer_wrong_rationale"] / verified,
+        "alignment": totals["aligned"] / verified,
+        "alignment_ci95": _interval_of_share(totals["aligned"], verified, resamples, seed),
         "cases": dict(counts.cases),
     }
 

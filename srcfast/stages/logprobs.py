@@ -182,11 +182,7 @@ def _run_forests(
 
 
 def check_logprobs(metrics: Metrics) -> None:
-    """Check that no log-probability of a step is above 0 by more than rounding; one that is makes the whole step wrong.
-
-    Raises:
-        SrcfastError: one is.
-    """
+    """Raise SrcfastError where a step's greatest log-probability is above 0 by more than rounding: the step is wrong then."""
     if metrics.get("max_logprob", 0.0) > LOGPROB_ROUNDING:
         raise SrcfastError(
             f"step {metrics['step']}: expected log-probabilities of at most 0, found {metrics['max_logprob']:.3g}. "
@@ -198,7 +194,7 @@ def check_logprobs(metrics: Metrics) -> None:
 def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
     """Return a function with the signature of `reference_logprobs` that works chunk by chunk.
 
-    Each call stores its chunks in a directory of its own below that of `chunks`: 0, 1, ...
+    The calls store their chunks in the directories 0, 1, ... below that of `chunks`.
     """
     calls = count()
 

@@ -27,8 +27,8 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.items import Features
 
-RECHECKED = 16  # pairs at least, and
-RECHECKED_SHARE = 0.05  # of the eligible ones
+RECHECKED = 16  # pairs that are rechecked at least
+RECHECKED_SHARE = 0.05  # of the eligible pairs that is rechecked, if these are more
 MAX_STATED_CHECKS = 32  # of the references that a file states without saying whose they are, so many are computed again
 
 

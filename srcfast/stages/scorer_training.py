@@ -226,10 +226,10 @@ def scorer_items(scorer: Scorer, examples: Sequence[ScorerExample]) -> list[Trai
     """Build the items of `train_scorer`: each example's tree, and the right verdict of each of its slots."""
     items = []
     for example in examples:
-        judged = judge_tree_of(scorer, example)
-        pairs = zip(judged.first.tolist(), judged.second.tolist(), strict=True)
+        judge_tree = judge_tree_of(scorer, example)
+        pairs = zip(judge_tree.first.tolist(), judge_tree.second.tolist(), strict=True)
         targets = [target_verdict(example, *pair, len(scorer.verdict_values)) for pair in pairs]
-        items.append(TrainingItem(judged.tree, (judged, torch.tensor(targets))))  # targets [slots] int64
+        items.append(TrainingItem(judge_tree.tree, (judge_tree, torch.tensor(targets))))  # targets [slots] int64
     return items
 
 

@@ -379,6 +379,7 @@ def _rated(
 
 
 def _all_single(count: int) -> list[dict[str, Any]]:
+    """Return the results of a block in which no sample has anything to compare."""
     return [_single() for _ in range(count)]
 
 
