@@ -31,7 +31,7 @@ class AdaptivePairs:
 
     @classmethod
     def of(cls, settings: ScorerConfig) -> AdaptivePairs | None:
-        """Return None where the settings say to compare all pairs."""
+        """Make one from the settings; None where they say to compare all pairs."""
         return cls(settings) if settings.pairs == "adaptive" else None
 
     def is_audited(self, sample_id: str) -> bool:

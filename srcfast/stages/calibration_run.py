@@ -154,5 +154,5 @@ class CalibrationRun:
         return [*policy, *([] if self.scorer is None else [self.scorer])]
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Return the parameters in memory, whose gradients and optimizer states are measured with them."""
+        """Return the parameters of the models in memory."""
         return [parameter for model in self._models() for parameter in model.parameters()]
