@@ -38,7 +38,7 @@ from srcfast.data.jsonl import read_shards, write_json, write_jsonl, write_shard
 from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.data.readers import read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference, Sample
-from srcfast.report.gallery import MOST_CARDS as GALLERY
+from srcfast.report.gallery import MAX_CARDS as GALLERY
 from srcfast.report.page import write_report
 from srcfast.stages.curation import curate
 from srcfast.stages.evaluation import Counts, Prediction, summarise

@@ -1,4 +1,4 @@
-"""The gallery: a picture, its question, and the candidates as they were judged."""
+"""Build the page's gallery: cards with an image, its question, and the scored candidates."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.report.run_files import RunFiles
 
-MOST_CARDS = 24
-MOST_PIXELS = 352  # a side of an embedded image
-SMALL = 128  # images below this are enlarged without blur
+MAX_CARDS = 24
+MAX_PIXELS = 352  # of the longer side of an embedded image
+SMALL = 128  # pixels; images up to this size are enlarged without blur, and embedded as PNG
 VERDICTS = ("true", "false", "unverifiable")
-Sentences = list[tuple[str, str | None]]  # with the oracle's verdict, one of VERDICTS, where there is one
+Sentences = list[tuple[str, str | None]]  # sentence and the oracle's verdict, one of VERDICTS or None
 
 
 @dataclass(frozen=True)
 class Picture:
-    uri: str  # holds the picture itself
-    small: bool  # below SMALL on both sides
+    """An image embedded in the page."""
+
+    uri: str  # a `data:` URI with the whole image
+    small: bool  # at most SMALL pixels on both sides
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response as it was judged. `answer` is None, and there are no sentences, where the text does not parse."""
+    """A scored response. If its text does not parse, `answer` is None and there are no sentences."""
 
     text: str
     score: float
@@ -44,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Card:
-    """A sample with its candidates: first the pair, the chosen one before the rejected one, then the others by score."""
+    """A sample with its candidates: the pair, chosen before rejected, then the others by descending score."""
 
     sample_id: Any
     question: str
@@ -52,27 +54,28 @@ class Card:
     confidence: float | None
     iteration: Any
     has_image: bool
-    picture: Picture | None  # None: there is no image, or it can't be read
+    picture: Picture | None  # None: the sample has no image, or its file can't be read
     pair: list[Candidate]
     others: list[Candidate]
 
 
 def cards(run: RunFiles) -> list[Card]:
-    """Return one card for each entry of the gallery, MOST_CARDS at most."""
-    return [_card(entry, run.path) for entry in run.gallery[:MOST_CARDS]]
+    """Build one card for each entry of the gallery, at most MAX_CARDS."""
+    return [_card(entry, run.path) for entry in run.gallery[:MAX_CARDS]]
 
 
 def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None]:
-    """The fields by which `gallery.json` names a sample's first image, so that the page finds it in a run that was moved, too.
+    """Return the fields of `gallery.json` that name a sample's first image, so that it is also read after a run was moved.
 
     Args:
-        sample: whose image.
+        sample: the sample.
         run: the run's directory.
-        output: the folder that the run lies in, with the images that were drawn for it: these are moved together.
+        output: the directory that holds the run and the images drawn for it, which are moved together.
 
     Returns:
-        `image`: its path from the run's directory where it lies in `output`; None where there is none. Else its whole path,
-        which stays right when the run alone is moved, and as `image_from_run` the one that stays right when all is.
+        `image`: None for a sample without images; the path from the run's directory for an image in `output`; for any other the
+        absolute path, which stays valid when the run alone is moved, and `image_from_run`, the path from the run's directory,
+        which stays valid when run and data are moved together.
     """
     if not sample.images:
         return {"image": None}
@@ -84,7 +87,7 @@ def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None
 
 
 def _file_of(entry: dict[str, Any], run: Path) -> Path:
-    """The image of an entry of the gallery; where the run was moved with all its data, by the path from its directory."""
+    """Return the path of an entry's image: `image` if that file exists, else `image_from_run`."""
     file = run / entry["image"]
     try:
         resolve(file.parent, file.name)
@@ -116,7 +119,7 @@ def _candidate(entry: dict[str, Any], mark: str) -> Candidate:
     parsed = parse_response(entry["text"])
     verdicts = {sentence: verdict for sentence, _, verdict in entry.get("claims") or () if verdict in VERDICTS}
 
-    def judged(sentences: Sequence[str]) -> Sentences:
+    def with_verdicts(sentences: Sequence[str]) -> Sentences:
         return [(sentence, verdicts.get(sentence)) for sentence in sentences]
 
     return Candidate(
@@ -125,18 +128,18 @@ def _candidate(entry: dict[str, Any], mark: str) -> Candidate:
         case=entry.get("case"),
         mark=mark,
         answer=parsed.answer,
-        perception=judged(parsed.perception),
-        reasoning=judged(parsed.reasoning),
+        perception=with_verdicts(parsed.perception),
+        reasoning=with_verdicts(parsed.reasoning),
     )
 
 
 def embedded_image(path: Path) -> Picture | None:
-    """Return the picture scaled down to MOST_PIXELS, as a `data:` URI; None where it can't be read."""
+    """Read an image, scale it down to MAX_PIXELS, and encode it as a `data:` URI. Returns None if it can't be read."""
     try:
         picture = load_image(path.parent, path.name)
     except InputError:
         return None
-    picture.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
     photo = max(picture.size) > SMALL
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG" if photo else "PNG", **({"quality": 85} if photo else {"optimize": True}))

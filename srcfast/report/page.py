@@ -1,4 +1,4 @@
-"""The page that a run ends with: one HTML file that needs nothing else, no network, no scripts."""
+"""Render a run's page: one HTML file without external files, network or scripts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PICTURES = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Render `report/index.html` of a run directory from the files that are there; returns its path.
+    """Render `report/index.html` of a run directory from the files that exist, and return its path.
 
-    Without matplotlib the page has no plots, and says so.
+    Without matplotlib the page has no plots and says so.
 
     Raises:
         InputError: `summary.json` is missing, or a file is damaged.
@@ -68,8 +68,12 @@ def render(run: RunFiles) -> str:
 
 @cache
 def templates() -> Environment:
-    """Return the environment of the page's templates: every value is escaped, a name without a value is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: `srcfast` starts faster without it
+    """Return the Jinja2 environment of the page's templates: it escapes every value, and an undefined name is an error."""
+    from jinja2 import (
+        Environment,
+        FileSystemLoader,
+        StrictUndefined,
+    )  # imported here, since `srcfast` starts faster without it
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -91,7 +95,7 @@ def templates() -> Environment:
 
 
 def _subtitle(run: RunFiles) -> list[Any]:
-    """Collect what the run was made with, of what is known."""
+    """Collect method, model, seed and device, as far as they are known."""
     model = run.config.get("model", {})
     parts = [
         "Self-Rationale Calibration",

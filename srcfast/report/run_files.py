@@ -1,4 +1,4 @@
-"""What the page reads: the files of a run directory, those that are there."""
+"""Read the files of a run directory that the page shows; most are optional."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from srcfast.report.shapes import Card, Settings, Step, Summary, check_shape
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's results. What a run has not come to yet is empty."""
+    """A run's results; those of stages that have not run yet are empty."""
 
     path: Path
     summary: dict[str, Any]
-    metrics: list[dict[str, Any]]  # one a training step; `stage` tells which training
+    metrics: list[dict[str, Any]]  # one entry per training step; `stage` names the training
     gallery: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The summary's evaluations, in the order in which they were made."""
+        """The summary's evaluations, in the order in which they ran."""
         return self.summary.get("evaluations", [])
 
     @property
     def models(self) -> list[str]:
-        """base, rationale, iteration-1, ...: those evaluated, in that order."""
+        """The evaluated models, in order: base, rationale, iteration-1, ..."""
         return list(dict.fromkeys(row["model"] for row in self.evaluations))
 
     @property
@@ -40,13 +40,13 @@ class RunFiles:
         return list(dict.fromkeys((row["dataset"], row["split"]) for row in self.evaluations))
 
     def evaluation(self, model: str, dataset: str, split: str) -> dict[str, Any] | None:
-        """The evaluation of a model on a split, None where there is none."""
-        wanted = (model, dataset, split)
-        found = (row for row in self.evaluations if (row["model"], row["dataset"], row["split"]) == wanted)
-        return next(found, None)
+        """Return the evaluation of a model on a split, or None."""
+        key = (model, dataset, split)
+        matches = (row for row in self.evaluations if (row["model"], row["dataset"], row["split"]) == key)
+        return next(matches, None)
 
     def training(self, stage: str) -> list[dict[str, Any]]:
-        """The metrics of one training stage, a step each; the last attempt's where it was begun anew."""
+        """Return the metrics of a training stage, one entry per step; of the last attempt if it started over."""
         rows: list[dict[str, Any]] = []
         for row in self.metrics:
             if row.get("stage") == stage:
@@ -57,7 +57,7 @@ class RunFiles:
 
     @property
     def training_stages(self) -> list[str]:
-        """rationale, iteration-1/dpo, ...: those with metrics."""
+        """The training stages with metrics, in order: rationale, iteration-1/dpo, ..."""
         return list(dict.fromkeys(row["stage"] for row in self.metrics if "stage" in row))
 
 
@@ -65,8 +65,8 @@ def read_run(path: Path) -> RunFiles:
     """Read a run directory.
 
     Raises:
-        InputError: there is no `summary.json`, or a file is not what a run writes.
-        ConfigError: `config.yaml` is no YAML of settings.
+        InputError: `summary.json` is missing, or a file is not what a run writes.
+        ConfigError: `config.yaml` is not YAML of settings.
     """
     if not os.path.isfile(path / "summary.json"):
         raise InputError(
@@ -91,6 +91,7 @@ def read_run(path: Path) -> RunFiles:
 
 
 def _json(file: Path, shape: Any) -> Any:
+    """Read a JSON file, and check its shape."""
     try:
         value = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -100,7 +101,7 @@ def _json(file: Path, shape: Any) -> Any:
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file that grows: a last line that was cut short when a run was stopped is left out."""
+    """Read the rows of `metrics.jsonl`, except an incomplete last line, which an interrupted run may leave."""
     if not file.is_file():
         return []
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a run ends with: `summary.json`, `gallery.json` and the page."""
+"""Write a run's results: `summary.json`, `gallery.json` and the page."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from srcfast.stages.headroom import with_next
 
 
 def write_preferences(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -> None:
-    """Write a round's pairs, and `gallery.json`, which shows some of the last round's."""
+    """Write a round's pairs, and replace `gallery.json` by some of them."""
     write_shards(run.records.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
     candidates, scores = run.records.candidates(iteration), run.records.scores(iteration)
     names = partial(image_names, run=run.directory.path, output=Path(run.config.output))
-    shown = gallery_of(iteration, pairs, run.samples, candidates, scores, names)
-    write_json(run.directory.path / "gallery.json", shown)
+    gallery = gallery_of(iteration, pairs, run.samples, candidates, scores, names)
+    write_json(run.directory.path / "gallery.json", gallery)
 
 
 def write_summary(run: CalibrationRun) -> None:
-    """Write `summary.json` from the manifest: what every stage measured, the headroom recovered; and the page."""
+    """Write `summary.json` from the manifest, with the share of the headroom that the next model recovers, and the page."""
     manifest, headroom = run.directory.manifest(), []
-    samples_of = {(one.name, one.split): samples for one, samples in run.headroom_sets()}
-    for entry in (e for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]):
+    samples_of = {(dataset.name, dataset.split): samples for dataset, samples in run.headroom_sets()}
+    entries = [e for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
+    for entry in entries:
         name, split = entry["dataset"], entry["split"]
         after = run.records.aligned(f"iteration-{entry['iteration']}", name, split, samples_of[name, split])
         headroom.append(with_next(entry, after))

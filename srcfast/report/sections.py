@@ -1,4 +1,4 @@
-"""What the page's sections show of a run, as plain data: their words and their markup are the templates'."""
+"""Collect what the page's sections show, as plain data; the templates have the words and the markup."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PAIR_STEPS = {
     "pairs_proposed": "pairs proposed",
     "within_margin": "within the score margin",
     "within_confidence": "within the confidence bound",
-    "kept": "kept for DPO",
+    "kept": "selected for DPO",
 }
 RATES = {
     "order_flip_rate": "verdicts that flip with the order",
     "tie_rate": "ties",
     "mean_confidence": "mean confidence of comparisons",
-    "mean_kept_confidence": "mean confidence of kept pairs",
+    "mean_kept_confidence": "mean confidence of selected pairs",
     "length_correlation": "correlation of score and length",
 }
 RATE_FORMATS = {"mean_confidence": ".2f", "mean_kept_confidence": ".2f", "length_correlation": "+.2f"}
 ADAPTIVE = {
-    "pairs_share": "comparisons judged, of all",
-    "tokens_share": "tokens run for them, of what all take",
+    "pairs_share": "share of all comparisons that were run",
+    "tokens_share": "share of all comparisons' tokens that were run",
     "same_best": "audited samples with the best candidate that all comparisons give",
     "same_worst": "audited samples with the worst candidate that all comparisons give",
     "same_pair": "audited samples with both",
@@ -46,15 +46,16 @@ MEANS = ("loss", "margin", "reward_accuracy", "chosen_reward", "rejected_reward"
 
 @dataclass(frozen=True)
 class Split:
-    """A split of a dataset with its evaluations, in the order of the models."""
+    """A split of a dataset, with its evaluations in the order of the models."""
 
     dataset: str
     name: str
     evaluations: list[dict[str, Any]]
-    base: dict[str, Any] | None  # the base model's
+    base: dict[str, Any] | None  # evaluation of the base model
 
     @property
     def has_cases(self) -> bool:
+        """Whether an evaluation has counts of the four cases."""
         return any(row.get("cases") for row in self.evaluations)
 
 
@@ -67,12 +68,12 @@ class Headline:
     first: str
     last: str
     measures: list[tuple[str, float, float]]  # label, before, after
-    pairs: int  # that were learnt from
+    pairs: int  # preference pairs trained on, over all iterations
 
 
 @dataclass(frozen=True)
 class AbilityTable:
-    """The measures on a split by ability; a row's values are those of each measure for each model."""
+    """The measures on a split by ability; the values of a row run over measures, then models."""
 
     dataset: str
     split: str
@@ -83,7 +84,7 @@ class AbilityTable:
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """How a training stage ended: means over its last tenth of steps, of what was measured there."""
+    """End of a training stage: means over the last tenth of its steps, of the measures that the stage has."""
 
     name: str
     steps: int
@@ -93,14 +94,16 @@ class TrainingStage:
 
 @dataclass(frozen=True)
 class Bar:
+    """A horizontal bar with a label before it and a text behind it."""
+
     label: str
-    percent: float  # of the longest bar
-    text: str  # behind the bar
+    percent: float  # length, of the longest bar's
+    text: str
 
 
 @dataclass(frozen=True)
 class Funnel:
-    """From samples to kept pairs, and why pairs were dropped."""
+    """Counts from samples to selected pairs, and why pairs were dropped."""
 
     name: str
     samples: list[Bar]
@@ -109,22 +112,22 @@ class Funnel:
 
 
 def percent(value: float | None) -> str:
-    """0.7134 -> 71.3"""
+    """Format a share in percent: 0.7134 -> 71.3; None -> –."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, or 0:12:05."""
+    """Format seconds as 4.2 s, or as 0:12:05."""
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def words(name: str) -> str:
-    """two_words -> two words"""
+    """Turn a name into words: two_words -> two words."""
     return name.replace("_", " ")
 
 
 def headline(run: RunFiles) -> Headline | None:
-    """Collect what the tiles show; None for a run without evaluations."""
+    """Collect the page's tiles; None for a run without evaluations."""
     if not run.evaluations:
         return None
     dataset, split = run.splits[0]
@@ -175,7 +178,7 @@ def abilities(run: RunFiles) -> list[AbilityTable]:
 
 
 def training(run: RunFiles) -> list[TrainingStage]:
-    """Collect how each training stage ended."""
+    """Summarise the end of each training stage."""
     stages = []
     for name in run.training_stages:
         steps = run.training(name)
@@ -188,13 +191,13 @@ def training(run: RunFiles) -> list[TrainingStage]:
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> list[Bar]:
-    """Scale rows of label, value and text to bars."""
+    """Turn rows of label, value and text into bars, scaled to the largest value."""
     longest = max((value for _, value, _ in rows), default=0.0) or 1.0
     return [Bar(label, 100 * value / longest, text) for label, value, text in rows]
 
 
 def funnels(run: RunFiles) -> list[Funnel]:
-    """Collect each iteration's way from samples to kept pairs."""
+    """Collect each iteration's counts from samples to selected pairs."""
 
     def steps(counts: Mapping[str, int], labels: Mapping[str, str]) -> list[Bar]:
         return bars([(label, counts[key], f"{counts[key]:,}") for key, label in labels.items() if key in counts])
@@ -211,10 +214,10 @@ def funnels(run: RunFiles) -> list[Funnel]:
 
 
 def rates(run: RunFiles) -> list[tuple[str, list[str]]]:
-    """Collect whether the judge can be trusted and how the candidates differ: a label, and a value for each funnel."""
+    """Collect measures of the R-Scorer's reliability and the candidates' diversity: a label, and a value for each funnel."""
     by_funnel = run.summary.get("funnel", {})
     correctness = {name: counts.get("pair_correctness", {}) for name, counts in by_funnel.items()}
-    kinds = {kind: f"kept pairs with answers {words(kind)}" for counts in correctness.values() for kind in counts}
+    kinds = {kind: f"selected pairs with answers {words(kind)}" for counts in correctness.values() for kind in counts}
 
     def rows(labels: Mapping[str, str], values: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         return [
@@ -223,19 +226,19 @@ def rates(run: RunFiles) -> list[tuple[str, list[str]]]:
             if any(key in measured for measured in values.values())
         ]
 
-    judge = [
+    scorer = [
         (label, [_rate(key, counts.get(key)) for counts in by_funnel.values()])
         for key, label in RATES.items()
         if any(key in counts for counts in by_funnel.values())
     ]
     adaptive, diversity = run.summary.get("adaptive", {}), run.summary.get("diversity", {})
-    return judge + rows(kinds, correctness) + rows(ADAPTIVE, adaptive) + rows(DIVERSITY, diversity)
+    return scorer + rows(kinds, correctness) + rows(ADAPTIVE, adaptive) + rows(DIVERSITY, diversity)
 
 
 def _rate(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    # A share is in percent, a confidence or a correlation is not.
+    # Shares are shown in percent; confidences and correlations are not.
     return format(value, RATE_FORMATS[key]) if key in RATE_FORMATS else f"{percent(value)} %"
 
 

@@ -1,4 +1,4 @@
-"""What the page takes for granted of the files that it reads: a file of another shape is refused by name, not met half-way."""
+"""Shapes of the files that the page reads, so that a malformed file is an error that names it, not a crash in a template."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Claim = Annotated[tuple[str, Any, Any], Strict(False)]  # sentence, kind, verdic
 
 
 class Shape(BaseModel):
-    """Named keys are of these types; others may be anything."""
+    """A JSON object whose named keys have these types; other keys may have any value."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
 class Cases(Shape):
+    """Counts of the four cases."""
+
     both_right: Count
     right_answer_wrong_rationale: Count
     right_rationale_wrong_answer: Count
@@ -31,12 +33,16 @@ class Cases(Shape):
 
 
 class Ability(Shape):
+    """Measures of one ability."""
+
     n: Count = 0
     accuracy: Measure = None
     alignment: Measure = None
 
 
 class Evaluation(Shape):
+    """An evaluation in `summary.json`: one model on one dataset."""
+
     model: str
     dataset: str
     split: str
@@ -54,17 +60,21 @@ class Evaluation(Shape):
 
 
 class Histogram(Shape):
+    """Counts [n] between edges [n + 1]."""
+
     counts: list[Annotated[float, Field(ge=0, lt=1e15)]]
     edges: list[Number]
 
     @model_validator(mode="after")
-    def _edges_fit(self) -> Histogram:
+    def _check_edges(self) -> Histogram:
         if len(self.edges) != len(self.counts) + 1:
             raise ValueError(f"{len(self.edges)} edges for {len(self.counts)} counts")
         return self
 
 
 class Funnel(Shape):
+    """Counts and measures of one round of curation."""
+
     samples: Count = 0
     with_two_parsed_distinct: Count = 0
     with_pair: Count = 0
@@ -84,6 +94,8 @@ class Funnel(Shape):
 
 
 class Headroom(Shape):
+    """Headroom of one round on one dataset."""
+
     iteration: Count | str
     dataset: str
     split: str
@@ -98,6 +110,8 @@ class Headroom(Shape):
 
 
 class Stage(Shape):
+    """Time and throughput of one stage."""
+
     name: str
     seconds: Seconds
     tokens_per_second: Measure = None
@@ -118,6 +132,8 @@ class Summary(Shape):
 
 
 class Candidate(Shape):
+    """A candidate in `gallery.json`."""
+
     text: str
     score: Number
     case: str | None = None
@@ -152,12 +168,14 @@ class Step(Shape):
 
 
 class EvaluationSettings(Shape):
+    """The evaluation's settings that the page shows."""
+
     max_new_tokens: Count | None = None
     bootstrap_resamples: Count | None = None
 
 
 class Settings(Shape):
-    """What the page says of `config.yaml`."""
+    """The settings in `config.yaml` that the page shows."""
 
     model: dict[str, Any] = {}
     candidates: dict[str, Any] = {}
@@ -165,17 +183,21 @@ class Settings(Shape):
 
 
 def check_shape(value: Any, shape: Any, file: Path, line: int | None = None) -> None:
-    """Raises InputError where a value that was read from this file is not of this shape; file and field are named."""
+    """Check a value read from a file.
+
+    Raises:
+        InputError: the value has another shape; the error names file, line and field.
+    """
     try:
         TypeAdapter(shape).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        found = "nothing" if first["type"] == "missing" else repr(first["input"])
+        actual = "nothing" if first["type"] == "missing" else repr(first["input"])
         raise InputError(
             file=file,
             line=line,
             field=".".join(str(part) for part in first["loc"]) or None,
             expected=f"what a run writes ({first['msg']})",
-            found=found,
+            found=actual,
             fix="put the file back as it was, or run the same command of the run again",
         ) from error

@@ -1,4 +1,4 @@
-"""What a finished run comes to: `summary.json` out of the manifest's entries, and the samples that its page shows."""
+"""Build `summary.json` from the manifest's entries, and `gallery.json` from a round's pairs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.world.oracle import verify_sample
 
-GALLERY = 12  # samples shown on the page
+GALLERY = 12  # samples in `gallery.json`
 
 
 def summary_of(
     manifest: Mapping[str, Mapping[str, Any]], headroom: Sequence[Mapping[str, Any]], rejected: int
 ) -> dict[str, Any]:
-    """`summary.json`: what every stage found, and how long it took.
+    """Build `summary.json`: the results of each stage, and the time it took in seconds.
 
     Args:
-        manifest: stage -> its entry.
-        headroom: entries of `measure_headroom`, one a round and set, with what the next model recovers.
-        rejected: number of samples that were set aside.
+        manifest: entry of each stage, by name.
+        headroom: entries of `measure_headroom`, one per round and dataset, with the share that the next model recovers.
+        rejected: number of rejected records.
     """
 
     def of_stages(kind: str, key: str) -> dict[str, Any]:
-        ends = f"/{kind}"
-        return {name.removesuffix(ends): stage[key] for name, stage in manifest.items() if name.endswith(ends)}
+        suffix = f"/{kind}"
+        return {name.removesuffix(suffix): stage[key] for name, stage in manifest.items() if name.endswith(suffix)}
 
     return {
         "evaluations": [entry for entries in of_stages("evaluation", "entries").values() for entry in entries],
@@ -59,15 +59,15 @@ def gallery_of(
     score_rows: Iterable[Mapping[str, Any]],
     image_names: Callable[[Sample], Mapping[str, str | None]],
 ) -> list[dict[str, Any]]:
-    """`gallery.json`: some of a round's samples with all candidates, scores and the oracle's judgement.
+    """Build `gallery.json`: some of a round's samples with all candidates, scores and the oracle's verification.
 
     Args:
-        iteration: the round.
-        pairs: its preferences; the first samples that have one are shown.
-        samples: by id.
-        candidates: by sample id, read as far as they are shown.
-        score_rows: of these candidates, read likewise.
-        image_names: the fields by which a sample's image is found.
+        iteration: number of the round.
+        pairs: preferences of the round; the gallery has the first GALLERY samples of these.
+        samples: samples by id.
+        candidates: candidates by sample id; read only as far as needed.
+        score_rows: the R-Scorer's rows of these candidates; read only as far as needed.
+        image_names: returns the fields that name a sample's image.
     """
     first_of: dict[str, Preference] = {}
     for pair in pairs:
@@ -77,27 +77,33 @@ def gallery_of(
     scores = InOrder((row["sample_id"], row["scores"]) for row in score_rows)
     return [
         {"sample_id": sample_id, "iteration": iteration, **image_names(samples[sample_id])}
-        | _shown(pair, samples[sample_id], candidates.get(sample_id) or [], scores.get(sample_id) or [])
+        | _entry(pair, samples[sample_id], candidates.get(sample_id) or [], scores.get(sample_id) or [])
         for sample_id, pair in first_of.items()
     ]
 
 
-def _shown(pair: Preference, sample: Sample, own: Sequence[Candidate], scores: Sequence[float]) -> dict[str, Any]:
-    places = {candidate.id: index for index, candidate in enumerate(own)}
+def _entry(
+    pair: Preference, sample: Sample, candidates: Sequence[Candidate], scores: Sequence[float]
+) -> dict[str, Any]:
+    """Build the entry of a sample; `chosen` and `rejected` are indices of candidates."""
+    index_of = {candidate.id: index for index, candidate in enumerate(candidates)}
     return {
         "question": sample.question,
         "gold": sample.answer,
-        "candidates": [_shown_candidate(sample, one, score) for one, score in zip(own, scores, strict=True)],
-        "chosen": places[pair.extra["chosen_id"]],
-        "rejected": places[pair.extra["rejected_id"]],
+        "candidates": [
+            _candidate_entry(sample, candidate, score) for candidate, score in zip(candidates, scores, strict=True)
+        ],
+        "chosen": index_of[pair.extra["chosen_id"]],
+        "rejected": index_of[pair.extra["rejected_id"]],
         "confidence": pair.confidence,
     }
 
 
-def _shown_candidate(sample: Sample, candidate: Candidate, score: float) -> dict[str, Any]:
-    judgement = verify_sample(sample, parse_response(candidate.text))
-    shown: dict[str, Any] = {"text": candidate.text, "answer": candidate.answer, "score": score}
-    if judgement is not None:
-        shown["case"] = judgement.case
-        shown["claims"] = [[c[0], c[1], c[2]] for c in judgement.claims]
-    return shown
+def _candidate_entry(sample: Sample, candidate: Candidate, score: float) -> dict[str, Any]:
+    """Build the entry of a candidate, with the oracle's verdict on each claim if the oracle can verify the sample."""
+    verification = verify_sample(sample, parse_response(candidate.text))
+    entry: dict[str, Any] = {"text": candidate.text, "answer": candidate.answer, "score": score}
+    if verification is not None:
+        entry["case"] = verification.case
+        entry["claims"] = [list(claim) for claim in verification.claims]
+    return entry

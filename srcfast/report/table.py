@@ -1,4 +1,4 @@
-"""The results as a table on the terminal, narrow enough for one of 80 columns."""
+"""Show the results as a table on a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from srcfast.errors import printable
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """Each evaluation set of a `summary.json` with a row for each model: percent, with half of the 95 % interval."""
+    """Build a table of a `summary.json`, with a row per dataset and model: percent, with half of the 95 % interval."""
     table = Table(title="Held-out results, % (± half of the 95 % interval)", box=SIMPLE_HEAD)
     table.add_column("set (samples), model", no_wrap=True)
     for heading in ("accuracy", "aligned", "right, wrong rationale", "unparsed"):
         table.add_column(heading, justify="right")
     entries = summary["evaluations"]
     for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
-        own = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
-        table.add_row(Text(printable(f"{dataset} {split} ({own[0]['n']})"), style="bold"))
-        for entry in own:
+        rows = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
+        table.add_row(Text(printable(f"{dataset} {split} ({rows[0]['n']})"), style="bold"))
+        for entry in rows:
             table.add_row(
-                Text(printable(f"  {entry['model']}")),  # Text: markup in a name stays text
+                Text(printable(f"  {entry['model']}")),  # Text: rich must not interpret markup in a name
                 _share(entry["accuracy"], entry["accuracy_ci95"]),
                 _share(entry["alignment"], entry.get("alignment_ci95")),
                 _share(entry["right_answer_wrong_rationale"], None),
@@ -34,6 +34,7 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 def _share(value: float | None, interval: list[float] | None) -> str:
+    """Format a share in percent, ± half of its interval."""
     if value is None:
         return "-"
     text = f"{100 * value:.1f}"
