@@ -38,7 +38,7 @@ from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
 from srcfast.recipes.base_checkpoint import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
 from srcfast.recipes.vision_tower import normalise, teach_tower
-from srcfast.world.oracle import judge
+from srcfast.world.oracle import verify
 from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
 from srcfast.world.render import render
@@ -253,7 +253,7 @@ def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
             asked.append((scene, question))
     responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
     judged = [
-        judge(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
+        verify(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
         for (scene, question), response in zip(asked, responses, strict=True)
     ]
     return {

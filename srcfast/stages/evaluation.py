@@ -28,7 +28,7 @@ from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
 from srcfast.stages.datasets import EvaluationSet
-from srcfast.world.oracle import CASES, Judgement, verify_sample
+from srcfast.world.oracle import CASES, Verification, verify_sample
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Prediction:
     rationale: str
     answer: str | None  # None: the response did not parse
     right: bool
-    judgement: Judgement | None  # None: the sample carries no scene to check a rationale against
+    judgement: Verification | None  # None: the sample carries no scene to check a rationale against
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of `predictions`: `prediction` is the bare answer, as VLMEvalKit scores it."""

@@ -1,4 +1,4 @@
-"""Single claims about a scene, true and false: what the embedded R-Scorer learns to check before it compares."""
+"""Draw true and false claims about a scene, with which the embedded R-Scorer learns to check before it compares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from srcfast.world.questions import ask, noun, with_article
 from srcfast.world.rationales import true_rationale
 from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Object, Scene
 
-# Words of which one may stand where another stood: what makes a true sentence false.
+# Classes of interchangeable words: swapping one for another of its class can make a true sentence false.
 VOCABULARY: Vocabulary = {
     "color": COLORS,
     "shape": SHAPES,
@@ -27,7 +27,7 @@ VOCABULARY: Vocabulary = {
 
 
 def draw_claims(scene: Scene, rng: random.Random, count: int) -> dict[str, bool]:
-    """At most `count` distinct sentences of the rationale grammar, each with whether it holds; half are to be false."""
+    """Draw up to `count` distinct sentences of the rationale grammar, half of them false. Returns each with its truth."""
     claims: dict[str, bool] = {}
     for _ in range(4 * count):
         if len(claims) == count:
@@ -45,13 +45,15 @@ def draw_claims(scene: Scene, rng: random.Random, count: int) -> dict[str, bool]
 
 
 def _true_sentence(scene: Scene, rng: random.Random) -> str | None:
-    """What is seen (rationales begin with it), what is absent, or what follows, which is the hardest to check."""
-    fully_known = all(o.place is not None for o in scene.objects)  # easy-VQA's scenes are not
+    """Draw a claim: what is seen, which rationales begin with, what is absent, or a conclusion, which is hardest to check."""
+    fully_known = all(
+        o.place is not None for o in scene.objects
+    )  # easy-VQA's scenes leave places unknown, and have no conclusions here
     draw = rng.random() * (1.0 if fully_known else 0.5)
     o = rng.choice(scene.objects)
     if draw < 0.4:
         return f"There is {with_article(noun(o))}."
-    if draw < 0.5:  # as it stands false; a swapped word makes it true
+    if draw < 0.5:  # false, unless a swapped word makes it true
         of = rng.choice((Object(shape=o.shape, color=o.color), Object(color=o.color), Object(shape=o.shape)))
         return f"There is no {noun(of)}."
     [question] = ask(scene, rng, n=1)

@@ -1,8 +1,7 @@
-"""easy-VQA (Victor Zhou, 2019): 5,000 images of one shape and 48,248 questions, from its installed package.
+"""Read easy-VQA (Victor Zhou, 2019): 5,000 images of one shape and 48,248 questions, from its installed package.
 
-It brings no rationales. What is known of an image is derived from the package's own questions about that
-image, of the same split, and a rationale is built from that and nothing else; so some rationales name a
-shape but no color.
+It has no rationales. An image's scene is derived from the package's questions about that image in the same
+split, and rationales are built from that scene alone; so some rationales name a shape but no color.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ _ANY_SHAPE = re.compile(r"what shape (?:is in the image|does the image contain|i
 def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """Read the split "train" or "test", all of it or `limit` questions drawn by `seed`.
 
-    The images are read where the package keeps them (`image_root` is its data folder). Each sample carries
-    facts, a rationale in the grammar that the oracle reads, and in `extra` ability, program, scene (with
-    `None` for what the questions don't tell), `see` and `think`.
+    Images are read from the package's data directory, which is `image_root`. Each sample has facts, a
+    rationale in the grammar that the oracle parses, and in `extra` ability, program, scene (with `None` for
+    unknown attributes), `see` and `think`.
 
     Raises:
         SrcfastError: the package is not installed.
-        InputError: the split is unknown, or the package's file is not what it was.
+        InputError: the split is unknown, or the package's file is malformed.
     """
     if split not in SPLITS:
         raise InputError(field="split", expected="train or test", found=split)
@@ -58,7 +57,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
         rows = json.loads(regular(file).read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not rows:
             raise ValueError("no list of questions")
-        questions = [_row(*row) for row in rows]
+        questions = [_parse_row(*row) for row in rows]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             file=file,
@@ -67,18 +66,18 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
             fix="reinstall it: pip install --force-reinstall easy-vqa",
         ) from error
     programs = [parse_question(text) for text, _, _ in questions]
-    told: dict[int, list[tuple[Program, str]]] = {}
+    answers_of: dict[int, list[tuple[Program, str]]] = {}  # by image
     for (_, answer, image), program in zip(questions, programs, strict=True):
         if program is not None:
-            told.setdefault(image, []).append((program, answer))
-    scenes = {image: derive_scene(answers) for image, answers in told.items()}
+            answers_of.setdefault(image, []).append((program, answer))
+    scenes = {image: derive_scene(answers) for image, answers in answers_of.items()}
     chosen: Sequence[int] = range(len(questions))
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(f"easy-vqa/{split}/{seed}").sample(chosen, limit))
     return [_sample(split, index, *questions[index], programs[index], scenes, root) for index in chosen]
 
 
-def _row(text: object, answer: object, image: object) -> tuple[str, str, int]:
+def _parse_row(text: object, answer: object, image: object) -> tuple[str, str, int]:
     if not isinstance(text, str) or not text.strip() or not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"question {text!r} with answer {answer!r}")
     if type(image) is not int or not 0 <= image < 1 << 31:
@@ -87,7 +86,7 @@ def _row(text: object, answer: object, image: object) -> tuple[str, str, int]:
 
 
 def data_folder() -> Path:
-    """Where the installed package keeps its data. Raises SrcfastError where it is not installed."""
+    """Return the data directory of the installed package. Raises SrcfastError if it is not installed."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SrcfastError("the data set easy_vqa needs the package of that name. Fix: pip install easy-vqa")
@@ -95,7 +94,7 @@ def data_folder() -> Path:
 
 
 def parse_question(text: str) -> Program | None:
-    """The program of one of the package's questions; None for a question of another form.
+    """Parse one of the package's questions into a program. Returns None for any other question.
 
     "shape" stands for any object in its questions ("is there a red shape?").
     """
@@ -108,26 +107,26 @@ def parse_question(text: str) -> Program | None:
         (_NOT_CONTAINED, "none"),
         (_NOT_PRESENT, "none"),
     ):
-        if found := pattern.fullmatch(text):
-            return {"op": op, "of": _given(found)}
-    if found := _COLOR.fullmatch(text):
-        return {"op": "query", "attribute": "color", "of": _given(found)}
-    if found := _SHAPE.fullmatch(text):
-        return {"op": "query", "attribute": "shape", "of": _given(found)}
+        if match := pattern.fullmatch(text):
+            return {"op": op, "of": _given(match)}
+    if match := _COLOR.fullmatch(text):
+        return {"op": "query", "attribute": "color", "of": _given(match)}
+    if match := _SHAPE.fullmatch(text):
+        return {"op": "query", "attribute": "shape", "of": _given(match)}
     if _ANY_SHAPE.fullmatch(text):
         return {"op": "query", "attribute": "shape", "of": {}}
     return None
 
 
-def _given(found: re.Match[str]) -> dict[str, str]:
-    return {name: value for name, value in found.groupdict().items() if value is not None}
+def _given(match: re.Match[str]) -> dict[str, str]:
+    return {name: value for name, value in match.groupdict().items() if value is not None}
 
 
 def derive_scene(answers: list[tuple[Program, str]]) -> Scene:
-    """What the questions about one image tell of its one object, and what they rule out.
+    """Derive the scene of an image, its one object and what is absent, from the answers about that image.
 
-    An attribute is known from a look-up, from what another question presumes ("what is the blue shape?"),
-    from a yes to its existence, or because every other value is ruled out.
+    An attribute is known from a question about it, from what another question presumes ("what is the blue
+    shape?"), from a yes to its existence, or because every other value is ruled out.
     """
     known: dict[str, str] = {}
     ruled_out: dict[tuple[str, str], None] = {}
@@ -141,9 +140,9 @@ def derive_scene(answers: list[tuple[Program, str]]) -> Scene:
             [(name, value)] = program["of"].items()
             ruled_out[name, value] = None
     for name, values in (("shape", SHAPES), ("color", COLORS)):
-        left = [value for value in values if (name, value) not in ruled_out]
-        if name not in known and len(left) == 1:
-            known[name] = left[0]
+        remaining = [value for value in values if (name, value) not in ruled_out]
+        if name not in known and len(remaining) == 1:
+            known[name] = remaining[0]
     absent = [Object(**{name: value}) for name, value in ruled_out if name not in known]
     return Scene((Object(**known),), None, tuple(absent))
 
@@ -159,12 +158,12 @@ def _sample(
     root: Path,
 ) -> Sample:
     extra: dict[str, Any] = {"dataset": "easy_vqa", "split": split, "ability": "fine_grained_perception"}
-    told: tuple[str, ...] = ()
+    known_facts: tuple[str, ...] = ()
     rationale = None
     if program is not None:
         scene = scenes[image]
         see, think = rationale_of(scene, program, answer)
-        told = facts(scene)
+        known_facts = facts(scene)
         rationale = tagged_rationale(see, think)
         ability = "logical_reasoning" if program["op"] == "none" else "fine_grained_perception"
         extra |= {"ability": ability, "kind": program["op"], "program": program, "scene": scene.to_json()}
@@ -175,14 +174,14 @@ def _sample(
         question=text,
         answer=answer,
         rationale=rationale,
-        facts=told,
+        facts=known_facts,
         extra=extra,
         image_root=root,
     )
 
 
 def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is seen (the object, as far as it is known) and what follows for the question."""
+    """Build the sentences of what is seen (the object, as far as known) and of what follows for the question."""
     [o] = scene.objects
     see = (f"There is {with_article(noun(o))}.",)
     of = program["of"]

@@ -1,8 +1,8 @@
-"""The oracle: reads a rationale as claims, checks each against the scene, and the whole against the answer.
+"""The oracle: parses a rationale into claims, checks each against the scene, and all of them against the answer.
 
 Perception claims ("There is ...", "There is no ...", "The background is ...") are checked against the
 scene. Reasoning claims are checked twice: they must follow from the *claimed* world (what the rationale
-says it sees), and not be false of the scene. A rationale is right when all of its sentences are claims,
+says it sees), and must not be false of the scene. A rationale is right if all of its sentences are claims,
 none is false, and together they suffice: the claimed world gives the gold answer, and leaves nothing open
 that would change it.
 """
@@ -35,7 +35,7 @@ CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_an
 
 
 class Response(Protocol):
-    """What the oracle needs of a parsed response (`srcfast.data.rationale_format.ParsedResponse`)."""
+    """A parsed response, such as `srcfast.data.rationale_format.ParsedResponse`."""
 
     @property
     def perception(self) -> tuple[str, ...]: ...
@@ -47,36 +47,37 @@ class Response(Protocol):
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence, read: perception fills `present`, `absent` or `background`, reasoning the rest."""
+    """One parsed sentence: perception sets `present`, `absent` or `background`, reasoning the other fields."""
 
     kind: str  # "perception" or "reasoning"
     present: Object | None = None
     absent: tuple[Object, ...] = ()
     background: str | None = None
-    checks: tuple[tuple[Program, str], ...] = ()  # programs and the answers that the claim gives them
-    about_seen: bool = False  # about "both" or "one" of what was claimed: the scene alone can't tell
-    sum_of: tuple[int, int, int] | None = None  # a minus b is c
+    checks: tuple[tuple[Program, str], ...] = ()  # programs, each with the answer that the claim states
+    about_seen: bool = False  # about "both" or "one" of the claimed objects, so the scene alone can't decide it
+    sum_of: tuple[int, int, int] | None = None  # (a, b, c): a minus b is c
     sizes: tuple[str, str, bool] | None = None  # the first size is larger than the second, or (False) is not
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What the oracle finds of one response."""
+class Verification:
+    """The oracle's result for one response."""
 
     claims: tuple[tuple[str, str, str], ...]  # sentence, kind (or unknown), true | false | unverifiable
-    perception_right: bool  # something is claimed to be seen, and nothing of it is false
-    reasoning_right: bool  # there are claims, and all conclusions follow from what is claimed to be seen
-    rationale_right: bool  # no sentence is false or unreadable, and they suffice for the gold answer
+    perception_right: bool  # there are perception claims, and none is false
+    reasoning_right: bool  # there are claims, and all conclusions follow from the perception claims
+    rationale_right: bool  # no sentence is false or unparsed, and together they suffice for the gold answer
     answer_right: bool
-    leads_to_answer: bool  # the claimed world gives the answer that was stated
+    leads_to_answer: bool  # the claimed world gives the stated answer
     aligned: bool  # a right rationale that leads to a right answer
     case: str  # one of CASES
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
+# --- Parsing ------------------------------------------------------------------------------------------------
 
 
 def _one_of(words: Sequence[str]) -> str:
+    """Build a pattern that matches one of the words, the longest first."""
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
@@ -114,7 +115,7 @@ _QUERY = re.compile(rf"the {_D} is {_WORD}")
 
 @lru_cache(maxsize=65536)
 def parse_claim(sentence: str) -> Claim | None:
-    """Read one sentence of the rationale grammar; None for anything else. No text makes it raise."""
+    """Parse one sentence of the rationale grammar. Returns None for any other text, and never raises."""
     text = " ".join(sentence.split()).lower().removesuffix(".")
     if len(text) > 160 or not text.isascii():
         return None
@@ -122,81 +123,81 @@ def parse_claim(sentence: str) -> Claim | None:
 
 
 def _parse_perception(text: str) -> Claim | None:
-    if found := _BACKGROUND.fullmatch(text):
-        return Claim("perception", background=found[1])
-    if found := _NOTHING.fullmatch(text):
-        line, index, _ = SIDES[_PHRASES[found[2]]] if found[2] else (dict.fromkeys([found[1]], 0), 0, "")
+    if match := _BACKGROUND.fullmatch(text):
+        return Claim("perception", background=match[1])
+    if match := _NOTHING.fullmatch(text):
+        line, index, _ = SIDES[_PHRASES[match[2]]] if match[2] else (dict.fromkeys([match[1]], 0), 0, "")
         return Claim("perception", absent=tuple(Object(place=p) for p in PLACES if line.get(p) == index))
-    if found := _ABSENT.fullmatch(text):
-        of = _description(found[1])
+    if match := _ABSENT.fullmatch(text):
+        of = _description(match[1])
         return None if of is None else Claim("perception", absent=(Object(**of),))
-    if found := _PRESENT.fullmatch(text):
-        of = _description(found[1])
+    if match := _PRESENT.fullmatch(text):
+        of = _description(match[1])
         return None if of is None else Claim("perception", present=Object(**of))
     return None
 
 
 def _parse_count(text: str) -> Claim | None:
-    if found := _SIDE_COUNT.fullmatch(text):
-        counts = [(found[1], found[2])] + ([(found[3], found[4])] if found[3] else [])
+    if match := _SIDE_COUNT.fullmatch(text):
+        counts = [(match[1], match[2])] + ([(match[3], match[4])] if match[3] else [])
         return _concludes(*[({"op": "count_side", "side": _PHRASES[side]}, n) for n, side in counts])
-    if found := _COUNT.fullmatch(text):
-        of = _description(found[2])
-        return None if of is None else _concludes(({"op": "count", "of": of}, found[1]))
-    if found := _COUNT_EITHER.fullmatch(text):
-        first, second = _predicate(found[2]), _predicate(found[3])
+    if match := _COUNT.fullmatch(text):
+        of = _description(match[2])
+        return None if of is None else _concludes(({"op": "count", "of": of}, match[1]))
+    if match := _COUNT_EITHER.fullmatch(text):
+        first, second = _predicate(match[2]), _predicate(match[3])
         if first is None or second is None:
             return None
-        return _concludes(({"op": "count_either", "either": [first, second]}, found[1]))
-    if found := _MINUS.fullmatch(text):
-        return Claim("reasoning", sum_of=(int(found[1]), int(found[2]), int(found[3])))
+        return _concludes(({"op": "count_either", "either": [first, second]}, match[1]))
+    if match := _MINUS.fullmatch(text):
+        return Claim("reasoning", sum_of=(int(match[1]), int(match[2]), int(match[3])))
     return None
 
 
 def _parse_conclusion(text: str) -> Claim | None:
-    if found := _ALL.fullmatch(text):
-        of, are = _description(found[2]), _predicate(found[3])
-        answer = "no" if found[1] else "yes"
-        other = None if found[4] is None else _predicate(found[4])
-        if of is None or are is None or (other is None and found[4] is not None):
+    if match := _ALL.fullmatch(text):
+        of, are = _description(match[2]), _predicate(match[3])
+        answer = "no" if match[1] else "yes"
+        other = None if match[4] is None else _predicate(match[4])
+        if of is None or are is None or (other is None and match[4] is not None):
             return None
         if other is None:
             return _concludes(({"op": "all", "of": of, "are": are}, answer))
         return _concludes(({"op": "all_either", "of": of, "either": [are, other]}, answer))
-    if found := _BOTH.fullmatch(text):
-        are = _predicate(found[1])
+    if match := _BOTH.fullmatch(text):
+        are = _predicate(match[1])
         return None if are is None else _about_seen({"op": "both", "of": are})
-    if found := _ONE_EACH.fullmatch(text):
-        first, second = _predicate(found[1]), _predicate(found[2])
+    if match := _ONE_EACH.fullmatch(text):
+        first, second = _predicate(match[1]), _predicate(match[2])
         if first is None or second is None:
             return None
         return _about_seen({"op": "one_each", "each": [first, second]})
-    if found := _LARGER.fullmatch(text):
-        return Claim("reasoning", sizes=(found[1], found[3], not found[2]))
-    if (found := _MOST_COMMON.fullmatch(text)) and found[2] in (SHAPES if found[1] == "shape" else COLORS):
-        return _concludes(({"op": "most_common", "attribute": found[1]}, found[2]))
+    if match := _LARGER.fullmatch(text):
+        return Claim("reasoning", sizes=(match[1], match[3], not match[2]))
+    if (match := _MOST_COMMON.fullmatch(text)) and match[2] in (SHAPES if match[1] == "shape" else COLORS):
+        return _concludes(({"op": "most_common", "attribute": match[1]}, match[2]))
     return None
 
 
 def _parse_relation(text: str) -> Claim | None:
-    if found := _BEYOND_ALL.fullmatch(text):
-        of = _description(found[1])
-        program: Program = {"op": "beyond_all", "relation": found[3], "of": of}
-        return None if of is None else _concludes((program, "no" if found[2] else "yes"))
-    if found := _BETWEEN.fullmatch(text):
-        a, b = _description(found[1]), _description(found[4])
+    if match := _BEYOND_ALL.fullmatch(text):
+        of = _description(match[1])
+        program: Program = {"op": "beyond_all", "relation": match[3], "of": of}
+        return None if of is None else _concludes((program, "no" if match[2] else "yes"))
+    if match := _BETWEEN.fullmatch(text):
+        a, b = _description(match[1]), _description(match[4])
         if a is None or b is None:
             return None
-        if found[2] == "directly ":
-            program = {"op": "neighbor", "relation": found[3], "of": b}
+        if match[2] == "directly ":
+            program = {"op": "neighbor", "relation": match[3], "of": b}
             return _names(program, a)
-        program = {"op": "relation", "relation": found[3], "a": a, "b": b}
-        return _concludes((program, "no" if found[2] else "yes"))
-    if found := _EXTREME.fullmatch(text):
-        of = _description(found[1])
-        return None if of is None else _names({"op": "extreme", "side": found[2]}, of)
-    if found := _QUERY.fullmatch(text):
-        of, value = _description(found[1]), _predicate(found[2])
+        program = {"op": "relation", "relation": match[3], "a": a, "b": b}
+        return _concludes((program, "no" if match[2] else "yes"))
+    if match := _EXTREME.fullmatch(text):
+        of = _description(match[1])
+        return None if of is None else _names({"op": "extreme", "side": match[2]}, of)
+    if match := _QUERY.fullmatch(text):
+        of, value = _description(match[1]), _predicate(match[2])
         return None if of is None or value is None else _names({"op": "query", "of": of}, value)
     return None
 
@@ -210,15 +211,15 @@ def _about_seen(program: Program) -> Claim:
 
 
 def _names(program: Program, of: Description) -> Claim | None:
-    """The claim that the object which a program finds has each attribute of a description."""
+    """Build the claim that the object which a program selects has each attribute of a description."""
     return _concludes(*[({**program, "attribute": name}, value) for name, value in of.items()]) if of else None
 
 
 def _description(phrase: str) -> Description | None:
-    found = _DESCRIPTION.fullmatch(phrase)
-    if found is None:
+    match = _DESCRIPTION.fullmatch(phrase)
+    if match is None:
         return None
-    of = {name: value for name, value in found.groupdict().items() if value is not None}
+    of = {name: value for name, value in match.groupdict().items() if value is not None}
     of["shape"] = _NAMES[of["shape"]]
     if of["shape"] == "object":
         del of["shape"]
@@ -226,7 +227,7 @@ def _description(phrase: str) -> Description | None:
 
 
 def _predicate(phrase: str) -> Description | None:
-    """One attribute: "red", "large", "a circle", "circles"; None for anything else."""
+    """Parse one attribute: "red", "large", "a circle", "circles". Returns None for any other text."""
     if phrase in COLORS:
         return {"color": phrase}
     if phrase in SIZES:
@@ -235,39 +236,39 @@ def _predicate(phrase: str) -> Description | None:
     return {"shape": shape} if shape in SHAPES else None
 
 
-# --- Judging ------------------------------------------------------------------------------------------------
+# --- Verification -------------------------------------------------------------------------------------------
 
 
-def verify_sample(sample: Sample, response: Response) -> Judgement | None:
-    """Judge a response to a sample that carries its scene and program; None for one that doesn't."""
+def verify_sample(sample: Sample, response: Response) -> Verification | None:
+    """Verify a response to a sample whose `extra` has scene and program. Returns None for any other sample."""
     scene, program = sample.extra.get("scene"), sample.extra.get("program")
-    return None if scene is None or program is None else judge(response, program, scene, sample.answer)
+    return None if scene is None or program is None else verify(response, program, scene, sample.answer)
 
 
-def judge(response: Response, program: Program, scene: Scene | dict[str, Any], gold: str) -> Judgement:
-    """Judge one response to a question.
+def verify(response: Response, program: Program, scene: Scene | dict[str, Any], gold: str) -> Verification:
+    """Verify one response to a question.
 
     Args:
-        response: sentences of perception and of reasoning (it does not matter in which list a claim stands),
-            and the stated answer; None for a response that did not parse.
+        response: sentences of perception and of reasoning (a claim may be in either list), and the stated
+            answer, None for a response that did not parse.
         program: the question's program.
-        scene: the truth, as `Scene` or its JSON; attributes that it does not know make claims about them
-            unverifiable, which is not held against the rationale.
+        scene: the truth, as `Scene` or its JSON. Claims about attributes that it leaves unknown are
+            unverifiable, which doesn't make the rationale wrong.
         gold: the right answer.
 
     Raises:
         InputError: the program or the scene is malformed. No response text raises.
     """
     scene = scene if isinstance(scene, Scene) else Scene.from_json(scene)
-    read = [(sentence, parse_claim(sentence)) for sentence in (*response.perception, *response.reasoning)]
-    claims = [claim for _, claim in read if claim is not None]
+    parsed = [(sentence, parse_claim(sentence)) for sentence in (*response.perception, *response.reasoning)]
+    claims = [claim for _, claim in parsed if claim is not None]
     world = claimed_world(claims, one_object=len(scene.objects) == 1)
     counts = {int(n) for claim in claims for check, n in claim.checks if check["op"].startswith("count")}
 
     rows = []
     perception_right = any(claim.kind == "perception" for claim in claims)
     reasoning_right = bool(claims)
-    for index, (sentence, claim) in enumerate(read):
+    for index, (sentence, claim) in enumerate(parsed):
         if claim is None:
             rows.append((sentence, "unknown", "unverifiable"))
             if index < len(response.perception):
@@ -283,15 +284,15 @@ def judge(response: Response, program: Program, scene: Scene | dict[str, Any], g
             reasoning_right &= follows
             rows.append((sentence, "reasoning", _in_scene(claim, scene) if follows else "false"))
 
-    sound = bool(claims) and len(claims) == len(read) and all(verdict != "false" for _, _, verdict in rows)
-    led_to = evaluate(program, world.objects, world.background, world.absent) if claims else None
+    sound = bool(claims) and len(claims) == len(parsed) and all(verdict != "false" for _, _, verdict in rows)
+    derived = evaluate(program, world.objects, world.background, world.absent) if claims else None
     gold = normalise_answer(gold)
     answer = None if response.answer is None else normalise_answer(response.answer)
-    rationale_right = sound and led_to is not None and normalise_answer(led_to) == gold
-    rationale_right = rationale_right and _suffices(program, world, claims, scene, str(led_to))
+    rationale_right = sound and derived is not None and normalise_answer(derived) == gold
+    rationale_right = rationale_right and _suffices(program, world, claims, scene, str(derived))
     answer_right = answer is not None and answer == gold
-    leads_to_answer = answer is not None and led_to is not None and normalise_answer(led_to) == answer
-    return Judgement(
+    leads_to_answer = answer is not None and derived is not None and normalise_answer(derived) == answer
+    return Verification(
         claims=tuple(rows),
         perception_right=perception_right,
         reasoning_right=reasoning_right,
@@ -304,7 +305,7 @@ def judge(response: Response, program: Program, scene: Scene | dict[str, Any], g
 
 
 def is_true(sentence: str, scene: Scene) -> bool | None:
-    """Whether one sentence holds of a scene; None where it can't be read, or not be told from this sentence alone."""
+    """Return whether a sentence is true of a scene; None if it doesn't parse, or if it alone doesn't decide that."""
     claim = parse_claim(sentence)
     if claim is None or claim.about_seen or (claim.kind == "reasoning" and not claim.checks):
         return None
@@ -313,10 +314,10 @@ def is_true(sentence: str, scene: Scene) -> bool | None:
 
 
 def claimed_world(claims: Sequence[Claim], one_object: bool = False) -> Scene:
-    """The world as the claims tell it. Two claims that must mean the same object are merged into one.
+    """Build the scene that the claims describe; two claims about the same object give one object.
 
-    That is so where they agree and name the same shape and color, or one says no more than the other; and,
-    in a picture of one object, wherever they agree.
+    Claims are about the same object if they agree and both name shape and color, or if one has all that the
+    other says; in an image of one object, if they agree.
     """
     objects: list[Object] = []
     absent: list[Object] = []
@@ -348,7 +349,7 @@ def _description_of(o: Object) -> Description:
 
 
 def _seen(claim: Claim, scene: Scene) -> str:
-    """The verdict of a perception claim."""
+    """Return the verdict on a perception claim: true, false or unverifiable."""
     if claim.background is not None:
         if scene.background is None:
             return "unverifiable"
@@ -360,29 +361,30 @@ def _seen(claim: Claim, scene: Scene) -> str:
 
 
 def _exists(of: Description, scene: Scene) -> str:
-    found = [matches(o, of) for o in scene.objects]
-    if True in found:
+    """Return the verdict on the claim that some object matches a description."""
+    results = [matches(o, of) for o in scene.objects]
+    if True in results:
         return "true"
-    return "unverifiable" if None in found and not implied_absent(of, scene.absent) else "false"
+    return "unverifiable" if None in results and not implied_absent(of, scene.absent) else "false"
 
 
 def _follows(claim: Claim, world: Scene, counts: set[int]) -> bool:
-    """Whether a reasoning claim follows from the claimed world, taken as all that there is."""
+    """Return whether a reasoning claim follows from the claimed world, if that is all there is."""
     if claim.sum_of is not None:
         a, b, difference = claim.sum_of
         return a - b == difference and {a, b} <= counts
     if claim.sizes is not None:
         first, second, larger = claim.sizes
         sizes = [o.size for o in world.objects]
-        there = sizes.count(first) >= (2 if first == second else 1) and second in sizes
-        return there and larger == ((first, second) == ("large", "small"))
+        both_present = sizes.count(first) >= (2 if first == second else 1) and second in sizes
+        return both_present and larger == ((first, second) == ("large", "small"))
     return all(
         evaluate(check, world.objects, world.background, world.absent) == expected for check, expected in claim.checks
     )
 
 
 def _in_scene(claim: Claim, scene: Scene) -> str:
-    """The verdict of a reasoning claim that follows from what was claimed: is it so in the scene, too?"""
+    """Return the verdict on a reasoning claim that follows from the claimed world: whether it is true of the scene as well."""
     if claim.about_seen or not claim.checks:
         return "true"
     answers = [evaluate(check, scene.objects, scene.background, scene.absent) for check, _ in claim.checks]
@@ -400,15 +402,15 @@ def _fully_known(scene: Scene) -> bool:
 _COMPARISONS = frozenset(["most_common", "more_side"])
 _COUNTS = frozenset(["count", "count_either", "count_side", "difference"])
 _UNIVERSALS = frozenset(["all", "some_not", "all_either"])
-# These presume objects that are the only ones of their description: one more can't change the answer.
+# These presume that a description matches one object alone, so a further object can't change the answer.
 _PRESUMING = frozenset(["background", "query", "same", "larger", "query_same", "relation", "neighbor"])
 
 
 def _suffices(program: Program, world: Scene, claims: Sequence[Claim], scene: Scene, answer: str) -> bool:
-    """Whether true claims whose world gives the gold answer leave nothing open that would change it.
+    """Return whether true claims whose world gives the gold answer leave nothing open that would change it.
 
-    Counting and comparing need every relevant object; universals need every relevant object or a closing
-    claim; the rest must rule out any further object that would give another answer ("There is no red
+    Counting and comparing need every relevant object. Universals need every relevant object or a closing
+    claim. The others must rule out any further object that would give another answer ("There is no red
     star.").
     """
     op = program["op"]
@@ -428,13 +430,12 @@ def _suffices(program: Program, world: Scene, claims: Sequence[Claim], scene: Sc
 
 
 def _closed(program: Program, world: Scene, claims: Sequence[Claim], answer: str) -> bool:
-    """Whether no single further object that the claims allow would change the answer.
+    """Return whether no single further object that the claims allow would change the answer.
 
-    Objects of attributes that neither program nor claims mention are alike: one such shape and color stand
-    for all.
+    Shapes and colors that neither program nor claims mention give equal results, so one of each is tried.
     """
     mentioned = set(re.findall(r"[a-z]+", f"{program} {claims}"))
-    taken = {o.place for o in world.objects}
+    occupied = {o.place for o in world.objects}
     named = {(o.shape, o.color) for o in world.objects}
     for shape in _representatives(SHAPES, mentioned):
         for color in _representatives(COLORS, mentioned):
@@ -442,7 +443,7 @@ def _closed(program: Program, world: Scene, claims: Sequence[Claim], answer: str
                 continue
             for size in SIZES:
                 for place in PLACES:
-                    if place in taken:
+                    if place in occupied:
                         continue
                     extra = Object(shape, color, size, place)
                     changed = evaluate(program, (*world.objects, extra), world.background)
@@ -452,12 +453,13 @@ def _closed(program: Program, world: Scene, claims: Sequence[Claim], answer: str
 
 
 def _representatives(values: Sequence[str], mentioned: set[str]) -> list[str]:
+    """Return the mentioned values, and one of the others for all of them."""
     unmentioned = [value for value in values if value not in mentioned]
     return [value for value in values if value in mentioned] + unmentioned[:1]
 
 
 def _allowed(extra: Object, world: Scene, claims: Sequence[Claim]) -> bool:
-    """Whether every claim still holds with one object more."""
+    """Return whether every claim is still true with `extra` added to the world."""
     if any(matches(extra, _description_of(pattern)) for pattern in world.absent):
         return False
     objects = (*world.objects, extra)

@@ -1,7 +1,7 @@
-"""Programs over objects: what a question asks, as plain JSON, and its answer over any set of objects.
+"""Programs: questions as plain JSON, and their answers over any set of objects.
 
-One function, `evaluate`, serves the generator (over the scene: the truth) and the oracle (over what a
-rationale claims to see: what it leads to).
+The generator calls `evaluate` over the scene, which gives the true answer; the oracle calls it over the objects
+that a rationale claims, which gives the answer that the rationale leads to.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ SIDES = {
     "bottom": (ROW, 2, "in the bottom row"),
 }
 
-Description = dict[str, str]  # attribute -> value; what it leaves out is open
+Description = dict[str, str]  # attribute -> value; a missing attribute may have any value
 Program = dict[str, Any]
 
 
 class _Undetermined(Exception):
-    """The objects don't settle the answer: an attribute is unknown, or a presumption doesn't hold."""
+    """The objects don't determine the answer: an attribute is unknown, or a presumption is false."""
 
 
 def matches(o: Object, of: Description) -> bool | None:
-    """Whether an object meets a description; None where an attribute that decides it is unknown."""
+    """Return whether an object matches a description; None if that depends on an unknown attribute."""
     unknown = False
     for name, value in of.items():
-        found = getattr(o, name)
-        if found is None:
+        actual = getattr(o, name)
+        if actual is None:
             unknown = True
-        elif found != value:
+        elif actual != value:
             return False
     return None if unknown else True
 
 
 def implied_absent(of: Description, absent: Sequence[Object]) -> bool:
-    """Whether a description is ruled out by one that no object meets: no blue object, so no blue star."""
+    """Return whether absent descriptions rule out a description: no blue object, so no blue star."""
     return any(
         all(value is None or of.get(name) == value for name, value in pattern.to_json().items()) for pattern in absent
     )
@@ -54,10 +54,10 @@ def evaluate(
     background: str | None = None,
     absent: Sequence[Object] = (),
 ) -> str | None:
-    """The program's answer over these objects, taken as all that there are.
+    """Return the program's answer if these objects are all there are.
 
-    None where they don't settle it: an unknown attribute decides, or the question presumes what isn't so
-    ("the circle" where there are two). Raises InputError for a program of another structure.
+    Returns None if they don't determine it: it depends on an unknown attribute, or the question presumes
+    something false ("the circle" if there are two). Raises InputError for a malformed program.
     """
     try:
         answer = _run(program, objects, background, absent)
@@ -75,24 +75,24 @@ def _run(
     absent: Sequence[Object],
 ) -> str | bool | None:
     def select(of: Description) -> list[Object]:
-        found = []
+        selected = []
         for o in objects:
-            met = matches(o, of)
-            if met is None and not implied_absent(of, absent):
+            is_match = matches(o, of)
+            if is_match is None and not implied_absent(of, absent):
                 raise _Undetermined
-            if met:
-                found.append(o)
-        return found
+            if is_match:
+                selected.append(o)
+        return selected
 
     def the(of: Description) -> Object:
-        found = select(of)
-        if len(found) != 1:
+        selected = select(of)
+        if len(selected) != 1:
             raise _Undetermined
-        return found[0]
+        return selected[0]
 
     def either(options: Sequence[Description], among: Sequence[Object]) -> list[Object]:
         chosen = [select(of) for of in options]
-        return [o for o in among if any(o is one for group in chosen for one in group)]
+        return [o for o in among if any(o is other for group in chosen for other in group)]
 
     op = program["op"]
     if op == "background":
@@ -142,9 +142,9 @@ def _run(
         chosen = select(program["of"])
         if not chosen:
             return None
-        met = either(program["either"], chosen) if op == "all_either" else select(program["are"])
-        every = all(any(o is one for one in met) for o in chosen)
-        return every if op != "some_not" else not every
+        fitting = either(program["either"], chosen) if op == "all_either" else select(program["are"])
+        all_fit = all(any(o is other for other in fitting) for o in chosen)
+        return all_fit if op != "some_not" else not all_fit
     if op == "and_not":
         present, ruled_out = select(program["present"]), select(program["absent"])
         return bool(present) and not ruled_out
@@ -166,10 +166,9 @@ def _run(
     if op == "one_each":
         if len(objects) != 2:
             return False
-        (a_first, b_first), (a_second, b_second) = ([matches(o, of) is True for o in objects] for of in program["each"])
-        return (a_first and b_second and not a_second and not b_first) or (
-            a_second and b_first and not a_first and not b_second
-        )
+        # One object matches the first description alone, the other one the second alone.
+        results = sorted(tuple(matches(o, of) is True for of in program["each"]) for o in objects)
+        return results == [(False, True), (True, False)]
     raise InputError(field="program", expected="a known operation", found=op)
 
 
@@ -181,20 +180,20 @@ def _value(o: Object, attribute: str) -> str:
 
 
 def on_side(side: str, objects: Sequence[Object]) -> list[Object]:
-    """The objects in the outer row or column that a side names."""
+    """Return the objects in the outer row or column of a side."""
     line, index, _ = SIDES[side]
     return [o for o in objects if line[_value(o, "place")] == index]
 
 
 def _holds(relation: str, a: Object, b: Object) -> bool:
-    """Whether a is left of, right of, above or below b: by column or row, so neither within the same one."""
+    """Return whether a is left of, right of, above or below b, by column or row; false for both orders in the same one."""
     line = COLUMN if relation in ("left of", "right of") else ROW
     first, second = line[_value(a, "place")], line[_value(b, "place")]
     return first < second if relation in ("left of", "above") else first > second
 
 
 def _adjacent(relation: str, place: str, reference: str) -> bool:
-    """Whether a place is the next cell left of, right of, above or below another."""
+    """Return whether a place is the next cell left of, right of, above or below `reference`."""
     columns, rows = COLUMN[place] - COLUMN[reference], ROW[place] - ROW[reference]
     return (columns, rows) == {
         "left of": (-1, 0),
@@ -205,7 +204,7 @@ def _adjacent(relation: str, place: str, reference: str) -> bool:
 
 
 def extreme_object(side: str, objects: Sequence[Object]) -> Object | None:
-    """The one object that lies furthest towards a side, or None where several do."""
+    """Return the object nearest to a side; None if several are equally near."""
     line, index, _ = SIDES[side]
     distances = [abs(line[_value(o, "place")] - index) for o in objects]
     nearest = min(distances, default=0)
@@ -213,7 +212,7 @@ def extreme_object(side: str, objects: Sequence[Object]) -> Object | None:
 
 
 def must_cover(program: Program) -> list[Description]:
-    """The descriptions that a rationale must account for: by the objects that meet each, or their absence."""
+    """Return the descriptions that a rationale must cover, each by its objects or by their absence."""
     op = program["op"]
     if op in ("exists", "none", "count", "all", "some_not", "all_either"):
         return [program["of"]]
@@ -225,52 +224,52 @@ def must_cover(program: Program) -> list[Description]:
 
 
 def relevant(program: Program, objects: Sequence[Object]) -> list[Object]:
-    """The objects that a sufficient rationale looks at, in the order in which it tells them.
+    """Return the objects that a sufficient rationale names, in the order in which it names them.
 
-    Reading order, but for questions about named objects: those first, as the question names them. `objects`
-    are those of a known scene for which the program has an answer.
+    That is reading order, except for questions about named objects, which come first in the question's order.
+    `objects` are those of a fully known scene for which the program has an answer.
     """
 
-    def meeting(*options: Description) -> list[Object]:
+    def matching(*options: Description) -> list[Object]:
         return [o for o in objects if any(matches(o, of) for of in options)]
 
     op = program["op"]
     if op == "most_common":
         return list(objects)
     if op == "more_side":
-        return [o for o in objects if any(one is o for side in program["sides"] for one in on_side(side, objects))]
+        return [o for o in objects if any(other is o for side in program["sides"] for other in on_side(side, objects))]
     if op == "count_side":
         return on_side(program["side"], objects)
     if op in ("same", "larger", "relation"):
-        return [*meeting(program["a"]), *meeting(program["b"])]
+        return [*matching(program["a"]), *matching(program["b"])]
     if op == "and_not":
-        return meeting(program["present"], program["absent"])
+        return matching(program["present"], program["absent"])
     if op in ("exists", "none", "query"):
-        return meeting(program["of"])
+        return matching(program["of"])
     if op == "query_same":
-        [reference] = meeting(program["of"])
+        [reference] = matching(program["of"])
         return [
             reference,
-            *[o for o in meeting({program["same"]: getattr(reference, program["same"])}) if o is not reference],
+            *[o for o in matching({program["same"]: getattr(reference, program["same"])}) if o is not reference],
         ]
     if op == "neighbor":
-        [reference] = meeting(program["of"])
+        [reference] = matching(program["of"])
         return [
             reference,
             *[o for o in objects if _adjacent(program["relation"], str(o.place), str(reference.place))],
         ]
     if op == "extreme":
-        found = extreme_object(program["side"], objects)
-        return [] if found is None else [found]
+        outermost = extreme_object(program["side"], objects)
+        return [] if outermost is None else [outermost]
     if op == "beyond_all":
-        [reference] = meeting(program["of"])
+        [reference] = matching(program["of"])
         others = [o for o in objects if o is not reference]
         return [reference, min(others, key=lambda o: _beyond(program["relation"], o))]
-    return meeting(*must_cover(program))
+    return matching(*must_cover(program))
 
 
 def _beyond(relation: str, o: Object) -> int:
-    """How far an object lies from the side that a relation points to; the nearest is the rival."""
+    """Return how far an object is from the side that a relation points to; the nearest one decides the answer."""
     line = COLUMN if relation in ("left of", "right of") else ROW
     position = line[str(o.place)]
     return position if relation in ("left of", "above") else -position

@@ -1,4 +1,4 @@
-"""Questions about a scene: their wording, and the sampler that balances answers within every kind."""
+"""Draw questions about a scene, with answers balanced within each kind, and write them in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABILITIES = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer, the ability it asks for, the kind of question, and the program it runs."""
+    """A question with its answer, the ability it tests, its kind, and its program."""
 
     text: str
     ability: str
@@ -36,7 +36,7 @@ _PLURAL = {name: "crosses" if name == "cross" else name + "s" for name in (*SHAP
 
 
 def noun(of: Description | Object, plural: bool = False) -> str:
-    """A description in words: "large red circle at the top left", "red objects"."""
+    """Write a description as a noun phrase: "large red circle at the top left", "red objects"."""
     if isinstance(of, Object):
         of = {name: value for name, value in of.to_json().items() if value is not None}
     words = [of[name] for name in ("size", "color") if name in of]
@@ -47,11 +47,12 @@ def noun(of: Description | Object, plural: bool = False) -> str:
 
 
 def with_article(phrase: str) -> str:
+    """Put "a" or "an" before a phrase."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def predicate(of: Description, plural: bool = False) -> str:
-    """A one-attribute description after "is" or "are": "red", "a circle", "circles"."""
+    """Write a description of one attribute as it follows "is" or "are": "red", "a circle", "circles"."""
     if "shape" in of:
         return noun(of, plural=True) if plural else with_article(noun(of))
     [value] = of.values()
@@ -59,7 +60,7 @@ def predicate(of: Description, plural: bool = False) -> str:
 
 
 def question_text(program: Program, wording: int = 0) -> str:
-    """The question in words; most kinds have two wordings (0 and 1)."""
+    """Write a program as a question; kinds in _TWO_WORDINGS have the wordings 0 and 1, the others 0 alone."""
     op = program["op"]
     p = program
     if op == "background":
@@ -127,11 +128,11 @@ _TWO_WORDINGS = frozenset(["background", "exists", "same", "larger", "count"])
 
 
 def ask(scene: Scene, rng: random.Random, abilities: Sequence[str] = ABILITIES, n: int = 3) -> list[Question]:
-    """Draw up to `n` different questions about a fully known scene, going round the abilities.
+    """Draw up to `n` different questions about a fully known scene, cycling through the abilities.
 
-    Answers are drawn first and a question is sought for them, so that no kind can be answered well without
-    looking. An ability that the scene can't carry is skipped. Where the scene shows a held-out combination,
-    questions whose objects include it are preferred.
+    An answer is drawn first and then a question with that answer, so that no kind can be answered well
+    without looking at the image. An ability for which the scene has no question is skipped. If the scene has a
+    held-out combination, questions about it are preferred.
     """
     order = list(abilities)
     rng.shuffle(order)
@@ -146,14 +147,15 @@ def ask(scene: Scene, rng: random.Random, abilities: Sequence[str] = ABILITIES, 
 
 
 def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question | None:
+    """Draw a question of an ability; None if eight tries give none."""
     held_out = [o for o in scene.objects if (o.shape, o.color) in HELD_OUT]
-    spare = None
+    fallback = None
     for _ in range(8):
         kind = rng.choice(_KINDS[ability])
-        found = _propose(scene, kind, rng)
-        if found is None:
+        proposal = _propose(scene, kind, rng)
+        if proposal is None:
             continue
-        program, answer = found
+        program, answer = proposal
         wording = rng.randrange(2) if program["op"] in _TWO_WORDINGS else 0
         question = Question(
             question_text(program, wording),
@@ -164,12 +166,12 @@ def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question |
         )
         if not held_out or any(o in held_out for o in relevant(program, scene.objects)):
             return question
-        spare = spare or question
-    return spare
+        fallback = fallback or question
+    return fallback
 
 
 def _propose(scene: Scene, kind: Kind, rng: random.Random) -> tuple[Program, str] | None:
-    """A program of this kind whose answer is drawn evenly from those that its proposals give."""
+    """Draw a program of a kind, uniformly over the answers of the kind's proposals. Returns it with its answer."""
     wanted = rng.choice(("yes", "no")) if kind in _YES_NO else None
     by_answer: dict[str, Program] = {}
     proposals = kind(scene, rng)
@@ -189,7 +191,7 @@ def _propose(scene: Scene, kind: Kind, rng: random.Random) -> tuple[Program, str
     return by_answer[answer], answer
 
 
-# A kind yields programs at random; those without an answer in the scene are passed over.
+# A kind yields random programs; `_propose` skips those without an answer in the scene. Its name is `Question.kind`.
 Kind = Callable[[Scene, random.Random], Iterator[Program]]
 
 
@@ -235,11 +237,11 @@ def _size_of(scene: Scene, rng: random.Random) -> Iterator[Program]:
 def _exists(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         of = _described(rng.choice(scene.objects), "shape", "color", "size")
-        if rng.random() < 0.6:  # a near miss: one attribute is another
+        if rng.random() < 0.6:  # a near miss: change one attribute
             name, values = rng.choice((("shape", SHAPES), ("color", COLORS), ("size", SIZES)))
             of[name] = rng.choice(values)
         if (of["shape"], of["color"]) in HELD_OUT and not any((o.shape, o.color) in HELD_OUT for o in scene.objects):
-            continue  # held out of the words, too
+            continue  # such a combination must not occur in text either
         yield {"op": "exists", "of": of}
 
 
@@ -323,7 +325,7 @@ def _and_not(scene: Scene, rng: random.Random) -> Iterator[Program]:
 
 
 def _single(scene: Scene, rng: random.Random, names: Sequence[str]) -> Description:
-    """A one-attribute description, of an object of the scene or (one time in four) of any."""
+    """Draw a description of one attribute: of an object of the scene or, with probability 1/4, any value."""
     name = rng.choice(names)
     if rng.random() < 0.25:
         return {name: rng.choice({"shape": SHAPES, "color": COLORS, "size": SIZES}[name])}

@@ -1,6 +1,6 @@
-"""True rationales: what one must see to answer a question and what follows from it, in short sentences.
+"""Build true rationales: what must be seen to answer a question, and what follows from it, in short sentences.
 
-The grammar is small on purpose: `oracle.parse_claim` reads every sentence back.
+The grammar is small, so that `oracle.parse_claim` parses every sentence.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Object, Scene
 
 
 def true_rationale(scene: Scene, question: Question) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sentences of what is seen and of what is concluded: minimal, but sufficient for the answer."""
+    """Build the sentences of what is seen and of what is concluded: the fewest that suffice for the answer."""
     return rationale_of(scene, question.program, question.answer)
 
 
 def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`true_rationale` for a program and its answer over the scene."""
+    """Build `true_rationale` for a program and its answer over the scene."""
     seen = relevant(program, scene.objects)
     see = [f"There is {with_article(noun(o))}." for o in seen]
     if program["op"] == "background":
@@ -69,9 +69,9 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
     if op == "query_same":
         return [f"Both are {predicate({p['same']: getattr(seen[0], p['same'])}, plural=True)}."]
     if op in ("all", "some_not"):
-        every = yes if op == "all" else not yes
+        is_universal = yes if op == "all" else not yes
         of, are = noun(p["of"], plural=True), predicate(p["are"], plural=True)
-        return [f"{'All' if every else 'Not all'} {of} are {are}."]
+        return [f"{'All' if is_universal else 'Not all'} {of} are {are}."]
     if op == "all_either":
         first, second = (predicate(of, plural=True) for of in p["either"])
         return [f"{'All' if yes else 'Not all'} {noun(p['of'], plural=True)} are {first} or {second}."]
@@ -89,9 +89,9 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
         counts = [_count_sentence(scene, p["a"]), _count_sentence(scene, p["b"])]
         return [*counts, f"{a} minus {b} is {answer}."]
     if op == "count_either":
-        one = answer == "1"
-        first, second = (predicate(of, plural=not one) for of in p["either"])
-        return [f"{answer} {'object is' if one else 'objects are'} {first} or {second}."]
+        singular = answer == "1"
+        first, second = (predicate(of, plural=not singular) for of in p["either"])
+        return [f"{answer} {'object is' if singular else 'objects are'} {first} or {second}."]
     if op == "relation":
         return [f"The {noun(p['a'])} is {'' if yes else 'not '}{p['relation']} the {noun(p['b'])}."]
     if op == "neighbor":
@@ -118,7 +118,7 @@ def _side_sentence(scene: Scene, side: str) -> str:
 
 
 def facts(scene: Scene) -> tuple[str, ...]:
-    """Everything known of the scene: objects in reading order, absences, background and number of objects."""
+    """Write everything known of a scene: objects in reading order, absences, background and number of objects."""
     sentences = [f"There is {with_article(noun(o))}." for o in scene.objects]
     sentences += [f"There is no {noun(o)}." for o in scene.absent]
     if scene.background is not None:
@@ -130,24 +130,24 @@ def facts(scene: Scene) -> tuple[str, ...]:
 
 
 def describe(scene: Scene) -> str:
-    """A dense caption: the facts in one text."""
+    """Write a dense caption: the facts in one text."""
     return " ".join(facts(scene))
 
 
 def perception_questions(scene: Scene, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """`n` questions with dense answers that teach a base model to see: what is where, and where is what."""
+    """Draw `n` questions with dense answers for training a base model to see: what is where, and where is what."""
     return [_perception_question(scene, rng) for _ in range(n)]
 
 
 def _perception_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     draw = rng.random()
-    if draw < 0.6:  # all objects of a description: what every rationale begins with
+    if draw < 0.6:  # all objects of a description, which rationales begin with
         names = rng.choice(
             (("shape",), ("color",), ("size",), ("shape", "color"), ("size", "shape"), ("size", "color"))
         )
         attributes = rng.choice(scene.objects).to_json()
         of = {name: str(attributes[name]) for name in names}
-        if rng.random() < 0.15:  # perhaps there is none
+        if rng.random() < 0.15:  # a value that may have no objects
             of[names[0]] = rng.choice({"shape": SHAPES, "color": COLORS, "size": SIZES}[names[0]])
         return f"List the {noun(of, plural=True)}.", _listing([o for o in scene.objects if matches(o, of)], noun(of))
     if draw < 0.75:
@@ -161,7 +161,7 @@ def _perception_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _listing(objects: Sequence[Object], name: str) -> str:
-    """The objects in the rationales' words; none: "There is no red circle."."""
+    """List objects in sentences of the rationale grammar; for none "There is no red circle."."""
     if not objects:
         return f"There is no {name}."
     return " ".join(f"There is {with_article(noun(o))}." for o in objects)

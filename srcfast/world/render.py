@@ -1,6 +1,6 @@
-"""Scenes as pictures: 72x72 RGB, anti-aliased, with jitter in place, extent, tilt and color.
+"""Render scenes as images: 72x72 RGB, anti-aliased, with jitter in position, extent, tilt and color.
 
-Colors are easy-VQA's eight on its light backgrounds, so that what the vision tower learns here carries over.
+The colors are easy-VQA's eight on its light backgrounds, so that the vision tower also reads easy-VQA's images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Point = tuple[float, float]
 
 
 def render(scene: Scene, seed: int) -> Image.Image:
-    """Draw a fully known scene as a 72x72 RGB image; the same scene and seed always give the same pixels."""
+    """Render a fully known scene as a 72x72 RGB image; the same scene and seed always give the same pixels."""
     rng = random.Random(seed)
     side = IMAGE_SIZE * SUPERSAMPLING
     tint = tuple([rng.randint(232, 255) for _ in range(3)])
@@ -70,16 +70,16 @@ def _draw_background(
 def _draw_object(draw: ImageDraw.ImageDraw, o: Object, rng: random.Random) -> None:
     assert o.shape and o.color and o.size and o.place
     extent = rng.uniform(*EXTENT[o.size])
-    room = max(0.0, (CELL - 1.16 * extent) / 4)  # that the center may move, a tilted corner well inside
-    x = (COLUMN[o.place] + 0.5) * CELL + rng.uniform(-room, room)
-    y = (ROW[o.place] + 0.5) * CELL + rng.uniform(-room, room)
+    jitter = max(0.0, (CELL - 1.16 * extent) / 4)  # pixels; a tilted corner stays within the cell
+    x = (COLUMN[o.place] + 0.5) * CELL + rng.uniform(-jitter, jitter)
+    y = (ROW[o.place] + 0.5) * CELL + rng.uniform(-jitter, jitter)
     draw_shape(draw, o.shape, o.color, x, y, extent, rng)
 
 
 def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, color: str, x: float, y: float, extent: float, rng: random.Random
 ) -> None:
-    """Draw a shape about (x, y), `extent` pixels along its longer side, with jitter in color and tilt."""
+    """Draw a shape centered at (x, y) pixels, its longer side `extent` pixels, with jitter in color and tilt."""
     fill = tuple([min(255, max(0, value + rng.randint(-20, 20))) for value in RGB[color]])
     half = extent / 2
     if shape == "circle":
@@ -96,7 +96,7 @@ def draw_shape(
 
 
 def _outline(shape: str, half: float, rng: random.Random) -> list[Point]:
-    """The polygon of a shape about the origin, in pixels; `half` is half of its longer side."""
+    """Return the polygon of a shape about the origin, in pixels; `half` is half of its longer side."""
     if shape == "rectangle":
         other = half * rng.uniform(0.6, 1.0)
         width, height = (half, other) if rng.random() < 0.5 else (other, half)

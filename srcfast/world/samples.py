@@ -1,4 +1,4 @@
-"""The embedded world as a data set: scenes rendered to files and asked about, with rationales and facts."""
+"""Draw samples of the embedded world: rendered scenes with questions, answers, rationales and facts."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render
 from srcfast.world.scenes import Scene, scene_digest, scene_stream
 
-PNG_END = b"IEND\xaeB`\x82"  # the last chunk of any PNG file: its name and checksum
+PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, the same in every PNG file
 
 
 def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_rationale: bool = True) -> list[Sample]:
-    """Draw `n` samples of a split, the abilities in equal parts, two to four questions a scene.
+    """Draw `n` samples of a split, the abilities in equal parts, with up to four questions a scene.
 
-    Images go to `image_dir` under names made of split and scene, so that a picture is drawn once however
-    often it is asked for; `image_dir` is the samples' image root. `extra` holds the scene, the program,
-    ability and kind, and the true rationale's sentences (`see`, `think`), whether or not `rationale` gives
-    them as text. Raises InputError for an unknown split.
+    Images are written to `image_dir`, which is the samples' image root, under names of split and scene, so
+    that an image is rendered once for all its samples and runs. `extra` has the scene, program, ability and
+    kind, and the true rationale's sentences (`see`, `think`) whether or not `rationale` has them as text.
+    Raises InputError for an unknown split.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{split}/{seed}/questions")
-    asked = dict.fromkeys(ABILITIES, 0)
+    counts = dict.fromkeys(ABILITIES, 0)
     samples: list[Sample] = []
     scenes: dict[str, Scene] = {}
     for scene in scene_stream(split, seed):
         if len(samples) == n:
             break
-        wanted = min(rng.choice((2, 3, 4)), n - len(samples))
-        behind = sorted(ABILITIES, key=lambda ability: (asked[ability], rng.random()))[:wanted]
-        questions = ask(scene, rng, behind, wanted)
+        count = min(rng.choice((2, 3, 4)), n - len(samples))
+        rarest = sorted(ABILITIES, key=lambda ability: (counts[ability], rng.random()))[:count]
+        questions = ask(scene, rng, rarest, count)
         image = f"{split}-{scene_digest(scene)[:16]}.png"
         if questions:
             scenes[image] = scene
         for question in questions:
-            asked[question.ability] += 1
+            counts[question.ability] += 1
             see, think = true_rationale(scene, question)
             samples.append(
                 Sample(
@@ -70,37 +70,40 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
                     image_root=image_dir,
                 )
             )
-    _draw(scenes, image_dir)
+    _render_missing(scenes, image_dir)
     return samples
 
 
-def _draw(scenes: Mapping[str, Scene], image_dir: Path) -> None:
-    """Render scenes into files of these names, but for those that are there whole.
+def _render_missing(scenes: Mapping[str, Scene], image_dir: Path) -> None:
+    """Render scenes into files of these names, except files that are complete already.
 
-    Processes that draw into one folder take turns, so that each finds what the one before has drawn, and removes what a killed
-    one of this machine has left half-drawn: a lock may hold on one machine only. Those of another machine, and where the file
-    system has no locks all, draw at the same time: files are renamed when they are whole.
+    A lock on the directory serialises the processes of this machine: each one skips the files that others have written, and
+    removes temporary files that a killed process of this machine has left. Processes of other machines, and all of them on a
+    file system without locks, may write at the same time, so files are written under other names and renamed when complete.
     """
-    missing = {name: scene for name, scene in scenes.items() if not _is_whole(image_dir / name)}
+    missing = {name: scene for name, scene in scenes.items() if not _is_complete(image_dir / name)}
     if not missing:
         return
     machine = _machine()
-    with _turn(image_dir) as alone:
-        for path in list(image_dir.glob(".*.tmp")) if alone else ():
+    with _lock(image_dir) as locked:
+        for path in list(image_dir.glob(".*.tmp")) if locked else ():
             if is_temporary(path) and f".{machine}." in path.name:
                 remove_temporary(path)
         for name, scene in missing.items():
-            if not _is_whole(image_dir / name):
+            if not _is_complete(image_dir / name):  # another process may have written it meanwhile
                 picture = render(scene, seed=int(scene_digest(scene)[16:28], 16))
                 _save(picture, image_dir / name, machine)
 
 
 def _save(picture: Image.Image, path: Path, machine: str) -> None:
-    """First under a name that no other process has, though it be of another machine or container and have this one's number."""
+    """Write an image under a temporary name, then rename it.
+
+    The random part of the name separates processes of other machines and containers that have the same process id.
+    """
     temporary = temporary_of(path.with_name(f"{path.name}.{machine}.{secrets.token_hex(4)}"))
     try:
         with naming(path):
-            with open(temporary, "xb") as file:  # not flushed to the disk: one cut short is drawn again
+            with open(temporary, "xb") as file:  # without fsync: an incomplete file is rendered again
                 picture.save(file, format="PNG")
             os.replace(temporary, path)
     except BaseException:
@@ -110,33 +113,33 @@ def _save(picture: Image.Image, path: Path, machine: str) -> None:
 
 
 def _machine() -> str:
-    """Names the kernel that runs, which is what a lock may be confined to; elsewhere than on Linux, the host."""
+    """Return the id of the running kernel, beyond which a lock may not hold; on other systems than Linux the host's name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a PNG file is there to its last byte, which without a flush a power cut doesn't leave."""
+def _is_complete(path: Path) -> bool:
+    """Return whether a PNG file exists and ends as one must; after a power failure a file without fsync may not."""
     try:
         with open(path, "rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
-    except OSError:  # none, or shorter than that
+    except OSError:  # no such file, or a shorter one
         return False
 
 
 @contextmanager
-def _turn(directory: Path) -> Iterator[bool]:
-    """Wait until no other process is within the same directory's turn; gives whether there is such a lock."""
+def _lock(directory: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a directory; yield False if the file system has no locks."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        except OSError:  # over NFS for one a directory has none
-            alone = False
-        yield alone
+            locked = True
+        except OSError:  # over NFS, for example, a directory can't be locked
+            locked = False
+        yield locked
     finally:
-        os.close(handle)  # which ends the turn; so does the end of the process, however it ends
+        os.close(handle)  # releases the lock, as the end of the process does

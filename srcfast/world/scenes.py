@@ -1,9 +1,9 @@
-"""The embedded world's scenes: a few objects on a 3x3 grid, drawn from a seed and split by content.
+"""Draw the embedded world's scenes: a few objects on a 3x3 grid, drawn from a seed and split by content.
 
-A scene belongs to one split for ever: the split is a hash of the scene's content, so two seeds can never put
-the same scene into training and test. Six combinations of shape and color are held out of every split but
-`generalisation`. They are all stars and crosses, because easy-VQA (which takes part in calibration) shows
-circles, rectangles and triangles in every color: these six are never seen in training, whatever the data set.
+The split of a scene is a hash of its content, so no two seeds put the same scene into training and test. Six
+combinations of shape and color are held out of every split but `generalisation`. They are all stars and
+crosses, because easy-VQA, which calibration also uses, shows circles, rectangles and triangles in every color:
+so no dataset shows these six in training.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _SHARES = (
     ("scorer", 10),
     ("validation", 8),
     ("test", 10),
-)  # of 100
+)  # percent
 SPLITS = tuple(name for name, _ in _SHARES) + ("generalisation",)
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """One object, or a description of one: `None` is an attribute that is unknown, or left open."""
+    """An object, or a description of objects: `None` is an unknown attribute or, in a description, any value."""
 
     shape: str | None = None
     color: str | None = None
@@ -76,10 +76,10 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is in an image: its objects (in reading order), its background, and what is known to be absent.
+    """Content of an image: its objects in reading order, its background, and what is known to be absent.
 
-    `absent` holds descriptions that no object meets. A scene of the world is fully known and needs none; a
-    real image whose object has an unknown color may still be known to show nothing blue.
+    `absent` has descriptions that no object matches. Scenes of the embedded world are fully known and need
+    none; an easy-VQA image whose object has an unknown color may still be known to show nothing blue.
     """
 
     objects: tuple[Object, ...]
@@ -97,7 +97,7 @@ class Scene:
 
     @classmethod
     def from_json(cls, scene: dict[str, Any]) -> Scene:
-        """Read what `to_json` wrote. Raises InputError where the structure is another."""
+        """Read what `to_json` wrote. Raises InputError for any other structure."""
         try:
             return cls(
                 tuple(Object(**o) for o in scene["objects"]),
@@ -113,13 +113,13 @@ class Scene:
 
 
 def scene_digest(scene: Scene) -> str:
-    """A stable hexadecimal hash of the scene's content, the same on every machine."""
+    """Return a hexadecimal hash of the scene's content, the same on every machine."""
     objects = ";".join([f"{o.shape},{o.color},{o.size},{o.place}" for o in scene.objects])
     return hashlib.sha256(f"{scene.background}|{objects}".encode()).hexdigest()
 
 
 def split_of(scene: Scene) -> str:
-    """The one split that a scene belongs to, a function of its content alone."""
+    """Return the split of a scene, a function of its content alone."""
     if any((o.shape, o.color) in HELD_OUT for o in scene.objects):
         return "generalisation"
     bucket = int(scene_digest(scene)[:12], 16) % 100
@@ -136,7 +136,7 @@ def sample_scenes(split: str, n: int, seed: int) -> list[Scene]:
 
 
 def scene_stream(split: str, seed: int) -> Iterator[Scene]:
-    """Distinct scenes of a split without end. Raises InputError for an unknown split."""
+    """Yield distinct scenes of a split, without end. Raises InputError for an unknown split."""
     if split not in SPLITS:
         raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
     rng = random.Random(f"{split}/{seed}")
@@ -149,7 +149,7 @@ def scene_stream(split: str, seed: int) -> Iterator[Scene]:
 
 
 def _draw_scene(rng: random.Random, held_out: bool) -> Scene:
-    """A scene of two to five objects from a small palette, so that shapes and colors repeat within it."""
+    """Draw a scene of two to five objects from few shapes and colors, so that both repeat within it."""
     count = rng.choice((2, 3, 3, 4, 4, 4, 5, 5))
     while True:
         colors = rng.sample(COLORS, 2 if rng.random() < 0.5 else 3)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcfast.data.rationale_format import format_response, parse_response
-from srcfast.world.oracle import CASES, Judgement, claimed_world, judge, parse_claim
+from srcfast.world.oracle import CASES, Verification, claimed_world, parse_claim, verify
 from srcfast.world.programs import evaluate
 from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import facts, true_rationale
@@ -33,9 +33,9 @@ def asked(n: int, seed: int, abilities: list[str] | None = None) -> list[tuple[S
     return [(s, q, *true_rationale(s, q)) for s in scenes for q in ask(s, rng, n=4, **kinds)]
 
 
-def found(scene: Scene, question: Question, see: See, think: Think, answer: str | None = None) -> Judgement:
+def found(scene: Scene, question: Question, see: See, think: Think, answer: str | None = None) -> Verification:
     stated = question.answer if answer is None else answer
-    return judge(Parts(see, think, stated), question.program, scene, question.answer)
+    return verify(Parts(see, think, stated), question.program, scene, question.answer)
 
 
 def test_every_true_rationale_is_right_in_both_formats_and_in_any_order() -> None:
@@ -55,7 +55,7 @@ def test_judging_goes_through_the_one_parser() -> None:
     for scene, question, see, think in asked(60, seed=1):
         for form in ("tagged", "plain"):
             response = parse_response(format_response(see, think, question.answer, form))
-            assert judge(response, question.program, scene.to_json(), question.answer).aligned
+            assert verify(response, question.program, scene.to_json(), question.answer).aligned
 
 
 def test_all_facts_suffice_for_every_question() -> None:
@@ -75,7 +75,7 @@ def test_a_bare_or_missing_answer_has_no_right_rationale() -> None:
     for scene, question, _, _ in asked(80, seed=4):
         assert found(scene, question, (), ()).case == "right_answer_wrong_rationale"
         assert not found(scene, question, (), ()).perception_right
-        nothing = judge(Parts((), (), None), question.program, scene, question.answer)
+        nothing = verify(Parts((), (), None), question.program, scene, question.answer)
         assert nothing.case == "both_wrong" and not nothing.leads_to_answer
 
 
@@ -197,7 +197,7 @@ def test_an_unreasonable_conclusion_makes_the_rationale_wrong(fault: str) -> Non
 def test_perception_and_reasoning_are_told_apart() -> None:
     scene = Scene((Object("circle", "red", "large", "left"), Object("star", "blue", "small", "right")), "plain")
     program = {"op": "count", "of": {"color": "red"}}
-    misseen = judge(
+    misseen = verify(
         Parts(
             ("There is a large red circle at the left.", "There is a small red star at the right."),
             ("There are 2 red objects.",),
@@ -209,7 +209,7 @@ def test_perception_and_reasoning_are_told_apart() -> None:
     )
     assert (misseen.perception_right, misseen.reasoning_right, misseen.leads_to_answer) == (False, True, True)
     assert misseen.case == "both_wrong"
-    misjudged = judge(
+    misjudged = verify(
         Parts(("There is a large red circle at the left.",), ("There are 2 red objects.",), "2"),
         program,
         scene,
@@ -227,7 +227,7 @@ def test_an_irrelevant_truth_does_not_settle_an_absence() -> None:
     program = {"op": "exists", "of": {"shape": "star", "color": "green", "size": "small"}}
 
     def right(*sentences: str) -> bool:
-        return judge(Parts(sentences, (), "no"), program, scene, "no").rationale_right
+        return verify(Parts(sentences, (), "no"), program, scene, "no").rationale_right
 
     assert not right("There is a large red circle at the left.")
     assert (
@@ -243,17 +243,17 @@ def test_an_irrelevant_truth_does_not_settle_an_absence() -> None:
 def test_what_is_unknown_of_a_real_image_is_not_held_against_the_rationale() -> None:
     scene = Scene((Object(shape="circle"),), None, (Object(color="blue"),))
     program = {"op": "none", "of": {"color": "blue"}}
-    judgement = judge(
+    judgement = verify(
         Parts(("There is a large red circle at the left.",), ("There is no blue object.",), "yes"),
         program,
         scene,
         "yes",
     )
     assert judgement.aligned and judgement.claims[0][2] == "unverifiable" and judgement.claims[1][2] == "true"
-    ruled_out = judge(Parts(("There is a blue circle.",), (), "no"), program, scene, "yes")
+    ruled_out = verify(Parts(("There is a blue circle.",), (), "no"), program, scene, "yes")
     assert ruled_out.case == "both_wrong" and ruled_out.leads_to_answer
-    assert judge(Parts(("There is a red star.",), (), "yes"), program, scene, "yes").claims[0][2] == "false"
-    unclear = judge(Parts(("There is a circle.",), (), "yes"), program, scene, "yes")
+    assert verify(Parts(("There is a red star.",), (), "yes"), program, scene, "yes").claims[0][2] == "false"
+    unclear = verify(Parts(("There is a circle.",), (), "yes"), program, scene, "yes")
     assert unclear.case == "right_answer_wrong_rationale"  # nothing says that it is not blue
 
 
@@ -311,7 +311,7 @@ def test_no_text_makes_the_oracle_raise(sentences: list[str], answer: str | None
     scene, question = PROGRAMS[index]
     middle = len(sentences) // 2
     response = Parts(tuple(sentences[:middle]), tuple(sentences[middle:]), answer)
-    judgement = judge(response, question.program, scene, question.answer)
+    judgement = verify(response, question.program, scene, question.answer)
     assert judgement.case in CASES and len(judgement.claims) == len(sentences)
     assert not judgement.aligned or (judgement.rationale_right and judgement.answer_right)
 
@@ -323,7 +323,7 @@ def test_a_rationale_judged_right_leads_to_the_gold_answer(index: int, picks: li
     scene, question = PROGRAMS[index]
     pool = [s for q in ask(scene, random.Random(3), n=8) for part in true_rationale(scene, q) for s in part]
     chosen = tuple(pool[pick % len(pool)] for pick in picks)
-    judgement = judge(Parts(chosen, (), question.answer), question.program, scene, question.answer)
+    judgement = verify(Parts(chosen, (), question.answer), question.program, scene, question.answer)
     claims = [claim for sentence in chosen if (claim := parse_claim(sentence))]
     world = claimed_world(claims)
     led_to = evaluate(question.program, world.objects, world.background, world.absent)
