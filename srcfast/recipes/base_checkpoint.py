@@ -1,4 +1,4 @@
-"""New small Hugging Face checkpoints: the embedded LVLM and R-Scorer before any training, and their tokenizer."""
+"""Create small Hugging Face checkpoints: the embedded LVLM and R-Scorer before training, and their tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from srcfast.models.text_model import load_tokenizer, save_text_model
 IMAGE_SIZE = 72  # pixels a side: the world's 3 x 3 places of 24 pixels each
 PATCH_SIZE = 12  # pixels: 2 x 2 patches a place, so 36 image tokens
 TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
-# Neither a space nor a newline stands at the image: each would cost a token of its own in byte-level BPE.
+# No space or newline at the image: each would cost one more token in byte-level BPE.
 LVLM_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER:"
     "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
@@ -34,7 +34,7 @@ LVLM_CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from `texts`: the world's words become single tokens, any other text still encodes."""
+    """Train byte-level BPE on `texts`: words of the world become single tokens, and any other text still encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # A tag swallows the space before it, so that each costs one token; it is no special token: decoding keeps it.
+    # A tag takes the space before it, so that each costs one token. Tags aren't special tokens: decoding must return them.
     tokenizer.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 
 
 def decoder_config(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int) -> LlamaConfig:
-    """A small Llama: heads of 32, an MLP three times as wide as the hidden state."""
+    """Return the config of a small Llama: heads of 32, an MLP three times as wide as the hidden state."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -108,7 +108,7 @@ def new_lvlm(
 
 
 def decoder_as_text_model(model: LVLM, directory: Path) -> None:
-    """Write an LVLM's decoder and tokenizer as a `LlamaForCausalLM` directory of its own."""
+    """Write an LVLM's decoder and tokenizer as a `LlamaForCausalLM` checkpoint."""
     config = model.vision.config.text_config
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)

@@ -1,13 +1,13 @@
-"""Train the embedded LVLM from nothing: a tower that sees, a language model that reasons over text, short answers.
+"""Train the embedded LVLM from random weights: a tower that sees, a language model that reasons over text, short answers.
 
     python -m srcfast.recipes.pretrain_base --output srcfast/world/assets/base
 
-The order is that of real LVLMs: the vision tower learns dense labels (`perception.py`); then the decoder and the
-projector learn, in one mixture, to caption and point (perception), to answer questions about pictures *shortly*
-(visual instructions), and to reason in tagged steps over facts given as *text*; last, the same with mostly reasoning.
-Rationales about pictures are never shown: bringing the two together is what rationale fine-tuning and calibration are for.
+The stages are those of real LVLMs: the vision tower learns dense labels (`vision_tower.py`). Then decoder and projector
+learn, in one mixture, to caption and locate (perception), to answer questions about images *shortly* (visual instructions),
+and to reason in tagged steps over facts given as *text*. The last stage has the same mixture with mostly reasoning.
+The training data has no rationales about images: rationale fine-tuning and calibration have to combine the two.
 
-Every picture is one tree: the image is the root, its captions, questions and answers are the children.
+Each image is one tree: the image is the root, its captions, questions and answers are the children.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from srcfast.generation.generate import Prompt, generate_greedy
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
 from srcfast.recipes.base_checkpoint import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
-from srcfast.recipes.vision_tower import normalise, teach_tower
+from srcfast.recipes.vision_tower import normalise, train_tower
 from srcfast.world.oracle import verify
 from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
@@ -47,7 +47,7 @@ from srcfast.world.scenes import Scene, sample_scenes
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the language model's training, by a cosine after a linear warm-up."""
+    """One stage of the language model's training; the learning rate follows a cosine after a linear warm-up."""
 
     steps: int
     warmup_steps: int
@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the embedded base, seed included."""
+    """All settings that determine the embedded base, including the seed."""
 
     seed: int = 0
     vocabulary_size: int = 640
@@ -78,14 +78,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer, as tokens; the loss is on the answer."""
+    """A question and its answer as tokens; the loss is on the answer alone."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 class Writer:
-    """Turns the world's texts into token tuples, each distinct sentence tokenised once."""
+    """Encode texts of the world as trees; each distinct text is tokenised once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.end = int(tokenizer.eos_token_id)
@@ -96,17 +96,18 @@ class Writer:
         self.image_root = np.array([*self.encode("USER:"), *[image] * (IMAGE_SIZE // PATCH_SIZE) ** 2])
 
     def exchange(self, question: str, answer: str) -> Exchange:
+        """Encode a question and its answer."""
         return Exchange(self.encode(f"{question} ASSISTANT:"), (*self.encode(answer), self.end))
 
     def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
-        """The image, a caption one time in four, six perception questions, two short answers."""
+        """Draw a tree of an image: six perception questions, two short answers and, with probability 1/4, a caption."""
         pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
         pairs += perception_questions(scene, rng, 6)
         pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
         return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
 
     def text_tree(self, scene: Scene, rng: random.Random, questions: int) -> tuple[Tree, list[int]]:
-        """The facts as text, and questions answered by a tagged rationale."""
+        """Draw a tree of a scene's facts as text, with questions that tagged rationales answer."""
         exchanges = []
         for question in ask(scene, rng, n=questions):
             see, think = true_rationale(scene, question)
@@ -117,12 +118,13 @@ class Writer:
 
     @staticmethod
     def tree(root: np.ndarray, exchanges: Sequence[Exchange], images: tuple[str, ...]) -> tuple[Tree, list[int]]:
+        """Build a tree with the exchanges below the root tokens. Returns it with each answer's number of tokens."""
         segments = [Segment(np.array([*e.prompt, *e.answer]), parent=0) for e in exchanges]
         return Tree((Segment(root), *segments), images), [len(e.answer) for e in exchanges]
 
 
 def reword(question: str, rng: random.Random) -> str:
-    """Existence questions are also asked in the words that users of other data sets use."""
+    """Reword half of the short existence questions as easy-VQA asks them."""
     if question.startswith("Is there a") and question.count(" ") <= 5 and rng.random() < 0.5:
         phrase = question.removeprefix("Is there ").removesuffix("?")
         return rng.choice(
@@ -132,7 +134,7 @@ def reword(question: str, rng: random.Random) -> str:
 
 
 def answer_rows(forest: Forest, answer_lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows that predict the answers' tokens, and those tokens: two int64 tensors [answer tokens]."""
+    """Return the rows that predict the answers' tokens, and these tokens: two int64 tensors [answer tokens]."""
     rows = []
     for tree_index, lengths in enumerate(answer_lengths):
         tree = forest.trees[tree_index]
@@ -144,7 +146,7 @@ def answer_rows(forest: Forest, answer_lengths: Sequence[Sequence[int]]) -> tupl
 
 
 def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
-    """The texts that the tokenizer learns from."""
+    """Yield the texts on which the tokenizer is trained."""
     yield "USER: ASSISTANT: Describe the image. Nothing. Question Facts Answer First Second Better Score first second tie"
     for scene in scenes:
         yield describe(scene)
@@ -156,7 +158,7 @@ def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
 
 
 def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
-    """Train decoder and projector on the mixture of the stage of this name; the tower stays as it is."""
+    """Train decoder and projector on the mixture of the stage `name`; the tower is frozen."""
     stage: Stage = getattr(recipe, name)
     rng = random.Random(f"{name}/{recipe.seed}")
     scenes = sample_scenes("base", recipe.scenes, recipe.seed + 1)
@@ -165,8 +167,10 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
     order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])[
         :pictures
     ]
-    shown = np.unique(order)
-    seen = _encode_all(model, [scenes[i] for i in shown], rng)  # [shown, 36, 128] half precision: before the projector
+    distinct = np.unique(order)  # indices of the scenes in use
+    features = _encode_all(
+        model, [scenes[i] for i in distinct], rng
+    )  # [distinct, 36, 128] float16, before the projector
     projector = model.vision.model.multi_modal_projector
     model.requires_grad_(True)
     model.vision.model.vision_tower.requires_grad_(False)
@@ -178,23 +182,23 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
     started = time.monotonic()
     for step in range(stage.steps):
         picked = order[step * stage.pictures_per_step : (step + 1) * stage.pictures_per_step]
-        written = [writer.picture_tree(scenes[i], str(i), rng) for i in picked]
-        written += [
+        trees = [writer.picture_tree(scenes[i], str(i), rng) for i in picked]
+        trees += [
             writer.text_tree(scenes[rng.randrange(len(scenes))], rng, stage.questions_per_text)
             for _ in range(stage.texts_per_step)
         ]
-        forest = Forest.of([tree for tree, _ in written])
-        rows, targets = answer_rows(forest, [lengths for _, lengths in written])
-        # Three times fp32's GEMM rate where the CPU has bf16.
+        forest = Forest.of([tree for tree, _ in trees])
+        rows, targets = answer_rows(forest, [lengths for _, lengths in trees])
+        # On a CPU with bf16 instructions its matrix products are three times as fast as fp32's.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            projected = projector(seen[np.searchsorted(shown, picked)].float()).float()  # [pictures, 36, hidden]
+            projected = projector(features[np.searchsorted(distinct, picked)].float()).float()  # [pictures, 36, hidden]
             embeddings = model.embed(forest, {str(i): projected[k] for k, i in enumerate(picked)})
             hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
             logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
         loss = F.cross_entropy(logits.float(), targets)
-        warm, cosine = (step + 1) / stage.warmup_steps, 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+        warmup, cosine = (step + 1) / stage.warmup_steps, 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * min(warm, cosine)
+            group["lr"] = stage.learning_rate * min(warmup, cosine)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -207,7 +211,7 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
 
 @torch.no_grad()
 def _encode_all(model: LVLM, scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """The tower's features [scenes, 36, 128] in half precision."""
+    """Return the tower's features [scenes, 36, 128], float16."""
     features = []
     for start in range(0, len(scenes), 256):
         pixels = np.stack([np.asarray(render(s, rng.randrange(2**31))) for s in scenes[start : start + 256]])
@@ -217,7 +221,7 @@ def _encode_all(model: LVLM, scenes: Sequence[Scene], rng: random.Random) -> Ten
 
 @torch.no_grad()
 def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "validation") -> dict[str, float]:
-    """Shares of right short answers on 300 unseen scenes, by ability and overall, teacher-forced."""
+    """Measure the share of right short answers on 300 unseen scenes, by ability and overall, teacher-forced."""
     rng = random.Random(f"probe/{seed}")
     scenes = sample_scenes(split, 300, seed)
     right: dict[str, list[bool]] = {}
@@ -225,51 +229,50 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
         batch = scenes[start : start + 50]
         features = model.encode_images([render(scene, rng.randrange(2**31)) for scene in batch])
         questions = [ask(scene, rng, n=6) for scene in batch]
-        written = [
-            writer.tree(writer.image_root, [writer.exchange(q.text, q.answer) for q in own], (str(i),))
-            for i, own in enumerate(questions)
+        trees = [
+            writer.tree(writer.image_root, [writer.exchange(q.text, q.answer) for q in of_scene], (str(i),))
+            for i, of_scene in enumerate(questions)
         ]
-        forest = Forest.of([tree for tree, _ in written])
-        rows, targets = answer_rows(forest, [lengths for _, lengths in written])
+        forest = Forest.of([tree for tree, _ in trees])
+        rows, targets = answer_rows(forest, [lengths for _, lengths in trees])
         hidden = model(forest, {str(i): feature for i, feature in enumerate(features)})
         hits = iter(((hidden[rows] @ model.decoder.head_weight.T).argmax(-1) == targets).tolist())
-        for own, (_, lengths) in zip(questions, written, strict=True):
-            for question, length in zip(own, lengths, strict=True):
+        for of_scene, (_, lengths) in zip(questions, trees, strict=True):
+            for question, length in zip(of_scene, lengths, strict=True):
                 right.setdefault(question.ability, []).append(all([next(hits) for _ in range(length)]))
     shares = {ability: float(np.mean(values)) for ability, values in sorted(right.items())}
     return shares | {"overall": float(np.mean([hit for values in right.values() for hit in values]))}
 
 
 def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
-    """Of 600 questions over unseen scenes given as text: shares of right answers and of aligned responses, greedily."""
+    """Measure shares of right answers and of aligned responses, greedy, on 600 questions over unseen scenes given as text."""
     rng = random.Random(f"text probe/{seed}")
     prompts: list[Prompt] = []
-    asked: list[tuple[Scene, Question]] = []
+    questions: list[tuple[Scene, Question]] = []
     for scene in sample_scenes("validation", 100, seed):
         root = [*writer.encode("USER:"), *[token for fact in facts(scene) for token in writer.encode(fact)]]
         for question in ask(scene, rng, n=6):
             tokens = np.array([*root, *writer.encode(f"{question.text} ASSISTANT:")])
             prompts.append(Prompt(tokens, (), str(len(prompts))))
-            asked.append((scene, question))
+            questions.append((scene, question))
     responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
-    judged = [
+    verifications = [
         verify(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
-        for (scene, question), response in zip(asked, responses, strict=True)
+        for (scene, question), response in zip(questions, responses, strict=True)
     ]
     return {
-        "accuracy": float(np.mean([j.answer_right for j in judged])),
-        "aligned": float(np.mean([j.aligned for j in judged])),
+        "accuracy": float(np.mean([verification.answer_right for verification in verifications])),
+        "aligned": float(np.mean([verification.aligned for verification in verifications])),
     }
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    output: Annotated[Path, typer.Option(help="directory for the checkpoint")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
-    """Train the embedded base LVLM and write it with the record of how it was made.
+    """Train the embedded base LVLM, and write it with TRAINING.json, the record of its training.
 
-    `output`/tower and `output`/language hold the checkpoint as it was after these stages; where they are there already,
-    those stages are not run again.
+    `output`/tower and `output`/language have the checkpoints after these stages; a stage whose checkpoint exists is skipped.
     """
     torch.set_num_threads(threads)
     recipe = Recipe()
@@ -279,19 +282,19 @@ def main(
         print(line, file=sys.stderr, flush=True)
 
     if not (output / "tower" / "TRAINING.json").exists():
-        teach(output / "tower", recipe, log)
+        train_new_tower(output / "tower", recipe, log)
     if not (output / "language" / "TRAINING.json").exists():
         train_stage(output / "tower", output / "language", recipe, "language", log)
     train_stage(output / "language", output, recipe, "reasoning", log)
     log(f"{time.monotonic() - started:.0f} s")
 
 
-def teach(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
-    """A new checkpoint, its tower taught to see."""
-    words = corpus(sample_scenes("base", 3000, recipe.seed), random.Random(f"corpus/{recipe.seed}"))
+def train_new_tower(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Write a new checkpoint, with random weights except for a trained vision tower."""
+    texts = corpus(sample_scenes("base", 3000, recipe.seed), random.Random(f"corpus/{recipe.seed}"))
     new_lvlm(
         output,
-        train_tokenizer(words, recipe.vocabulary_size),
+        train_tokenizer(texts, recipe.vocabulary_size),
         hidden_size=recipe.hidden_size,
         num_layers=recipe.num_layers,
         vision_layers=recipe.vision_layers,
@@ -299,7 +302,7 @@ def teach(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     )
     model = load_lvlm(output)
     model.requires_grad_(True)
-    accuracy = teach_tower(
+    accuracy = train_tower(
         model.vision.model.vision_tower,
         pictures=recipe.tower_pictures,
         epochs=recipe.tower_epochs,
@@ -313,7 +316,7 @@ def teach(output: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
 
 
 def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
-    """Run the language stage of this name from one checkpoint to another, and measure the result."""
+    """Run the language stage `name` from the checkpoint `start`, write the result to `output`, and measure it."""
     model = load_lvlm(start)
     writer = Writer(model.tokenizer)
     train_language(model, writer, recipe, name, log)
@@ -333,6 +336,7 @@ def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Calla
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write TRAINING.json into a checkpoint directory."""
     (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

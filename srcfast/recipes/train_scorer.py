@@ -1,12 +1,12 @@
-"""Train the embedded R-Scorer on the world's own split of scenes and easy-VQA's training questions.
+"""Train the embedded R-Scorer on the world's split "scorer" and easy-VQA's training questions.
 
     python -m srcfast.recipes.train_scorer --output srcfast/world/assets/scorer
 
-It starts from the embedded base's decoder, which has learnt to reason over facts given as text. What it judges are true
-rationales, their corruptions, and what the rationale-tuned base itself says of these samples: its faults are others than
-those that one thinks of. Whether something is a fault is the oracle's word. The R-Scorer first learns to check claims, answers
-and candidates one by one, then to compare: the judge trees themselves (see `scorer_lessons`), at last those of the base's own
-candidates alone, tuned well and tuned on few rationales: the less it has seen, the odder what it says.
+Training starts from the embedded base's decoder, which has learned to reason over facts given as text. The data are true
+rationales, their corruptions, and candidates that tuned bases generate for these samples, since models make other faults than
+the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
+candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
+tuned on few rationales, for more diverse faults.
 """
 
 from __future__ import annotations
@@ -54,73 +54,73 @@ from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.oracle import verify_sample
 from srcfast.world.samples import world_samples
 
-Variants = dict[str, list[Variant]]  # by sample
+Variants = dict[str, list[Variant]]  # by sample id
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the embedded R-Scorer, but for the embedded base that it starts from."""
+    """All settings that determine the embedded R-Scorer, except for the embedded base that it starts from."""
 
     seed: int = 0
     world_samples: int = 4_400
     easy_vqa_samples: int = 1_200
-    held_out_samples: int = 300  # of the world's validation split; of easy-VQA one training image in ten
+    held_out_samples: int = 300  # from the world's validation split; from easy-VQA every tenth training image
     tuned: tuple[tuple[int, int], ...] = ((1_000, 2), (100, 8), (50, 12))  # samples and epochs of each tuned base
-    searched_samples: int = 3_000  # that each then answers
+    searched_samples: int = 3_000  # samples for which each tuned base generates candidates
     tuning_learning_rate: float = 2e-3
     num_candidates: int = 5
     corrupted: int = 3
     drills: int = 5
     claims_per_drill: int = 4
-    checked: int = 6  # candidates in a tree of the first stage
-    compared: int = 3  # and in one of the second
-    learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets how to look things up
+    checked: int = 6  # candidates of a tree in the stage checking
+    compared: int = 3  # candidates of a tree in the stages comparing and refining
+    learning_rate: float = 4e-4  # at 1.5e-3 the decoder forgets to look claims up in the facts
     checking_epochs: int = 1
     comparing_epochs: int = 2
-    refining_draws: int = 2  # of `compared` from each tuned base's own candidates alone
+    refining_draws: int = 2  # draws of `compared` candidates from each tuned base, in the stage refining
     trees_per_step: int = 8
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="where the checkpoint goes")],
+    output: Annotated[Path, typer.Option(help="directory for the checkpoint")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
-    """Train the embedded R-Scorer and write it with the record of how it was made.
+    """Train the embedded R-Scorer, and write it with TRAINING.json, the record of its training.
 
-    What is found in `output` is not made again: the candidates, and the model after each stage.
+    Files that exist in `output` are not made again: the candidates, and the model after each stage.
     """
     torch.set_num_threads(threads)
     recipe = Recipe()
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
         by_id = {sample.id: sample for sample in (*samples, *held_out)}
-        every_own = [
-            judged_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output))
+        variants_by_base = [
+            verified_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output))
             for number in range(len(recipe.tuned))
         ]
-    own = every_own[0]
+    best_tuned = variants_by_base[0]
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
     def to_check(scorer: Scorer) -> list[TrainingItem]:
-        shown = [with_own(example, by_id[example.key], own, recipe.checked, rng) for example in examples]
-        return checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
+        mixed = [with_generated(example, by_id[example.key], best_tuned, recipe.checked, rng) for example in examples]
+        return checking_items(scorer, by_id, mixed, rng, recipe.drills, recipe.claims_per_drill)
 
     def to_compare(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"comparing/{recipe.seed}")
-        shown = [with_own(example, by_id[example.key], own, recipe.compared, draw) for example in examples]
-        return comparing_items(scorer, by_id, shown)
+        mixed = [with_generated(example, by_id[example.key], best_tuned, recipe.compared, draw) for example in examples]
+        return comparing_items(scorer, by_id, mixed)
 
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")
-        shown = [
-            with_own(scorer_example(sample, ()), sample, said, recipe.compared, draw)
-            for said in every_own
+        generated = [
+            with_generated(scorer_example(sample, ()), sample, variants, recipe.compared, draw)
+            for variants in variants_by_base
             for _ in range(recipe.refining_draws)
             for sample in samples
-            if len(said[sample.id]) > 1
+            if len(variants[sample.id]) > 1
         ]
-        return comparing_items(scorer, by_id, shown)
+        return comparing_items(scorer, by_id, generated)
 
     decoder_as_text_model(load_lvlm("embedded"), output / "decoder")
     stages = (
@@ -128,10 +128,10 @@ def main(
         ("checking", "comparing", to_compare, recipe.comparing_epochs),
         ("comparing", "refining", to_refine, 1),
     )
-    for start, end, lessons, epochs in stages:
+    for start, end, items_for, epochs in stages:
         if not (output / end / "config.json").exists():
             scorer = load_scorer(output / start)
-            teach(scorer, lessons(scorer), recipe, epochs)
+            train_items(scorer, items_for(scorer), recipe, epochs)
             save_text_model(scorer.text_model, output / end)
     shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
     save_text_model(shipped.text_model, output)
@@ -139,7 +139,7 @@ def main(
     record = {
         "command": "python -m srcfast.recipes.train_scorer --output DIR",
         "recipe": asdict(recipe),
-        "held_out": held_out_scores(load_scorer(output), held_out, every_own, recipe),
+        "held_out": held_out_scores(load_scorer(output), held_out, variants_by_base, recipe),
         "torch": torch.__version__,
     }
     (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -147,7 +147,7 @@ def main(
 
 
 def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sample]]:
-    """Samples to learn from in random order, and held-out ones, all with true rationales."""
+    """Draw the samples to train on, in random order, and the held-out samples, all with true rationales."""
     samples = world_samples("scorer", recipe.world_samples, recipe.seed, image_dir=images)
     held_out = world_samples("validation", recipe.held_out_samples, recipe.seed + 1, image_dir=images)
     for sample in read_easy_vqa("train", recipe.easy_vqa_samples, recipe.seed):
@@ -160,7 +160,12 @@ def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sampl
 def tuned_candidates(
     samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, number: int, output: Path
 ) -> dict[str, list[str]]:
-    """By sample the candidates of one of the tuned bases, which has not been tuned on those that it answers."""
+    """Tune a base, and generate candidates for samples that it was not tuned on. Returns their texts by sample id.
+
+    Args:
+        number: index into `recipe.tuned`.
+        output: directory with the file of candidates; an existing file is read instead.
+    """
     tuned_samples, epochs = recipe.tuned[number]
     seed = recipe.seed + number
     file = output / f"candidates-{tuned_samples}.jsonl"
@@ -188,55 +193,60 @@ def tuned_candidates(
             max_new_tokens=112,
         )
         with track("candidates", len(searched), "samples") as progress:
-            found = generate_candidates(
+            generated = generate_candidates(
                 model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
             )
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for own in found for c in own))
+        write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for of_sample in generated for c in of_sample))
     candidates = defaultdict(list)
     for _, row in read_jsonl(file):
         candidates[str(row["sample_id"])].append(str(row["text"]))
     return candidates
 
 
-def judged_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:
-    """Candidates with the oracle's word on each: no fault, or one.
+def verified_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:
+    """Count the faults of candidates by the oracle: none or one.
 
-    Faulty ones are not ranked among themselves: preferring the better of two bad rationales teaches bad ones.
+    Faulty candidates are not ranked among themselves: preferring the better of two bad rationales would teach bad ones.
     """
     variants: Variants = defaultdict(list)
     for key, texts in candidates.items():
         for text in texts:
-            judgement = verify_sample(samples[key], response := parse_response(text))
-            if judgement is not None and response.answer is not None:
-                variants[key].append(Variant(text, 0) if judgement.aligned else Variant(text, 1, "own"))
+            verification = verify_sample(samples[key], response := parse_response(text))
+            if verification is not None and response.answer is not None:
+                variants[key].append(Variant(text, 0) if verification.aligned else Variant(text, 1, "own"))
     return variants
 
 
-def raps_of(samples: Sequence[Sample]) -> list[ParsedRationale]:
-    """The samples' true rationale-answer pairs."""
+def raps_of(samples: Sequence[Sample]) -> list[RationalePair]:
+    """Return the samples' true rationale-answer pairs."""
     return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
 
 
 def is_faulty(sample: Sample, parts: Parts) -> bool:
-    """The oracle's word on a corruption."""
+    """Return whether the oracle finds a fault in a corruption."""
     see, think, answer = parts
-    judgement = verify_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
-    return judgement is not None and not judgement.aligned
+    verification = verify_sample(sample, ParsedResponse(tuple(see), tuple(think), answer))
+    return verification is not None and not verification.aligned
 
 
-def with_own(example: ScorerExample, sample: Sample, own: Variants, most: int, rng: random.Random) -> ScorerExample:
-    """The example with the model's own candidates in it, a good and a bad one first; `most` variants in all."""
-    theirs = rng.sample(own[example.key], len(own[example.key]))
-    good = next(([one] for one in theirs if not one.faults), [])
-    bad = next(([one] for one in theirs if one.faults), [])
-    distinct = {one.text: one for one in (*good, *bad, *example.variants, *theirs)}
-    chosen = [replace(one, faults=min(one.faults, 1)) for one in distinct.values()][:most]
+def with_generated(
+    example: ScorerExample, sample: Sample, generated: Variants, limit: int, rng: random.Random
+) -> ScorerExample:
+    """Add generated candidates to an example.
+
+    Up to `limit` variants are used: a good and a bad candidate, then the example's, then other candidates.
+    """
+    shuffled = rng.sample(generated[example.key], len(generated[example.key]))
+    good = next(([variant] for variant in shuffled if not variant.faults), [])
+    bad = next(([variant] for variant in shuffled if variant.faults), [])
+    distinct = {variant.text: variant for variant in (*good, *bad, *example.variants, *shuffled)}
+    chosen = [replace(variant, faults=min(variant.faults, 1)) for variant in distinct.values()][:limit]
     return scorer_example(sample, rng.sample(chosen, len(chosen)))
 
 
-def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs: int) -> None:
-    """Train the whole model on lessons; a line of what it gets right goes to stderr every 40 steps."""
+def train_items(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs: int) -> None:
+    """Train the whole model on items; every 40 steps print loss and shares of right predictions to stderr."""
     started = time.monotonic()
 
     def log(metrics: dict[str, float]) -> None:
@@ -246,7 +256,7 @@ def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs:
             line = f"step {metrics['step']} loss {metrics['loss']:.4f} right {shares}"
             print(f"{line} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
-    # bf16 has three times fp32's GEMM rate where the CPU knows it. A cache would keep the weights' first copies for all steps.
+    # On CPUs with bf16 its products are three times as fast as fp32's. Autocast's cache would reuse stale copies of the weights.
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         train(
             scorer.requires_grad_(True).text_model,
@@ -268,17 +278,18 @@ def teach(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs:
 
 
 def held_out_scores(
-    scorer: Scorer, held_out: Sequence[Sample], every_own: Sequence[Variants], recipe: Recipe
+    scorer: Scorer, held_out: Sequence[Sample], variants_by_base: Sequence[Variants], recipe: Recipe
 ) -> dict[str, object]:
-    """What `evaluate_scorer` finds on held-out samples: among corruptions, and among each tuned base's candidates."""
+    """Evaluate the R-Scorer on held-out samples: on corruptions, and on the candidates of each tuned base."""
     rng = random.Random(f"held out/{recipe.seed}")
     scores: dict[str, object] = {}
     for name in ("world", "easy_vqa"):
-        part = [sample for sample in held_out if sample.extra["dataset"] == name]
-        scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(part), rng, VOCABULARY, is_faulty=is_faulty))
-        for own, (tuned_samples, _) in zip(every_own, recipe.tuned, strict=True):
-            answered = [scorer_example(sample, own[sample.id]) for sample in part if len(own[sample.id]) > 1]
-            scores[f"{name}, candidates of a base tuned on {tuned_samples}"] = evaluate_scorer(scorer, answered)
+        subset = [sample for sample in held_out if sample.extra["dataset"] == name]
+        scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(subset), rng, VOCABULARY, is_faulty=is_faulty))
+        for variants, (tuned_samples, _) in zip(variants_by_base, recipe.tuned, strict=True):
+            comparable = [sample for sample in subset if len(variants[sample.id]) > 1]
+            examples = [scorer_example(sample, variants[sample.id]) for sample in comparable]
+            scores[f"{name}, candidates of a base tuned on {tuned_samples}"] = evaluate_scorer(scorer, examples)
     return scores
 
 

@@ -1,8 +1,7 @@
-"""Teach a vision tower to perceive: each patch tells what stands at its place, on dense labels, before any language.
+"""Train a vision tower on dense labels, before any language: each patch predicts the object in its cell of the grid.
 
-The base LVLM is meant to see well and reason poorly, so that what calibration has to bring out is reasoning. Half of
-the pictures are scenes; the other half show one object at any place and extent, so that the tower does not depend on
-the grid.
+The base LVLM should see well and reason poorly, so that calibration has reasoning to improve. Half of the images are scenes;
+the others show one object at any position and extent, so that the tower does not depend on the grid.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 class PatchHeads(nn.Module):
-    """Linear read-outs of every patch (shape, color, size of what stands at its place, 0: nothing; the place) and of all.
+    """Linear heads: per patch for shape, color and size of the object in its cell (0: none) and for the cell; per image.
 
-    Each patch alone is to tell all of an object, so that a language model finds it with one look.
+    Each patch learns all attributes of its object, so that a language model needs to attend to one patch alone.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -50,41 +49,41 @@ class PatchHeads(nn.Module):
         self.image = nn.Linear(hidden_size, len(BACKGROUNDS) + len(SHAPES) + len(COLORS))
 
     def forward(self, patches: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """From patch features [batch, 36, hidden] to logits by patch [batch, 36, classes] and by image."""
+        """Map patch features [batch, 36, hidden] to logits per patch [batch, 36, classes] and per image [batch, classes]."""
         by_image = self.image(patches.mean(1)).split([len(BACKGROUNDS), len(SHAPES), len(COLORS)], dim=-1)
         return self.patch(patches).split(self.sizes, dim=-1), by_image
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """[36, 4] int64: shape, color and size of what stands at each patch's place, 0 where nothing stands; the place."""
+    """Return labels [36, 4], int64, per patch: shape, color and size of the object in its cell (0: none), and the cell."""
     labels = np.zeros((len(PLACES), 4), dtype=np.int64)
     labels[:, 3] = np.arange(len(PLACES))
     for o in scene.objects:
-        found = (SHAPES.index(o.shape) + 1, COLORS.index(o.color) + 1, SIZES.index(o.size) + 1)
-        labels[PLACES.index(o.place), :3] = found
+        attributes = (SHAPES.index(o.shape) + 1, COLORS.index(o.color) + 1, SIZES.index(o.size) + 1)
+        labels[PLACES.index(o.place), :3] = attributes
     return labels[PLACE_OF_PATCH]
 
 
 def single_labels(shape: str, color: str, center: Sequence[float], extent: float) -> np.ndarray:
-    """[36, 4] as `patch_labels`: the object on the patches that it covers well, nothing where it doesn't reach.
+    """Return labels [36, 4] as `patch_labels` does: the object on patches that overlap it by over 2 pixels, else none.
 
-    Size, and patches at its edge, are left open (-100).
+    Its size, and patches at its edge, are not trained on (-100).
     """
     labels = np.zeros((len(PLACE_OF_PATCH), 4), dtype=np.int64)
     labels[:, 3] = PLACE_OF_PATCH
     for patch in range(len(PLACE_OF_PATCH)):
         middle = ((patch % SIDE + 0.5) * PATCH_SIZE, (patch // SIDE + 0.5) * PATCH_SIZE)
-        away = max(abs(a - b) for a, b in zip(center, middle, strict=True))
-        inside = (extent + PATCH_SIZE) / 2 - away  # pixels by which patch and object overlap
-        if inside > 2:
+        distance = max(abs(a - b) for a, b in zip(center, middle, strict=True))
+        overlap = (extent + PATCH_SIZE) / 2 - distance  # pixels by which patch and object overlap
+        if overlap > 2:
             labels[patch, :3] = (SHAPES.index(shape) + 1, COLORS.index(color) + 1, -100)
-        elif inside > 0:
+        elif overlap > 0:
             labels[patch, :3] = -100
     return labels
 
 
 def render_single(shape: str, color: str, rng: random.Random) -> tuple[Image.Image, np.ndarray]:
-    """One object anywhere, 7 to 38 pixels in extent, on a plain light background; and its `single_labels`."""
+    """Render one object at a random position, 7 to 38 pixels in extent, on a plain light background. Returns its labels too."""
     scale = render.SUPERSAMPLING
     side = render.IMAGE_SIZE
     image = Image.new("RGB", (side * scale, side * scale), tuple(rng.randint(228, 255) for _ in range(3)))
@@ -95,9 +94,9 @@ def render_single(shape: str, color: str, rng: random.Random) -> tuple[Image.Ima
 
 
 def picture_set(count: int, seed: int, split: str = "base") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` pictures: pixels [count, 72, 72, 3] uint8, patch labels [count, 36, 4], image labels [count, 3].
+    """Render `count` images: pixels [count, 72, 72, 3] uint8, patch labels [count, 36, 4], image labels [count, 3].
 
-    A label of -100 is not trained on: the size of a single object, the single shape and color of a scene.
+    A label of -100 is not trained on: the size of a single object, the image's one shape and color for a scene.
     """
     rng = random.Random(f"pictures/{seed}")
     scenes = sample_scenes(split, count // 2, seed)
@@ -119,12 +118,12 @@ def picture_set(count: int, seed: int, split: str = "base") -> tuple[np.ndarray,
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """[batch, 72, 72, 3] uint8 -> [batch, 3, 72, 72] float, with CLIP's mean and deviation."""
+    """Normalise by CLIP's mean and standard deviation: [batch, 72, 72, 3] uint8 -> [batch, 3, 72, 72] float."""
     values = torch.from_numpy(pixels).float() / 255
     return ((values - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).contiguous()
 
 
-def teach_tower(
+def train_tower(
     tower: CLIPVisionModel,
     *,
     pictures: int,
@@ -134,9 +133,9 @@ def teach_tower(
     seed: int,
     on_step: Callable[[int, int, float], None],
 ) -> dict[str, float]:
-    """Train `tower` in place; returns accuracies on 2,000 pictures of unseen scenes."""
+    """Train `tower` in place, and return accuracies on 2,000 images of unseen scenes."""
     torch.manual_seed(seed)
-    tower.set_attn_implementation("eager")  # on the CPU the fused kernel's backward takes most of a step
+    tower.set_attn_implementation("eager")  # on a CPU the backward of the fused kernel takes most of a step's time
     pixels, labels, images = picture_set(pictures, seed)
     heads = PatchHeads(tower.config.hidden_size)
     parameters = [*tower.parameters(), *heads.parameters()]
@@ -148,7 +147,7 @@ def teach_tower(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / total)))
         batch = order[step * batch_size : (step + 1) * batch_size]
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times fp32's GEMM rate where the CPU has bf16
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times as fast on CPUs with bf16
             patches = tower(normalise(pixels[batch])).last_hidden_state[:, 1:]  # [batch, 36, hidden]
         by_patch, by_image = heads(patches.float())
         patch_target, image_target = torch.from_numpy(labels[batch]), torch.from_numpy(images[batch])
@@ -166,7 +165,7 @@ def teach_tower(
 
 @torch.no_grad()
 def tower_accuracy(tower: CLIPVisionModel, heads: PatchHeads, seed: int) -> dict[str, float]:
-    """Shares of the patches with and without an object, and of pictures, that are read right; unseen pictures."""
+    """Measure on unseen images the share of right predictions, of patches with and without an object, and of images."""
     pixels, labels, images = picture_set(2000, seed, split="validation")
     outputs = [heads(tower(normalise(chunk)).last_hidden_state[:, 1:]) for chunk in np.array_split(pixels, 20)]
     accuracies = {}
