@@ -19,8 +19,8 @@ from transformers import (
 from srcfast.models import LVLM, TextModel
 from srcfast.models.text_model import load_tokenizer, save_text_model
 
-IMAGE_SIZE = 72  # pixels a side: the world's 3 x 3 places of 24 pixels each
-PATCH_SIZE = 12  # pixels: 2 x 2 patches a place, so 36 image tokens
+IMAGE_SIZE = 72  # pixels a side: the world's 3 x 3 cells of 24 pixels each
+PATCH_SIZE = 12  # pixels: 2 x 2 patches a cell, so 36 image tokens
 TAGS = ("<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>")
 # No space or newline at the image: each would cost one more token in byte-level BPE.
 LVLM_CHAT_TEMPLATE = (

@@ -46,9 +46,8 @@ def draw_claims(scene: Scene, rng: random.Random, count: int) -> dict[str, bool]
 
 def _true_sentence(scene: Scene, rng: random.Random) -> str | None:
     """Draw a claim: what is seen, which rationales begin with, what is absent, or a conclusion, which is hardest to check."""
-    fully_known = all(
-        o.place is not None for o in scene.objects
-    )  # easy-VQA's scenes leave places unknown, and have no conclusions here
+    # easy-VQA's scenes leave places unknown, and have no conclusions here.
+    fully_known = all(o.place is not None for o in scene.objects)
     draw = rng.random() * (1.0 if fully_known else 0.5)
     o = rng.choice(scene.objects)
     if draw < 0.4:
