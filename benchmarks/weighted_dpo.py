@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from srcfast_benchmarks.harness import Benchmark, Inputs, Run, Shape, generator, main, normal
-from srcfast_kernels import linear_weighted_dpo, weighted_dpo_loss
+from srcfast_kernels import linear_logprob, linear_weighted_dpo, weighted_dpo_loss
+from srcfast_kernels.weighted_dpo import sum_pairs
 
 BETA = 0.1
 SHAPES: dict[str, list[Shape]] = {
@@ -60,6 +61,17 @@ def srcfast(inputs: Inputs) -> Run:
     return lambda: linear_weighted_dpo(hidden, weight, targets, sequence_ids, *references, confidence, beta=BETA).loss
 
 
+def srcfast_two_calls(inputs: Inputs) -> Run:
+    """The same operations in two calls: on a GPU every step from log-probabilities of tokens to the loss is a kernel."""
+    hidden, weight, targets, sequence_ids, references, confidence = inputs.values()
+
+    def run() -> Tensor:
+        sums = sum_pairs(linear_logprob(hidden, weight, targets), sequence_ids, len(confidence))
+        return weighted_dpo_loss(*sums, *references, confidence, beta=BETA).loss
+
+    return run
+
+
 def trl_chunked(inputs: Inputs) -> Run:
     """TRL's chunked log-probabilities, and the same loss."""
     from trl.kernels import ChunkedLogProbFunction
@@ -101,7 +113,13 @@ BENCHMARK = Benchmark(
     name="weighted_dpo",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": full_logits, "srcfast": srcfast, "trl": trl_chunked, "liger": liger},
+    ways={
+        "torch": full_logits,
+        "srcfast": srcfast,
+        "srcfast in two calls": srcfast_two_calls,
+        "trl": trl_chunked,
+        "liger": liger,
+    },
 )
 
 if __name__ == "__main__":

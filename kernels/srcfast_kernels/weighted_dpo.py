@@ -26,11 +26,17 @@ LossType = Literal["sigmoid", "ipo", "hinge"]
 
 
 class DPOOutput(NamedTuple):
-    """Scalar loss, and per pair the implicit rewards beta (log pi - log pi_ref), detached, [P] each."""
+    """What the loss gives, in fp32 or fp64.
+
+    loss: []. chosen_rewards, rejected_rewards: [P] implicit rewards beta (log pi - log pi_ref), detached. chosen_logps,
+    rejected_logps: [P] log pi, which carry the gradient, for terms that are added to the loss.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
 
 
 def weighted_dpo_loss(
@@ -61,12 +67,14 @@ def weighted_dpo_loss(
         ValueError: an unknown loss type, or label smoothing with another loss than sigmoid.
     """
     exact = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    chosen = policy_chosen_logps.to(exact) - ref_chosen_logps.to(exact)
-    rejected = policy_rejected_logps.to(exact) - ref_rejected_logps.to(exact)
+    policy_chosen, policy_rejected = policy_chosen_logps.to(exact), policy_rejected_logps.to(exact)
+    chosen = policy_chosen - ref_chosen_logps.to(exact)
+    rejected = policy_rejected - ref_rejected_logps.to(exact)
     loss = pair_loss(chosen - rejected, beta, label_smoothing, loss_type)  # [P]
     confidence = confidence.to(exact)
     total = confidence.sum() if normalizer is None else normalizer
-    return DPOOutput((confidence * loss).sum() / total, (beta * chosen).detach(), (beta * rejected).detach())
+    rewards = ((beta * chosen).detach(), (beta * rejected).detach())
+    return DPOOutput((confidence * loss).sum() / total, *rewards, policy_chosen, policy_rejected)
 
 
 def pair_loss(log_ratio: Tensor, beta: float, label_smoothing: float | Tensor, loss_type: str) -> Tensor:
@@ -104,8 +112,9 @@ def linear_weighted_dpo(
 
     Args:
         hidden: [T, D]; weight: [V, D]; targets: [T].
-        sequence_ids: [T] int64: 2k for tokens of pair k's chosen, 2k + 1 for its rejected response.
-        ref_chosen_logps, ref_rejected_logps, confidence: [P].
+        sequence_ids: [T] int64: 2k for tokens of pair k's chosen, 2k + 1 for its rejected response, and 2P + k for those that
+            both begin with and that `hidden` holds once; they count for both.
+        ref_chosen_logps, ref_rejected_logps, confidence: [P]. A pair of confidence 0 adds nothing to the loss.
         head: bias, logit_scale, softcap, ignore_index of `linear_logprob`.
     """
     logps = linear_logprob(hidden, weight, targets, **head)  # [T]
@@ -116,10 +125,8 @@ def linear_weighted_dpo(
         return DPOOutput(
             *_TokenDPO.apply(logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type)
         )
-    sums = logps.new_zeros(2 * pairs).index_add(0, sequence_ids, logps).view(pairs, 2)
     return weighted_dpo_loss(
-        sums[:, 0],
-        sums[:, 1],
+        *sum_pairs(logps, sequence_ids, pairs),
         ref_chosen_logps,
         ref_rejected_logps,
         confidence,
@@ -128,6 +135,16 @@ def linear_weighted_dpo(
         loss_type=loss_type,
         normalizer=normalizer,
     )
+
+
+def sum_pairs(logps: Tensor, sequence_ids: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Sum log-probabilities of tokens [T] over chosen and over rejected responses, [P] each.
+
+    sequence_ids: [T], as for `linear_weighted_dpo`.
+    """
+    sums = logps.new_zeros(3 * pairs).index_add(0, sequence_ids, logps)
+    ends, shared = sums[: 2 * pairs].view(pairs, 2), sums[2 * pairs :]
+    return shared + ends[:, 0], shared + ends[:, 1]
 
 
 def linear_weighted_dpo_reference(
@@ -142,14 +159,16 @@ def linear_weighted_dpo_reference(
     beta: float,
 ) -> Tensor:
     """The sigmoid loss by its definition, with all logits at once."""
+    pairs = len(confidence)
     logps = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    sums = torch.stack([logps[sequence_ids == i].sum() for i in range(2 * len(confidence))]).view(-1, 2)
-    delta = beta * ((sums[:, 0] - ref_chosen_logps) - (sums[:, 1] - ref_rejected_logps))
+    sums = torch.stack([logps[sequence_ids == i].sum() for i in range(3 * pairs)])
+    chosen, rejected = (sums[2 * pairs :] + sums[side : 2 * pairs : 2] for side in (0, 1))
+    delta = beta * ((chosen - ref_chosen_logps) - (rejected - ref_rejected_logps))
     return -(confidence * torch.log(torch.sigmoid(delta))).sum() / confidence.sum()
 
 
 class _TokenDPO(torch.autograd.Function):
-    """From the log-probabilities of tokens [T] to loss and rewards in one kernel, which also gives d loss / d logp [T]."""
+    """Compute loss, rewards and log-probabilities of pairs from those of tokens [T] in one kernel, and d loss / d logp [T]."""
 
     @staticmethod
     def forward(
@@ -163,8 +182,8 @@ class _TokenDPO(torch.autograd.Function):
         beta: float,
         label_smoothing: float | Tensor,
         loss_type: LossType,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, chosen_rewards, rejected_rewards, coefficients = token_dpo_triton(
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        output, coefficients = token_dpo_triton(
             logps,
             sequence_ids,
             ref_chosen_logps,
@@ -175,14 +194,22 @@ class _TokenDPO(torch.autograd.Function):
             label_smoothing,
             loss_type,
         )
-        ctx.save_for_backward(coefficients)
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
-        return loss, chosen_rewards, rejected_rewards
+        ctx.save_for_backward(coefficients, sequence_ids)
+        ctx.mark_non_differentiable(output.chosen_rewards, output.rejected_rewards)
+        ctx.set_materialize_grads(False)
+        return tuple(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (coefficients,) = ctx.saved_tensors
-        return (gradients[0] * coefficients, *[None] * 8)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        coefficients, sequence_ids = ctx.saved_tensors
+        loss, _, _, chosen, rejected = gradients
+        terms = [] if loss is None else [loss * coefficients]
+        if chosen is not None or rejected is not None:
+            chosen = torch.zeros_like(rejected) if chosen is None else chosen
+            rejected = torch.zeros_like(chosen) if rejected is None else rejected
+            by_sequence = torch.cat([torch.stack([chosen, rejected], 1).flatten(), chosen + rejected])  # [3P]
+            terms.append(by_sequence.index_select(0, sequence_ids))
+        return (sum(terms[1:], terms[0]) if terms else None, *[None] * 8)
 
 
 @triton.jit
@@ -199,6 +226,8 @@ def token_dpo_kernel(
     loss_ptr,
     chosen_rewards_ptr,
     rejected_rewards_ptr,
+    chosen_logps_ptr,
+    rejected_logps_ptr,
     coefficients_ptr,
     arrived_ptr,
     pairs,
@@ -212,8 +241,13 @@ def token_dpo_kernel(
     start = tl.load(starts_ptr + 2 * pair)
     middle = tl.load(starts_ptr + 2 * pair + 1)
     end = tl.load(starts_ptr + 2 * pair + 2)
-    chosen = _sum(logps_ptr, order_ptr, start, middle, ACC, BLOCK) - tl.load(ref_chosen_ptr + pair).to(ACC)
-    rejected = _sum(logps_ptr, order_ptr, middle, end, ACC, BLOCK) - tl.load(ref_rejected_ptr + pair).to(ACC)
+    shared_start = tl.load(starts_ptr + 2 * pairs + pair)
+    shared_end = tl.load(starts_ptr + 2 * pairs + pair + 1)
+    shared = _sum(logps_ptr, order_ptr, shared_start, shared_end, ACC, BLOCK)
+    policy_chosen = shared + _sum(logps_ptr, order_ptr, start, middle, ACC, BLOCK)
+    policy_rejected = shared + _sum(logps_ptr, order_ptr, middle, end, ACC, BLOCK)
+    chosen = policy_chosen - tl.load(ref_chosen_ptr + pair).to(ACC)
+    rejected = policy_rejected - tl.load(ref_rejected_ptr + pair).to(ACC)
     weight = tl.load(confidence_ptr + pair).to(ACC) / tl.load(normalizer_ptr).to(ACC)
     ratio = chosen - rejected
     delta = BETA * ratio
@@ -229,9 +263,12 @@ def token_dpo_kernel(
     else:
         loss = tl.maximum(1.0 - delta, 0.0)
         slope = tl.where(delta < 1.0, -BETA, 0.0).to(ACC)
+    tl.store(chosen_logps_ptr + pair, policy_chosen)
+    tl.store(rejected_logps_ptr + pair, policy_rejected)
     tl.store(chosen_rewards_ptr + pair, BETA * chosen)
     tl.store(rejected_rewards_ptr + pair, BETA * rejected)
     tl.store(losses_ptr + pair, weight * loss)
+    # Shared tokens' coefficients stay 0: in the margin they cancel.
     _fill(coefficients_ptr, order_ptr, start, middle, weight * slope, BLOCK)
     _fill(coefficients_ptr, order_ptr, middle, end, -weight * slope, BLOCK)
     tl.debug_barrier()  # every thread has written before the program says that it has arrived
@@ -277,18 +314,19 @@ def token_dpo_triton(
     beta: float,
     label_smoothing: float | Tensor,
     loss_type: LossType,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], chosen and rejected rewards [P], and d loss / d logp [T]; nothing waits for the device."""
+) -> tuple[DPOOutput, Tensor]:
+    """Launch `token_dpo_kernel`: what `DPOOutput` holds, and d loss / d logp [T]. Nothing waits for the device."""
     pairs = len(confidence)
     smoothed = isinstance(label_smoothing, Tensor) or label_smoothing != 0.0
     if loss_type not in ("sigmoid", "ipo", "hinge") or (smoothed and loss_type != "sigmoid"):
         pair_loss(logps[:0], beta, label_smoothing, loss_type)  # which says what is wrong
     sorted_ids, order = torch.sort(sequence_ids, stable=True)  # [T] each
-    starts = torch.searchsorted(sorted_ids, torch.arange(2 * pairs + 1, device=logps.device))  # [2P + 1]
+    starts = torch.searchsorted(sorted_ids, torch.arange(3 * pairs + 1, device=logps.device))  # [3P + 1]
     smoothing = _as_scalar(label_smoothing, logps).expand(pairs).contiguous()
     total = _as_scalar(normalizer, logps)
-    losses, chosen_rewards, rejected_rewards = logps.new_empty(3, pairs)
-    loss, coefficients = logps.new_empty(()), torch.zeros_like(logps)
+    losses, *by_pair = logps.new_empty(5, pairs).unbind()
+    output = DPOOutput(logps.new_empty(()), *by_pair)
+    coefficients = torch.zeros_like(logps)
     token_dpo_kernel[(pairs,)](
         logps,
         order,
@@ -299,9 +337,7 @@ def token_dpo_triton(
         smoothing,
         total,
         losses,
-        loss,
-        chosen_rewards,
-        rejected_rewards,
+        *output,
         coefficients,
         torch.zeros((), dtype=torch.int32, device=logps.device),
         pairs,
@@ -311,4 +347,4 @@ def token_dpo_triton(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return loss, chosen_rewards, rejected_rewards, coefficients
+    return output, coefficients

@@ -38,7 +38,7 @@ from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
 from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs
-from srcfast.stages.pair_trees import pair_logit_rows, pair_logprobs, preference_trees
+from srcfast.stages.pair_trees import loss_rows, pair_tokens, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.stage_run import StageRun
@@ -46,6 +46,7 @@ from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Features, Loss, Metrics, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
+from srcfast_kernels import linear_weighted_dpo
 from srcfast_kernels.transfers import to_device
 from srcfast_kernels.weighted_dpo import DPOOutput, weighted_dpo_loss
 
@@ -66,6 +67,10 @@ class PairMeta:
     reference_rejected_logprob: float
 
 
+# Of a rehearsed response, in the arrays that hold a number for each tree: it has no weight in the loss of pairs.
+_NO_PAIR = PairMeta(0.0, 0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class PairDenominator:
     """Over a global batch: the sum of weights, the number of pairs, and that of rehearsed rationale-answer pairs."""
@@ -73,6 +78,131 @@ class PairDenominator:
     weight: float
     pairs: int
     rehearsed: int = 0
+
+
+def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The loss function that `train` calls: the formula at the top of this file, and what to watch.
+
+    Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
+    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, and mean_square_drift, of the two responses' (log pi -
+    log pi_ref) / root of their tokens; max_drift, the greatest of its absolute values; and max_logprob, the greatest log pi.
+    """
+
+    def loss(
+        hidden: Tensor,
+        forest: Forest,
+        head_weight: Tensor,
+        items: Sequence[TrainingItem],
+        denominator: PairDenominator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = [index for index, item in enumerate(items) if item.meta is not None]
+        metas = [_NO_PAIR if item.meta is None else item.meta for item in items]
+        lengths, rejected_lengths = np.array([_lengths(tree) for tree in forest.trees], dtype=np.float64).T
+        shares = 1.0 / lengths / max(1, denominator.rehearsed)
+        shares[pairs] = 0.0
+        columns = (
+            [meta.reference_chosen_logprob for meta in metas],
+            [meta.reference_rejected_logprob for meta in metas],
+            [meta.weight for meta in metas],
+            [meta.confidence for meta in metas],
+            lengths,
+            rejected_lengths,
+            shares,
+        )
+        # One transfer for all numbers, and none is waited for.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        numbers = to_device(np.stack(columns), hidden.device, dtype)  # [7, trees]
+        reference_chosen, reference_rejected, weight, confidence, chosen_lengths, _, rehearsal_shares = numbers
+        tokens = pair_tokens(hidden, forest)
+        output = linear_weighted_dpo(
+            tokens.hidden,
+            head_weight,
+            tokens.targets,
+            tokens.sequence_ids,
+            reference_chosen,
+            reference_rejected,
+            weight,
+            beta=settings.beta,
+            label_smoothing=0.5 - 0.5 * confidence
+            if settings.label_smoothing == "confidence"
+            else settings.label_smoothing,
+            loss_type=settings.loss_type,
+            normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
+        )
+        chosen, rejected = output.chosen_logps, output.rejected_logps  # [trees] each
+        total = output.loss
+        rehearsed = chosen.new_zeros(())
+        if len(pairs) < len(items):
+            rehearsed = -(chosen * rehearsal_shares).sum()
+            total = total + settings.rehearsal_weight * rehearsed
+        if not pairs:
+            return total, {"rehearsal_loss": rehearsed}
+        if settings.sft_weight:
+            total = total + settings.sft_weight * (weight * -chosen / chosen_lengths).sum() / denominator.weight
+        with torch.no_grad():
+            watched = torch.stack([output.chosen_rewards, output.rejected_rewards, chosen, rejected])  # [4, trees]
+            if len(pairs) < len(items):
+                of_pairs = to_device(pairs, hidden.device)
+                watched, numbers = watched.index_select(1, of_pairs), numbers.index_select(1, of_pairs)
+            chosen_rewards, rejected_rewards, chosen_logps, rejected_logps = watched  # [P] each
+            margins = chosen_rewards - rejected_rewards
+            sums = {
+                "margin": margins,
+                "reward_accuracy": (margins > 0).to(margins.dtype),
+                "chosen_reward": chosen_rewards,
+                "rejected_reward": rejected_rewards,
+                "chosen_logprob": chosen_logps,
+                "rejected_logprob": rejected_logps,
+            }
+            metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
+            if denominator.rehearsed:
+                metrics["rehearsal_loss"] = rehearsed
+            drifts = (watched[2:] - numbers[:2]) / numbers[4:6].sqrt()  # [2, P]
+            metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
+            metrics["max_drift"] = drifts.abs().max()
+            metrics["max_logprob"] = watched[2:].max()
+        return total, metrics
+
+    return loss
+
+
+def _lengths(tree: Tree) -> tuple[int, int]:
+    """Tokens of the chosen and of the rejected response, 1 where a tree has none that is rejected."""
+    sizes = [segment.tokens.size for segment in tree.segments[1:]]
+    if len(sizes) == 1:
+        return sizes[0], 1
+    shared = sum(sizes[:-2])
+    return shared + sizes[-2], shared + sizes[-1]
+
+
+def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
+    """The global batch's sum of weights, and the number of its pairs and of its rehearsed ones."""
+    pairs = [item for item in items if item.meta is not None]
+    return PairDenominator(sum(item.meta.weight for item in pairs), len(pairs), len(items) - len(pairs))
+
+
+def preference_items(
+    model: Any,
+    preferences: Sequence[Preference],
+    weighting: Literal["confidence", "none"] = "confidence",
+    rehearsal: Sequence[RationalePair] = (),
+) -> list[TrainingItem]:
+    """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
+    weighted = weighting == "confidence"
+    items = [
+        TrainingItem(
+            tree,
+            PairMeta(
+                preference.confidence if weighted else 1.0,
+                preference.confidence,
+                float(preference.reference_chosen_logprob or 0.0),
+                float(preference.reference_rejected_logprob or 0.0),
+            ),
+            preference.images,
+        )
+        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
+    ]
+    return items + rationale_trees(model, rehearsal)
 
 
 def tune_preferences(

@@ -8,7 +8,7 @@ The layout of trees in a forest is that of `srcfast.data.forest`; the kernel bel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,7 @@ from srcfast.errors import InputError
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import to_device
+from srcfast_kernels.weighted_dpo import sum_pairs
 
 
 def preference_tree(
@@ -59,26 +60,29 @@ def preference_tree(
 
 
 def pair_rows(forest: Forest) -> np.ndarray:
-    """Return what `pair_logprobs` looks up, [3, n] int64: the row that predicts each token of a response, the token, its slot.
+    """Return [3, n] int64: the row that predicts each token of a response, the token, its sequence.
 
-    The slots of tree k are 3k for tokens that chosen and rejected share, 3k + 1 chosen, 3k + 2 rejected. Computed once a
-    forest: the cache of the forest on the host stores it.
+    Sequences of P trees are numbered as `linear_weighted_dpo` takes them: 2k the chosen and 2k + 1 the rejected response of tree
+    k, 2P + k what both begin with. Stored in the cache of the forest on the host.
     """
     host = forest.host or forest
     if "pair rows" not in host.cache:
         predictor, tokens = host.predictor.numpy(), host.token_ids.numpy()
-        rows, targets, slots = [], [], []
-        for number, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
+        rows, targets, sequences = [], [], []
+        for k, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
             last = len(tree.segments) - 1
             for segment in range(1, last + 1):
-                # The last two segments are the ends of chosen (slot 1) and rejected (2), one before them is shared (0).
-                # A tree of prompt and response alone, as rehearsal has it, counts as chosen.
-                slot = max(0, segment - last + 2) if last > 1 else 1
-                span = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
-                rows.append(predictor[span])
-                targets.append(tokens[span])
-                slots.append(np.full(span.stop - span.start, 3 * number + slot))
-        host.cache["pair rows"] = np.stack([np.concatenate(column) for column in (rows, targets, slots)])
+                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
+                if last == 1 or segment == last - 1:  # a response alone is chosen
+                    sequence = 2 * k
+                elif segment == last:
+                    sequence = 2 * k + 1
+                else:
+                    sequence = 2 * len(host.trees) + k
+                rows.append(predictor[part])
+                targets.append(tokens[part])
+                sequences.append(np.full(part.stop - part.start, sequence))
+        host.cache["pair rows"] = np.stack([np.concatenate(parts) for parts in (rows, targets, sequences)])
     return host.cache["pair rows"]
 
 
@@ -91,8 +95,27 @@ def pair_logit_rows(forest: Forest) -> Tensor:
     return response_logit_rows(forest)
 
 
+class PairTokens(NamedTuple):
+    """The n tokens of a forest's responses, on the hidden states' device, as `linear_weighted_dpo` takes them.
+
+    hidden: [n, D] of the row that predicts each. targets: [n] the tokens. sequence_ids: [n].
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    sequence_ids: Tensor
+
+
+def pair_tokens(hidden: Tensor, forest: Forest) -> PairTokens:
+    """Gather what the loss needs of each response token; `hidden` as for `pair_logprobs`."""
+    rows, targets, sequences = pair_rows(forest)
+    positions = row_positions(rows, hidden, forest, response_logit_rows(forest))
+    index = to_device(np.stack([positions, targets, sequences]), hidden.device)  # [3, n]
+    return PairTokens(hidden.index_select(0, index[0]), index[1], index[2])
+
+
 def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the log-probabilities of the chosen and of the rejected response of each preference tree, in nats.
+    """Sum the log-probabilities of the chosen and the rejected response of each preference tree over their whole paths.
 
     Args:
         hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
@@ -102,12 +125,9 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
     Returns:
         (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
     """
-    rows, targets, slots = pair_rows(forest)  # [n] each
-    positions = row_positions(rows, hidden, forest, response_logit_rows(forest))  # [n], rows of `hidden`
-    index = to_device(np.stack([positions, targets, slots]), hidden.device)  # [3, n], in one transfer
-    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
-    sums = logps.new_zeros(3 * len(forest.trees)).index_add(0, index[2], logps).view(-1, 3)  # [P, 3]
-    return sums[:, 0] + sums[:, 1], sums[:, 0] + sums[:, 2]
+    tokens = pair_tokens(hidden, forest)
+    logps = linear_logprob(tokens.hidden, head_weight, tokens.targets)  # [n]
+    return sum_pairs(logps, tokens.sequence_ids, len(forest.trees))
 
 
 @pause_full_collections()

@@ -62,7 +62,7 @@ def cases(architecture: int) -> Iterator[Case]:
     yield from _logprob_cases()
     yield from _tiled_cases(architecture)
     for loss_type in ("sigmoid", "ipo", "hinge"):
-        types = dict.fromkeys(token_dpo_kernel.arg_names[:14], "*fp32")
+        types = {name: "*fp32" for name in token_dpo_kernel.arg_names if name.endswith("_ptr")}
         types |= {"order_ptr": "*i64", "starts_ptr": "*i64", "arrived_ptr": "*i32", "pairs": "i32"}
         constants = {"BETA": 0.1, "LOSS_TYPE": loss_type, "ACC": tl.float32, "BLOCK": DPO_BLOCK}
         yield Case(f"token_dpo {loss_type}", token_dpo_kernel, types, constants, {"num_warps": 4})

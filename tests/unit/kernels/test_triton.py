@@ -144,15 +144,16 @@ def test_linear_weighted_dpo(
     loss_type: Any, normalizer: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["srcfast_kernels.weighted_dpo"], "BLOCK", 4)
-    lengths = torch.tensor([5, 9, 1, 4, 0, 6])  # of three pairs; an empty response, too
+    lengths = torch.tensor([5, 9, 1, 4, 0, 6, 7, 0, 2])  # of three pairs, an empty response, too; then what each shares
     generator = torch.Generator().manual_seed(5)
-    ids = torch.arange(6).repeat_interleave(lengths)[torch.randperm(25, generator=generator)].to(DEVICE)
-    targets = torch.randint(11, (25,), generator=generator).to(DEVICE)
+    ids = torch.arange(9).repeat_interleave(lengths)[torch.randperm(34, generator=generator)].to(DEVICE)
+    targets = torch.randint(11, (34,), generator=generator).to(DEVICE)
+    terms = random(2, 3, dtype=dtype, seed=11)  # what is added to the loss, of each log-probability
     confidence = random(3, dtype=dtype, seed=6).sigmoid()
     smoothing = torch.tensor([0.1, 0.0, 0.3], dtype=dtype, device=DEVICE) if loss_type == "sigmoid" else 0.0
     results = []
     for home in ("triton", "torch"):
-        hidden = random(25, 6, dtype=dtype, seed=7).requires_grad_()
+        hidden = random(34, 6, dtype=dtype, seed=7).requires_grad_()
         with use_backend(home):  # type: ignore[arg-type]
             output = linear_weighted_dpo(
                 hidden,
@@ -167,8 +168,11 @@ def test_linear_weighted_dpo(
                 loss_type=loss_type,
                 normalizer=normalizer,
             )
-            (3.0 * output.loss).backward()
-        results.append([output.loss.detach(), output.chosen_rewards, output.rejected_rewards, hidden.grad])
+            logps = (output.chosen_logps, output.rejected_logps)
+            losses = [3.0 * output.loss, (terms[0] * logps[0]).sum(), (terms[1] * logps[1]).sum()]
+            losses += [losses[0] + losses[1], losses[1] + losses[2]]  # what training adds; without the loss itself
+            gradients = [torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in losses]
+        results.append([*(value.detach() for value in output), *gradients])
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)
 

@@ -9,8 +9,9 @@ import pytest
 import simulated_cuda
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from srcfast_kernels import linear_weighted_dpo, weighted_dpo_loss
+from srcfast_kernels import linear_weighted_dpo, weighted_dpo, weighted_dpo_loss
 from srcfast_kernels.weighted_dpo import linear_weighted_dpo_reference
 
 BETA = 0.3
@@ -127,8 +128,8 @@ def test_from_hidden_states_it_equals_the_reference(trained_head: bool) -> None:
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, size), (vocabulary, size))
     ]
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    sequence_ids = torch.cat(
-        [torch.arange(2 * count), torch.randint(2 * count, (rows - 2 * count,), generator=generator)]
+    sequence_ids = torch.cat(  # 2 count and above: tokens that both responses of a pair begin with
+        [torch.arange(3 * count), torch.randint(3 * count, (rows - 3 * count,), generator=generator)]
     )
     ref_chosen, ref_rejected, confidence = pairs(count)[2:]
     results = []
@@ -140,6 +141,42 @@ def test_from_hidden_states_it_equals_the_reference(trained_head: bool) -> None:
         results.append([loss.detach(), hidden.grad, *([weight.grad] if trained_head else [])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)  # fp64
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_tokens_that_both_responses_begin_with_count_as_if_each_response_had_them(loss_type: Any) -> None:
+    """Loss, rewards, log-probabilities and gradients, also of terms added on the log-probabilities; in fp64."""
+    generator = torch.Generator().manual_seed(6)
+    head = torch.randn(19, 6, generator=generator, dtype=torch.float64)
+    rows = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(19, (12,), generator=generator)
+    once = torch.tensor(
+        [4, 4, 0, 0, 1, 5, 2, 3, 3, 3, 2, 1]
+    )  # 4 and 5: shared by the responses of pair 0 and of pair 1
+    twice = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 5])  # the shared rows once more, for the rejected
+    ids = torch.cat([torch.where(once == 4, 0, torch.where(once == 5, 2, once)), torch.tensor([1, 1, 3])])
+    rest = pairs(2, seed=7)[2:]
+    results = []
+    for index, sequence_ids in ((torch.arange(12), once), (twice, ids)):
+        hidden = rows.clone().requires_grad_()
+        output = linear_weighted_dpo(
+            hidden[index], head, targets[index], sequence_ids, *rest, beta=BETA, loss_type=loss_type
+        )
+        (
+            output.loss + (output.chosen_logps * torch.tensor([0.3, -0.8])).sum() - 0.7 * output.rejected_logps[1]
+        ).backward()
+        results.append([*(value.detach() for value in output), hidden.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_pair_of_confidence_0_adds_nothing_to_the_loss() -> None:
+    values = pairs(3, seed=8)
+    values[4][1] = 0.0
+    without = [value[[0, 2]] for value in values]
+    torch.testing.assert_close(
+        weighted_dpo_loss(*values, beta=BETA).loss, weighted_dpo_loss(*without, beta=BETA).loss, rtol=1e-12, atol=0.0
+    )
 
 
 def test_its_head_takes_the_options_of_linear_logprob() -> None:
@@ -161,6 +198,48 @@ def test_log_probabilities_in_half_precision_give_a_loss_in_fp32() -> None:
     for ours, theirs in zip(output, exact, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that a device would be given: all but views and empty tensors."""
+
+    none = frozenset(
+        {"alias", "detach", "expand", "new_empty", "empty_like", "promote_types", "select", "slice", "view"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        self.names += [] if name in self.none else [name]
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_kernel_stands_in_for_most_operations_from_log_probabilities_to_their_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """docs/kernels.md gives both numbers. The kernel's launch is left out: its interpreter copies what it is given."""
+    count, rows = 8, 100
+    monkeypatch.setattr(weighted_dpo, "token_dpo_kernel", {(count,): lambda *given, **constants: None})
+    rest = [value.float() for value in pairs(count)[2:]]
+    ids = torch.arange(rows) % (3 * count)
+
+    def fused(logps: Tensor) -> Tensor:
+        return weighted_dpo._TokenDPO.apply(logps, ids, *rest, 3.0, BETA, 0.0, "sigmoid")[0]
+
+    def separate(logps: Tensor) -> Tensor:
+        sums = weighted_dpo.sum_pairs(logps, ids, count)
+        return weighted_dpo_loss(*sums, *rest, beta=BETA, normalizer=3.0).loss
+
+    counts = []
+    for function in (fused, separate):
+        logps = torch.zeros(rows, requires_grad=True)
+        with Operations() as operations:
+            function(logps).backward()
+        counts.append(len(operations.names))
+    assert counts[0] <= 12 and counts[1] >= 25, counts
 
 
 @pytest.mark.simulated

@@ -12,7 +12,7 @@ import torch
 from helpers.small_model import SmallModel, path_logprob, random_preferences
 
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
-from srcfast.data.forest import Forest
+from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, train_preference
@@ -20,6 +20,8 @@ from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
 from srcfast.stages.rationale import rationale_trees
 from srcfast.training.loop import TrainingItem
+from srcfast_kernels import weighted_dpo, weighted_dpo_loss
+from srcfast_kernels.backends import use_backend
 
 SETTINGS = TrainingConfig(
     micro_batch_size=8,
@@ -176,6 +178,67 @@ def test_the_loss_is_the_formula_s(settings: DPOConfig, weighted: bool) -> None:
         )
         total += loss.item()
     assert total == pytest.approx(loss_by_hand(model, preferences, settings, weighted), rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DPOConfig(sft_weight=0.0),
+        DPOConfig(beta=0.2, sft_weight=0.7, label_smoothing="confidence", rehearsal_weight=1.5),
+        DPOConfig(beta=0.3, sft_weight=0.1, loss_type="ipo", rehearsal_weight=0.5),
+    ],
+)
+def test_the_fused_loss_is_that_of_the_references_log_probabilities(
+    settings: DPOConfig, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp64, with shared beginnings and rehearsal: value, gradient, and the log-probabilities that are watched."""
+    launches = []
+    launch = weighted_dpo.token_dpo_triton
+    monkeypatch.setattr(weighted_dpo, "token_dpo_triton", lambda *given: launches.append(1) or launch(*given))
+    rng = np.random.default_rng(3)
+    items = []
+    for shared, chosen, rejected in ((4, 5, 3), (0, 2, 7), (1, 1, 1)):
+        both = rng.integers(4, 40, shared)
+        ends = [np.append(both, rng.permutation(40)[:count]) for count in (chosen, rejected)]
+        tree = preference_tree(rng.integers(4, 40, 6), *ends)
+        items.append(TrainingItem(tree, PairMeta(*rng.uniform(0.1, 1.0, 2), *rng.uniform(-30.0, -5.0, 2))))
+    if settings.rehearsal_weight:
+        items.insert(1, TrainingItem(Tree((Segment(rng.integers(4, 40, 5)), Segment(rng.integers(4, 40, 4), 0)))))
+    forest = Forest.of([item.tree for item in items])
+    generator = torch.Generator().manual_seed(4)
+    head = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(forest.num_tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    denominator = pair_denominator(items)
+    with use_backend(backend):
+        loss, metrics = preference_loss(settings)(hidden, forest, head, items, denominator)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+    assert len(launches) == (backend == "triton")
+
+    chosen, rejected = pair_logprobs(hidden, forest, head)
+    pairs = [index for index, item in enumerate(items) if item.meta is not None]
+    metas = [items[index].meta for index in pairs]
+    columns = ("reference_chosen_logprob", "reference_rejected_logprob", "weight", "confidence")
+    numbers = torch.tensor([[getattr(meta, name) for meta in metas] for name in columns], dtype=torch.float64)
+    smoothing = 0.5 - 0.5 * numbers[3] if settings.label_smoothing == "confidence" else settings.label_smoothing
+    expected = weighted_dpo_loss(
+        chosen[pairs],
+        rejected[pairs],
+        *numbers[:3],
+        beta=settings.beta,
+        label_smoothing=smoothing,
+        loss_type=settings.loss_type,
+        normalizer=denominator.weight,
+    ).loss
+    for index, item in enumerate(items):
+        size = sum(segment.tokens.size for segment in item.tree.segments[1:-1]) or item.tree.segments[1].tokens.size
+        share = settings.sft_weight * item.meta.weight / denominator.weight if item.meta else settings.rehearsal_weight
+        expected = expected - share * chosen[index] / size
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-12)
+    assert metrics["chosen_logprob"].item() == pytest.approx(chosen[pairs].mean().item(), rel=1e-12)
+    assert metrics["rejected_logprob"].item() == pytest.approx(rejected[pairs].mean().item(), rel=1e-12)
 
 
 def rehearsed(count: int) -> list[tuple[Sample, str]]:

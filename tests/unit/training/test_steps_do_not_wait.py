@@ -155,6 +155,12 @@ def test_nor_is_a_step_of_triton_s_kernels_waited_for() -> None:
         losses.append([row["loss"] for row in history])
         assert not record.waits and not record.pageable_copies, record.text()
         if device == "cuda":
-            launched = {"gather_rows_kernel", "gather_rows_backward_kernel", "dropout_kernel", "rms_norm_kernel"}
+            launched = {
+                "gather_rows_kernel",
+                "gather_rows_backward_kernel",
+                "dropout_kernel",
+                "rms_norm_kernel",
+                "token_dpo_kernel",
+            }
             assert launched <= set(record.launches), record.text()
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE[torch.bfloat16])
