@@ -218,7 +218,7 @@ def verified_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Se
     return variants
 
 
-def raps_of(samples: Sequence[Sample]) -> list[RationalePair]:
+def raps_of(samples: Sequence[Sample]) -> list[ParsedRationale]:
     """Return the samples' true rationale-answer pairs."""
     return [(sample, sample.extra["see"], sample.extra["think"], sample.answer) for sample in samples]
 

@@ -15,8 +15,8 @@ The reference is the policy as it was before the round: its log-probabilities ar
 the pair, beside a hash of base and adapter.
 
 From here the story goes down: `train_preference` hands the loss of `preference_loss` to `training.loop.train`; per forest
-that loss takes the responses' log-probabilities from `pair_trees.pair_logprobs` (kernel: `linear_logprob`) and puts them
-into `srcfast_kernels.weighted_dpo.weighted_dpo_loss`, where the formula of loss(Delta) and its sources are.
+that loss gathers the responses' tokens by `pair_trees.pair_tokens` and makes one call of
+`srcfast_kernels.weighted_dpo.linear_weighted_dpo`, where the formula of loss(Delta) and its sources are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
 from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs
-from srcfast.stages.pair_trees import loss_rows, pair_tokens, preference_trees
+from srcfast.stages.pair_trees import pair_logit_rows, pair_tokens, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.stage_run import StageRun
@@ -46,9 +46,8 @@ from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Features, Loss, Metrics, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
-from srcfast_kernels import linear_weighted_dpo
 from srcfast_kernels.transfers import to_device
-from srcfast_kernels.weighted_dpo import DPOOutput, weighted_dpo_loss
+from srcfast_kernels.weighted_dpo import DPOOutput, linear_weighted_dpo
 
 
 @dataclass(frozen=True)
@@ -78,131 +77,6 @@ class PairDenominator:
     weight: float
     pairs: int
     rehearsed: int = 0
-
-
-def preference_loss(settings: DPOConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    """The loss function that `train` calls: the formula at the top of this file, and what to watch.
-
-    Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
-    chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, and mean_square_drift, of the two responses' (log pi -
-    log pi_ref) / root of their tokens; max_drift, the greatest of its absolute values; and max_logprob, the greatest log pi.
-    """
-
-    def loss(
-        hidden: Tensor,
-        forest: Forest,
-        head_weight: Tensor,
-        items: Sequence[TrainingItem],
-        denominator: PairDenominator,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs = [index for index, item in enumerate(items) if item.meta is not None]
-        metas = [_NO_PAIR if item.meta is None else item.meta for item in items]
-        lengths, rejected_lengths = np.array([_lengths(tree) for tree in forest.trees], dtype=np.float64).T
-        shares = 1.0 / lengths / max(1, denominator.rehearsed)
-        shares[pairs] = 0.0
-        columns = (
-            [meta.reference_chosen_logprob for meta in metas],
-            [meta.reference_rejected_logprob for meta in metas],
-            [meta.weight for meta in metas],
-            [meta.confidence for meta in metas],
-            lengths,
-            rejected_lengths,
-            shares,
-        )
-        # One transfer for all numbers, and none is waited for.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        numbers = to_device(np.stack(columns), hidden.device, dtype)  # [7, trees]
-        reference_chosen, reference_rejected, weight, confidence, chosen_lengths, _, rehearsal_shares = numbers
-        tokens = pair_tokens(hidden, forest)
-        output = linear_weighted_dpo(
-            tokens.hidden,
-            head_weight,
-            tokens.targets,
-            tokens.sequence_ids,
-            reference_chosen,
-            reference_rejected,
-            weight,
-            beta=settings.beta,
-            label_smoothing=0.5 - 0.5 * confidence
-            if settings.label_smoothing == "confidence"
-            else settings.label_smoothing,
-            loss_type=settings.loss_type,
-            normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
-        )
-        chosen, rejected = output.chosen_logps, output.rejected_logps  # [trees] each
-        total = output.loss
-        rehearsed = chosen.new_zeros(())
-        if len(pairs) < len(items):
-            rehearsed = -(chosen * rehearsal_shares).sum()
-            total = total + settings.rehearsal_weight * rehearsed
-        if not pairs:
-            return total, {"rehearsal_loss": rehearsed}
-        if settings.sft_weight:
-            total = total + settings.sft_weight * (weight * -chosen / chosen_lengths).sum() / denominator.weight
-        with torch.no_grad():
-            watched = torch.stack([output.chosen_rewards, output.rejected_rewards, chosen, rejected])  # [4, trees]
-            if len(pairs) < len(items):
-                of_pairs = to_device(pairs, hidden.device)
-                watched, numbers = watched.index_select(1, of_pairs), numbers.index_select(1, of_pairs)
-            chosen_rewards, rejected_rewards, chosen_logps, rejected_logps = watched  # [P] each
-            margins = chosen_rewards - rejected_rewards
-            sums = {
-                "margin": margins,
-                "reward_accuracy": (margins > 0).to(margins.dtype),
-                "chosen_reward": chosen_rewards,
-                "rejected_reward": rejected_rewards,
-                "chosen_logprob": chosen_logps,
-                "rejected_logprob": rejected_logps,
-            }
-            metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
-            if denominator.rehearsed:
-                metrics["rehearsal_loss"] = rehearsed
-            drifts = (watched[2:] - numbers[:2]) / numbers[4:6].sqrt()  # [2, P]
-            metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
-            metrics["max_drift"] = drifts.abs().max()
-            metrics["max_logprob"] = watched[2:].max()
-        return total, metrics
-
-    return loss
-
-
-def _lengths(tree: Tree) -> tuple[int, int]:
-    """Tokens of the chosen and of the rejected response, 1 where a tree has none that is rejected."""
-    sizes = [segment.tokens.size for segment in tree.segments[1:]]
-    if len(sizes) == 1:
-        return sizes[0], 1
-    shared = sum(sizes[:-2])
-    return shared + sizes[-2], shared + sizes[-1]
-
-
-def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
-    """The global batch's sum of weights, and the number of its pairs and of its rehearsed ones."""
-    pairs = [item for item in items if item.meta is not None]
-    return PairDenominator(sum(item.meta.weight for item in pairs), len(pairs), len(items) - len(pairs))
-
-
-def preference_items(
-    model: Any,
-    preferences: Sequence[Preference],
-    weighting: Literal["confidence", "none"] = "confidence",
-    rehearsal: Sequence[RationalePair] = (),
-) -> list[TrainingItem]:
-    """What `train_preference` trains on: the pairs, then the rehearsed rationale-answer pairs."""
-    weighted = weighting == "confidence"
-    items = [
-        TrainingItem(
-            tree,
-            PairMeta(
-                preference.confidence if weighted else 1.0,
-                preference.confidence,
-                float(preference.reference_chosen_logprob or 0.0),
-                float(preference.reference_rejected_logprob or 0.0),
-            ),
-            preference.images,
-        )
-        for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
-    ]
-    return items + rationale_trees(model, rehearsal)
 
 
 def tune_preferences(
@@ -343,56 +217,61 @@ def preference_loss(settings: DPOConfig) -> Loss:
         items: Sequence[TrainingItem],
         denominator: PairDenominator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = pair_logprobs(hidden, forest, head_weight)  # [trees] each
-        lengths = np.array([response_lengths(tree) for tree in forest.trees], dtype=np.float64)  # [trees, 2]
         pairs = [index for index, item in enumerate(items) if item.meta is not None]  # P; the others are rehearsed
-        rehearsed = _rehearsed_loss(chosen, lengths[:, 0], pairs, denominator.rehearsed)
-        rehearsal = settings.rehearsal_weight * rehearsed
-        if not pairs:
-            return rehearsal, {"rehearsal_loss": rehearsed}
-        if len(pairs) < len(items):
-            positions = to_device(pairs, hidden.device)
-            chosen, rejected = chosen.index_select(0, positions), rejected.index_select(0, positions)  # [P] each
-        batch = PairTensors.of([items[index].meta for index in pairs], lengths[pairs], like=chosen)
-        output = weighted_dpo_loss(
-            chosen,
-            rejected,
+        batch = TreeTensors.of(items, forest, denominator.rehearsed, hidden)
+        tokens = pair_tokens(hidden, forest)
+        output = linear_weighted_dpo(
+            tokens.hidden,
+            head_weight,
+            tokens.targets,
+            tokens.sequence_ids,
             batch.reference_logprobs[0],
             batch.reference_logprobs[1],
             batch.weights,
             beta=settings.beta,
             label_smoothing=_label_smoothing(settings, batch.confidences),
             loss_type=settings.loss_type,
-            normalizer=denominator.weight,
+            normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
         )
-        total = output.loss + rehearsal
+        total, rehearsed = output.loss, output.loss.new_zeros(())
+        if len(pairs) < len(items):
+            rehearsed = -(output.chosen_logps * batch.rehearsal_shares).sum()
+            total = total + settings.rehearsal_weight * rehearsed
+        if not pairs:
+            return total, {"rehearsal_loss": rehearsed}
         if settings.sft_weight:
-            nll = batch.weights * -chosen / batch.lengths[0]  # [P]
+            nll = batch.weights * -output.chosen_logps / batch.lengths[0]  # [trees], 0 of a rehearsed one
             total = total + settings.sft_weight * nll.sum() / denominator.weight
-        return total, _metrics(output, torch.stack([chosen.detach(), rejected.detach()]), batch, rehearsed, denominator)
+        return total, _metrics(output, batch, pairs, rehearsed, denominator)
 
     return loss
 
 
 @dataclass(frozen=True)
-class PairTensors:
-    """The numbers of a forest's P pairs, on the device.
+class TreeTensors:
+    """The numbers of a forest's trees, on the device; a rehearsed response has weight 0 in the loss of pairs.
 
     Attributes:
-        reference_logprobs: [2, P], chosen and rejected.
-        weights: [P].
-        confidences: [P].
-        lengths: [2, P], tokens of chosen and rejected.
+        reference_logprobs: [2, trees], chosen and rejected.
+        weights: [trees].
+        confidences: [trees].
+        lengths: [2, trees], tokens of chosen and rejected.
+        rehearsal_shares: [trees], 1 / (tokens * rehearsed responses of the global batch), 0 of a pair.
     """
 
     reference_logprobs: Tensor
     weights: Tensor
     confidences: Tensor
     lengths: Tensor
+    rehearsal_shares: Tensor
 
     @classmethod
-    def of(cls, metas: Sequence[PairMeta], lengths: np.ndarray, like: Tensor) -> PairTensors:
-        """Copy the numbers, with `lengths` [P, 2], to the device and the dtype of `like`, in one transfer that nothing awaits."""
+    def of(cls, items: Sequence[TrainingItem], forest: Forest, rehearsed: int, hidden: Tensor) -> TreeTensors:
+        """Copy the numbers to the device of the hidden states, in one transfer that nothing awaits."""
+        metas = [_NO_PAIR if item.meta is None else item.meta for item in items]
+        lengths = np.array([response_lengths(tree) for tree in forest.trees], dtype=np.float64)  # [trees, 2]
+        shares = 1.0 / lengths[:, 0] / max(1, rehearsed)  # [trees]
+        shares[[index for index, item in enumerate(items) if item.meta is not None]] = 0.0
         columns = (
             [meta.reference_chosen_logprob for meta in metas],
             [meta.reference_rejected_logprob for meta in metas],
@@ -400,9 +279,11 @@ class PairTensors:
             [meta.confidence for meta in metas],
             lengths[:, 0],
             lengths[:, 1],
+            shares,
         )
-        numbers = to_device(np.stack(columns), like.device, like.dtype)  # [6, P]
-        return cls(numbers[:2], numbers[2], numbers[3], numbers[4:])
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        numbers = to_device(np.stack(columns), hidden.device, dtype)  # [7, trees]
+        return cls(numbers[:2], numbers[2], numbers[3], numbers[4:6], numbers[6])
 
 
 def response_lengths(tree: Tree) -> tuple[int, int]:
@@ -414,15 +295,6 @@ def response_lengths(tree: Tree) -> tuple[int, int]:
     return shared + sizes[-2], shared + sizes[-1]
 
 
-def _rehearsed_loss(chosen: Tensor, lengths: np.ndarray, pairs: Sequence[int], rehearsed: int) -> Tensor:
-    """Sum -log pi(y) / |y| over the trees [trees] that are no pairs, divided by the global batch's number of them."""
-    if len(pairs) == len(lengths):
-        return chosen.new_zeros(())
-    factors = 1.0 / lengths / max(1, rehearsed)  # [trees]
-    factors[pairs] = 0.0
-    return -(chosen * to_device(factors, chosen.device, chosen.dtype)).sum()
-
-
 def _label_smoothing(settings: DPOConfig, confidences: Tensor) -> float | Tensor:
     """Return the probability that a label is wrong: the setting, or by pair [P], from 0 at confidence 1 to 1/2 at 0."""
     if settings.label_smoothing == "confidence":
@@ -432,22 +304,30 @@ def _label_smoothing(settings: DPOConfig, confidences: Tensor) -> float | Tensor
 
 @torch.no_grad()
 def _metrics(
-    output: DPOOutput, policy: Tensor, batch: PairTensors, rehearsed: Tensor, denominator: PairDenominator
+    output: DPOOutput, batch: TreeTensors, pairs: Sequence[int], rehearsed: Tensor, denominator: PairDenominator
 ) -> dict[str, Tensor]:
-    """Return the metrics of `preference_loss`; `policy` [2, P] is log pi of chosen and rejected."""
-    margins = output.chosen_rewards - output.rejected_rewards  # [P]
+    """Return the metrics of `preference_loss`, over the trees that are pairs."""
+    rewards = torch.stack([output.chosen_rewards, output.rejected_rewards])  # [2, trees]
+    policy = torch.stack([output.chosen_logps, output.rejected_logps])  # [2, trees]
+    reference, lengths = batch.reference_logprobs, batch.lengths  # [2, trees] each
+    if len(pairs) < policy.shape[1]:
+        index = to_device(pairs, policy.device)
+        rewards, policy, reference, lengths = (
+            one.index_select(1, index) for one in (rewards, policy, reference, lengths)
+        )
+    margins = rewards[0] - rewards[1]  # [P]
     sums = {
         "margin": margins,
         "reward_accuracy": (margins > 0).to(margins.dtype),
-        "chosen_reward": output.chosen_rewards,
-        "rejected_reward": output.rejected_rewards,
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
         "chosen_logprob": policy[0],
         "rejected_logprob": policy[1],
     }
     metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
     if denominator.rehearsed:
         metrics["rehearsal_loss"] = rehearsed
-    drifts = (policy - batch.reference_logprobs) / batch.lengths.sqrt()  # [2, P], z of `drift.py`
+    drifts = (policy - reference) / lengths.sqrt()  # [2, P], z of `drift.py`
     metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
     metrics["max_drift"] = drifts.abs().max()
     metrics["max_logprob"] = policy.max()

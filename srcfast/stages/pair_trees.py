@@ -72,16 +72,16 @@ def pair_rows(forest: Forest) -> np.ndarray:
         for k, (tree, starts) in enumerate(zip(host.trees, host.segment_start, strict=True)):
             last = len(tree.segments) - 1
             for segment in range(1, last + 1):
-                part = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
+                span = slice(starts[segment], starts[segment] + tree.segments[segment].tokens.size)
                 if last == 1 or segment == last - 1:  # a response alone is chosen
                     sequence = 2 * k
                 elif segment == last:
                     sequence = 2 * k + 1
                 else:
                     sequence = 2 * len(host.trees) + k
-                rows.append(predictor[part])
-                targets.append(tokens[part])
-                sequences.append(np.full(part.stop - part.start, sequence))
+                rows.append(predictor[span])
+                targets.append(tokens[span])
+                sequences.append(np.full(span.stop - span.start, sequence))
         host.cache["pair rows"] = np.stack([np.concatenate(parts) for parts in (rows, targets, sequences)])
     return host.cache["pair rows"]
 
@@ -119,7 +119,7 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
 
     Args:
         hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
-        forest: of P trees of preferences. A tree of prompt and response alone gives (the response's, 0).
+        forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
         head_weight: `[V, D]`.
 
     Returns:
