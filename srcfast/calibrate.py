@@ -1,8 +1,7 @@
 """Self-Rationale Calibration on one page: rationale fine-tuning, then rounds of candidates, scores, curation and DPO.
 
 Each stage below hands its work to `CalibrationRun.stage`, which runs it unless the manifest lists it as finished: the same
-command continues a run that was stopped. A stage reads and writes files of the run directory. On several ranks all run all
-stages together; rank 0 writes what a run has once (settings, manifest, metrics, adapters, summary, page).
+command continues a stopped run. All ranks run all stages together; rank 0 writes what a run has once (manifest, adapters, page).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from srcfast.run.progress import StageProgress
 from srcfast.stages import curation
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun
-from srcfast.stages.candidates import candidates_in_chunks, diversity
+from srcfast.stages.candidates import diversity, search_candidates
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.headroom import measure_headroom
@@ -37,7 +36,6 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
     """Run or continue a whole calibration; return the path of its page.
 
     Args:
-        config: the run's settings.
         profile: the steps of each training stage to profile, into the run directory's `profile/STAGE/`.
 
     Raises:
@@ -65,16 +63,17 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
 
 def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
     """Answer every evaluation set greedily with `model` ("base", "rationale", "iteration-K"); write its predictions."""
-    settings, features = run.config.evaluation, run.policy.features
 
     def work(stage: StageRun) -> dict[str, Any]:
         lvlm, entries = run.policy.use(adapter), []
         for dataset in run.evaluation_sets:
             chunks = stage.chunks(f"{dataset.name}-{dataset.split}", policy=run.policy.hash)
-            answers = answers_in_chunks(chunks, lvlm, dataset.samples, settings, features=features)
+            answers = answers_in_chunks(
+                chunks, lvlm, dataset.samples, run.config.evaluation, features=run.policy.features
+            )
             path = run.records.predictions(model, dataset.name, dataset.split)
-            write = partial(write_evaluation, path, answers, dataset, model, run.config)
-            entries.append(distributed.run_on_rank_zero(write))
+            entry = partial(write_evaluation, path, answers, dataset, model, run.config)
+            entries.append(distributed.run_on_rank_zero(entry))
         return {"entries": entries}
 
     total = sum(len(dataset.samples) for dataset in run.evaluation_sets)
@@ -96,13 +95,12 @@ def rationale(run: CalibrationRun) -> None:
 
 def candidates(run: CalibrationRun, iteration: int) -> None:
     """Stage 2: generate diverse candidates of this round's samples."""
-    samples, settings, seed = run.samples_of(iteration), run.config.candidates, run.config.seed + iteration
+    samples = run.samples_of(iteration)
 
     def work(stage: StageRun) -> dict[str, Any]:
-        model, features = run.policy.use(run.directory.adapter(iteration - 1)), run.policy.features
-        chunks = stage.chunks(policy=run.policy.hash)
-        rows = candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed).rows()
-        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "candidates"), rows))
+        run.policy.use(run.directory.adapter(iteration - 1))
+        files = search_candidates(stage, run.policy, samples, run.config.seed + iteration)
+        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "candidates"), files.rows()))
         return {"diversity": diversity(group for _, group in run.records.candidates(iteration).rest())}
 
     run.stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
@@ -110,16 +108,16 @@ def candidates(run: CalibrationRun, iteration: int) -> None:
 
 def headroom(run: CalibrationRun, iteration: int) -> None:
     """Measure what the round's starting model could reach on held-out samples: by its candidates, and by the R-Scorer's pick."""
-    sets, settings, seed = run.headroom_sets(), run.config.candidates, run.config.seed + iteration
+    sets, seed = run.headroom_sets(), run.config.seed + iteration
     previous = "rationale" if iteration == 1 else f"iteration-{iteration - 1}"
 
     def work(stage: StageRun) -> dict[str, Any]:
-        model, features = run.policy.use(run.directory.adapter(iteration - 1)), run.policy.features
+        run.policy.use(run.directory.adapter(iteration - 1))
         # Candidates of all sets first: the R-Scorer may have to take the policy's memory.
-        candidate_files = []
-        for dataset, samples in sets:
-            chunks = stage.chunks(f"{dataset.name}-{dataset.split}", policy=run.policy.hash)
-            candidate_files.append(candidates_in_chunks(chunks, model, samples, settings, features=features, seed=seed))
+        candidate_files = [
+            search_candidates(stage, run.policy, samples, seed, f"{dataset.name}-{dataset.split}")
+            for dataset, samples in sets
+        ]
         scorer, scorer_hash = run.load_scorer()
         entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
         for (dataset, samples), files in zip(sets, candidate_files, strict=True):

@@ -37,7 +37,7 @@ from srcfast.run.chunks import remove_chunks
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.candidates import candidates_in_chunks
+from srcfast.stages.candidates import search_candidates
 from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.datasets import EvaluationSet, draw, read_dataset
 from srcfast.stages.dpo import tune_preferences
@@ -96,10 +96,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
     policy = Policy(config, samples, adapter)
     with sampling_stage("candidates", config, output, len(samples), ("candidates",)) as stage:
-        chunks = stage.chunks(policy=policy.hash)
-        files = candidates_in_chunks(
-            chunks, policy.model, samples, config.candidates, features=policy.features, seed=config.seed
-        )
+        files = search_candidates(stage, policy, samples, config.seed)
         distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
 
 

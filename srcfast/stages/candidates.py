@@ -21,7 +21,9 @@ from srcfast.models.lora import folded_lora
 from srcfast.models.lvlm import ImageFeatures
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
+from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys
+from srcfast.stages.stage_run import StageRun
 
 
 class Progress(Protocol):
@@ -120,6 +122,16 @@ def diversity(candidates: Iterable[Sequence[Candidate]]) -> dict[str, float]:
         "distinct_answers": float(np.mean(answers)),
         "bigram_overlap": float(np.mean(overlaps)),
     }
+
+
+def search_candidates(
+    stage: StageRun, policy: Policy, samples: Sequence[Sample], seed: int, name: str = ""
+) -> ChunkFiles:
+    """Stage 2: search candidates of the samples by the policy as it is; `name` tells several searches of a stage apart."""
+    chunks = stage.chunks(name, policy=policy.hash)
+    return candidates_in_chunks(
+        chunks, policy.model, samples, stage.config.candidates, features=policy.features, seed=seed
+    )
 
 
 def candidates_in_chunks(
