@@ -1,7 +1,7 @@
-"""Sentence-level beam search: diverse rationale-answer candidates, grown sentence by sentence.
+"""Sentence-level beam search: diverse rationale-answer candidates, extended sentence by sentence.
 
-Each live beam proposes continuations of one sentence by sampling; the kept ones go on until the end token. The prompt,
-image included, is run once a sample; a beam that is kept forks its own continuation's cache, never the prompt's.
+Each live beam proposes continuations of one sentence by sampling; the selected ones go on until the end token. The prompt,
+image included, is run once a sample; a beam forks the cache of its continuation, never the prompt's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from srcfast.models.protocols import VisionLanguageModel
 
 @dataclass
 class Beam:
-    """A response under way; `row` is where its cache lies."""
+    """An unfinished response; `row` is the index of its row among those of the last step."""
 
     tokens: tuple[int, ...] = ()
     logprob: float = 0.0
@@ -26,11 +26,12 @@ class Beam:
     bigrams: frozenset[tuple[int, int]] = frozenset()
 
     def score(self, settings: CandidatesConfig) -> float:
+        """Return the log-probability, normalised by length."""
         return self.logprob / max(1, len(self.tokens)) ** settings.length_penalty
 
 
 class Search:
-    """One sample's search, the task that `decode` is given."""
+    """One sample's search, a `Task` for `decode`."""
 
     def __init__(self, prompt: Prompt, settings: CandidatesConfig, seed: int, end_token_id: int) -> None:
         self.prompt, self.settings, self.end = prompt, settings, end_token_id
@@ -38,29 +39,30 @@ class Search:
         self.live = [Beam()]
         self.finished: list[Beam] = []
         self.sentences = 0
-        self.parents: list[Beam] = []  # of the rows that are being written
+        self.parents: list[Beam] = []  # by row of the sentence being written
 
     def begin(self) -> Start:
-        """Every row writes a first sentence."""
+        """Start all rows on a first sentence."""
         return self._next_sentence()
 
     def ended(self, rows: Sequence[Written]) -> Start | None:
-        """All rows have written a sentence: keep the best, and let these go on."""
+        """Select the best of the rows, which have all written a sentence, and continue them."""
         children = []
         for row, (parent, written) in enumerate(zip(self.parents, rows, strict=True)):
             tokens = (*parent.tokens, *written.token_ids)
             bigrams = frozenset(zip(tokens, tokens[1:], strict=False))
             children.append(Beam(tokens, parent.logprob + written.logprob, row, bigrams))
-        _keep(self, children, self.end, self.settings)
+        _select(self, children, self.end, self.settings)
         return self._next_sentence() if self.live and self.sentences < self.settings.max_sentences else None
 
     def _next_sentence(self) -> Start:
-        first, self.sentences = not self.sentences, self.sentences + 1
+        is_first = not self.sentences
+        self.sentences += 1
         self.parents = _parents(self, self.settings)
         return Start(
-            parents=() if first else [beam.row for beam in self.parents],
+            parents=() if is_first else [beam.row for beam in self.parents],
             draws=self.random.random((self.settings.width, self.settings.max_sentence_tokens)),
-            room=[self.settings.max_new_tokens - len(beam.tokens) for beam in self.parents],
+            limits=[self.settings.max_new_tokens - len(beam.tokens) for beam in self.parents],
             by_sentence=True,
         )
 
@@ -80,10 +82,10 @@ def sentence_beam_search(
     """Search candidates of every sample.
 
     Args:
-        prompts: their keys seed the samples' random numbers, so a sample's candidates don't depend on its batch.
+        prompts: prompts whose keys seed the samples' random numbers, so that a sample's candidates don't depend on its batch.
         features: image keys -> embeddings.
-        slots: samples searched at once; as one ends, the next takes its place.
-        on_done: told of the samples done and the tokens run since the last time.
+        slots: samples searched at once; as one ends, the next is started.
+        on_done: called with the samples done and the tokens run since the last call.
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
 
@@ -92,7 +94,9 @@ def sentence_beam_search(
         of tokens run.
     """
     searches = [Search(prompt, settings, seed, model.end_token_id) for prompt in prompts]
-    order = sorted(searches, key=lambda search: len(search.prompt.token_ids))  # like lengths together: less padding
+    order = sorted(
+        searches, key=lambda search: len(search.prompt.token_ids)
+    )  # similar lengths together need less padding
     tokens_run = decode(
         model,
         order,
@@ -109,12 +113,12 @@ def sentence_beam_search(
 
 
 def _parents(search: Search, settings: CandidatesConfig) -> list[Beam]:
-    """The live beam that each of a sample's rows continues, shared out as evenly as they go."""
+    """List the live beam that each of a sample's rows continues, each beam for about as many rows."""
     return [search.live[row * len(search.live) // settings.width] for row in range(settings.width)]
 
 
-def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings: CandidatesConfig) -> None:
-    """Sort the children into finished and live ones; keep the best live ones that differ."""
+def _select(search: Search, children: Sequence[Beam], end_token_id: int, settings: CandidatesConfig) -> None:
+    """Sort the children into finished and live ones; select the best live ones that differ."""
     distinct = {child.tokens: child for child in children}
     known = {beam.tokens for beam in search.finished}
     live = []
@@ -128,28 +132,32 @@ def _keep(search: Search, children: Sequence[Beam], end_token_id: int, settings:
 
 
 def _diverse(beams: Sequence[Beam], count: int, settings: CandidatesConfig) -> list[Beam]:
-    """Maximal marginal relevance (Carbonell and Goldstein, 1998): a beam's score less its overlap with what was kept."""
+    """Select up to `count` beams by maximal marginal relevance (Carbonell and Goldstein, 1998).
+
+    Each is the one with the highest score less its largest overlap with a beam that is selected already.
+    """
     left = sorted(beams, key=lambda beam: (-beam.score(settings), beam.tokens))
-    overlap = [0.0] * len(left)
-    kept: list[Beam] = []
-    while left and len(kept) < count:
-        values = [beam.score(settings) - settings.diversity * most for beam, most in zip(left, overlap, strict=True)]
+    overlaps = [0.0] * len(left)  # of each, its largest with a selected beam
+    selected: list[Beam] = []
+    while left and len(selected) < count:
+        pairs = zip(left, overlaps, strict=True)
+        values = [beam.score(settings) - settings.diversity * overlap for beam, overlap in pairs]
         best = values.index(max(values))
         chosen = left.pop(best)
-        overlap.pop(best)
-        kept.append(chosen)
-        overlap = [max(most, bigram_overlap(beam, chosen)) for beam, most in zip(left, overlap, strict=True)]
-    return kept
+        overlaps.pop(best)
+        selected.append(chosen)
+        overlaps = [max(overlap, bigram_overlap(beam, chosen)) for beam, overlap in zip(left, overlaps, strict=True)]
+    return selected
 
 
-def bigram_overlap(one: Beam, other: Beam) -> float:
-    """Jaccard overlap of two beams' token bigrams, in [0, 1]."""
-    union = len(one.bigrams | other.bigrams)
-    return len(one.bigrams & other.bigrams) / union if union else 0.0
+def bigram_overlap(first: Beam, second: Beam) -> float:
+    """Compute the Jaccard overlap of two beams' token bigrams, in [0, 1]."""
+    union = len(first.bigrams | second.bigrams)
+    return len(first.bigrams & second.bigrams) / union if union else 0.0
 
 
 def _choose(model: VisionLanguageModel, search: Search, settings: CandidatesConfig) -> list[Generated]:
-    """Distinct finished candidates by text, best score first."""
+    """Return the finished candidates, distinct by their text, best score first."""
     by_text: dict[str, Beam] = {}
     for beam in sorted(search.finished, key=lambda b: (-b.score(settings), b.tokens)):
         by_text.setdefault(model.decode(beam.tokens), beam)

@@ -1,4 +1,4 @@
-"""What decoding keeps on a GPU from one call to the next: the cache's memory, and steps captured over it."""
+"""Memory that calls of `decode` share on a GPU: the cache's, and that of steps captured over it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from srcfast.models.protocols import HasDecoder
 
 
 class DecodingMemory:
-    """A context manager that a stage owns; within, its calls of `decode` share memory, and at its end none is left.
+    """A context manager within which a stage's calls of `decode` share memory; at its end all of it is freed.
 
         with DecodingMemory() as memory:
             for samples in chunks:
                 decode(model, tasks, features, memory=memory, ...)
 
-    A call finds what it would find in memory of its own: zeros, in the shapes that its own tasks need, and steps captured over
-    these. So its results are the same bytes whichever calls came before. On a CPU nothing is shared.
+    To a call shared memory looks like new memory: zeros, in the shapes that its tasks need, and steps captured over these. So its
+    results are the same bytes whichever calls came before. On a CPU nothing is shared.
 
-    Steps compute with the weights at the addresses that they were captured with, so an adapter that is folded into weights has
-    to stay folded in: with other weights, or other settings, everything is made anew.
+    Captured steps read weights at fixed addresses, so an adapter that is folded into the weights has to stay folded: with other
+    weights, or other settings, all memory is released and allocated again.
     """
 
     def __init__(self) -> None:
         self._made_for: tuple[Any, ...] = ()
         self._storage: dict[str, Tensor] = {}
-        self._slots = self._prompt_room = 0  # for which there is storage
+        self._slots = self._prompt_capacity = 0  # of the storage
         self._steps: dict[Layout, tuple[DecodingStep, StepGraphs | None]] = {}
         self._pool: Any = None  # of the graphs
 
@@ -42,32 +42,32 @@ class DecodingMemory:
         self.release()
 
     def release(self) -> None:
-        """Hand everything back to the device."""
-        on_gpu = any(held.is_cuda for held in self._storage.values())
+        """Free all memory."""
+        on_gpu = any(tensor.is_cuda for tensor in self._storage.values())
         if on_gpu:
-            torch.cuda.synchronize()  # steps whose results nobody waits for may be under way
+            torch.cuda.synchronize()  # steps whose results nobody reads may still run
         self._steps.clear()
         self._storage.clear()
-        self._slots = self._prompt_room = 0
+        self._slots = self._prompt_capacity = 0
         self._made_for, self._pool = (), None
         if on_gpu:
             torch.cuda.empty_cache()
 
     def step(self, model: HasDecoder, layout: Layout, sampling: Sampling) -> tuple[DecodingStep, StepGraphs | None]:
-        """The step over a cache of this layout that holds nothing, and its graphs where it has a spare row for them."""
+        """Return a step over an empty cache of this layout, and its graphs if the layout has a spare row for them."""
         weight = model.decoder.head_weight
         if not layout.fixed:
             return DecodingStep(model, SlotCache(model.decoder.config, layout, weight), sampling), None
         addresses = tuple(parameter.data_ptr() for parameter in model.decoder.parameters())
-        wanted = (addresses, layout.width, layout.own_room, layout.spare, sampling)
-        if wanted != self._made_for:
+        key = (addresses, layout.width, layout.row_capacity, layout.spare, sampling)
+        if key != self._made_for:
             self.release()
-        slots, prompt_room = max(layout.slots, self._slots), max(layout.prompt_room, self._prompt_room)
-        if (slots, prompt_room) != (self._slots, self._prompt_room):
+        slots, prompt_capacity = max(layout.slots, self._slots), max(layout.prompt_capacity, self._prompt_capacity)
+        if (slots, prompt_capacity) != (self._slots, self._prompt_capacity):
             self.release()  # before more is allocated
-            largest = Layout(slots, layout.width, prompt_room, layout.own_room, layout.spare, fixed=True)
+            largest = Layout(slots, layout.width, prompt_capacity, layout.row_capacity, layout.spare, fixed=True)
             self._storage = storage_of(model.decoder.config, largest, weight)
-            self._made_for, self._slots, self._prompt_room = wanted, slots, prompt_room
+            self._made_for, self._slots, self._prompt_capacity = key, slots, prompt_capacity
         if layout not in self._steps:
             cache = SlotCache(model.decoder.config, layout, weight, self._storage)
             step = DecodingStep(model, cache, sampling)

@@ -1,8 +1,8 @@
 """A decoder's forward pass for inference on the CPU, in fp32.
 
-Its products are oneDNN's, which takes a CPU's widest vectors whoever made it (PyTorch's ordinary fp32 products are MKL's: on
-AMD's CPUs half as fast) and which adds residuals, SiLU and the gate's product while it writes its result. Queries, keys and
-values come from one product. The same function as `models.decoder.Decoder`; a test holds the two together.
+Its products are oneDNN's, which uses the widest vectors of any maker's CPU (PyTorch's ordinary fp32 products are MKL's: on AMD's
+CPUs half as fast) and which applies residuals, SiLU and the gate's product while it writes its result. Queries, keys and values
+come from one product. It computes the same function as `models.decoder.Decoder`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LayerWeights:
 
 
 class CPUDecoder:
-    """Calls as a decoder does. Made within `folded_lora`, from the weights as they are then; see `of`."""
+    """A callable like `Decoder`. Build it by `of` within `folded_lora`: it reads the weights as they are then."""
 
     def __init__(self, decoder: TransformerDecoder, layers: list[LayerWeights]) -> None:
         self.layers = layers
@@ -56,7 +56,7 @@ class CPUDecoder:
 
     @classmethod
     def of(cls, decoder: TransformerDecoder) -> CPUDecoder | None:
-        """None where it can't take the decoder's place: another device or dtype, 4-bit weights, an adapter not folded in."""
+        """Build it; return None where the decoder is not in fp32 on a CPU, has 4-bit weights or an adapter that is not folded."""
         weight = decoder.head_weight
         if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return None
@@ -64,8 +64,8 @@ class CPUDecoder:
         for layer in decoder.layers:
             attention, mlp = layer.self_attn, layer.mlp
             linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-            found = [_affine(one) for one in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-            q, k, v, output, gate, up, down = found
+            q, k, v, output = (_affine(linear) for linear in linears)
+            gate, up, down = (_affine(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
             if q is None or k is None or v is None or output is None or gate is None or up is None or down is None:
                 return None
             layers.append(
@@ -84,7 +84,7 @@ class CPUDecoder:
         return cls(decoder, layers)
 
     def __call__(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T]."""
+        """Compute hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T]."""
         cos, sin = (angles[:, None] for angles in self.rotary(positions, embeddings.dtype))  # [T, 1, d]
         x = embeddings
         for index, layer in enumerate(self.layers):
@@ -97,14 +97,14 @@ class CPUDecoder:
         return self._norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, D] -> [R, V]."""
+        """Compute logits [R, V] from hidden states [R, D]."""
         return _product(hidden, self.head)
 
     def _heads(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, d] and keys [T, Hkv, d], turned by their positions, and values [T, Hkv, d]."""
-        parts = _product(self._norm(x, layer.input_norm), layer.qkv).view(len(x), -1, self.head_dim)
-        turned = self.heads + self.kv_heads  # queries and keys together
-        both = parts[:, :turned]
+        """Compute queries [T, H, d] and keys [T, Hkv, d], rotated by their positions, and values [T, Hkv, d]."""
+        projected = _product(self._norm(x, layer.input_norm), layer.qkv).view(len(x), -1, self.head_dim)
+        count = self.heads + self.kv_heads
+        both = projected[:, :count]  # queries and keys, which are rotated together
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = both[:, : self.heads], both[:, self.heads :]
             both = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
@@ -112,7 +112,7 @@ class CPUDecoder:
         rotated = both * cos
         rotated[..., :half].addcmul_(both[..., half:], sin[..., :half], value=-1.0)
         rotated[..., half:].addcmul_(both[..., :half], sin[..., half:])
-        return rotated[:, : self.heads], rotated[:, self.heads :], parts[:, turned:]
+        return rotated[:, : self.heads], rotated[:, self.heads :], projected[:, count:]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
@@ -125,7 +125,7 @@ def _norm_weight(norm: nn.Module) -> Tensor | None:
 
 
 def _affine(linear: nn.Module) -> Affine | None:
-    """Weight and bias of an ordinary linear layer, or of one whose adapter is switched off."""
+    """Return the fp32 weight and the bias of a linear layer; None for other dtypes, or a layer with an active adapter."""
     if isinstance(linear, LoRALinear):
         if linear.active:
             return None
@@ -134,9 +134,10 @@ def _affine(linear: nn.Module) -> Affine | None:
     return (weight, linear.bias) if isinstance(weight, Tensor) and weight.dtype == torch.float32 else None
 
 
-def _stack(*parts: Affine) -> Affine:
-    biases = [bias for _, bias in parts if bias is not None]
-    return torch.cat([weight for weight, _ in parts]), torch.cat(biases) if len(biases) == len(parts) else None
+def _stack(*affines: Affine) -> Affine:
+    """Stack the rows of linears of one input; all of them have a bias, or none."""
+    biases = [bias for _, bias in affines if bias is not None]
+    return torch.cat([weight for weight, _ in affines]), torch.cat(biases) if len(biases) == len(affines) else None
 
 
 def _product(x: Tensor, affine: Affine) -> Tensor:
@@ -152,7 +153,7 @@ def _silu_product(x: Tensor, affine: Affine) -> Tensor:
 
 
 def _product_with(x: Tensor, affine: Affine, other: Tensor, operation: str) -> Tensor:
-    """The product, plus or times `other`."""
+    """Compute the product, plus or times `other`."""
     if len(x) < FEW_ROWS:
         product = F.linear(x, *affine)
         return product.add_(other) if operation == "add" else product.mul_(other)

@@ -1,4 +1,4 @@
-"""Responses to prompts, without a search: the likeliest tokens, or several samples a prompt."""
+"""Generate responses to prompts without a search: the likeliest tokens, or several samples a prompt."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Generated:
 
     token_ids: tuple[int, ...]
     logprob: float
-    finished: bool  # the end token was given
+    finished: bool  # it ends with the end token
 
 
 class _Responses:
-    """The task of writing some responses to one prompt side by side."""
+    """A `Task` that writes some responses to one prompt side by side."""
 
     def __init__(self, prompt: Prompt, draws: np.ndarray) -> None:
         self.prompt, self.draws = prompt, draws  # [responses, max_new_tokens]
@@ -49,11 +49,11 @@ def generate_greedy(
     graphs: bool = True,
     memory: DecodingMemory | None = None,
 ) -> list[Generated]:
-    """The likeliest token at each step, until the end token or `max_new_tokens`; in the order of `prompts`.
+    """Generate the likeliest token at each step, until the end token or `max_new_tokens`; results are in the order of `prompts`.
 
     Args:
-        batch_size: prompts decoded at once; as one ends, the next takes its place.
-        on_batch: told of the samples done and the tokens run since the last time.
+        batch_size: prompts decoded at once; as one ends, the next is started.
+        on_batch: called with the samples done and the tokens run since the last call.
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
     """
@@ -77,12 +77,12 @@ def sample_responses(
     graphs: bool = True,
     memory: DecodingMemory | None = None,
 ) -> list[list[Generated]]:
-    """`count` independent samples of a response to each prompt.
+    """Sample `count` independent responses to each prompt.
 
     Args:
-        seed: with a prompt's key it decides the prompt's draws.
-        slots: prompts decoded at once; as one ends, the next takes its place.
-        on_done: told of the samples done and the tokens run since the last time.
+        seed: decides, with a prompt's key, the prompt's random numbers.
+        slots: prompts decoded at once; as one ends, the next is started.
+        on_done: called with the samples done and the tokens run since the last call.
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
     """
@@ -101,7 +101,7 @@ def _respond(
     graphs: bool,
     memory: DecodingMemory | None,
 ) -> None:
-    order = sorted(tasks, key=lambda task: len(task.prompt.token_ids))  # like lengths together: less padding
+    order = sorted(tasks, key=lambda task: len(task.prompt.token_ids))  # similar lengths together need less padding
     width, limit = tasks[0].draws.shape if tasks else (0, 0)
     decode(
         model,
@@ -122,6 +122,6 @@ def _generated(model: VisionLanguageModel, task: _Responses) -> list[Generated]:
 
 
 def random_of(seed: int, key: str) -> np.random.Generator:
-    """A sample's random numbers: they depend on the seed and the sample's key alone."""
+    """Return a sample's generator of random numbers, which depends on the seed and the sample's key alone."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: one uniform number a token, on the logits' device."""
+"""Sample tokens from logits by one uniform number each, on the logits' device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ LIKELIEST = 64  # tokens among which the CPU looks for a nucleus before it sorts
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; log-probabilities are always the model's own. Temperature 0 takes the likeliest."""
+    """How tokens are sampled; log-probabilities are always the model's own. Temperature 0 takes the likeliest token."""
 
     temperature: float = 1.0
     top_p: float = 1.0
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """`sample_tokens`, and the tokens' log-probabilities [R] under the logits themselves, at temperature 1."""
+    """Sample as `sample_tokens`; also return the tokens' log-probabilities [R] under the logits at temperature 1."""
     temperature, top_p = sampling.temperature, sampling.top_p
     if temperature == 0.0:
         best = logits.log_softmax(-1).max(-1)
@@ -29,13 +29,13 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Te
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     probabilities = logits.softmax(-1)
     tokens = _draw(probabilities, uniform, top_p)
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()  # of a token drawn, so not of 0
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()  # a sampled token's is not 0
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Inverse-CDF sampling: logits [R, V] and one uniform number a row, [R] -> tokens [R]. Temperature 0 takes the likeliest.
+    """Sample tokens [R] from logits [R, V] by inverting the CDF at uniform numbers [R]. Temperature 0 takes the likeliest.
 
-    Nucleus sampling (Holtzman et al., 2020) keeps the likeliest tokens up to a mass of `top_p`.
+    Nucleus sampling (Holtzman et al., 2020) leaves the likeliest tokens up to a mass of `top_p`.
     """
     if temperature == 0.0:
         return logits.argmax(-1)
@@ -46,13 +46,12 @@ def _draw(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
     if top_p == 1.0:
         return _inverse_cdf(probabilities, uniform)
     count = min(LIKELIEST, probabilities.shape[-1])
-    if (
-        probabilities.is_cuda or count == probabilities.shape[-1]
-    ):  # on a GPU no look at the values: it would have to wait
+    # On a GPU the host would have to wait for `nonzero`.
+    if probabilities.is_cuda or count == probabilities.shape[-1]:
         return _draw_sorted(probabilities, uniform, top_p)
     best, order = probabilities.topk(count, dim=-1)
     tokens = order.gather(-1, _nucleus(best, uniform, top_p)[:, None])[:, 0]
-    wide = (best.sum(-1) < top_p).nonzero()[:, 0]  # rows whose nucleus holds more
+    wide = (best.sum(-1) < top_p).nonzero()[:, 0]  # rows whose nucleus has more tokens
     if len(wide):
         tokens[wide] = _draw_sorted(probabilities[wide], uniform[wide], top_p)
     return tokens
@@ -64,14 +63,14 @@ def _draw_sorted(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor
 
 
 def _nucleus(ordered: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Places [R] drawn from probabilities [R, n] in descending order."""
+    """Sample indices [R] by probabilities [R, n] in descending order."""
     before = ordered.cumsum(-1) - ordered
     return _inverse_cdf(ordered.masked_fill(before >= top_p, 0.0), uniform)
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1)
-    # A draw that rounds to 1 would fall behind the last token that can be drawn.
+    # A number that rounds to 1 would lie behind the last token of a probability above 0.
     below_one = uniform.to(cumulative.dtype).clamp(max=1.0 - torch.finfo(cumulative.dtype).eps / 2)
     threshold = below_one[:, None] * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, threshold, right=True)[:, 0]

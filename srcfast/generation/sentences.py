@@ -1,4 +1,4 @@
-"""Where a sentence ends in text that is still being written."""
+"""Find where a sentence ends in text that is still being written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TERMINATORS = ".!?\u2026\n"
 
 
 def sentence_ended(text: str) -> bool:
-    """Whether the text written so far closes a sentence.
+    """Return whether the text written so far closes a sentence.
 
     "It is 3." is still open, for "5" may follow; "It is 3. The" is closed. Abbreviations ("e.g.", "Dr.", "U.S.") do not
     close a sentence.
@@ -33,12 +33,12 @@ def sentence_ended(text: str) -> bool:
 
 
 def needs_next(text: str) -> bool:
-    """Whether only the next character can tell if a sentence has ended: a full stop after a digit."""
+    """Return whether the next character decides if a sentence has ended: after a digit and a full stop."""
     return text.rstrip().endswith(".") and not sentence_ended(text)
 
 
 class SentenceEnds:
-    """Sentence ends in rows of tokens that grow: `may_end` [V] bool says after which tokens a text must be looked at."""
+    """Sentence ends in sequences of tokens; `may_end` [V] bool are the tokens after which a text has to be checked."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.tokenizer = tokenizer
@@ -49,10 +49,10 @@ class SentenceEnds:
     @staticmethod
     @lru_cache(maxsize=4)
     def of(tokenizer: Any, vocabulary: int) -> SentenceEnds:
-        """The tokenizer's, made once."""
+        """Return the tokenizer's, built once."""
         return SentenceEnds(tokenizer, vocabulary)
 
     def look(self, token_ids: list[int]) -> tuple[bool, bool]:
-        """Whether the text of these tokens closes a sentence, and whether the next token must be looked at to tell."""
+        """Return whether the text of these tokens closes a sentence, and whether only the next token decides."""
         text = self.tokenizer.decode(token_ids)
         return sentence_ended(text), needs_next(text)

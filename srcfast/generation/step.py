@@ -1,7 +1,7 @@
-"""The decoding step: the pending token of each row -> decoder over the cache -> logits -> the next token, drawn on the device.
+"""The decoding step: the pending token of each row -> decoder over the cache -> logits -> the next token, sampled on the device.
 
-It knows nothing of samples or of why rows end, and refers to nothing of the call that runs it: a captured step may serve many.
-What changes from step to step reaches the device in one transfer, from page-locked memory that nothing writes again.
+It doesn't depend on samples, on why rows end, or on the call that runs it: a captured step may serve many calls. What changes
+from step to step reaches the device in one transfer, from page-locked memory that nothing writes again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Drawn = tuple[Tensor, Tensor]  # tokens [R] int64, their log-probabilities [R]
 
 
 class DecodingStep:
-    """Calls as `(numbers, rows, used, longest) -> Drawn`, see `step_numbers`; looks at no tensor's values.
+    """A callable `(numbers, count, used, longest) -> Drawn`, see `step_numbers`, that reads no tensor's values on the host.
 
     Args:
         cache: of keys and values; see its `begin` for `used` and `longest`.
-        sampling: how tokens are drawn.
+        sampling: how tokens are sampled.
     """
 
     def __init__(self, model: HasDecoder, cache: SlotCache, sampling: Sampling) -> None:
@@ -38,43 +38,43 @@ class DecodingStep:
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(_next_logits, decoder)
         self.embed: Callable[[Tensor], Tensor] = decoder.embed
         self.cache, self.sampling = cache, sampling
-        self.pending = torch.zeros(cache.layout.rows, dtype=torch.int64, device=cache.device)  # drawn, not yet run
+        self.pending = torch.zeros(cache.layout.rows, dtype=torch.int64, device=cache.device)  # sampled, not yet run
 
-    def __call__(self, numbers: Tensor, rows: int, used: int, longest: int) -> Drawn:
-        places, positions = numbers[:rows], numbers[rows : 2 * rows]
-        uniform, lengths = numbers[2 * rows : 3 * rows].view(torch.float64), numbers[3 * rows :]
-        attend = self.cache.begin(places, lengths, used, longest)
-        hidden = self.forward(self.embed(self.pending[places]), positions, attend)
+    def __call__(self, numbers: Tensor, count: int, used: int, longest: int) -> Drawn:
+        rows, positions = numbers[:count], numbers[count : 2 * count]
+        uniform, lengths = numbers[2 * count : 3 * count].view(torch.float64), numbers[3 * count :]
+        attend = self.cache.begin(rows, lengths, used, longest)
+        hidden = self.forward(self.embed(self.pending[rows]), positions, attend)
         tokens, logprobs = self.draw(self.head(hidden), uniform)
-        self.pending[places] = tokens
+        self.pending[rows] = tokens
         return tokens, logprobs
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Drawn:
-        """Tokens from logits [R, V] and one uniform number a row."""
+        """Sample tokens [R] from logits [R, V] and one uniform number a row."""
         return draw_tokens(logits, uniform, self.sampling)
 
 
 def step_numbers(
-    places: np.ndarray, positions: np.ndarray, uniform: np.ndarray, lengths: np.ndarray, rows: int, spare: int = 0
+    rows: np.ndarray, positions: np.ndarray, uniform: np.ndarray, lengths: np.ndarray, count: int, spare: int = 0
 ) -> np.ndarray:
-    """What a step is given, as one array int64 [3 * rows + places].
+    """Pack a step's input into one array, int64 [3 * count + all rows of the cache].
 
     Args:
-        places: [R], R <= rows: of the rows that take part, ascending.
+        rows: [R], R <= count: indices of the step's rows, ascending.
         positions: [R] of their pending tokens.
-        uniform: [R] float64 in [0, 1), whose bits are kept.
-        lengths: of all places, the positions of its own that a row has in the cache.
-        rows: to which the first three are filled up.
-        spare: the place of the rows that fill up.
+        uniform: [R] float64 in [0, 1), stored bit by bit.
+        lengths: of all rows of the cache, the positions of their continuations.
+        count: length to which the first three are padded.
+        spare: the row index that pads `rows`.
     """
-    numbers = np.zeros(3 * rows + len(lengths), dtype=np.int64)
-    numbers[: len(places)], numbers[len(places) : rows] = places, spare
-    numbers[rows : rows + len(positions)] = positions
-    numbers[2 * rows : 2 * rows + len(uniform)] = uniform.view(np.int64)
-    numbers[3 * rows :] = lengths
+    numbers = np.zeros(3 * count + len(lengths), dtype=np.int64)
+    numbers[: len(rows)], numbers[len(rows) : count] = rows, spare
+    numbers[count : count + len(positions)] = positions
+    numbers[2 * count : 2 * count + len(uniform)] = uniform.view(np.int64)
+    numbers[3 * count :] = lengths
     return numbers
 
 
 def _next_logits(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
-    """Logits [R, V] in fp32 (fp64 for an fp64 model), as the log-probabilities of training compute them."""
+    """Compute logits [R, V] in fp32 (fp64 for an fp64 model), as the log-probabilities of training do."""
     return head_logits(hidden, decoder.head_weight)

@@ -213,10 +213,10 @@ def forecast_decoding(
     position = 2.0 * shapes.layers * shapes.key * _cache_bytes(model)
     step, captured = _step_bytes(model, layout), 0.0
     if graphs:
-        count = len(row_buckets(samples * rows)) * len(position_buckets(layout.own_room))
+        count = len(row_buckets(samples * rows)) * len(position_buckets(layout.row_capacity))
         captured = step + count * GRAPH_BYTES
     # A CPU's cache grows: of its four tensors one is there twice for a moment.
-    growing = 0.0 if on_gpu else position / 2 * max(samples * layout.prompt_room, layout.rows * layout.own_room)
+    growing = 0.0 if on_gpu else position / 2 * max(samples * layout.prompt_capacity, layout.rows * layout.row_capacity)
     # fp32 weights are folded with their adapter into a copy.
     folds = model.dtype_bytes == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
     folded = 4.0 * shapes.linear_weights if folds else 0.0
@@ -235,9 +235,9 @@ def _step_bytes(model: ModelSizes, layout: Layout) -> float:
     shapes, width, rows = model.shapes, model.dtype_bytes, layout.slots * layout.width
     # Logits; probabilities and their order; sums of them, and what is drawn from; or, while they are sorted, the sort's own.
     sampling = rows * shapes.vocabulary * (4 * 6 + 8)
-    seen = layout.prompt_room + layout.own_room
+    seen = layout.prompt_capacity + layout.row_capacity
     attention = rows * shapes.heads * seen * 4 * 2  # scores and their softmax
-    masks = 4 * rows * layout.own_room
+    masks = 4 * rows * layout.row_capacity
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = rows * width * (3 * shapes.intermediate + 3 * shapes.hidden) + whole
     return float(masks + max(sampling, attention, mlp))

@@ -89,7 +89,7 @@ class Recomputing:
         start: Start | None = self.task.begin()
         while start is not None:
             beams = [beam.tokens for beam in self.task.parents]
-            rows = zip(beams, start.draws, start.room, strict=True)
+            rows = zip(beams, start.draws, start.limits, strict=True)
             start = self.task.ended([self.row(*one) for one in rows])
 
 

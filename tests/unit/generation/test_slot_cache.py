@@ -199,7 +199,7 @@ class Numbers:
 
     def stored(self, place: int) -> tuple[Tensor, Tensor]:
         """Views of a row's keys and values, [Hkv, positions] each."""
-        keys, values = (self.cache._by_slot(x) for x in (self.cache.own_keys, self.cache.own_values))
+        keys, values = (self.cache._by_slot(x) for x in (self.cache.row_keys, self.cache.row_values))
         row = place % self.width
         return keys[0, self.SLOT, :, row, 0], values[0, self.SLOT, :, row, :, 0]
 

@@ -98,7 +98,7 @@ def test_a_gpus_cache_is_forecast_to_the_byte(dtype: torch.dtype, graphs: bool) 
     storage = storage_of(model.decoder.config, layout, torch.zeros(1))  # in fp32, on a CPU
     assert sum(held.nbytes for held in storage.values()) * dtype.itemsize / 4 == forecast.keys_and_values
     cache = SlotCache(model.decoder.config, layout, torch.zeros(1), storage)
-    used = (cache.prompt_keys, cache.prompt_values, cache.own_keys, cache.own_values)
+    used = (cache.prompt_keys, cache.prompt_values, cache.row_keys, cache.row_values)
     assert sum(held.numel() for held in used) == sum(held.numel() for held in storage.values())
     # A row that fills up takes one row's positions, not a sample's.
     assert layout.rows == SLOTS * WIDTH + graphs
