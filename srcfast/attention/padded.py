@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PART_BYTES = 1 << 20  # of the scores that are alive at a time; those of one segment under one head of keys may be more
-GPU_PART_BYTES = 1 << 28  # of a GPU, which takes this way where FlashAttention has no kernels: in fp32 above all
+CHUNK_BYTES = 1 << 20  # of the scores that are alive at a time; those of one segment under one head of keys may be more
+GPU_CHUNK_BYTES = 1 << 28  # of a GPU, which takes this way where FlashAttention has no kernels: in fp32 above all
 
 Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
 Plan = tuple[Tensor, Tensor, Tensor, list[Group]]  # rows into the padded queries, out of them, rows of the keys, groups
@@ -62,9 +62,9 @@ class _PaddedAttention(torch.autograd.Function):
 
 
 def _parts(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Part]:
-    """Segments of each group, as many at a time as `PART_BYTES` of scores allow; where one is too many, some heads of it."""
+    """Segments of each group, as many at a time as `CHUNK_BYTES` of scores allow; where one is too many, some heads of it."""
     _, _, keys_of, groups = plan
-    limit = PART_BYTES if q.device.type == "cpu" else GPU_PART_BYTES
+    limit = CHUNK_BYTES if q.device.type == "cpu" else GPU_CHUNK_BYTES
     every, group = k.shape[1], q.shape[1] // k.shape[1]
     query = key = 0
     for rows, long, wide, mask in groups:

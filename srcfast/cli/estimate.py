@@ -191,7 +191,7 @@ def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Length
     """Collect the model's sizes, which don't depend on the stage."""
     adapter = 0 if model.lora is None else model.lora.parameters
     pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", lengths)]), model.device_type)
-    casts = activation_bytes(model, pair.times(0)).most  # 16-bit copies of the adapter: they don't depend on tokens
+    casts = activation_bytes(model, pair.times(0)).peak  # of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
     moments = moment_bytes(config.dpo.optimizer, adapter, model.device_type)
     return {
@@ -204,7 +204,7 @@ def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Length
         "adapter_bytes": 4 * adapter,
         "optimizer_bytes": 4 * adapter + moments,
         "fixed_bytes": weights + 8 * adapter + moments,
-        "activation_bytes_per_token": (activation_bytes(model, pair).most - casts) / pair.tokens,
+        "activation_bytes_per_token": (activation_bytes(model, pair).peak - casts) / pair.tokens,
         "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
         "memory": capacity if math.isfinite(capacity) else None,
         "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=capacity, lengths=lengths)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from srcfast.config.settings import Config
-from srcfast.memory.forecast import Forecast, least_checkpointing, most_that_fit
+from srcfast.memory.forecast import Forecast, largest_fitting, least_checkpointing
 from srcfast.memory.plan import TRAINING, Lengths, forecast_stage, node_ranks, policy_sizes, typical_tree
 from srcfast.units import show_bytes
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting to change, and the stage's peak once it and those before it are changed."""
+    """A setting to change, and the stage's forecast once it and the changes before it are made."""
 
     setting: str
     value: Any
@@ -32,15 +32,15 @@ def advice(
     limit: float | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008
 ) -> list[Change]:
-    """What to change, in this order, until the stage fits; each on top of those before. Empty where it fits as it is.
+    """List the changes, each on top of those before, that make a stage fit; none if it fits already.
 
-    What costs least comes first. For training: recomputing activations, 4-bit weights, fewer tokens at once, an optimizer
-    in 8 bits, one whose moments are paged out, weights in 16 bits, a base that the node's ranks share out, a lower rank.
-    Fewer tokens, samples or beams are the largest number that fits; where not even the least does, the others come first.
+    The cheapest change comes first. For training: recomputing activations, 4-bit weights, fewer tokens at once, an optimizer
+    in 8 bits, one whose moments are paged out, weights in 16 bits, a base that is sharded over the node's ranks, a lower rank.
+    Fewer tokens, samples or beams are the largest number that fits; where not even the smallest fits, the others come first.
 
     Args:
-        memory: bytes that the device has.
-        limit: bytes to fit into, where they are to be fewer.
+        memory: bytes of the device.
+        limit: bytes to fit into, if fewer than the device has.
         config, stage, lengths: as in `forecast_stage`.
     """
     limit = memory if limit is None else limit
@@ -51,13 +51,13 @@ def advice(
         setting, value = options.pop(0)
         stated = value is not None
         if setting.endswith("activation_checkpointing"):
-            value = "auto" if limit == memory else _least_recomputed(config, stage, memory, limit, lengths)
+            value = "auto" if limit == memory else _auto_checkpointing(config, stage, memory, limit, lengths)
         elif not stated:
             value = largest_value(config, setting, stage, memory=memory, limit=limit, lengths=lengths)
         changed = with_setting(config, setting, value)
         then = forecast_stage(changed, stage, memory=memory, lengths=lengths)
         if not stated and not then.fits(limit) and setting not in later:
-            later.append(setting)  # alone it is not enough: first what leaves room for more of it
+            later.append(setting)  # not enough by itself: changed once the other changes have freed memory
             options.append((setting, None))
         elif then.peak < now.peak:
             changes.append(Change(setting, value, then))
@@ -65,8 +65,8 @@ def advice(
     return changes
 
 
-def _least_recomputed(config: Config, stage: str, memory: float, limit: float, lengths: Lengths) -> int:
-    """The group of layers that "auto" would take for a device of `limit` bytes."""
+def _auto_checkpointing(config: Config, stage: str, memory: float, limit: float, lengths: Lengths) -> int:
+    """Return the layers of a group that "auto" would choose for a device of `limit` bytes."""
 
     def peak(every: int) -> Forecast:
         changed = with_setting(config, f"{stage}.activation_checkpointing", every)
@@ -76,10 +76,10 @@ def _least_recomputed(config: Config, stage: str, memory: float, limit: float, l
 
 
 def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
-    """Settings and values to try, in order; None for the largest value that fits."""
+    """Yield settings and values to try, in order; None stands for the largest value that fits."""
     nf4 = [("model.quantize", "nf4")] if config.model.quantize == "none" else []
     half = [("model.dtype", "bfloat16")] if config.model.dtype == "float32" else []
-    share = [("distributed.shard", True)] if node_ranks(config) > 1 and not config.distributed.shard else []
+    shard = [("distributed.shard", True)] if node_ranks(config) > 1 and not config.distributed.shard else []
     if stage in TRAINING:
         yield f"{stage}.activation_checkpointing", "auto"
         yield from nf4
@@ -87,7 +87,7 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
         yield f"{stage}.token_budget", None
         yield f"{stage}.optimizer", "adamw_8bit"
         yield f"{stage}.optimizer", "paged_adamw_8bit"
-        yield from [*half, *share]
+        yield from [*half, *shard]
         r = config.lora.r
         while r > 8:
             r //= 2
@@ -98,13 +98,13 @@ def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
             yield "scorer.dtype", "float16"
     elif stage == "preferences":
         yield "dpo.token_budget", None
-        yield from [*nf4, *half, *share]
+        yield from [*nf4, *half, *shard]
     else:
         yield f"{stage}.batch_size", None
         yield from nf4
         if stage == "candidates":
             yield "candidates.num_beams", None
-        yield from [*half, *share]
+        yield from [*half, *shard]
 
 
 def largest_value(
@@ -116,22 +116,22 @@ def largest_value(
     limit: float | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008
 ) -> int:
-    """The largest token budget, batch or number of beams with which the stage fits; the least there is where none does."""
+    """Return the largest token budget, batch or number of beams with which the stage fits; the smallest one if none does."""
 
     def fits(value: int) -> bool:
         if setting.endswith("token_budget"):
-            found = forecast_stage(config, stage, memory=memory, lengths=lengths, token_budget=value * 16)
+            forecast = forecast_stage(config, stage, memory=memory, lengths=lengths, token_budget=value * 16)
         else:
-            found = forecast_stage(with_setting(config, setting, value), stage, memory=memory, lengths=lengths)
-        return found.fits(memory if limit is None else limit)
+            forecast = forecast_stage(with_setting(config, setting, value), stage, memory=memory, lengths=lengths)
+        return forecast.fits(memory if limit is None else limit)
 
     if setting.endswith("token_budget"):
         tree = typical_tree(config, stage, lengths).num_tokens
-        return max(16 * most_that_fit(fits, 1 << 20), tree)
-    return max(1, most_that_fit(fits, 256 if setting.endswith("beams") else 1 << 12))
+        return max(16 * largest_fitting(fits, 1 << 20), tree)
+    return max(1, largest_fitting(fits, 256 if setting.endswith("beams") else 1 << 12))
 
 
 def with_setting(config: Config, setting: str, value: Any) -> Config:
-    """The settings with one of them, `section.name`, changed."""
+    """Return the settings with one of them, `section.name`, changed."""
     section, _, name = setting.partition(".")
     return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})

@@ -1,4 +1,4 @@
-"""How PyTorch's CUDA allocator is set up. Imports no torch: torch reads its environment variables once, at the first use."""
+"""Settings of PyTorch's CUDA allocator. Imports no torch: torch reads its environment variables once, at the first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC
 
 
 def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables to add before torch is imported: none where the user has set one of the allocator's, to anything.
+    """Return the environment variables to add before torch is imported: none if the user has set one of the allocator's.
 
     The number of tokens differs from forest to forest: freed blocks of one size don't fit the next, and memory that is reserved
     but unused grows. Expandable segments grow in place.

@@ -1,4 +1,4 @@
-"""How large a checkpoint's model is, without its weights: from the headers of its files, or from its config.json alone."""
+"""Sizes of a checkpoint's model without reading its weights: from its files' headers, or from its config.json alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from srcfast.models.vision import FAMILIES, bare_model
 
 
 def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any]:
-    """Name and shape of each tensor of a checkpoint directory's model, vision included; and its transformers config.
+    """Read the names and shapes of a checkpoint's tensors, vision included, and its transformers config.
 
-    They are those of its weights' files where there are any, else what config.json says. For `ModelSizes.of_tensors`.
+    They come from the headers of its weight files, or from config.json where it has none. `ModelSizes.of_tensors` takes them.
 
     Raises:
         InputError: no config.json, or an architecture that srcfast does not run; a weight file that is damaged.
@@ -26,7 +26,7 @@ def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any]:
     config = read_config(path)
     counted = _tensors_of_config(config, Path(path))
     stored = dict(read_headers(path))
-    # What bitsandbytes quantised is stored as bytes and scales, which do not count weights.
+    # Weights that bitsandbytes quantised are stored as bytes and scales, whose shapes are not the weights'.
     if stored and not any(name.endswith(".absmax") for name in stored):
         counted = stored
     return counted, config

@@ -1,9 +1,9 @@
-"""Necessary floating-point operations of the stages, and what a device does of them a second: together, MFU and forecast time.
+"""Necessary floating-point operations of the stages, and a device's rate: together they give MFU and forecast time.
 
-Counted is what the mathematics needs (PaLM, Chowdhery et al., 2022, arXiv 2204.02311, appendix B), a multiplication and an
+A count is what the mathematics needs (PaLM, Chowdhery et al., 2022, arXiv 2204.02311, appendix B), a multiplication and an
 addition as two: nothing that is recomputed, no padding, no elementwise work. With N the decoder's frozen linear weights, A
-the adapters', Q heads times head size, L layers, D hidden size, V vocabulary; n tokens, of which h meet the head; and P the
-sum over all queries of the keys that each sees:
+the adapters', Q heads times head size, L layers, D hidden size, V vocabulary; n tokens, of which h are multiplied by the head;
+and P the sum over all queries of the keys that each sees:
 
     forward     n (2 N + 2 A) + 4 Q L P + 2 D V h
     training    n (4 N + 6 A) + 12 Q L P + 4 D V h
@@ -26,7 +26,7 @@ from srcfast.memory.model_sizes import Shapes
 from srcfast_kernels.cpu_products import product
 
 # Dense rates by the makers' data sheets, in 1e12 a second: half precision with fp32 sums, and fp32 without tensor cores.
-# A name's words all have to occur in the device's; the entry with most words counts.
+# An entry applies where all of its words occur in the device's name; of several, the one with the most words.
 RATES: dict[str, tuple[float, float]] = {
     "A10": (125.0, 31.2),
     "A10G": (70.0, 35.0),
@@ -51,20 +51,20 @@ RATES: dict[str, tuple[float, float]] = {
     "RTX 4090 D": (147.1, 73.5),
     "RTX 5090": (209.5, 104.8),
 }
-OTHER_CHIPS = {"laptop", "mobile", "mig", "max-q"}  # a name's words that say that it is not the chip of the data sheet
+OTHER_CHIPS = {"laptop", "mobile", "mig", "max-q"}  # words in a name of a chip that is not the data sheet's
 
 
 def training_flops(
     shapes: Shapes, tokens: float, attended: float, head_rows: float, adapter_parameters: float
 ) -> float:
-    """Necessary FLOPs of one forward and backward pass of LoRA training, by the formula above.
+    """Count the necessary FLOPs of one forward and backward pass of LoRA training, by the formula above.
 
     Args:
-        shapes: of the decoder.
-        tokens: that are run (n).
+        shapes: the decoder's.
+        tokens: number of tokens (n).
         attended: sum over all queries of the keys that each sees (P); `attended_of` counts it.
-        head_rows: positions of which log-probabilities are taken (h).
-        adapter_parameters: in all (A); 0 where the base itself has no adapter.
+        head_rows: positions whose log-probabilities are computed (h).
+        adapter_parameters: number of the adapter's parameters (A); 0 for a base without an adapter.
     """
     linear = tokens * (4.0 * shapes.linear_weights + 6.0 * adapter_parameters)
     return linear + 12.0 * shapes.query * shapes.layers * attended + 4.0 * shapes.hidden * shapes.vocabulary * head_rows
@@ -73,23 +73,23 @@ def training_flops(
 def forward_flops(
     shapes: Shapes, tokens: float, attended: float, head_rows: float, adapter_parameters: float = 0
 ) -> float:
-    """Necessary FLOPs of a forward pass alone (prefill, references, judging); arguments as in `training_flops`."""
+    """Count the necessary FLOPs of a forward pass (prefill, references, judging); arguments as in `training_flops`."""
     linear = tokens * 2.0 * (shapes.linear_weights + adapter_parameters)
     return linear + 4.0 * shapes.query * shapes.layers * attended + 2.0 * shapes.hidden * shapes.vocabulary * head_rows
 
 
 def decode_flops(shapes: Shapes, tokens: float, attended: float, adapter_parameters: float = 0) -> float:
-    """Necessary FLOPs of decoding `tokens` tokens, of which each meets the head; `attended` sums the keys that each sees."""
+    """Count the necessary FLOPs of decoding `tokens` tokens, each multiplied by the head; `attended` as above."""
     return forward_flops(shapes, tokens, attended, tokens, adapter_parameters)
 
 
 def attended_of(parent_keys: int, tokens: int) -> int:
-    """Keys seen by the queries of a segment of `tokens` behind `parent_keys` ancestors' tokens, summed: the causal half."""
+    """Sum the keys that the queries of a segment of `tokens` see, causally, behind `parent_keys` tokens of its ancestors."""
     return tokens * parent_keys + tokens * (tokens + 1) // 2
 
 
 def known_flops(name: str, dtype: torch.dtype) -> float | None:
-    """FLOPs a second of a GPU by its name (`NVIDIA H100 80GB HBM3`), by data sheet; None for one that is not in the table."""
+    """Look up a GPU's FLOPs per second by its name (`NVIDIA H100 80GB HBM3`); None if the table lacks it."""
     words = set(re.findall(r"[a-z0-9]+(?:-q)?", name.lower()))
     if words & OTHER_CHIPS or dtype == torch.float64:
         return None
@@ -102,7 +102,7 @@ def known_flops(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOPs a second that the device can do in `dtype`: its data sheet's, else those of a short product, measured once."""
+    """Return the device's FLOPs per second in `dtype`: the data sheet's, else those of a product, measured once a process."""
     device = torch.device(device)
     if device.type == "cuda" and (known := known_flops(torch.cuda.get_device_name(device), dtype)) is not None:
         return known
@@ -110,7 +110,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of some square products, about 50 ms in all; at least two, however slow the device."""
+    """Time square products for about 50 ms, at least two, and return the best rate."""
     size = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, began = float("inf"), time.perf_counter()
@@ -120,7 +120,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         product(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if runs:  # the first one also loads the library
+        if runs:  # not the first one, which also loads the library
             best = min(best, time.perf_counter() - start)
         runs += 1
     return 2.0 * size**3 / best

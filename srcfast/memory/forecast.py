@@ -1,16 +1,16 @@
-"""Forecast of a stage's peak memory, and what follows from it: how much to recompute, and how many tokens fit.
+"""Forecast a stage's peak memory; choose by it how much to recompute.
 
-A training step's peak is at the beginning of backward, where most activations are alive: in the head, in the last layer, which
-is computed for the rows alone that the loss reads, or in the one below it, for all tokens:
+A training step's peak is at the beginning of backward, when most activations are alive: in the head, in the last layer, which
+is computed only for the rows that the loss reads, or in the layer before it, which is computed for all tokens:
 
     weights + quantisation state + adapter + gradients + optimizer + image features
         + activations (`activations.activation_bytes`) + max(head, MLP, attention)
 
-The workspaces, for T tokens of which h meet the head, V vocabulary, n rows of logits at a time, and elements of b bytes:
+The workspaces, for T tokens, h rows multiplied by the head, V vocabulary, n rows of logits at a time, and elements of b bytes:
 
-    head        4 n V + b n D + b h D        logits, their product with the head, the rows that meet it
-    MLP         b T (3 F + 2 D), or b (T (2 F + 4 D) + D F) where 4-bit weights are made whole for a product
-    attention   b (T (2 D + 3 Q) + 2 K T') + 4 T Q, less b T (2 F + D): what the layer's MLP kept is free by then
+    head        4 n V + b n D + b h D        logits, their product with the head, the head's input rows
+    MLP         b T (3 F + 2 D), or b (T (2 F + 4 D) + D F) where 4-bit weights are dequantised for a product
+    attention   b (T (2 D + 3 Q) + 2 K T') + 4 T Q, less b T (2 F + D): what the layer's MLP saved is freed by then
 
 The step's images are encoded before its forward pass, when no activations are alive.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from srcfast.attention.padded import PART_BYTES
+from srcfast.attention.padded import CHUNK_BYTES
 from srcfast.data.forest import Forest, Tree
 from srcfast.generation.cuda_graphs import position_buckets, row_buckets
 from srcfast.generation.kv_cache import Layout, cache_dtype
@@ -34,28 +34,28 @@ from srcfast.models.protocols import HasDecoder
 from srcfast.units import show_bytes
 from srcfast_kernels.linear_logprob import CHUNK_ELEMENTS, COLUMNS, GPU_CHUNK_ELEMENTS, LEAST_CHUNK_ROWS
 
-IMAGE_CACHE = 1 << 30  # bytes of encoded images kept, at most
-IMAGES_AT_ONCE = 64  # that the vision tower encodes, at most
-GRAPH_BYTES = 8 << 20  # of a captured step's nodes, beside the pool: generous for some thousand of them
+IMAGE_CACHE = 1 << 30  # maximum bytes of cached image features
+IMAGES_AT_ONCE = 64  # maximum of images that the vision tower encodes at once
+GRAPH_BYTES = 8 << 20  # of a captured step's nodes, without the pool: ample for some thousand nodes
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage's peak, by what takes it; bytes.
+    """A stage's peak by its parts, in bytes.
 
     Attributes:
-        stage: its name.
-        weights: frozen, 4-bit codes included; of all models that are in memory.
+        stage: the stage's name.
+        weights: frozen weights, 4-bit codes included, of all models in memory.
         quantisation_state: the scales of 4-bit weights.
-        adapter: its weights, in fp32.
-        gradients: of the adapter.
+        adapter: the adapter's weights, in fp32.
+        gradients: the adapter's gradients.
         optimizer: moments on the device.
-        image_features: encoded images that are kept.
-        activations: kept between forward and backward.
+        image_features: cached features of encoded images.
+        activations: saved between forward and backward.
         keys_and_values: the cache of decoding, as it is allocated.
         graphs: captured steps of decoding, and the pool of memory that they share.
-        workspace: what is alive for a moment, at the peak.
-        checkpoint_every: layers a group whose activations are recomputed; 0 keeps all.
+        workspace: temporary memory at the peak.
+        checkpoint_every: layers of a group whose activations are recomputed; 0 saves all activations.
     """
 
     stage: str
@@ -73,7 +73,7 @@ class Forecast:
 
     @property
     def parts(self) -> dict[str, float]:
-        """What takes memory, in bytes."""
+        """Return the parts that are not 0, in bytes."""
         others = ("stage", "checkpoint_every")
         return {name: value for name, value in asdict(self).items() if name not in others and value}
 
@@ -83,22 +83,22 @@ class Forecast:
 
     @property
     def counted(self) -> float:
-        """What can be counted on a CPU, too: weights, gradients, the optimizer's state, what is kept for backward."""
+        """Return what can also be counted on a CPU: weights, gradients, the optimizer's state, saved activations."""
         weights = self.weights + self.quantisation_state + self.adapter
         return weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, memory: float) -> bool:
-        """Whether it fits into `memory` bytes, a tenth of them left alone."""
+        """Return whether the peak fits into the usable share of `memory` bytes."""
         return self.peak <= USABLE * memory
 
     def text(self) -> str:
-        """`11.2 GiB (weights 4.2 GiB, activations 3.9 GiB, ...)`, the largest first."""
+        """Write it as `11.2 GiB (weights 4.2 GiB, activations 3.9 GiB, ...)`, the largest part first."""
         parts = sorted(self.parts.items(), key=lambda part: -part[1])
         named = ", ".join(f"{name.replace('_', ' ')} {show_bytes(value)}" for name, value in parts)
         return f"{show_bytes(self.peak)} ({named})"
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Convert to plain JSON values."""
         return {
             "stage": self.stage,
             "peak_bytes": round(self.peak),
@@ -118,28 +118,28 @@ def forecast_training(
     images_a_step: int = 0,
     stage: str = "training",
 ) -> Forecast:
-    """The peak of LoRA training on forests like this one.
+    """Forecast the peak of LoRA training on forests like this one.
 
     Args:
-        model: with its adapter.
-        forest: the fullest that will be run.
+        model: sizes of the model with its adapter.
+        forest: sizes of the fullest forest.
         optimizer: as `TrainingConfig` names it.
-        checkpoint_every: layers a group whose activations are recomputed; 0 for none.
-        memory: of the device, which decides how many images are kept and encoded at once; None: as many as ever.
-        images: distinct ones; None: more than are kept.
-        images_a_step: at most, all of which are in memory during the step.
-        stage: a name for the result.
+        checkpoint_every: layers of a group whose activations are recomputed; 0 for none.
+        memory: bytes of the device, by which images are cached and encoded at once; None: the upper limits.
+        images: number of distinct images; None: more than are cached.
+        images_a_step: maximum of images in a step, whose features are all in memory during it.
+        stage: name of the forecast.
     """
     parameters = 0 if model.lora is None else model.lora.parameters
-    base = model.trained * model.dtype_bytes  # a base that is trained itself has gradients and moments of its own dtype
-    kept = activation_bytes(model, forest, checkpoint_every)
+    base = model.trained * model.dtype_bytes  # a trained base has gradients and moments in its dtype
+    saved = activation_bytes(model, forest, checkpoint_every)
     features, encoding = _image_bytes(model, memory, images, images_a_step)
     in_last = _backward_bytes(model, forest.last.queries, forest.last)
     during = max(
-        kept.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
-        kept.below + _backward_bytes(model, forest.tokens, forest.every),
+        saved.at_the_head + max(_head_bytes(model, forest.head_rows, True), in_last),
+        saved.below + _backward_bytes(model, forest.tokens, forest.inner),
     )
-    during += forest.every.plan_bytes + forest.last.plan_bytes + model.gathered_bytes
+    during += forest.inner.plan_bytes + forest.last.plan_bytes + model.gathered_bytes
     return Forecast(
         stage=stage,
         weights=float(model.weight_bytes),
@@ -149,8 +149,8 @@ def forecast_training(
         optimizer=moment_bytes(optimizer, parameters, model.device_type)
         + moment_bytes(optimizer, model.trained, model.device_type, model.dtype_bytes),
         image_features=features,
-        activations=kept.most,
-        workspace=max(during, encoding) - kept.most,
+        activations=saved.peak,
+        workspace=max(during, encoding) - saved.peak,
         checkpoint_every=checkpoint_every,
     )
 
@@ -164,11 +164,11 @@ def forecast_forward(
     images: int | None = None,
     stage: str,
 ) -> Forecast:
-    """The peak of forward passes without gradients on forests like this one: references, judging.
+    """Forecast the peak of forward passes without gradients on forests like this one: references, judging.
 
     Args:
-        head_rows: that meet the whole vocabulary; None: those of the forest.
-        model, forest, memory, images, stage: as for training.
+        head_rows: rows whose logits over the whole vocabulary are computed; None: those of the forest.
+        model, forest, memory, images, stage: as in `forecast_training`.
     """
     features, encoding = _image_bytes(model, memory, images)
     rows = forest.head_rows if head_rows is None else head_rows
@@ -192,19 +192,19 @@ def forecast_decoding(
     images_a_step: int = 0,
     stage: str,
 ) -> Forecast:
-    """The peak of decoding: each sample's prompt is kept once, each row's continuation on its own.
+    """Forecast the peak of decoding.
 
-    A GPU's cache is allocated whole. Captured steps take one step's workspace in a pool of their own, which nothing else can
-    use, beside the one of the steps that run as they are.
+    Each sample's prompt is stored once, each row's continuation for itself. A GPU's cache is allocated at once. Captured steps
+    take one step's workspace in a pool that nothing else can use, in addition to that of the steps that are not captured.
 
     Args:
-        prefill: the forest of the prompts that are run together.
-        samples: decoded together.
-        rows: a sample (beams times proposals; 1 for greedy answers).
-        prompt_tokens: of the longest prompt.
-        new_tokens: most positions that a row keeps behind its prompt.
-        graphs: steps are captured, which they are on a GPU alone.
-        model, memory, images, images_a_step, stage: as for training.
+        prefill: sizes of the forest of the prompts that are run together.
+        samples: number of samples decoded together.
+        rows: number of rows of a sample (beams times proposals; 1 for greedy answers).
+        prompt_tokens: length of the longest prompt.
+        new_tokens: maximum of positions that a row has behind its prompt.
+        graphs: whether steps are captured; on a CPU they never are.
+        model, memory, images, images_a_step, stage: as in `forecast_training`.
     """
     shapes, on_gpu = model.shapes, model.device_type == "cuda"
     features, encoding = _image_bytes(model, memory, images, images_a_step)
@@ -215,28 +215,28 @@ def forecast_decoding(
     if graphs:
         count = len(row_buckets(samples * rows)) * len(position_buckets(layout.row_capacity))
         captured = step + count * GRAPH_BYTES
-    # A CPU's cache grows: of its four tensors one is there twice for a moment.
+    # A CPU's cache grows: one of its four tensors at a time is there twice.
     growing = 0.0 if on_gpu else position / 2 * max(samples * layout.prompt_capacity, layout.rows * layout.row_capacity)
-    # fp32 weights are folded with their adapter into a copy.
+    # The adapter is folded into a copy of fp32 weights.
     folds = model.dtype_bytes == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
     folded = 4.0 * shapes.linear_weights if folds else 0.0
-    found = _inference(model, stage, features, folded + max(step, _forward_bytes(model, prefill), encoding, growing))
-    return replace(found, keys_and_values=position * layout.positions, graphs=captured)
+    forecast = _inference(model, stage, features, folded + max(step, _forward_bytes(model, prefill), encoding, growing))
+    return replace(forecast, keys_and_values=position * layout.positions, graphs=captured)
 
 
 def _cache_bytes(model: ModelSizes) -> int:
-    """Of a number in decoding's cache."""
+    """Return the bytes of a number in decoding's cache."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[model.dtype_bytes]
     return cache_dtype(dtype, model.device_type).itemsize
 
 
 def _step_bytes(model: ModelSizes, layout: Layout) -> float:
-    """Of a decoding step with all of its rows: drawing tokens, one layer's attention, or its MLP."""
+    """Count a decoding step's workspace with all of its rows: of sampling, a layer's attention, or its MLP."""
     shapes, width, rows = model.shapes, model.dtype_bytes, layout.slots * layout.width
-    # Logits; probabilities and their order; sums of them, and what is drawn from; or, while they are sorted, the sort's own.
+    # Logits, sorted probabilities and their order, cumulative sums and the nucleus; while sorting, the sort's workspace instead.
     sampling = rows * shapes.vocabulary * (4 * 6 + 8)
-    seen = layout.prompt_capacity + layout.row_capacity
-    attention = rows * shapes.heads * seen * 4 * 2  # scores and their softmax
+    keys = layout.prompt_capacity + layout.row_capacity
+    attention = rows * shapes.heads * keys * 4 * 2  # scores and their softmax
     masks = 4 * rows * layout.row_capacity
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = rows * width * (3 * shapes.intermediate + 3 * shapes.hidden) + whole
@@ -244,7 +244,7 @@ def _step_bytes(model: ModelSizes, layout: Layout) -> float:
 
 
 def moment_bytes(optimizer: str, parameters: int, device_type: str, width: int = 4) -> float:
-    """AdamW's two moments: of `width` bytes, or 8 bits with an fp32 scale for 256; paged ones leave a GPU where they must."""
+    """Count AdamW's two moments: of `width` bytes, or 8 bits with an fp32 scale for each 256; 0 for paged ones of a GPU."""
     if optimizer.startswith("paged") and device_type == "cuda":
         return 0.0
     return parameters * 2 * (1 + 4 / 256) if optimizer.endswith("8bit") else parameters * 2.0 * width
@@ -265,6 +265,7 @@ def _inference(model: ModelSizes, stage: str, features: float, workspace: float)
 
 
 def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
+    """Count the head's workspace for its input rows, by chunks of logits."""
     shapes, width = model.shapes, model.dtype_bytes
     if not rows:
         return 0.0
@@ -272,19 +273,19 @@ def _head_bytes(model: ModelSizes, rows: float, differentiated: bool) -> float:
         chunk = max(1, GPU_CHUNK_ELEMENTS // shapes.vocabulary)
     else:
         chunk = max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // shapes.vocabulary)
-    taken = min(rows, chunk)
-    product = taken * shapes.hidden * width if differentiated else 0
-    if model.device_type == "cpu":  # makes some columns at a time, of a head in fp32
+    chunk_rows = min(rows, chunk)
+    product = chunk_rows * shapes.hidden * width if differentiated else 0
+    if model.device_type == "cpu":  # it computes some columns at a time, with the head in fp32
         columns = min(shapes.vocabulary, COLUMNS)
-        widened = 4 * (taken + columns) * shapes.hidden if width == 2 else 0
-        product = max(product, 4 * taken * columns + widened)
-    if model.trained:  # the head's own gradient
+        widened = 4 * (chunk_rows + columns) * shapes.hidden if width == 2 else 0
+        product = max(product, 4 * chunk_rows * columns + widened)
+    if model.trained:  # the head's gradient
         product += shapes.vocabulary * shapes.hidden * width
-    return 4.0 * taken * shapes.vocabulary + product + rows * shapes.hidden * width
+    return 4.0 * chunk_rows * shapes.vocabulary + product + rows * shapes.hidden * width
 
 
 def _backward_bytes(model: ModelSizes, rows: float, reads: AttentionReads) -> float:
-    """Of a layer that is computed for `rows`: its MLP, the norm and weights before it, or its attention."""
+    """Count a layer's workspace in backward, computed for `rows`: its MLP, the MLP's norm and inputs, or its attention."""
     shapes, width = model.shapes, model.dtype_bytes
     whole = shapes.hidden * shapes.intermediate * width if model.quantised or model.trained else 0
     gated = 3 if model.device_type == "cuda" else 4  # its gradients come from one kernel, or from several operations
@@ -296,41 +297,41 @@ def _backward_bytes(model: ModelSizes, rows: float, reads: AttentionReads) -> fl
     elif reads.groups:
         attention = width * rows * 2 * shapes.hidden + 4 * (rows * shapes.query + 2 * reads.keys * shapes.key)
         attention += 2 * 4 * shapes.query * sum(blocks * long for blocks, long, _ in reads.groups)
-        attention += 3 * max(_part_bytes(shapes, *group) for group in reads.groups)
-    attention -= width * rows * (2 * shapes.intermediate + shapes.hidden)  # what the MLP kept is free by then
+        attention += 3 * max(_scores_bytes(shapes, *group) for group in reads.groups)
+    attention -= width * rows * (2 * shapes.intermediate + shapes.hidden)  # what the MLP saved is freed by then
     return float(max(mlp, inputs, attention))
 
 
-def _part_bytes(shapes: Shapes, blocks: float, long: int, wide: int) -> float:
-    """The scores of a padded group that are alive at a time on a CPU: at least those of one block under one head of keys."""
-    least = 4.0 * (shapes.heads // shapes.kv_heads) * long * wide
-    return min(blocks * shapes.kv_heads * least, max(PART_BYTES, least))
+def _scores_bytes(shapes: Shapes, blocks: float, long: int, wide: int) -> float:
+    """Count the scores of a padded group that are alive at a time on a CPU: at least one block's under one head of keys."""
+    minimum = 4.0 * (shapes.heads // shapes.kv_heads) * long * wide
+    return min(blocks * shapes.kv_heads * minimum, max(CHUNK_BYTES, minimum))
 
 
 def _forward_bytes(model: ModelSizes, forest: ForestSizes) -> float:
-    """Of a layer without gradients: its MLP, or its attention."""
+    """Count a layer's workspace without gradients: of its MLP, or its attention."""
     shapes, width, tokens = model.shapes, model.dtype_bytes, forest.tokens
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = width * tokens * (3 * shapes.hidden + 3 * shapes.intermediate) + whole
-    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.every.keys * shapes.key)
+    attention = width * (tokens * (2 * shapes.hidden + 3 * shapes.query) + 2 * forest.inner.keys * shapes.key)
     return float(max(mlp, attention))
 
 
 def _image_bytes(
     model: ModelSizes, memory: float | None, images: int | None, images_a_step: int = 0
 ) -> tuple[float, float]:
-    """(features that are kept, workspace of encoding some images at once)."""
+    """Count the cached features, and the workspace of encoding some images at once."""
     if model.vision is None or images == 0:
         return 0.0, 0.0
-    every = math.inf if images is None else images
-    one = model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
-    features = min(every * one, max(image_cache(memory), images_a_step * one))
-    encoding = model.waiting_bytes + min(every, images_at_once(model, memory)) * _encoding_bytes(model)
+    count = math.inf if images is None else images
+    image = model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
+    features = min(count * image, max(image_cache(memory), images_a_step * image))
+    encoding = model.waiting_bytes + min(count, images_at_once(model, memory)) * _encoding_bytes(model)
     return features, encoding
 
 
 def _encoding_bytes(model: ModelSizes) -> float:
-    """Of an image in the vision tower: an MLP's activation function, or attention, of one layer."""
+    """Count an image's workspace in the vision tower: of one layer's activation function, or its attention."""
     vision = model.vision
     assert vision is not None
     widths = 4 * vision.hidden + max(3 * vision.intermediate, 4 * vision.hidden)
@@ -338,18 +339,18 @@ def _encoding_bytes(model: ModelSizes) -> float:
 
 
 def image_cache(memory: float | None) -> int:
-    """Bytes of encoded images to keep on a device of this memory."""
+    """Return the bytes of image features to cache on a device of `memory` bytes."""
     return IMAGE_CACHE if memory is None else int(min(IMAGE_CACHE, memory / 32))
 
 
 def images_at_once(model: ModelSizes, memory: float | None) -> int:
-    """Images to encode together on a device of this memory: at most a sixteenth of it goes there."""
+    """Return the number of images to encode at once: they take at most a sixteenth of the device's memory."""
     if memory is None or model.vision is None:
         return IMAGES_AT_ONCE
     return max(1, int(min(IMAGES_AT_ONCE, memory / 16 / _encoding_bytes(model))))
 
 
-# What follows -----------------------------------------------------------------------------------------------
+# Checkpointing ----------------------------------------------------------------------------------------------
 
 
 def plan_checkpointing(
@@ -362,55 +363,55 @@ def plan_checkpointing(
     images_a_step: int = 0,
     memory: float | None = None,
 ) -> int:
-    """Layers a group whose activations are recomputed in backward: 0 if all fit, else what recomputes least and fits.
+    """Choose the layers of a group whose activations are recomputed: 0 if all fit, else what fits and recomputes least.
 
     Args:
         model: a model with its adapter.
-        trees: what is trained on; the fullest forest that the next two let them make is what has to fit.
-        token_budget: most tokens in a forest.
-        micro_batch_size: most trees in a forest.
+        trees: the training's trees, of which the fullest forest within the next two limits has to fit.
+        token_budget: maximum of tokens in a forest.
+        micro_batch_size: maximum of trees in a forest.
         optimizer: as `TrainingConfig` names it.
-        images_a_step: at most, all of which are in memory during the step.
-        memory: bytes to fit into; None: what `memory_for` the model says.
+        images_a_step: maximum of images in a step, whose features are all in memory during it.
+        memory: bytes to fit into; None: `memory_for` the model.
     """
-    room = memory_for(model) if memory is None else memory
+    memory = memory_for(model) if memory is None else memory
     sizes = ModelSizes.of(model)
     forest = fullest_sizes(trees, token_budget, micro_batch_size, sizes.device_type)
 
     def peak(every: int) -> Forecast:
         return forecast_training(
-            sizes, forest, optimizer=optimizer, checkpoint_every=every, memory=room, images_a_step=images_a_step
+            sizes, forest, optimizer=optimizer, checkpoint_every=every, memory=memory, images_a_step=images_a_step
         )
 
-    return least_checkpointing(peak, sizes.shapes.layers, room)
+    return least_checkpointing(peak, sizes.shapes.layers, memory)
 
 
 def least_checkpointing(forecast: Callable[[int], Forecast], layers: int, memory: float) -> int:
-    """The group of layers that recomputes least of those whose forecast fits; the leanest where none does.
+    """Choose the layers of a group that recompute least and fit by the forecast; the lowest peak if none fits.
 
-    All groups but the last are run again. So two halves recompute half of the layers and keep half of the activations;
-    smaller groups recompute more and keep less, down to where the groups' inputs weigh more than what a group keeps.
+    All groups but the last are recomputed. So two halves recompute half of the layers and save half of the activations;
+    smaller groups recompute more and save less, until the groups' inputs take more than a group's activations.
     """
     peaks = {every: forecast(every) for every in range(layers)}
-    fitting = [every for every, found in peaks.items() if found.fits(memory)]
+    fitting = [every for every, peak in peaks.items() if peak.fits(memory)]
     if not fitting:
         return min(peaks, key=lambda every: peaks[every].peak)
     return min(fitting, key=lambda every: (recomputed_layers(layers, every), peaks[every].peak))
 
 
 def recomputed_layers(layers: int, every: int) -> int:
-    """How many layers are run again with groups of `every`: all but those of the last group."""
+    """Count the layers that are recomputed with groups of `every`: all but those of the last group."""
     return (math.ceil(layers / every) - 1) * every if every else 0
 
 
 def fullest_sizes(trees: Sequence[Tree], token_budget: int, max_trees: int, device_type: str) -> ForestSizes:
-    """Sizes of the fullest forest that these trees can make under both limits."""
+    """Return the sizes of the fullest forest of these trees within both limits."""
     members = fullest_forest([tree.num_tokens for tree in trees], token_budget, max_trees)
     return ForestSizes.of(Forest.of([trees[index] for index in members]), device_type)
 
 
-def most_that_fit(fits: Callable[[int], bool], limit: int = 1 << 24) -> int:
-    """The largest number from 1 to `limit` for which `fits` holds, by bisection; 0 where not even 1 does."""
+def largest_fitting(fits: Callable[[int], bool], limit: int = 1 << 24) -> int:
+    """Find the largest number from 1 to `limit` for which `fits` holds, by bisection; 0 if it does not hold for 1."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

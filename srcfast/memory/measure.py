@@ -1,4 +1,4 @@
-"""What a stage really took: on a GPU the allocator's peak, on a CPU what is held for the model and for backward, counted."""
+"""Measure the memory of a stage: on a GPU the allocator's peak, on a CPU the model's and the saved tensors' bytes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from srcfast.run.progress import peak_rss_bytes
 
 @dataclass
 class Measurement:
-    """Filled when the stage is over.
+    """Memory of a stage in bytes, filled when the stage is over.
 
     Attributes:
         device_type: "cuda" or "cpu".
-        peak: most bytes allocated on the GPU; 0 on a CPU.
-        reserved: most bytes that the GPU's allocator held, gaps and captured steps' pool included.
-        saved: most bytes that autograd kept for backward, on a CPU.
-        optimizer: bytes of the optimizer's state and of the gradients that it takes, on a CPU.
-        rss_growth: by how much the process's most resident memory grew.
+        peak: maximum allocated on the GPU; 0 on a CPU.
+        reserved: maximum reserved by the GPU's allocator, gaps and the captured steps' pool included.
+        saved: maximum that autograd saved for backward, on a CPU.
+        optimizer: the optimizer's state and the gradients that it takes, on a CPU.
+        rss_growth: growth of the process's peak resident memory.
     """
 
     device_type: str
@@ -38,10 +38,10 @@ class Measurement:
     rss_growth: int = 0
 
     def record(self, forecast: Forecast, models: Iterable[nn.Module]) -> dict[str, Any]:
-        """What the run's files keep: forecast against measured.
+        """Return the entry of the run's files that compares forecast and measurement.
 
-        On a GPU both are the whole peak. On a CPU, whose allocator tells nothing, both are what can be counted: the weights
-        of `models`, gradients, the optimizer's state, and what is kept for backward. What is recomputed can't be.
+        On a GPU both are the whole peak. On a CPU, whose allocator has no statistics, both are what can be counted: the weights
+        of `models`, gradients, the optimizer's state, and what is saved for backward. What is recomputed can't be counted.
         """
         if self.device_type == "cuda":
             forecast_bytes = round(forecast.peak)
@@ -55,44 +55,45 @@ class Measurement:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """A model's weights, the scales of 4-bit ones and its adapter included; of what ranks share out, this one's share."""
-    return sum(held(own).nbytes for own in model.parameters()) + sum(own.num_bytes for own in whole_nf4(model))
+    """Count the bytes of a model's weights, scales and adapter on this rank; of a sharded parameter, those of its shard."""
+    parameters = sum(held(parameter).nbytes for parameter in model.parameters())
+    return parameters + sum(weight.num_bytes for weight in whole_nf4(model))
 
 
 @contextmanager
 def measured(device: torch.device | str, parameters: Callable[[], Iterable[Tensor]]) -> Iterator[Measurement]:
-    """Within: memory is measured; `parameters` are those of the models in memory, asked for when training begins."""
+    """Measure memory within; `parameters` returns those of the models in memory, and is called when training begins."""
     device = torch.device(device)
-    found = Measurement(device.type)
+    measurement = Measurement(device.type)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            yield found
+            yield measurement
         finally:
-            found.peak = torch.cuda.max_memory_allocated(device)
-            found.reserved = torch.cuda.max_memory_reserved(device)
+            measurement.peak = torch.cuda.max_memory_allocated(device)
+            measurement.reserved = torch.cuda.max_memory_reserved(device)
         return
 
     def count(optimizer: Any, *_: Any) -> None:
         tensors = [value for state in optimizer.state.values() for value in state.values()]
         tensors += [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-        found.optimizer = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        measurement.optimizer = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
 
     before = peak_rss_bytes()
     hook = register_optimizer_step_post_hook(count)
     try:
         with SavedTensors(parameters) as saved:
-            yield found
+            yield measurement
     finally:
         hook.remove()
-        found.saved = saved.peak
-        found.rss_growth = peak_rss_bytes() - before
+        measurement.saved = saved.peak
+        measurement.rss_growth = peak_rss_bytes() - before
 
 
 class SavedTensors:
-    """Counts the storages that autograd keeps for backward, each once, while they live: `bytes` now, `peak` at most.
+    """Count the live storages that autograd has saved for backward, each once: `bytes` now, `peak` at most.
 
-    Parameters are left out, as they are kept anyway. What a checkpointed group keeps while it is run again is not seen.
+    Parameters are not counted: they live anyway. What a checkpointed group saves while it is recomputed is not seen.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
@@ -101,7 +102,7 @@ class SavedTensors:
         self._parameters = parameters
         self._left_out: set[int] = set()
         self._holders: dict[int, int] = {}  # storage -> how many saved tensors hold it
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> SavedTensors:
         self._hooks.__enter__()
@@ -110,30 +111,31 @@ class SavedTensors:
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
-    def _pack(self, tensor: Tensor) -> _Held:
+    def _pack(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        if not self._holders:  # a pass begins; the optimizer may have moved the parameters since the last
-            self._left_out = {held(own).untyped_storage().data_ptr() for own in self._parameters()}
+        # When a pass begins, the optimizer may have replaced the parameters' storages since the last one.
+        if not self._holders:
+            self._left_out = {held(parameter).untyped_storage().data_ptr() for parameter in self._parameters()}
         if key in self._left_out:
-            return _Held(tensor, None, key, 0)
+            return _SavedTensor(tensor, None, key, 0)
         count = self._holders.get(key, 0)
         self._holders[key] = count + 1
         if not count:
             self.bytes += storage.nbytes()
             self.peak = max(self.peak, self.bytes)
-        return _Held(tensor, self, key, storage.nbytes())
+        return _SavedTensor(tensor, self, key, storage.nbytes())
 
-    def let_go(self, key: int, size: int) -> None:
-        """A saved tensor of this storage is gone."""
+    def release(self, key: int, size: int) -> None:
+        """Count a saved tensor of this storage as freed."""
         self._holders[key] -= 1
         if not self._holders[key]:
             del self._holders[key]
             self.bytes -= size
 
 
-class _Held:
-    """A saved tensor: autograd drops it after its backward."""
+class _SavedTensor:
+    """A saved tensor, which autograd drops after its backward."""
 
     __slots__ = ("counter", "key", "size", "tensor")
 
@@ -142,4 +144,4 @@ class _Held:
 
     def __del__(self) -> None:
         if self.counter is not None:
-            self.counter.let_go(self.key, self.size)
+            self.counter.release(self.key, self.size)

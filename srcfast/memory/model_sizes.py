@@ -1,4 +1,4 @@
-"""What there is of memory, and what a model takes of it: sizes from a model, or from the shapes of a checkpoint's tensors."""
+"""Sizes of a model, in memory or by the shapes of a checkpoint's tensors, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
 from srcfast_kernels.transfers import indexed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Of the memory that there is, what is planned with: the rest is for the device's context, the libraries' workspaces and what
-# the allocator can't use between blocks.
+# The share of a device's memory to plan with: the rest is for the device's context, the libraries' workspaces and the
+# allocator's fragmentation.
 USABLE = 0.9
 NF4_BLOCKSIZE = 64
 HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
@@ -53,16 +53,16 @@ class Shapes:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all layers' linears: q, k, v, o; gate, up, down. Embedding and head are not among them."""
+        """Count the weights of all layers' linears (q, k, v, o; gate, up, down), without embedding and head."""
         return self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
-        """Of a `DecoderConfig`, or of transformers' config of a text model, or of an LVLM (its `text_config`)."""
+        """Read the sizes from a `DecoderConfig`, or from transformers' config of a text model or an LVLM (its `text_config`)."""
         config = getattr(config, "text_config", config)
 
         def first(*names: str) -> Any:
-            return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+            return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
         heads = first("num_attention_heads", "num_heads")
         head_dim = first("head_dim") or config.hidden_size // heads
@@ -80,7 +80,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """A vision tower's sizes, and the positions that an image of it takes in the decoder (a LLaVA-NeXT image: at most)."""
+    """A vision tower's sizes, and the positions that an image takes in the decoder (of LLaVA-NeXT: their maximum)."""
 
     layers: int
     hidden: int
@@ -90,7 +90,7 @@ class VisionSizes:
 
     @classmethod
     def of(cls, config: Any) -> VisionSizes | None:
-        """Of transformers' config of an LVLM; None for a text model."""
+        """Read the sizes from transformers' config of an LVLM; None for a text model."""
         vision = getattr(config, "vision_config", None)
         if vision is None:
             return None
@@ -114,7 +114,7 @@ class VisionSizes:
 
 @dataclass(frozen=True)
 class LoRASizes:
-    """An adapter: rank, adapted layers, dropout, and its parameters in all."""
+    """An adapter's rank, adapted layers, dropout and number of parameters."""
 
     r: int
     target_modules: tuple[str, ...]
@@ -124,20 +124,20 @@ class LoRASizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What memory depends on in a model.
+    """The sizes of a model on which memory depends.
 
     Attributes:
-        shapes: of the decoder.
-        device_type: "cuda" or "cpu", where it is to run.
-        dtype_bytes: an element's, of weights that are not quantised and of activations.
-        parameters: counted, by part: vision, projector, embedding, decoder, head.
+        shapes: the decoder's.
+        device_type: "cuda" or "cpu", where the model runs.
+        dtype_bytes: bytes of an activation or of a weight that is not quantised.
+        parameters: number of parameters by part: vision, projector, embedding, decoder, head.
         weight_bytes: frozen weights on the device, 4-bit codes included.
         quantisation_bytes: the scales of 4-bit weights.
         lora: the adapter.
-        vision: the tower of an LVLM.
-        waiting_bytes: of weights that are on the device only while images are encoded.
-        trained: weights of the base that are trained themselves.
-        gathered_bytes: of layers that ranks share out, what is whole for a moment while they compute.
+        vision: the vision tower of an LVLM.
+        waiting_bytes: weights that are on the device only while images are encoded.
+        trained: number of the base's weights that are trained.
+        gathered_bytes: of sharded layers, the bytes that are gathered at once while they compute.
     """
 
     shapes: Shapes
@@ -158,7 +158,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: HasDecoder, device_type: str | None = None) -> ModelSizes:
-        """Of a model in memory (`LVLM`, `TextModel`, or anything with a decoder and adapters)."""
+        """Measure a model in memory."""
         decoder = model.decoder
         parameters: dict[str, int] = {}
         weights, scales, waiting, trained = 0.0, 0.0, 0, 0
@@ -171,7 +171,7 @@ class ModelSizes:
                 dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
                 if name.endswith("lora_A"):
                     ranks.add(len(parameter))
-            elif name.endswith(".flat"):  # codes and scales of a 4-bit weight that ranks share out
+            elif name.endswith(".flat"):  # codes and scales of a sharded 4-bit weight
                 linear: Any = model.get_submodule(name.rpartition(".")[0])
                 count, share = linear.in_features * linear.out_features, held(parameter).nbytes / parameter.nbytes
                 parameters["decoder"] = parameters.get("decoder", 0) + count
@@ -180,9 +180,9 @@ class ModelSizes:
             else:
                 part = part_of(name)
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
-                own = held(parameter).nbytes
-                weights += own if parameter.device == device else 0
-                waiting += own if parameter.device != device else 0
+                local_bytes = held(parameter).nbytes
+                weights += local_bytes if parameter.device == device else 0
+                waiting += local_bytes if parameter.device != device else 0
                 trained += parameter.numel() if parameter.requires_grad else 0
         for weight in whole_nf4(model):
             parameters["decoder"] = parameters.get("decoder", 0) + math.prod(weight.shape)
@@ -220,17 +220,17 @@ class ModelSizes:
         vision_offload: bool = False,
         ranks: int = 1,
     ) -> ModelSizes:
-        """Of a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
+        """Count from a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
         Args:
             dtype: of weights and activations.
             device_type: "cuda" or "cpu".
-            quantize: "nf4": the decoder's linear layers in 4 bits.
+            quantize: "nf4" for the decoder's linear layers in 4 bits.
             lora_r: rank of a new adapter; 0 for none.
-            target_modules: its layers.
-            dropout: on its input.
-            vision_offload: the vision tower waits on the host, where that is another device.
-            ranks: that share out the decoder's layers.
+            target_modules: the adapter's layers.
+            dropout: the adapter's dropout.
+            vision_offload: whether the vision tower's weights wait on the host between images; a CPU ignores it.
+            ranks: number of ranks over which the decoder's layers are sharded.
         """
         parameters = dict.fromkeys(PARTS, 0)
         weights = scales = waiting = linears = 0.0
@@ -268,7 +268,7 @@ class ModelSizes:
 
 
 def whole_nf4(model: HasDecoder | nn.Module) -> Iterator[NF4Weight]:
-    """The 4-bit weights of a model, but for those that ranks share out."""
+    """Yield the 4-bit weights of a model that are not sharded."""
     for module in model.modules():
         if getattr(module, "flat", None) is None and isinstance(weight := getattr(module, "weight", None), NF4Weight):
             yield weight
@@ -278,7 +278,7 @@ PARTS = ("vision", "projector", "embedding", "decoder", "head")
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to, by its name in a checkpoint or in a module."""
+    """Return the part of a model to which a parameter belongs, by its name in a checkpoint or in a module."""
     if "vision_tower" in name:
         return "vision"
     if "multi_modal_projector" in name or "image_newline" in name:
@@ -289,7 +289,7 @@ def part_of(name: str) -> str:
 
 
 def nf4_scale_bytes(count: int) -> int:
-    """Beside the codes of `count` weights: a byte for each 64, four for each 256 of those, four for their mean."""
+    """Count the scales of `count` weights: a byte for each 64, four for each 256 of those, four for their mean."""
     blocks = math.ceil(count / NF4_BLOCKSIZE)
     return blocks + 4 * math.ceil(blocks / NESTED_BLOCKSIZE) + 4
 
@@ -298,7 +298,7 @@ def nf4_scale_bytes(count: int) -> int:
 
 
 def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
-    """(tensor's name, shape) over a checkpoint directory's safetensors, from their headers; nothing where it has none.
+    """Yield (tensor's name, shape) from the headers of a checkpoint directory's safetensors files, if any.
 
     Raises:
         InputError: a header that can't be read.
@@ -324,62 +324,65 @@ def read_headers(path: str | Path) -> Iterator[tuple[str, list[int]]]:
             ) from error
 
 
-# What there is ----------------------------------------------------------------------------------------------
+# Device memory ----------------------------------------------------------------------------------------------
 
 
 def limit_memory(size: int | None, device: torch.device | str = "cpu") -> None:
-    """Plan with `size` bytes instead of all that there is; on a GPU no more can then be allocated. None: no limit.
+    """Limit the memory to plan with to `size` bytes, which a GPU's allocator then enforces; None removes the limit.
 
     Raises:
         ConfigError: the GPU has less.
     """
     global _limit
     device = torch.device(device)
-    share = 1.0
+    fraction = 1.0
     if size is not None and device.type == "cuda":
         whole = torch.cuda.mem_get_info(device)[1]
-        share = min(1.0, size / whole)
-        if size > 1.1 * whole:  # of a card of 24 GiB as it is called, 22 may be there
+        fraction = min(1.0, size / whole)
+        if size > 1.1 * whole:  # a card sold as 24 GiB may have 22
             raise ConfigError(f"memory: expected at most the {show_bytes(whole)} of {device}, found {show_bytes(size)}")
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(share, indexed(device))  # raises ValueError where there is no index
+        torch.cuda.set_per_process_memory_fraction(
+            fraction, indexed(device)
+        )  # raises ValueError where there is no index
     _limit = size
 
 
 def release_unused(device: torch.device | str) -> None:
-    """Hand back to a GPU what no tensor uses, reference cycles that nothing else refers to included."""
+    """Free a GPU's memory that no tensor uses, that of unreachable reference cycles included."""
     if torch.device(device).type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def memory_of(device: torch.device | str) -> int:
-    """Bytes that this process may take on a device: what its tensors have and what is free, or the limit where that is less.
+    """Return the bytes that this process may use on a device: its tensors' and the free ones, or the limit if that is less.
 
-    What the allocator holds between a GPU's tensors and can't hand back is not counted: only what fits a gap could have it.
+    The allocator's gaps between a GPU's tensors are not counted: only a tensor that fits into a gap could use them.
     """
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        found = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+        size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
     else:
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         group = Path("/sys/fs/cgroup/memory.max")  # a container's
         if group.is_file() and (text := group.read_text(encoding="ascii").strip()).isdigit():
-            found = min(found, int(text))
-    return found if _limit is None else min(found, _limit)
+            size = min(size, int(text))
+    return size if _limit is None else min(size, _limit)
 
 
 def memory_for(model: HasDecoder) -> int:
-    """`memory_of` the model's device, less what a GPU's tensors have beside the model and its gradients: it is not to be had."""
+    """Return `memory_of` the model's device, less the GPU's tensors that are neither the model nor its gradients."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return memory_of(device)
     sizes = ModelSizes.of(model)
     adapter = 0 if sizes.lora is None else 4 * sizes.lora.parameters
     gradients = {grad.untyped_storage().data_ptr(): grad.untyped_storage() for grad in _gradients(model)}
-    own = sizes.weight_bytes + sizes.quantisation_bytes + adapter + sum(one.nbytes() for one in gradients.values())
-    return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(own))
+    model_bytes = sizes.weight_bytes + sizes.quantisation_bytes + adapter
+    model_bytes += sum(storage.nbytes() for storage in gradients.values())
+    return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(model_bytes))
 
 
 def _gradients(model: HasDecoder) -> Iterator[Tensor]:

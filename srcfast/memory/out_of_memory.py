@@ -1,4 +1,4 @@
-"""Out of memory: what the stage was to take, and what to change, in place of a traceback."""
+"""Report an out-of-memory error by the stage's forecast and the settings to change, in place of a traceback."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from srcfast.memory.model_sizes import USABLE
 from srcfast.memory.plan import STAGES, device_memory, forecast_stage
 from srcfast.units import show_bytes
 
-# What torch, its BLAS libraries and the operating system say.
+# In the messages of torch, its BLAS libraries and the operating system.
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 @contextmanager
 def explain_out_of_memory(config: Config, stage: str) -> Iterator[None]:
-    """Within: where memory runs out, the stage's forecast and what to change instead of a trace.
+    """Turn an out-of-memory error within into one with the stage's forecast and the settings to change.
 
     Args:
         config: the run's settings.
@@ -39,7 +39,7 @@ def explain_out_of_memory(config: Config, stage: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's, a GPU library's or the operating system's way to say that there is no memory left."""
+    """Return whether an error of torch, a GPU library or the operating system says that no memory is left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY)
@@ -47,13 +47,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _explanation(config: Config, stage: str, error: BaseException) -> str:
     memory = device_memory(config)
-    there = f"{show_bytes(memory)} on {config.model.device}" if math.isfinite(memory) else config.model.device
+    device = f"{show_bytes(memory)} on {config.model.device}" if math.isfinite(memory) else config.model.device
     detail = " ".join(str(error).split())[:200] or type(error).__name__
     stage = "candidates" if stage == "headroom" else stage
     if stage not in STAGES:
-        return f"{stage}: expected to fit into {there}, found {detail}. Fix: lower {stage}.token_budget"
+        return f"{stage}: expected to fit into {device}, found {detail}. Fix: lower {stage}.token_budget"
     forecast = forecast_stage(config, stage)
-    # It did not fit, whatever was forecast: a fifth less at least.
-    found = advice(config, stage, memory=memory, limit=min(memory, 0.8 * forecast.peak / USABLE))
-    fix = "; then ".join(map(str, found)) or "a device with more memory, or a smaller model"
-    return f"{stage}: expected a peak of {forecast.text()} in {there}, found {detail}. Fix: {fix}"
+    # It did not fit, whatever the forecast: plan with at least a fifth less.
+    changes = advice(config, stage, memory=memory, limit=min(memory, 0.8 * forecast.peak / USABLE))
+    fix = "; then ".join(map(str, changes)) or "a device with more memory, or a smaller model"
+    return f"{stage}: expected a peak of {forecast.text()} in {device}, found {detail}. Fix: {fix}"

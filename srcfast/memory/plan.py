@@ -1,4 +1,4 @@
-"""What a run will take, from its settings alone: each stage's peak memory, and what to change where it doesn't fit.
+"""Forecast each stage's peak memory from a run's settings alone.
 
 Stages are named as in the run directory: rationale, candidates, scores, preferences (its references), dpo, evaluation.
 """
@@ -35,20 +35,20 @@ from srcfast.units import parse_bytes
 
 TRAINING = ("rationale", "dpo")
 DECODING = ("candidates", "evaluation")
-STEPS_LOOKED_AT = 1000
+MAX_STEPS_SEARCHED = 1000
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a typical sample: its prompt's text beside the image, and a response."""
+    """Tokens of a typical sample: its prompt's text without the image, and a response."""
 
     text: int = 64
     response: int = 192
 
 
 def device_memory(config: Config) -> float:
-    """Bytes to plan with: the settings' `memory`, or what their device has; without end for a GPU that isn't here."""
+    """Return the bytes to plan with: the settings' `memory`, or the device's; infinite for a GPU that isn't here."""
     limit = math.inf if config.memory is None else float(parse_bytes(config.memory, "memory"))
     if torch.device(config.model.device).type == "cuda" and not torch.cuda.is_available():
         return limit
@@ -59,12 +59,12 @@ def device_memory(config: Config) -> float:
 
 
 def policy_sizes(config: Config) -> ModelSizes:
-    """The LVLM of the settings, with a new adapter."""
+    """Return the sizes of the settings' LVLM, with a new adapter."""
     path = str(checkpoint_directory(config.model.path, "base"))
-    tensors, found = _shapes_of(path)
+    tensors, checkpoint_config = _shapes_of(path)
     return ModelSizes.of_tensors(
         tensors,
-        found,
+        checkpoint_config,
         dtype=config.model.dtype,
         device_type=torch.device(config.model.device).type,
         quantize=config.model.quantize,
@@ -77,26 +77,25 @@ def policy_sizes(config: Config) -> ModelSizes:
 
 
 def sharing_ranks(config: Config) -> int:
-    """How many ranks share out the base."""
-    if not config.distributed.shard:
-        return 1
-    return node_ranks(config)
+    """Return the number of ranks over which the base is sharded."""
+    return node_ranks(config) if config.distributed.shard else 1
 
 
 def node_ranks(config: Config) -> int:
-    """The ranks of a node: those that there are; without any, as many as the settings plan for."""
+    """Return the number of ranks of a node: of this run, or of one rank the number that the settings plan for."""
     return distributed.local_world_size() if distributed.world_size() > 1 else config.distributed.ranks or 1
 
 
 def scorer_sizes(config: Config) -> ModelSizes:
-    """The R-Scorer of the settings."""
+    """Return the sizes of the settings' R-Scorer."""
     path = str(checkpoint_directory(config.scorer.path, "scorer"))
-    tensors, found = _shapes_of(path)
+    tensors, checkpoint_config = _shapes_of(path)
     device = torch.device(config.model.device).type
-    return ModelSizes.of_tensors(tensors, found, dtype=config.scorer.dtype, device_type=device)
+    return ModelSizes.of_tensors(tensors, checkpoint_config, dtype=config.scorer.dtype, device_type=device)
 
 
 def _shapes_of(path: str) -> tuple[dict[str, list[int]], Any]:
+    """Read a checkpoint's shapes, again only when its files have changed."""
     files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("config.json"))
     return _read_shapes(path, tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
@@ -107,13 +106,13 @@ def _read_shapes(path: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[di
 
 
 def typical_tree(config: Config, stage: str, lengths: Lengths) -> Tree:
-    """A sample's tree in a stage, its segments of typical lengths; of decoding, the prompt alone."""
+    """Return a sample's tree in a stage, with segments of typical lengths; in decoding it is the prompt alone."""
     if stage == "scores":
         count = config.candidates.num_candidates
         segments = [_segment(2 * lengths.text)]  # the question, and what to judge by
         for _ in range(count):
             segments.append(_segment(lengths.response, 0))
-            # Beside every other one, and none.
+            # Against each other candidate, and against none.
             seconds = count if config.scorer.mode == "pairwise" else 1
             segments += [_segment(lengths.response, len(segments) - 1)] * seconds
         return Tree(tuple(segments))
@@ -140,39 +139,38 @@ def forecast_stage(
     forest: ForestSizes | None = None,
     images: int | None = None,
 ) -> Forecast:
-    """A stage's peak.
+    """Forecast a stage's peak.
 
     Args:
-        config: its settings.
+        config: the run's settings.
         stage: one of `STAGES`, or headroom.
-        memory: bytes of the device; decides what is done to fit into it (checkpointing, what is set aside). None: what
-            `device_memory` finds.
+        memory: bytes of the device, by which checkpointing and offloading are chosen; None: `device_memory`.
         lengths: of a typical sample.
-        token_budget: in place of the settings', and of their most trees in a forest.
-        forest: in place of one of typical samples, the fullest that will be run.
-        images: distinct ones of the stage; None: more than are kept.
+        token_budget: replaces the settings' token budget and their maximum of trees in a forest.
+        forest: the fullest forest of the stage; None: one of typical samples.
+        images: number of the stage's distinct images; None: more than are cached.
     """
-    room = device_memory(config) if memory is None else memory
-    if stage == "headroom":  # both, one after the other
-        parts = [forecast_stage(config, part, memory=room, lengths=lengths) for part in ("candidates", "scores")]
+    memory = device_memory(config) if memory is None else memory
+    if stage == "headroom":  # it runs these two, one after the other
+        forecasts = [forecast_stage(config, name, memory=memory, lengths=lengths) for name in ("candidates", "scores")]
         on_gpu = torch.device(config.model.device).type == "cuda"
-        return replace(max(parts, key=lambda part: part.peak if on_gpu else part.counted), stage=stage)
+        return replace(max(forecasts, key=lambda forecast: forecast.peak if on_gpu else forecast.counted), stage=stage)
     model = policy_sizes(config)
     tree = typical_tree(config, stage, lengths)
-    one = ForestSizes.of(Forest.of([tree]), model.device_type)
+    single = ForestSizes.of(Forest.of([tree]), model.device_type)  # a forest of one tree
     if stage in DECODING:
         decoding = config.candidates if stage == "candidates" else config.evaluation
         search = config.candidates if stage == "candidates" else None
         return forecast_decoding(
             model,
-            one.times(min(decoding.batch_size, max(1, PREFILL_TOKENS // tree.num_tokens))),
+            single.times(min(decoding.batch_size, max(1, PREFILL_TOKENS // tree.num_tokens))),
             samples=decoding.batch_size,
             rows=1 if search is None else search.num_beams * search.proposals,
             prompt_tokens=tree.num_tokens,
-            # A search's row goes on to the end of its sentence before it is cut.
+            # A search's row continues to the end of its sentence before it is cut.
             new_tokens=decoding.max_new_tokens + (0 if search is None else search.max_sentence_tokens),
             graphs=decoding.cuda_graphs and sharing_ranks(config) == 1,
-            memory=room,
+            memory=memory,
             images=images,
             images_a_step=decoding.batch_size + IMAGES_AHEAD,
             stage=stage,
@@ -180,18 +178,18 @@ def forecast_stage(
     section: Any = config.rationale if stage == "rationale" else config.dpo
     trees: float
     if token_budget is not None:
-        trees = token_budget / one.tokens
+        trees = token_budget / single.tokens
     elif stage in TRAINING:
-        trees = max(1, min(section.micro_batch_size, section.token_budget // one.tokens))
+        trees = max(1, min(section.micro_batch_size, section.token_budget // single.tokens))
     else:
         budget = config.scorer.token_budget if stage == "scores" else config.dpo.token_budget
-        trees = max(1, budget // one.tokens)
-    forest = forest or one.times(trees)
+        trees = max(1, budget // single.tokens)
+    forest = forest or single.times(trees)
     if stage == "preferences":
-        return forecast_forward(model, forest, memory=room, images=images, stage=stage)
+        return forecast_forward(model, forest, memory=memory, images=images, stage=stage)
     if stage == "scores":
-        beside = _judging(config, model, forest, True)
-        return beside if beside.fits(room) else _judging(config, model, forest, False)
+        together = _scoring(config, model, forest, with_policy=True)
+        return together if together.fits(memory) else _scoring(config, model, forest, with_policy=False)
 
     def peak(every: int) -> Forecast:
         return forecast_training(
@@ -199,18 +197,20 @@ def forecast_stage(
             forest,
             optimizer=section.optimizer,
             checkpoint_every=every,
-            memory=room,
+            memory=memory,
             images=images,
             images_a_step=section.micro_batch_size * section.gradient_accumulation_steps,
             stage=stage,
         )
 
-    stated = section.activation_checkpointing
-    return peak(least_checkpointing(peak, model.shapes.layers, room) if stated == "auto" else stated)
+    checkpointing = section.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing = least_checkpointing(peak, model.shapes.layers, memory)
+    return peak(checkpointing)
 
 
 def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: TrainingConfig) -> Forecast:
-    """A training stage's peak on these trees: on the largest forest that the loop makes of them."""
+    """Forecast a training stage's peak on the largest forest that the loop packs of these trees."""
     device = torch.device(config.model.device).type
     members = largest_forest([tree.num_tokens for tree in trees], loop)
     forest = ForestSizes.of(Forest.of([trees[index] for index in members]), device)
@@ -218,21 +218,21 @@ def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: Trai
 
 
 def largest_forest(sizes: Sequence[int], loop: TrainingConfig) -> list[int]:
-    """Items of the largest forest of a training run, by tokens; of a long run some of its steps are looked at."""
+    """Find the items of a training run's largest forest, by tokens; of a long run, among at least 500 of its steps."""
     total = num_steps(len(sizes), loop)
     largest: list[int] = []
-    for step in range(0, total, math.ceil(total / STEPS_LOOKED_AT)):
+    for step in range(0, total, math.ceil(total / MAX_STEPS_SEARCHED)):
         batch = global_batch(len(sizes), step, loop)
         for members in pack_sizes([sizes[i] for i in batch], loop.token_budget, loop.micro_batch_size, keys=batch):
-            found = [batch[member] for member in members]
-            largest = max(largest, found, key=lambda items: sum(sizes[i] for i in items))
+            items = [batch[member] for member in members]
+            largest = max(largest, items, key=lambda packed: sum(sizes[i] for i in packed))
     return largest
 
 
-def _judging(config: Config, policy: ModelSizes, forest: ForestSizes, beside: bool) -> Forecast:
-    """The peak of judging, with the policy in memory too or without it."""
+def _scoring(config: Config, policy: ModelSizes, forest: ForestSizes, *, with_policy: bool) -> Forecast:
+    """Forecast the R-Scorer's peak, with or without the policy in memory."""
     alone = forecast_forward(scorer_sizes(config), forest, head_rows=0, stage="scores")
-    if not beside:
+    if not with_policy:
         return alone
     return replace(
         alone,
@@ -243,12 +243,9 @@ def _judging(config: Config, policy: ModelSizes, forest: ForestSizes, beside: bo
 
 
 def policy_stays(config: Config, memory: float | None = None) -> bool:
-    """Whether the policy fits into memory beside the R-Scorer while it judges; else it has to be set aside."""
-    room = device_memory(config) if memory is None else memory
+    """Return whether policy and R-Scorer fit into memory together; otherwise the policy has to be offloaded."""
+    memory = device_memory(config) if memory is None else memory
     model = policy_sizes(config)
-    one = ForestSizes.of(Forest.of([typical_tree(config, "scores", Lengths())]), model.device_type)
-    forest = one.times(max(1, config.scorer.token_budget // one.tokens))
-    return _judging(config, model, forest, True).fits(room)
-
-
-# Out of memory ----------------------------------------------------------------------------------------------
+    single = ForestSizes.of(Forest.of([typical_tree(config, "scores", Lengths())]), model.device_type)
+    forest = single.times(max(1, config.scorer.token_budget // single.tokens))
+    return _scoring(config, model, forest, with_policy=True).fits(memory)

@@ -68,7 +68,7 @@ def test_long_paths_whose_scores_are_not_kept_agree_too(drawn: list[Tree], seed:
     forest = Forest.of(drawn)
     qkv = random_qkv(forest.num_tokens, 4, 2, 5, seed)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(padded, "PART_BYTES", 1)  # a segment and a head at a time
+        patched.setattr(padded, "CHUNK_BYTES", 1)  # a segment and a head at a time
         output = forest_attention(*qkv, forest, "blocks")
         found = torch.autograd.grad(output.square().sum(), qkv)
     expected = path_by_path(*qkv, forest)

@@ -21,9 +21,9 @@ from srcfast.memory.forecast import (
     Forecast,
     forecast_training,
     images_at_once,
+    largest_fitting,
     least_checkpointing,
     moment_bytes,
-    most_that_fit,
     plan_checkpointing,
 )
 from srcfast.memory.measure import SavedTensors, measured
@@ -108,7 +108,7 @@ def test_a_training_pass_peaks_where_it_was_forecast(
     with LiveTensors() as live:
         run(model, Forest.of(forest.trees), lambda: at_the_head.append(live.bytes))
     sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cpu")
-    plans = own.every.plan_bytes + own.last.plan_bytes  # masks and index maps
+    plans = own.inner.plan_bytes + own.last.plan_bytes  # masks and index maps
     assert activation_bytes(sizes, own, every).at_the_head + plans == pytest.approx(at_the_head[0], rel=TENTH)
     forecast = forecast_training(sizes, own, checkpoint_every=every)
     assert forecast.activations + forecast.workspace == pytest.approx(live.peak, rel=TENTH)
@@ -268,7 +268,7 @@ def test_the_fullest_forest_respects_both_limits(rng: np.random.Generator, budge
 
 @pytest.mark.parametrize("answer", [0, 1, 2, 37, 4096])
 def test_the_most_that_fits_is_found_by_halving(answer: int) -> None:
-    assert most_that_fit(lambda value: value <= answer, 1 << 13) == answer
+    assert largest_fitting(lambda value: value <= answer, 1 << 13) == answer
 
 
 def test_fewer_images_are_encoded_at_once_where_there_is_little_memory() -> None:
