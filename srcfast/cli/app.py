@@ -1,6 +1,8 @@
 """The command line: commands, arguments and options.
 
-`commands`, `model_tools` and `tools` do the work. They are imported within the commands, so that `srcfast --help` needs no torch.
+`inputs` reads the arguments; `commands`, `model_tools` and `tools` do the work. All are imported within the commands, so that
+`srcfast --help` imports neither torch nor pydantic; `commands`, which imports torch, after the settings are read, so that errors
+in the settings are immediate.
 """
 
 from __future__ import annotations
@@ -116,6 +118,13 @@ def options(
     ] = False,
 ) -> None:
     """Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options."""
+
+
+def complete_words(incomplete: str) -> list[str]:
+    """List the completions of a word of the settings."""
+    from srcfast.cli import inputs
+
+    return inputs.complete_words(incomplete)
 
 
 Words = Annotated[
