@@ -225,17 +225,19 @@ class TrainingConfig(Seeded):
     micro_batch_size: int = Field(
         8,
         ge=1,
-        description="Items (trees) of a micro-batch, and maximum number of trees in one forest, that is, in one forward and "
-        "backward pass. An update has micro_batch_size * gradient_accumulation_steps items over all ranks",
+        description="Maximum number of items (trees) in one forest, that is, in one forward and backward pass. An update has "
+        "micro_batch_size * gradient_accumulation_steps items over all ranks, packed into few forests",
     )
     gradient_accumulation_steps: int = Field(
-        4, ge=1, description="Micro-batches of one update; their number doesn't change the memory"
+        4,
+        ge=1,
+        description="An update has this many times micro_batch_size items; memory doesn't depend on it",
     )
     token_budget: int = Field(
         16384,
         ge=16,
-        description="Maximum number of tokens in one forest. Bounds the memory of activations; a micro-batch that exceeds it is "
-        "run as several forests with the same gradient. An item that doesn't fit is an error",
+        description="Maximum number of tokens in one forest. Bounds the memory of activations; an update's gradient depends on "
+        "it by rounding alone. An item that doesn't fit is an error",
     )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate")
     warmup_ratio: float = Field(
@@ -301,17 +303,20 @@ class RationaleConfig(TrainingConfig):
 
 
 class CandidatesConfig(Section):
-    """Stage 2: sentence-level beam search for candidates.
-
-    A step writes `num_beams * proposals` sentences a sample; memory and time grow in proportion.
-    """
+    """Stage 2: sentence-level beam search for candidates."""
 
     samples: int = Field(0, ge=0, description="Samples to draw in each iteration; 0 = all")
     num_candidates: int = Field(
         8, ge=2, le=256, description="Maximum number of candidates of a sample (N); they differ in their text"
     )
     num_beams: int = Field(8, ge=1, le=256, description="Beams that go on after each sentence")
-    proposals: int = Field(3, ge=1, le=64, description="Sentences that are sampled to continue each beam")
+    proposals: int = Field(
+        3,
+        ge=1,
+        le=64,
+        description="Sentences that are sampled to continue each beam. A sample has num_beams * proposals rows in decoding; time "
+        "and memory grow in proportion",
+    )
     temperature: float = Field(
         1.0, gt=0, le=10, description="Sampling temperature; log-probabilities are always the model's at temperature 1"
     )
