@@ -187,7 +187,7 @@ BENCHMARK = StageBenchmark(
     unit="tokens",
     shapes=SHAPES,
     prepare=prepare,
-    ways={
+    implementations={
         "transformers, all prompts at once": transformers,
         "transformers, 8 prompts at once": partial(transformers, at_once=8),
         "srcfast, sampling": srcfast_sampling,

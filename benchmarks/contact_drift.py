@@ -1,6 +1,6 @@
 """First contact, drift of log-probabilities: of candidates as decoding computed them, alone, and packed with others.
 
-One model, three ways to compute one number: the steps of beam search, a forest of the candidate's tree alone, and forests of
+One model, three methods to compute one number: the steps of beam search, a forest of the candidate's tree alone, and forests of
 many. They differ by rounding, which the training's checks of its reference have to allow for.
 """
 
@@ -47,7 +47,7 @@ def cases(context: Context) -> Cases:
 
 
 def three_ways(models: Models, quantize: str, graphs: bool, case: Case) -> Values:
-    """Candidates of eight samples, and their log-probabilities in each way."""
+    """Candidates of eight samples, and their log-probabilities by each method."""
     model = models.lvlm(quantize, RANK)
     set_endings(model, models, *(TINY_ENDINGS if case.context.tiny else ENDINGS["sentences"]))
     samples = samples_of(model, models, case.context)

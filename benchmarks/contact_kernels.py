@@ -1,4 +1,4 @@
-"""First contact, every operation's benchmark at one shape: srcfast's ways first, then the ways that they are compared with.
+"""First contact, every operation's benchmark at one shape: srcfast's implementations first, then its peers.
 
 All ways run in one process, which saves starting others. `srcfast bench --device cuda` runs all shapes, each way in a process.
 """
@@ -45,20 +45,21 @@ def cases(context: Context) -> Cases:
 
 
 def operation(name: str, case: Case) -> dict[str, Any]:
-    """Times and memory of all ways at one shape. A way that fails is stored with its error, unless it is srcfast's."""
+    """Measure times and memory of all implementations at one shape. A peer that fails is stored with its error."""
     benchmark: Benchmark = importlib.import_module(f"srcfast_benchmarks.{name}").BENCHMARK
     shape = TINY[name] if case.context.tiny else benchmark.shapes["cuda"][HEADLINES.get(name, -1)]
-    first = next(iter(benchmark.ways))
-    order = sorted(benchmark.ways, key=lambda way: (not way.startswith("srcfast"), way != first))
-    ways: dict[str, dict[str, Any]] = {}
-    for way in order:
+    first = next(iter(benchmark.implementations))
+    order = sorted(benchmark.implementations, key=lambda impl: (not impl.startswith("srcfast"), impl != first))
+    results: dict[str, dict[str, Any]] = {}
+    for impl in order:
         try:
-            ways[way] = measure(benchmark, way, shape, "times", "cuda")
-            if "left_out" not in ways[way]:
-                ways[way] |= measure(benchmark, way, shape, "memory", "cuda")
+            results[impl] = measure(benchmark, impl, shape, "times", "cuda")
+            if "left_out" not in results[impl]:
+                results[impl] |= measure(benchmark, impl, shape, "memory", "cuda")
         except Exception as error:
-            ways[way] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-            if way == "srcfast":
+            results[impl] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            if impl == "srcfast":
                 raise
-        case.store(shape=shape, ways=ways, first=first, limits=benchmark.limits)
+        # `ways`: the key in stored results.
+        case.store(shape=shape, ways=results, first=first, limits=benchmark.limits)
     return {}

@@ -245,33 +245,37 @@ def judging(case: str, values: Case, _: Any) -> Iterator[Figure]:
 
 
 def kernels(case: str, values: Case, _: Any) -> Iterator[Figure]:
-    """Time of srcfast's way relative to each other way's, forward and backward together where there is a backward."""
-    ways = values.get("ways", {})
-    taken = {way: list(one["times"].values())[-1]["milliseconds"] for way, one in ways.items() if "times" in one}
+    """Yield srcfast's time relative to each other implementation's, forward and backward together where there is a backward."""
+    implementations = values.get("ways", {})  # the key in stored results
+    taken = {
+        impl: list(one["times"].values())[-1]["milliseconds"] for impl, one in implementations.items() if "times" in one
+    }
     if "srcfast" in taken:
         shape = ", ".join(f"{key} {value}" for key, value in values["shape"].items())
         yield Figure(f"{case}, {shape}: ms", f"{taken['srcfast']:.3f}")
-    for way, milliseconds in taken.items():
-        if way.startswith("srcfast") or "srcfast" not in taken:
+    for impl, milliseconds in taken.items():
+        if impl.startswith("srcfast") or "srcfast" not in taken:
             continue
-        ratio, limit = taken["srcfast"] / milliseconds, way in values["limits"]
-        what = f"{case}: time / that of {way}" + (" (a bound)" if limit else "")
+        ratio, limit = taken["srcfast"] / milliseconds, impl in values["limits"]
+        what = f"{case}: time / that of {impl}" + (" (a bound)" if limit else "")
         if limit and case != "linear_logprob":
             yield Figure(what, f"{ratio:.2f}")
         else:
             yield at_most(what, ratio, 1.15 if limit else 1.0)
-    yield from (Figure(f"{case}: {way}", one_line(one["failed"])) for way, one in ways.items() if "failed" in one)
+    yield from (
+        Figure(f"{case}: {impl}", one_line(one["failed"])) for impl, one in implementations.items() if "failed" in one
+    )
 
 
 def peers(case: str, values: Case, cases: Mapping[str, Case]) -> Iterator[Figure]:
-    quantize, _, way = case.partition(", ")
+    quantize, _, impl = case.partition(", ")
     other = cases.get(f"{quantize}, TRL", {})
     if "pairs_per_second" not in values:
         return
     yield Figure(f"{case}: pairs a second", f"{values['pairs_per_second']:.2f}")
-    if way != "TRL" and "pairs_per_second" in other:
+    if impl != "TRL" and "pairs_per_second" in other:
         ratio = values["pairs_per_second"] / other["pairs_per_second"]
-        yield at_least(f"{case}: times as fast as TRL", ratio, 2.0 if "computed" in way else 3.0)
+        yield at_least(f"{case}: times as fast as TRL", ratio, 2.0 if "computed" in impl else 3.0)
         memory = values["extra_mebibytes"] / max(1.0, other["extra_mebibytes"])
         yield at_most(f"{case}: extra memory / TRL's", memory, 1.0)
 

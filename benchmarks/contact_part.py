@@ -29,7 +29,7 @@ class LeftOut(Exception):
 
 
 class Case:
-    """What a case is given: the context, and a way to store what it has measured so far."""
+    """What a case is given: the context, and a function that stores what it has measured so far."""
 
     def __init__(self, name: str, context: Context, result: Result) -> None:
         self.name, self.context, self._result = name, context, result

@@ -1,6 +1,7 @@
 """First contact, the same DPO steps by srcfast and by TRL with PEFT and bitsandbytes, where they are installed.
 
-These are the ways of `dpo_step` at its shapes for a GPU, with fewer steps: one checkpoint on disk, the same pairs and adapter.
+These are the implementations of `dpo_step` at its shapes for a GPU, with fewer steps: one checkpoint on disk, the same pairs and
+adapter.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from srcfast_benchmarks.contact_results import Context
 from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.stage_harness import Watch
 
-WAYS = ("TRL", "srcfast", "srcfast, references computed")
+IMPLEMENTATIONS = ("TRL", "srcfast", "srcfast, references computed")
 STEPS, WARM_UP = 4, 1
 NEEDS = {"none": ("trl", "peft"), "nf4": ("trl", "peft", "bitsandbytes")}
 
 
 def cases(context: Context) -> Cases:
     quantised = ("none",) if context.tiny else ("nf4", "none")
-    return {f"{quantize}, {way}": partial(step, quantize, way) for quantize in quantised for way in WAYS}
+    return {f"{quantize}, {impl}": partial(step, quantize, impl) for quantize in quantised for impl in IMPLEMENTATIONS}
 
 
-def step(quantize: str, way: str, case: Case) -> dict[str, Any]:
-    """Run the steps in one way. Raises LeftOut where a peer is not installed: srcfast alone would compare with nothing."""
+def step(quantize: str, impl: str, case: Case) -> dict[str, Any]:
+    """Run the steps by one implementation. Raises LeftOut where a peer is not installed: srcfast alone compares with nothing."""
     missing = [name for name in NEEDS[quantize] if importlib.util.find_spec(name) is None]
     if missing:
         raise LeftOut(f"not installed: {', '.join(missing)}")
@@ -37,7 +38,7 @@ def step(quantize: str, way: str, case: Case) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         dpo_step.prepare(shape, folder, "cuda")
     watch = Watch("cuda")
-    dpo_step.BENCHMARK.ways[way](shape, folder, "cuda", watch)
+    dpo_step.BENCHMARK.implementations[impl](shape, folder, "cuda", watch)
     rounds = watch.rounds[WARM_UP:]  # srcfast reports a step while the next one runs: their sum is right, not each
     return {
         "shape": shape,

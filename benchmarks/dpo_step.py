@@ -2,7 +2,7 @@
 
 The same checkpoint, pairs, LoRA and precision; AdamW at a constant rate; the losses must agree. TRL computes the reference
 with every step, for it takes no stored ones for images. srcfast finds them stored with the pairs, as curation leaves them;
-the way `references computed` counts the pass that computes them, for one epoch.
+the implementation `references computed` counts the pass that computes them, for one epoch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GPU_MICRO_BATCH = 4  # of TRL: pairs that fit an 80 GB card
 
 
 def prepare(shape: Shape, folder: Path, device: str) -> None:
-    """The checkpoint, the records, and a new adapter that every way starts from."""
+    """The checkpoint, the records, and a new adapter that every implementation starts from."""
     from srcfast.config.settings import LoRAConfig
     from srcfast.models.lora import save_adapter
 
@@ -249,7 +249,7 @@ BENCHMARK = StageBenchmark(
     unit="pairs",
     shapes=SHAPES,
     prepare=prepare,
-    ways={
+    implementations={
         "TRL": trl,
         "TRL, no checkpointing": partial(trl, gradient_checkpointing=False),
         "TRL, Liger": trl_liger,

@@ -69,7 +69,7 @@ PARTS = (
     Part("gpu_tests", "srcfast_benchmarks.contact_suite", "Tests marked gpu, by folder", 110, 110, 30),
     Part("dpo_steps", "srcfast_benchmarks.contact_training", "DPO steps of a 7B LLaVA-1.5", 130, 60, 30),
     Part("beam_search", "srcfast_benchmarks.contact_decoding", "Beam search of 4 samples by 24 rows", 75, 45, 25),
-    Part("drift", "srcfast_benchmarks.contact_drift", "One log-probability in different ways", 45, 40, 25),
+    Part("drift", "srcfast_benchmarks.contact_drift", "One log-probability by different methods", 45, 40, 25),
     Part("judging", "srcfast_benchmarks.contact_judging", "One judging forest of a 1.5B R-Scorer", 30, 30, 15),
     Part("kernels", "srcfast_benchmarks.contact_kernels", "Each operation against its peers", 75, 30, 15),
     Part("peers", "srcfast_benchmarks.contact_peers", "The same DPO steps by TRL, PEFT and bitsandbytes", 120, 90, 45),

@@ -101,7 +101,7 @@ BENCHMARK = Benchmark(
     name="forest_attention",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"paths": paths_alone, "srcfast": srcfast, "dense mask": dense_mask, "equal work": equal_work},
+    implementations={"paths": paths_alone, "srcfast": srcfast, "dense mask": dense_mask, "equal work": equal_work},
     limits=("equal work",),
 )
 

@@ -1,8 +1,8 @@
-"""What every benchmark shares: ways to do one thing, timed side by side, into a table, a CSV and a plot.
+"""Time the implementations of an operation side by side, and write a table, a CSV and a plot: what benchmarks share.
 
-Each way and shape runs in a process of its own, so that its peak memory is its own and a crash is one row; on a CPU memory is
-measured in another one, whose allocator gives back at once what is freed. Forward is without gradients, backward is over a kept
-graph, both is one after the other from nothing.
+Each implementation and shape runs in a separate process, so that its peak memory is not another's and a crash is one row; on a
+CPU memory is measured in another one, whose allocator gives back at once what is freed. Forward is without gradients, backward is
+over a graph that is retained, both is one after the other from nothing.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An operation and the ways to do it.
+    """An operation and its implementations.
 
-    shapes: by device (cpu, cuda). inputs: (shape, device) -> what the ways share; tensors that require a gradient get one.
-    ways: by name, the first is what the others are measured against; (inputs) -> what is timed. A way that needs a package
-    that isn't here, or another device, raises ImportError and is left out. limits: names of ways that do less than the
-    operation, as bounds.
+    shapes: by device (cpu, cuda). inputs: (shape, device) -> what the implementations share; tensors that require a gradient get
+    one. implementations: by name, the first is what the others are measured against; (inputs) -> what is timed. One that needs a
+    package that isn't installed, or another device, raises ImportError and is left out. limits: names of implementations that do
+    less than the operation, as bounds.
     """
 
     name: str
     shapes: dict[str, list[Shape]]
     inputs: Callable[[Shape, str], Inputs]
-    ways: dict[str, Callable[[Inputs], Run]]
+    implementations: dict[str, Callable[[Inputs], Run]]
     limits: tuple[str, ...] = ()
 
 
 def generator(device: str) -> torch.Generator:
-    """The same numbers for every way."""
+    """The same numbers for every implementation."""
     return torch.Generator(device).manual_seed(0)
 
 
@@ -82,19 +82,19 @@ def normal(*size: int, device: str, dtype: str, scale: float = 1.0, seed: int = 
 
 
 def on(device: str, inputs: Inputs) -> None:
-    """Leave a way out unless the inputs are on this device."""
+    """Leave an implementation out unless the inputs are on this device."""
     if not any(isinstance(value, Tensor) and value.device.type == device for value in inputs.values()):
         raise ImportError(f"for {device} only")
 
 
-# One way, one shape ------------------------------------------------------------------------------------------
+# One implementation, one shape ------------------------------------------------------------------------------------------
 
 
-def measure(benchmark: Benchmark, way: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
+def measure(benchmark: Benchmark, impl: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
     """times: milliseconds of each mode (median, 20th and 80th percentile, runs); memory: peak MiB beyond the inputs."""
     inputs = benchmark.inputs(shape, device)
     try:
-        run = benchmark.ways[way](inputs)
+        run = benchmark.implementations[impl](inputs)
     except ImportError as missing:
         return {"left_out": str(missing)}
     leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
@@ -157,7 +157,7 @@ def resident(name: str) -> int:
     raise KeyError(name)
 
 
-# All ways, all shapes ----------------------------------------------------------------------------------------
+# All implementations, all shapes ----------------------------------------------------------------------------------------
 
 
 def main(benchmark: Benchmark) -> None:
@@ -166,7 +166,7 @@ def main(benchmark: Benchmark) -> None:
     def command(
         device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu",
         output: Annotated[Path, typer.Option(help="folder for the CSV and the plot")] = RESULTS,
-        only: Annotated[str | None, typer.Option(hidden=True, help="one way and shape, as JSON")] = None,
+        only: Annotated[str | None, typer.Option(hidden=True, help="one implementation and shape, as JSON")] = None,
     ) -> None:
         if device not in benchmark.shapes:
             raise typer.BadParameter(f"expected one of {', '.join(benchmark.shapes)}, found {device}")
@@ -186,20 +186,21 @@ def main(benchmark: Benchmark) -> None:
 
 
 def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
-    """A row for each shape, way and mode; times and memory also relative to the first way's."""
+    """A row for each shape, implementation and mode; times and memory also relative to the first implementation's."""
     progress, rows = Console(stderr=True), []
     for shape in benchmark.shapes[device]:
         baseline: dict[str, Any] = {}
-        for way in benchmark.ways:
-            progress.print(f"{benchmark.name}: {way}, {describe(shape)}", style="dim", soft_wrap=True)
+        for impl in benchmark.implementations:
+            progress.print(f"{benchmark.name}: {impl}, {describe(shape)}", style="dim", soft_wrap=True)
             found: dict[str, Any] = {}
             for what in ("times", "memory"):
                 if not {"left_out", "failed"} & set(found):
-                    found |= in_a_process(way, shape, what, device)
+                    found |= in_a_process(impl, shape, what, device)
             if "left_out" in found:
                 progress.print(f"  left out: {found['left_out']}", style="dim")
                 continue
-            common = {"benchmark": benchmark.name, **shape, "way": way, "limit": way in benchmark.limits}
+            # `way`: the column of the committed CSV files, which `grouped` and the summary read.
+            common = {"benchmark": benchmark.name, **shape, "way": impl, "limit": impl in benchmark.limits}
             if "failed" in found:
                 progress.print(f"  failed: {found['failed']}", style="red")
                 rows.append(common | {"mode": "both", "failed": found["failed"]})
@@ -215,9 +216,9 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def in_a_process(way: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
+def in_a_process(impl: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
     """`measure` in a process of its own; {"failed": why} where it dies."""
-    arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"way": way, "shape": shape, "what": what})]
+    arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"impl": impl, "shape": shape, "what": what})]
     return run_process(arguments, os.environ | (GIVES_BACK if what == "memory" else {}))
 
 
@@ -246,16 +247,16 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def tables(name: str, rows: list[dict[str, Any]]) -> Iterator[Table]:
-    """A table a shape: milliseconds of each mode; time and memory relative to the first way's, less is better."""
+    """A table a shape: milliseconds of each mode; time and memory relative to the first implementation's, less is better."""
     groups = grouped(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     for shape in dict.fromkeys(shape for shape, _, _ in groups):
         shown = Table(title=f"{name}: {shape}", title_justify="left", min_width=72)
-        for column in ("way", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
-            shown.add_column(column, justify="left" if column == "way" else "right")
-        for _, way, own in (group for group in groups if group[0] == shape):
+        for column in ("implementation", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
+            shown.add_column(column, justify="left" if column == "implementation" else "right")
+        for _, impl, own in (group for group in groups if group[0] == shape):
             last, taken = own[-1], {row["mode"]: row for row in own}
-            cells = [f"{way} (limit)" if last["limit"] else way]
+            cells = [f"{impl} (limit)" if last["limit"] else impl]
             if "failed" in last:
                 shown.add_row(*cells, *[""] * len(modes), "failed")
                 continue
@@ -275,18 +276,21 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = name
     import matplotlib.pyplot as plt
 
-    found = [(shape, way, own[-1]) for shape, way, own in grouped(rows) if "failed" not in own[-1]]
+    found = [(shape, impl, own[-1]) for shape, impl, own in grouped(rows) if "failed" not in own[-1]]
     shapes = list(dict.fromkeys(shape for shape, _, _ in found))
-    ways = list(dict.fromkeys(way for _, way, _ in found))
+    implementations = list(dict.fromkeys(impl for _, impl, _ in found))
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(found)), sharey=True, layout="constrained")
     for axis, key, label in zip(
         axes, ("milliseconds", "extra_mebibytes"), ("milliseconds", "extra memory, MiB"), strict=True
     ):
-        for number, way in enumerate(ways):
-            own = {shape: row for shape, its_way, row in found if its_way == way}
-            places = [shapes.index(shape) + (number - (len(ways) - 1) / 2) * 0.8 / len(ways) for shape in own]
+        for number, impl in enumerate(implementations):
+            own = {shape: row for shape, its_impl, row in found if its_impl == impl}
+            places = [
+                shapes.index(shape) + (number - (len(implementations) - 1) / 2) * 0.8 / len(implementations)
+                for shape in own
+            ]
             values = [row[key] for row in own.values()]
-            axis.barh(places, values, height=0.8 / len(ways), label=way, color=f"C{number}")
+            axis.barh(places, values, height=0.8 / len(implementations), label=impl, color=f"C{number}")
             for place, value in zip(places, values, strict=True):
                 axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
         axis.set_xlabel(label)
@@ -301,14 +305,14 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def grouped(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(shape, way, its rows by mode), in order."""
+    """(shape, implementation, its rows by mode), in order."""
     reserved = {"benchmark", "way", "limit", "mode", "milliseconds", "low", "high", "runs", "failed"}
     reserved |= {"time_ratio", "extra_mebibytes", "memory_ratio"}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         shape = describe({key: value for key, value in row.items() if key not in reserved})
         groups.setdefault((shape, row["way"]), []).append(row)
-    return [(shape, way, own) for (shape, way), own in groups.items()]
+    return [(shape, impl, own) for (shape, impl), own in groups.items()]
 
 
 def describe(shape: Shape) -> str:

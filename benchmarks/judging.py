@@ -122,7 +122,7 @@ BENCHMARK = StageBenchmark(
     unit="samples",
     shapes=SHAPES,
     prepare=prepare,
-    ways={"transformers": transformers, "srcfast": srcfast},
+    implementations={"transformers": transformers, "srcfast": srcfast},
     headline="srcfast",
     tolerance=1e-4,
 )

@@ -42,7 +42,7 @@ def inputs(shape: Shape, device: str) -> Inputs:
 
 
 def full_logits(inputs: Inputs) -> Run:
-    """PyTorch's usual way: all logits, in fp32 from there on."""
+    """PyTorch as it is usually written: all logits, in fp32 from there on."""
     hidden, weight, targets = inputs.values()
     return lambda: (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
@@ -91,9 +91,9 @@ def cut_cross_entropy(inputs: Inputs) -> Run:
     from cut_cross_entropy import linear_cross_entropy
 
     hidden, weight, targets = inputs.values()
-    way = "cce" if hidden.is_cuda else "torch_compile"
+    impl = "cce" if hidden.is_cuda else "torch_compile"
     functorch_config.donated_buffer = False  # its backward is timed over a graph that is kept
-    return lambda: -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=way)
+    return lambda: -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
 
 
 def two_products(inputs: Inputs) -> Run:
@@ -119,7 +119,7 @@ BENCHMARK = Benchmark(
     name="linear_logprob",
     shapes=SHAPES,
     inputs=inputs,
-    ways={
+    implementations={
         "torch": full_logits,
         "srcfast": srcfast,
         "srcfast tiled": srcfast_tiled,

@@ -1,4 +1,4 @@
-"""The q, k and v projections with their adapters: how much do adapters add to the frozen products, and to PEFT's way?"""
+"""The q, k and v projections with their adapters: how much do adapters add to the frozen products, and against PEFT?"""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ BENCHMARK = Benchmark(
     name="lora_linear",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": torch_linears, "srcfast": srcfast, "peft": peft, "frozen": frozen},
+    implementations={"torch": torch_linears, "srcfast": srcfast, "peft": peft, "frozen": frozen},
     limits=("frozen",),
 )
 

@@ -75,7 +75,7 @@ BENCHMARK = Benchmark(
     name="lora_mlp",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": torch_layer, "srcfast": srcfast, "frozen": frozen},
+    implementations={"torch": torch_layer, "srcfast": srcfast, "frozen": frozen},
     limits=("frozen",),
 )
 

@@ -63,7 +63,7 @@ BENCHMARK = Benchmark(
     name="nf4",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": torch_table, "srcfast": srcfast, "bitsandbytes": bitsandbytes, "copy": copy},
+    implementations={"torch": torch_table, "srcfast": srcfast, "bitsandbytes": bitsandbytes, "copy": copy},
     limits=("copy",),
 )
 

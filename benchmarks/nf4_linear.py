@@ -58,7 +58,12 @@ BENCHMARK = Benchmark(
     name="nf4_linear",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": torch_linear, "srcfast": srcfast, "bitsandbytes": bitsandbytes, "whole weight": whole_weight},
+    implementations={
+        "torch": torch_linear,
+        "srcfast": srcfast,
+        "bitsandbytes": bitsandbytes,
+        "whole weight": whole_weight,
+    },
     limits=("whole weight",),
 )
 

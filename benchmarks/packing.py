@@ -67,7 +67,7 @@ BENCHMARK = Benchmark(
     name="packing",
     shapes={"cpu": SHAPES, "cuda": SHAPES},
     inputs=inputs,
-    ways={"trl": trl, "srcfast": srcfast, "srcfast pairs as trees": pairs_as_trees},
+    implementations={"trl": trl, "srcfast": srcfast, "srcfast pairs as trees": pairs_as_trees},
     limits=("srcfast pairs as trees",),
 )
 

@@ -53,7 +53,7 @@ def srcfast(inputs: Inputs) -> Run:
 
 
 def torch_batched(inputs: Inputs) -> Run:
-    """The same in PyTorch's operations; on a CPU srcfast's own way."""
+    """The same in PyTorch's operations; on a CPU what srcfast runs."""
     on("cuda", inputs)
     run = srcfast(inputs)
 
@@ -98,7 +98,12 @@ BENCHMARK = Benchmark(
     name="pairwise_verdict",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"torch": torch_by_sample, "srcfast": srcfast, "torch batched": torch_batched, "full head": full_head},
+    implementations={
+        "torch": torch_by_sample,
+        "srcfast": srcfast,
+        "torch batched": torch_batched,
+        "full head": full_head,
+    },
 )
 
 if __name__ == "__main__":

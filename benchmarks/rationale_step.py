@@ -62,7 +62,7 @@ BENCHMARK = StageBenchmark(
     unit="samples",
     shapes=SHAPES,
     prepare=prepare,
-    ways={
+    implementations={
         "TRL": trl,
         "TRL, no checkpointing": partial(trl, gradient_checkpointing=False),
         "srcfast": srcfast,

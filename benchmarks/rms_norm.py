@@ -43,7 +43,7 @@ def torch_rms_norm(inputs: Inputs) -> Run:
 
 
 def srcfast(inputs: Inputs) -> Run:
-    """One kernel each way."""
+    """One kernel in each direction."""
     return lambda: rms_norm(*inputs.values(), EPS)
 
 
@@ -60,7 +60,7 @@ BENCHMARK = Benchmark(
     name="rms_norm",
     shapes=SHAPES,
     inputs=inputs,
-    ways={"transformers": transformers_norm, "srcfast": srcfast, "torch": torch_rms_norm, "liger": liger},
+    implementations={"transformers": transformers_norm, "srcfast": srcfast, "torch": torch_rms_norm, "liger": liger},
 )
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ def transformers_rope(inputs: Inputs) -> Run:
 
 
 def srcfast(inputs: Inputs) -> Run:
-    """One pass each way; of x nothing is kept."""
+    """One pass in each direction; of x nothing is saved."""
     return lambda: rope(*inputs.values())
 
 
 BENCHMARK = Benchmark(
-    name="rope", shapes=SHAPES, inputs=inputs, ways={"transformers": transformers_rope, "srcfast": srcfast}
+    name="rope", shapes=SHAPES, inputs=inputs, implementations={"transformers": transformers_rope, "srcfast": srcfast}
 )
 
 if __name__ == "__main__":

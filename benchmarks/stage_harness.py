@@ -1,8 +1,8 @@
-"""What the benchmarks of whole stages share: ways to do one stage, each in processes of its own, rounds timed in turn.
+"""Time the implementations of a whole stage, each in separate processes, in turn: what the benchmarks of stages share.
 
-A way does its rounds (training steps, batches of samples) and stops a watch after each; the first rounds warm up and don't
-count. Every way is run several times, in turn with the others, so that a machine whose speed drifts slows all alike; its peak
-memory is measured in another process.
+An implementation does its rounds (training steps, batches of samples) and stops a watch after each; the first rounds warm up and
+don't count. Every implementation is run several times, in turn with the others, so that a machine whose speed drifts slows all
+alike; its peak memory is measured in another process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPEATS = 3
 
 
 class Watch:
-    """Told of the beginning and of every round's end by a way."""
+    """Records rounds: an implementation calls it at the beginning and at the end of each."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -55,7 +55,7 @@ class Watch:
     def lap(self, units: int, tokens: int = 0, value: float | None = None, samples: int | None = None) -> None:
         """A round of so many units (pairs, tokens, ...), tokens and samples has ended.
 
-        `value` is what ways are compared by; a unit is a sample where their number is not given.
+        `value` is what implementations are compared by; a unit is a sample where their number is not given.
         """
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -77,24 +77,24 @@ class Watch:
         self._lap += time.perf_counter() - began
 
 
-Way = Callable[[Shape, Path, str, Watch], None]  # (shape, folder for checkpoints and records, device, watch)
+Implementation = Callable[[Shape, Path, str, Watch], None]  # (shape, folder for checkpoints and records, device, watch)
 
 
 @dataclass(frozen=True)
 class StageBenchmark:
-    """A stage and the ways to run it.
+    """A stage and its implementations.
 
     unit: what is counted. shapes: by device. prepare: writes checkpoints and records into a folder, once a shape.
-    ways: the first is what the others are measured against. headline: srcfast's way that counts when stages are added up.
-    warm_up: rounds that don't count. tolerance: how far a way's values may be from the first way's of the same round; None
-    where they can't be compared.
+    implementations: the first is what the others are measured against. headline: the one of srcfast that counts when stages are
+    added up. warm_up: rounds that don't count. tolerance: how far an implementation's values may be from the first one's of the
+    same round; None where they can't be compared.
     """
 
     name: str
     unit: str
     shapes: dict[str, list[Shape]]
     prepare: Callable[[Shape, Path, str], None]
-    ways: dict[str, Way]
+    implementations: dict[str, Implementation]
     headline: str
     warm_up: int = 1
     tolerance: float | None = None
@@ -106,13 +106,13 @@ def main(benchmark: StageBenchmark) -> None:
     def command(
         device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu",
         output: Annotated[Path, typer.Option(help="folder for the result and the plot")] = RESULTS,
-        repeats: Annotated[int, typer.Option(help="processes a way")] = REPEATS,
-        only: Annotated[str | None, typer.Option(hidden=True, help="one way and shape, as JSON")] = None,
+        repeats: Annotated[int, typer.Option(help="processes an implementation")] = REPEATS,
+        only: Annotated[str | None, typer.Option(hidden=True, help="one implementation and shape, as JSON")] = None,
     ) -> None:
         if device not in benchmark.shapes:
             raise typer.BadParameter(f"expected one of {', '.join(benchmark.shapes)}, found {device}")
         if only is not None:
-            print(json.dumps(run_way(benchmark, **json.loads(only), device=device)))
+            print(json.dumps(run_implementation(benchmark, **json.loads(only), device=device)))
             return
         rows = measure_all(benchmark, device, repeats)
         output.mkdir(parents=True, exist_ok=True)
@@ -130,46 +130,46 @@ def main(benchmark: StageBenchmark) -> None:
     app()
 
 
-def run_way(benchmark: StageBenchmark, way: str, shape: Shape, folder: str, device: str) -> dict[str, Any]:
-    """One way, in this process: its rounds and extra memory; {"left_out": why} where it can't be run here."""
+def run_implementation(benchmark: StageBenchmark, impl: str, shape: Shape, folder: str, device: str) -> dict[str, Any]:
+    """One implementation, in this process: its rounds and extra memory; {"left_out": why} where it can't be run here."""
     watch = Watch(device)
     try:
-        benchmark.ways[way](shape, Path(folder), device, watch)
+        benchmark.implementations[impl](shape, Path(folder), device, watch)
     except ImportError as missing:
         return {"left_out": str(missing)}
     return {"rounds": watch.rounds, "extra_mebibytes": watch.extra_mebibytes(), **watch.values}
 
 
 def measure_all(benchmark: StageBenchmark, device: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each shape and way."""
+    """A row for each shape and implementation."""
     progress, rows = Console(stderr=True), []
     for shape in benchmark.shapes[device]:
         with tempfile.TemporaryDirectory() as folder:
             progress.print(f"{benchmark.name}: {describe(shape)}", style="dim", soft_wrap=True)
             benchmark.prepare(shape, Path(folder), device)
-            found: dict[str, list[dict[str, Any]]] = {way: [] for way in benchmark.ways}
+            found: dict[str, list[dict[str, Any]]] = {impl: [] for impl in benchmark.implementations}
             memory: dict[str, dict[str, Any]] = {}
             for repeat in range(repeats + 1):  # the last for the CPU's memory, whose allocator is slower then
-                for way in benchmark.ways:
-                    if any({"left_out", "failed"} & set(done) for done in found[way]):
+                for impl in benchmark.implementations:
+                    if any({"left_out", "failed"} & set(done) for done in found[impl]):
                         continue
-                    done = _in_a_process(way, shape, folder, device, for_memory=repeat == repeats)
+                    done = _in_a_process(impl, shape, folder, device, for_memory=repeat == repeats)
                     said = (
                         done.get("failed")
                         or done.get("left_out")
                         or f"{sum(r['seconds'] for r in done['rounds']):.1f} s"
                     )
-                    progress.print(f"  {way}, {repeat + 1} of {repeats + 1}: {said}", style="dim", soft_wrap=True)
+                    progress.print(f"  {impl}, {repeat + 1} of {repeats + 1}: {said}", style="dim", soft_wrap=True)
                     if repeat < repeats or "rounds" not in done:
-                        found[way].append(done)
+                        found[impl].append(done)
                     else:
-                        memory[way] = done
+                        memory[impl] = done
             rows += _rows(benchmark, shape, found, memory)
     return rows
 
 
-def _in_a_process(way: str, shape: Shape, folder: str, device: str, for_memory: bool) -> dict[str, Any]:
-    only = json.dumps({"way": way, "shape": shape, "folder": folder})
+def _in_a_process(impl: str, shape: Shape, folder: str, device: str, for_memory: bool) -> dict[str, Any]:
+    only = json.dumps({"impl": impl, "shape": shape, "folder": folder})
     surroundings = os.environ | {"HF_HUB_OFFLINE": "1"} | (GIVES_BACK if for_memory else {})
     return run_process([sys.argv[0], "--device", device, "--only", only], surroundings)
 
@@ -178,8 +178,8 @@ def _rows(
     benchmark: StageBenchmark, shape: Shape, found: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for way, runs in found.items():
-        row: dict[str, Any] = {"shape": shape, "way": way}
+    for impl, runs in found.items():
+        row: dict[str, Any] = {"shape": shape, "way": impl}  # `way`: the key in committed results
         bad = next((run for run in runs if "rounds" not in run), None)
         if bad is not None:
             if "failed" in bad:
@@ -192,7 +192,7 @@ def _rows(
         for name in ("tokens", "samples"):
             row[f"{name}_per_second"] = float(np.median([one[name] / one["seconds"] for one in rounds]))
         row["per_second_overall"] = sum(one["units"] for one in rounds) / sum(one["seconds"] for one in rounds)
-        row["extra_mebibytes"] = memory[way]["extra_mebibytes"]
+        row["extra_mebibytes"] = memory[impl]["extra_mebibytes"]
         row["values"] = [one["value"] for one in runs[0]["rounds"] if one["value"] is not None]
         row |= {key: value for key, value in runs[0].items() if key not in ("rounds", "extra_mebibytes")}
         first = next((other for other in rows if "failed" not in other), row)
@@ -207,13 +207,13 @@ def _rows(
 
 
 def tables(benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> Iterator[Table]:
-    """A table a shape; speed-up and memory are relative to the first way."""
+    """A table a shape; speed-up and memory are relative to the first implementation."""
     for shape in dict.fromkeys(describe(row["shape"]) for row in rows):
         title = f"{benchmark.name}: {shape}"
         shown = Table(title=title, title_justify="left", min_width=72)
         titles = (f"{benchmark.unit}/s", "20 to 80 %", "speed-up", "extra MiB", "memory", "difference")
-        for column in ("way", *titles):
-            shown.add_column(column, justify="left" if column == "way" else "right")
+        for column in ("implementation", *titles):
+            shown.add_column(column, justify="left" if column == "implementation" else "right")
         for row in (row for row in rows if describe(row["shape"]) == shape):
             if "failed" in row:
                 shown.add_row(row["way"], *[""] * (len(titles) - 1), "failed")
@@ -231,7 +231,7 @@ def tables(benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> Iterator[Ta
 
 
 def plot(path: Path, benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> None:
-    """Rate, memory and, where ways are compared by a value, its course; without matplotlib nothing."""
+    """Rate, memory and, where implementations are compared by a value, its course; without matplotlib nothing."""
     if not can_plot():
         return
     import matplotlib

@@ -29,7 +29,7 @@ Written by `python -m srcfast_benchmarks.summary` from the files in `benchmarks/
 **Stages**: the same work by srcfast and by peers, in processes run in turn. The rate is the median over rounds (steps, batches of
 samples) of all processes, beside it the 20th and 80th percentile. Memory is the peak beyond what was held when the stage began.
 
-**Operations**: time and memory are relative to the first way of each table: less is better. Milliseconds are medians of
+**Operations**: time and memory are relative to the first implementation of a table: less is better. Milliseconds are medians of
 forward and backward together (forward where there is no backward), with the 20th and 80th percentile; memory is the peak beyond
 the inputs. A *limit* does less than the operation.
 
@@ -134,7 +134,7 @@ def stage_section(name: str, device: str, result: dict[str, Any]) -> str:
     lines = [f"## {name}, {device}", "", where(result["machine"], device), ""]
     for shape, rows in by_shape(result).items():
         titles = [
-            "way",
+            "implementation",
             f"{unit}/s",
             "20 to 80 %",
             "speed-up",
@@ -165,10 +165,15 @@ def stage_section(name: str, device: str, result: dict[str, Any]) -> str:
 def operation_section(name: str, device: str, rows: list[dict[str, Any]]) -> str:
     """An operation on a device: a table a shape."""
     lines = [f"## {name}, {device}", "", where(rows[0], device), ""]
-    for shape, ways in ways_by_shape(rows).items():
-        lines += [f"{shape}:", "", "| way | ms | time | extra MiB | memory |", "| --- | --- | --- | --- | --- |"]
-        for way, row in ways.items():
-            title = f"{way} (limit)" if row["limit"] == "True" else way
+    for shape, implementations in rows_by_shape(rows).items():
+        lines += [
+            f"{shape}:",
+            "",
+            "| implementation | ms | time | extra MiB | memory |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for impl, row in implementations.items():
+            title = f"{impl} (limit)" if row["limit"] == "True" else impl
             if row.get("failed"):
                 lines.append(f"| {title} | failed | | | |")
                 continue
@@ -180,13 +185,13 @@ def operation_section(name: str, device: str, rows: list[dict[str, Any]]) -> str
     return "\n".join(lines)
 
 
-def ways_by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By shape and way the row of forward and backward together."""
+def rows_by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By shape and implementation the row of forward and backward together."""
     machine = {key for key in rows[0] if key in MACHINE}
     own = [{key: value for key, value in row.items() if key not in machine} for row in rows]
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for shape, way, modes in grouped(own):
-        found.setdefault(shape, {})[way] = modes[-1]
+    for shape, impl, modes in grouped(own):
+        found.setdefault(shape, {})[impl] = modes[-1]
     return found
 
 
@@ -211,26 +216,27 @@ def ratios() -> str:
 
 
 def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]:
-    """A line for each of srcfast's ways against each peer, and one for all four stages together."""
+    """A line for each of srcfast's implementations against each peer, and one for all four stages together."""
     lines = [
         "| stage | srcfast | peer | times as fast | rates | extra memory, of the peer's | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, result in stages.items():
         for shape, rows in by_shape(result).items():
+            # `way`: the key of an implementation in committed results, as in all rows below.
             ours, peers = ([row for row in rows if row["way"].startswith(OURS) == is_ours] for is_ours in (True, False))
             title = f"{name}: {shape}" if len(by_shape(result)) > 1 else name
             for own, peer in product(ours, peers):
                 rates = [one["per_second"] for one in (own, peer)]
                 memory = [one["extra_mebibytes"] for one in (own, peer)]
-                way = own["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
-                cells = [title, way, peer["way"], f"**{rates[0] / rates[1]:.1f}**"]
+                impl = own["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
+                cells = [title, impl, peer["way"], f"**{rates[0] / rates[1]:.1f}**"]
                 cells += [f"{number(rates[0])}, {number(rates[1])} {result['unit']}/s"]
                 cells += [f"{memory[0] / max(memory[1], 1.0):.2f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     if set(stages) == set(STAGES):
         rates = through_all(stages)
-        cells = ["**a sample through all four**", "its way that does all of the work", "the fastest of each"]
+        cells = ["**a sample through all four**", "the one that does all of the work", "the fastest of each"]
         cells += [f"**{rates[0] / rates[1]:.1f}**", f"{number(rates[0])}, {number(rates[1])} samples/s", "", ""]
         lines.insert(2, f"| {' | '.join(cells)} |")
     machines = [result["machine"] for result in stages.values()]
@@ -240,17 +246,19 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
 def operations_in_short(operations: dict[str, list[dict[str, Any]]], device: str) -> list[str]:
     """A line an operation and shape: time and memory as shares of PyTorch's (or transformers'), and of the fastest peer's."""
     lines = [
-        "| operation | shape | time, of PyTorch's | memory, of PyTorch's | fastest other way | time, of its |",
+        "| operation | shape | time, of PyTorch's | memory, of PyTorch's | fastest other implementation | time, of its |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, rows in operations.items():
-        for shape, ways in ways_by_shape(rows).items():
-            good = {way: row for way, row in ways.items() if not row.get("failed") and row["limit"] != "True"}
+        for shape, implementations in rows_by_shape(rows).items():
+            good = {
+                impl: row for impl, row in implementations.items() if not row.get("failed") and row["limit"] != "True"
+            }
             ours = good.get(OURS)
-            others = {way: float(row["milliseconds"]) for way, row in good.items() if not way.startswith(OURS)}
+            others = {impl: float(row["milliseconds"]) for impl, row in good.items() if not impl.startswith(OURS)}
             if ours is None or not others:
                 continue
-            fastest = min(others, key=lambda way: others[way])
+            fastest = min(others, key=lambda impl: others[impl])
             share = float(ours["milliseconds"]) / others[fastest]
             shown = f"{share:.2f}" + (" (loses)" if share > 1.0 else "")
             memory = ours.get("memory_ratio") or ""
@@ -264,7 +272,7 @@ def operations_in_short(operations: dict[str, list[dict[str, Any]]], device: str
 
 
 def headline(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row of srcfast's way that does all of a stage's work, and that of the fastest peer, both at the first shape."""
+    """Return srcfast's row that does all of a stage's work, and that of the fastest peer, both at the first shape."""
     rows = next(iter(by_shape(result).values()))
     ours = next(row for row in rows if row["way"] == result["headline"])
     peers = [row for row in rows if not row["way"].startswith(OURS)]
@@ -291,8 +299,8 @@ def performance() -> str:
         for name, result in stages.items():
             ours, peer = headline(result)
             rates = [row["samples_per_second"] for row in (ours, peer)]
-            way = ours["way"].removeprefix(OURS).removeprefix(", ")
-            cells = [f"{name}, {way}" if way else name, number(rates[0]), f"{number(rates[1])} ({peer['way']})"]
+            impl = ours["way"].removeprefix(OURS).removeprefix(", ")
+            cells = [f"{name}, {impl}" if impl else name, number(rates[0]), f"{number(rates[1])} ({peer['way']})"]
             parts.append(f"| {' | '.join(cells)} | {rates[0] / rates[1]:.1f} |")
         if set(stages) == set(STAGES):
             rates = through_all(stages)

@@ -43,7 +43,10 @@ def liger(inputs: Inputs) -> Run:
 
 
 BENCHMARK = Benchmark(
-    name="swiglu", shapes=SHAPES, inputs=inputs, ways={"transformers": torch_swiglu, "srcfast": srcfast, "liger": liger}
+    name="swiglu",
+    shapes=SHAPES,
+    inputs=inputs,
+    implementations={"transformers": torch_swiglu, "srcfast": srcfast, "liger": liger},
 )
 
 if __name__ == "__main__":

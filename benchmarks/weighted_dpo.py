@@ -45,7 +45,7 @@ def inputs(shape: Shape, device: str) -> Inputs:
 
 
 def full_logits(inputs: Inputs) -> Run:
-    """PyTorch's usual way: all logits, in fp32 from there on."""
+    """PyTorch as it is usually written: all logits, in fp32 from there on."""
     hidden, weight, targets, _, references, confidence = inputs.values()
 
     def run() -> Tensor:
@@ -113,7 +113,7 @@ BENCHMARK = Benchmark(
     name="weighted_dpo",
     shapes=SHAPES,
     inputs=inputs,
-    ways={
+    implementations={
         "torch": full_logits,
         "srcfast": srcfast,
         "srcfast in two calls": srcfast_two_calls,

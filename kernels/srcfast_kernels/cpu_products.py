@@ -1,4 +1,4 @@
-"""Matrix products for forward and backward passes written by hand: on a CPU oneDNN's in fp32, PyTorch's everywhere else.
+"""Compute matrix products for forward and backward passes written by hand: on a CPU oneDNN's in fp32, PyTorch's everywhere else.
 
 PyTorch multiplies fp32 matrices by MKL, which takes its AVX-512 kernels on Intel's processors only: on AMD's Zen 5 oneDNN's
 take less than half the time. No gradient goes through any of these.
@@ -20,24 +20,24 @@ for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias. x: [..., in], weight: [out, in], bias: [out]."""
+    """Compute x W^T + bias. x: [..., in], weight: [out, in], bias: [out]."""
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b. a: [n, k], b: [k, m]."""
+    """Compute a b. a: [n, k], b: [k, m]."""
     return linear(a, b.T) if _by_onednn(a, b) else a @ b
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a b. total: [n, m], a: [n, k], b: [k, m]."""
+    """Add a b to total in place. total: [n, m], a: [n, k], b: [k, m]."""
     return total.add_(product(a, b)) if _by_onednn(a, b) else total.addmm_(a, b)
 
 
 def thin_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, where b [k, m] has few columns; the result [n, m] may be a transposed matrix.
+    """Compute a b, where b [k, m] has few columns; the result [n, m] may be a transposed matrix.
 
     MKL's products with 8 columns take a third to a sixth of the time as b^T a^T; a GPU's would lie unaligned, and so would
     oneDNN's where `a` is no transpose itself.

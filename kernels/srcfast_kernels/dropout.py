@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of a row's key, a layer and a column, so that no packing, rank or second run changes it.
 
-A mask's bits are a hash in 32-bit integers, the same in every home: the row's words from its key and the layer, each by Wellons'
-two-round mixer ("lowbias32", https://nullprogram.com/blog/2018/07/31/), then that mixer over the columns.
+A mask's bits are a hash in 32-bit integers, the same by every backend: the row's words from its key and the layer, each by
+Wellons' two-round mixer ("lowbias32", https://nullprogram.com/blog/2018/07/31/), then that mixer over the columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPREAD = tl.constexpr(0x9E3779B9)  # 2^32 over the golden ratio: keeps neighbour
 
 
 def dropout(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
-    """x with a share of its values at nought, the others over 1 - share; backward makes the mask again instead of keeping it.
+    """Set a share of x to 0 and divide the rest by 1 - share; backward computes the mask again instead of storing it.
 
     Args:
         x: [T, C].
@@ -38,12 +38,12 @@ def dropout(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
 
 
 def dropout_product(x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor) -> Tensor:
-    """dropout(x) weight^T, [T, r] for a weight [r, C]; it keeps x, which linears of one input share, not what is left of it."""
+    """Compute dropout(x) weight^T, [T, r], for a weight [r, C]. It saves x, which linears share, not the masked x."""
     return _DropoutProduct.apply(x, keys, layer, share, weight, backend_for(x))
 
 
 def dropout_reference(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:
-    """`dropout` in whole numbers of 64 bits, cut to 32 after each step."""
+    """Compute `dropout` by its definition, in integers of 64 bits, cut to 32 after each step."""
     low, high = keys & 0xFFFFFFFF, (keys >> 32) & 0xFFFFFFFF  # [T] each
     first = _mixed_reference(low + layer & 0xFFFFFFFF)
     second = _mixed_reference(high ^ first)
@@ -62,29 +62,31 @@ def _mixed_reference(words: Tensor) -> Tensor:
 
 
 def threshold(share: float) -> int:
-    """Of 2^32 signed numbers those below are dropped."""
+    """Return the signed 32-bit number below which a hash means: drop."""
     return round(share * 2**32) - 2**31
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, home: Backend) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, backend: Backend) -> Tensor:
         ctx.save_for_backward(keys)
-        ctx.layer, ctx.share, ctx.home = layer, share, home
-        return dropped([x], keys, layer, share, home)[0]
+        ctx.layer, ctx.share, ctx.backend = layer, share, backend
+        return dropped([x], keys, layer, share, backend)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (keys,) = ctx.saved_tensors
-        return dropped(gradients, keys, ctx.layer, ctx.share, ctx.home)[0], None, None, None, None
+        return dropped(gradients, keys, ctx.layer, ctx.share, ctx.backend)[0], None, None, None, None
 
 
 class _DropoutProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor, home: Backend) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, keys: Tensor, layer: int, share: float, weight: Tensor, backend: Backend
+    ) -> Tensor:
         ctx.save_for_backward(x, keys, weight)
-        ctx.layer, ctx.share, ctx.home = layer, share, home
-        return thin_product(dropped([x], keys, layer, share, home)[0], weight.T)
+        ctx.layer, ctx.share, ctx.backend = layer, share, backend
+        return thin_product(dropped([x], keys, layer, share, backend)[0], weight.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,17 +97,17 @@ class _DropoutProduct(torch.autograd.Function):
             wanted.append(gradient @ weight.to(gradient.dtype))
         if ctx.needs_input_grad[4]:
             wanted.append(x)
-        made = dropped(wanted, keys, ctx.layer, ctx.share, ctx.home)
+        made = dropped(wanted, keys, ctx.layer, ctx.share, ctx.backend)
         grad_x = made[0] if ctx.needs_input_grad[0] else None
         grad_weight = product(gradient.T, made[-1].to(gradient.dtype)) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_weight, None
 
 
-def dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float, home: Backend) -> list[Tensor]:
-    """`dropout` without a graph, of several [T, C] under one mask: of x, or of the result's gradient."""
-    if home == "reference":
+def dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float, backend: Backend) -> list[Tensor]:
+    """Apply `dropout` without a graph to several [T, C] under one mask: to x, or to the gradient of the result."""
+    if backend == "reference":
         return [dropout_reference(x, keys, layer, share) for x in xs]
-    if home == "triton":
+    if backend == "triton":
         return [_dropped_triton(x.contiguous(), keys, layer, share) for x in xs]
     return _dropped(xs, keys, layer, share)
 
@@ -130,7 +132,7 @@ def _dropped(xs: Sequence[Tensor], keys: Tensor, layer: int, share: float) -> li
 
 
 def _row_words(keys: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Two words [T] int32 of each row in this layer."""
+    """Hash each row's key and the layer to two words [T] int32."""
     low, high = (keys << 32 >> 32).int(), (keys >> 32).int()
     first = _mixed(low.add_(layer))
     return first, _mixed(high.bitwise_xor_(first))
@@ -144,7 +146,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 def _shift_xor(words: Tensor, by: int, shifted: Tensor) -> Tensor:
-    """words ^= words >> by, unsigned; int32 shifts with its sign, which is cut off."""
+    """Compute words ^= words >> by in place, unsigned: int32 shifts with its sign, which is masked."""
     torch.bitwise_right_shift(words, by, out=shifted)
     return words.bitwise_xor_(shifted.bitwise_and_((1 << 32 - by) - 1))
 
@@ -172,7 +174,7 @@ def dropout_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for some columns of one row. Unsigned: shifts bring in noughts, products wrap."""
+    """Drop values of some columns of one row (a program). Unsigned: shifts bring in zeros, products wrap."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -184,8 +186,8 @@ def dropout_kernel(
     bits = ((bits ^ (bits >> 16)) * FIRST) ^ second
     bits = (bits ^ (bits >> 15)) * SECOND
     x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(ACC)
-    kept = tl.where(bits.to(tl.int32, bitcast=True) >= THRESHOLD, x * SCALE, 0.0)
-    tl.store(out_ptr + row * size + column, kept.to(out_ptr.dtype.element_ty), mask=inside)
+    value = tl.where(bits.to(tl.int32, bitcast=True) >= THRESHOLD, x * SCALE, 0.0)
+    tl.store(out_ptr + row * size + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _dropped_triton(x: Tensor, keys: Tensor, layer: int, share: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of two tensors gathered by one index; their gradients summed over the copies in a fixed order, without atomics."""
+"""Gather rows of two tensors by one index; sum their gradients over the copies in a fixed order, without atomics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPIES = 4  # of a row that are read at once, so that a much shared row doesn't 
 
 @dataclass(frozen=True)
 class RowCopies:
-    """What is gathered, and where each row's copies are, so that backward needs no atomics.
+    """The rows to gather, and the positions of each row's copies, so that backward needs no atomics.
 
     `index` is [K] int32: the row that each gathered row copies. Row t's copies are the gathered rows
     `places[starts[t]:starts[t + 1]]`, ascending; `starts` is [T + 1] and `places` [K], both int32.
@@ -31,26 +31,26 @@ class RowCopies:
 
     @classmethod
     def of(cls, index: Tensor, rows: int) -> RowCopies:
-        """Of an index [K] into `rows` rows. Some rows may have no copy."""
+        """Build them from an index [K] into `rows` rows. Some rows may have no copy."""
         starts = torch.zeros(rows + 1, dtype=torch.int32, device=index.device)
         torch.cumsum(torch.bincount(index, minlength=rows), 0, out=starts[1:])
         return cls(index.int(), starts, index.sort(stable=True).indices.int())
 
 
 def gather_rows(keys: Tensor, values: Tensor, copies: RowCopies) -> tuple[Tensor, Tensor]:
-    """keys[index] and values[index], both [T, H, d] -> [K, H, d]; differentiable.
+    """Return keys[index] and values[index], both [T, H, d] -> [K, H, d]; differentiable.
 
     A row's gradient is the sum over its copies in the order of `copies.places`, in fp32 (fp64 for fp64), rounded once.
     """
-    home = backend_for(keys)
-    if home == "reference":
+    backend = backend_for(keys)
+    if backend == "reference":
         return gather_rows_reference(keys, copies.index), gather_rows_reference(values, copies.index)
-    function = _GatherRowsTriton if home == "triton" else _GatherRows
+    function = _GatherRowsTriton if backend == "triton" else _GatherRows
     return function.apply(keys, values, copies)
 
 
 def gather_rows_reference(x: Tensor, index: Tensor) -> Tensor:
-    """One tensor of `gather_rows`, its gradient left to autograd."""
+    """Gather one tensor as `gather_rows` does, its gradient left to autograd."""
     return x[index]
 
 
@@ -86,16 +86,16 @@ def gather_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for some columns of some gathered rows."""
+    """Gather some columns of some rows (a program)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None]
     inside = (row < num_rows) & (column < row_size)
     source = tl.load(index_ptr + row, mask=row < num_rows, other=0).to(tl.int64)
     keys = tl.load(keys_ptr + source * keys_stride + column, mask=inside)
     values = tl.load(values_ptr + source * values_stride + column, mask=inside)
-    place = row.to(tl.int64) * row_size + column
-    tl.store(out_keys_ptr + place, keys, mask=inside)
-    tl.store(out_values_ptr + place, values, mask=inside)
+    offset = row.to(tl.int64) * row_size + column
+    tl.store(out_keys_ptr + offset, keys, mask=inside)
+    tl.store(out_values_ptr + offset, values, mask=inside)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def gather_rows_backward_kernel(
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for some columns of one row: it alone reads the row's copies and writes their sum."""
+    """Sum some columns of one row (a program): it alone reads the row's copies and writes their sum."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < row_size
@@ -122,11 +122,11 @@ def gather_rows_backward_kernel(
     end = tl.load(starts_ptr + row + 1)
     for begin in range(tl.load(starts_ptr + row), end, COPIES):
         copy = begin + tl.arange(0, COPIES)
-        place = tl.load(places_ptr + copy, mask=copy < end, other=0).to(tl.int64)[:, None]
+        position = tl.load(places_ptr + copy, mask=copy < end, other=0).to(tl.int64)[:, None]
         present = (copy < end)[:, None] & inside[None]
-        part = tl.load(gradient_keys_ptr + place * keys_stride + column[None], mask=present, other=0.0)
+        part = tl.load(gradient_keys_ptr + position * keys_stride + column[None], mask=present, other=0.0)
         keys += tl.sum(part.to(ACC), 0)
-        part = tl.load(gradient_values_ptr + place * values_stride + column[None], mask=present, other=0.0)
+        part = tl.load(gradient_values_ptr + position * values_stride + column[None], mask=present, other=0.0)
         values += tl.sum(part.to(ACC), 0)
     out = row * row_size + column
     tl.store(out_keys_ptr + out, keys.to(out_keys_ptr.dtype.element_ty), mask=inside)
@@ -188,11 +188,11 @@ class _GatherRowsTriton(torch.autograd.Function):
 
 
 def backward_warps(block: int) -> int:
-    """So few that a thread has its columns of all copies, and their sum needs no other thread: eight columns each."""
+    """Return so few warps that a thread holds eight columns of all copies, and their sum needs no other thread."""
     return max(1, block // 256)
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[n, H, d] -> [n, H * d], rows contiguous: a view wherever only the distance between rows is unusual."""
+    """Reshape [n, H, d] to [n, H * d] with contiguous rows: a view wherever only the distance between rows is unusual."""
     flat = x.flatten(1)
     return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under a linear head, without the [T, V] logits of all rows at once.
+"""Compute log-probabilities of targets under a linear head, without the [T, V] logits of all rows at once.
 
     logps_t = x_{t y_t} - log sum_v exp x_tv,        x = cap(scale (h W^T + bias))
 
@@ -32,7 +32,7 @@ BLOCK = 4096  # columns that a row's program handles at a time
 
 
 class HeadSettings(NamedTuple):
-    """What a head does to its logits, and the target that doesn't count."""
+    """How a head transforms its logits, and the target that doesn't count."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -50,7 +50,7 @@ def linear_logprob(
     ignore_index: int = -100,
     method: Literal["chunked", "tiled"] = "chunked",
 ) -> Tensor:
-    """log softmax(logits)[target] for logits = scale * (hidden W^T + bias), soft-capped as softcap * tanh(x / softcap).
+    """Compute log softmax(logits)[target] for logits = scale * (hidden W^T + bias), soft-capped as softcap * tanh(x / softcap).
 
     Args:
         hidden: [T, D].
@@ -68,13 +68,13 @@ def linear_logprob(
         ValueError: the head is to be trained by tiles.
     """
     settings = HeadSettings(logit_scale, softcap, ignore_index)
-    home = backend_for(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):  # its own casts decide what is rounded
-        if home == "reference":
+    backend = backend_for(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # the casts below decide what is rounded
+        if backend == "reference":
             return linear_logprob_reference(hidden, weight, targets, bias=bias, **settings._asdict())
-        if home == "triton" and method == "tiled":
+        if backend == "triton" and method == "tiled":
             return linear_logprob_tiled(hidden, weight, targets, bias, *settings)
-        return _LinearLogprob.apply(hidden, weight, targets, bias, settings, home, torch.is_grad_enabled())
+        return _LinearLogprob.apply(hidden, weight, targets, bias, settings, backend, torch.is_grad_enabled())
 
 
 def linear_logprob_reference(
@@ -87,15 +87,15 @@ def linear_logprob_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """`linear_logprob` in plain PyTorch, with all logits at once."""
+    """Compute `linear_logprob` in plain PyTorch, with all logits at once."""
     dtype = _compute_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     logits = logit_scale * (logits if bias is None else logits + bias.to(dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    kept = targets != ignore_index
-    logps = logits.log_softmax(-1).gather(-1, targets.where(kept, 0)[:, None])[:, 0]
-    return logps.where(kept, 0.0)
+    counted = targets != ignore_index
+    logps = logits.log_softmax(-1).gather(-1, targets.where(counted, 0)[:, None])[:, 0]
+    return logps.where(counted, 0.0)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -107,11 +107,11 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor,
         bias: Tensor | None,
         settings: HeadSettings,
-        home: Backend,
+        backend: Backend,
         differentiated: bool,
     ) -> Tensor:
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]  # whatever the mode
-        ctx.settings, ctx.home = settings, home
+        ctx.settings, ctx.backend = settings, backend
         logps = torch.empty(len(targets), dtype=_compute_dtype(hidden), device=hidden.device)  # [T]
         ctx.frozen_head = not (needs_weight or needs_bias)
         stashed = differentiated and needs_hidden and ctx.frozen_head
@@ -120,7 +120,7 @@ class _LinearLogprob(torch.autograd.Function):
         for rows in _chunks(len(targets), weight):
             logits = buffer = head_logits(hidden[rows], weight, buffer)  # [n, V]
             logps[rows], residual = _rows(
-                home, logits, targets[rows], bias, settings, None if stash is None else weight.dtype
+                backend, logits, targets[rows], bias, settings, None if stash is None else weight.dtype
             )
             if stash is not None and residual is not None:
                 stash[rows] = product(residual, weight).to(stash.dtype)
@@ -138,7 +138,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """With a head that is trained: logits once more, and every gradient that is asked for; the head's in fp32."""
+    """Compute the requested gradients for a trained head, from logits computed once more; the head's in fp32."""
     hidden, weight, targets, bias = ctx.saved_tensors
     needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     dtype = _compute_dtype(hidden)
@@ -150,7 +150,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     buffer = None
     for rows in _chunks(len(targets), weight):
         logits = buffer = head_logits(hidden[rows], weight, buffer)  # [n, V]
-        _, residual = _rows(ctx.home, logits, targets[rows], bias, ctx.settings, factor_dtype, gradient[rows])
+        _, residual = _rows(ctx.backend, logits, targets[rows], bias, ctx.settings, factor_dtype, gradient[rows])
         assert residual is not None
         if grad_hidden is not None:
             grad_hidden[rows] = product(residual.to(weight.dtype), weight).to(hidden.dtype)
@@ -170,7 +170,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _rows(
-    home: Backend,
+    backend: Backend,
     logits: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -178,8 +178,8 @@ def _rows(
     residual_dtype: torch.dtype | None,
     coefficient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of logits h W^T [n, V] the logps [n] and, written over them, coefficient_t d logp_t / d (h_t W^T) [n, V]."""
-    launch = _rows_triton if home == "triton" else _rows_torch
+    """Compute logps [n] from logits h W^T [n, V] and, written over them, coefficient_t d logp_t / d (h_t W^T) [n, V]."""
+    launch = _rows_triton if backend == "triton" else _rows_torch
     return launch(logits, targets, bias, settings, residual_dtype, coefficient)
 
 
@@ -196,24 +196,24 @@ def _rows_torch(
     for start in range(0, len(targets), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         x, slope = _scaled_and_capped(logits[rows], bias, settings)
-        kept = targets[rows] != settings.ignore_index
-        at_target = targets[rows].where(kept, 0)[:, None]
+        counted = targets[rows] != settings.ignore_index
+        at_target = targets[rows].where(counted, 0)[:, None]
         x = torch.log_softmax(x, -1, out=x)
         # Rounding may put a certain token a hair above 0; a log-probability never is.
-        logps[rows] = x.gather(-1, at_target)[:, 0].clamp(max=0.0).where(kept, 0.0)
+        logps[rows] = x.gather(-1, at_target)[:, 0].clamp(max=0.0).where(counted, 0.0)
         if residual is not None:
             x.exp_().scatter_add_(-1, at_target, x.new_full(at_target.shape, -1.0))  # p - onehot
             if slope is not None:
                 x *= slope
-            factor = kept.to(x.dtype) * -settings.logit_scale
+            factor = counted.to(x.dtype) * -settings.logit_scale
             x *= (factor if coefficient is None else factor * coefficient[rows])[:, None]
-            # In bf16 it takes the first half of its own logits' bytes, hence the copy that `to` makes.
+            # In bf16 it takes the first half of the logits' bytes, hence the copy that `to` makes.
             residual[rows] = x.to(residual_dtype)
     return logps, residual
 
 
 def _scaled_and_capped(logits: Tensor, bias: Tensor | None, settings: HeadSettings) -> tuple[Tensor, Tensor | None]:
-    """Logits as the head gives them, in place where possible, and the slope of the cap."""
+    """Scale and cap logits as the head does, in place where possible; return them and the slope of the cap."""
     if bias is not None:
         logits += bias.to(logits.dtype)
     if settings.logit_scale != 1.0:
@@ -244,11 +244,11 @@ def logprob_rows_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: an online maximum and sum a column of the block, then the residual over the logits."""
+    """Process one row (a program): an online maximum and sum for each column of the block, then the residual over the logits."""
     row = tl.program_id(0).to(tl.int64)  # rows x V may exceed 2^31
     logits_ptr += row * logits_stride
     target = tl.load(targets_ptr + row)
-    kept = target != ignore_index
+    counted = target != ignore_index
     largest = tl.full((BLOCK,), float("-inf"), ACC)
     total = tl.zeros((BLOCK,), ACC)
     at_target = tl.zeros((BLOCK,), ACC)
@@ -266,10 +266,10 @@ def logprob_rows_kernel(
     lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
     # Rounding may put a certain token a hair above 0; a log-probability never is.
     logp = tl.minimum(tl.sum(at_target, 0) - lse, 0.0)
-    tl.store(logps_ptr + row, tl.where(kept, logp, 0.0))
+    tl.store(logps_ptr + row, tl.where(counted, logp, 0.0))
     if WRITE_RESIDUAL:
         residual_ptr += row * residual_stride
-        factor = tl.where(kept, 1.0, 0.0).to(ACC) * LOGIT_SCALE
+        factor = tl.where(counted, 1.0, 0.0).to(ACC) * LOGIT_SCALE
         if HAS_COEFFICIENT:
             factor *= tl.load(coefficient_ptr + row).to(ACC)
         for start in range(0, vocabulary, BLOCK):
@@ -279,7 +279,7 @@ def logprob_rows_kernel(
             residual = (tl.where(columns == target, 1.0, 0.0) - tl.exp(x - lse)) * factor
             if SOFTCAP != 0.0:
                 residual *= 1.0 - (x / SOFTCAP) * (x / SOFTCAP)
-            # In bf16 the residual takes the first half of its own logits' bytes: all threads have read before one writes.
+            # In bf16 the residual takes the first half of the row's logits: all threads have read before one writes.
             tl.debug_barrier()
             tl.store(residual_ptr + columns, residual.to(residual_ptr.dtype.element_ty), mask=inside)
 
@@ -339,7 +339,7 @@ def _rows_triton(
 
 
 def head_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """h W^T [n, V] in fp32 (fp64 of fp64) whatever the inputs' type, so that no logit is rounded to 16 bits.
+    """Compute h W^T [n, V] in fp32 (fp64 for fp64) whatever the inputs' type, so that no logit is rounded to 16 bits.
 
     Args:
         hidden: [n, D].
@@ -366,18 +366,18 @@ def _multiplies_halves(weight: Tensor) -> bool:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in total's type."""
+    """Add a b to total in place, summed in total's type."""
     if a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    for start in range(0, len(total), COLUMNS):  # whose product is a buffer of its own on a CPU
+    for start in range(0, len(total), COLUMNS):  # some rows at a time: on a CPU the product needs a buffer
         part = slice(start, start + COLUMNS)
         add_product(total[part], a[part], b)
 
 
 def _chunks(rows: int, weight: Tensor) -> list[slice]:
-    elements, least = (GPU_CHUNK_ELEMENTS, 1) if weight.is_cuda else (CHUNK_ELEMENTS, LEAST_CHUNK_ROWS)
-    size = max(least, elements // max(1, len(weight)))
+    elements, min_rows = (GPU_CHUNK_ELEMENTS, 1) if weight.is_cuda else (CHUNK_ELEMENTS, LEAST_CHUNK_ROWS)
+    size = max(min_rows, elements // max(1, len(weight)))
     if size > 128:
         size -= size % 128  # whole tiles of the GEMM
     return [slice(start, start + size) for start in range(0, rows, size)]

@@ -1,8 +1,8 @@
-"""`linear_logprob` without logits in device memory, not even a chunk of them: every tile lives and dies on the chip.
+"""Compute `linear_logprob` without logits in device memory, not even a chunk of them: every tile stays on the chip.
 
-The vocabulary is split over programs; each keeps a running maximum and sum of its part, and the parts are reduced in a fixed
+The vocabulary is split over programs; each has a running maximum and sum of its part, and the parts are reduced in a fixed
 order: no locks, no atomics, the same bits every time. Backward computes each tile once more (three products in all, against
-two of the chunked way) and sums its gradients in fp32, one partial a split. For frozen heads only.
+two of the chunked method) and sums its gradients in fp32, one partial a split. For frozen heads only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTIAL_BYTES = 256 << 20  # at most, of the gradient's partials
 
 
 class Tiles(NamedTuple):
-    """What a program holds: rows x columns of logits, `depth` of the hidden size at a time."""
+    """The sizes of a program's tile: rows x columns of logits, `depth` of the hidden size at a time."""
 
     rows: int
     columns: int
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(dtype: torch.dtype, architecture: int) -> Tiles:
-    """The largest that no GPU of this architecture (90 for sm_90) spills; fp32 and fp64 are for checks."""
+    """Return the largest tiles that no GPU of this architecture (90 for sm_90) spills; fp32 and fp64 are for checks."""
     if dtype not in (torch.bfloat16, torch.float16):
         return Tiles(32, 32, 16, 4, 2)
     return Tiles(128, 64 if architecture >= 100 else 128, 64, 8, 3)
@@ -51,7 +51,7 @@ def linear_logprob_tiled(
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
-    """`linear_logprob` [T] for hidden [T, D] and a frozen head [V, D]; arguments as there.
+    """Compute `linear_logprob` [T] for hidden [T, D] and a frozen head [V, D]; arguments as there.
 
     Raises:
         ValueError: the head or its bias wants a gradient.
@@ -86,30 +86,30 @@ class _Tiled(torch.autograd.Function):
         largest, total, at_target = parts
         top = largest.amax(0)
         lse = top + ((largest - top).exp() * total).sum(0).log()  # [T]
-        kept = targets != ignore_index
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, kept)
+        counted = targets != ignore_index
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, counted)
         ctx.head = logit_scale, softcap
         # Rounding may put a certain token a hair above 0; a log-probability never is.
-        return (at_target.sum(0) - lse).clamp(max=0.0).where(kept, 0.0)
+        return (at_target.sum(0) - lse).clamp(max=0.0).where(counted, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, counted = ctx.saved_tensors
         logit_scale, softcap = ctx.head
         rows, size = hidden.shape
         tiles = _tiles(weight)
         splits, columns = _splits(rows, len(weight), tiles, PARTIAL_BYTES // max(1, rows * size * lse.element_size()))
         partial = torch.empty(splits, rows, size, dtype=lse.dtype, device=hidden.device)
         if rows:
-            coefficient = gradients[0].to(lse.dtype).where(kept, 0.0) * logit_scale  # [T]
+            coefficient = gradients[0].to(lse.dtype).where(counted, 0.0) * logit_scale  # [T]
             last = (logit_scale, softcap, lse, coefficient)
             _launch(tile_backward_kernel, hidden, weight, bias, targets, partial, columns, splits, *last)
         return (partial.sum(0).to(hidden.dtype), *[None] * 6)
 
 
-def _splits(rows: int, vocabulary: int, tiles: Tiles, most: int = PROGRAMS) -> tuple[int, int]:
-    """Parts of the vocabulary, and columns of each, whole tiles."""
-    wanted = max(1, min(PROGRAMS // max(1, triton.cdiv(rows, tiles.rows)), most))
+def _splits(rows: int, vocabulary: int, tiles: Tiles, max_splits: int = PROGRAMS) -> tuple[int, int]:
+    """Return the number of parts of the vocabulary, and the columns of each, whole tiles."""
+    wanted = max(1, min(PROGRAMS // max(1, triton.cdiv(rows, tiles.rows)), max_splits))
     columns = triton.cdiv(triton.cdiv(vocabulary, wanted), tiles.columns) * tiles.columns
     return triton.cdiv(vocabulary, columns), columns
 
@@ -175,7 +175,7 @@ def tile_forward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One program for some rows and a part of the vocabulary: largest logit, sum of exponentials, target's logit."""
+    """Reduce some rows over a part of the vocabulary (a program): largest logit, sum of exponentials, target's logit."""
     first = tl.program_id(0) * ROWS
     rows = tl.arange(0, ROWS)
     inside_rows = first + rows < num_rows
@@ -232,7 +232,7 @@ def tile_backward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The same tiles again; (onehot - p) W of a part of the vocabulary, summed in the program's own partial."""
+    """Compute the same tiles again, and sum (onehot - p) W over a part of the vocabulary in the program's partial."""
     first = tl.program_id(0) * ROWS
     rows = tl.arange(0, ROWS)
     inside_rows = first + rows < num_rows
@@ -262,12 +262,12 @@ def tile_backward_kernel(
             depth = begin + tl.arange(0, DEPTH)
             inside_depth = True if WHOLE else (depth < size)[None]
             w = tl.load(weight_tile + near[:, None] * size + depth[None], mask=inside_depth, other=0.0)
-            place = partial_ptr + rows[:, None] * size + depth[None]
+            pointers = partial_ptr + rows[:, None] * size + depth[None]
             mask = inside_rows[:, None] & inside_depth
             so_far = tl.zeros((ROWS, DEPTH), ACC)
             if start > split * split_columns:
-                so_far = tl.load(place, mask=mask, other=0.0)
-            tl.store(place, tl.dot(residual, w, so_far, input_precision=PRECISION, out_dtype=ACC), mask=mask)
+                so_far = tl.load(pointers, mask=mask, other=0.0)
+            tl.store(pointers, tl.dot(residual, w, so_far, input_precision=PRECISION, out_dtype=ACC), mask=mask)
         # The next tile's loads of the partial may be other threads' than these stores.
         tl.debug_barrier()
 
@@ -291,7 +291,7 @@ def _tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile of logits [ROWS, COLUMNS], scaled and capped."""
+    """Compute a tile of logits [ROWS, COLUMNS], scaled and capped."""
     x = tl.zeros((ROWS, COLUMNS), ACC)
     for begin in range(0, size, DEPTH):
         depth = begin + tl.arange(0, DEPTH)

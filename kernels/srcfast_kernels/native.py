@@ -1,4 +1,4 @@
-"""The native library of csrc/: loaded where it was built, done without elsewhere."""
+"""Load the native library of csrc/ where it was built; everything works without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILD = "pip install 'setuptools>=77,<82' && pip install --no-build-isolation --
 
 @cache
 def why_not() -> str | None:
-    """Why `torch.ops.srcfast` is not there; None where it is. SRCFAST_NATIVE=0 does without."""
+    """Return why `torch.ops.srcfast` is missing, or None where it is loaded. SRCFAST_NATIVE=0 turns it off."""
     if os.environ.get("SRCFAST_NATIVE") == "0":
         return "SRCFAST_NATIVE=0"
     if not LIBRARY.is_file():
@@ -32,5 +32,5 @@ def why_not() -> str | None:
 
 
 def available() -> bool:
-    """Whether the native operations can be called."""
+    """Return whether the native operations can be called."""
     return why_not() is None

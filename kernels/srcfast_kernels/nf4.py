@@ -1,4 +1,4 @@
-"""NF4: four bits a weight, and eight bits of every block's scale (QLoRA: Dettmers et al., 2023, arXiv 2305.14314).
+"""Quantise to NF4: four bits a weight, and eight bits of every block's scale (QLoRA: Dettmers et al., 2023, arXiv 2305.14314).
 
 A weight is cut into blocks; each is divided by its largest magnitude `absmax` and every value becomes the nearest of 16
 quantiles of the normal distribution. Double quantisation then writes the `absmax` of 256 blocks, less the mean of all,
@@ -67,7 +67,7 @@ class NF4Weight:
 
     @property
     def num_bytes(self) -> int:
-        """Memory it takes."""
+        """Return the memory that it takes."""
         tensors = [self.packed, self.absmax, self.nested_absmax, self.offset]
         return sum(part.numel() * part.element_size() for part in tensors if part is not None)
 
@@ -90,10 +90,10 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = DEFAULT_BLOCKSIZE, double_q
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one value, found shape {tuple(weight.shape)}")
     weight = weight.detach()
-    home = backend_for(weight)
-    if home == "triton":
+    backend = backend_for(weight)
+    if backend == "triton":
         packed, absmax = _quantize_triton(weight, blocksize)
-    elif _is_native(weight, home):
+    elif _is_native(weight, backend):
         packed, absmax = _quantize_native(weight, blocksize)
     else:
         packed, absmax = _quantize_torch(weight, blocksize)
@@ -104,8 +104,8 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = DEFAULT_BLOCKSIZE, double_q
     return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, blocksize)
 
 
-def _is_native(tensor: Tensor, home: Backend) -> bool:
-    return home == "torch" and tensor.device.type == "cpu" and native.available()
+def _is_native(tensor: Tensor, backend: Backend) -> bool:
+    return backend == "torch" and tensor.device.type == "cpu" and native.available()
 
 
 def _quantize_native(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _quantize_native(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize_native(weight: NF4Weight) -> Tensor:
-    """`nf4_dequantize` by csrc/, on a CPU: vector instructions and threads."""
+    """Compute `nf4_dequantize` by csrc/, on a CPU: vector instructions and threads."""
     device = weight.packed.device
     values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     codes, scale_codes = _nf4_codes(device), dynamic_codes(device)
@@ -126,7 +126,7 @@ def nf4_dequantize_native(weight: NF4Weight) -> Tensor:
 
 
 def _quantize_torch(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Packed codes [ceil(n / 2)] uint8 and absmax [blocks] fp32."""
+    """Return packed codes [ceil(n / 2)] uint8 and absmax [blocks] fp32."""
     scaled, absmax = _blocks(weight, blocksize)
     codes = _nearest(scaled, _nf4_codes(weight.device)).view(-1)[: weight.numel()]  # [n]
     codes = F.pad(codes, (0, codes.numel() % 2), value=7)  # the code of 0 fills the last byte of an odd count
@@ -143,15 +143,16 @@ def nf4_quantize_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS blocks a program: the weight is read once, nothing but codes and scales is written."""
+    """Quantise BLOCKS blocks (a program): the weight is read once, nothing but codes and scales is written."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None]
     x = tl.load(weight_ptr + at, mask=at < num_values, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(x), 1)
     tl.store(absmax_ptr + block, absmax, mask=block * BLOCKSIZE < num_values)
     # A product with the reciprocal, as in bitsandbytes: a division rounds differently. A block of zeros stays zero.
-    least = tl.full((BLOCKS,), 1e-38, tl.float32)  # below fp32's normal numbers: by itself Triton 3.6 takes it for fp64
-    x = x * tl.div_rn(1.0, tl.maximum(absmax, least))[:, None]
+    # 1e-38 lies below fp32's normal numbers: by itself Triton 3.6 takes it for fp64.
+    smallest = tl.full((BLOCKS,), 1e-38, tl.float32)
+    x = x * tl.div_rn(1.0, tl.maximum(absmax, smallest))[:, None]
     code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
     for middle in tl.static_range(15):  # of two codes as near the lower one
         code += (x > tl.load(middles_ptr + middle)).to(tl.int32)
@@ -180,7 +181,7 @@ def _quantize_triton(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def nf4_state_dict(weight: NF4Weight) -> dict[str, Tensor]:
-    """A weight as bitsandbytes keeps it in a checkpoint; the empty name is the weight's own, the others follow it."""
+    """Return a weight as bitsandbytes stores it in a checkpoint; the empty name is the weight's, the others are suffixes."""
     settings = {
         "quant_type": "nf4",
         "blocksize": weight.blocksize,
@@ -198,7 +199,7 @@ def nf4_state_dict(weight: NF4Weight) -> dict[str, Tensor]:
 
 
 def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
-    """What `nf4_state_dict` or bitsandbytes wrote.
+    """Read what `nf4_state_dict` or bitsandbytes wrote.
 
     Raises:
         ValueError: a tensor is missing, or the weight isn't NF4 as written here.
@@ -229,12 +230,12 @@ def nf4_from_state_dict(tensors: Mapping[str, Tensor]) -> NF4Weight:
 
 
 def nf4_flat_size(count: int) -> int:
-    """Words of `nf4_flat` for `count` weights."""
+    """Return the number of words of `nf4_flat` for `count` weights."""
     return sum(_flat_parts(count)) // 4
 
 
 def nf4_flat(weight: NF4Weight) -> Tensor:
-    """All that a weight in blocks of 64 with double quantisation consists of, as one row: [nf4_flat_size] fp32.
+    """Flatten a weight in blocks of 64 with double quantisation, and all that belongs to it, to one row: [nf4_flat_size] fp32.
 
     Nothing in it but the scales is a number: the type is one that parameters may have.
 
@@ -256,7 +257,7 @@ def nf4_flat(weight: NF4Weight) -> Tensor:
 
 
 def nf4_from_flat(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Weight:
-    """A weight [shape] that looks at its row [nf4_flat_size] fp32, without a copy."""
+    """Return a weight [shape] that is a view of its row [nf4_flat_size] fp32."""
     packed, absmax, nested, offset = flat.view(torch.uint8).split(_flat_parts(math.prod(shape)))
     blocks = math.ceil(math.prod(shape) / DEFAULT_BLOCKSIZE)
     return NF4Weight(
@@ -271,18 +272,18 @@ def nf4_from_flat(flat: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Wei
 
 
 def _flat_parts(count: int) -> list[int]:
-    """Bytes of packed codes, absmax, nested absmax and offset; each begins where a GPU reads it 16 bytes at a time."""
+    """Return the bytes of packed codes, absmax, nested absmax and offset; each begins where a GPU reads it 16 bytes at a time."""
     blocks = math.ceil(count / DEFAULT_BLOCKSIZE)
     sizes = (math.ceil(count / 2), blocks, 4 * math.ceil(blocks / NESTED_BLOCKSIZE), 4)
     return [math.ceil(size / 16) * 16 for size in sizes]
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
-    """The weight again, in the shape and dtype it had; products are rounded once, from fp32."""
-    home = backend_for(weight.packed)
-    if home == "triton":
+    """Return the weight in the shape and dtype that it had; products are rounded once, from fp32."""
+    backend = backend_for(weight.packed)
+    if backend == "triton":
         return _nf4_dequantize_triton(weight)
-    if _is_native(weight.packed, home):
+    if _is_native(weight.packed, backend):
         return nf4_dequantize_native(weight)
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None:
@@ -308,7 +309,7 @@ def nf4_dequantize_kernel(
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scales and values in one pass: 16 bytes of packed codes a thread, 32 values of the weight."""
+    """Dequantise scales and values in one pass: 16 bytes of packed codes a thread, 32 values of the weight."""
     block = tl.program_id(0).to(tl.int64) * BLOCK
     bytes_at = block + tl.arange(0, BLOCK)
     inside = bytes_at < num_bytes
@@ -350,7 +351,7 @@ def _nf4_dequantize_triton(weight: NF4Weight) -> Tensor:
 
 
 def _blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Values [blocks, blocksize] fp32 over the largest magnitude of their block, and that, `absmax` [blocks] fp32."""
+    """Divide values [blocks, blocksize] by the largest magnitude of their block; return them and that, [blocks]; fp32."""
     flat = values.reshape(-1).float()
     blocks = F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
@@ -359,12 +360,12 @@ def _blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(scaled: Tensor, codes: Tensor) -> Tensor:
-    """Index of the nearest code, of two as near the lower; uint8."""
+    """Return the index of the nearest code, of two as near the lower; uint8."""
     return torch.bucketize(scaled, (codes[:-1] + codes[1:]) / 2.0, out_int32=True).to(torch.uint8)
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales [blocks] in 8 bits, and the absmax of each 256 of them."""
+    """Quantise scales [blocks] to 8 bits; return them and the absmax of each 256 of them."""
     scaled, absmax = _blocks(scales, NESTED_BLOCKSIZE)
     if scales.device.type == "cpu":
         # bitsandbytes on a CPU looks values up on a grid of 2^16 points; its fused multiply-add rounds once, hence fp64.
@@ -376,7 +377,7 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale_blocks(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
-    """values [n] times the absmax of their block, in place where n fills its blocks."""
+    """Multiply values [n] by the absmax of their block, in place where n fills its blocks."""
     blocks = F.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)
     return blocks.mul_(absmax[:, None]).view(-1)[: values.numel()]
 
@@ -388,14 +389,14 @@ def _nf4_codes(device: torch.device) -> Tensor:
 
 @cache
 def _pairs_of_codes(device: torch.device) -> Tensor:
-    """[256, 2]: the two values of every byte."""
+    """Return the two values of every byte, [256, 2]."""
     codes = _nf4_codes(device)
     return torch.stack((codes.repeat_interleave(16), codes.repeat(16)), dim=-1)
 
 
 @cache
 def dynamic_codes(device: torch.device) -> Tensor:
-    """The values of 8-bit scales, [256] ascending.
+    """Return the values of 8-bit scales, [256] ascending.
 
     They are 0, 1, and for each of 7 decades 2^i values either side, at the middles of equal parts of [0.1, 1].
     """

@@ -1,4 +1,4 @@
-"""A linear over a frozen 4-bit weight."""
+"""Compute a linear over a frozen 4-bit weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srcfast_kernels.cpu_products import linear
 from srcfast_kernels.nf4 import NF4Weight, dynamic_codes, nf4_dequantize
 from srcfast_kernels.optional import import_failure
 
-FEW_ROWS = 64  # above these, one dequantisation and a product of the GPU's own are faster
+FEW_ROWS = 64  # above these, one dequantisation and PyTorch's product are faster
 
 # How bitsandbytes chooses between its fused kernel and a dequantisation in two passes, followed by F.linear. Read from
 # bitsandbytes 0.50.2, bitsandbytes/backends/cuda/ops.py (0.50.0 and 0.50.1 have the same names): the kernel registered for
@@ -29,17 +29,17 @@ ALWAYS_FUSED_ROWS = 4
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
+    """Compute x W^T + bias for a frozen 4-bit weight. x: [..., in], W: [out, in].
 
-    Backward dequantises once more: neither the dequantised weight nor x is kept between. On a GPU a few rows, as decoding
+    Backward dequantises once more: neither the dequantised weight nor x is saved between. On a GPU a few rows, as decoding
     has them, go through bitsandbytes' fused product where it is installed and has one for the shape: the weight is then read in
-    4 bits. Otherwise `nf4_dequantize`, in one pass, and the GPU's own product.
+    4 bits. Otherwise `nf4_dequantize`, in one pass, and PyTorch's product.
     """
     return _NF4Linear.apply(x, weight, bias)
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """`nf4_linear` as an ordinary linear over the dequantised weight."""
+    """Compute `nf4_linear` as an ordinary linear over the dequantised weight."""
     return F.linear(x, nf4_dequantize(weight).to(x.dtype), bias)
 
 
@@ -59,7 +59,7 @@ class _NF4Linear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, its result may be written over."""
+    """Compute x W^T + bias for a weight in whole or 4-bit numbers; for forward passes, the result may be written over."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
     if _is_fused(x, weight):
@@ -68,7 +68,7 @@ def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) ->
 
 
 def _is_fused(x: Tensor, weight: NF4Weight) -> bool:
-    """Whether bitsandbytes multiplies x [..., in] by this weight [out, in] without dequantising it first."""
+    """Return whether bitsandbytes multiplies x [..., in] by this weight [out, in] without dequantising it first."""
     if not x.is_cuda or backend_for(x) != "triton" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     out_size, in_size = weight.shape
@@ -80,7 +80,7 @@ def _is_fused(x: Tensor, weight: NF4Weight) -> bool:
 
 @cache
 def _dispatch_rule() -> Callable[[int, torch.dtype, int, int, int], bool]:
-    """bitsandbytes' rule; of a version that has none under this name, what every device is known to fuse."""
+    """Return bitsandbytes' rule; for a version without one of this name, what every device is known to fuse."""
     from bitsandbytes.backends.cuda import ops
 
     rule = getattr(ops, RULE, None)
@@ -107,7 +107,7 @@ def _few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
 
 @cache
 def why_not_fused() -> str | None:
-    """Why bitsandbytes' fused product can't be called on a GPU; None where it can.
+    """Return why bitsandbytes' fused product can't be called on a GPU, or None where it can.
 
     Importing the package registers the product, from 0.50 on. Where its CUDA library does not load, the import succeeds all the
     same and a stand-in raises at the first call (0.50.2, bitsandbytes/cextension.py).

@@ -1,4 +1,4 @@
-"""Packages that are not required: usable only where the import of what is called succeeds.
+"""Import packages that are not required: usable only where the import of what is called succeeds.
 
 That a package can be located says little: its library may be built for another PyTorch or CUDA, and another distribution may
 fill its namespace (flash-attn 4 brings `flash_attn.cute` and no `flash_attn/__init__.py`).

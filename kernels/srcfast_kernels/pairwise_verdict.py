@@ -1,4 +1,4 @@
-"""From a judge's hidden states at its verdict slots to scores and confidences of all candidates.
+"""Compute scores and confidences of all candidates from a judge's hidden states at its verdict slots.
 
     p_ij = sum_k value_k softmax_k(verdict logits)      candidate i shown first, j second
     q_ij = (p_ij + 1 - p_ji) / 2                        the order's bias cancelled
@@ -49,7 +49,7 @@ def pairwise_verdict(
         verdict_weight: [K, D], the head's rows of the verdict tokens.
         first, second: [M] int64, which candidates were shown first and second; each ordered pair at most once a sample.
         num_candidates: N. With `sample_ids`: the largest N of the batch, or each sample's [S]; only the latter counts
-            samples after the last that was judged. Candidates beyond a sample's own score 1/2 with confidence 0.
+            samples after the last that was judged. Candidates beyond those of a sample score 1/2 with confidence 0.
         verdict_values: [K] what each verdict counts as a win of the first: 1, 1/2 (tie), 0.
         sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples S.
         num_samples: S, where N is a number: a GPU then need not be waited for to learn it.
@@ -78,7 +78,7 @@ def pairwise_verdict(
 
 
 def _batch(num_candidates: int | Tensor, sample_ids: Tensor | None, num_samples: int | None) -> tuple[int, int]:
-    """Number of samples, and the largest number of candidates."""
+    """Return the number of samples, and the largest number of candidates."""
     if isinstance(num_candidates, Tensor) and num_candidates.ndim == 1:
         return len(num_candidates), int(num_candidates.max())
     if num_samples is None:
@@ -97,7 +97,7 @@ def pairwise_verdict_reference(
     *,
     verdict_values: Tensor,
 ) -> VerdictOutput:
-    """One sample, pair by pair, as the formulas read."""
+    """Compute one sample, pair by pair, as the formulas read."""
     logits = hidden.double() @ verdict_weight.double().T
     p = {
         (i, j): float(row.softmax(-1) @ verdict_values.double())
@@ -141,7 +141,7 @@ def pairwise_verdict_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
 ):
-    """One program a sample: it finds its pairs, puts their p through global memory, then q, u and scores row by row."""
+    """Process one sample (a program): it finds its pairs, puts their p through global memory, then q, u and scores row by row."""
     sample = tl.program_id(0).to(tl.int64)
     square = sample * candidates * candidates
     others = tl.arange(0, CANDIDATES)
@@ -158,10 +158,10 @@ def pairwise_verdict_kernel(
         # The sample's pairs lie between these; they are all that lies there where samples follow each other.
         start, end = num_pairs, 0
         for at in range(0, num_pairs, BLOCK_SCAN):
-            places = at + tl.arange(0, BLOCK_SCAN)
-            own = tl.load(sample_ids_ptr + places, mask=places < num_pairs, other=-1) == sample
-            start = tl.minimum(start, tl.min(tl.where(own, places, num_pairs), 0))
-            end = tl.maximum(end, tl.max(tl.where(own, places + 1, 0), 0))
+            positions = at + tl.arange(0, BLOCK_SCAN)
+            of_sample = tl.load(sample_ids_ptr + positions, mask=positions < num_pairs, other=-1) == sample
+            start = tl.minimum(start, tl.min(tl.where(of_sample, positions, num_pairs), 0))
+            end = tl.maximum(end, tl.max(tl.where(of_sample, positions + 1, 0), 0))
     for at in range(start, end, BLOCK_PAIRS):
         pairs = (at + tl.arange(0, BLOCK_PAIRS)).to(tl.int64)
         is_pair = pairs < end

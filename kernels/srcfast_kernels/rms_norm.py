@@ -1,4 +1,4 @@
-"""RMS normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
+"""Apply RMS normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ PROGRAMS = 512  # of the backward pass; each keeps a part of the weight's gradie
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., D], weight: [D].
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., D], weight: [D].
 
     Saved for backward: x as it is, and a number a row. Of a frozen weight no gradient is computed.
     """
-    home = backend_for(x)
-    if home == "reference":
+    backend = backend_for(x)
+    if backend == "reference":
         return rms_norm_reference(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps, home)
+    return _RMSNorm.apply(x, weight, eps, backend)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """`rms_norm` by its definition; in fp32 at least."""
+    """Compute `rms_norm` by its definition; in fp32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, home: Backend) -> Tensor:
-        out, inverse = rms_norm_forward(x, weight, eps, home)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: Backend) -> Tensor:
+        out, inverse = rms_norm_forward(x, weight, eps, backend)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.home = home
+        ctx.backend = backend
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        return *rms_norm_backward(gradients[0], x, weight, inverse, ctx.needs_input_grad[1], ctx.home), None, None
+        return *rms_norm_backward(gradients[0], x, weight, inverse, ctx.needs_input_grad[1], ctx.backend), None, None
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Backend) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of x [..., D] without a graph, and 1 / sqrt(mean(x^2) + eps) of each row for its backward, fp32 or fp64."""
-    if home == "triton":
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Compute `rms_norm` of x [..., D] without a graph, and 1 / sqrt(mean(x^2) + eps) of each row for backward, fp32 or fp64."""
+    if backend == "triton":
         return _forward_triton(x.contiguous(), weight.contiguous(), eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
@@ -56,10 +56,10 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, home: Backend) -> tu
 
 
 def rms_norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool, home: Backend
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x [..., D] and, where needed, of the weight [D]."""
-    if home == "triton":
+    """Compute the gradients of x [..., D] and, where needed, of the weight [D]."""
+    if backend == "triton":
         return _backward_triton(gradient.contiguous(), x.contiguous(), weight.contiguous(), inverse, needs_weight)
     wide = x.to(inverse.dtype)
     grad_weight = None
@@ -74,7 +74,7 @@ def rms_norm_backward(
 def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, inverse_ptr, size, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program a row."""
+    """Normalise one row (a program)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -100,7 +100,7 @@ def rms_norm_backward_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes some rows, and keeps its own part of the weight's gradient: summed later, in a fixed order."""
+    """Compute gradients of some rows (a program), and its part of the weight's gradient: summed later, in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -160,5 +160,5 @@ def _backward_triton(
 
 
 def warps_of(block: int) -> int:
-    """Of a program that takes a row of this many values."""
+    """Return the warps of a program that takes a row of this many values."""
     return max(1, min(16, block // 256))  # eight values a thread

@@ -1,4 +1,4 @@
-"""Rotary position embedding, halves rotated as in Llama (Su et al., 2021, arXiv 2104.09864)."""
+"""Apply rotary position embedding, halves rotated as in Llama (Su et al., 2021, arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _by_section(angles: Tensor, sections: Sequence[int]) -> Tensor:
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope` as a product of complex numbers."""
+    """Compute `rope` as a product of complex numbers."""
     half = x.shape[-1] // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos[:, None, :half], sin[:, None, :half])
     return torch.cat((turned.real, turned.imag), dim=-1)
@@ -50,9 +50,9 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, home: Backend) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, backend: Backend) -> Tensor:
         ctx.save_for_backward(cos, sin)  # not x: a rotation's gradient is turned back
-        ctx.turn = _turn_triton if home == "triton" else _turn
+        ctx.turn = _turn_triton if backend == "triton" else _turn
         return ctx.turn(x, cos, sin, 1.0)
 
     @staticmethod
@@ -85,7 +85,7 @@ def rope_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """One program for some heads of one token; their angles are the same."""
+    """Turn some heads of one token (a program); their angles are the same."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     dim = tl.arange(0, BLOCK_HALF)[None]

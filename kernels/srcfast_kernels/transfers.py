@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU that the host does not wait for: they start from, or end in, page-locked memory.
+"""Copy between the host and a GPU without making the host wait: copies start from, or end in, page-locked memory.
 
 PyTorch's allocator of page-locked memory notes the copies that read a block and hands it out again only after them. So the
 buffers that are made here may be dropped at once.
@@ -17,7 +17,7 @@ ALIGNMENT = 16  # bytes: for pointers that are aligned less, Triton compiles oth
 
 
 def indexed(device: torch.device | str) -> torch.device:
-    """The device with an index, as tensors have it: `cuda` alone stands for the current GPU."""
+    """Return the device with an index, as tensors have it: `cuda` alone stands for the current GPU."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -53,7 +53,7 @@ def to_device_together(arrays: Sequence[Any], device: torch.device | str) -> lis
 
 
 def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    """What begins at byte `start` of a buffer, with the type and shape of `like`."""
+    """Return the view that begins at byte `start` of a buffer, with the type and shape of `like`."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -70,7 +70,7 @@ class Fetched:
     arrived: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
-        """The tensor, once it is complete."""
+        """Wait until the tensor is complete, and return it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensor

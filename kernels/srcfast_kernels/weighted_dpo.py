@@ -1,4 +1,4 @@
-"""The confidence-weighted DPO loss: one formula, in one place.
+"""Compute the confidence-weighted DPO loss: one formula, for every caller.
 
     Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
     L       = sum_k c_k l(Delta_k) / normalizer
@@ -51,7 +51,7 @@ def weighted_dpo_loss(
     loss_type: LossType = "sigmoid",
     normalizer: float | Tensor | None = None,
 ) -> DPOOutput:
-    """Confidence-weighted DPO loss over P pairs; in fp32 (fp64 for fp64 inputs) whatever the log-probabilities' type.
+    """Compute the confidence-weighted DPO loss over P pairs; in fp32 (fp64 for fp64 inputs) whatever the log-probabilities' type.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [P] summed log-probabilities under the policy; these carry the gradient.
@@ -60,7 +60,7 @@ def weighted_dpo_loss(
         beta: strength of the pull towards the reference.
         label_smoothing: probability in [0, 1/2) that a pair is labelled the wrong way round, or one a pair [P]; sigmoid only.
         loss_type: sigmoid; ipo: (Delta/beta - 1/(2 beta))^2; hinge: max(0, 1 - Delta).
-        normalizer: the global batch's sum of confidences; default: this call's own. A batch split over calls that all get the
+        normalizer: the global batch's sum of confidences; default: this call's. A batch split over calls that all get the
             global one gives the same gradient as the whole.
 
     Raises:
@@ -78,7 +78,7 @@ def weighted_dpo_loss(
 
 
 def pair_loss(log_ratio: Tensor, beta: float, label_smoothing: float | Tensor, loss_type: str) -> Tensor:
-    """l of each pair [P], from the difference of the two log-ratios [P] (Delta / beta)."""
+    """Compute l of each pair [P] from the difference of the two log-ratios [P] (Delta / beta)."""
     smoothed = isinstance(label_smoothing, Tensor) or label_smoothing != 0.0
     if smoothed and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing is defined for loss_type 'sigmoid', not {loss_type!r}")
@@ -108,7 +108,7 @@ def linear_weighted_dpo(
     normalizer: float | Tensor | None = None,
     **head: Any,
 ) -> DPOOutput:
-    """`linear_logprob`, summed by sequence in a fixed order, into `weighted_dpo_loss`; never a [T, V] tensor.
+    """Compute `linear_logprob`, its sums by sequence in a fixed order, and `weighted_dpo_loss` of them; never a [T, V] tensor.
 
     Args:
         hidden: [T, D]; weight: [V, D]; targets: [T].
@@ -158,7 +158,7 @@ def linear_weighted_dpo_reference(
     *,
     beta: float,
 ) -> Tensor:
-    """The sigmoid loss by its definition, with all logits at once."""
+    """Compute the sigmoid loss by its definition, with all logits at once."""
     pairs = len(confidence)
     logps = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     sums = torch.stack([logps[sequence_ids == i].sum() for i in range(3 * pairs)])
@@ -236,7 +236,7 @@ def token_dpo_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a pair. The last to arrive sums the losses, always in the same order, so no bit depends on who that is."""
+    """Compute one pair (a program). The last to arrive sums the losses in a fixed order, so no bit depends on which it is."""
     pair = tl.program_id(0)
     start = tl.load(starts_ptr + 2 * pair)
     middle = tl.load(starts_ptr + 2 * pair + 1)
@@ -275,8 +275,8 @@ def token_dpo_kernel(
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == pairs - 1:
         total = tl.zeros((BLOCK,), ACC)
         for at in range(0, pairs, BLOCK):
-            places = at + tl.arange(0, BLOCK)
-            total += tl.load(losses_ptr + places, mask=places < pairs, other=0.0, cache_modifier=".cg")
+            positions = at + tl.arange(0, BLOCK)
+            total += tl.load(losses_ptr + positions, mask=positions < pairs, other=0.0, cache_modifier=".cg")
         tl.store(loss_ptr, tl.sum(total, 0))
 
 
@@ -284,9 +284,9 @@ def token_dpo_kernel(
 def _sum(values_ptr, order_ptr, start, end, ACC: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), ACC)
     for at in range(start, end, BLOCK):
-        places = at + tl.arange(0, BLOCK)
-        inside = places < end
-        token = tl.load(order_ptr + places, mask=inside, other=0)
+        positions = at + tl.arange(0, BLOCK)
+        inside = positions < end
+        token = tl.load(order_ptr + positions, mask=inside, other=0)
         total += tl.load(values_ptr + token, mask=inside, other=0.0).to(ACC)
     return tl.sum(total, 0)
 
@@ -294,13 +294,13 @@ def _sum(values_ptr, order_ptr, start, end, ACC: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def _fill(values_ptr, order_ptr, start, end, value, BLOCK: tl.constexpr):
     for at in range(start, end, BLOCK):
-        places = at + tl.arange(0, BLOCK)
-        token = tl.load(order_ptr + places, mask=places < end, other=0)
-        tl.store(values_ptr + token, value, mask=places < end)
+        positions = at + tl.arange(0, BLOCK)
+        token = tl.load(order_ptr + positions, mask=positions < end, other=0)
+        tl.store(values_ptr + token, value, mask=positions < end)
 
 
 def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, or a tensor [] or [P], on the device of `like` and in its type; a number is filled in there, not copied."""
+    """Put a number, or a tensor [] or [P], on the device of `like` in its type; a number is filled in there, not copied."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 

@@ -38,13 +38,13 @@ def test_every_stage_is_listed_and_names_its_file() -> None:
     for name in STAGES:
         benchmark = benchmark_of(name)
         assert benchmark.name == name and set(benchmark.shapes) == {"cpu", "cuda"}
-        assert benchmark.headline in benchmark.ways and benchmark.headline.startswith("srcfast")
+        assert benchmark.headline in benchmark.implementations and benchmark.headline.startswith("srcfast")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_all_ways_do_the_same_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses and verdicts agree with the first way's; candidates can't, but as many are asked for."""
+    """Losses and verdicts agree with the first implementation's; candidates can't, but as many are asked for."""
     pytest.importorskip("trl")
     module = importlib.import_module(f"srcfast_benchmarks.{name}")
     shared = importlib.import_module("srcfast_benchmarks.dpo_step") if name == "rationale_step" else module
@@ -54,13 +54,13 @@ def test_all_ways_do_the_same_work(name: str, tmp_path: Path, monkeypatch: pytes
     benchmark = benchmark_of(name)
     benchmark.prepare(shape, tmp_path, "cpu")
     found: dict[str, Watch] = {}
-    for way, run in benchmark.ways.items():
+    for impl, run in benchmark.implementations.items():
         watch = Watch("cpu")
         try:
             run(shape, tmp_path, "cpu", watch)
         except ImportError:
             continue
-        found[way] = watch
+        found[impl] = watch
     assert len(found) >= 2
     first = next(iter(found.values()))
     for watch in found.values():
@@ -115,7 +115,9 @@ def test_a_way_whose_package_is_missing_is_left_out(tmp_path: Path) -> None:
         import no_such_package  # noqa: F401
 
     benchmark = StageBenchmark("made_up", "pairs", {}, lambda *_: None, {"peer": missing}, "srcfast")
-    assert "no_such_package" in stage_harness.run_way(benchmark, "peer", {}, str(tmp_path), "cpu")["left_out"]
+    assert (
+        "no_such_package" in stage_harness.run_implementation(benchmark, "peer", {}, str(tmp_path), "cpu")["left_out"]
+    )
 
 
 def test_a_run_ends_in_a_table_a_file_and_a_plot(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_a_run_ends_in_a_table_a_file_and_a_plot(tmp_path: Path) -> None:
         "    def perf_counter(self): return self.seconds\n"
         "    def sleep(self, seconds): self.seconds += seconds\n"
         "time = stage_harness.time = Clock()  # a busy machine does not make it go faster\n"
-        "def way(seconds, off):\n"
+        "def implementation(seconds, off):\n"
         "    def run(shape, folder, device, watch):\n"
         "        kept = (folder / 'prepared').read_text()\n"
         "        watch.start()\n"
@@ -139,9 +141,9 @@ def test_a_run_ends_in_a_table_a_file_and_a_plot(tmp_path: Path) -> None:
         "            watch.lap(3, tokens=30, value=step + off)\n"
         "    return run\n"
         "def broken(*_): raise ValueError('broken')\n"
-        "ways = {'peer': way(0.2, 0.0), 'srcfast': way(0.02, 0.5), 'broken': broken}\n"
+        "implementations = {'peer': implementation(0.2, 0.0), 'srcfast': implementation(0.02, 0.5), 'broken': broken}\n"
         "prepare = lambda shape, folder, device: (folder / 'prepared').write_text('yes')\n"
-        "main(StageBenchmark('made_up', 'pairs', {'cpu': [{'n': 1}]}, prepare, ways, 'srcfast', tolerance=1.0))\n"
+        "main(StageBenchmark('made_up', 'pairs', {'cpu': [{'n': 1}]}, prepare, implementations, 'srcfast', tolerance=1.0))\n"
     )
     command = [sys.executable, program, "--device", "cpu", "--output", tmp_path, "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -24,7 +24,7 @@ def test_every_benchmark_is_listed_and_names_its_file() -> None:
     for name in BENCHMARKS:
         benchmark = importlib.import_module(f"srcfast_benchmarks.{name}").BENCHMARK
         assert benchmark.name == name and set(benchmark.shapes) == {"cpu", "cuda"}
-        assert set(benchmark.limits) <= set(benchmark.ways)
+        assert set(benchmark.limits) <= set(benchmark.implementations)
 
 
 def test_what_is_measured_runs_with_the_allocator_of_the_commands() -> None:
@@ -62,8 +62,8 @@ def test_all_ways_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys.modules[f"srcfast_benchmarks.{name}"], "VOCABULARY", 50, raising=False)
     expected: list[torch.Tensor] = []
     compared = 0
-    for way, prepare in benchmark.ways.items():
-        if way in benchmark.limits or way == "cut_cross_entropy":  # compiles for half a minute
+    for impl, prepare in benchmark.implementations.items():
+        if impl in benchmark.limits or impl == "cut_cross_entropy":  # compiles for half a minute
             continue
         inputs = benchmark.inputs(SMALL[name], "cpu")
         leaves = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
@@ -71,7 +71,7 @@ def test_all_ways_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -
             output = prepare(inputs)()
         except ImportError:
             continue
-        if name == "forest_attention" and way == "paths":  # rows of the prompt come once a path
+        if name == "forest_attention" and impl == "paths":  # rows of the prompt come once a path
             rows = torch.cat(inputs["forest"].paths())
             whole = torch.empty_like(inputs["q"])
             whole[rows] = output.detach()
@@ -90,7 +90,7 @@ def test_a_run_ends_in_tables_a_csv_and_a_plot(tmp_path: Path) -> None:
     code = (
         "import sys; from srcfast_benchmarks import harness, rope\n"
         f"rope.BENCHMARK.shapes['cpu'] = [{SMALL['rope']!r}]\n"
-        "rope.BENCHMARK.ways['broken'] = lambda inputs: (lambda: 1 / 0)\n"
+        "rope.BENCHMARK.implementations['broken'] = lambda inputs: (lambda: 1 / 0)\n"
         "harness.main(rope.BENCHMARK)\n"
     )
     program = tmp_path / "program.py"
@@ -101,7 +101,7 @@ def test_a_run_ends_in_tables_a_csv_and_a_plot(tmp_path: Path) -> None:
     with open(tmp_path / "rope_cpu.csv", encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [(row["way"], row["mode"]) for row in rows] == [
-        (way, mode) for way in ("transformers", "srcfast") for mode in ("forward", "backward", "both")
+        (impl, mode) for impl in ("transformers", "srcfast") for mode in ("forward", "backward", "both")
     ] + [("broken", "both")]
     assert "ZeroDivisionError" in rows[-1]["failed"] and rows[0]["torch"] == torch.__version__
     assert all(float(row["low"]) <= float(row["milliseconds"]) <= float(row["high"]) for row in rows[:-1])

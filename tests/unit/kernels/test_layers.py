@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srcfast_kernels import lora_linear, nf4_dequantize, nf4_quantize, rms_norm, rope, swiglu
-from srcfast_kernels.backends import HOMES, Backend, use_backend
+from srcfast_kernels.backends import BACKENDS, Backend, use_backend
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linear_reference, lora_linears, swiglu_lora_linear
 from srcfast_kernels.rms_norm import rms_norm_reference
 from srcfast_kernels.rope import rope_reference
@@ -259,7 +259,7 @@ def plainly(x: Tensor, one: Adapted) -> Tensor:
     return lora_linear_reference(x, weight, one.bias, one.lora_a, one.lora_b, one.scaling)
 
 
-@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("home", BACKENDS)
 @pytest.mark.parametrize("four_bits", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("needs_x", [False, True])
@@ -318,7 +318,7 @@ def test_a_backward_through_a_kept_graph_gives_the_same_twice() -> None:
 
     gate, up = draw(5, 7).requires_grad_(), draw(5, 7).requires_grad_()
     down = random_adapted(draw, 3, 7, 2, False, True)
-    for home in HOMES:
+    for home in BACKENDS:
         with use_backend(home):
             out = swiglu_lora_linear(gate, up, down)
             outer = draw(5, 3)
