@@ -67,13 +67,13 @@ def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
     def work(stage: StageRun) -> dict[str, Any]:
         lvlm, entries = run.policy.use(adapter), []
         for dataset in run.evaluation_sets:
-            chunks = stage.chunks(f"{dataset.name}-{dataset.split}", policy=run.policy.hash)
+            chunks = stage.chunks(dataset.label, policy=run.policy.hash)
             answers = answers_in_chunks(
                 chunks, lvlm, dataset.samples, run.config.evaluation, features=run.policy.features
             )
             path = run.records.predictions(model, dataset.name, dataset.split)
-            entry = partial(write_evaluation, path, answers, dataset, model, run.config)
-            entries.append(distributed.run_on_rank_zero(entry))
+            write = partial(write_evaluation, path, answers, dataset, model, run.config)
+            entries += [distributed.run_on_rank_zero(write)]
         return {"entries": entries}
 
     total = sum(len(dataset.samples) for dataset in run.evaluation_sets)
@@ -114,23 +114,20 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
     def work(stage: StageRun) -> dict[str, Any]:
         run.policy.use(run.directory.adapter(iteration - 1))
         # Candidates of all sets first: the R-Scorer may have to take the policy's memory.
-        candidate_files = [
-            search_candidates(stage, run.policy, samples, seed, f"{dataset.name}-{dataset.split}")
-            for dataset, samples in sets
-        ]
+        searched = [search_candidates(stage, run.policy, samples, seed, dataset.label) for dataset, samples in sets]
         scorer, scorer_hash = run.load_scorer()
         entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
-        for (dataset, samples), files in zip(sets, candidate_files, strict=True):
+        for (dataset, samples), files in zip(sets, searched, strict=True):
             groups = partial(run.records.candidates_in, stage.checkpoint_dir, files)
-            chunks = replace(stage.chunks(f"{dataset.name}-{dataset.split}-scores", scorer=scorer_hash), progress=quiet)
+            chunks = replace(stage.chunks(f"{dataset.label}-scores", scorer=scorer_hash), progress=quiet)
             score_files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer)
             aligned = run.records.aligned(previous, dataset.name, dataset.split, samples)
-            entry = measure_headroom(samples, aligned, groups(), score_files.rows())
-            entries.append({"iteration": iteration, "dataset": dataset.name, "split": dataset.split} | entry)
+            labels = {"iteration": iteration, "dataset": dataset.name, "split": dataset.split}
+            entries.append(labels | measure_headroom(samples, aligned, groups(), score_files.rows()))
         return {"entries": entries}
 
-    sections = ("candidates", "scorer", "evaluation")
-    run.stage(f"iteration-{iteration}/headroom", sections, sum(len(samples) for _, samples in sets), work)
+    total = sum(len(samples) for _, samples in sets)
+    run.stage(f"iteration-{iteration}/headroom", ("candidates", "scorer", "evaluation"), total, work)
 
 
 def score(run: CalibrationRun, iteration: int) -> None:

@@ -120,13 +120,6 @@ def options(
     """Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options."""
 
 
-def complete_words(incomplete: str) -> list[str]:
-    """List the completions of a word of the settings."""
-    from srcfast.cli import inputs
-
-    return inputs.complete_words(incomplete)
-
-
 Words = Annotated[
     list[str] | None,
     typer.Argument(

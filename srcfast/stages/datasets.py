@@ -24,6 +24,11 @@ class EvaluationSet:
     split: str
     samples: list[Sample]
 
+    @property
+    def label(self) -> str:
+        """The name of the set's files and directories."""
+        return f"{self.name}-{self.split}"
+
 
 def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
     """Read a dataset's samples and append its bad records to `rejected`; the world's images are drawn into `image_dir`."""
