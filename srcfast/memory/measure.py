@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from srcfast.memory.forecast import Forecast
 from srcfast.memory.model_sizes import whole_nf4
-from srcfast.models.sharding import held
+from srcfast.models.sharding import local_values
 from srcfast.run.progress import peak_rss_bytes
 
 
@@ -56,7 +56,7 @@ class Measurement:
 
 def weight_bytes(model: nn.Module) -> int:
     """Count the bytes of a model's weights, scales and adapter on this rank; of a sharded parameter, those of its shard."""
-    parameters = sum(held(parameter).nbytes for parameter in model.parameters())
+    parameters = sum(local_values(parameter).nbytes for parameter in model.parameters())
     return parameters + sum(weight.num_bytes for weight in whole_nf4(model))
 
 
@@ -116,7 +116,7 @@ class SavedTensors:
         key = storage.data_ptr()
         # When a pass begins, the optimizer may have replaced the parameters' storages since the last one.
         if not self._holders:
-            self._left_out = {held(parameter).untyped_storage().data_ptr() for parameter in self._parameters()}
+            self._left_out = {local_values(parameter).untyped_storage().data_ptr() for parameter in self._parameters()}
         if key in self._left_out:
             return _SavedTensor(tensor, None, key, 0)
         count = self._holders.get(key, 0)

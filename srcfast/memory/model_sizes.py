@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.protocols import HasDecoder
-from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, held
+from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, local_values
 from srcfast.units import show_bytes
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
 from srcfast_kernels.transfers import indexed
@@ -173,14 +173,17 @@ class ModelSizes:
                     ranks.add(len(parameter))
             elif name.endswith(".flat"):  # codes and scales of a sharded 4-bit weight
                 linear: Any = model.get_submodule(name.rpartition(".")[0])
-                count, share = linear.in_features * linear.out_features, held(parameter).nbytes / parameter.nbytes
+                count, share = (
+                    linear.in_features * linear.out_features,
+                    local_values(parameter).nbytes / parameter.nbytes,
+                )
                 parameters["decoder"] = parameters.get("decoder", 0) + count
                 weights += share * math.ceil(count / 2)
                 scales += share * (parameter.nbytes - math.ceil(count / 2))
             else:
                 part = part_of(name)
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
-                local_bytes = held(parameter).nbytes
+                local_bytes = local_values(parameter).nbytes
                 weights += local_bytes if parameter.device == device else 0
                 waiting += local_bytes if parameter.device != device else 0
                 trained += parameter.numel() if parameter.requires_grad else 0

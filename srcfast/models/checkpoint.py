@@ -24,11 +24,11 @@ from transformers import AutoConfig
 from srcfast.data.jsonl import naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.quantized import NF4Linear
-from srcfast.models.sharding import keep
+from srcfast.models.sharding import set_parameter
 from srcfast_kernels import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, nf4_from_state_dict
 
-# Of any model that srcfast runs, with room to spare: what is beyond is a damaged config, not a larger model.
+# Well above the sizes of any model that srcfast runs: a config with a larger one is damaged.
 LARGEST = {
     "hidden_size": 1 << 16,
     "intermediate_size": 1 << 18,
@@ -42,7 +42,7 @@ LARGEST = {
     "patch_size": 1 << 14,
 }
 WEIGHTS = "model.safetensors"
-READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantised, or no weights
+READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantised weights, or none
 INDEX = "model.safetensors.index.json"
 MISFIT = "the checkpoint does not fit its config.json"
 
@@ -167,19 +167,20 @@ def _opened(file: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Target:
-    """What a tensor of a checkpoint sets: `holder` is a parameter, a buffer, or a linear that quantises its weight."""
+    """What a checkpoint's tensor is copied to: `holder` is a parameter, a buffer, or a linear that quantises its weight."""
 
     holder: Tensor | NF4Linear
-    shape: torch.Size  # of the whole weight, even where ranks share it out
+    shape: torch.Size  # of the whole weight, even where it is sharded
     dtype: torch.dtype
     device: torch.device
     required: bool
 
 
 def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tensor]], path: str | Path) -> None:
-    """Copy tensors (part, name, values) into the parts' parameters as they come; each must be there, fit, and be used.
+    """Copy tensors (part, name, values) into the parts' parameters as they come, and check that each exists, fits and is used.
 
-    The weight of a 4-bit linear is quantised here. What bitsandbytes quantised is taken over, or dequantised for a whole weight.
+    The weight of a 4-bit linear is quantised here. A weight that bitsandbytes quantised is set as it is, or dequantised where
+    the target is whole.
 
     Raises:
         InputError: a tensor that is missing, unexpected or of another shape; it is named.
@@ -187,7 +188,8 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
     targets = {(part, name): target for part, module in parts.items() for name, target in _targets(module).items()}
     missing = {key for key, target in targets.items() if target.required}
     quantised: dict[tuple[str, str], dict[str, Tensor]] = {}
-    unexpected, seen = [], set()
+    unexpected: list[str] = []
+    seen: set[tuple[str, str]] = set()
     for part, name, tensor in tensors:
         if (part, name) in seen:
             raise _error(path, name, "each tensor once", "a second one of this name")
@@ -209,7 +211,7 @@ def fill(parts: Mapping[str, nn.Module], tensors: Iterable[tuple[str, str, Tenso
 
 
 def _targets(module: nn.Module) -> dict[str, _Target]:
-    """Map the names of a checkpoint's tensors to what they set in a module of one device and one type of weights."""
+    """Map the names of a checkpoint's tensors to their targets in a module of one device and one dtype."""
     first, saved = next(module.parameters()), module.state_dict().keys()
     targets = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -228,23 +230,23 @@ def _set(target: _Target, tensor: Tensor) -> None:
     if isinstance(target.holder, NF4Linear):
         target.holder.set_weight(tensor.to(device=target.device, dtype=target.dtype))
     else:
-        keep(target.holder, tensor)
+        set_parameter(target.holder, tensor)
 
 
 @torch.no_grad()
 def _set_nf4(target: _Target, weight: NF4Weight, path: str | Path, name: str) -> None:
-    """Set a target from a weight in 4 bits. Raises InputError where ranks can't share it out."""
+    """Set a target from a weight in 4 bits. Raises InputError where it can't be sharded."""
     if not isinstance(target.holder, NF4Linear):
-        return keep(target.holder, nf4_dequantize(weight))
+        return set_parameter(target.holder, nf4_dequantize(weight))
     try:
         target.holder.set_quantized(replace(weight, dtype=target.dtype))
     except ValueError as error:
         fix = "distributed.shard=false, or quantise the checkpoint anew"
-        raise _error(path, name, "NF4 that ranks can share out", error, fix) from error
+        raise _error(path, name, "NF4 that can be sharded over ranks", error, fix) from error
 
 
 def _read_nf4(target: _Target, state: Mapping[str, Tensor], path: str | Path, name: str) -> NF4Weight:
-    """Put together what bitsandbytes wrote of a weight. Raises InputError where that is no NF4, or of another shape."""
+    """Assemble a weight from the tensors that bitsandbytes wrote. Raises InputError where it is no NF4, or of another shape."""
     try:
         weight = nf4_from_state_dict({key: tensor.to(target.device) for key, tensor in state.items()})
         _check_nf4(weight)
@@ -267,7 +269,7 @@ def _check_shape(target: _Target, shape: torch.Size, path: str | Path, name: str
 
 
 def _check_tensor(target: _Target, tensor: Tensor, path: str | Path, name: str) -> None:
-    """Raise InputError where a tensor has another shape than its target, no numbers, or some that the target can't hold."""
+    """Raise InputError where a tensor has another shape than its target, is no floats, or overflows the target's dtype."""
     _check_shape(target, tensor.shape, path, name)
     if not target.dtype.is_floating_point:
         return
@@ -281,7 +283,7 @@ def _check_tensor(target: _Target, tensor: Tensor, path: str | Path, name: str) 
 
 
 def _check_nf4(weight: NF4Weight) -> None:
-    """Raise ValueError where codes and scales don't belong to each other: no kernel may read behind their ends."""
+    """Raise ValueError where codes and scales don't fit each other: kernels would read behind their ends."""
     if type(weight.blocksize) is not int or weight.blocksize not in BLOCKSIZES or weight.dtype not in READ:
         raise ValueError(f"blocks of {weight.blocksize!r} weights of {weight.dtype}")
     count, nested = math.prod(weight.shape), weight.nested_absmax
@@ -304,16 +306,16 @@ def _error(file: str | Path, field: str | None, expected: str, found: object, fi
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically. Raises OSError where it can't be written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # In a directory of its own: safetensors first writes under a random name, which no later run would know as a leftover.
+    # In a new directory: safetensors first writes under a random name, which no later run would recognise as a leftover.
     temporary = temporary_of(file)
     written = temporary / file.name
-    remove_temporary(temporary)  # never written through a link that is planted there
+    remove_temporary(temporary)  # else a link planted there would be followed
     try:
         with naming(file):
             temporary.mkdir()
             values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(values, written, metadata={"format": "pt"})
-            # As the umask says: safetensors puts a file there that its owner alone may read.
+            # By the umask: safetensors writes a file that its owner alone may read.
             os.chmod(written, stat.S_IMODE(temporary.stat().st_mode) & 0o666)
             with open(written, "rb") as opened:
                 os.fsync(opened.fileno())

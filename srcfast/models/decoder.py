@@ -1,7 +1,7 @@
 """The hand-written decoder: Llama, Mistral, Qwen2 and Qwen3 shapes.
 
-It knows nothing of masks, caches or packing: `attend` is handed the queries, keys and values of each layer and returns
-what they attend to. Parameters are named as Hugging Face names them below `model.`.
+It is independent of masks, caches and packing: `attend` takes the queries, keys and values of each layer and returns the
+attended values. Parameters are named as Hugging Face names them below `model.`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DecoderConfig:
 
     @classmethod
     def from_huggingface(cls, config: Any) -> DecoderConfig:
-        """From a transformers text config. Raises InputError for an architecture that is not one of the four."""
+        """Read a transformers text config. Raises InputError for an architecture that is not one of the four."""
         kind = config.model_type
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
             raise InputError(
@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Norm, projections, optional norms of queries and keys, and rotary embedding; attention itself is the caller's."""
+    """Norm, projections, optional norms of queries and keys, and rotary embedding; the caller's `attend` does the rest."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -134,19 +134,21 @@ class Attention(nn.Module):
         rows: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] of x [T, D], or [M, D]: what the rows [M] attend to among all T. `keys` [T] as of the decoder."""
+        """Attend from x [T, D] into [T, D], or from its rows [M] alone into [M, D]. `keys` [T] are the decoder's dropout keys."""
         if rows is None:
-            parts = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm, keys=keys)
-            turn, own = (cos, sin), keys
+            projected = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm, keys=keys)
+            query_keys, query_angles = keys, (cos, sin)
         else:
-            own = None if keys is None else keys[rows]
-            queries = project(x[rows], self.q_proj, norm=norm, keys=own)
-            parts = (*queries, *project(x, self.k_proj, self.v_proj, norm=norm, keys=keys))
-            turn = (cos[rows], sin[rows])
-        q, k, v = (part.view(part.shape[0], -1, self.head_dim) for part in parts)  # [M, H, d], [T, Hkv, d] twice
+            query_keys = None if keys is None else keys[rows]
+            queries = project(x[rows], self.q_proj, norm=norm, keys=query_keys)
+            projected = (*queries, *project(x, self.k_proj, self.v_proj, norm=norm, keys=keys))
+            query_angles = (cos[rows], sin[rows])
+        q, k, v = (
+            values.view(values.shape[0], -1, self.head_dim) for values in projected
+        )  # [M, H, d], [T, Hkv, d] twice
         q, k = self.q_norm(q), self.k_norm(k)
-        attended = attend(layer, rope(q, *turn), rope(k, cos, sin), v).reshape(q.shape[0], -1)  # [M, H * d]
-        return project(attended, self.o_proj, keys=own)[0]
+        attended = attend(layer, rope(q, *query_angles), rope(k, cos, sin), v).reshape(q.shape[0], -1)  # [M, H * d]
+        return project(attended, self.o_proj, keys=query_keys)[0]
 
 
 class MLP(nn.Module):
@@ -193,11 +195,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm and head, over a flat row of T positions.
 
-    With `checkpoint_layers` n > 0 (Chen et al., 2016, arXiv 1604.06174) only each n-th layer's input is kept for backward,
-    which computes what lies between two of them again, dropout included: the same gradients for less memory.
+    With `checkpoint_layers` n > 0 (Chen et al., 2016, arXiv 1604.06174) only each n-th layer's input is saved for backward,
+    which recomputes the layers between two of them, dropout included: the same gradients for less memory.
 
-    Adapters that drop need `dropout_keys`, [T] int64 on the device, set before each forward pass: a row's key decides with the
-    layer and the column what is dropped (`srcfast_kernels.dropout`).
+    Adapters with dropout need `dropout_keys`, [T] int64 on the device, set before each forward pass: a row's key, the layer and
+    the column decide what is dropped (`srcfast_kernels.dropout`).
     """
 
     inverse_frequencies: Tensor
@@ -228,27 +230,28 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D], the embedding itself where the two are tied."""
+        """Return the head's weight [V, D]: the embedding's where the two are tied."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, D]."""
+        """Embed tokens [T] int64 into [T, D]."""
         return self.embed_tokens(token_ids)
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T].
+        """Compute hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T].
 
         Args:
-            attend: with `rows` the last layer gives it the queries of these rows alone.
-            rows: [M] int64 ascending, each once: the rows whose hidden states are wanted. The result is then [M, D], the
-                same but for rounding; the last layer computes keys and values of all rows, all else for these.
+            attend: called in each layer; with `rows` the last layer passes it the queries of these rows alone.
+            rows: [M] int64 ascending, each once: the rows to return, [M, D], equal except for rounding. The last layer
+                computes keys and values of all rows, everything else for these.
         """
         cos, sin = self.rotary(positions, embeddings.dtype)
-        x, keys, count = embeddings, self.dropout_keys, len(self.layers)
-        every = self.checkpoint_layers or count
-        for start in range(0, count, every):
-            layers = range(start, min(start + every, count))
-            # What the last group keeps is what any group needs while it is run again: nothing is saved by dropping it.
+        x, keys = embeddings, self.dropout_keys
+        count = len(self.layers)
+        group = self.checkpoint_layers or count
+        for start in range(0, count, group):
+            layers = range(start, min(start + group, count))
+            # Checkpointing the last group would not lower the peak: any group needs as much while it is recomputed.
             if layers.stop < count and torch.is_grad_enabled():
                 x = checkpoint(self._run, layers, x, cos, sin, attend, None, keys, use_reentrant=False)
             else:
@@ -265,14 +268,14 @@ class Decoder(nn.Module):
         rows: Tensor | None,
         keys: Tensor | None,
     ) -> Tensor:
-        """Some layers in turn; the decoder's last one for `rows` alone."""
+        """Run layers in turn; the decoder's last one for `rows` alone."""
         for index in layers:
-            wanted = rows if index == len(self.layers) - 1 else None
-            x = self.layers[index](x, cos, sin, index, attend, wanted, keys)
+            layer_rows = rows if index == len(self.layers) - 1 else None
+            x = self.layers[index](x, cos, sin, index, attend, layer_rows, keys)
         return x
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, d] each; angles in fp32 (fp64 for an fp64 model) whatever the model's dtype."""
+        """Compute cos and sin, [T, d] each, from angles in fp32 (fp64 for an fp64 model) whatever the model's dtype."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         angles = positions.to(exact)[:, None] * self.inverse_frequencies.to(exact)
         angles = torch.cat((angles, angles), dim=-1)
@@ -280,7 +283,7 @@ class Decoder(nn.Module):
 
 
 def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [d/2] and the factor on cos and sin, under the config's scaling.
+    """Compute inverse frequencies [d/2] and the factor on cos and sin, under the config's scaling.
 
     Scalings: default, linear, and llama3 (Llama 3.1's interpolation by wavelength).
     """
@@ -299,5 +302,5 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
-    share = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * share + frequencies / factor * (1.0 - share), 1.0
+    weight = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)  # of the unscaled frequency
+    return frequencies * weight + frequencies / factor * (1.0 - weight), 1.0

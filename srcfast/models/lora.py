@@ -27,7 +27,7 @@ from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# Settings of PEFT's that change what an adapter computes, and the one value of each that is computed here.
+# PEFT's settings that change what an adapter computes, each with the one value that is supported.
 UNDERSTOOD: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
@@ -38,7 +38,7 @@ UNDERSTOOD: dict[str, Any] = {
     "alpha_pattern": {},
     "modules_to_save": [],
 }
-# Its numbers: field, types, which of them are taken, and that in words.
+# PEFT's numbers: field, types, the check, and its description.
 _NUMBERS: Sequence[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = (
     ("r", (int,), lambda rank: 1 <= rank <= 4096, "a rank, a whole number from 1 to 4096"),
     ("lora_alpha", (int, float), lambda alpha: 0 < alpha < 1e9, "a number above 0"),
@@ -47,7 +47,7 @@ _NUMBERS: Sequence[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = (
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with an adapter beside it; its number tells its dropout from that of the decoder's other linears."""
+    """A frozen linear with an adapter; `number` distinguishes its dropout from that of the decoder's other linears."""
 
     def __init__(
         self, base: nn.Linear | NF4Linear, config: LoRAConfig, device: torch.device, dtype: torch.dtype, number: int = 0
@@ -73,14 +73,14 @@ class LoRALinear(nn.Module):
 def project(
     x: Tensor, *linears: nn.Module, norm: nn.Module | None = None, keys: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Apply linears to one input [T, in], after a norm if one is given, adapted ones in one go; returns [T, out_i] each.
+    """Apply linears to one input [T, in], after the norm if there is one; returns [T, out_i] each. Adapted ones run fused.
 
-    `keys` are those of the rows' dropout, [T] int64; see `Decoder.dropout_keys`.
+    `keys` are the rows' dropout keys, [T] int64; see `Decoder.dropout_keys`.
     """
     if not all(_is_adapted(linear) for linear in linears):
         x = x if norm is None else norm(x)
-        return tuple(_alone(x, linear, keys) for linear in linears)
-    if any(linear.training and linear.dropout for linear in linears):  # each drops other entries of x
+        return tuple(_project_one(x, linear, keys) for linear in linears)
+    if any(linear.training and linear.dropout for linear in linears):  # each linear drops other entries of x
         x = x if norm is None else norm(x)
         return tuple(_with_dropout(x, linear, keys) for linear in linears)
     adapted = [linear.adapted(x.dtype) for linear in linears]
@@ -89,7 +89,7 @@ def project(
     return lora_linears(x, adapted, Norm(norm.weight, norm.eps))
 
 
-def _alone(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
+def _project_one(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
     if not isinstance(linear, LoRALinear):
         return linear(x)
     return project(x, linear, keys=keys)[0] if linear.active else linear.base(x)
@@ -109,7 +109,7 @@ def _is_adapted(linear: nn.Module) -> bool:
 def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
     if keys is None:
         raise SrcfastError(
-            "lora.dropout: expected the rows' keys, from which it is told what to drop, found none. Fix: train with "
+            "lora.dropout: expected the rows' keys, which decide what is dropped, found none. Fix: train with "
             "srcfast.training.loop, or set model.decoder.dropout_keys to [T] int64 before each forest"
         )
     adapter = linear.adapted(x.dtype)
@@ -132,7 +132,7 @@ def apply_lora(model: HasDecoder, lora: str | Path | LoRAConfig | None) -> None:
 def check_adapter_changes(model: HasDecoder, directory: str | Path) -> None:
     """Raise InputError where the adapter read from the directory changes nothing: the base's results would pass for its.
 
-    Training may begin with such a one, as PEFT's new adapters are.
+    Training may begin with such an adapter: new ones of PEFT change nothing.
     """
     layers = adapters(model)
     if not any(layer.scaling and layer.lora_A.any() and layer.lora_B.any() for layer in layers.values()):
@@ -219,7 +219,7 @@ def disable_lora(model: HasDecoder) -> Iterator[None]:
 def folded_lora(model: HasDecoder) -> Iterator[None]:
     """Add the adapter into the base weights within, for decoding, where its small products cost much; outputs stay the same.
 
-    Weights of 16 or 4 bits are left as they are: folded, they would be rounded anew. So are weights that ranks share out.
+    Weights of 16 or 4 bits are not folded, since they would be rounded again; nor are sharded ones.
     """
     foldable = {} if is_sharded(model.decoder) else adapters(model)
     layers = [layer for layer in foldable.values() if isinstance(layer.base, nn.Linear) and layer.active]

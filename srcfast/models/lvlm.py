@@ -22,7 +22,7 @@ from srcfast.models.decoder import Decoder
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.quantized import NF4Linear
-from srcfast.models.text_model import build_decoder, chat_text, copy_companions, load_tokenizer, own_tensors
+from srcfast.models.text_model import build_decoder, chat_text, copy_companions, decoder_tensors, load_tokenizer
 from srcfast.models.vision import Vision
 from srcfast_kernels.transfers import to_device
 
@@ -147,16 +147,16 @@ class ImageFeatures:
         return [key for key in keys if key not in self._cache]
 
     def clear(self) -> None:
-        """Encode all anew from here on: what is encoded beside an image moves its embeddings by rounding."""
+        """Clear the cache, so that images are encoded again: rounding of embeddings depends on the images encoded together."""
         self._cache.clear()
         self._bytes = 0
 
     def for_training(self, deterministic: bool = False) -> ImageFeatures | UncachedImageFeatures:
-        """Return features for a training that may be resumed, bit for bit but with nothing in memory.
+        """Return features for a training that may be resumed bit for bit, with an empty cache.
 
-        Embeddings in memory are those of the steps that first had the images. In fp32 on a CPU they are what any other step would
-        make of them; in 16 bits, or on a GPU, only encoding anew in every step gives the same ones again. On a GPU that is
-        done for a `deterministic` training alone: any other is not the same bit for bit anyway.
+        Cached embeddings are those of the steps that first had the images. In fp32 on a CPU any other step would compute the
+        same ones; in 16 bits, or on a GPU, only encoding them again in every step reproduces them. On a GPU that is done only
+        for a `deterministic` training: any other is not reproducible bit for bit anyway.
         """
         parameter = next(self.model.parameters())
         on_gpu = parameter.device.type == "cuda"
@@ -194,7 +194,7 @@ class ImageFeatures:
 
 
 class UncachedImageFeatures:
-    """`ImageFeatures` that encode each call's images anew."""
+    """`ImageFeatures` that encode each call's images without a cache."""
 
     def __init__(self, features: ImageFeatures) -> None:
         self.features, self.prepare = features, features.prepare
@@ -223,11 +223,11 @@ def load_lvlm(
     Args:
         path: directory with config.json, safetensors (single or sharded), tokenizer and image processor; "embedded" for
             the small one that comes with the package.
-        quantize: "nf4" keeps the linear layers of the decoder's blocks in 4 bits; a checkpoint that bitsandbytes quantised is
-            taken as it is. Weights are quantised one by one as they are read, on the device.
+        quantize: "nf4" for the linear layers of the decoder's blocks in 4 bits; weights that bitsandbytes quantised are
+            not quantised again. Weights are quantised one by one as they are read, on the device.
         dtype: of all other weights, and of the products.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
-        shard: share the decoder's layers out over the ranks, see `models.sharding`; all ranks then have to read it.
+        shard: shard the decoder's layers over the ranks, see `models.sharding`; all ranks then have to read it.
 
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
@@ -241,7 +241,7 @@ def load_lvlm(
     decoder = build_decoder(config.text_config, path, device, dtype, quantize, shard)
     vision = vision.to(device=device, dtype=dtype)
     tensors = ((*_part_of(name), tensor) for name, tensor in read_tensors(path))
-    fill({"language": decoder, "sight": vision.model}, own_tensors(decoder, tensors, path), path)
+    fill({"language": decoder, "sight": vision.model}, decoder_tensors(decoder, tensors, path), path)
     model = LVLM(decoder, vision, load_tokenizer(path), path).to(device)
     model.requires_grad_(False)
     model.eval()
@@ -260,7 +260,7 @@ def _part_of(name: str) -> tuple[str, str]:
 
 
 def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a directory that transformers' `from_pretrained` reads, in `dtype` or the model's own.
+    """Write a directory that transformers' `from_pretrained` reads, in `dtype`, by default the model's.
 
     Raises:
         InputError: the model has an adapter that is not merged, or is in 4 bits.

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from srcfast.models.protocols import TransformerDecoder
-from srcfast.models.sharding import keep
+from srcfast.models.sharding import set_parameter
 from srcfast_kernels import NF4Weight, nf4_linear, nf4_quantize
 from srcfast_kernels.nf4 import nf4_flat, nf4_flat_size, nf4_from_flat
 
 
 class NF4Linear(nn.Module):
-    """x W^T + bias, W [out, in] in NF4 with double quantisation; `weight` is None until it is set, but for a flat one.
+    """Compute x W^T + bias, W [out, in] in NF4 with double quantisation; without `flat`, `weight` is None until it is set.
 
-    With `flat`, codes and scales are one parameter, a row of fp32 words, which ranks can share out (`models.sharding`): FSDP2
-    of PyTorch 2.11 takes no integers.
+    With `flat`, codes and scales are one parameter, a row of fp32 words, which can be sharded (`models.sharding`): FSDP2 of
+    PyTorch 2.11 takes no integers.
     """
 
     flat: nn.Parameter | None
@@ -39,43 +39,43 @@ class NF4Linear(nn.Module):
         return nf4_from_flat(self.flat, torch.Size((self.out_features, self.in_features)), self.dtype)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Quantise [out, in]; products will be in its dtype."""
+        """Quantise a weight [out, in]; products will be in its dtype."""
         self.set_quantized(nf4_quantize(weight))
 
     def set_quantized(self, weight: NF4Weight) -> None:
-        """Take over a weight in 4 bits. Raises ValueError where it can't be kept flat."""
+        """Set a weight in 4 bits. Raises ValueError where it can't be stored flat."""
         if self.flat is None:
             self._weight = weight
         else:
             self.dtype = weight.dtype
-            keep(self.flat, nf4_flat(weight))
+            set_parameter(self.flat, nf4_flat(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None, "a checkpoint sets it"
+        assert self.weight is not None, "loading a checkpoint sets it"
         return nf4_linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move the weight with the module, but never cast its scales."""
 
-        def move(part: Tensor) -> Tensor:
-            moved: Tensor = fn(part)
-            is_flat = part is self.flat
-            return part.to(moved.device) if is_flat and moved.dtype != part.dtype else moved
+        def move(parameter: Tensor) -> Tensor:
+            moved: Tensor = fn(parameter)
+            is_flat = parameter is self.flat
+            return parameter.to(moved.device) if is_flat and moved.dtype != parameter.dtype else moved
 
         super()._apply(move, recurse)
         if self._weight is not None:
             device = fn(self._weight.packed).device
-            parts = {field.name: getattr(self._weight, field.name) for field in fields(self._weight)}
-            moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+            values = {field.name: getattr(self._weight, field.name) for field in fields(self._weight)}
+            moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
             self._weight = replace(self._weight, **moved)
         return self
 
 
 def quantize_linears(decoder: TransformerDecoder, flat: bool = False) -> None:
-    """Replace the linear layers of a decoder's blocks, not yet filled, by 4-bit ones. Embedding and head stay."""
+    """Replace the linear layers of a decoder's blocks, before weights are loaded, by 4-bit ones; not embedding and head."""
     for layer in decoder.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
                 if isinstance(linear, nn.Linear):
                     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-                    setattr(part, name, NF4Linear(*sizes, bias, flat))
+                    setattr(block, name, NF4Linear(*sizes, bias, flat))

@@ -1,9 +1,9 @@
 """The R-Scorer: a text LLM that compares two rationale-answer candidates and answers with one verdict token.
 
 All ordered pairs of a sample's N candidates are one tree: question and reference, then each candidate as the
-first, then under it each other candidate as the second, ended by the verdict slot. The slot's hidden state
-alone meets the head, and of the head only the rows of the verdict tokens. "None" may stand as the second
-candidate: the verdict on a candidate rated on its own (independent scoring, the baseline).
+first, then under it each other candidate as the second, which ends with the verdict slot. Logits are computed
+for the slots alone, and only of the verdict tokens. "None" may stand as the second candidate: the verdict is
+then on a single candidate (independent scoring, the baseline).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from srcfast_kernels.transfers import to_device
 
 VerdictForm = Literal["choice", "graded"]
 
-# What p_ij counts for each verdict token: the first candidate's share of the win.
+# The value of each verdict token in p_ij: the first candidate's share of the win.
 VERDICT_VALUES: dict[str, tuple[float, ...]] = {
     "choice": (1.0, 0.5, 0.0),
     "graded": (1.0, 0.75, 0.5, 0.25, 0.0),
 }
 
-# The spellings tried, in order, and how an instruction names them: each verdict must be one token of the
+# The spellings to try, in order, and the instruction's words for them: each verdict must be one token of the
 # tokenizer. After a chat template the reply starts without a space, after "Better:" with one.
 _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "choice": (
@@ -43,16 +43,16 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "graded": ((("1", "2", "3", "4", "5"), "1 (the first is far better) to 5 (the second is), 3 for a tie"),),
 }
 _INSTRUCTION = "Which response has the better rationale and answer? Reply {}.\n"  # chat models need one
-NOTHING = "none"  # stands for the second candidate where one is rated on its own
-ALONE = -1  # the index that says so
-CPU_TOKENS = 4096  # in one forward on a CPU: more only leave its caches, and its allocator's memory at hand
+NOTHING = "none"  # the second candidate's text where one candidate is rated alone
+ALONE = -1  # the second candidate's index there
+CPU_TOKENS = 4096  # in one forward pass on a CPU: more would exceed its caches and take memory without gain
 
 
 @dataclass(frozen=True)
 class JudgeTree:
     """Comparisons of one sample: the tree, and per verdict slot the candidates and the slot's segment.
 
-    `first`, `second` and `slots` are int64 [slots]; `second` is -1 where a candidate is rated on its own.
+    `first`, `second` and `slots` are int64 [slots]; `second` is -1 where a candidate is rated alone.
     """
 
     tree: Tree
@@ -90,27 +90,27 @@ class Scorer(nn.Module):
         self._encoded: dict[str, np.ndarray] = {}
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D] of a forest of judge trees, or those of `rows` [M] alone: [M, D]."""
+        """Compute hidden states [T, D] of a forest of judge trees, or those of `rows` [M] alone: [M, D]."""
         return self.text_model(forest, rows)
 
     @property
     def verdict_weight(self) -> Tensor:
-        """The head's rows of the verdict tokens, [K, D]."""
+        """Return the head's rows of the verdict tokens, [K, D]."""
         return self.text_model.decoder.head_weight[self.verdict_token_ids]
 
     def verdict_logits(self, slots: Tensor) -> Tensor:
-        """Logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
+        """Compute logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
         return slots.float() @ self.verdict_weight.float().T
 
     @torch.no_grad()
     def win_and_verdict(self, slots: Tensor) -> Tensor:
-        """From the slots' hidden states [M, D]: p, and the value of the likeliest verdict, [2, M] fp64 on the device."""
+        """Compute p and the value of the likeliest verdict, [2, M] fp64 on the device, from the slots' hidden states [M, D]."""
         logits = self.verdict_logits(slots)
         wins = logits.double().softmax(-1) @ self.verdict_values.double()
         return torch.stack([wins, self.verdict_values[logits.argmax(-1)].double()])
 
     def check_wins(self, wins: np.ndarray) -> None:
-        """Raises InputError where a p [M] is not finite: the model overflowed its type."""
+        """Raise InputError where a p [M] is not finite: the model overflowed its dtype."""
         if not np.isfinite(wins).all():
             raise InputError(
                 field="verdicts",
@@ -126,12 +126,12 @@ class Scorer(nn.Module):
         pairs: Sequence[tuple[int, int]] | None = None,
         key: Any = None,
     ) -> JudgeTree:
-        """The tree root -> A_i -> {B_j + verdict slot} of one sample.
+        """Build the tree root -> A_i -> {B_j + verdict slot} of one sample.
 
         Args:
             reference: the root's text, as `reference_text` writes it.
             texts: candidates' texts.
-            pairs: (first, second) indices into texts, second -1 for "rated on its own"; default: all ordered
+            pairs: (first, second) indices into texts, second -1 for a candidate rated alone; default: all ordered
                 pairs.
             key: the tree's key, which errors name: the sample's id.
         """
@@ -155,29 +155,29 @@ class Scorer(nn.Module):
         return JudgeTree(tree, order[:, 0], order[:, 1], slots)
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one segment, remembered: a candidate is the second N - 1 times."""
-        found = self._encoded.get(text)
-        if found is None:
+        """Tokenize one segment, with a cache: a candidate is the second N - 1 times."""
+        tokens = self._encoded.get(text)
+        if tokens is None:
             if len(self._encoded) >= 200_000:
                 self._encoded.clear()
             # Text of a model or a data set never becomes a control token.
             tokenizer = self.text_model.tokenizer
             encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            found = np.asarray(encoded["input_ids"], dtype=np.int64)
-            self._encoded[text] = found
-        return found
+            tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
+            self._encoded[text] = tokens
+        return tokens
 
 
 def all_pairs(count: int) -> list[tuple[int, int]]:
-    """The ordered pairs of `count` candidates."""
+    """List the ordered pairs of `count` candidates."""
     return [(i, j) for i in range(count) for j in range(count) if i != j]
 
 
 def reference_text(question: str, answer: str, facts: Sequence[str] = (), rationale: str | None = None) -> str:
-    """The root's text: the question and what the sample has to judge by.
+    """Write the root's text: the question and the sample's reference.
 
-    Facts where there are any, else the reference rationale: a rationale says nothing that complete facts
-    don't, and a judge that is shown one learns to compare wordings.
+    The reference is its facts, or without facts its rationale: a rationale adds nothing to complete facts, and an
+    R-Scorer that sees one learns to compare wordings.
     """
     lines = [f"Question: {question}"]
     if facts:
@@ -189,37 +189,37 @@ def reference_text(question: str, answer: str, facts: Sequence[str] = (), ration
 
 
 def slot_rows(forest: Forest, judged: Sequence[JudgeTree]) -> Tensor:
-    """The verdict slots' rows [M] in the forest: the last position of each slot's segment.
+    """Find the verdict slots' rows [M] in the forest: the last position of each slot's segment.
 
     Args:
-        forest: whose trees are those of `judged`, in this order.
+        forest: a forest of the trees of `judged`, in this order.
     """
     rows = [
-        starts[slot] + one.tree.segments[slot].tokens.size - 1
-        for starts, one in zip(forest.segment_start, judged, strict=True)
-        for slot in one.slots.tolist()
+        starts[slot] + comparisons.tree.segments[slot].tokens.size - 1
+        for starts, comparisons in zip(forest.segment_start, judged, strict=True)
+        for slot in comparisons.slots.tolist()
     ]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 @torch.no_grad()
 def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) -> tuple[Tensor, int]:
-    """Hidden states [M, D] at the verdict slots of all trees, in the order of `judged`, whatever the packing.
+    """Compute the hidden states [M, D] at the verdict slots of all trees, in the order of `judged`, whatever the packing.
 
-    Candidates that begin alike share their beginning, and the last layer runs for the slots alone.
+    Candidates with a common prefix share it, and the last layer runs for the slots alone.
 
     Returns:
-        The hidden states, and the number of tokens that were run.
+        The hidden states, and the number of tokens run.
 
     Raises:
         InputError: a tree doesn't fit into the token budget; it names the tree's key.
     """
-    shared = [share_prefixes(one.tree) for one in judged]
+    shared = [share_prefixes(comparisons.tree) for comparisons in judged]
     device = scorer.verdict_values.device
     if device.type == "cpu":
         largest = max(tree.num_tokens for tree, _ in shared)
         token_budget = min(token_budget, max(CPU_TOKENS, largest))
-    found: dict[int, Tensor] = {}
+    hidden_by_tree: dict[int, Tensor] = {}
     tokens = 0
     for forest in Forest.packed([tree for tree, _ in shared], token_budget):
         bounds = forest.cu_seqlens_q.numpy()
@@ -228,12 +228,12 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
             first + np.array(shared[index][1])[judged[index].slots]
             for first, index in zip(firsts, forest.indices, strict=False)
         ]
-        rows, places = np.unique(bounds[np.concatenate(ends) + 1] - 1, return_inverse=True)
+        rows, inverse = np.unique(bounds[np.concatenate(ends) + 1] - 1, return_inverse=True)
         hidden = scorer(forest.to(device), torch.from_numpy(rows.astype(np.int64)))
-        slots = hidden.index_select(0, to_device(places, device))
-        found.update(zip(forest.indices, slots.split([len(part) for part in ends]), strict=True))
+        slots = hidden.index_select(0, to_device(inverse, device))
+        hidden_by_tree.update(zip(forest.indices, slots.split([len(segments) for segments in ends]), strict=True))
         tokens += forest.num_tokens
-    return torch.cat([found[index] for index in range(len(judged))]), tokens
+    return torch.cat([hidden_by_tree[index] for index in range(len(judged))]), tokens
 
 
 def load_scorer(
@@ -244,7 +244,7 @@ def load_scorer(
     device: str | torch.device = "cpu",
     lora: str | Path | LoRAConfig | None = None,
 ) -> Scorer:
-    """An R-Scorer from a Hugging Face directory of a text LLM, with an adapter if one is named.
+    """Load an R-Scorer from a Hugging Face directory of a text LLM, with an adapter if one is named.
 
     Args:
         path: directory, or "embedded" for the small one that comes with the package.
@@ -256,7 +256,7 @@ def load_scorer(
 
 
 def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, ...], list[int], str]:
-    """The first spelling of which every verdict is one token: words, token ids, name in an instruction."""
+    """Choose the first spelling of which every verdict is one token; return words, token ids, words of the instruction."""
     leads = ("", " ") if chat else (" ", "")
     tried = []
     for spelling, replies in _SPELLINGS[form]:
@@ -276,11 +276,11 @@ def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, .
 
 
 def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens before and after the user's turn, by the tokenizer's own chat template."""
+    """Tokenize what is before and after the user's turn in the tokenizer's chat template."""
     mark = "\u0001"
     text = chat_text(tokenizer, mark)
-    before, found, after = text.partition(mark)
-    if not found:
+    before, separator, after = text.partition(mark)
+    if not separator:
         raise InputError(
             field="chat_template",
             expected="a template that shows the user's turn",
@@ -288,14 +288,14 @@ def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
             fix="repair tokenizer_config.json's chat_template, or remove it",
         )
     opening, closing = (
-        np.asarray(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        for part in (before + instruction, after)
+        np.asarray(tokenizer(frame, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        for frame in (before + instruction, after)
     )
     return opening, closing
 
 
 def _plain_frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Without a chat template: the beginning-of-text token where the tokenizer itself would set one."""
+    """Return the frame without a chat template: the beginning-of-text token if the tokenizer itself would add one."""
     bos = tokenizer.bos_token_id
     opening = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     return np.asarray(opening, dtype=np.int64), np.zeros(0, dtype=np.int64)

@@ -1,12 +1,12 @@
-"""A frozen base that no card holds alone: the matrices of its layers are shared out over a node's ranks.
+"""Shard a frozen base that does not fit on one card: the matrices of its layers are split across a node's ranks.
 
-Each rank keeps an even part of every matrix; a layer is put together on all of them while it computes, and taken apart
-again behind it (PyTorch's FSDP2, `fully_shard`). Embedding, head, norms, vision tower and adapter stay whole on every rank.
-The products are those of whole weights, bit for bit.
+Each rank stores an even part of every matrix; a layer's are gathered on all ranks while it computes, and freed after it
+(PyTorch's FSDP2, `fully_shard`). Embedding, head, norms, vision tower and adapter are whole on every rank. The products are
+those of whole weights, bit for bit.
 
-A layer is put together by all ranks or by none, so that all have to run the same passes in the same order. A rank that has
-no work left runs passes over a single position, of which nothing comes, as long as another has work: see `keep_in_step`
-(passes without gradients) and `empty_step` (with them).
+All ranks have to gather a layer together, and so to run the same passes in the same order. A rank without work runs passes
+over a single position, whose results are dropped, as long as another rank has work: see `keep_in_step` (passes without
+gradients) and `empty_step` (with them).
 """
 
 from __future__ import annotations
@@ -26,80 +26,81 @@ from srcfast.errors import ConfigError
 from srcfast.models.dropout_keys import dropping
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
 
-GATHERED_LAYERS = 2  # whole at once: the one that computes, and the next, which is on its way
+GATHERED_LAYERS = 2  # gathered at once: the layer that computes and the next one, which is prefetched
 
 
 def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
-    """Share a decoder's layers out over the ranks of this node, before their weights are set; with one rank do nothing.
+    """Shard a decoder's layers over the ranks of this node, before their weights are set; with one rank do nothing.
 
     Raises:
         ConfigError: nodes have different numbers of ranks.
     """
-    from torch.distributed.fsdp import fully_shard  # half a second, which no other command waits for
+    from torch.distributed.fsdp import fully_shard  # imported here: it takes half a second
 
-    here = distributed.local_world_size()
-    if len(set(distributed.gather(here))) > 1 or distributed.world_size() % here:
+    ranks = distributed.local_world_size()
+    if len(set(distributed.gather(ranks))) > 1 or distributed.world_size() % ranks:
         raise ConfigError(
-            f"distributed.shard: expected as many ranks on every node, found {here} of {distributed.world_size()} on this one. "
+            f"distributed.shard: expected as many ranks on every node, found {ranks} of {distributed.world_size()} on this one. "
             "Fix: one --nproc-per-node for all nodes"
         )
-    if here == 1:
+    if ranks == 1:
         return
     mesh = distributed.node_mesh(torch.device(device).type)
     for layer in decoder.layers:  # type: ignore[union-attr]
         named = layer.named_parameters()
         small = {parameter for name, parameter in named if parameter.ndim < 2 and not name.endswith(".flat")}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=small)
-    inside = {parameter for layer in decoder.layers for parameter in layer.parameters()}  # type: ignore[union-attr]
-    whole = {parameter for parameter in decoder.parameters() if parameter not in inside}
-    # The root has no share of its own: by it the next layer is on its way while one computes.
+    layers = {parameter for layer in decoder.layers for parameter in layer.parameters()}  # type: ignore[union-attr]
+    whole = {parameter for parameter in decoder.parameters() if parameter not in layers}
+    # The root shards nothing; with it FSDP2 prefetches the next layer while one computes.
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     decoder.register_forward_pre_hook(_announce)
-    decoder.register_forward_hook(_forget_order)
+    decoder.register_forward_hook(_clear_order)
     decoder.is_sharded = True  # type: ignore[assignment]
 
 
 def is_sharded(decoder: TransformerDecoder) -> bool:
-    """Whether the decoder's layers are shared out over ranks."""
+    """Return whether the decoder's layers are sharded over ranks."""
     return bool(getattr(decoder, "is_sharded", False))  # a model of the caller's may have any decoder
 
 
-def is_share(parameter: Tensor) -> bool:
-    """Whether a parameter is one that ranks share out (a DTensor): whole only while its layer computes."""
+def is_shard(parameter: Tensor) -> bool:
+    """Return whether a parameter is sharded (a DTensor): it is whole only while its layer computes."""
     return hasattr(parameter, "device_mesh")
 
 
-def held(parameter: Tensor) -> Tensor:
-    """What this rank has of a parameter: all of it, or its share."""
-    return parameter.to_local() if is_share(parameter) else parameter  # type: ignore[operator]
+def local_values(parameter: Tensor) -> Tensor:
+    """Return what this rank stores of a parameter: all of it, or its shard."""
+    return parameter.to_local() if is_shard(parameter) else parameter  # type: ignore[operator]
 
 
 @torch.no_grad()
-def keep(parameter: Any, whole: Tensor) -> None:
-    """Set a parameter, or this rank's share of it, from all of its values."""
-    if not is_share(parameter):
+def set_parameter(parameter: Any, whole: Tensor) -> None:
+    """Set a parameter, or this rank's shard of it, from its whole values."""
+    if not is_shard(parameter):
         parameter.copy_(whole)
         return
-    share, rows = held(parameter), -(-len(parameter) // parameter.device_mesh.size())  # of each rank but the last ones
+    shard = local_values(parameter)
+    rows = -(-len(parameter) // parameter.device_mesh.size())  # of each rank but the last ones, which may have fewer
     start = parameter.device_mesh.get_local_rank() * rows
-    share.copy_(whole[start : start + len(share)])
+    shard.copy_(whole[start : start + len(shard)])
 
 
 def gathered_bytes(decoder: TransformerDecoder) -> int:
-    """What is whole for a moment while layers compute, beside the shares."""
+    """Count the bytes of layers gathered at once, on top of the local shards."""
     if not is_sharded(decoder):
         return 0
     sizes = [
-        sum(parameter.nbytes for parameter in layer.parameters() if is_share(parameter)) for layer in decoder.layers
+        sum(parameter.nbytes for parameter in layer.parameters() if is_shard(parameter)) for layer in decoder.layers
     ]
     return GATHERED_LAYERS * max(sizes)
 
 
 def keep_in_step(decoder: TransformerDecoder) -> None:
-    """Take part in the other ranks' passes until none has work left; all ranks come here, each when it has none.
+    """Join the other ranks' passes until no rank has work left; all ranks call this, each when it has none.
 
     Raises:
-        SrcfastError: a rank stays away; it is named.
+        SrcfastError: a rank never calls it; it is named.
     """
     if not is_sharded(decoder):
         return
@@ -109,19 +110,19 @@ def keep_in_step(decoder: TransformerDecoder) -> None:
 
 
 def empty_step(decoder: TransformerDecoder) -> None:
-    """Take part in a forward and a backward pass of other ranks; the gradients that it adds are 0."""
+    """Join a forward and a backward pass of other ranks; the gradients that it adds are 0."""
     hidden = _empty_pass(decoder)
     hidden.backward(torch.zeros_like(hidden))
 
 
 def _announce(decoder: TransformerDecoder, arguments: Any) -> None:
-    """Before a pass without gradients: the ranks without work learn that there is one."""
+    """Before a pass without gradients, tell the ranks without work that there is one."""
     if not torch.is_grad_enabled() and not decoder.idle:
         _any_busy(True)
 
 
-def _forget_order(decoder: TransformerDecoder, arguments: Any, hidden: Tensor) -> None:
-    """FSDP notes in which order layers ran, for the backward pass that clears it: where there is none, it would only grow."""
+def _clear_order(decoder: TransformerDecoder, arguments: Any, hidden: Tensor) -> None:
+    """Clear FSDP's record of the order in which layers ran: only a backward pass clears it, and without one it would grow."""
     if torch.is_grad_enabled():
         return
     for layer in decoder.layers:
@@ -135,7 +136,7 @@ def _any_busy(busy: bool) -> bool:
 
 
 def _empty_pass(decoder: TransformerDecoder) -> Tensor:
-    """Hidden states [1, D] of a single position."""
+    """Compute hidden states [1, D] of a single position."""
     forest = Forest.of([Tree((Segment(np.zeros(1, dtype=np.int64)),))]).to(decoder.embed_tokens.weight.device)
     decoder.idle = True
     try:
@@ -146,5 +147,5 @@ def _empty_pass(decoder: TransformerDecoder) -> Tensor:
 
 
 def in_step_with(model: HasDecoder) -> Callable[[], None]:
-    """What a rank does that has no piece left: nothing, unless the model's layers are shared out over the ranks."""
+    """Return what a rank without chunks left has to call: it does nothing unless the model's layers are sharded."""
     return partial(keep_in_step, model.decoder)

@@ -1,4 +1,4 @@
-"""A text-only decoder with its tokenizer: what an R-Scorer is made of."""
+"""A text-only decoder with its tokenizer, on which an R-Scorer is built."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TextModel(nn.Module):
         self.path = path
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""
+        """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""
         embeddings, attend = self.decoder.embed(forest.token_ids), forest_attend(forest, rows=rows)
         if rows is None:
             return self.decoder(embeddings, forest.positions, attend)
@@ -67,7 +67,7 @@ def load_text_model(
     """
     decoder = build_decoder(read_config(path), path, device, dtype)
     tensors = (("language", name.removeprefix("model."), tensor) for name, tensor in read_tensors(path))
-    fill({"language": decoder}, own_tensors(decoder, tensors, path), path)
+    fill({"language": decoder}, decoder_tensors(decoder, tensors, path), path)
     model = TextModel(decoder, load_tokenizer(path), Path(path)).to(device)
     model.requires_grad_(False)
     model.eval()
@@ -99,9 +99,9 @@ def build_decoder(
     quantize: str | None = None,
     shard: bool = False,
 ) -> Decoder:
-    """Build a decoder of a transformers text config, memory allocated but not set (`fill` sets all of it).
+    """Build a decoder of a transformers text config, with memory allocated but not set (`fill` sets all of it).
 
-    With `shard` its layers are shared out over the ranks of this node, and each takes memory for its own part alone.
+    With `shard` its layers are sharded over the ranks of this node, and each rank allocates its shards alone.
 
     Raises:
         InputError: another architecture; the config's file and field are named.
@@ -132,13 +132,13 @@ def _sketch_decoder(config: Any, file: Path, dtype: torch.dtype, quantize: str |
         raise InputError(file=file, field=error.field, expected=expected, found=found, fix=error.fix) from error
 
 
-def own_tensors(
+def decoder_tensors(
     decoder: Decoder, tensors: Iterable[tuple[str, str, Tensor]], path: str | Path
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Pass (part, name, values) on but for what the decoder doesn't hold: rotary frequencies, and the head where it is tied.
+    """Filter (part, name, values): leave out rotary frequencies, and the head where it is tied to the embedding.
 
     Raises:
-        InputError: a tied head that differs from the embedding, once this is filled.
+        InputError: a tied head differs from the embedding; raised after the last tensor, when the embedding is filled.
     """
     head = None
     for part, name, tensor in tensors:
@@ -166,7 +166,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         expected = "a tokenizer with an end token"
         raise InputError(file=path, field="eos_token", expected=expected, found="none", fix="name it")
-    # Where processors of transformers 4 kept it; the tokenizer may have the text model's template, which shows no image.
+    # Processors of transformers 4 wrote it there; the tokenizer may have the text model's template, which shows no image.
     file = Path(path) / "chat_template.json"
     if file.is_file() and not (Path(path) / "chat_template.jinja").is_file():
         try:
@@ -178,10 +178,10 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) -> str:
-    """Render a user's turn and the generation prompt by the tokenizer's chat template, or the one given, in a sandbox.
+    """Render a user's turn and the generation prompt by `chat_template`, by default the tokenizer's, in a sandbox.
 
     Raises:
-        InputError: the template fails, or reaches for what transformers' sandbox keeps from it.
+        InputError: the template fails, or accesses what transformers' sandbox forbids.
     """
     turns = [{"role": "user", "content": content}]
     try:

@@ -61,33 +61,33 @@ class Vision(nn.Module):
         self.config = config
         self.processor = load_image_processor(path)
         self.model = _checked_model(config, path)
-        self._waiting: list[Tensor] = []  # weights on the host, of a tower that waits there
+        self._host_weights: list[Tensor] = []  # weights on the host, once `to_host` has been called
 
     def train(self, mode: bool = True) -> Vision:
         """Stay in evaluation mode: with a tower's dropout, an image would have other embeddings in each run."""
         return super().train(False)
 
     def to_host(self) -> None:
-        """Move the weights from a GPU to the host; from now on they are on the GPU within `awake` alone."""
+        """Move the weights from a GPU to the host; from now on they are on the GPU within `on_device` alone."""
         parameters = list(self.model.parameters())
-        if parameters[0].is_cuda and not self._waiting:
-            self._works_on = parameters[0].device
-            self._waiting = [parameter.data.cpu().pin_memory() for parameter in parameters]
-            self._place(self._waiting)
+        if parameters[0].is_cuda and not self._host_weights:
+            self._device = parameters[0].device
+            self._host_weights = [parameter.data.cpu().pin_memory() for parameter in parameters]
+            self._set_weights(self._host_weights)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Move the weights to their device within. They never change, so nothing is copied back."""
-        if not self._waiting:
+        if not self._host_weights:
             yield
             return
-        self._place([weight.to(self._works_on, non_blocking=True) for weight in self._waiting])
+        self._set_weights([weight.to(self._device, non_blocking=True) for weight in self._host_weights])
         try:
             yield
         finally:
-            self._place(self._waiting)
+            self._set_weights(self._host_weights)
 
-    def _place(self, weights: Sequence[Tensor]) -> None:
+    def _set_weights(self, weights: Sequence[Tensor]) -> None:
         for parameter, weight in zip(self.model.parameters(), weights, strict=True):
             parameter.data = weight
 

@@ -29,7 +29,7 @@ from srcfast.models.decoder import Decoder
 from srcfast.models.dropout_keys import dropping
 from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.models.quantized import NF4Linear, quantize_linears
-from srcfast.models.sharding import held, is_share, keep, keep_in_step, shard_layers
+from srcfast.models.sharding import is_shard, keep_in_step, local_values, set_parameter, shard_layers
 from srcfast.run import signals
 from srcfast.run.chunks import Chunks, run_chunks
 from srcfast.run.progress import StageProgress
@@ -62,7 +62,7 @@ def drawn_model(shared: bool, four_bits: bool = False) -> nn.Module:
         if isinstance(linear, NF4Linear):
             linear.set_weight(parameter.detach())
         else:
-            keep(target[name], parameter.detach())
+            set_parameter(target[name], parameter.detach())
     model.decoder = decoder
     model.requires_grad_(False)
     add_lora(model, LORA)
@@ -127,8 +127,10 @@ def shares(folder: Path) -> list[Any]:
     found = []
     for four_bits in (False, True):
         model = drawn_model(True, four_bits)
-        own = [parameter for parameter in model.decoder.parameters() if is_share(parameter)]
-        found.append([sum(held(parameter).nbytes for parameter in own), sum(parameter.nbytes for parameter in own)])
+        own = [parameter for parameter in model.decoder.parameters() if is_shard(parameter)]
+        found.append(
+            [sum(local_values(parameter).nbytes for parameter in own), sum(parameter.nbytes for parameter in own)]
+        )
     return found
 
 

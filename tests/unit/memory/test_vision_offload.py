@@ -33,8 +33,8 @@ def test_weights_are_on_their_device_within_and_on_the_host_after(monkeypatch: p
     vision = load_model(load_config(None), None).vision
     weights = [parameter.data for parameter in vision.model.parameters()]
     placed: list[list[torch.Tensor]] = []
-    monkeypatch.setattr(vision, "_place", lambda tensors: placed.append(list(tensors)))
-    vision._waiting, vision._works_on = weights, torch.device("meta")  # a device that is no host, on any machine
+    monkeypatch.setattr(vision, "_set_weights", lambda tensors: placed.append(list(tensors)))
+    vision._host_weights, vision._device = weights, torch.device("meta")  # a device that is no host, on any machine
     with pytest.raises(KeyError), vision.on_device():
         assert [[part.is_meta for part in tensors] for tensors in placed] == [[True] * len(weights)]
         raise KeyError
