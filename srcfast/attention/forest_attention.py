@@ -2,12 +2,12 @@
 
 Backends:
     flash_attn, torch_varlen, xformers   CUDA: one variable-length call by `varlen_plan`
-    blocks                               the CPU's default: segments of like length padded together, masked; without
-                                         gradients what siblings share is met once (`shared_attention`)
-    varlen_reference                     the same call by its definition, block by block, plain PyTorch
+    blocks                               the CPU's default: segments of similar length padded together, masked; without
+                                         gradients all siblings attend at once to what they share (`shared_attention`)
+    varlen_reference                     the variable-length call by its definition, block by block, plain PyTorch
     reference                            softmax under the dense ancestor mask over all T tokens
 
-All give what every root-to-leaf path alone would give.
+Each gives the result of causal attention over each root-to-leaf path by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from srcfast.attention.padded import Plan, padded_attention
-from srcfast.attention.query_blocks import like_lengths, query_blocks
+from srcfast.attention.query_blocks import query_blocks, similar_lengths
 from srcfast.attention.shared_prefix import shared_attention
 from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest
@@ -32,7 +32,7 @@ from srcfast_kernels.transfers import to_device_together
 # (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# What a backend calls of a package that is not required.
+# The function of an optional package that a backend calls.
 _IMPORTS = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "xformers": ("xformers.ops", "memory_efficient_attention"),
@@ -42,10 +42,10 @@ _forced: str | None = None
 
 
 def set_backend(name: str | None) -> None:
-    """Force a backend for every later call; None returns to the automatic choice.
+    """Force a backend for all later calls; None restores the automatic choice.
 
     Raises:
-        ConfigError: the name is unknown, or what it needs is not here.
+        ConfigError: the name is unknown, or the backend can't run on this machine.
     """
     global _forced
     if name is not None and name not in _BACKENDS:
@@ -58,12 +58,12 @@ def set_backend(name: str | None) -> None:
 
 
 def available_backends() -> list[str]:
-    """Names of the backends that can run on this machine, the preferred one first."""
+    """List the backends that can run on this machine, the preferred one first."""
     return [name for name in _BACKENDS if why_unavailable(name) is None]
 
 
 def why_unavailable(name: str) -> str | None:
-    """Why this backend can't run on this machine; None where it can."""
+    """Return the reason why a backend can't run on this machine, or None if it can."""
     if name in ("flash_attn", "torch_varlen", "xformers") and not torch.cuda.is_available():
         return "no CUDA device"
     return import_failure(*_IMPORTS[name]) if name in _IMPORTS else None
@@ -72,14 +72,14 @@ def why_unavailable(name: str) -> str | None:
 def forest_attention(
     q: Tensor, k: Tensor, v: Tensor, forest: Forest, backend: str | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """Causal softmax attention in which each segment sees its ancestors and itself; scale 1/sqrt(d).
+    """Compute causal softmax attention in which each segment sees its ancestors and itself; scale 1/sqrt(d).
 
     Args:
         q: `[T, H, d]`, or `[M, H, d]` for the queries of `rows` alone.
         k, v: `[T, Hkv, d]`; H is a multiple of Hkv (grouped-query attention).
-        forest: whose T tokens these are.
+        forest: the forest of these T tokens.
         backend: one of the module's backends; None for the automatic choice.
-        rows: `[M]` int64, M >= 1, on the host, so that no device is waited for.
+        rows: `[M]` int64, M >= 1, on the host, so that the host does not wait for a device.
 
     Returns:
         `[T, H, d]`, or `[M, H, d]`.
@@ -91,10 +91,10 @@ def forest_attention(
 
 
 def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | None = None) -> Attend:
-    """`forest_attention` bound to a forest, in the form that the decoder calls for each layer.
+    """Bind `forest_attention` to a forest, in the form that the decoder calls in each layer.
 
     Args:
-        rows: `[M]` int64 on the host, those given to `Decoder.forward`, whose last layer has queries for them alone.
+        rows: `[M]` int64 on the host, the rows passed to `Decoder.forward`, whose last layer has queries for them alone.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | Non
 def _automatic(q: Tensor) -> str:
     if not flash_takes(q):
         return "blocks"
-    # The first alone is asked for: xformers, which comes later, takes seconds to import.
+    # Stop at the first one: xformers, which comes later, takes seconds to import.
     return next(name for name in _BACKENDS if why_unavailable(name) is None)
 
 
@@ -141,42 +141,45 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None
 
 
 def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None) -> Plan:
-    """Index maps of the queries into and out of the padded groups, of the keys into them, and the groups.
+    """Plan padded groups: index maps of the queries into and out of them, of the keys into them, and the groups.
 
-    A row is a segment, or its part that `rows` names; its keys are its path from the root. Both end at its last token
-    and are padded in front, so that one causal mask serves all rows of a group. Work is the sum of segment times path:
-    less than the square of the tree wherever it has children.
+    A row is a segment, or the part of it that `rows` selects; its keys are its path from the root. Both end at its last
+    token and are padded in front, so that one causal mask serves all rows of a group. The work is the sum of segment times
+    path: less than the square of the tree wherever it has children.
     """
     blocks = query_blocks(forest, rows)
     kv_index = (forest.host or forest).kv_index.numpy()
-    into, keys_of, sizes, paths_of = [], [], [], []
+    into: list[np.ndarray] = []
+    keys_of: list[np.ndarray] = []
+    paths_of: list[np.ndarray] = []
+    sizes: list[tuple[int, int, int]] = []
     out_of = np.empty(blocks.lengths.sum(), dtype=np.int64)
     begin = 0
-    for members in like_lengths(blocks.lengths, blocks.paths):
+    for members in similar_lengths(blocks.lengths, blocks.paths):
         lengths, paths = blocks.lengths[members, None], blocks.paths[members, None]
         long, wide = int(lengths.max()), int(paths.max())
         from_end_q, from_end_k = np.arange(long)[::-1], np.arange(wide)[::-1]  # tokens that follow
         index = np.maximum(blocks.ends[members, None] - 1 - from_end_q, 0)  # [rows, long]
-        real = from_end_q < lengths
-        out_of[index[real]] = begin + np.flatnonzero(real)
+        valid = from_end_q < lengths  # the others are padding
+        out_of[index[valid]] = begin + np.flatnonzero(valid)
         begin += index.size
         into.append(index.ravel())
         keys_of.append(kv_index[np.maximum(blocks.key_ends[members, None] - 1 - from_end_k, 0)].ravel())
         sizes.append((len(members), long, wide))
         paths_of.append(paths[:, 0])
     whole = [np.concatenate(into), out_of, np.concatenate(keys_of), np.concatenate(paths_of)]
-    rows_in, rows_out, key_rows, paths_there = to_device_together(whole, device)
-    parts = paths_there.split([count for count, _, _ in sizes])
-    groups = [(*size, _block_mask(*size[1:], part, dtype)) for size, part in zip(sizes, parts, strict=True)]
+    rows_in, rows_out, key_rows, device_paths = to_device_together(whole, device)
+    by_group = device_paths.split([count for count, _, _ in sizes])
+    groups = [(*size, _block_mask(*size[1:], paths, dtype)) for size, paths in zip(sizes, by_group, strict=True)]
     return rows_in, rows_out, key_rows, groups
 
 
 def _block_mask(long: int, wide: int, paths: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a group adds to its scores, [rows, 1, long, wide], made where `paths` [rows] is: masks are too large to be sent."""
+    """Build a group's additive mask [rows, 1, long, wide] on the device of `paths` [rows]: masks are too large to copy there."""
     from_end_q, from_end_k = (torch.arange(size - 1, -1, -1, device=paths.device) for size in (long, wide))
     hidden = from_end_k < from_end_q[:, None]  # [long, wide]
     hidden = hidden | (from_end_k >= paths[:, None])[:, None]  # [rows, long, wide]
-    # Half of the least number: finite, so that no row of scores is all minus infinity.
+    # Half of the smallest number: finite, so that no row of scores is all minus infinity.
     mask = torch.zeros(hidden.shape, dtype=dtype, device=paths.device)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)[:, None]
 
@@ -198,13 +201,13 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | 
         plan.max_seqlen_q,
         plan.max_seqlen_k,
         causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's and xformers' ask for this themselves
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's and xformers' calls check this themselves
     )
 
 
 @cache
 def varlen_takes(option: str) -> bool:
-    """Whether the installed PyTorch's `varlen_attn` has this option: 2.11's has no `enable_gqa` and no `block_table`."""
+    """Return whether the installed PyTorch's `varlen_attn` has an option: 2.11's has no `enable_gqa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     return option in inspect.signature(varlen_attn).parameters
@@ -229,7 +232,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor 
         window_size=(-1, 0),  # causal, aligned bottom-right
         **options,
     )
-    assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
+    assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are requested
     return output
 
 
@@ -251,7 +254,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | No
 
 
 def _all_heads(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [K, Hkv, d] with each head as often as queries share it: [K, H, d]."""
+    """Repeat the heads of keys or values [K, Hkv, d] for the queries that share them: [K, H, d]."""
     return x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2)
 
 
@@ -262,10 +265,10 @@ def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Ten
     outputs = []
     for block in range(len(bounds_q) - 1):
         query = q[bounds_q[block] : bounds_q[block + 1]]
-        seen = slice(bounds_k[block], bounds_k[block + 1])
-        n, m = query.shape[0], keys[seen].shape[0]
+        visible = slice(bounds_k[block], bounds_k[block + 1])
+        n, m = query.shape[0], keys[visible].shape[0]
         bottom_right = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        outputs.append(_softmax_attention(query, keys[seen], values[seen], bottom_right))
+        outputs.append(_softmax_attention(query, keys[visible], values[visible], bottom_right))
     return torch.cat(outputs)
 
 
@@ -277,7 +280,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | N
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Over the visible keys only; q `[n, H, d]`, k and v `[m, Hkv, d]`, visible `[n, m]` bool."""
+    """Attend to the visible keys only; q `[n, H, d]`, k and v `[m, Hkv, d]`, visible `[n, m]` bool."""
     k, v = _all_heads(k, q), _all_heads(v, q)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5  # [H, n, m]
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)

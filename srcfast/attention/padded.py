@@ -1,7 +1,7 @@
-"""The CPU's attention with gradients: groups of segments of like length, padded, a few at a time.
+"""The CPU's attention with gradients: groups of segments of similar length, padded, a chunk at a time.
 
-Saved for backward are queries, keys and values as they came; gathered copies and softmax weights, which are several times as
-much, are computed again. A part of a group is small enough for the processor's cache, so that this costs little.
+Only the queries, keys and values are saved for backward; gathered copies and softmax weights, which are several times as
+large, are recomputed. A chunk of a group fits into the processor's cache, so that this costs little.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20  # of the scores that are alive at a time; those of one segment under one head of keys may be more
-GPU_CHUNK_BYTES = 1 << 28  # of a GPU, which takes this way where FlashAttention has no kernels: in fp32 above all
+CHUNK_BYTES = 1 << 20  # of the scores that are alive at a time; one segment's under one head of keys may take more
+GPU_CHUNK_BYTES = 1 << 28  # on a GPU, which runs this where FlashAttention has no kernel, as for fp32
 
 Group = tuple[int, int, int, Tensor]  # segments, padded queries and keys of each, additive mask [segments, 1, q, k]
 Plan = tuple[Tensor, Tensor, Tensor, list[Group]]  # rows into the padded queries, out of them, rows of the keys, groups
-Part = tuple[slice, Tensor, Tensor, slice]  # padded queries, rows of the keys, mask [segments, 1, q, k], heads of keys
+Chunk = tuple[slice, Tensor, Tensor, slice]  # padded queries, rows of the keys, mask [segments, 1, q, k], heads of keys
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """Softmax attention of q [M, H, d] over k and v [T, Hkv, d] by a plan of `plan_blocks`: [M, H, d]."""
+    """Compute softmax attention [M, H, d] of q [M, H, d] over k and v [T, Hkv, d] by a plan of `plan_blocks`."""
     return _PaddedAttention.apply(q, k, v, plan)
 
 
@@ -32,7 +32,7 @@ class _PaddedAttention(torch.autograd.Function):
         ctx.plan = plan
         into, out_of, _, _ = plan
         padded = q.new_empty(len(into), q.shape[1], q.shape[2])
-        for queries, keys, mask, heads in _parts(plan, q, k):
+        for queries, keys, mask, heads in _chunks(plan, q, k):
             query, key, value = _gathered(q, k, v, into[queries], keys, len(mask), heads)
             attended = torch.bmm(_weights(query, key, mask), value)  # [segments heads, H / Hkv long, d]
             _write(_of_heads(padded[queries], heads, k), attended, len(mask), heads)
@@ -45,9 +45,9 @@ class _PaddedAttention(torch.autograd.Function):
         padded = q.new_zeros(len(into), q.shape[1], q.shape[2])  # padding has no gradient
         padded.index_copy_(0, out_of, gradients[0])
         grad_q = torch.empty_like(padded)
-        wide = torch.promote_types(q.dtype, torch.float32)  # a GPU's 16 bits: what many queries add is rounded once
+        wide = torch.promote_types(q.dtype, torch.float32)  # 16-bit gradients are summed in fp32 and rounded once
         grad_k, grad_v = (x.new_zeros(len(x), x[0].numel(), dtype=wide) for x in (k, v))  # [T, Hkv d]
-        for queries, keys, mask, heads in _parts(ctx.plan, q, k):
+        for queries, keys, mask, heads in _chunks(ctx.plan, q, k):
             query, key, value = _gathered(q, k, v, into[queries], keys, len(mask), heads)
             weights = _weights(query, key, mask)
             gradient = _by_head(_of_heads(padded[queries], heads, k), len(mask), heads)
@@ -61,62 +61,63 @@ class _PaddedAttention(torch.autograd.Function):
         return grad_q, grad_k.view_as(k).to(k.dtype), grad_v.view_as(v).to(v.dtype), None
 
 
-def _parts(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Part]:
-    """Segments of each group, as many at a time as `CHUNK_BYTES` of scores allow; where one is too many, some heads of it."""
+def _chunks(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Chunk]:
+    """Split the groups into chunks of segments by `CHUNK_BYTES` of scores; where one segment has more, into some of its heads."""
     _, _, keys_of, groups = plan
     limit = CHUNK_BYTES if q.device.type == "cpu" else GPU_CHUNK_BYTES
-    every, group = k.shape[1], q.shape[1] // k.shape[1]
+    num_heads = k.shape[1]
     query = key = 0
     for rows, long, wide, mask in groups:
-        one = group * long * wide * q.element_size()  # of a segment under a head of keys
-        heads = min(every, max(1, limit // one))
-        most = max(1, limit // (one * every))
-        for start in range(0, rows, most):
-            count = min(most, rows - start)
+        # Bytes of a segment's scores under one head of keys.
+        head_bytes = q.shape[1] // num_heads * long * wide * q.element_size()
+        heads = min(num_heads, max(1, limit // head_bytes))
+        max_segments = max(1, limit // (head_bytes * num_heads))
+        for start in range(0, rows, max_segments):
+            count = min(max_segments, rows - start)
             queries = slice(query + start * long, query + (start + count) * long)
             keys = keys_of[key + start * wide : key + (start + count) * wide]
-            for first in range(0, every, heads):
-                yield queries, keys, mask[start : start + count], slice(first, min(first + heads, every))
+            for first in range(0, num_heads, heads):
+                yield queries, keys, mask[start : start + count], slice(first, min(first + heads, num_heads))
         query, key = query + rows * long, key + rows * wide
 
 
 def _gathered(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, segments: int, heads: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of some segments the queries, divided by the root of d, [segments heads, H / Hkv long, d]; keys and values by head."""
+    """Gather segments' queries, divided by sqrt(d), [segments heads, H / Hkv long, d], and their keys and values by head."""
     query = _by_head(_of_heads(q, heads, k).index_select(0, rows).mul_(q.shape[-1] ** -0.5), segments, heads)
     key, value = (_by_head(x[:, heads].index_select(0, keys), segments, heads) for x in (k, v))
     return query, key, value
 
 
 def _of_heads(x: Tensor, heads: slice, k: Tensor) -> Tensor:
-    """The queries [n, H, d] that belong to some heads of the keys [T, Hkv, d]."""
+    """Select the queries [n, H, d] that belong to some heads of the keys [T, Hkv, d]."""
     group = x.shape[1] // k.shape[1]
     return x[:, heads.start * group : heads.stop * group]
 
 
 def _by_head(x: Tensor, segments: int, heads: slice) -> Tensor:
-    """[segments n, heads g, d] -> [segments heads, g n, d], contiguous."""
+    """Regroup [segments n, heads g, d] into [segments heads, g n, d], contiguous."""
     count = heads.stop - heads.start
     split = x.view(segments, -1, count, x.shape[1] // count, x.shape[2])
     return split.permute(0, 2, 3, 1, 4).reshape(segments * count, -1, x.shape[2])
 
 
-def _write(place: Tensor, x: Tensor, segments: int, heads: slice) -> None:
-    """The inverse of `_by_head`, into `place` [segments n, heads g, d]."""
-    count, size = heads.stop - heads.start, place.shape[2]
-    split = x.view(segments, count, place.shape[1] // count, -1, size).permute(0, 3, 1, 2, 4)
-    place.view(segments, -1, *split.shape[2:]).copy_(split)
+def _write(target: Tensor, x: Tensor, segments: int, heads: slice) -> None:
+    """Write the inverse of `_by_head` into `target` [segments n, heads g, d]."""
+    count, size = heads.stop - heads.start, target.shape[2]
+    split = x.view(segments, count, target.shape[1] // count, -1, size).permute(0, 3, 1, 2, 4)
+    target.view(segments, -1, *split.shape[2:]).copy_(split)
 
 
 def _add_at(total: Tensor, rows: Tensor, x: Tensor, segments: int, heads: slice) -> None:
-    """total[rows] += x [segments heads, n, d], rows that occur twice twice. total: [T, heads d]."""
+    """Add x [segments heads, n, d] to total[rows], repeatedly for a row that occurs repeatedly. total: [T, heads d]."""
     flat = x.view(segments, heads.stop - heads.start, -1, x.shape[-1]).transpose(1, 2).reshape(len(rows), -1)
     total.index_add_(0, rows, flat.to(total.dtype))
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of scores [segments Hkv, H / Hkv long, wide] under a mask [segments, 1, long, wide]."""
+    """Compute softmax of scores [segments Hkv, H / Hkv long, wide] under a mask [segments, 1, long, wide]."""
     scores = torch.bmm(query, key.transpose(1, 2))
     segments, _, long, wide = mask.shape
     scores.view(segments, -1, long, wide).add_(mask)

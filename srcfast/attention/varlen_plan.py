@@ -1,6 +1,6 @@
-"""A forest as one variable-length call: its blocks of queries, and the keys that have to be copied for them.
+"""Plan a forest as one variable-length call: its blocks of queries, and the keys that have to be copied for them.
 
-A segment that lies right behind its parent continues its parent's block, and its own first child may continue both: such
+A segment that follows its parent directly continues its parent's block, and its first child may continue both: such
 a chain sees its first segment's ancestors and, causally, itself, exactly as one long segment would. So a block is a
 chain, its keys are the path of its last segment, and only chains that begin below a branch need copies of keys.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srcfast.attention.query_blocks import behind_one_another, query_blocks
+from srcfast.attention.query_blocks import concatenated_ranges, query_blocks
 from srcfast.data.forest import Forest
 from srcfast_kernels.gather_rows import RowCopies, gather_rows
 from srcfast_kernels.transfers import to_device_together
@@ -22,7 +22,7 @@ from srcfast_kernels.transfers import to_device_together
 @dataclass(frozen=True)
 class VarlenPlan:
     """`B` blocks: block b has the queries `cu_seqlens_q[b]:cu_seqlens_q[b + 1]` and the keys
-    `copies.index[cu_seqlens_k[b]:cu_seqlens_k[b + 1]]`, or those of the same rows where there is nothing to copy.
+    `copies.index[cu_seqlens_k[b]:cu_seqlens_k[b + 1]]`, or, without copies, those of the same rows.
 
     Both are [B + 1] int32, and two tensors even where they are equal: given one object, cuDNN's path in PyTorch may align
     causality top-left. `lengths_q` and `lengths_k` are the blocks' numbers of queries and keys, [B].
@@ -37,12 +37,12 @@ class VarlenPlan:
     copies: RowCopies | None
 
     def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, Hkv, d] as the blocks see them, [K, Hkv, d]."""
+        """Gather keys and values [T, Hkv, d] in the order of the blocks, [K, Hkv, d]."""
         return (k, v) if self.copies is None else gather_rows(k, v, self.copies)
 
 
 def varlen_plan(forest: Forest, rows: Tensor | None = None) -> VarlenPlan:
-    """The forest's plan, made on the host and sent to the device of its tensors once; or one for the queries of `rows` [M]."""
+    """Return the forest's plan, built on the host and copied to its device once; or one for the queries of `rows` [M]."""
     if rows is not None:
         return _plan_of_rows(forest, rows)
     if "varlen" not in forest.cache:
@@ -58,7 +58,7 @@ def _plan(host: Forest, device: torch.device) -> VarlenPlan:
     cu_seqlens_q = np.append(0, bounds_q[1:][ends]).astype(np.int32)  # [B + 1]
     cu_seqlens_k = np.append(0, paths[ends].cumsum()).astype(np.int32)  # [B + 1]
     copies = None
-    if cu_seqlens_k[-1] > host.num_tokens:  # else each row is some block's own, once and in order
+    if cu_seqlens_k[-1] > host.num_tokens:  # else the blocks' keys are all rows, once and in order
         index = host.kv_index.numpy()[np.repeat(ends, paths)]  # [K]
         copies = RowCopies.of(torch.from_numpy(index), host.num_tokens)
     return _on_device(cu_seqlens_q, cu_seqlens_k, copies, device)
@@ -67,7 +67,7 @@ def _plan(host: Forest, device: torch.device) -> VarlenPlan:
 def _plan_of_rows(forest: Forest, rows: Tensor) -> VarlenPlan:
     blocks = query_blocks(forest, rows)
     host = forest.host or forest
-    index = host.kv_index.numpy()[behind_one_another(blocks.key_ends - blocks.paths, blocks.paths)]  # [K]
+    index = host.kv_index.numpy()[concatenated_ranges(blocks.key_ends - blocks.paths, blocks.paths)]  # [K]
     cu_seqlens_q = np.append(0, blocks.lengths.cumsum()).astype(np.int32)
     cu_seqlens_k = np.append(0, blocks.paths.cumsum()).astype(np.int32)
     copies = RowCopies.of(torch.from_numpy(index), host.num_tokens)
@@ -78,14 +78,14 @@ def _on_device(
     cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, copies: RowCopies | None, device: torch.device
 ) -> VarlenPlan:
     lists = [] if copies is None else [copies.index, copies.starts, copies.places]
-    there_q, there_k, *there = to_device_together([cu_seqlens_q, cu_seqlens_k, *lists], device)
+    device_q, device_k, *device_copies = to_device_together([cu_seqlens_q, cu_seqlens_k, *lists], device)
     lengths_q, lengths_k = np.diff(cu_seqlens_q), np.diff(cu_seqlens_k)
     return VarlenPlan(
-        cu_seqlens_q=there_q,
-        cu_seqlens_k=there_k,
+        cu_seqlens_q=device_q,
+        cu_seqlens_k=device_k,
         lengths_q=lengths_q,
         lengths_k=lengths_k,
         max_seqlen_q=int(lengths_q.max()),
         max_seqlen_k=int(lengths_k.max()),
-        copies=RowCopies(*there) if there else None,
+        copies=RowCopies(*device_copies) if device_copies else None,
     )

@@ -173,13 +173,11 @@ class ModelSizes:
                     ranks.add(len(parameter))
             elif name.endswith(".flat"):  # codes and scales of a sharded 4-bit weight
                 linear: Any = model.get_submodule(name.rpartition(".")[0])
-                count, share = (
-                    linear.in_features * linear.out_features,
-                    local_values(parameter).nbytes / parameter.nbytes,
-                )
+                count = linear.in_features * linear.out_features
+                fraction = local_values(parameter).nbytes / parameter.nbytes  # of this rank
                 parameters["decoder"] = parameters.get("decoder", 0) + count
-                weights += share * math.ceil(count / 2)
-                scales += share * (parameter.nbytes - math.ceil(count / 2))
+                weights += fraction * math.ceil(count / 2)
+                scales += fraction * (parameter.nbytes - math.ceil(count / 2))
             else:
                 part = part_of(name)
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
