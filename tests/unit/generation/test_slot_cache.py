@@ -194,35 +194,35 @@ class Numbers:
         self.width = width
         self.cache = SlotCache(config, Layout.of(2, width, 16, 64, on_gpu=True), torch.zeros(1, dtype=torch.float64))
         self.cache.admit([self.SLOT], [1])
-        self.rows: dict[int, list[float]] = {}  # by place
+        self.rows: dict[int, list[float]] = {}  # by index
         self.written = 0
 
-    def stored(self, place: int) -> tuple[Tensor, Tensor]:
+    def stored(self, row_id: int) -> tuple[Tensor, Tensor]:
         """Views of a row's keys and values, [Hkv, positions] each."""
         keys, values = (self.cache._by_slot(x) for x in (self.cache.row_keys, self.cache.row_values))
-        row = place % self.width
+        row = row_id % self.width
         return keys[0, self.SLOT, :, row, 0], values[0, self.SLOT, :, row, :, 0]
 
     def start(self, parents: list[int], lengths: list[int]) -> list[int]:
-        held = [self.rows[parent] for parent in parents] or [[] for _ in lengths]
-        places = self.cache.start(self.SLOT, parents, lengths)
-        assert len(set(places)) == len(places)
-        self.rows = {place: row[:length] for place, row, length in zip(places, held, lengths, strict=True)}
-        for place, row in self.rows.items():
-            for numbers in self.stored(place):
+        sources = [self.rows[parent] for parent in parents] or [[] for _ in lengths]
+        row_ids = self.cache.start(self.SLOT, parents, lengths)
+        assert len(set(row_ids)) == len(row_ids)
+        self.rows = {row_id: row[:length] for row_id, row, length in zip(row_ids, sources, lengths, strict=True)}
+        for row_id, row in self.rows.items():
+            for numbers in self.stored(row_id):
                 numbers[:, len(row) :] = -2  # nothing behind what a row continues may be relied on
-        return places
+        return row_ids
 
-    def write(self, places: list[int]) -> None:
-        rows = torch.tensor(sorted(places))
+    def write(self, row_ids: list[int]) -> None:
+        rows = torch.tensor(sorted(row_ids))
         lengths = torch.zeros(2 * self.width, dtype=torch.int64)
-        for place, row in self.rows.items():
-            lengths[place] = len(row)
+        for row_id, row in self.rows.items():
+            lengths[row_id] = len(row)
         attend = self.cache.begin(rows, lengths, 2, int(lengths.max()) + 1)
         numbers = self.written + torch.arange(len(rows) * self.HEADS, dtype=torch.float64).view(-1, self.HEADS, 1)
         attend(0, torch.zeros_like(numbers), numbers, numbers)
-        for place, number in zip(rows.tolist(), numbers[:, 0, 0].tolist(), strict=True):
-            self.rows[place].append(number)
+        for row_id, number in zip(rows.tolist(), numbers[:, 0, 0].tolist(), strict=True):
+            self.rows[row_id].append(number)
         self.written += numbers.numel()
 
     def release(self) -> None:
@@ -230,11 +230,11 @@ class Numbers:
         self.rows = {}
 
     def check(self) -> None:
-        for place, row in self.rows.items():
+        for row_id, row in self.rows.items():
             expected = torch.tensor([[number + head for number in row] for head in range(self.HEADS)])
-            for numbers in self.stored(place):
+            for numbers in self.stored(row_id):
                 assert numbers[:, : len(row)].tolist() == expected.tolist()
-        taken = [place % self.width for place in self.rows]
+        taken = [row_id % self.width for row_id in self.rows]
         assert sorted(taken + self.cache._free[self.SLOT]) == list(range(self.width))  # none is lost or given out twice
 
 
@@ -255,10 +255,10 @@ def test_every_row_holds_what_it_and_its_ancestors_wrote(steps: list[tuple[str, 
         if action == "new" or not chosen:
             numbers.start([], [0] * (1 + which[0] % width))
         elif action == "fork":
-            numbers.start(chosen, [len(numbers.rows[place]) for place in chosen])
+            numbers.start(chosen, [len(numbers.rows[row_id]) for row_id in chosen])
         elif action == "cut":  # forks of beginnings
             pairs = zip(which, chosen, strict=False)
-            numbers.start(chosen, [index % (len(numbers.rows[place]) + 1) for index, place in pairs])
+            numbers.start(chosen, [index % (len(numbers.rows[row_id]) + 1) for index, row_id in pairs])
         elif action == "write":
             for _ in range(1 + which[0] % 3):
                 numbers.write(list(set(chosen)))
@@ -269,15 +269,15 @@ def test_every_row_holds_what_it_and_its_ancestors_wrote(steps: list[tuple[str, 
     numbers.check()
 
 
-def test_the_last_row_that_continues_a_parent_takes_its_place_and_the_others_copy() -> None:
+def test_the_last_row_that_continues_a_parent_takes_its_index_and_the_others_copy() -> None:
     numbers = Numbers(4)
-    first = [4, 5, 6]  # behind slot 0's places
+    first = [4, 5, 6]  # the indices behind slot 0's
     assert numbers.start([], [0, 0, 0]) == first
     numbers.write(first)
-    # Place 6, which has just been freed, is given out before 7.
+    # Index 6, which has just been freed, is given out before 7.
     assert numbers.start([5, 5, 4, 5], [1, 1, 1, 1]) == [6, 7, 4, 5]
     numbers.check()
-    # The first and last rows continue 0 positions, so they take free places: 5, which was freed last, then 4.
+    # The first and last rows continue 0 positions, so they take free indices: 5, which was freed last, then 4.
     assert numbers.start([7, 7, 6], [0, 1, 0]) == [5, 7, 4]
     numbers.check()
     numbers.release()
@@ -286,8 +286,8 @@ def test_the_last_row_that_continues_a_parent_takes_its_place_and_the_others_cop
 
 def test_copies_of_different_lengths_are_made_together() -> None:
     numbers = Numbers(4)
-    for places in (numbers.start([], [0, 0]), [4, 5], [4, 5]):
-        numbers.write(places)
+    for row_ids in (numbers.start([], [0, 0]), [4, 5], [4, 5]):
+        numbers.write(row_ids)
     assert numbers.start([4, 4, 5, 5], [1, 1, 3, 3]) == [6, 4, 7, 5]
     numbers.check()
 
