@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, Generated, Prompt
 from srcfast.models.lora import folded_lora
 from srcfast.models.lvlm import ImageFeatures
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.policy import Policy
@@ -33,7 +34,7 @@ class Progress(Protocol):
 
 
 @contextmanager
-def decoding_memory(model: Any) -> Iterator[DecodingMemory]:
+def decoding_memory(model: VisionLanguageModel) -> Iterator[DecodingMemory]:
     """Fold the adapter into the weights once, and share one decoding memory between a stage's chunks.
 
     At the end the weights are as they were and the memory is free.
@@ -42,14 +43,14 @@ def decoding_memory(model: Any) -> Iterator[DecodingMemory]:
         yield memory
 
 
-def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
+def prompts_of(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
     """Encode each sample's prompt, image placeholders expanded, keyed by the sample's id."""
     encode_prompt = PromptEncoder(model)
     return [Prompt(encode_prompt(s, s.question, s.id), image_keys(s), s.id) for s in samples]
 
 
 def generate_candidates(
-    model: Any,
+    model: VisionLanguageModel,
     samples: Sequence[Sample],
     settings: CandidatesConfig,
     *,
@@ -85,7 +86,7 @@ def generate_candidates(
     ]
 
 
-def _candidate(model: Any, sample: Sample, number: int, generated: Generated) -> Candidate:
+def _candidate(model: VisionLanguageModel, sample: Sample, number: int, generated: Generated) -> Candidate:
     """Decode and parse a generated response. Its log-probability, in nats, is the model's over its tokens."""
     text = model.decode(generated.token_ids)
     parsed = parse_response(text)
@@ -136,7 +137,7 @@ def search_candidates(
 
 def candidates_in_chunks(
     chunks: Chunks,
-    model: Any,
+    model: VisionLanguageModel,
     samples: Sequence[Sample],
     settings: CandidatesConfig,
     *,

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from srcfast.data.forest import Forest, Tree
 from srcfast.data.records import LOGPROB_ROUNDING, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.dropout_keys import drops
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows, pair_tokens, preference_trees
@@ -102,7 +103,7 @@ def tune_preferences(
 
 
 def train_preference(
-    model: Any,
+    model: VisionLanguageModel,
     preferences: Sequence[Preference],
     settings: DPOConfig,
     *,
@@ -173,7 +174,7 @@ def train_preference(
 
 
 def preference_items(
-    model: Any,
+    model: VisionLanguageModel,
     preferences: Sequence[Preference],
     weighting: Literal["confidence", "none"] = "confidence",
     rehearsal: Sequence[RationalePair] = (),
@@ -335,7 +336,7 @@ def _metrics(
 
 
 def check_references(
-    model: Any, preferences: Sequence[Preference], token_budget: int, features: Features | None = None
+    model: VisionLanguageModel, preferences: Sequence[Preference], token_budget: int, features: Features | None = None
 ) -> None:
     """Compute the log-probabilities of these pairs again and compare them with the stored ones; each rank does all of it.
 

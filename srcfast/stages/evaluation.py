@@ -24,6 +24,7 @@ from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, generate_greedy
 from srcfast.models.lora import folded_lora
 from srcfast.models.lvlm import ImageFeatures
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
@@ -59,7 +60,7 @@ class Prediction:
 
 
 def answer_greedily(
-    model: Any,
+    model: VisionLanguageModel,
     samples: Sequence[Sample],
     features: Features,
     max_new_tokens: int,
@@ -223,7 +224,7 @@ def _interval(levels: np.ndarray, counts: np.ndarray, resamples: int, seed: int)
 
 def answers_in_chunks(
     chunks: Chunks,
-    model: Any,
+    model: VisionLanguageModel,
     samples: Sequence[Sample],
     settings: EvaluationConfig,
     *,

@@ -20,6 +20,7 @@ from srcfast.data.logit_rows import response_logit_rows, row_positions, supports
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models.lvlm import ImageFeatures
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.run.progress import StageProgress
@@ -36,7 +37,7 @@ PAIRS = 256  # preference pairs a chunk, or requests for a log-probability
 
 @torch.no_grad()
 def reference_logprobs(
-    model: Any,
+    model: VisionLanguageModel,
     preferences: Sequence[Preference],
     *,
     reference_hash: str,
@@ -75,7 +76,7 @@ def with_reference(pair: Preference, chosen: float, rejected: float, reference_h
 
 @torch.no_grad()
 def response_logprobs(
-    model: Any,
+    model: VisionLanguageModel,
     items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]],
     *,
     token_budget: int,
@@ -151,7 +152,7 @@ def _same_prompt(items: Sequence[tuple[np.ndarray, tuple[str, ...], np.ndarray]]
 
 
 def _run_forests(
-    model: Any,
+    model: VisionLanguageModel,
     trees: Sequence[Tree],
     measure: Callable[[Forest, Tensor], Tensor],
     token_budget: int,
@@ -199,7 +200,7 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
     calls = count()
 
     def logprobs(
-        model: Any,
+        model: VisionLanguageModel,
         preferences: Sequence[Preference],
         *,
         reference_hash: str,
@@ -233,7 +234,7 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
 
 def logprobs_in_chunks(
     chunks: Chunks,
-    model: Any,
+    model: VisionLanguageModel,
     requests: Sequence[Sample],
     *,
     features: ImageFeatures,

@@ -17,6 +17,7 @@ from srcfast.data.jsonl import write_json
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models.lora import lora_parameters, save_adapter
+from srcfast.models.protocols import HasDecoder
 from srcfast.models.scorer import Scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.training.checkpoint import weights_hash
@@ -29,7 +30,7 @@ DIRECTORY, BATCH = "not-finite", "batch.json"
 def dump_nonfinite_batch(
     stage: str,
     config: Config,
-    model: Any,
+    model: HasDecoder | Scorer,
     records: Sequence[Any],
     loop: TrainingConfig,
     directory: Path,
@@ -60,7 +61,7 @@ def _write(
     directory: Path,
     stage: str,
     config: Config,
-    model: Any,
+    model: HasDecoder | Scorer,
     batch: Sequence[Any],
     loop: TrainingConfig,
     step: int,
@@ -110,6 +111,6 @@ def _below(record: Preference | Sample, root: Path) -> tuple[str, ...]:
     return tuple(os.path.relpath(record.image_root.resolve() / image, root) for image in record.images)
 
 
-def trained_hash(model: Any) -> str:
+def trained_hash(model: HasDecoder | Scorer) -> str:
     """Hash the weights that training changes: the R-Scorer's, or the adapter's."""
     return weights_hash(*(model.parameters() if isinstance(model, Scorer) else lora_parameters(model)))

@@ -18,6 +18,7 @@ from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.records import Preference
 from srcfast.errors import InputError
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import to_device
@@ -131,7 +132,7 @@ def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[
 
 
 @pause_full_collections()
-def preference_trees(model: Any, preferences: Sequence[Preference]) -> list[Tree]:
+def preference_trees(model: VisionLanguageModel, preferences: Sequence[Preference]) -> list[Tree]:
     """Build one tree a preference; `model` is an `LVLM`. Raises as `preference_tree` does."""
     encode_prompt = PromptEncoder(model)
     return [

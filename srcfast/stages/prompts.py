@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from srcfast.data.images import load_image, resolve
 from srcfast.data.records import Preference, Sample
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.training.checkpoint import image_print
 
 
 class PromptEncoder:
     """Encode prompts of records, each distinct (text, images) once."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
         self.encoded: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,7 @@ from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.datasets import draw
 from srcfast.stages.logprobs import check_logprobs
 from srcfast.stages.policy import Policy
@@ -170,7 +171,7 @@ def tune_rationale(stage: StageRun, policy: Policy, pairs: Sequence[RationalePai
 
 
 def fine_tune_rationale(
-    model: Any,
+    model: VisionLanguageModel,
     raps: Sequence[RationalePair],
     settings: TrainingConfig,
     *,
@@ -214,7 +215,7 @@ def fine_tune_rationale(
 
 
 @pause_full_collections()
-def rationale_trees(model: Any, raps: Sequence[RationalePair]) -> list[TrainingItem]:
+def rationale_trees(model: VisionLanguageModel, raps: Sequence[RationalePair]) -> list[TrainingItem]:
     """Build one item a RAP: the tree prompt -> response, the end token included.
 
     Args:

@@ -18,6 +18,7 @@ from srcfast.config.settings import Config
 from srcfast.data.forest import Forest
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.dpo import check_references
@@ -60,7 +61,7 @@ class ReferenceReuse:
 
 
 def reuse_candidate_logprobs(
-    model: Any,
+    model: VisionLanguageModel,
     preferences: Sequence[Preference],
     samples: Mapping[str, Sample],
     candidates: Mapping[str, Sequence[Candidate]] | InOrder[list[Candidate]],
@@ -156,7 +157,7 @@ def stage_references(
 
 
 def _generated_logprobs(
-    model: Any, pair: Preference, sample: Sample | None, candidates: Mapping[str, Candidate]
+    model: VisionLanguageModel, pair: Preference, sample: Sample | None, candidates: Mapping[str, Candidate]
 ) -> tuple[float, float] | None:
     """Return the chosen and the rejected candidate's log-probabilities, in nats; None where they are not the pair's.
 
@@ -174,7 +175,7 @@ def _generated_logprobs(
     return logprobs[0], logprobs[1]
 
 
-def _drifts(model: Any, pair: Preference, generated: tuple[float, float]) -> list[float]:
+def _drifts(model: VisionLanguageModel, pair: Preference, generated: tuple[float, float]) -> list[float]:
     """Return |z| of the chosen and of the rejected response: generation's log-probability against the pair's exact one."""
     exact = (pair.reference_chosen_logprob, pair.reference_rejected_logprob)
     drifts = []

@@ -19,6 +19,7 @@ from srcfast.data.jsonl import parse_object, regular
 from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError
 from srcfast.models.lora import load_adapter
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
 from srcfast.stages.nonfinite import BATCH, trained_hash
 from srcfast.stages.pair_trees import pair_logit_rows
@@ -158,7 +159,7 @@ def _check_batch(batch: StoredBatch) -> None:
         raise ValueError(f"places {batch.positions} of {total} records")
 
 
-def _check_weights(directory: Path, model: Any, expected: str) -> None:
+def _check_weights(directory: Path, model: VisionLanguageModel, expected: str) -> None:
     """Raise InputError where the stored weights have another hash than the batch names."""
     if (actual := trained_hash(model)) != expected:
         raise InputError(file=directory, expected=f"weights with SHA-256 {expected}", found=actual)

@@ -21,6 +21,8 @@ from srcfast.data.jsonl import write_json
 from srcfast.memory.forecast import Forecast
 from srcfast.memory.measure import Measurement, measured
 from srcfast.memory.plan import forecast_items
+from srcfast.models.protocols import HasDecoder
+from srcfast.models.scorer import Scorer
 from srcfast.run.chunks import Chunks, remove_chunks
 from srcfast.run.directory import StageMetrics
 from srcfast.run.lock import exclusive_lock
@@ -87,7 +89,7 @@ class StageRun:
         return Chunks(self.checkpoint_dir / name, values, self.progress)
 
     @contextmanager
-    def training(self, model: Any, records: Sequence[Any], loop: TrainingConfig) -> Iterator[Hooks]:
+    def training(self, model: HasDecoder | Scorer, records: Sequence[Any], loop: TrainingConfig) -> Iterator[Hooks]:
         """Yield the hooks of the training that the body runs; record its metrics, checkpoints, profile and memory.
 
         Args:
