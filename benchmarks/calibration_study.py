@@ -60,12 +60,14 @@ def main(
         "command": " ".join(["python benchmarks/calibration_study.py", f"--seeds {seeds}", *overrides]),
         "device": environment() | {"platform": platform.platform()},
         "seeds": seeds,
-        "evaluations": [pooled(model, one, runs) for model in models for one in sets],
+        "evaluations": [pooled(model, dataset, runs) for model in models for dataset in sets],
         "control": {
             "what": "rationale tuning alone for as many epochs as tuning and rehearsal take together",
-            "evaluations": [pooled("rationale", one, controls) for one in sets],
+            "evaluations": [pooled("rationale", dataset, controls) for dataset in sets],
         },
-        "gains": [gain(before, after, one, runs, controls) for before, after in compared(models) for one in sets],
+        "gains": [
+            gain(before, after, dataset, runs, controls) for before, after in compared(models) for dataset in sets
+        ],
         "headroom": pooled_headroom([summary["headroom"] for summary in summaries]),
         "headroom_by_seed": [summary["headroom"] for summary in summaries],
         "funnel": [summary["funnel"] for summary in summaries],
@@ -74,22 +76,22 @@ def main(
     print(short_table(result), table(result), gains_table(result), headroom_table(result), sep="\n\n")
 
 
-def values(model: str, one: tuple[str, str], key: str, runs: list[Path]) -> np.ndarray:
-    """[seeds, samples]: whether each prediction of a model on one test set (or all of them) is right, or aligned."""
-    name = "*" if one == ALL else f"{one[0]}-{one[1]}"
+def values(model: str, dataset: tuple[str, str], key: str, runs: list[Path]) -> np.ndarray:
+    """Return [seeds, samples]: whether each prediction of a model on one test set (or all of them) is right, or aligned."""
+    name = "*" if dataset == ALL else f"{dataset[0]}-{dataset[1]}"
     files = [sorted((run / "predictions" / model).glob(f"{name}.jsonl")) for run in runs]
-    return np.array([[float(bool(row[key])) for file in own for _, row in read_jsonl(file)] for own in files])
+    return np.array([[float(bool(row[key])) for file in of_run for _, row in read_jsonl(file)] for of_run in files])
 
 
-def pooled(model: str, one: tuple[str, str], runs: list[Path]) -> dict[str, Any]:
-    """One model's figures on one test set over all seeds."""
-    result: dict[str, Any] = {"model": model, "dataset": one[0], "split": one[1]}
+def pooled(model: str, dataset: tuple[str, str], runs: list[Path]) -> dict[str, Any]:
+    """Compute a model's figures on one test set over all seeds."""
+    result: dict[str, Any] = {"model": model, "dataset": dataset[0], "split": dataset[1]}
     for figure, key in FIGURES:
-        found = values(model, one, key, runs)
-        result["n"] = found.shape[1]
-        result[figure] = float(found.mean())
-        result[f"{figure}_ci95"] = bootstrap_interval(found.mean(axis=0), 2000, 0)
-        result[f"{figure}_by_seed"] = found.mean(axis=1).tolist()
+        outcomes = values(model, dataset, key, runs)
+        result["n"] = outcomes.shape[1]
+        result[figure] = float(outcomes.mean())
+        result[f"{figure}_ci95"] = bootstrap_interval(outcomes.mean(axis=0), 2000, 0)
+        result[f"{figure}_by_seed"] = outcomes.mean(axis=1).tolist()
     return result
 
 
@@ -98,27 +100,29 @@ def compared(models: list[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys([*itertools.pairwise(models), ("rationale", models[-1]), ("control", models[-1])]))
 
 
-def gain(before: str, after: str, one: tuple[str, str], runs: list[Path], controls: list[Path]) -> dict[str, Any]:
-    """How much better one model is than another on the same samples, with an interval that is paired by sample."""
-    result: dict[str, Any] = {"from": before, "to": after, "dataset": one[0], "split": one[1]}
+def gain(before: str, after: str, dataset: tuple[str, str], runs: list[Path], controls: list[Path]) -> dict[str, Any]:
+    """Compute how much better one model is than another on the same samples, with an interval that is paired by sample."""
+    result: dict[str, Any] = {"from": before, "to": after, "dataset": dataset[0], "split": dataset[1]}
     for figure, key in FIGURES:
-        start = values("rationale", one, key, controls) if before == "control" else values(before, one, key, runs)
-        difference = (values(after, one, key, runs) - start).mean(axis=0)  # [samples]
+        start = (
+            values("rationale", dataset, key, controls) if before == "control" else values(before, dataset, key, runs)
+        )
+        difference = (values(after, dataset, key, runs) - start).mean(axis=0)  # [samples]
         result[figure] = float(difference.mean())
         result[f"{figure}_ci95"] = bootstrap_interval(difference, 2000, 0)
     return result
 
 
 def pooled_headroom(by_seed: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each round's headroom, the mean over seeds and test sets by sample; what is recovered is a share of these means."""
+    """Compute each round's headroom, the mean over seeds and test sets by sample; what is recovered is a share of these means."""
     entries = [entry for seed in by_seed for entry in seed]
     pools = []
     for iteration in sorted({entry["iteration"] for entry in entries}):
-        own = [entry for entry in entries if entry["iteration"] == iteration]
+        of_round = [entry for entry in entries if entry["iteration"] == iteration]
         names = ("n_candidates", "pass_at_1", "pass_at_n", "best_of_n", "scorer_oracle_agreement", "next_pass_at_1")
-        sizes = [entry["n"] for entry in own]
+        sizes = [entry["n"] for entry in of_round]
         pool: dict[str, Any] = {"iteration": iteration, "n": sum(sizes)}
-        pool |= {name: float(np.average([entry[name] for entry in own], weights=sizes)) for name in names}
+        pool |= {name: float(np.average([entry[name] for entry in of_round], weights=sizes)) for name in names}
         pools.append(pool | {"recovered": recovered(pool, pool["next_pass_at_1"])})
     return pools
 
@@ -149,8 +153,11 @@ def table(result: dict[str, Any]) -> str:
     lines.append("|" + " --- |" * (1 + len(sets)))
     for figure, _ in FIGURES:
         for model in dict.fromkeys(e["model"] for e in entries):
-            own = [next(e for e in entries if (e["model"], e["dataset"], e["split"]) == (model, *one)) for one in sets]
-            cells = [percent(entry[figure], entry[f"{figure}_ci95"]) for entry in own]
+            of_model = [
+                next(e for e in entries if (e["model"], e["dataset"], e["split"]) == (model, *dataset))
+                for dataset in sets
+            ]
+            cells = [percent(entry[figure], entry[f"{figure}_ci95"]) for entry in of_model]
             lines.append(f"| {figure}, {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -164,8 +171,8 @@ def gains_table(result: dict[str, Any]) -> str:
     lines.append("|" + " --- |" * (1 + len(sets)))
     for figure, _ in FIGURES:
         for before, after in (("base", "rationale"), ("rationale", last), ("control", last)):
-            own = [g for g in gains if (g["from"], g["to"]) == (before, after)]
-            cells = [percent(g[figure], g[f"{figure}_ci95"]) for g in own]
+            of_models = [g for g in gains if (g["from"], g["to"]) == (before, after)]
+            cells = [percent(g[figure], g[f"{figure}_ci95"]) for g in of_models]
             lines.append(f"| {figure}, {before} to {after} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -127,11 +127,11 @@ def _srcfast(
     model = load_lvlm(folder / "model", dtype=getattr(torch, shape["dtype"]), device=device)
     watch.start()
     for number in range(ROUNDS):
-        own = samples if number else samples[:WARM_UP_PROMPTS]
-        tokens = write(model, own, ImageFeatures(model, image_loader(own)), number)
+        subset = samples if number else samples[:WARM_UP_PROMPTS]
+        tokens = write(model, subset, ImageFeatures(model, image_loader(subset)), number)
         with watch.paused():
-            drawn = tokens - sum(len(prompt.token_ids) for prompt in prompts_of(model, own))
-        watch.lap(drawn, drawn, samples=len(own))
+            drawn = tokens - sum(len(prompt.token_ids) for prompt in prompts_of(model, subset))
+        watch.lap(drawn, drawn, samples=len(subset))
 
 
 def transformers(shape: Shape, folder: Path, device: str, watch: Watch, *, at_once: int = 64) -> None:
@@ -151,11 +151,11 @@ def transformers(shape: Shape, folder: Path, device: str, watch: Watch, *, at_on
         torch.manual_seed(number)
         drawn, count = 0, len(samples) if number else WARM_UP_PROMPTS
         for start in range(0, count, at_once):
-            own = samples[start : min(start + at_once, count)]
-            images = [Image.open(sample.image_root / sample.images[0]) for sample in own]
+            subset = samples[start : min(start + at_once, count)]
+            images = [Image.open(sample.image_root / sample.images[0]) for sample in subset]
             batch = processor(
                 images=images,
-                text=texts[start : start + len(own)],
+                text=texts[start : start + len(subset)],
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=False,

@@ -1,6 +1,7 @@
 """First contact, every operation's benchmark at one shape: srcfast's implementations first, then its peers.
 
-All ways run in one process, which saves starting others. `srcfast bench --device cuda` runs all shapes, each way in a process.
+All implementations run in one process, which saves starting others. `srcfast bench --device cuda` runs all shapes, each
+implementation in a process.
 """
 
 from __future__ import annotations

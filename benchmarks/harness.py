@@ -71,12 +71,12 @@ class Benchmark:
 
 
 def generator(device: str) -> torch.Generator:
-    """The same numbers for every implementation."""
+    """Return a generator that gives the same numbers for every implementation."""
     return torch.Generator(device).manual_seed(0)
 
 
 def normal(*size: int, device: str, dtype: str, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """Normal numbers in a dtype given by name, made without a second copy."""
+    """Draw normal numbers in a dtype given by name, without a second copy."""
     numbers = torch.empty(*size, device=device, dtype=getattr(torch, dtype))
     return numbers.normal_(0.0, scale, generator=torch.Generator(device).manual_seed(seed))
 
@@ -91,7 +91,7 @@ def on(device: str, inputs: Inputs) -> None:
 
 
 def measure(benchmark: Benchmark, impl: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
-    """times: milliseconds of each mode (median, 20th and 80th percentile, runs); memory: peak MiB beyond the inputs."""
+    """Return times: milliseconds of each mode (median, 20th and 80th percentile, runs); memory: peak MiB beyond the inputs."""
     inputs = benchmark.inputs(shape, device)
     try:
         run = benchmark.implementations[impl](inputs)
@@ -177,8 +177,8 @@ def main(benchmark: Benchmark) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_csv(output / f"{benchmark.name}_{device}.csv", rows)
         plot(output / f"{benchmark.name}_{device}.svg", benchmark.name, rows)
-        for one in tables(benchmark.name, rows):
-            Console().print(one)
+        for table in tables(benchmark.name, rows):
+            Console().print(table)
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -192,22 +192,22 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
         baseline: dict[str, Any] = {}
         for impl in benchmark.implementations:
             progress.print(f"{benchmark.name}: {impl}, {describe(shape)}", style="dim", soft_wrap=True)
-            found: dict[str, Any] = {}
+            result: dict[str, Any] = {}
             for what in ("times", "memory"):
-                if not {"left_out", "failed"} & set(found):
-                    found |= in_a_process(impl, shape, what, device)
-            if "left_out" in found:
-                progress.print(f"  left out: {found['left_out']}", style="dim")
+                if not {"left_out", "failed"} & set(result):
+                    result |= in_a_process(impl, shape, what, device)
+            if "left_out" in result:
+                progress.print(f"  left out: {result['left_out']}", style="dim")
                 continue
             # `way`: the column of the committed CSV files, which `grouped` and the summary read.
             common = {"benchmark": benchmark.name, **shape, "way": impl, "limit": impl in benchmark.limits}
-            if "failed" in found:
-                progress.print(f"  failed: {found['failed']}", style="red")
-                rows.append(common | {"mode": "both", "failed": found["failed"]})
+            if "failed" in result:
+                progress.print(f"  failed: {result['failed']}", style="red")
+                rows.append(common | {"mode": "both", "failed": result["failed"]})
                 continue
-            baseline = baseline or found
-            memory = found["extra_mebibytes"]
-            for mode, taken in found["times"].items():
+            baseline = baseline or result
+            memory = result["extra_mebibytes"]
+            for mode, taken in result["times"].items():
                 ratio = taken["milliseconds"] / baseline["times"][mode]["milliseconds"]
                 rows.append(common | {"mode": mode} | taken | {"time_ratio": ratio})
             rows[-1]["extra_mebibytes"] = memory
@@ -217,13 +217,13 @@ def measure_all(benchmark: Benchmark, device: str) -> list[dict[str, Any]]:
 
 
 def in_a_process(impl: str, shape: Shape, what: str, device: str) -> dict[str, Any]:
-    """`measure` in a process of its own; {"failed": why} where it dies."""
+    """Run `measure` in a separate process; {"failed": why} where it dies."""
     arguments = [sys.argv[0], "--device", device, "--only", json.dumps({"impl": impl, "shape": shape, "what": what})]
     return run_process(arguments, os.environ | (GIVES_BACK if what == "memory" else {}))
 
 
 def run_process(arguments: list[str], surroundings: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON that a Python process prints last; {"failed": why} where it dies. Its allocator is that of srcfast's commands."""
+    """Run a Python process with srcfast's allocator; return the JSON it prints last, {"failed": why} if it died."""
     variables = {**surroundings, **allocator_variables(surroundings)}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables)
     if done.returncode == 0:
@@ -233,10 +233,10 @@ def run_process(arguments: list[str], surroundings: Mapping[str, str]) -> dict[s
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, each with machine, versions and commit."""
+    """Write all rows, each with machine, versions and commit."""
     known = environment()
     machine = {key: known[key] for key in ("gpu", "cpu", "threads", "torch", "git_commit")}
-    machine["versions"] = " ".join(f"{name}={found}" for name in PEERS if (found := version(name)))
+    machine["versions"] = " ".join(f"{name}={installed}" for name in PEERS if (installed := version(name)))
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*fields, *machine], lineterminator="\n")
@@ -247,15 +247,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def tables(name: str, rows: list[dict[str, Any]]) -> Iterator[Table]:
-    """A table a shape: milliseconds of each mode; time and memory relative to the first implementation's, less is better."""
+    """Yield a table a shape: milliseconds of each mode; time and memory relative to the first one's, less is better."""
     groups = grouped(rows)
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     for shape in dict.fromkeys(shape for shape, _, _ in groups):
         shown = Table(title=f"{name}: {shape}", title_justify="left", min_width=72)
         for column in ("implementation", *(f"{mode} ms" for mode in modes), "time", "extra MiB", "memory"):
             shown.add_column(column, justify="left" if column == "implementation" else "right")
-        for _, impl, own in (group for group in groups if group[0] == shape):
-            last, taken = own[-1], {row["mode"]: row for row in own}
+        for _, impl, by_mode in (group for group in groups if group[0] == shape):
+            last, taken = by_mode[-1], {row["mode"]: row for row in by_mode}
             cells = [f"{impl} (limit)" if last["limit"] else impl]
             if "failed" in last:
                 shown.add_row(*cells, *[""] * len(modes), "failed")
@@ -267,7 +267,7 @@ def tables(name: str, rows: list[dict[str, Any]]) -> Iterator[Table]:
 
 
 def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """Time and extra memory of each way at each shape; without matplotlib nothing."""
+    """Plot time and extra memory of each implementation at each shape; without matplotlib nothing."""
     if not can_plot():
         return
     import matplotlib
@@ -276,43 +276,43 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = name
     import matplotlib.pyplot as plt
 
-    found = [(shape, impl, own[-1]) for shape, impl, own in grouped(rows) if "failed" not in own[-1]]
-    shapes = list(dict.fromkeys(shape for shape, _, _ in found))
-    implementations = list(dict.fromkeys(impl for _, impl, _ in found))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(found)), sharey=True, layout="constrained")
+    results = [(shape, impl, by_mode[-1]) for shape, impl, by_mode in grouped(rows) if "failed" not in by_mode[-1]]
+    shapes = list(dict.fromkeys(shape for shape, _, _ in results))
+    implementations = list(dict.fromkeys(impl for _, impl, _ in results))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.22 * len(results)), sharey=True, layout="constrained")
     for axis, key, label in zip(
         axes, ("milliseconds", "extra_mebibytes"), ("milliseconds", "extra memory, MiB"), strict=True
     ):
         for number, impl in enumerate(implementations):
-            own = {shape: row for shape, its_impl, row in found if its_impl == impl}
-            places = [
+            of_impl = {shape: row for shape, its_impl, row in results if its_impl == impl}
+            positions = [
                 shapes.index(shape) + (number - (len(implementations) - 1) / 2) * 0.8 / len(implementations)
-                for shape in own
+                for shape in of_impl
             ]
-            values = [row[key] for row in own.values()]
-            axis.barh(places, values, height=0.8 / len(implementations), label=impl, color=f"C{number}")
-            for place, value in zip(places, values, strict=True):
-                axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+            values = [row[key] for row in of_impl.values()]
+            axis.barh(positions, values, height=0.8 / len(implementations), label=impl, color=f"C{number}")
+            for position, value in zip(positions, values, strict=True):
+                axis.annotate(f" {value:.3g}", (value, position), va="center", fontsize=7)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
     axes[0].set_yticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize=7)
     axes[0].invert_yaxis()
     axes[1].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{name} ({found[0][2]['mode']}): less is better", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{name} ({results[0][2]['mode']}): less is better", x=0.01, ha="left", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
 def grouped(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(shape, implementation, its rows by mode), in order."""
+    """Group rows: (shape, implementation, its rows by mode), in order."""
     reserved = {"benchmark", "way", "limit", "mode", "milliseconds", "low", "high", "runs", "failed"}
     reserved |= {"time_ratio", "extra_mebibytes", "memory_ratio"}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         shape = describe({key: value for key, value in row.items() if key not in reserved})
         groups.setdefault((shape, row["way"]), []).append(row)
-    return [(shape, impl, own) for (shape, impl), own in groups.items()]
+    return [(shape, impl, modes) for (shape, impl), modes in groups.items()]
 
 
 def describe(shape: Shape) -> str:

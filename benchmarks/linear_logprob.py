@@ -59,7 +59,7 @@ def srcfast_tiled(inputs: Inputs) -> Run:
 
 
 def torch_linear_cross_entropy(inputs: Inputs) -> Run:
-    """PyTorch's own, from 2.15."""
+    """PyTorch's, from 2.15."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError("this torch has no linear_cross_entropy")
     return lambda: -F.linear_cross_entropy(*inputs.values(), reduction="none")
@@ -92,7 +92,7 @@ def cut_cross_entropy(inputs: Inputs) -> Run:
 
     hidden, weight, targets = inputs.values()
     impl = "cce" if hidden.is_cuda else "torch_compile"
-    functorch_config.donated_buffer = False  # its backward is timed over a graph that is kept
+    functorch_config.donated_buffer = False  # its backward is timed over a graph that is retained
     return lambda: -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
 
 

@@ -1,7 +1,7 @@
-"""A gated layer with adapters, its norm included: what does it cost to have again what is not kept?
+"""A gated layer with adapters, its norm included: what does it cost to compute again what is not saved?
 
-`torch` keeps the normalised input and the gated activation as well. The memory shown is the peak of one layer's pass, most of it
-buffers of backward; what is kept, and so adds up over layers, is counted in tests/unit/models/test_kept_for_backward.py.
+`torch` saves the normalised input and the gated activation as well. The memory shown is the peak of one layer's pass, most of it
+buffers of backward; what is saved, and so adds up over layers, is counted in tests/unit/models/test_kept_for_backward.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def torch_layer(inputs: Inputs) -> Run:
 
 
 def srcfast(inputs: Inputs) -> Run:
-    """x, gate and up are kept, and each adapter's low-rank activation."""
+    """x, gate and up are saved, and each adapter's low-rank activation."""
     gate, up, down = (Adapted(inputs[name], None, inputs[f"{name} A"], inputs[f"{name} B"], SCALING) for name in NAMES)
 
     def run() -> Tensor:

@@ -43,7 +43,7 @@ def srcfast(inputs: Inputs) -> Run:
 
 
 def bitsandbytes(inputs: Inputs) -> Run:
-    """Its own layout, quantised by itself: two passes with double quantisation."""
+    """Its layout, quantised by itself: two passes with double quantisation."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(inputs["whole"], compress_statistics=True, quant_type="nf4")

@@ -29,12 +29,12 @@ def inputs(shape: Shape, device: str) -> Inputs:
 
 
 def torch_linear(inputs: Inputs) -> Run:
-    """Dequantised, and autograd's own linear, which keeps the dequantised weight."""
+    """Dequantised, and autograd's linear, which saves the dequantised weight."""
     return lambda: nf4_linear_reference(inputs["x"], inputs["weight"])
 
 
 def srcfast(inputs: Inputs) -> Run:
-    """Nothing kept between forward and backward."""
+    """Nothing is saved between forward and backward."""
     return lambda: nf4_linear(inputs["x"], inputs["weight"])
 
 

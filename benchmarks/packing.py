@@ -19,8 +19,8 @@ SHAPES: list[Shape] = [{"sequences": 2000, "tokens": "200 to 900"}, {"sequences"
 
 def inputs(shape: Shape, device: str) -> Inputs:
     rng = np.random.default_rng(0)
-    least, most = (int(part) for part in str(shape["tokens"]).split(" to "))
-    lengths = rng.integers(least, most + 1, shape["sequences"])
+    shortest, longest = (int(part) for part in str(shape["tokens"]).split(" to "))
+    lengths = rng.integers(shortest, longest + 1, shape["sequences"])
     return {"sequences": [rng.integers(0, 32_000, length) for length in lengths]}
 
 

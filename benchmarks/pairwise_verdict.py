@@ -48,8 +48,8 @@ def srcfast(inputs: Inputs) -> Run:
     """Three rows of the head, all samples at once."""
     hidden, head, sample_ids, first, second, values, counts = inputs.values()
     rows, largest = head[:3].contiguous(), int(counts[0])
-    own: dict[str, Any] = {"verdict_values": values, "sample_ids": sample_ids, "num_samples": len(counts)}
-    return lambda: pairwise_verdict(hidden, rows, first, second, largest, **own).scores
+    options: dict[str, Any] = {"verdict_values": values, "sample_ids": sample_ids, "num_samples": len(counts)}
+    return lambda: pairwise_verdict(hidden, rows, first, second, largest, **options).scores
 
 
 def torch_batched(inputs: Inputs) -> Run:
@@ -83,9 +83,9 @@ def _by_sample(inputs: Inputs, full_head: bool) -> Run:
         wins = logits.softmax(-1) @ values
         scores = []
         for sample in range(len(counts)):
-            own = sample_ids == sample
+            of_sample = sample_ids == sample
             p = wins.new_full((largest, largest), 0.5)
-            p[first[own], second[own]] = wins[own]
+            p[first[of_sample], second[of_sample]] = wins[of_sample]
             q = 0.5 * (p + 1.0 - p.T)
             u = (2.0 * q - 1.0).abs() * (1.0 - (p + p.T - 1.0).abs())
             scores.append((u * q).sum(-1) / u.sum(-1))

@@ -37,7 +37,7 @@ def transformers_norm(inputs: Inputs) -> Run:
 
 
 def torch_rms_norm(inputs: Inputs) -> Run:
-    """PyTorch's own."""
+    """PyTorch's."""
     x, weight = inputs.values()
     return lambda: nn.functional.rms_norm(x, weight.shape, weight, EPS)
 

@@ -118,12 +118,12 @@ def main(benchmark: StageBenchmark) -> None:
         output.mkdir(parents=True, exist_ok=True)
         known = environment()
         machine = {key: known[key] for key in ("gpu", "cpu", "threads", "torch", "git_commit")}
-        machine["versions"] = {name: found for name in PEERS if (found := version(name))}
+        machine["versions"] = {name: installed for name in PEERS if (installed := version(name))}
         about = {"benchmark": benchmark.name, "unit": benchmark.unit, "headline": benchmark.headline, "device": device}
         write_json(output / f"{benchmark.name}_{device}.json", about | {"machine": machine, "rows": rows})
         plot(output / f"{benchmark.name}_{device}.svg", benchmark, rows)
-        for one in tables(benchmark, rows):
-            Console().print(one)
+        for table in tables(benchmark, rows):
+            Console().print(table)
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -131,7 +131,7 @@ def main(benchmark: StageBenchmark) -> None:
 
 
 def run_implementation(benchmark: StageBenchmark, impl: str, shape: Shape, folder: str, device: str) -> dict[str, Any]:
-    """One implementation, in this process: its rounds and extra memory; {"left_out": why} where it can't be run here."""
+    """Run one implementation in this process: return its rounds and extra memory; {"left_out": why} if it can't run here."""
     watch = Watch(device)
     try:
         benchmark.implementations[impl](shape, Path(folder), device, watch)
@@ -141,17 +141,17 @@ def run_implementation(benchmark: StageBenchmark, impl: str, shape: Shape, folde
 
 
 def measure_all(benchmark: StageBenchmark, device: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each shape and implementation."""
+    """Return a row for each shape and implementation."""
     progress, rows = Console(stderr=True), []
     for shape in benchmark.shapes[device]:
         with tempfile.TemporaryDirectory() as folder:
             progress.print(f"{benchmark.name}: {describe(shape)}", style="dim", soft_wrap=True)
             benchmark.prepare(shape, Path(folder), device)
-            found: dict[str, list[dict[str, Any]]] = {impl: [] for impl in benchmark.implementations}
+            results: dict[str, list[dict[str, Any]]] = {impl: [] for impl in benchmark.implementations}
             memory: dict[str, dict[str, Any]] = {}
             for repeat in range(repeats + 1):  # the last for the CPU's memory, whose allocator is slower then
                 for impl in benchmark.implementations:
-                    if any({"left_out", "failed"} & set(done) for done in found[impl]):
+                    if any({"left_out", "failed"} & set(done) for done in results[impl]):
                         continue
                     done = _in_a_process(impl, shape, folder, device, for_memory=repeat == repeats)
                     said = (
@@ -161,10 +161,10 @@ def measure_all(benchmark: StageBenchmark, device: str, repeats: int) -> list[di
                     )
                     progress.print(f"  {impl}, {repeat + 1} of {repeats + 1}: {said}", style="dim", soft_wrap=True)
                     if repeat < repeats or "rounds" not in done:
-                        found[impl].append(done)
+                        results[impl].append(done)
                     else:
                         memory[impl] = done
-            rows += _rows(benchmark, shape, found, memory)
+            rows += _rows(benchmark, shape, results, memory)
     return rows
 
 
@@ -175,25 +175,27 @@ def _in_a_process(impl: str, shape: Shape, folder: str, device: str, for_memory:
 
 
 def _rows(
-    benchmark: StageBenchmark, shape: Shape, found: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, Any]]
+    benchmark: StageBenchmark, shape: Shape, results: dict[str, list[dict[str, Any]]], memory: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for impl, runs in found.items():
+    for impl, runs in results.items():
         row: dict[str, Any] = {"shape": shape, "way": impl}  # `way`: the key in committed results
         bad = next((run for run in runs if "rounds" not in run), None)
         if bad is not None:
             if "failed" in bad:
                 rows.append(row | {"failed": bad["failed"]})
             continue
-        rounds = [one for run in runs for one in run["rounds"][benchmark.warm_up :]]
-        rates = [one["units"] / one["seconds"] for one in rounds]
+        rounds = [a_round for run in runs for a_round in run["rounds"][benchmark.warm_up :]]
+        rates = [a_round["units"] / a_round["seconds"] for a_round in rounds]
         low, middle, high = np.quantile(rates, (0.2, 0.5, 0.8))
         row |= {"per_second": middle, "low": low, "high": high, "rounds": len(rounds), "processes": len(runs)}
         for name in ("tokens", "samples"):
-            row[f"{name}_per_second"] = float(np.median([one[name] / one["seconds"] for one in rounds]))
-        row["per_second_overall"] = sum(one["units"] for one in rounds) / sum(one["seconds"] for one in rounds)
+            row[f"{name}_per_second"] = float(np.median([a_round[name] / a_round["seconds"] for a_round in rounds]))
+        row["per_second_overall"] = sum(a_round["units"] for a_round in rounds) / sum(
+            a_round["seconds"] for a_round in rounds
+        )
         row["extra_mebibytes"] = memory[impl]["extra_mebibytes"]
-        row["values"] = [one["value"] for one in runs[0]["rounds"] if one["value"] is not None]
+        row["values"] = [a_round["value"] for a_round in runs[0]["rounds"] if a_round["value"] is not None]
         row |= {key: value for key, value in runs[0].items() if key not in ("rounds", "extra_mebibytes")}
         first = next((other for other in rows if "failed" not in other), row)
         row["speedup"] = row["per_second"] / first["per_second"]
@@ -201,7 +203,7 @@ def _rows(
             row["memory_ratio"] = row["extra_mebibytes"] / first["extra_mebibytes"]
         if row["values"] and first["values"]:
             pairs = zip(row["values"], first["values"], strict=False)
-            row["largest_difference"] = max(abs(one - other) for one, other in pairs)
+            row["largest_difference"] = max(abs(value - first_value) for value, first_value in pairs)
         rows.append(row)
     return rows
 
@@ -231,7 +233,7 @@ def tables(benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> Iterator[Ta
 
 
 def plot(path: Path, benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> None:
-    """Rate, memory and, where implementations are compared by a value, its course; without matplotlib nothing."""
+    """Plot rate, memory and, where implementations are compared by a value, its course; without matplotlib nothing."""
     if not can_plot():
         return
     import matplotlib
@@ -249,8 +251,8 @@ def plot(path: Path, benchmark: StageBenchmark, rows: list[dict[str, Any]]) -> N
     for axis, key, label in panels:
         values = [row[key] for row in good]
         axis.barh([row["way"] for row in good], values, color=[f"C{number}" for number in range(len(good))])
-        for place, value in enumerate(values):
-            axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=8)
+        for position, value in enumerate(values):
+            axis.annotate(f" {value:.3g}", (value, position), va="center", fontsize=8)
         axis.set_xlabel(label)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)

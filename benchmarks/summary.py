@@ -70,24 +70,24 @@ python -m srcfast_benchmarks.first_contact --shapes tiny --simulated
 
 
 def operation_results(device: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each operation's CSV, of those that were measured on a device."""
-    found = {}
+    """Read the rows of each operation's CSV, of those that were measured on a device."""
+    results = {}
     for name in BENCHMARKS:
         file = RESULTS / f"{name}_{device}.csv"
         if file.is_file():
             with open(file, encoding="utf-8", newline="") as lines:
-                found[name] = list(csv.DictReader(lines))
-    return found
+                results[name] = list(csv.DictReader(lines))
+    return results
 
 
 def stage_results(device: str) -> dict[str, dict[str, Any]]:
-    """Each stage's JSON, of those that were measured on a device."""
+    """Read each stage's JSON, of those that were measured on a device."""
     files = {name: RESULTS / f"{name}_{device}.json" for name in STAGES}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def by_shape(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """A stage's rows that didn't fail, by their shape in words."""
+    """Group a stage's rows that didn't fail by their shape in words."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if "failed" not in row:
@@ -96,13 +96,13 @@ def by_shape(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def where(machine: dict[str, Any], device: str, *others: dict[str, Any]) -> str:
-    """`2 threads of ...; torch ...; commit ...`; with the commits of other results from the same machine."""
-    place = machine["gpu"] if device == "cuda" else f"{machine['threads']} threads of {machine['cpu']}"
+    """Return `2 threads of ...; torch ...; commit ...`; with the commits of other results from the same machine."""
+    hardware = machine["gpu"] if device == "cuda" else f"{machine['threads']} threads of {machine['cpu']}"
     versions = machine["versions"]
     if not isinstance(versions, str):
         versions = " ".join(f"{name}={version}" for name, version in versions.items())
-    commits = dict.fromkeys(one["git_commit"].removesuffix("-dirty")[:10] for one in (machine, *others))
-    return f"{place}; torch {machine['torch']} {versions}; commit {', '.join(commits)}."
+    commits = dict.fromkeys(about["git_commit"].removesuffix("-dirty")[:10] for about in (machine, *others))
+    return f"{hardware}; torch {machine['torch']} {versions}; commit {', '.join(commits)}."
 
 
 def on_a_gpu() -> str:
@@ -186,13 +186,13 @@ def operation_section(name: str, device: str, rows: list[dict[str, Any]]) -> str
 
 
 def rows_by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By shape and implementation the row of forward and backward together."""
+    """Return by shape and implementation the row of forward and backward together."""
     machine = {key for key in rows[0] if key in MACHINE}
-    own = [{key: value for key, value in row.items() if key not in machine} for row in rows]
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for shape, impl, modes in grouped(own):
-        found.setdefault(shape, {})[impl] = modes[-1]
-    return found
+    measured = [{key: value for key, value in row.items() if key not in machine} for row in rows]
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for shape, impl, modes in grouped(measured):
+        groups.setdefault(shape, {})[impl] = modes[-1]
+    return groups
 
 
 def number(value: float) -> str:
@@ -216,7 +216,7 @@ def ratios() -> str:
 
 
 def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]:
-    """A line for each of srcfast's implementations against each peer, and one for all four stages together."""
+    """Return a line for each of srcfast's implementations against each peer, and one for all four stages together."""
     lines = [
         "| stage | srcfast | peer | times as fast | rates | extra memory, of the peer's | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -226,10 +226,10 @@ def stages_in_short(stages: dict[str, dict[str, Any]], device: str) -> list[str]
             # `way`: the key of an implementation in committed results, as in all rows below.
             ours, peers = ([row for row in rows if row["way"].startswith(OURS) == is_ours] for is_ours in (True, False))
             title = f"{name}: {shape}" if len(by_shape(result)) > 1 else name
-            for own, peer in product(ours, peers):
-                rates = [one["per_second"] for one in (own, peer)]
-                memory = [one["extra_mebibytes"] for one in (own, peer)]
-                impl = own["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
+            for our_row, peer in product(ours, peers):
+                rates = [row["per_second"] for row in (our_row, peer)]
+                memory = [row["extra_mebibytes"] for row in (our_row, peer)]
+                impl = our_row["way"].removeprefix(OURS).removeprefix(", ") or "as it comes"
                 cells = [title, impl, peer["way"], f"**{rates[0] / rates[1]:.1f}**"]
                 cells += [f"{number(rates[0])}, {number(rates[1])} {result['unit']}/s"]
                 cells += [f"{memory[0] / max(memory[1], 1.0):.2f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]

@@ -29,7 +29,7 @@ def torch_swiglu(inputs: Inputs) -> Run:
 
 
 def srcfast(inputs: Inputs) -> Run:
-    """silu is recomputed, not kept."""
+    """silu is recomputed, not saved."""
     return lambda: swiglu(*inputs.values())
 
 

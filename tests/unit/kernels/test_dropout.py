@@ -1,4 +1,4 @@
-"""Dropout by a hash: the same bits in every home, the right share, and no trace of one mask in another."""
+"""Dropout by a hash: the same bits in every backend, the right share, and no trace of one mask in another."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def mask(keys: Tensor, columns: int, layer: int = 0, share: float = 0.5) -> Tens
 
 @pytest.mark.parametrize("layer", [0, 1, 16, 223, 2**31 - 1])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.75])
-def test_every_home_gives_the_same_bits(layer: int, share: float) -> None:
+def test_every_backend_gives_the_same_bits(layer: int, share: float) -> None:
     keys = torch.cat([random_keys(9), torch.tensor([0, -1, 2**63 - 1, -(2**63), 2**31, 2**32 - 1], device=DEVICE)])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.from_numpy(fresh().normal(size=(len(keys), 1500))).to(DEVICE, dtype)
         found = []
-        for home in get_args(Backend):
-            with use_backend(home):
+        for backend in get_args(Backend):
+            with use_backend(backend):
                 found.append(dropout(x, keys, layer, share))
         if dtype == torch.bfloat16:  # Triton's interpreter cuts where the others round: which are dropped is the same
             found = [one != 0 for one in found]
@@ -112,8 +112,8 @@ def test_no_mask_tells_anything_of_another(masks: Callable[[float], Tensor], sha
     assert abs(float(pairs.square().mean()) - 1.0) < 6 * (2.0 / len(pairs)) ** 0.5
 
 
-@pytest.mark.parametrize("home", get_args(Backend))
-def test_a_product_with_what_is_left_keeps_its_input_alone(home: Backend) -> None:
+@pytest.mark.parametrize("backend", get_args(Backend))
+def test_a_product_with_what_is_left_keeps_its_input_alone(backend: Backend) -> None:
     rng, keys = fresh(), random_keys(7)
     x, weight, gradient = (torch.from_numpy(rng.normal(size=shape)).to(DEVICE) for shape in ((7, 30), (3, 30), (7, 3)))
     results, kept = [], set[int]()
@@ -124,7 +124,7 @@ def test_a_product_with_what_is_left_keeps_its_input_alone(home: Backend) -> Non
 
     for fused in (True, False):
         own = [part.clone().requires_grad_() for part in (x, weight)]
-        with use_backend(home):
+        with use_backend(backend):
             if fused:
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                     low = dropout_product(own[0], keys, 5, 0.3, own[1])

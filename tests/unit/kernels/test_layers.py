@@ -259,13 +259,13 @@ def plainly(x: Tensor, one: Adapted) -> Tensor:
     return lora_linear_reference(x, weight, one.bias, one.lora_a, one.lora_b, one.scaling)
 
 
-@pytest.mark.parametrize("home", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("four_bits", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 6])
 def test_a_gated_layer_gives_what_its_operations_give_one_by_one(
-    rows: int, needs_x: bool, bias: bool, four_bits: bool, home: Backend
+    rows: int, needs_x: bool, bias: bool, four_bits: bool, backend: Backend
 ) -> None:
     generator = torch.Generator().manual_seed(rows + 10 * needs_x + 20 * four_bits)
 
@@ -277,7 +277,7 @@ def test_a_gated_layer_gives_what_its_operations_give_one_by_one(
     down = random_adapted(draw, 11, 13, 4, four_bits, bias)
     leaves = [part for one in (gate, up, down) for part in (one.lora_a, one.lora_b)] + [x] * needs_x
     outer = draw(rows, 11)
-    with use_backend(home):
+    with use_backend(backend):
         ours = swiglu_lora_linear(*lora_linears(x, [gate, up], Norm(norm, eps)), down)
         gradients = torch.autograd.grad(ours, leaves, outer)
     normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
@@ -318,8 +318,8 @@ def test_a_backward_through_a_kept_graph_gives_the_same_twice() -> None:
 
     gate, up = draw(5, 7).requires_grad_(), draw(5, 7).requires_grad_()
     down = random_adapted(draw, 3, 7, 2, False, True)
-    for home in BACKENDS:
-        with use_backend(home):
+    for backend in BACKENDS:
+        with use_backend(backend):
             out = swiglu_lora_linear(gate, up, down)
             outer = draw(5, 3)
             once, again = (

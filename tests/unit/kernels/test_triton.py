@@ -55,7 +55,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(DEVICE)
 
 
-def test_a_home_is_forced_by_name_and_found_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_is_forced_by_name_and_found_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.zeros(1)
     assert backend_for(tensor) == "triton"
     with use_backend("reference"):
@@ -152,9 +152,9 @@ def test_linear_weighted_dpo(
     confidence = random(3, dtype=dtype, seed=6).sigmoid()
     smoothing = torch.tensor([0.1, 0.0, 0.3], dtype=dtype, device=DEVICE) if loss_type == "sigmoid" else 0.0
     results = []
-    for home in ("triton", "torch"):
+    for backend in ("triton", "torch"):
         hidden = random(34, 6, dtype=dtype, seed=7).requires_grad_()
-        with use_backend(home):  # type: ignore[arg-type]
+        with use_backend(backend):  # type: ignore[arg-type]
             output = linear_weighted_dpo(
                 hidden,
                 random(11, 6, dtype=dtype, seed=8),
