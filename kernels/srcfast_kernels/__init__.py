@@ -9,10 +9,11 @@ from srcfast_kernels.pairwise_verdict import VerdictOutput, pairwise_verdict
 from srcfast_kernels.rms_norm import rms_norm
 from srcfast_kernels.rope import rope
 from srcfast_kernels.swiglu import swiglu
-from srcfast_kernels.weighted_dpo import DPOOutput, linear_weighted_dpo, weighted_dpo_loss
+from srcfast_kernels.weighted_dpo import DPOOutput, LinearDPOOutput, linear_weighted_dpo, weighted_dpo_loss
 
 __all__ = [
     "DPOOutput",
+    "LinearDPOOutput",
     "NF4Weight",
     "VerdictOutput",
     "dropout",

@@ -28,15 +28,26 @@ LossType = Literal["sigmoid", "ipo", "hinge"]
 class DPOOutput(NamedTuple):
     """What the loss gives, in fp32 or fp64.
 
-    loss: []. chosen_rewards, rejected_rewards: [P] implicit rewards beta (log pi - log pi_ref), detached. chosen_logps,
-    rejected_logps: [P] log pi, which carry the gradient, for terms that are added to the loss.
+    loss: []. chosen_rewards, rejected_rewards: [P] implicit rewards beta (log pi - log pi_ref), detached.
     """
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+class LinearDPOOutput(DPOOutput):
+    """The same three, and as attributes log pi, [P] each, which carry the gradient, for terms that are added to the loss."""
+
     chosen_logps: Tensor
     rejected_logps: Tensor
+
+    @classmethod
+    def of(cls, output: tuple[Tensor, ...], chosen_logps: Tensor, rejected_logps: Tensor) -> LinearDPOOutput:
+        """Add log-probabilities to (loss, chosen_rewards, rejected_rewards)."""
+        result = cls(*output)
+        result.chosen_logps, result.rejected_logps = chosen_logps, rejected_logps
+        return result
 
 
 def weighted_dpo_loss(
@@ -67,14 +78,13 @@ def weighted_dpo_loss(
         ValueError: an unknown loss type, or label smoothing with another loss than sigmoid.
     """
     exact = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    policy_chosen, policy_rejected = policy_chosen_logps.to(exact), policy_rejected_logps.to(exact)
-    chosen = policy_chosen - ref_chosen_logps.to(exact)
-    rejected = policy_rejected - ref_rejected_logps.to(exact)
+    chosen = policy_chosen_logps.to(exact) - ref_chosen_logps.to(exact)
+    rejected = policy_rejected_logps.to(exact) - ref_rejected_logps.to(exact)
     loss = pair_loss(chosen - rejected, beta, label_smoothing, loss_type)  # [P]
     confidence = confidence.to(exact)
     total = confidence.sum() if normalizer is None else normalizer
     rewards = ((beta * chosen).detach(), (beta * rejected).detach())
-    return DPOOutput((confidence * loss).sum() / total, *rewards, policy_chosen, policy_rejected)
+    return DPOOutput((confidence * loss).sum() / total, *rewards)
 
 
 def pair_loss(log_ratio: Tensor, beta: float, label_smoothing: float | Tensor, loss_type: str) -> Tensor:
@@ -107,7 +117,7 @@ def linear_weighted_dpo(
     loss_type: LossType = "sigmoid",
     normalizer: float | Tensor | None = None,
     **head: Any,
-) -> DPOOutput:
+) -> LinearDPOOutput:
     """Compute `linear_logprob`, its sums by sequence in a fixed order, and `weighted_dpo_loss` of them; never a [T, V] tensor.
 
     Args:
@@ -122,11 +132,14 @@ def linear_weighted_dpo(
     if pairs and backend_for(hidden) == "triton":
         total = confidence.sum(dtype=logps.dtype) if normalizer is None else normalizer
         reference = (ref_chosen_logps, ref_rejected_logps)
-        return DPOOutput(
-            *_TokenDPO.apply(logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type)
+        *output, chosen, rejected = _TokenDPO.apply(
+            logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type
         )
-    return weighted_dpo_loss(
-        *sum_pairs(logps, sequence_ids, pairs),
+        return LinearDPOOutput.of(tuple(output), chosen, rejected)
+    chosen, rejected = sum_pairs(logps, sequence_ids, pairs)
+    result = weighted_dpo_loss(
+        chosen,
+        rejected,
         ref_chosen_logps,
         ref_rejected_logps,
         confidence,
@@ -135,6 +148,7 @@ def linear_weighted_dpo(
         loss_type=loss_type,
         normalizer=normalizer,
     )
+    return LinearDPOOutput.of(result, chosen, rejected)
 
 
 def sum_pairs(logps: Tensor, sequence_ids: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
@@ -195,9 +209,9 @@ class _TokenDPO(torch.autograd.Function):
             loss_type,
         )
         ctx.save_for_backward(coefficients, sequence_ids)
-        ctx.mark_non_differentiable(output.chosen_rewards, output.rejected_rewards)
+        ctx.mark_non_differentiable(output[1], output[2])
         ctx.set_materialize_grads(False)
-        return tuple(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -314,8 +328,8 @@ def token_dpo_triton(
     beta: float,
     label_smoothing: float | Tensor,
     loss_type: LossType,
-) -> tuple[DPOOutput, Tensor]:
-    """Launch `token_dpo_kernel`: what `DPOOutput` holds, and d loss / d logp [T]. Nothing waits for the device."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Launch `token_dpo_kernel`: what `LinearDPOOutput` holds, and d loss / d logp [T]. Nothing waits for the device."""
     pairs = len(confidence)
     smoothed = isinstance(label_smoothing, Tensor) or label_smoothing != 0.0
     if loss_type not in ("sigmoid", "ipo", "hinge") or (smoothed and loss_type != "sigmoid"):
@@ -324,8 +338,8 @@ def token_dpo_triton(
     starts = torch.searchsorted(sorted_ids, torch.arange(3 * pairs + 1, device=logps.device))  # [3P + 1]
     smoothing = _as_scalar(label_smoothing, logps).expand(pairs).contiguous()
     total = _as_scalar(normalizer, logps)
-    losses, *by_pair = logps.new_empty(5, pairs).unbind()
-    output = DPOOutput(logps.new_empty(()), *by_pair)
+    losses, chosen_rewards, rejected_rewards, chosen, rejected = logps.new_empty(5, pairs).unbind()
+    output = (logps.new_empty(()), chosen_rewards, rejected_rewards, chosen, rejected)
     coefficients = torch.zeros_like(logps)
     token_dpo_kernel[(pairs,)](
         logps,

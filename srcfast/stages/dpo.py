@@ -48,7 +48,7 @@ from srcfast.training.items import Features, Loss, Metrics, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import to_device
-from srcfast_kernels.weighted_dpo import DPOOutput, linear_weighted_dpo
+from srcfast_kernels.weighted_dpo import LinearDPOOutput, linear_weighted_dpo
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _label_smoothing(settings: DPOConfig, confidences: Tensor) -> float | Tensor
 
 @torch.no_grad()
 def _metrics(
-    output: DPOOutput, batch: TreeTensors, pairs: Sequence[int], rehearsed: Tensor, denominator: PairDenominator
+    output: LinearDPOOutput, batch: TreeTensors, pairs: Sequence[int], rehearsed: Tensor, denominator: PairDenominator
 ) -> dict[str, Tensor]:
     """Return the metrics of `preference_loss`, over the trees that are pairs."""
     rewards = torch.stack([output.chosen_rewards, output.rejected_rewards])  # [2, trees]

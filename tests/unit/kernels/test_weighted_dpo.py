@@ -170,6 +170,16 @@ def test_tokens_that_both_responses_begin_with_count_as_if_each_response_had_the
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+def test_outputs_are_three_values_by_whatever_name() -> None:
+    hidden, weight, ids = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 0, 1])
+    given = (torch.tensor([-3.0]), torch.tensor([-4.0]), torch.tensor([0.5]))
+    output = linear_weighted_dpo(hidden, weight, torch.tensor([1, 2, 3, 4]), ids, *given, beta=0.1)
+    loss, chosen_rewards, rejected_rewards = output
+    assert loss is output.loss and chosen_rewards is output.chosen_rewards
+    again = weighted_dpo_loss(output.chosen_logps, output.rejected_logps, *given, beta=0.1)
+    assert len(again) == 3 and torch.equal(again.loss, loss) and torch.equal(again.rejected_rewards, rejected_rewards)
+
+
 def test_a_pair_of_confidence_0_adds_nothing_to_the_loss() -> None:
     values = pairs(3, seed=8)
     values[4][1] = 0.0
