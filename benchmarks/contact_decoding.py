@@ -174,8 +174,8 @@ class Watched(ImageFeatures):
         self.marks.append({"at": now()} | memory())
         self.store(self.marks)
 
-    def forget(self) -> None:
-        super().forget()
+    def clear(self) -> None:
+        super().clear()
         self.mark()
 
 

@@ -36,6 +36,7 @@ from srcfast_kernels.transfers import fetch, to_device
 
 Mode = Literal["pairwise", "independent"]
 BLOCK = 64  # samples whose trees are packed together
+CHUNK = 4 * BLOCK  # samples a chunk
 Results = Callable[[], list[dict[str, Any]]]  # waits for the device and returns one result a sample
 
 
@@ -455,7 +456,7 @@ def scores_in_chunks(
     def depends_on() -> Mapping[str, Any]:
         return {**chunks.depends_on(), "candidates": digest.hexdigest()}
 
-    return run_chunks(replace(chunks, depends_on=depends_on), scored, 4 * BLOCK, work)
+    return run_chunks(replace(chunks, depends_on=depends_on), scored, CHUNK, work)
 
 
 def _read_candidates(groups: Iterator[tuple[str, list[Candidate]]], sample_ids: set[str]) -> dict[str, list[Candidate]]:
