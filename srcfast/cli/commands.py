@@ -118,9 +118,12 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
 @on_ranks("preferences")
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
     """Choose preference pairs, and write them into shards and `funnel.json` in `output`, on rank 0 alone."""
-    if not distributed.is_rank_zero():
-        return
     output = need(output, "--output", "a folder for the preferences")
+    with exclusive_lock(output):
+        distributed.run_on_rank_zero(lambda: _curate(config, source, candidates, scores, output))
+
+
+def _curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path) -> None:
     samples = read_all(config, source, "calibration", output)
     rows = iter(()) if scores is None else read_scores(scores)
     if scores is None and config.curation.pairing == "score":
@@ -163,8 +166,10 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
     rejected: list[dict[str, Any]] = []
     evaluation_sets = []
     for dataset in datasets(config, source, "evaluation"):
-        samples = read_dataset(dataset, Path(config.output) / "images", rejected)
-        write_rejected(rejected, len(samples), config.max_rejected, output)
+        bad: list[dict[str, Any]] = []  # of this set: `max_rejected` holds for each, as in a calibration
+        samples = read_dataset(dataset, Path(config.output) / "images", bad)
+        write_rejected(bad, len(samples), config.max_rejected, output, of_earlier_sets=rejected)
+        rejected += bad
         evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
     policy = Policy(
         config, [sample for evaluation_set in evaluation_sets for sample in evaluation_set.samples], adapter
@@ -173,7 +178,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
     with sampling_stage("evaluate", config, output, total, ("evaluation",)) as stage:
         entries = []
         for evaluation_set in evaluation_sets:
-            name = f"{evaluation_set.name}-{evaluation_set.split}"
+            name = evaluation_set.label
             answers = answers_in_chunks(
                 stage.chunks(name, policy=policy.hash),
                 policy.model,

@@ -18,7 +18,7 @@ from srcfast.data.jsonl import read_shards, write_jsonl
 from srcfast.data.readers import check_rejected
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
-from srcfast.stages.datasets import read_dataset
+from srcfast.stages.datasets import check_unique_ids, read_dataset
 
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
@@ -45,7 +45,9 @@ def settings(
     files, single = _files_and_settings(words)
     named = {"model.path": model, "scorer.path": scorer, "output": output}
     # No stage's section has `model.path` and the like, so they are read from the root.
-    single += [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
+    single += [
+        f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in named.items() if value is not None
+    ]
     single += ["quiet=true"] if quiet else []
     config = load_config(files[0] if files else None, single, section)
     if config.threads:
@@ -124,7 +126,11 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
 
 
 def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sample]:
-    """Read the samples of all datasets for a use, and write the rejected records to `output`."""
+    """Read the samples of all datasets for a use, and write the rejected records to `output`.
+
+    Raises:
+        InputError: two samples share an id, or too many records were rejected.
+    """
     rejected: list[dict[str, Any]] = []
     samples = [
         sample
@@ -132,15 +138,25 @@ def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sam
         for sample in read_dataset(dataset, Path(config.output) / "images", rejected)
     ]
     write_rejected(rejected, len(samples), config.max_rejected, output)
+    check_unique_ids(samples)
     return samples
 
 
-def write_rejected(rejected: Sequence[dict[str, Any]], accepted: int, limit: int | float, output: Path) -> None:
+def write_rejected(
+    rejected: Sequence[dict[str, Any]],
+    accepted: int,
+    limit: int | float,
+    output: Path,
+    *,
+    of_earlier_sets: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write the rejected records, if any, to `rejected.jsonl` in `output`.
 
     Args:
-        accepted: number of good samples.
+        rejected: of the set that is checked.
+        accepted: number of good samples of that set.
         limit: `max_rejected`.
+        of_earlier_sets: rejected records of sets that were checked before; they stay in the file.
 
     Raises:
         InputError: more records are bad than `limit` allows, or none is good.
@@ -149,7 +165,7 @@ def write_rejected(rejected: Sequence[dict[str, Any]], accepted: int, limit: int
         return
     file = output / "rejected.jsonl"
     if rejected and is_rank_zero():
-        write_jsonl(file, rejected)
+        write_jsonl(file, [*of_earlier_sets, *rejected])
     check_rejected(rejected, len(rejected) + accepted, limit)
     if not accepted:
         raise InputError(expected="at least one sample", found="none", fix="name data that holds some")

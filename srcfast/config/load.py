@@ -109,9 +109,11 @@ def _read_override(word: str, section: str | None) -> tuple[str, Any]:
 def _assign(tree: dict[str, Any], keys: Sequence[str], value: Any, word: str) -> None:
     """Set a value within nested mappings; merge a mapping into the mapping that is already there."""
     for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
+        if tree.get(key) is None:  # not set, or a heading with nothing under it
+            tree[key] = {}
+        tree = tree[key]
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {word!r}: expected {key} to be a section, found {tree!r} in the file")
+            raise ConfigError(f"override {word!r}: expected {key} to be a section, found {tree!r}")
     last, present = keys[-1], tree.get(keys[-1])
     tree[last] = present | value if isinstance(present, dict) and isinstance(value, dict) else value
 

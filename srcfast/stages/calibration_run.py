@@ -59,9 +59,11 @@ class CalibrationRun:
             self.calibration_samples,
             *(dataset.samples for dataset in self.evaluation_sets),
         )
-        self.samples = {sample.id: sample for group in groups for sample in group}
+        # By id those that pairs are made of alone: another set may use the same ids.
+        self.samples = {sample.id: sample for sample in self.calibration_samples}
+        self.num_samples = len({(s.id, s.image_root, s.images) for group in groups for s in group})
         self.records = RunArtifacts(self.directory, self.samples)
-        self.policy = Policy(config, list(self.samples.values()))
+        self.policy = Policy(config, [sample for group in groups for sample in group])
         self.scorer: Scorer | None = None
 
     def stage(
@@ -98,7 +100,7 @@ class CalibrationRun:
             distributed.run_on_rank_zero(lambda: directory.remove_checkpoint(name))
             return
         kind = name.rpartition("/")[2]
-        forecast = forecast_stage(self.config, kind, images=len(self.samples))
+        forecast = forecast_stage(self.config, kind, images=self.num_samples)
         with (
             explain_out_of_memory(self.config, kind),
             measured(self.config.model.device, self._parameters) as measurement,

@@ -70,9 +70,12 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write the adapter that was trained, and free the gradients, which no later stage needs."""
-        if distributed.is_rank_zero():
+
+        def write() -> None:
             directory.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, directory)
+
+        distributed.run_on_rank_zero(write)
         self.adapter = directory
         self.model.zero_grad(set_to_none=True)
 

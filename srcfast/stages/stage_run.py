@@ -100,7 +100,6 @@ class StageRun:
         Raises:
             SrcfastError: a loss or gradient is not finite; the batch is stored, see `nonfinite`.
         """
-        self.metrics.restart()  # drops the rows of a stopped attempt; those of its last checkpoint come back in _on_continue
         profiler = None
         if self.profile is not None and distributed.is_rank_zero():
             profiler = StepProfiler(self.profile, self.profile_dir)
@@ -125,6 +124,10 @@ class StageRun:
 
     def _on_step(self, metrics: Metrics) -> None:
         """Record one step."""
+        if (
+            not self.history
+        ):  # nothing was continued: only now is it certain that a stopped attempt's rows are of no use
+            self.metrics.restart()
         self.history.append(metrics)
         self.metrics.write(metrics)
         self.progress.advance(1, tokens=metrics["tokens"])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from srcfast import __version__
 from srcfast.cli.app import app
-from srcfast.cli.inputs import complete_words
+from srcfast.cli.inputs import complete_words, settings
 from srcfast.config.load import known_keys, load_config
 from srcfast.config.settings import Config
 from srcfast.errors import ConfigError
@@ -260,3 +260,14 @@ def test_what_runs_no_model_imports_no_pytorch(words: list[str], tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr.endswith("heavy: []\n"), done.stderr[-2000:]
     assert done.returncode == (2 if words[0] == "dpo" else 0), done.stderr
+
+
+def test_a_single_setting_fills_a_heading_with_nothing_under_it(tmp_path: Path) -> None:
+    file = in_file(tmp_path, "dpo:\nseed: 3\n")
+    config = load_config(file, ["dpo.beta=0.2"])
+    assert (config.dpo.beta, config.seed) == (0.2, 3)
+
+
+def test_an_option_takes_any_path(tmp_path: Path) -> None:
+    for name in ("😀", "Größe", "a: b # c"):
+        assert settings(None, None, output=tmp_path / name).output == str(tmp_path / name)
