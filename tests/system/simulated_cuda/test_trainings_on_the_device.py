@@ -150,7 +150,7 @@ def test_a_step_by_tritons_kernels_gives_the_cpus_numbers(tmp_path: Path) -> Non
     case = Case("dpo", "bf16", quantize="nf4")
     with simulated_cuda.recording() as record:
         ours = train_on("cuda", SHORT, case, tmp_path)
-    kernels = ("rms_norm", "rope", "nf4_dequantize", "swiglu", "gather_rows", "logprob_rows")
+    kernels = ("rms_norm", "rope", "nf4_dequantize", "swiglu", "gather_rows", "logprob_rows", "token_dpo")
     backward = ("rms_norm_backward", "swiglu_backward", "gather_rows_backward")
     assert set(record.launches) == {f"{name}_kernel" for name in kernels + backward}, record.text()
     assert record.attention_calls == {"forward": 2, "backward": 1}  # the reference and one step, one layer
