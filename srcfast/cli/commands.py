@@ -149,7 +149,10 @@ def dpo(
         )
     pairs = read_preference_file(config, source, output)
     policy = Policy(config, pairs)
-    policy.use(adapter, to_train=True) if adapter else policy.fresh()
+    if adapter is None:
+        policy.fresh()
+    else:
+        policy.use(adapter, to_train=True)
     settings = config.dpo.seeded(config.seed, config.deterministic)
     pairs, missing = with_references(config, policy, pairs, output)
     steps = num_steps(len(pairs), settings)

@@ -40,7 +40,8 @@ class CalibrationRun:
         policy: the LVLM in memory.
         scorer: the R-Scorer while a stage uses it.
         rationale_samples, calibration_samples, evaluation_sets: the data.
-        samples: all of them by id.
+        samples: those of the rounds, by id.
+        num_samples: of all sets, each once.
         num_rejected: bad samples that were left out.
     """
 

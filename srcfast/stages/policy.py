@@ -110,16 +110,15 @@ def remove_adapter(model: LVLM) -> None:
         setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
-def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = False) -> LVLM:
+def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
     """Load the LVLM of the settings.
 
     Args:
         config: model, quantization, dtype, device, sharding.
         lora: a saved adapter's directory, or the settings of a new one; None: the bare base.
-        to_train: whether the adapter is to be trained.
 
     Raises:
-        InputError: a saved adapter changes nothing, unless it is to be trained.
+        InputError: a saved adapter changes nothing.
     """
     _set_up_device(config)
     model = load_lvlm(
@@ -130,7 +129,7 @@ def load_model(config: Config, lora: Path | LoRAConfig | None, to_train: bool = 
         lora=lora,
         shard=config.distributed.shard,
     )
-    if isinstance(lora, Path) and not to_train:
+    if isinstance(lora, Path):
         check_adapter_changes(model, lora)
     if config.model.vision_offload:
         model.vision.to_host()
@@ -144,13 +143,11 @@ def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFea
     return ImageFeatures(model, image_loader(records), image_cache(capacity), images_at_once(sizes, capacity))
 
 
-def load_scorer_for(config: Config, lora: LoRAConfig | None = None) -> Scorer:
-    """Load the R-Scorer of the settings; with `lora`, an adapter on it."""
+def load_scorer_for(config: Config) -> Scorer:
+    """Load the R-Scorer of the settings."""
     _set_up_device(config)
     dtype = getattr(torch, config.scorer.dtype)
-    return load_scorer(
-        config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device, lora=lora
-    )
+    return load_scorer(config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device)
 
 
 def _set_up_device(config: Config) -> None:

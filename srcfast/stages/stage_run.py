@@ -124,9 +124,8 @@ class StageRun:
 
     def _on_step(self, metrics: Metrics) -> None:
         """Record one step."""
-        if (
-            not self.history
-        ):  # nothing was continued: only now is it certain that a stopped attempt's rows are of no use
+        # Nothing was continued: only now is it certain that a stopped attempt's rows are of no use.
+        if not self.history:
             self.metrics.restart()
         self.history.append(metrics)
         self.metrics.write(metrics)
@@ -143,12 +142,17 @@ class StageRun:
         self.progress.resume(len(history), sum(metrics["tokens"] for metrics in history), seconds)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CommandStage(StageRun):
-    """A stage that is a whole command."""
+    """A stage that is a whole command.
 
-    measurement: Measurement = field(default_factory=lambda: Measurement("cpu"))
-    clock: ExitStack = field(default_factory=ExitStack)
+    Attributes:
+        measurement: of its memory.
+        clock: ends the measurement and the progress bar when it is closed.
+    """
+
+    measurement: Measurement
+    clock: ExitStack
 
     def stop_clock(self) -> None:
         """End the progress bar and the measurement of memory; what follows is not counted as the stage's."""
@@ -181,8 +185,6 @@ def command_stage(
     *,
     sections: Sequence[str],
     models: Callable[[], Sequence[nn.Module]],
-    name: str | None = None,
-    checkpoint_dir: Path | None = None,
     profile: range | None = None,
 ) -> Iterator[CommandStage]:
     """Run one stage as a command, alone in its output directory; the same command continues one that was stopped.
@@ -190,19 +192,16 @@ def command_stage(
     When the body has ended without an error, a training's `summary.json` is written and the chunks and checkpoints are removed.
 
     Args:
-        kind: see `StageRun`.
+        kind: names the progress bar, and a training's forecast: see `StageRun`.
         config: settings.
         output: the command's directory.
         total: units to do.
         unit: what is counted.
         sections: settings that the result depends on, beside seed and model.
         models: returns the models in memory, whose memory is measured.
-        name: of the progress bar; default: the kind.
-        checkpoint_dir: default: `output/checkpoint`.
         profile: steps of a training to profile.
     """
     resolved = config.model_dump(mode="json")
-    directory = checkpoint_dir or output / "checkpoint"
     with exclusive_lock(output), ExitStack() as clock:
         measurement = clock.enter_context(
             measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])
@@ -211,9 +210,9 @@ def command_stage(
             kind=kind,
             config=config,
             output=output,
-            checkpoint_dir=directory,
+            checkpoint_dir=output / "checkpoint",
             settings={key: resolved[key] for key in ("seed", "model", *sections)},
-            progress=clock.enter_context(track(name or kind, total, unit, quiet=config.quiet)),
+            progress=clock.enter_context(track(kind, total, unit, quiet=config.quiet)),
             metrics=StageMetrics(output / "metrics.jsonl"),
             profile_dir=output / "profile",
             profile=profile,
@@ -224,7 +223,7 @@ def command_stage(
         clock.close()
         if stage.result is not None and distributed.is_rank_zero():
             stage.write_summary(models())
-        remove_chunks(directory)
+        remove_chunks(stage.checkpoint_dir)
 
 
 def sampling_stage(
@@ -244,5 +243,4 @@ def training_stage(
 ) -> AbstractContextManager[CommandStage]:
     """Open the stage of a command that trains a model."""
     sections = ("lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
-
     return command_stage(name, config, output, steps, "steps", sections=sections, models=models, profile=profile)
