@@ -25,7 +25,7 @@ from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.replay import replay as rerun_batch
-from srcfast.training.loop import NotFinite
+from srcfast.training.items import NotFinite
 from srcfast_kernels import native
 from srcfast_kernels.backends import backend_for
 from srcfast_kernels.nf4_linear import why_not_fused

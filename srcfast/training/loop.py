@@ -33,25 +33,13 @@ from srcfast.models.sharding import is_sharded
 from srcfast.run import signals
 from srcfast.training.checkpoint import TrainingCheckpoints, weights_hash
 from srcfast.training.determinism import deterministic_algorithms
-from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainingItem
+from srcfast.training.items import Features, Loss, Metrics, TrainingItem
 from srcfast.training.loader import PackedStep, packed_steps
 from srcfast.training.meter import StepMeter
 from srcfast.training.optimizer import AdamW, learning_rate_at
 from srcfast.training.pipelining import reads_late
 from srcfast.training.profiler import StepProfiler
 from srcfast.training.step import Objective, StepNumbers, accumulate
-
-__all__ = [
-    "Features",
-    "Loss",
-    "Metrics",
-    "NotFinite",
-    "PackedStep",
-    "StepNumbers",
-    "TrainingItem",
-    "rerun_step",
-    "train",
-]
 
 
 def train(

@@ -16,7 +16,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import add_lora
-from srcfast.training.loop import TrainingItem
+from srcfast.training.items import TrainingItem
 
 IMAGE, END = 1, 2
 TOKENS_PER_IMAGE = 3

@@ -16,7 +16,7 @@ from srcfast.config.settings import TrainingConfig
 from srcfast.data.records import Sample
 from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem
+from srcfast.training.items import TrainingItem
 
 
 def raps_with_images(folder: Path) -> list[RationalePair]:

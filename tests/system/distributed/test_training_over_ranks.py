@@ -23,7 +23,8 @@ from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
 SETTINGS = TrainingConfig(

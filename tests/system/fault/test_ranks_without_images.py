@@ -15,7 +15,8 @@ from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Segment, Tree
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.rationale import rationale_loss, response_logit_rows, response_tokens
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 SETTINGS = TrainingConfig(
     epochs=3,

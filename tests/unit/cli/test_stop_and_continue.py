@@ -23,6 +23,8 @@ from srcfast.run.directory import RunDirectory, StageMetrics
 from srcfast.run.lock import exclusive_lock
 from srcfast.stages import policy
 from srcfast.training import loop
+from srcfast.training.loader import PackedStep
+from srcfast.training.step import StepNumbers
 
 Srcfast = Callable[..., Result]
 STEPS = 6  # 6 pairs, one a step
@@ -105,7 +107,7 @@ def test_after_kill_9_a_training_goes_on_from_the_last_save(
     (output / ".metrics.jsonl.1234.tmp").touch()
     begun, accumulate = [], loop.accumulate
 
-    def noted(model: object, step: loop.PackedStep, *more: Any) -> loop.StepNumbers:
+    def noted(model: object, step: PackedStep, *more: Any) -> StepNumbers:
         begun.append(step.step)
         return accumulate(model, step, *more)
 

@@ -19,7 +19,7 @@ from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, trai
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
 from srcfast.stages.rationale import rationale_trees
-from srcfast.training.loop import TrainingItem
+from srcfast.training.items import TrainingItem
 from srcfast_kernels import weighted_dpo, weighted_dpo_loss
 from srcfast_kernels.backends import use_backend
 

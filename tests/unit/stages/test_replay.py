@@ -26,7 +26,7 @@ from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.stages.policy import features_of, load_model, load_scorer_for
 from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
-from srcfast.training.loop import NotFinite
+from srcfast.training.items import NotFinite
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.samples import world_samples
 

@@ -21,7 +21,7 @@ from srcfast.recipes.scorer_lessons import (
     lesson_weight,
 )
 from srcfast.stages.scorer_training import Variant, scorer_example
-from srcfast.training.loop import TrainingItem
+from srcfast.training.items import TrainingItem
 from srcfast.world.rationales import facts
 from srcfast.world.scenes import Object, Scene
 

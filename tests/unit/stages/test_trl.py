@@ -22,7 +22,7 @@ from srcfast.data.forest import Forest  # noqa: E402
 from srcfast.models.decoder import Decoder, DecoderConfig  # noqa: E402
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss  # noqa: E402
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree  # noqa: E402
-from srcfast.training.loop import TrainingItem  # noqa: E402
+from srcfast.training.items import TrainingItem  # noqa: E402
 
 BETA = 0.3
 

@@ -21,7 +21,8 @@ from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 LAYERS = 5
 

@@ -20,8 +20,9 @@ from srcfast.data.forest import Segment, Tree
 from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import InputError
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.items import TrainingItem
 from srcfast.training.loader import PackedStep, packed_steps
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.loop import train
 
 SETTINGS = TrainingConfig(
     epochs=2,

@@ -24,7 +24,8 @@ from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
-from srcfast.training.loop import Metrics, train
+from srcfast.training.items import Metrics
+from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 
 pytestmark = pytest.mark.simulated

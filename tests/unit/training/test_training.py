@@ -26,7 +26,8 @@ from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
 from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop as training
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 SETTINGS = TrainingConfig(
     micro_batch_size=8,

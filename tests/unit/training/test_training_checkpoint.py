@@ -21,7 +21,8 @@ from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.run import signals
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.checkpoint import BEFORE, TrainingCheckpoints, identity_of
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
 SETTINGS = TrainingConfig(

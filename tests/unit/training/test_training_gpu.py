@@ -16,7 +16,8 @@ from srcfast.errors import SrcfastError
 from srcfast.stages.dpo import pair_denominator, preference_loss
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.loop import TrainingItem, train
+from srcfast.training.items import TrainingItem
+from srcfast.training.loop import train
 
 pytestmark = [
     pytest.mark.gpu,
