@@ -112,6 +112,12 @@ class Preference:
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
 
+    @property
+    def judge_confidence(self) -> float:
+        """The R-Scorer's confidence in this pair, which may not weigh it; `confidence` where none is stored beside it."""
+        judged = self.extra.get("judge_confidence")
+        return self.confidence if judged is None else float(judged)
+
     def to_json(self) -> dict[str, Any]:
         """Convert to a record with all fields but `image_root`, and the extra keys."""
         return {
@@ -132,6 +138,11 @@ class Preference:
         confidence = reader.number("confidence", default=1.0)
         if not 0.0 < confidence <= 1.0:
             raise reader.error("confidence", "a number in (0, 1]", confidence, "leave pairs of no confidence out")
+        judged = reader.peek_number("judge_confidence", default=confidence)
+        if not 0.0 <= judged <= 1.0:
+            raise reader.error(
+                "judge_confidence", "a number in [0, 1]", judged, "leave it out, or score the candidates again"
+            )
         sample_id = reader.identifier("sample_id", default="" if line is None else f"line-{line}")
         images, prompt = reader.images(), reader.text("prompt")
         chosen, rejected = reader.text("chosen"), reader.text("rejected")
@@ -240,6 +251,10 @@ class Fields:
             return float(value)
         except OverflowError as error:
             raise self.error(name, "a finite number", "an integer beyond all floats") from error
+
+    def peek_number(self, name: str, default: float) -> float:
+        """Return a finite number, or the default if it is missing or null, and leave the field among the `rest`."""
+        return type(self)({name: self.left.get(name)}, self.file, self.line).number(name, default)
 
     def logprob(self, name: str) -> float:
         """Take a log-probability, at most 0 within rounding. Raises InputError."""

@@ -33,15 +33,15 @@ from torch import Tensor
 from srcfast.config.settings import DPOConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.forest import Forest, Tree
-from srcfast.data.records import LOGPROB_ROUNDING, Preference
-from srcfast.errors import InputError, SrcfastError
+from srcfast.data.records import Preference
 from srcfast.models.dropout_keys import drops
 from srcfast.models.protocols import VisionLanguageModel
-from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
-from srcfast.stages.logprobs import check_logprobs, reference_logprobs
+from srcfast.stages.drift import Drift
+from srcfast.stages.logprobs import check_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows, pair_tokens, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import RationalePair, rationale_trees
+from srcfast.stages.reference_checks import check_reference_hash, check_references, not_the_reference
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Features, Loss, Metrics, TrainingItem
@@ -57,7 +57,7 @@ class PairMeta:
 
     Attributes:
         weight: c of the formula.
-        confidence: the preference's, also where `weight` is 1 for all pairs; `label_smoothing: confidence` reads it.
+        confidence: the R-Scorer's, also where `weight` is 1 for all pairs; `label_smoothing: confidence` reads it.
         reference_chosen_logprob, reference_rejected_logprob: log pi_ref, in nats.
     """
 
@@ -137,7 +137,7 @@ def train_preference(
             the hash fits. Or a log-probability is above 0.
     """
     for preference in preferences:
-        _check_reference_hash(preference, expected_reference_hash)
+        check_reference_hash(preference, expected_reference_hash)
     items = preference_items(model, preferences, weighting, rehearsal)
     if on_items is not None:
         on_items(items)
@@ -156,7 +156,7 @@ def train_preference(
         result = Drift(math.sqrt(metrics["mean_square_drift"]), metrics["max_drift"], 2 * len(first_batch), dtype)
         if not result.is_rounding:
             check_references(model, first_batch, settings.token_budget, features)  # its error names the pair
-            raise _not_the_reference(result, "", "stored log-probabilities are others")
+            raise not_the_reference(result, "", "stored log-probabilities are others")
 
     return train(
         model,
@@ -186,7 +186,7 @@ def preference_items(
             tree,
             PairMeta(
                 preference.confidence if weighted else 1.0,
-                preference.confidence,
+                preference.judge_confidence,
                 float(preference.reference_chosen_logprob or 0.0),
                 float(preference.reference_rejected_logprob or 0.0),
             ),
@@ -333,69 +333,3 @@ def _metrics(
     metrics["max_drift"] = drifts.abs().max()
     metrics["max_logprob"] = policy.max()
     return metrics
-
-
-def check_references(
-    model: VisionLanguageModel, preferences: Sequence[Preference], token_budget: int, features: Features | None = None
-) -> None:
-    """Compute the log-probabilities of these pairs again and compare them with the stored ones; each rank does all of it.
-
-    Raises:
-        SrcfastError: a stored one is another model's; the pair is named.
-        InputError: one is above 0.
-    """
-    for preference in preferences:
-        _check_reference_sign(preference)
-    computed = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
-    drifts, words = [], []
-    for stored, exact in zip(preferences, computed, strict=True):
-        for side in ("chosen", "rejected"):
-            field = f"reference_{side}_logprob"
-            value, expected = getattr(stored, field), getattr(exact, field)
-            drifts.append(drift(value, expected, len(model.encode_response(getattr(stored, side)))))
-            words.append((f"sample {stored.sample_id}: ", f"{field} is stored as {value:.6g} and is {expected:.6g}"))
-    result = drift_of(drifts, model.decoder.head_weight.dtype)
-    if result is not None and not result.is_rounding:
-        raise _not_the_reference(result, *words[int(np.argmax(drifts))])
-
-
-def _not_the_reference(result: Drift, sample: str, worst: str) -> SrcfastError:
-    """Return the error; `sample` and `worst` name the response that differs most."""
-    return SrcfastError(
-        f"{sample}before the first update the policy must equal its reference, but {worst}. Over {result.responses} responses "
-        f"their log-probabilities differ by {result.root_mean_square:.2e} nats a root token, the worst by {result.greatest:.2e} "
-        f"(rounding makes at most {rounding_bound(result.dtype, result.responses):.1e}, of one response "
-        f"{rounding_bound(result.dtype, 1):.1e}). Fix: compute the reference again with this base and adapter: leave "
-        "reference_chosen_logprob and reference_rejected_logprob out; in a calibration: another run, with "
-        "dpo.reuse_generation_logprobs=false"
-    )
-
-
-def _check_reference_hash(preference: Preference, expected_hash: str) -> None:
-    """Raise InputError where a pair's reference is missing, is another model's, or is above 0."""
-    stored_hash = preference.extra.get("reference_hash")
-    if preference.reference_chosen_logprob is None or preference.reference_rejected_logprob is None:
-        stored_hash = None
-    if stored_hash != expected_hash:
-        raise InputError(
-            sample_id=preference.sample_id,
-            field="reference_hash",
-            expected=f"reference log-probabilities of {expected_hash}",
-            found="none" if stored_hash is None else f"those of {stored_hash}",
-            fix="compute the reference again with the base and adapter that training starts from",
-        )
-    _check_reference_sign(preference)
-
-
-def _check_reference_sign(preference: Preference) -> None:
-    """Raise InputError where a stored log-probability is above 0 by more than rounding, or not a number."""
-    for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
-        value = getattr(preference, field)
-        if not value <= LOGPROB_ROUNDING:  # so written, the test fails for NaN as well
-            raise InputError(
-                sample_id=preference.sample_id,
-                field=field,
-                expected="a log-probability, at most 0",
-                found=value,
-                fix="compute the reference again: leave these fields out",
-            )

@@ -21,10 +21,10 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
-from srcfast.stages.dpo import check_references
 from srcfast.stages.drift import drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks, with_reference
 from srcfast.stages.policy import Policy
+from srcfast.stages.reference_checks import check_references
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.items import Features
 

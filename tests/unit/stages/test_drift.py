@@ -16,10 +16,11 @@ from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM, load_lvlm
-from srcfast.stages.dpo import check_references, train_preference
+from srcfast.stages.dpo import train_preference
 from srcfast.stages.drift import ROUNDOFF, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
+from srcfast.stages.reference_checks import check_references
 from srcfast.world.samples import world_samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

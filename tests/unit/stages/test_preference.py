@@ -15,7 +15,7 @@ from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss, train_preference
+from srcfast.stages.dpo import PairMeta, pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
 from srcfast.stages.rationale import rationale_trees
@@ -178,6 +178,15 @@ def test_the_loss_is_the_formula_s(settings: DPOConfig, weighted: bool) -> None:
         )
         total += loss.item()
     assert total == pytest.approx(loss_by_hand(model, preferences, settings, weighted), rel=1e-9)
+
+
+def test_confidence_smooths_labels_also_where_it_weighs_no_pair() -> None:
+    """Curation without weighting stores confidence 1; the R-Scorer's is stored beside it."""
+    model = SmallModel(seed=1)
+    judged = [replace(pair, confidence=1.0, extra={"judge_confidence": 0.25}) for pair in referenced(model, 3)]
+    stated = [replace(pair, confidence=0.25, extra={}) for pair in judged]
+    metas = [[item.meta for item in preference_items(model, pairs, "none")] for pairs in (judged, stated)]
+    assert metas[0] == metas[1] and {(meta.weight, meta.confidence) for meta in metas[0]} == {(1.0, 0.25)}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
