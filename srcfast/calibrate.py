@@ -71,7 +71,7 @@ def evaluate(run: CalibrationRun, model: str, adapter: Path | None) -> None:
             answers = answers_in_chunks(
                 chunks, lvlm, dataset.samples, run.config.evaluation, features=run.policy.features
             )
-            path = run.records.predictions(model, dataset.name, dataset.split)
+            path = run.artifacts.predictions(model, dataset.name, dataset.split)
             write = partial(write_evaluation, path, answers, dataset, model, run.config)
             entries += [distributed.run_on_rank_zero(write)]
         return {"entries": entries}
@@ -100,8 +100,8 @@ def candidates(run: CalibrationRun, iteration: int) -> None:
     def work(stage: StageRun) -> dict[str, Any]:
         run.policy.use(run.directory.adapter(iteration - 1))
         files = search_candidates(stage, run.policy, samples, run.config.seed + iteration)
-        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "candidates"), files.rows()))
-        return {"diversity": diversity(group for _, group in run.records.candidates(iteration).rest())}
+        distributed.run_on_rank_zero(lambda: write_shards(run.artifacts.shards(iteration, "candidates"), files.rows()))
+        return {"diversity": diversity(group for _, group in run.artifacts.candidates(iteration).rest())}
 
     run.stage(f"iteration-{iteration}/candidates", ("candidates",), len(samples), work)
 
@@ -118,10 +118,10 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
         scorer, scorer_hash = run.load_scorer()
         entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
         for (dataset, samples), files in zip(sets, searched, strict=True):
-            groups = partial(run.records.candidates_in, stage.checkpoint_dir, files)
+            groups = partial(run.artifacts.candidates_in, stage.checkpoint_dir, files)
             chunks = replace(stage.chunks(f"{dataset.label}-scores", scorer=scorer_hash), progress=quiet)
             score_files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer)
-            aligned = run.records.aligned(previous, dataset.name, dataset.split, samples)
+            aligned = run.artifacts.aligned(previous, dataset.name, dataset.split, samples)
             labels = {"iteration": iteration, "dataset": dataset.name, "split": dataset.split}
             entries.append(labels | measure_headroom(samples, aligned, groups(), score_files.rows()))
         return {"entries": entries}
@@ -136,9 +136,9 @@ def score(run: CalibrationRun, iteration: int) -> None:
 
     def work(stage: StageRun) -> dict[str, Any]:
         scorer, scorer_hash = run.load_scorer()
-        chunks, groups = stage.chunks(scorer=scorer_hash), partial(run.records.candidates, iteration)
+        chunks, groups = stage.chunks(scorer=scorer_hash), partial(run.artifacts.candidates, iteration)
         files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer, adaptive)
-        distributed.run_on_rank_zero(lambda: write_shards(run.records.shards(iteration, "scores"), files.rows()))
+        distributed.run_on_rank_zero(lambda: write_shards(run.artifacts.shards(iteration, "scores"), files.rows()))
         return {} if adaptive is None else {"adaptive": replace(adaptive, counts=files.counts()).report()}
 
     run.stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
@@ -146,15 +146,15 @@ def score(run: CalibrationRun, iteration: int) -> None:
 
 def curate(run: CalibrationRun, iteration: int) -> None:
     """Stage 4, first half: choose preference pairs with their confidences, and add the reference's log-probabilities."""
-    samples, records, seed = run.samples_of(iteration), run.records, run.config.seed
+    samples, artifacts, seed = run.samples_of(iteration), run.artifacts, run.config.seed
 
     def work(stage: StageRun) -> dict[str, Any]:
-        candidates, scores = records.candidates(iteration), records.scores(iteration)
+        candidates, scores = artifacts.candidates(iteration), artifacts.scores(iteration)
         pairs, funnel = curation.curate(samples, candidates, scores, run.config.curation, seed)
         curation.check_pairs_left(pairs, funnel)
         # The reference is the policy that the round starts from, whose candidates these are.
         run.policy.use(run.directory.adapter(iteration - 1))
-        generated: Any = records.candidates(iteration) if run.config.dpo.reuse_generation_logprobs else {}
+        generated: Any = artifacts.candidates(iteration) if run.config.dpo.reuse_generation_logprobs else {}
         pairs, report = stage_references(stage, run.policy, pairs, run.samples, generated, seed + iteration)
         stage.progress.advance(len(samples))
         distributed.run_on_rank_zero(lambda: write_preferences(run, iteration, pairs))
@@ -166,7 +166,7 @@ def curate(run: CalibrationRun, iteration: int) -> None:
 def dpo(run: CalibrationRun, iteration: int) -> None:
     """Stage 4, second half: train by confidence-weighted DPO from the round's starting policy, which is the reference."""
     settings = run.config.dpo.seeded(run.config.seed + iteration, run.config.deterministic)
-    pairs = run.records.preferences(iteration)
+    pairs = run.artifacts.preferences(iteration)
     rehearsal = rationale_pairs(run.config, run.rationale_samples)[0] if settings.rehearsal_weight else []
 
     def work(stage: StageRun) -> dict[str, Any]:
@@ -176,4 +176,4 @@ def dpo(run: CalibrationRun, iteration: int) -> None:
         return {"pairs": len(pairs)}
 
     steps = num_steps(len(pairs) + len(rehearsal), settings)
-    run.stage(f"iteration-{iteration}/dpo", ("dpo",), steps, work, unit="steps", unfinished=("curation",))
+    run.stage(f"iteration-{iteration}/dpo", ("dpo",), steps, work, unit="steps", checkpoint_sections=("curation",))

@@ -245,12 +245,10 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Stage 4a: choose preference pairs among scored candidates, and count what is dropped and why."""
-    from srcfast.cli import inputs
+    from srcfast.cli import inputs, tools
 
     config = inputs.settings(words, "curation", quiet=quiet)
-    from srcfast.cli import commands
-
-    commands.curate(config, inputs.Source(data, format, image_root), candidates, scores, output)
+    tools.curate(config, inputs.Source(data, format, image_root), candidates, scores, output)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -15,12 +14,12 @@ from srcfast import distributed
 from srcfast.cli.inputs import (
     Source,
     datasets,
-    need,
     read_all,
     read_candidates,
     read_preference_file,
     read_vocabulary,
-    write_rejected,
+    rejected_records,
+    require_option,
 )
 from srcfast.cli.ranks import on_all_ranks, on_ranks
 from srcfast.config.settings import Config
@@ -28,7 +27,6 @@ from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.readers import read_logprob_rows
 from srcfast.data.records import Sample
-from srcfast.data.stage_rows import read_scores
 from srcfast.errors import ConfigError
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.text_model import save_text_model
@@ -38,8 +36,7 @@ from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import search_candidates
-from srcfast.stages.curation import curate as curate_pairs
-from srcfast.stages.datasets import EvaluationSet, draw, read_dataset
+from srcfast.stages.datasets import draw, read_evaluation_sets
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
@@ -70,7 +67,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 @on_ranks("rationale")
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on rationale-answer pairs, and save it in `output`."""
-    output = need(output, "--output", "a folder for the adapter")
+    output = require_option(output, "--output", "a folder for the adapter")
     samples = read_all(config, source, "rationale", output)
     pairs, dropped = rationale_pairs(config, samples)
     policy = Policy(config, [sample for sample, _ in pairs])
@@ -90,7 +87,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 @on_ranks("candidates")
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of each sample, and write them into shards in `output`."""
-    output = need(output, "--output", "a folder for the candidates")
+    output = require_option(output, "--output", "a folder for the candidates")
     samples = read_all(config, source, "calibration", output)
     if config.candidates.samples:
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
@@ -103,37 +100,17 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 @on_ranks("scores")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Score candidates, and write the scores into shards in `output`."""
-    output = need(output, "--output", "a folder for the scores")
+    output = require_option(output, "--output", "a folder for the scores")
+    directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     samples = read_all(config, source, "calibration", output)
-    directory, adaptive = need(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     scorer = load_scorer_for(config)
     with sampling_stage("score", config, output, len(samples), ("scorer",)) as stage:
         chunks = stage.chunks(scorer=partial(model_hash, scorer.text_model.path))
         files = scores_in_chunks(chunks, scorer, samples, lambda: read_candidates(directory), config.scorer, adaptive)
         distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
-        if adaptive is not None and distributed.is_rank_zero():
-            write_json(output / "adaptive.json", replace(adaptive, counts=files.counts()).report())
-
-
-@on_ranks("preferences")
-def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
-    """Choose preference pairs, and write them into shards and `funnel.json` in `output`, on rank 0 alone."""
-    output = need(output, "--output", "a folder for the preferences")
-    with exclusive_lock(output):
-        distributed.run_on_rank_zero(lambda: _curate(config, source, candidates, scores, output))
-
-
-def _curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path) -> None:
-    samples = read_all(config, source, "calibration", output)
-    rows = iter(()) if scores is None else read_scores(scores)
-    if scores is None and config.curation.pairing == "score":
-        raise ConfigError("--scores: expected the folder that `srcfast score` wrote, found nothing. Fix: name it")
-    pairs, funnel = curate_pairs(samples, read_candidates(candidates), rows, config.curation, config.seed)
-    # The absolute directory of images is stored with each pair, since the shards may be read from another working directory.
-    write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
-    write_json(output / "funnel.json", funnel)
-    if not config.quiet:
-        print(json.dumps({"pairs": len(pairs), "dropped": funnel["dropped"]}))
+        if adaptive is not None:
+            report = replace(adaptive, counts=files.counts()).report()
+            distributed.run_on_rank_zero(lambda: write_json(output / "adaptive.json", report))
 
 
 @on_ranks("dpo")
@@ -141,7 +118,7 @@ def dpo(
     config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
 ) -> None:
     """Train `adapter`, or a new one, on preference pairs, and save it in `output`."""
-    output = need(output, "--output", "a folder for the adapter")
+    output = require_option(output, "--output", "a folder for the adapter")
     if config.dpo.rehearsal_weight:
         raise ConfigError(
             "dpo.rehearsal_weight: expected 0, since this command is given no rationale-answer pairs to rehearse, "
@@ -165,15 +142,11 @@ def dpo(
 @on_ranks("evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Answer each evaluation dataset greedily, and write `predictions/` and `summary.json` in `output`."""
-    output = need(output, "--output", "a folder for predictions and summary")
-    rejected: list[dict[str, Any]] = []
-    evaluation_sets = []
-    for dataset in datasets(config, source, "evaluation"):
-        bad: list[dict[str, Any]] = []  # of this set: `max_rejected` holds for each, as in a calibration
-        samples = read_dataset(dataset, Path(config.output) / "images", bad)
-        write_rejected(bad, len(samples), config.max_rejected, output, of_earlier_sets=rejected)
-        rejected += bad
-        evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
+    output = require_option(output, "--output", "a folder for predictions and summary")
+    with rejected_records(output) as rejected:
+        evaluation_sets = read_evaluation_sets(
+            datasets(config, source, "evaluation"), config, Path(config.output) / "images", rejected
+        )
     policy = Policy(
         config, [sample for evaluation_set in evaluation_sets for sample in evaluation_set.samples], adapter
     )
@@ -189,11 +162,11 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
                 config.evaluation,
                 features=policy.features,
             )
-            if distributed.is_rank_zero():
-                model = "base" if adapter is None else str(adapter)
-                entries.append(write_evaluation(output / "predictions" / name, answers, evaluation_set, model, config))
-        if distributed.is_rank_zero():
-            write_json(output / "summary.json", {"evaluations": entries, "rejected": len(rejected)})
+            path, model = output / "predictions" / name, "base" if adapter is None else str(adapter)
+            write = partial(write_evaluation, path, answers, evaluation_set, model, config)
+            entries.append(distributed.run_on_rank_zero(write))
+        summary = {"evaluations": entries, "rejected": len(rejected)}
+        distributed.run_on_rank_zero(lambda: write_json(output / "summary.json", summary))
     if not config.quiet and distributed.is_rank_zero():
         print(json.dumps(entries, indent=2))
 
@@ -204,8 +177,8 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 
     Finished chunks are stored in a directory beside `output` until `output` is written.
     """
-    path = need(source.data, "--data", "JSON lines of {images, prompt, response}")
-    output = need(output, "--output", "a file for the log-probabilities")
+    path = require_option(source.data, "--data", "JSON lines of {images, prompt, response}")
+    output = require_option(output, "--output", "a file for the log-probabilities")
     if not output.name or output.is_dir():
         raise ConfigError(
             f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
@@ -230,7 +203,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 @on_ranks("scorer_training")
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
-    output = need(output, "--output", "a folder for the R-Scorer")
+    output = require_option(output, "--output", "a folder for the R-Scorer")
     samples = read_all(config, source, "rationale", output)
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
@@ -239,7 +212,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
         with stage.training(model, train, loop) as hooks:
             train_scorer(model, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])
-        stage.stop_clock()
+        stage.stop_timing()
         if distributed.is_rank_zero():
             save_text_model(model.text_model, output)
             result = evaluate_scorer(model, held_out, loop.token_budget, config.seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from srcfast.config.load import known_keys, load_config, load_with_sources
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
-from srcfast.data.in_order import InOrder
+from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import read_shards, write_jsonl
-from srcfast.data.readers import check_rejected
+from srcfast.data.readers import check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
-from srcfast.stages.datasets import check_unique_ids, read_dataset
+from srcfast.run.lock import lock_directory
+from srcfast.stages.datasets import read_training_samples, training_sets
 
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
@@ -49,12 +51,7 @@ def settings(
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in named.items() if value is not None
     ]
     single += ["quiet=true"] if quiet else []
-    config = load_config(files[0] if files else None, single, section)
-    if config.threads:
-        import torch
-
-        torch.set_num_threads(config.threads)
-    return config
+    return load_config(files[0] if files else None, single, section)
 
 
 def settings_and_sources(words: Sequence[str] | None) -> tuple[Config, dict[str, str]]:
@@ -83,7 +80,7 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def need(value: Path | None, option: str, what: str) -> Path:
+def require_option(value: Path | None, option: str, what: str) -> Path:
     """Return an option's value. Raises ConfigError if the option is not given."""
     if value is None:
         raise ConfigError(f"{option}: expected {what}, found nothing. Fix: name it")
@@ -116,64 +113,50 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
         if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
             raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
         return (DatasetConfig.model_validate(values | {"split": "test" if use == "evaluation" else "train"}),)
-    configured = config.data.evaluation
     if use != "evaluation":
-        configured = tuple(dataset for dataset in config.data.train if use in dataset.use)
-    if not configured:
-        where = "data.evaluation" if use == "evaluation" else "data.train"
-        raise ConfigError(f"no data: expected --data FILE, or datasets under {where} in the config. Fix: name one")
-    return configured
+        return training_sets(config, use)
+    if not config.data.evaluation:
+        raise ConfigError(
+            "no data: expected --data FILE, or datasets under data.evaluation in the config. Fix: name one"
+        )
+    return config.data.evaluation
 
 
 def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sample]:
-    """Read the samples of all datasets for a use, and write the rejected records to `output`.
+    """Read the samples of all datasets for a use, "rationale" or "calibration"; write bad records as `rejected_records` does.
 
     Raises:
-        InputError: two samples share an id, or too many records were rejected.
+        InputError: two samples share an id, or too many records were rejected, or none is good.
+    """
+    with rejected_records(output) as rejected:
+        return read_training_samples(datasets(config, source, use), config, Path(config.output) / "images", rejected)
+
+
+@contextmanager
+def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list for bad records; on rank 0 write it to `rejected.jsonl` in `output`, also where reading ends in an error.
+
+    A file that an earlier command has left is removed if no record is bad.
+
+    Raises:
+        SrcfastError: another process works in `output`.
     """
     rejected: list[dict[str, Any]] = []
-    samples = [
-        sample
-        for dataset in datasets(config, source, use)
-        for sample in read_dataset(dataset, Path(config.output) / "images", rejected)
-    ]
-    write_rejected(rejected, len(samples), config.max_rejected, output)
-    check_unique_ids(samples)
-    return samples
-
-
-def write_rejected(
-    rejected: Sequence[dict[str, Any]],
-    accepted: int,
-    limit: int | float,
-    output: Path,
-    *,
-    of_earlier_sets: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Write the rejected records, if any, to `rejected.jsonl` in `output`.
-
-    Args:
-        rejected: of the set that is checked.
-        accepted: number of good samples of that set.
-        limit: `max_rejected`.
-        of_earlier_sets: rejected records of sets that were checked before; they stay in the file.
-
-    Raises:
-        InputError: more records are bad than `limit` allows, or none is good.
-    """
-    if not rejected and accepted:
-        return
-    file = output / "rejected.jsonl"
-    if rejected and is_rank_zero():
-        write_jsonl(file, [*of_earlier_sets, *rejected])
-    check_rejected(rejected, len(rejected) + accepted, limit)
-    if not accepted:
-        raise InputError(expected="at least one sample", found="none", fix="name data that holds some")
+    try:
+        yield rejected
+    finally:
+        file = output / "rejected.jsonl"
+        if is_rank_zero() and (rejected or file.is_file()):
+            with lock_directory(output):
+                if rejected:
+                    write_jsonl(file, rejected)
+                else:
+                    file.unlink()
 
 
 def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
     """Read preferences from a file (JSON lines, or TRL's JSON) or from a directory of shards."""
-    path = need(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
+    path = require_option(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():
         recorded: set[str] = set()  # only needed if --image-root may replace a directory that is missing
@@ -185,12 +168,12 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
             )
             for file, line, row in read_shards(path)
         ]
-    from srcfast.data.readers import read_preferences
-
-    rejected: list[dict[str, Any]] = []
     format = source.format or ("trl" if path.suffix == ".json" else "jsonl")
-    preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
-    write_rejected(rejected, len(preferences), config.max_rejected, output)
+    with rejected_records(output) as rejected:
+        preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
+        check_rejected(rejected, len(rejected) + len(preferences), config.max_rejected)
+        if not preferences:
+            raise InputError(file=path, expected="at least one pair", found="none", fix="name data that holds some")
     return preferences
 
 
@@ -229,9 +212,7 @@ def _image_root_of(row: dict[str, Any], file: Path, line: int, root: Path, sourc
 
 def read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
     """Read the candidates of each sample from the shards in a directory, in their order."""
-    from srcfast.data.in_order import samples_in_order
-
-    shards = need(directory, "--candidates", "the folder that `srcfast candidates` wrote")
+    shards = require_option(directory, "--candidates", "the folder that `srcfast candidates` wrote")
     return samples_in_order(
         Candidate.from_json(row, file=file, line=line, image_root=shards) for file, line, row in read_shards(shards)
     )

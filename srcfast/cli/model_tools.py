@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from srcfast.attention.forest_attention import available_backends
-from srcfast.cli.inputs import Source, need, read_all
+from srcfast.cli.inputs import Source, read_all, require_option
 from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
@@ -34,8 +34,8 @@ from srcfast_kernels.optional import import_failure
 
 def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
     """Merge an adapter into its base and write the checkpoint."""
-    output = need(output, "--output", "a folder for the checkpoint")
-    adapter = need(adapter, "--adapter", "the adapter to merge")
+    output = require_option(output, "--output", "a folder for the checkpoint")
+    adapter = require_option(adapter, "--adapter", "the adapter to merge")
     if config.model.quantize != "none":
         raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
     model = load_model(config, adapter)

@@ -17,7 +17,7 @@ from srcfast.memory.out_of_memory import explain_out_of_memory
 def on_all_ranks(config: Config) -> Iterator[Config]:
     """Join the ranks that `torchrun` has started, and yield this rank's settings: all ranks but 0 are quiet."""
     with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
-        yield config if distributed.is_rank_zero() else config.model_copy(update={"quiet": True})
+        yield config if distributed.is_rank_zero() else config.replace(quiet=True)
 
 
 def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,4 +1,4 @@
-"""The commands that need no PyTorch: config, convert, bench, report, world."""
+"""The commands that require_option no PyTorch: config, convert, bench, report, world."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.cli import inputs
-from srcfast.cli.inputs import ENDINGS, need, write_rejected
+from srcfast.cli.inputs import ENDINGS, Source, is_rank_zero, read_candidates, require_option
+from srcfast.config.settings import Config
 from srcfast.config.show import annotated_yaml, json_schema
 from srcfast.data.convert import convert as convert_records
-from srcfast.data.jsonl import write_jsonl
-from srcfast.errors import ConfigError, InputError, SrcfastError, printable
+from srcfast.data.jsonl import write_json, write_jsonl, write_shards
+from srcfast.data.stage_rows import read_scores
+from srcfast.errors import ConfigError, SrcfastError, printable
 from srcfast.report.page import write_report
+from srcfast.run.lock import lock_directory
+from srcfast.stages.curation import curate as curate_pairs
 from srcfast.world.samples import world_samples
 from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
 
@@ -36,31 +40,27 @@ def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
 
 def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
     """Convert records, and write the bad ones with their errors to `rejected.jsonl` beside the target."""
-    formats = [
-        _format_of(named, path, option)
-        for named, path, option in ((from_format, source, "--from"), (to_format, target, "--to"))
-    ]
-    rejected: list[dict[str, Any]] = []
+    source_format = _format_of(from_format, source, "--from")
+    target_format = _format_of(to_format, target, "--to")
     lost: Counter[str] = Counter()
+    rejected: list[dict[str, Any]] = []
     try:
         count = convert_records(
             source,
             target,
-            source_format=formats[0],
-            target_format=formats[1],
+            source_format=source_format,
+            target_format=target_format,
             image_root=root or source.parent,
             rejected=rejected,
             lost=lost,
         )
-    except InputError:  # raised if no record is good: write the errors of all of them first
+    finally:  # where no record is good, too
         if rejected:
             write_jsonl(target.parent / "rejected.jsonl", rejected)
-        raise
-    write_rejected(rejected, count, len(rejected), target.parent)
     print(f"{target}: {count} records, {len(rejected)} rejected")
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
-        print(f"fields that {formats[1]} can't carry and that were left out: {printable(names)}")
+        print(f"fields that {target_format} can't carry and that were left out: {printable(names)}")
 
 
 def _format_of(named: str | None, path: Path, option: str) -> str:
@@ -73,6 +73,25 @@ def _format_of(named: str | None, path: Path, option: str) -> str:
     if format is None:
         raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Fix: name it")
     return format
+
+
+def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
+    """Choose preference pairs, and write them into shards and `funnel.json` in `output`, on rank 0 alone."""
+    output = require_option(output, "--output", "a folder for the preferences")
+    directory = require_option(candidates, "--candidates", "the folder that `srcfast candidates` wrote")
+    if config.curation.pairing == "score":
+        scores = require_option(scores, "--scores", "the folder that `srcfast score` wrote")
+    if not is_rank_zero():
+        return
+    samples = inputs.read_all(config, source, "calibration", output)
+    with lock_directory(output):
+        rows = iter(()) if scores is None else read_scores(scores)
+        pairs, funnel = curate_pairs(samples, read_candidates(directory), rows, config.curation, config.seed)
+        # The images' absolute directory is stored with each pair: the shards may be read from another working directory.
+        write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
+        write_json(output / "funnel.json", funnel)
+    if not config.quiet:
+        print(json.dumps({"pairs": len(pairs), "dropped": funnel["dropped"]}))
 
 
 def bench(name: str | None, device: str | None, output: Path | None) -> None:
@@ -102,7 +121,7 @@ def report(run: Path) -> None:
 
 def world(output: Path | None, split: str, count: int, seed: int) -> None:
     """Write samples of the embedded world as JSON lines, and their images to `images/`."""
-    output = need(output, "--output", "a folder for the samples")
+    output = require_option(output, "--output", "a folder for the samples")
     samples = world_samples(split, count, seed, image_dir=output / "images")
     file = output / f"{split}.jsonl"
     write_jsonl(file, (replace(s, images=tuple(f"images/{name}" for name in s.images)).to_json() for s in samples))

@@ -26,8 +26,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), section:
         section: a stage's section; an override's key is looked up in it first, then from the root.
 
     Raises:
-        ConfigError: an unknown setting (the error names the nearest known one), a setting that is set twice, a value of the
+        ConfigError: an unknown setting (the error names the nearest known one), one that the file sets twice, a value of the
             wrong type or out of bounds, or text that is not YAML; with file and line.
+
+    Of two overrides of one setting the last wins.
     """
     return load_with_sources(path, overrides, section)[0]
 
@@ -102,7 +104,7 @@ def _read_override(word: str, section: str | None) -> tuple[str, Any]:
         whole = ".".join(key.split(".")[:2])
         raise ConfigError(f"override {word!r}: expected {whole} as a whole list, found a part of one")
     elif key not in known:
-        raise ConfigError(f"override {word!r}: {_unknown(key, section)}")
+        raise ConfigError(f"override {word!r}: {_describe_unknown(key, section)}")
     return key, parse_yaml(text, f"override {word!r}", lambda node: note_lines(node, f"{key}.", Path(word), {}))
 
 
@@ -115,7 +117,7 @@ def _assign(tree: dict[str, Any], keys: Sequence[str], value: Any, word: str) ->
         if not isinstance(tree, dict):
             raise ConfigError(f"override {word!r}: expected {key} to be a section, found {tree!r}")
     last, present = keys[-1], tree.get(keys[-1])
-    tree[last] = present | value if isinstance(present, dict) and isinstance(value, dict) else value
+    tree[last] = _merge(present, value) if isinstance(present, dict) and isinstance(value, dict) else value
 
 
 def _dotted_keys(value: Any, prefix: str) -> list[str]:
@@ -130,7 +132,7 @@ def _dotted_keys(value: Any, prefix: str) -> list[str]:
 # Errors -----------------------------------------------------------------------------------------------------
 
 
-def _unknown(key: str, section: str | None = None) -> str:
+def _describe_unknown(key: str, section: str | None = None) -> str:
     """Say that a setting is unknown, and name the known one whose dotted key, or last part, is most similar."""
     known = known_keys()
     parent = key.rpartition(".")[0]
@@ -158,18 +160,18 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:
     while location and dotted not in sources and dotted not in known:  # pydantic appends the union's branch
         location.pop()
         dotted = ".".join(location)
-    source = next((sources[key] for key in _ancestors(dotted) if key in sources), None)
+    source = next((sources[key] for key in _list_ancestors(dotted) if key in sources), None)
     where = f"{source}: " if source else ""
     if error["type"] == "extra_forbidden":
-        return where + _unknown(dotted)
+        return where + _describe_unknown(dotted)
     if error["type"] == "invalid_key":
         return f"{where}{dotted + ': ' if dotted else ''}expected the name of a setting, found {error['input']!r}"
     if error["type"] == "missing":
         return f"{where}{'.'.join(str(part) for part in error['loc'])}: expected a value, found none"
     if error["type"] == "value_error":
         return f"{where}{dotted + ': ' if dotted else ''}{error['ctx']['error']}"
-    field = _field(dotted)
-    bounds = "" if field is None else _bounds(field)
+    field = _find_field(dotted)
+    bounds = "" if field is None else _describe_bounds(field)
     expected = error["msg"].removeprefix("Input should be ")
     if error["type"] == "model_type":
         expected = "a group of settings (key: value)"
@@ -178,13 +180,13 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:
     return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}"
 
 
-def _ancestors(dotted: str) -> list[str]:
+def _list_ancestors(dotted: str) -> list[str]:
     """List a dotted key and the sections around it, innermost first."""
     parts = dotted.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
-def _field(dotted: str) -> FieldInfo | None:
+def _find_field(dotted: str) -> FieldInfo | None:
     """Look up the definition of a setting; for `data.train.0.limit` that of a dataset's `limit`. None: no such setting."""
     parts = dotted.split(".")
     if parts[:2] in (["data", "train"], ["data", "evaluation"]) and len(parts) == 4:
@@ -198,7 +200,7 @@ def _field(dotted: str) -> FieldInfo | None:
     return model.model_fields.get(parts[-1])
 
 
-def _bounds(field: FieldInfo) -> str:
+def _describe_bounds(field: FieldInfo) -> str:
     """Write a setting's bounds as `> 0 and <= 1`; empty for a setting without bounds."""
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
     return " and ".join(

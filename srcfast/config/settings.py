@@ -154,6 +154,11 @@ class DatasetConfig(Section):
         "from it",
     )
 
+    @property
+    def label(self) -> str:
+        """The name of the dataset's files and directories in a run."""
+        return f"{self.name}-{self.split}"
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if self.format in ("jsonl", "llava", "vlmeval_tsv") and not self.path:
@@ -175,9 +180,11 @@ class DataConfig(Section):
     def _check_names(self) -> Self:
         seen = set()
         for dataset in self.evaluation:
-            if (dataset.name, dataset.split) in seen:
-                raise ValueError(f"evaluation has two datasets named {dataset.name!r} with split {dataset.split!r}")
-            seen.add((dataset.name, dataset.split))
+            if "/" in dataset.name or "/" in dataset.split:
+                raise ValueError(f"evaluation: expected names without '/', which name files, found {dataset.label!r}")
+            if dataset.label in seen:
+                raise ValueError(f"evaluation has two datasets whose files are named {dataset.label!r} (name-split)")
+            seen.add(dataset.label)
         return self
 
 

@@ -17,8 +17,8 @@ from srcfast.stages.headroom import with_next
 
 def write_preferences(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -> None:
     """Write a round's pairs, and replace `gallery.json` by some of them."""
-    write_shards(run.records.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
-    candidates, scores = run.records.candidates(iteration), run.records.scores(iteration)
+    write_shards(run.artifacts.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
+    candidates, scores = run.artifacts.candidates(iteration), run.artifacts.scores(iteration)
     names = partial(image_names, run=run.directory.path, output=Path(run.config.output))
     gallery = gallery_of(iteration, pairs, run.samples, candidates, scores, names)
     write_json(run.directory.path / "gallery.json", gallery)
@@ -31,7 +31,7 @@ def write_summary(run: CalibrationRun) -> None:
     entries = [e for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
     for entry in entries:
         name, split = entry["dataset"], entry["split"]
-        after = run.records.aligned(f"iteration-{entry['iteration']}", name, split, samples_of[name, split])
+        after = run.artifacts.aligned(f"iteration-{entry['iteration']}", name, split, samples_of[name, split])
         headroom.append(with_next(entry, after))
     write_json(run.directory.summary_file, summary_of(manifest, headroom, run.num_rejected))
     write_report(run.directory.path)

@@ -174,6 +174,16 @@ class RunDirectory:
         entry = self.manifest().get(name)
         if entry is None:
             return None
+        self._check_settings(name, entry, settings)
+        self.check_files(name, entry)
+        return entry
+
+    def check_finished(self, settings: Mapping[str, Any]) -> None:
+        """Raise ConfigError if a stage was finished with other settings than these, all of a run by section."""
+        for name, entry in self.manifest().items():
+            self._check_settings(name, entry, {key: settings.get(key) for key in entry["settings"]})
+
+    def _check_settings(self, name: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         wanted, stored = flatten(as_json(settings)), flatten(entry["settings"])
         changed = [key for key in wanted | stored if wanted.get(key) != stored.get(key)]
         if changed:
@@ -184,8 +194,6 @@ class RunDirectory:
                 f"this run asks for {wanted.get(key)!r}{more}. "
                 f"Fix: set {key} back, or take another name or output directory"
             )
-        self.check_files(name, entry)
-        return entry
 
     def finish_stage(
         self, name: str, settings: dict[str, Any], seconds: float, tokens: int = 0, **more: Any

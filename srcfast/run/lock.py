@@ -6,11 +6,10 @@ import fcntl
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from srcfast import distributed
 from srcfast.data.jsonl import is_temporary, naming, remove_temporary
 from srcfast.errors import SrcfastError
 
@@ -18,6 +17,24 @@ from srcfast.errors import SrcfastError
 @contextmanager
 def exclusive_lock(directory: Path, *, whole: bool = False) -> Iterator[None]:
     """Hold the lock of an output directory while the body runs; rank 0 holds it for all ranks.
+
+    Args:
+        directory, whole: see `lock_directory`.
+
+    Raises:
+        SrcfastError: another process holds the lock, or the directory can't be written.
+    """
+    # Here, so that commands that need no PyTorch can lock a directory.
+    from srcfast import distributed
+
+    with ExitStack() as lock:
+        distributed.run_on_rank_zero(lambda: lock.enter_context(lock_directory(directory, whole=whole)))
+        yield
+
+
+@contextmanager
+def lock_directory(directory: Path, *, whole: bool = False) -> Iterator[None]:
+    """Hold the lock of an output directory while the body runs, in this process alone; see `exclusive_lock`.
 
     Temporary files of killed processes (`.name.PID.tmp`) are removed first.
 
@@ -29,22 +46,12 @@ def exclusive_lock(directory: Path, *, whole: bool = False) -> Iterator[None]:
     Raises:
         SrcfastError: another process holds the lock, or the directory can't be written.
     """
-    lock: Any = None
-
-    def acquire() -> None:
-        nonlocal lock
-        lock = _lock(directory)
+    with _lock(directory):  # closing the file releases the lock; the kernel does so, too, when the process is killed
         patterns = ("**/.*.tmp",) if whole else (".*.tmp", "checkpoint/.*.tmp")
         for path in [path for pattern in patterns for path in directory.glob(pattern)]:
             if is_temporary(path):
                 remove_temporary(path)
-
-    distributed.run_on_rank_zero(acquire)
-    try:
         yield
-    finally:
-        if lock is not None:
-            lock.close()  # closing releases the lock; the kernel does so, too, when the process is killed
 
 
 def _lock(directory: Path) -> Any:

@@ -22,7 +22,13 @@ from srcfast.models.scorer import Scorer
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.directory import RunDirectory, StageMetrics
 from srcfast.run.progress import peak_rss_bytes, track
-from srcfast.stages.datasets import EvaluationSet, draw_round, read_evaluation_sets, read_training_samples
+from srcfast.stages.datasets import (
+    EvaluationSet,
+    draw_round,
+    read_evaluation_sets,
+    read_training_samples,
+    training_sets,
+)
 from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_run import StageRun
@@ -36,7 +42,7 @@ class CalibrationRun:
     Attributes:
         config: of the run.
         directory: of the run.
-        records: what finished stages have written.
+        artifacts: what finished stages have written.
         policy: the LVLM in memory.
         scorer: the R-Scorer while a stage uses it.
         rationale_samples, calibration_samples, evaluation_sets: the data.
@@ -48,11 +54,11 @@ class CalibrationRun:
     def __init__(self, config: Config, profile: range | None = None) -> None:
         self.config, self.profile = config, profile
         self.directory = RunDirectory(config.run_path)
-        distributed.run_on_rank_zero(lambda: self.directory.write_config(config))
+        distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
-        self.rationale_samples = read_training_samples(config, "rationale", images, rejected)
-        self.calibration_samples = read_training_samples(config, "calibration", images, rejected)
-        self.evaluation_sets = read_evaluation_sets(config, images, rejected)
+        self.rationale_samples = read_training_samples(training_sets(config, "rationale"), config, images, rejected)
+        self.calibration_samples = read_training_samples(training_sets(config, "calibration"), config, images, rejected)
+        self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)
         distributed.run_on_rank_zero(lambda: write_jsonl(self.directory.rejected_file, rejected))
         self.num_rejected = len(rejected)
         groups = (
@@ -63,9 +69,14 @@ class CalibrationRun:
         # By id those that pairs are made of alone: another set may use the same ids.
         self.samples = {sample.id: sample for sample in self.calibration_samples}
         self.num_samples = len({(s.id, s.image_root, s.images) for group in groups for s in group})
-        self.records = RunArtifacts(self.directory, self.samples)
+        self.artifacts = RunArtifacts(self.directory, self.samples)
         self.policy = Policy(config, [sample for group in groups for sample in group])
         self.scorer: Scorer | None = None
+
+    def _write_config(self) -> None:
+        """Write the settings, unless a stage was finished with others: then the files of that run stay."""
+        self.directory.check_finished(self.config.model_dump(mode="json"))
+        self.directory.write_config(self.config)
 
     def stage(
         self,
@@ -76,7 +87,7 @@ class CalibrationRun:
         *,
         unit: str = "samples",
         adapted: bool = True,
-        unfinished: Sequence[str] = (),
+        checkpoint_sections: Sequence[str] = (),
     ) -> None:
         """Run a stage unless the manifest lists it, and list it once all that it wrote is on disk.
 
@@ -89,8 +100,8 @@ class CalibrationRun:
             work: does the stage's work; the manifest's entry holds what it returns.
             unit: what is counted.
             adapted: whether the policy has an adapter.
-            unfinished: sections that the stage's chunks and checkpoints depend on as well. (A finished stage needs no check of
-                them: the manifest checks them with the stage before.)
+            checkpoint_sections: settings that the stage's chunks and checkpoints depend on as well. (A finished stage needs no
+                check of them: the manifest checks them with the stage before.)
 
         Raises:
             ConfigError: the stage was finished with other settings.
@@ -112,7 +123,7 @@ class CalibrationRun:
                 config=self.config,
                 output=directory.path,
                 checkpoint_dir=directory.checkpoint(name),
-                settings=settings | {key: resolved[key] for key in unfinished},
+                settings=settings | {key: resolved[key] for key in checkpoint_sections},
                 progress=progress,
                 metrics=StageMetrics(directory.metrics_file, name),
                 profile_dir=directory.path / "profile" / name,

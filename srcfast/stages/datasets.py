@@ -46,48 +46,65 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
     return samples
 
 
-def read_training_samples(config: Config, use: str, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
-    """Read the samples of all training sets that take part in `use` ("rationale" or "calibration").
+def training_sets(config: Config, use: str) -> tuple[DatasetConfig, ...]:
+    """Return the training sets that take part in `use` ("rationale" or "calibration"). Raises ConfigError if none does."""
+    datasets = tuple(dataset for dataset in config.data.train if use in dataset.use)
+    if not datasets:
+        raise ConfigError(
+            f"data.train: expected a dataset with use {use!r}, found no data. Fix: name one; a command takes --data FILE, too"
+        )
+    return datasets
+
+
+def read_training_samples(
+    datasets: Sequence[DatasetConfig], config: Config, image_dir: Path, rejected: list[dict[str, Any]]
+) -> list[Sample]:
+    """Read the samples of training sets, as one set; append their bad records to `rejected`.
 
     Raises:
-        ConfigError: no training set takes part.
-        InputError: more bad samples than `max_rejected`, or none left, or an id that two sets share.
+        InputError: more bad samples than `max_rejected`, or no good one, or an id that two samples share.
     """
-    datasets = [dataset for dataset in config.data.train if use in dataset.use]
-    if not datasets:
-        raise ConfigError(f"data.train: expected a dataset with use {use!r}, found none. Fix: name one")
     bad: list[dict[str, Any]] = []
     samples = [sample for dataset in datasets for sample in read_dataset(dataset, image_dir, bad)]
-    check_rejected(bad, len(bad) + len(samples), config.max_rejected)
     # A dataset of both uses is read twice: its bad records are listed once.
     listed = {(row["file"], row["line"]) for row in rejected}
     rejected += [row for row in bad if (row["file"], row["line"]) not in listed]
+    check_rejected(bad, len(bad) + len(samples), config.max_rejected)
+    if not samples:
+        raise _no_samples(datasets[0], "data.train")
     check_unique_ids(samples)
     return samples
 
 
-def read_evaluation_sets(config: Config, image_dir: Path, rejected: list[dict[str, Any]]) -> list[EvaluationSet]:
-    """Read the evaluation sets, in the config's order.
+def read_evaluation_sets(
+    datasets: Sequence[DatasetConfig], config: Config, image_dir: Path, rejected: list[dict[str, Any]]
+) -> list[EvaluationSet]:
+    """Read evaluation sets, each with its own count of bad records, which are appended to `rejected`.
 
     Raises:
         InputError: one is empty, or has more bad samples than `max_rejected`.
     """
     evaluation_sets = []
-    for dataset in config.data.evaluation:
+    for dataset in datasets:
         bad: list[dict[str, Any]] = []
         samples = read_dataset(dataset, image_dir, bad)
-        check_rejected(bad, len(bad) + len(samples), config.max_rejected)
         rejected += bad
+        check_rejected(bad, len(bad) + len(samples), config.max_rejected)
         if not samples:
-            raise InputError(
-                file=dataset.path,
-                field="data.evaluation",
-                expected=f"at least one sample in {dataset.name!r}",
-                found="none",
-                fix="name data that holds some, or leave the dataset out",
-            )
+            raise _no_samples(dataset, "data.evaluation")
         evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
     return evaluation_sets
+
+
+def _no_samples(dataset: DatasetConfig, field: str) -> InputError:
+    """Return the error of a dataset without a good sample."""
+    return InputError(
+        file=dataset.path,
+        field=field,
+        expected=f"at least one sample in {dataset.name!r}",
+        found="none",
+        fix="name data that holds some, or leave the dataset out",
+    )
 
 
 def check_unique_ids(samples: Sequence[Sample]) -> None:

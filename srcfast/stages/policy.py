@@ -28,6 +28,7 @@ class Policy:
     def __init__(self, config: Config, records: Sequence[Sample | Preference], adapter: Path | None = None) -> None:
         self.config = config
         self.adapter: Path | None = None
+        self._unsaved = False  # whether the adapter is one that no directory holds
         self._model: LVLM | None = load_model(config, None)
         self.features = features_of(self._model, records)
         self.use(adapter)
@@ -51,17 +52,17 @@ class Policy:
         Raises:
             InputError: the adapter changes nothing, unless it is to be trained.
         """
-        if adapter != self.adapter:
+        if adapter != self.adapter or self._unsaved:
             self._adapt(adapter)
             if adapter is not None and not to_train:
                 check_adapter_changes(self.model, adapter)
-            self.adapter = adapter
+            self.adapter, self._unsaved = adapter, False
         return self.model
 
     def fresh(self) -> LVLM:
         """Return the model with a new adapter, initialised from the config's seed."""
         self._adapt(self.config.lora.seeded(self.config.seed))
-        self.adapter = None
+        self.adapter, self._unsaved = None, True
         return self.model
 
     def hash(self) -> str:
@@ -76,7 +77,7 @@ class Policy:
             save_adapter(self.model, directory)
 
         distributed.run_on_rank_zero(write)
-        self.adapter = directory
+        self.adapter, self._unsaved = directory, False
         self.model.zero_grad(set_to_none=True)
 
     def offload(self) -> None:
@@ -89,6 +90,7 @@ class Policy:
             return
         del self.features.model
         self._model = self.adapter = None
+        self._unsaved = False
         release_unused(self.config.model.device)
 
     def end_stage(self) -> None:
@@ -151,7 +153,9 @@ def load_scorer_for(config: Config) -> Scorer:
 
 
 def _set_up_device(config: Config) -> None:
-    """Set determinism and the memory limit; before a model is loaded, and so before the device's first product."""
+    """Set threads, determinism and the memory limit; before a model is loaded, and so before the device's first product."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.deterministic:
         prepare_determinism()
     limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"), config.model.device)

@@ -148,15 +148,15 @@ class CommandStage(StageRun):
 
     Attributes:
         measurement: of its memory.
-        clock: ends the measurement and the progress bar when it is closed.
+        timing: ends the measurement and the progress bar when it is closed.
     """
 
     measurement: Measurement
-    clock: ExitStack
+    timing: ExitStack
 
-    def stop_clock(self) -> None:
+    def stop_timing(self) -> None:
         """End the progress bar and the measurement of memory; what follows is not counted as the stage's."""
-        self.clock.close()
+        self.timing.close()
 
     def write_summary(self, models: Sequence[nn.Module]) -> None:
         """Write `summary.json` of a training: the result and what its steps took."""
@@ -202,8 +202,8 @@ def command_stage(
         profile: steps of a training to profile.
     """
     resolved = config.model_dump(mode="json")
-    with exclusive_lock(output), ExitStack() as clock:
-        measurement = clock.enter_context(
+    with exclusive_lock(output), ExitStack() as timing:
+        measurement = timing.enter_context(
             measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])
         )
         stage = CommandStage(
@@ -212,15 +212,15 @@ def command_stage(
             output=output,
             checkpoint_dir=output / "checkpoint",
             settings={key: resolved[key] for key in ("seed", "model", *sections)},
-            progress=clock.enter_context(track(kind, total, unit, quiet=config.quiet)),
+            progress=timing.enter_context(track(kind, total, unit, quiet=config.quiet)),
             metrics=StageMetrics(output / "metrics.jsonl"),
             profile_dir=output / "profile",
             profile=profile,
             measurement=measurement,
-            clock=clock,
+            timing=timing,
         )
         yield stage
-        clock.close()
+        timing.close()
         if stage.result is not None and distributed.is_rank_zero():
             stage.write_summary(models())
         remove_chunks(stage.checkpoint_dir)

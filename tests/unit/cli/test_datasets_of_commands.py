@@ -8,6 +8,8 @@ from pathlib import Path
 
 from click.testing import Result
 
+from srcfast.data.jsonl import write_shards
+
 Srcfast = Callable[..., Result]
 
 
@@ -37,6 +39,29 @@ def test_a_share_of_bad_records_is_one_of_each_evaluation_set(
     assert result.exit_code == 0, result.output  # 2 of 5, and 0 of 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rejected"] == 2
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_list_of_rejected_records_is_that_of_the_last_command(
+    srcfast: Srcfast, image_root: Path, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "none", [])
+
+    def curate(bad: int, *words: str) -> Result:
+        named = dataset(tmp_path, "set", good=3, bad=bad, image_root=image_root)
+        options = ["--candidates", tmp_path / "none", "--output", tmp_path / "out", "--quiet", "pairing=random"]
+        return srcfast("curate", *options, f"data.train=[{named}]", f"output={tmp_path / 'runs'}", *words)
+
+    rejected = tmp_path / "out" / "rejected.jsonl"
+    assert curate(2, "max_rejected=1").exit_code == 2 and len(rejected.read_text().splitlines()) == 2
+    assert curate(1, "max_rejected=1").exit_code == 0 and len(rejected.read_text().splitlines()) == 1
+    assert curate(0).exit_code == 0 and not rejected.exists()
+
+
+def test_options_are_checked_before_any_data_are_read(srcfast: Srcfast, tmp_path: Path) -> None:
+    missing = ["--data", tmp_path / "missing.jsonl", "--output", tmp_path / "out"]
+    assert "--candidates" in srcfast("curate", *missing).output
+    assert "--scores" in srcfast("curate", *missing, "--candidates", tmp_path).output
+    assert "--candidates" in srcfast("score", *missing).output
 
 
 def test_two_training_sets_that_share_an_id_are_refused(srcfast: Srcfast, image_root: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from srcfast.cli.app import app
 from srcfast.cli.inputs import complete_words, settings
 from srcfast.config.load import known_keys, load_config
 from srcfast.config.settings import Config
+from srcfast.data.jsonl import write_shards
 from srcfast.errors import ConfigError
 
 
@@ -244,6 +245,7 @@ LIGHT = (
     ["config", "--schema"],
     ["convert", "rows.jsonl", "rows.json", "--to", "llava"],
     ["world", "--output", "world", "--samples", "2"],
+    ["curate", "--data", "rows.jsonl", "--candidates", "candidates", "--output", "pairs", "pairing=random"],
     ["dpo", "dpo.beta=-1"],
 )
 
@@ -251,6 +253,7 @@ LIGHT = (
 @pytest.mark.parametrize("words", LIGHT, ids=lambda words: " ".join(words[:2]))
 def test_what_runs_no_model_imports_no_pytorch(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "question": "What?", "answer": "red"}\n')
+    write_shards(tmp_path / "candidates", [])
     script = (
         "import sys\nfrom srcfast.cli.app import app\n"
         "try:\n    app(sys.argv[1:])\nfinally:\n"
@@ -271,3 +274,26 @@ def test_a_single_setting_fills_a_heading_with_nothing_under_it(tmp_path: Path) 
 def test_an_option_takes_any_path(tmp_path: Path) -> None:
     for name in ("😀", "Größe", "a: b # c"):
         assert settings(None, None, output=tmp_path / name).output == str(tmp_path / name)
+
+
+def test_overrides_of_one_section_are_merged_and_the_last_of_one_setting_wins() -> None:
+    config = load_config(None, ["dpo={beta: 0.2, epochs: 3}", "dpo={beta: 0.3}", "dpo.epochs=4"])
+    assert (config.dpo.beta, config.dpo.epochs) == (0.3, 4)
+    nested = load_config(None, ["candidates={temperature: 0.5, num_beams: 3}", "candidates={num_beams: 2}"])
+    assert (nested.candidates.temperature, nested.candidates.num_beams) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ((("a-b", "c"), ("a", "b-c")), "two datasets whose files are named 'a-b-c'"),
+        ((("a/b", "c"),), "expected names without '/'"),
+        ((("a", "../c"),), "expected names without '/'"),
+    ],
+)
+def test_evaluation_sets_whose_files_would_be_others_are_refused(
+    sets: tuple[tuple[str, str], ...], message: str
+) -> None:
+    words = [f"{{name: {name}, format: jsonl, path: x.jsonl, split: {split}}}" for name, split in sets]
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [f"data.evaluation=[{', '.join(words)}]"])

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from srcfast.config.load import load_config
+from srcfast.errors import ConfigError
+from srcfast.models.lora import adapters
 from srcfast.stages.calibration_run import CalibrationRun
+from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import image_keys
 
 
@@ -30,3 +34,27 @@ def test_a_training_and_an_evaluation_set_may_use_the_same_ids(model_dir: Path, 
         (key,) = image_keys(sample)
         assert run.policy.features.load(key).getpixel((0, 0)) == color
     assert run.num_samples == 2
+
+
+def test_a_run_with_other_settings_leaves_the_files_of_the_finished_one(model_dir: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    row = {"id": "0", "image": "0.png", "question": "what color", "answer": "red", "facts": ["It is so."]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = [
+        f"model.path={model_dir}",
+        f"output={tmp_path / 'runs'}",
+        f"data.train=[{{name: a, format: jsonl, path: {tmp_path}/rows.jsonl}}]",
+    ]
+    run = CalibrationRun(load_config(None, words))
+    run.directory.finish_stage("rationale", {"seed": 0}, seconds=1.0)
+    written = {file: file.read_bytes() for file in run.directory.path.glob("*") if file.is_file()}
+    assert run.directory.config_file in written
+    with pytest.raises(ConfigError, match="'rationale' finished with seed = 0, this run asks for 1"):
+        CalibrationRun(load_config(None, [*words, "seed=1"]))
+    assert {file: file.read_bytes() for file in run.directory.path.glob("*") if file.is_file()} == written
+
+
+def test_a_new_adapter_is_not_taken_for_the_bare_base(model_dir: Path) -> None:
+    policy = Policy(load_config(None, [f"model.path={model_dir}", "lora.r=2"]), [])
+    assert adapters(policy.fresh())
+    assert not adapters(policy.use(None))
