@@ -120,7 +120,7 @@ def test_single_commands_say_it_too(
     def no_memory(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(commands, "need", no_memory)
+    monkeypatch.setattr(commands, "require_option", no_memory)
     result = srcfast(command, "--data", tmp_path / "x.jsonl", "--output", tmp_path / "out")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert found in result.output and "Fix: " in result.output
