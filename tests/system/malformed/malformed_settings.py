@@ -57,7 +57,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a world without an end": ("data: {train: [{name: a, format: world}]}", "set its limit"),
     "two evaluation sets of a name": (
         "data: {evaluation: [{name: a, format: easy_vqa}, {name: a, format: easy_vqa}]}",
-        "two datasets named",
+        "two datasets whose files are named",
     ),
     "a stage that a dataset can't take part in": (
         "data: {train: [{name: a, format: easy_vqa, use: [training]}]}",
