@@ -1,6 +1,6 @@
-"""Every setting of srcfast in one frozen tree: type, default, bounds, and a description that gives meaning and unit.
+"""Every setting of srcfast in one frozen tree: type, default, bounds, and a docstring that gives meaning and unit.
 
-`srcfast config --schema` shows the descriptions. The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are relative to the
+`srcfast config --schema` shows the docstrings as descriptions. The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are relative to the
 working directory.
 """
 
@@ -9,15 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from srcfast.units import parse_bytes
 
@@ -28,7 +20,9 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 class Section(BaseModel):
     """A group of settings. Instances can't be changed, and unknown names are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some settings changed; the copy is validated."""
@@ -53,106 +47,70 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The LVLM that is calibrated."""
 
-    path: str = Field(
-        "embedded",
-        description="LLaVA checkpoint directory, as transformers writes it, or `embedded` for the small one that srcfast ships",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="Type of the frozen weights and of activations; the adapter's weights are trained in float32",
-    )
-    quantize: Literal["none", "nf4"] = Field(
-        "none",
-        description="`nf4`: store the weights of the decoder's linear layers in 4 bits (NormalFloat, in blocks with scales). "
-        "Takes a little more than a quarter of the memory of 16 bits; rounds the weights, and costs time to dequantise them",
-    )
-    device: str = Field("cpu", description="`cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the GPU of the rank")
-    vision_offload: bool = Field(
-        False,
-        description="Hold the vision tower in host memory while no image is encoded. Saves its weights on the GPU; costs a "
-        "copy to the GPU each time images are encoded",
-    )
+    path: str = "embedded"
+    """LLaVA checkpoint directory, as transformers writes it, or `embedded` for the small one that srcfast ships"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights and of activations; the adapter's weights are trained in float32"""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: store the weights of the decoder's linear layers in 4 bits (NormalFloat, in blocks with scales). Takes a little more
+    than a quarter of the memory of 16 bits; rounds the weights, and costs time to dequantise them"""
+    device: str = "cpu"
+    """`cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the GPU of the rank"""
+    vision_offload: bool = False
+    """Hold the vision tower in host memory while no image is encoded. Saves its weights on the GPU; costs a copy to the GPU each
+    time images are encoded"""
 
 
 class ScorerConfig(Section):
     """Stage 3: the R-Scorer, and which candidates it compares."""
 
-    path: str = Field("embedded", description="R-Scorer: checkpoint directory of a text LLM, or `embedded`")
-    verdict: Literal["choice", "graded"] = Field(
-        "choice", description="What the R-Scorer answers: `choice`: first, tie or second; `graded`: a grade from 1 to 5"
-    )
-    mode: Literal["pairwise", "independent"] = Field(
-        "pairwise",
-        description="`pairwise`: compare all ordered pairs of a sample's candidates; `independent`: rate each candidate alone, "
-        "cheaper, a baseline",
-    )
-    token_budget: int = Field(
-        16384,
-        ge=64,
-        description="Maximum number of tokens in one forward pass. Bounds the memory; scores don't depend on it. A sample whose "
-        "comparisons don't fit is an error",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="Type of the R-Scorer's weights and activations. On a GPU prefer float16 to bfloat16, whose scores are eight "
-        "times as coarse",
-    )
-    pairs: Literal["all", "adaptive"] = Field(
-        "all",
-        description="Pairs of a sample's candidates to compare; `adaptive`: rate each candidate alone first, then compare only "
-        "those that may be best or worst. Cheaper, a heuristic",
-    )
-    adaptive_margin: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="With pairs `adaptive`: a candidate whose rating is within this of the highest (lowest) may be the best "
-        "(worst)",
-    )
-    adaptive_contenders: int = Field(
-        2,
-        ge=1,
-        le=128,
-        description="With pairs `adaptive`: maximum number of candidates that may be best, and of those that may be worst",
-    )
-    adaptive_audit: float = Field(
-        0.02,
-        ge=0,
-        le=1,
-        description="With pairs `adaptive`: share of samples whose pairs are all compared as well, to report how often both "
-        "agree; 0 = none. Costs the full comparison of these samples",
-    )
+    path: str = "embedded"
+    """R-Scorer: checkpoint directory of a text LLM, or `embedded`"""
+    verdict: Literal["choice", "graded"] = "choice"
+    """What the R-Scorer answers: `choice`: first, tie or second; `graded`: a grade from 1 to 5"""
+    mode: Literal["pairwise", "independent"] = "pairwise"
+    """`pairwise`: compare all ordered pairs of a sample's candidates; `independent`: rate each candidate alone, cheaper, a
+    baseline"""
+    token_budget: int = Field(16384, ge=64)
+    """Maximum number of tokens in one forward pass. Bounds the memory; scores don't depend on it. A sample whose comparisons
+    don't fit is an error"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the R-Scorer's weights and activations. On a GPU prefer float16 to bfloat16, whose scores are eight times as
+    coarse"""
+    pairs: Literal["all", "adaptive"] = "all"
+    """Pairs of a sample's candidates to compare; `adaptive`: rate each candidate alone first, then compare only those that may be
+    best or worst. Cheaper, a heuristic"""
+    adaptive_margin: float = Field(0.1, ge=0, le=1)
+    """With pairs `adaptive`: a candidate whose rating is within this of the highest (lowest) may be the best (worst)"""
+    adaptive_contenders: int = Field(2, ge=1, le=128)
+    """With pairs `adaptive`: maximum number of candidates that may be best, and of those that may be worst"""
+    adaptive_audit: float = Field(0.02, ge=0, le=1)
+    """With pairs `adaptive`: share of samples whose pairs are all compared as well, to report how often both agree; 0 = none.
+    Costs the full comparison of these samples"""
 
 
 class DatasetConfig(Section):
     """One dataset to train or to evaluate on."""
 
-    name: str = Field(min_length=1, description="Name in results")
-    format: Literal["world", "easy_vqa", "jsonl", "llava", "vlmeval_tsv"] = Field(
-        description="`world`: samples of the embedded world; `easy_vqa`: that package's; `jsonl`: srcfast's JSON lines; "
-        "`llava`: LLaVA's JSON; `vlmeval_tsv`: VLMEvalKit's TSV"
-    )
-    path: str | None = Field(None, description="File to read; none for the formats world and easy_vqa")
-    image_root: str | None = Field(
-        None, description="Directory that the records' image paths are relative to; default: the file's directory"
-    )
-    split: str = Field("train", description="Split of the formats world and easy_vqa; for a file a label in results")
-    limit: int = Field(
-        0,
-        ge=0,
-        description="Number of samples to draw; 0 = all. The format world has no end and needs a number above 0",
-    )
-    seed: int = Field(0, ge=0, description="Seed of this draw")
-    check_images: bool = Field(
-        True,
-        description="Decode every image at the start, so that a broken one is reported before anything runs. Costs one reading "
-        "of all images",
-    )
-    use: tuple[Literal["rationale", "calibration"], ...] = Field(
-        ("rationale", "calibration"),
-        description="For a training dataset: `rationale`: stage 1 trains on it; `calibration`: stages 2 to 4 draw their samples "
-        "from it",
-    )
+    name: str = Field(min_length=1)
+    """Name in results"""
+    format: Literal["world", "easy_vqa", "jsonl", "llava", "vlmeval_tsv"]
+    """`world`: samples of the embedded world; `easy_vqa`: that package's; `jsonl`: srcfast's JSON lines; `llava`: LLaVA's JSON;
+    `vlmeval_tsv`: VLMEvalKit's TSV"""
+    path: str | None = None
+    """File to read; none for the formats world and easy_vqa"""
+    image_root: str | None = None
+    """Directory that the records' image paths are relative to; default: the file's directory"""
+    split: str = "train"
+    """Split of the formats world and easy_vqa; for a file a label in results"""
+    limit: int = Field(0, ge=0)
+    """Number of samples to draw; 0 = all. The format world has no end and needs a number above 0"""
+    seed: int = Field(0, ge=0)
+    """Seed of this draw"""
+    check_images: bool = True
+    """Decode every image at the start, so that a broken one is reported before anything runs. Costs one reading of all images"""
+    use: tuple[Literal["rationale", "calibration"], ...] = ("rationale", "calibration")
+    """For a training dataset: `rationale`: stage 1 trains on it; `calibration`: stages 2 to 4 draw their samples from it"""
 
     @property
     def label(self) -> str:
@@ -171,10 +129,10 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Datasets of a run."""
 
-    train: tuple[DatasetConfig, ...] = Field((), description="Datasets to calibrate on")
-    evaluation: tuple[DatasetConfig, ...] = Field(
-        (), description="Datasets to evaluate on; no training dataset should share samples with them"
-    )
+    train: tuple[DatasetConfig, ...] = ()
+    """Datasets to calibrate on"""
+    evaluation: tuple[DatasetConfig, ...] = ()
+    """Datasets to evaluate on; no training dataset should share samples with them"""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -208,19 +166,16 @@ class Seeded(Section):
 class LoRAConfig(Seeded):
     """A new LoRA adapter on the decoder's linear layers (Hu et al., 2021)."""
 
-    r: int = Field(64, ge=1, le=4096, description="Rank. The adapter's memory grows in proportion")
-    alpha: float = Field(128.0, gt=0, description="The adapter's output is scaled by alpha / r")
-    dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Probability with which a value of the adapter's input is dropped in training; 0 = none",
-    )
+    r: int = Field(64, ge=1, le=4096)
+    """Rank. The adapter's memory grows in proportion"""
+    alpha: float = Field(128.0, gt=0)
+    """The adapter's output is scaled by alpha / r"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which a value of the adapter's input is dropped in training; 0 = none"""
     target_modules: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-        description="Names of the decoder's linear layers that get an adapter",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
+    """Names of the decoder's linear layers that get an adapter"""
 
 
 class TrainingConfig(Seeded):
@@ -228,50 +183,35 @@ class TrainingConfig(Seeded):
 
     _deterministic: bool = PrivateAttr(False)
 
-    epochs: int = Field(1, ge=1, description="Passes over the items, each in another random order")
-    micro_batch_size: int = Field(
-        8,
-        ge=1,
-        description="Maximum number of items (trees) in one forest, that is, in one forward and backward pass. An update has "
-        "micro_batch_size * gradient_accumulation_steps items over all ranks, packed into few forests",
-    )
-    gradient_accumulation_steps: int = Field(
-        4,
-        ge=1,
-        description="An update has this many times micro_batch_size items; memory doesn't depend on it",
-    )
-    token_budget: int = Field(
-        16384,
-        ge=16,
-        description="Maximum number of tokens in one forest. Bounds the memory of activations; an update's gradient depends on "
-        "it by rounding alone. An item that doesn't fit is an error",
-    )
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate")
-    warmup_ratio: float = Field(
-        0.03, ge=0, le=1, description="Share of the steps for linear warm-up; a cosine follows. 0 = no warm-up"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, of matrices alone; 0 = none")
-    max_grad_norm: float = Field(1.0, gt=0, description="Global norm to which gradients are clipped")
-    min_learning_rate_ratio: float = Field(
-        0.0, ge=0, le=1, description="Learning rate at the end of the cosine, as a share of the peak"
-    )
-    optimizer: OptimizerName = Field(
-        "adamw",
-        description="`adamw`: PyTorch's; the others are bitsandbytes': with 8 bits a moment, and paged ones with moments in "
-        "memory that the GPU shares with the host. They save memory; the host waits for the GPU at every update",
-    )
-    activation_checkpointing: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        "auto",
-        description="Layers of a group whose activations are recomputed in the backward pass instead of stored; 0 = none; "
-        "`auto`: recompute as few layers as fit into the device's memory. Saves memory; costs another forward pass of them",
-    )
-    loader_workers: int = Field(
-        0,
-        ge=0,
-        le=64,
-        description="Processes that pack forests and prepare images ahead of the step; 0 = none, all is done in the training's "
-        "process. Results don't depend on it",
-    )
+    epochs: int = Field(1, ge=1)
+    """Passes over the items, each in another random order"""
+    micro_batch_size: int = Field(8, ge=1)
+    """Maximum number of items (trees) in one forest, that is, in one forward and backward pass. An update has micro_batch_size *
+    gradient_accumulation_steps items over all ranks, packed into few forests"""
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    """An update has this many times micro_batch_size items; memory doesn't depend on it"""
+    token_budget: int = Field(16384, ge=16)
+    """Maximum number of tokens in one forest. Bounds the memory of activations; an update's gradient depends on it by rounding
+    alone. An item that doesn't fit is an error"""
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate"""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps for linear warm-up; a cosine follows. 0 = no warm-up"""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, of matrices alone; 0 = none"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Global norm to which gradients are clipped"""
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of the peak"""
+    optimizer: OptimizerName = "adamw"
+    """`adamw`: PyTorch's; the others are bitsandbytes': with 8 bits a moment, and paged ones with moments in memory that the GPU
+    shares with the host. They save memory; the host waits for the GPU at every update"""
+    activation_checkpointing: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Layers of a group whose activations are recomputed in the backward pass instead of stored; 0 = none; `auto`: recompute as
+    few layers as fit into the device's memory. Saves memory; costs another forward pass of them"""
+    loader_workers: int = Field(0, ge=0, le=64)
+    """Processes that pack forests and prepare images ahead of the step; 0 = none, all is done in the training's process. Results
+    don't depend on it"""
 
     @property
     def global_batch_size(self) -> int:
@@ -298,61 +238,45 @@ class TrainingConfig(Seeded):
 class RationaleConfig(TrainingConfig):
     """Stage 1: fine-tune the adapter on rationale-answer pairs."""
 
-    format: Literal["tagged", "plain"] = Field(
-        "tagged", description="`tagged`: mark visual perception in the response by tags; `plain`: no tags"
-    )
-    samples: int = Field(0, ge=0, description="Number of samples to draw; 0 = all")
-    teacher: str | None = Field(
-        None,
-        description="JSON lines {id, rationale, answer?} of a teacher model, used in place of the samples' rationales; "
-        "default: none",
-    )
+    format: Literal["tagged", "plain"] = "tagged"
+    """`tagged`: mark visual perception in the response by tags; `plain`: no tags"""
+    samples: int = Field(0, ge=0)
+    """Number of samples to draw; 0 = all"""
+    teacher: str | None = None
+    """JSON lines {id, rationale, answer?} of a teacher model, used in place of the samples' rationales; default: none"""
 
 
 class CandidatesConfig(Section):
     """Stage 2: sentence-level beam search for candidates."""
 
-    samples: int = Field(0, ge=0, description="Samples to draw in each iteration; 0 = all")
-    num_candidates: int = Field(
-        8, ge=2, le=256, description="Maximum number of candidates of a sample (N); they differ in their text"
-    )
-    num_beams: int = Field(8, ge=1, le=256, description="Beams that go on after each sentence")
-    proposals: int = Field(
-        3,
-        ge=1,
-        le=64,
-        description="Sentences that are sampled to continue each beam. A sample has num_beams * proposals rows in decoding; time "
-        "and memory grow in proportion",
-    )
-    temperature: float = Field(
-        1.0, gt=0, le=10, description="Sampling temperature; log-probabilities are always the model's at temperature 1"
-    )
-    top_p: float = Field(
-        0.95, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens sampled from; 1 = all tokens"
-    )
-    max_sentences: int = Field(16, ge=1, description="Maximum number of sentences of a response")
-    max_sentence_tokens: int = Field(64, ge=1, description="Maximum number of tokens of a sentence")
-    max_new_tokens: int = Field(
-        384, ge=1, description="Maximum number of tokens of a response. Memory for keys and values grows in proportion"
-    )
-    length_penalty: float = Field(
-        1.0,
-        ge=0,
-        description="A beam's score is its summed log-probability over tokens ** length_penalty: 1 = mean, 0 = sum",
-    )
-    diversity: float = Field(
-        0.5,
-        ge=0,
-        description="What a full overlap of token bigrams with a better beam takes off a beam's score, in nats a token (with "
-        "length_penalty 1); 0 = nothing",
-    )
-    batch_size: int = Field(
-        8, ge=1, description="Samples searched at once. Memory for keys and values grows in proportion"
-    )
-    cuda_graphs: bool = Field(
-        True,
-        description="Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU",
-    )
+    samples: int = Field(0, ge=0)
+    """Samples to draw in each iteration; 0 = all"""
+    num_candidates: int = Field(8, ge=2, le=256)
+    """Maximum number of candidates of a sample (N); they differ in their text"""
+    num_beams: int = Field(8, ge=1, le=256)
+    """Beams that go on after each sentence"""
+    proposals: int = Field(3, ge=1, le=64)
+    """Sentences that are sampled to continue each beam. A sample has num_beams * proposals rows in decoding; time and memory grow
+    in proportion"""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature; log-probabilities are always the model's at temperature 1"""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling: probability mass of the tokens sampled from; 1 = all tokens"""
+    max_sentences: int = Field(16, ge=1)
+    """Maximum number of sentences of a response"""
+    max_sentence_tokens: int = Field(64, ge=1)
+    """Maximum number of tokens of a sentence"""
+    max_new_tokens: int = Field(384, ge=1)
+    """Maximum number of tokens of a response. Memory for keys and values grows in proportion"""
+    length_penalty: float = Field(1.0, ge=0)
+    """A beam's score is its summed log-probability over tokens ** length_penalty: 1 = mean, 0 = sum"""
+    diversity: float = Field(0.5, ge=0)
+    """What a full overlap of token bigrams with a better beam takes off a beam's score, in nats a token (with length_penalty 1);
+    0 = nothing"""
+    batch_size: int = Field(8, ge=1)
+    """Samples searched at once. Memory for keys and values grows in proportion"""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU"""
 
     @property
     def width(self) -> int:
@@ -363,71 +287,48 @@ class CandidatesConfig(Section):
 class CurationConfig(Section):
     """Stage 4a: choose preference pairs among the scored candidates, and drop those below the thresholds."""
 
-    pairs_per_sample: int = Field(1, ge=1, description="Maximum number of pairs of a sample")
-    pair_choice: Literal["best_against_worst", "disjoint"] = Field(
-        "best_against_worst",
-        description="With several pairs a sample, by rank of the scores: `best_against_worst`: the best against the worst, then "
-        "against the second worst, ...; `disjoint`: best against worst, second best against second worst, ...",
-    )
-    min_margin: float = Field(0.1, ge=0, le=1, description="Minimum difference of the two scores, in [0, 1]")
-    min_confidence: float = Field(
-        0.1, ge=0, le=1, description="Minimum confidence u of a pair, in [0, 1]; a pair with u = 0 is always dropped"
-    )
-    min_rating: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Minimum rating that the R-Scorer gives the chosen candidate alone, in [0, 1]: the best of several bad "
-        "candidates is bad; 0 = no minimum",
-    )
-    max_length_ratio: float = Field(
-        2.0, ge=1, description="Maximum ratio of the longer to the shorter response, in tokens"
-    )
-    weighting: Literal["confidence", "none"] = Field(
-        "confidence",
-        description="Weight c of a pair in the loss: `confidence`: its confidence u; `none`: 1 for every pair",
-    )
-    pairing: Literal["score", "answer", "random"] = Field(
-        "score",
-        description="How pairs are chosen: `score`: by the R-Scorer's scores, as in the paper. Baselines: `answer`: a right "
-        "against a wrong answer; `random`: any two candidates. Baselines ignore scores, margin, confidence and rating; c = 1",
-    )
+    pairs_per_sample: int = Field(1, ge=1)
+    """Maximum number of pairs of a sample"""
+    pair_choice: Literal["best_against_worst", "disjoint"] = "best_against_worst"
+    """With several pairs a sample, by rank of the scores: `best_against_worst`: the best against the worst, then against the
+    second worst, ...; `disjoint`: best against worst, second best against second worst, ..."""
+    min_margin: float = Field(0.1, ge=0, le=1)
+    """Minimum difference of the two scores, in [0, 1]"""
+    min_confidence: float = Field(0.1, ge=0, le=1)
+    """Minimum confidence u of a pair, in [0, 1]; a pair with u = 0 is always dropped"""
+    min_rating: float = Field(0.0, ge=0, le=1)
+    """Minimum rating that the R-Scorer gives the chosen candidate alone, in [0, 1]: the best of several bad candidates is bad;
+    0 = no minimum"""
+    max_length_ratio: float = Field(2.0, ge=1)
+    """Maximum ratio of the longer to the shorter response, in tokens"""
+    weighting: Literal["confidence", "none"] = "confidence"
+    """Weight c of a pair in the loss: `confidence`: its confidence u; `none`: 1 for every pair"""
+    pairing: Literal["score", "answer", "random"] = "score"
+    """How pairs are chosen: `score`: by the R-Scorer's scores, as in the paper. Baselines: `answer`: a right against a wrong
+    answer; `random`: any two candidates. Baselines ignore scores, margin, confidence and rating; c = 1"""
 
 
 class DPOConfig(TrainingConfig):
     """Stage 4b: confidence-weighted DPO on the preference pairs."""
 
-    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate")
-    beta: float = Field(
-        0.1, gt=0, description="Strength of the bond to the reference: the larger, the less the policy departs from it"
-    )
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field(
-        "sigmoid",
-        description="Loss of a pair's reward margin Delta: `sigmoid`: -log sigmoid (DPO); `ipo`: squared distance from the "
-        "target margin (IPO); `hinge`: max(0, 1 - Delta) (SLiC)",
-    )
-    label_smoothing: float | Literal["confidence"] = Field(
-        0.0,
-        description="Probability that a pair's labels are swapped, in [0, 0.5), for loss_type sigmoid alone; `confidence`: "
-        "(1 - c) / 2, c the pair's confidence; 0 = none",
-    )
-    sft_weight: float = Field(
-        0.1,
-        ge=0,
-        description="Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none",
-    )
-    rehearsal_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the mean negative log-likelihood of stage 1's rationale-answer pairs, which are then mixed with "
-        "the preference pairs, so that a round takes longer; 0 = none. `srcfast calibrate` alone",
-    )
-
-    reuse_generation_logprobs: bool = Field(
-        True,
-        description="Use the log-probabilities that generation gave the candidates as the reference's, if those of a random part "
-        "of the pairs, computed again, agree within rounding. Saves a forward pass over the pairs. `srcfast calibrate` alone",
-    )
+    learning_rate: float = Field(1e-5, gt=0, le=1)
+    """Peak learning rate"""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the bond to the reference: the larger, the less the policy departs from it"""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """Loss of a pair's reward margin Delta: `sigmoid`: -log sigmoid (DPO); `ipo`: squared distance from the target margin (IPO);
+    `hinge`: max(0, 1 - Delta) (SLiC)"""
+    label_smoothing: float | Literal["confidence"] = 0.0
+    """Probability that a pair's labels are swapped, in [0, 0.5), for loss_type sigmoid alone; `confidence`: (1 - c) / 2, c the
+    pair's confidence; 0 = none"""
+    sft_weight: float = Field(0.1, ge=0)
+    """Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none"""
+    rehearsal_weight: float = Field(0.0, ge=0)
+    """Weight of the mean negative log-likelihood of stage 1's rationale-answer pairs, which are then mixed with the preference
+    pairs, so that a round takes longer; 0 = none. `srcfast calibrate` alone"""
+    reuse_generation_logprobs: bool = True
+    """Use the log-probabilities that generation gave the candidates as the reference's, if those of a random part of the pairs,
+    computed again, agree within rounding. Saves a forward pass over the pairs. `srcfast calibrate` alone"""
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
@@ -442,113 +343,83 @@ class DPOConfig(TrainingConfig):
 class ScorerTrainingConfig(TrainingConfig):
     """`srcfast scorer`: train an R-Scorer on rationales and their corruptions."""
 
-    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate")
-    variants: int = Field(
-        4, ge=2, le=16, description="Maximum number of candidates of an example: the true rationale and its corruptions"
-    )
-    held_out: float = Field(
-        0.1, gt=0, lt=1, description="Share of the samples that are not trained on, and on which accuracy is measured"
-    )
-    vocabulary: str | None = Field(
-        None,
-        description="YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the "
-        "embedded world's words",
-    )
+    learning_rate: float = Field(1e-5, gt=0, le=1)
+    """Peak learning rate"""
+    variants: int = Field(4, ge=2, le=16)
+    """Maximum number of candidates of an example: the true rationale and its corruptions"""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the samples that are not trained on, and on which accuracy is measured"""
+    vocabulary: str | None = None
+    """YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the embedded world's
+    words"""
 
 
 class EvaluationConfig(Section):
     """Evaluation: greedy answers, their intervals, and the headroom that sampling shows."""
 
-    max_new_tokens: int = Field(384, ge=1, description="Maximum number of tokens of a response")
-    batch_size: int = Field(
-        32, ge=1, description="Samples decoded at once. Memory for keys and values grows in proportion"
-    )
-    cuda_graphs: bool = Field(
-        True,
-        description="Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU",
-    )
-    bootstrap_resamples: int = Field(
-        1000, ge=100, le=100_000, description="Bootstrap resamples behind each 95 % interval"
-    )
-    headroom_samples: int = Field(
-        500,
-        ge=0,
-        description="Maximum number of samples of each evaluation dataset for pass@N and best-of-N, which need candidates and "
-        "scores; 0 = not measured. Only samples that the embedded world's oracle can verify count",
-    )
+    max_new_tokens: int = Field(384, ge=1)
+    """Maximum number of tokens of a response"""
+    batch_size: int = Field(32, ge=1)
+    """Samples decoded at once. Memory for keys and values grows in proportion"""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU"""
+    bootstrap_resamples: int = Field(1000, ge=100, le=100_000)
+    """Bootstrap resamples behind each 95 % interval"""
+    headroom_samples: int = Field(500, ge=0)
+    """Maximum number of samples of each evaluation dataset for pass@N and best-of-N, which need candidates and scores; 0 = not
+    measured. Only samples that the embedded world's oracle can verify count"""
 
 
 class CheckpointConfig(Section):
     """When to checkpoint a training stage; whichever limit is reached first. A stop signal always saves."""
 
-    minutes: float = Field(10.0, ge=0, description="Minutes between two checkpoints; 0 = no limit by time")
-    steps: int = Field(0, ge=0, description="Steps between two checkpoints; 0 = no limit by steps")
+    minutes: float = Field(10.0, ge=0)
+    """Minutes between two checkpoints; 0 = no limit by time"""
+    steps: int = Field(0, ge=0)
+    """Steps between two checkpoints; 0 = no limit by steps"""
 
 
 class DistributedConfig(Section):
     """Several processes, as torchrun starts them."""
 
-    timeout_seconds: int = Field(
-        600,
-        ge=1,
-        description="Maximum time, in seconds, that a rank waits for another; then the run ends with an error. Holds from the "
-        "end of the first step or stage; before it, while models are read, half an hour",
-    )
-    shard: bool = Field(
-        False,
-        description="Shard the matrices of the base's layers across the ranks of a node, for a base that doesn't fit on one GPU. "
-        "Costs time: each layer is gathered before it runs",
-    )
-    ranks: int = Field(
-        0,
-        ge=0,
-        le=4096,
-        description="Ranks of a node for `srcfast estimate` to plan with; 0 = one. A run has the ranks that torchrun starts",
-    )
+    timeout_seconds: int = Field(600, ge=1)
+    """Maximum time, in seconds, that a rank waits for another; then the run ends with an error. Holds from the end of the first
+    step or stage; before it, while models are read, half an hour"""
+    shard: bool = False
+    """Shard the matrices of the base's layers across the ranks of a node, for a base that doesn't fit on one GPU. Costs time:
+    each layer is gathered before it runs"""
+    ranks: int = Field(0, ge=0, le=4096)
+    """Ranks of a node for `srcfast estimate` to plan with; 0 = one. A run has the ranks that torchrun starts"""
 
 
 class Config(Section):
     """All settings of a run."""
 
-    name: str = Field(
-        "srcfast",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run; its directory is output/name",
-    )
-    output: str = Field("runs", min_length=1, description="Directory that holds the directories of runs")
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of everything random in the run, except `data`, which has seeds"
-    )
-    deterministic: bool = Field(
-        False,
-        description="On a GPU use deterministic algorithms alone, so that a training comes out the same, bit for bit, in every "
-        "run, interrupted or not. Costs time: attention's backward pass and sums by index are slower, and each step encodes its "
-        "images again. No effect on a CPU, where this always holds",
-    )
-    iterations: int = Field(
-        1,
-        ge=0,
-        le=100,
-        description="Rounds of candidates, scores, curation and DPO (K); 0 = stage 1 and evaluation alone",
-    )
-    max_rejected: int | float = Field(
-        1000,
-        ge=0,
-        description="Maximum number of bad records before the run stops, or, with a decimal point, their maximum share, in "
-        "[0, 1]; 0 = the first bad record stops the run",
-    )
-    quiet: bool = Field(False, description="Show no progress and no tables")
-    threads: int = Field(0, ge=0, description="CPU threads of PyTorch; 0 = PyTorch's default")
-    preset: Preset | None = Field(
-        None,
-        description="Settings for a 7B LVLM on a GPU of this memory (srcfast/config/presets). A setting in a file or on the "
-        "command line wins over the preset's",
-    )
-    memory: str | None = Field(
-        None,
-        description="Memory of the device that the run may use, such as 12GiB: plans count with it, and on a GPU no more can be "
-        "allocated; default: all",
-    )
+    name: str = Field("srcfast", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is output/name"""
+    output: str = Field("runs", min_length=1)
+    """Directory that holds the directories of runs"""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of everything random in the run, except `data`, which has seeds"""
+    deterministic: bool = False
+    """On a GPU use deterministic algorithms alone, so that a training comes out the same, bit for bit, in every run, interrupted
+    or not. Costs time: attention's backward pass and sums by index are slower, and each step encodes its images again. No effect
+    on a CPU, where this always holds"""
+    iterations: int = Field(1, ge=0, le=100)
+    """Rounds of candidates, scores, curation and DPO (K); 0 = stage 1 and evaluation alone"""
+    max_rejected: int | float = Field(1000, ge=0)
+    """Maximum number of bad records before the run stops, or, with a decimal point, their maximum share, in [0, 1]; 0 = the first
+    bad record stops the run"""
+    quiet: bool = False
+    """Show no progress and no tables"""
+    threads: int = Field(0, ge=0)
+    """CPU threads of PyTorch; 0 = PyTorch's default"""
+    preset: Preset | None = None
+    """Settings for a 7B LVLM on a GPU of this memory (srcfast/config/presets). A setting in a file or on the command line wins
+    over the preset's"""
+    memory: str | None = None
+    """Memory of the device that the run may use, such as 12GiB: plans count with it, and on a GPU no more can be allocated;
+    default: all"""
     model: ModelConfig = ModelConfig()
     scorer: ScorerConfig = ScorerConfig()
     data: DataConfig = DataConfig()

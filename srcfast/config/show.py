@@ -38,4 +38,8 @@ def _lines(values: Mapping[str, Any], sources: Mapping[str, str], prefix: str = 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of config files, for editors: names, types, bounds, defaults and descriptions."""
     schema = Config.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        for field in section["properties"].values():
+            if "description" in field:  # a docstring, with line breaks; a section has none
+                field["description"] = " ".join(field["description"].split())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "srcfast config"}
