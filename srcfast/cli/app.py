@@ -12,8 +12,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +23,10 @@ from srcfast import __version__
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
 from srcfast.memory.allocator import allocator_variables
 from srcfast.run import signals
+
+if TYPE_CHECKING:
+    from srcfast.cli.inputs import Source
+    from srcfast.config.settings import Config
 
 
 class Commands(TyperGroup):
@@ -90,7 +95,6 @@ def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
 app = typer.Typer(
     name="srcfast",
     cls=Commands,
-    help="Self-Rationale Calibration of LVLMs. Commands take [CONFIG.yaml] key=value ... and options.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -145,6 +149,7 @@ ImageRoot = Annotated[
 Output = Annotated[Path | None, typer.Option(help="file or directory to write")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="show no progress and no tables")]
 Candidates = Annotated[Path | None, typer.Option(help="directory that `srcfast candidates` wrote")]
+Scores = Annotated[Path | None, typer.Option(help="directory that `srcfast score` wrote")]
 Profile = Annotated[
     str | None,
     typer.Option(
@@ -153,169 +158,122 @@ Profile = Annotated[
     ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="print JSON")]
+SOURCE = {"data": Data, "format": Format, "image_root": ImageRoot}  # the options of a Source
 
 
-@app.command()
-def calibrate(
-    words: Words = None,
-    model: Model = None,
-    scorer: ScorerPath = None,
-    output: Output = None,
-    quiet: Quiet = False,
-    profile: Profile = None,
-) -> None:
+def settings_command(section: str | None, **of_settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function of settings as a command of its name; its parameters but `config` and `source` are options.
+
+    On the command line the settings are words and the options of `of_settings`, and the source is --data, --format and
+    --image-root. The settings are read before the function is called, so that errors in them are immediate: what imports torch is
+    imported within it.
+
+    Args:
+        section: the section of the settings that single settings are looked up in first.
+        of_settings: options that stand for settings, by name with their type.
+    """
+
+    def register(command: Callable[..., None]) -> Callable[..., None]:
+        types = get_type_hints(command, localns={"Config": Any, "Source": Any}, include_extras=True)
+        source = SOURCE if "source" in types else {}
+
+        def run(words: list[str] | None, **options: Any) -> None:
+            from srcfast.cli import inputs
+
+            config = inputs.settings(words, section, **{name: options.pop(name) for name in of_settings})
+            if source:
+                options["source"] = inputs.Source(**{name: options.pop(name) for name in source})
+            command(config, **options)
+
+        shared = {"words": Words} | of_settings | source
+        options = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=False if name == "quiet" else None, annotation=kind)
+            for name, kind in shared.items()
+        ]
+        options += [
+            parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[parameter.name])
+            for parameter in signature(command).parameters.values()
+            if parameter.name not in ("config", "source")
+        ]
+        run.__signature__ = Signature(options)  # type: ignore[attr-defined]  # typer reads it
+        return app.command(command.__name__, help=command.__doc__)(run)
+
+    return register
+
+
+@settings_command(None, model=Model, scorer=ScorerPath, output=Output, quiet=Quiet)
+def calibrate(config: Config, profile: Profile = None) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
-    from srcfast.cli import inputs
-
-    config = inputs.settings(words, None, model=model, scorer=scorer, output=output, quiet=quiet)
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
     commands.calibrate(config, inputs.steps(profile))
 
 
-@app.command()
-def rationale(
-    words: Words = None,
-    model: Model = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
-    profile: Profile = None,
-) -> None:
+@settings_command("rationale", model=Model, quiet=Quiet)
+def rationale(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
-    from srcfast.cli import inputs
+    from srcfast.cli import commands, inputs
 
-    config = inputs.settings(words, "rationale", model=model, quiet=quiet)
-    from srcfast.cli import commands
-
-    commands.rationale(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
+    commands.rationale(config, source, output, inputs.steps(profile))
 
 
-@app.command()
-def candidates(
-    words: Words = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
-) -> None:
+@settings_command("candidates", model=Model, quiet=Quiet)
+def candidates(config: Config, source: Source, adapter: Adapter = None, output: Output = None) -> None:
     """Stage 2: generate diverse candidates by sentence-level beam search."""
-    from srcfast.cli import inputs
-
-    config = inputs.settings(words, "candidates", model=model, quiet=quiet)
     from srcfast.cli import commands
 
-    commands.candidates(config, inputs.Source(data, format, image_root), adapter, output)
+    commands.candidates(config, source, adapter, output)
 
 
-@app.command()
-def score(
-    words: Words = None,
-    scorer: ScorerPath = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    candidates: Candidates = None,
-    output: Output = None,
-    quiet: Quiet = False,
-) -> None:
+@settings_command("scorer", scorer=ScorerPath, quiet=Quiet)
+def score(config: Config, source: Source, candidates: Candidates = None, output: Output = None) -> None:
     """Stage 3: score the candidates pairwise by the R-Scorer."""
-    from srcfast.cli import inputs
-
-    config = inputs.settings(words, "scorer", scorer=scorer, quiet=quiet)
     from srcfast.cli import commands
 
-    commands.score(config, inputs.Source(data, format, image_root), candidates, output)
+    commands.score(config, source, candidates, output)
 
 
-@app.command()
+@settings_command("curation", quiet=Quiet)
 def curate(
-    words: Words = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    candidates: Candidates = None,
-    scores: Annotated[Path | None, typer.Option(help="directory that `srcfast score` wrote")] = None,
-    output: Output = None,
-    quiet: Quiet = False,
+    config: Config, source: Source, candidates: Candidates = None, scores: Scores = None, output: Output = None
 ) -> None:
     """Stage 4a: choose preference pairs among scored candidates, and count what is dropped and why."""
-    from srcfast.cli import inputs, tools
+    from srcfast.cli import tools
 
-    config = inputs.settings(words, "curation", quiet=quiet)
-    tools.curate(config, inputs.Source(data, format, image_root), candidates, scores, output)
+    tools.curate(config, source, candidates, scores, output)
 
 
-@app.command()
+@settings_command("dpo", model=Model, quiet=Quiet)
 def dpo(
-    words: Words = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
-    profile: Profile = None,
+    config: Config, source: Source, adapter: Adapter = None, output: Output = None, profile: Profile = None
 ) -> None:
     """Stage 4b: train a LoRA adapter by confidence-weighted DPO on preference pairs."""
-    from srcfast.cli import inputs
+    from srcfast.cli import commands, inputs
 
-    config = inputs.settings(words, "dpo", model=model, quiet=quiet)
-    from srcfast.cli import commands
-
-    commands.dpo(config, inputs.Source(data, format, image_root), adapter, output, inputs.steps(profile))
+    commands.dpo(config, source, adapter, output, inputs.steps(profile))
 
 
-@app.command()
-def evaluate(
-    words: Words = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
-) -> None:
+@settings_command("evaluation", model=Model, quiet=Quiet)
+def evaluate(config: Config, source: Source, adapter: Adapter = None, output: Output = None) -> None:
     """Measure accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
-    from srcfast.cli import inputs
-
-    config = inputs.settings(words, "evaluation", model=model, quiet=quiet)
     from srcfast.cli import commands
 
-    commands.evaluate(config, inputs.Source(data, format, image_root), adapter, output)
+    commands.evaluate(config, source, adapter, output)
 
 
-@app.command()
+@settings_command("dpo", model=Model, quiet=Quiet)
 def logprob(
-    words: Words = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    data: Data = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
+    config: Config, adapter: Adapter = None, data: Data = None, image_root: ImageRoot = None, output: Output = None
 ) -> None:
     """Compute log-probabilities: reads lines of {images, prompt, response}, writes {logprob, tokens} in the same order."""
-    from srcfast.cli import inputs
-
-    config = inputs.settings(words, "dpo", model=model, quiet=quiet)
-    from srcfast.cli import commands
+    from srcfast.cli import commands, inputs
 
     commands.logprob(config, inputs.Source(data, "jsonl", image_root), adapter, output)
 
 
-@app.command()
+@settings_command(None, model=Model, scorer=ScorerPath)
 def estimate(
-    words: Words = None,
-    model: Model = None,
-    scorer: ScorerPath = None,
+    config: Config,
     memory: Annotated[str | None, typer.Option(help="memory to fit into, such as 12GiB; default: the device's")] = None,
     flops: Annotated[
         float | None,
@@ -332,28 +290,22 @@ def estimate(
     json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, and advise what to change; reads config.json and file headers alone."""
-    from srcfast.cli import inputs
     from srcfast.cli.estimate import estimate as print_estimate
     from srcfast.memory.plan import Lengths
 
-    config = inputs.settings(words, None, model=model, scorer=scorer)
     print_estimate(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
 
 
-@app.command()
+@settings_command("rationale", model=Model)
 def inspect(
-    words: Words = None,
-    model: Model = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
+    config: Config,
+    source: Source,
     index: Annotated[int, typer.Option(min=0, help="index of the sample, from 0")] = 0,
 ) -> None:
     """Print one sample as the model sees it: decoded tokens, their number, the loss mask in colours."""
-    from srcfast.cli import inputs, model_tools
+    from srcfast.cli import model_tools
 
-    config = inputs.settings(words, "rationale", model=model)
-    model_tools.inspect(config, inputs.Source(data, format, image_root), index)
+    model_tools.inspect(config, source, index)
 
 
 @app.command()
@@ -374,37 +326,20 @@ def convert(
     tools.convert(source, target, from_format, to_format, image_root)
 
 
-@app.command()
-def merge(
-    words: Words = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    output: Output = None,
-) -> None:
+@settings_command(None, model=Model)
+def merge(config: Config, adapter: Adapter = None, output: Output = None) -> None:
     """Merge an adapter into its base and write a checkpoint that transformers reads."""
-    from srcfast.cli import inputs, model_tools
+    from srcfast.cli import model_tools
 
-    model_tools.merge(inputs.settings(words, None, model=model), adapter, output)
+    model_tools.merge(config, adapter, output)
 
 
-@app.command()
-def scorer(
-    words: Words = None,
-    scorer: ScorerPath = None,
-    data: Data = None,
-    format: Format = None,
-    image_root: ImageRoot = None,
-    output: Output = None,
-    quiet: Quiet = False,
-    profile: Profile = None,
-) -> None:
+@settings_command("scorer_training", scorer=ScorerPath, quiet=Quiet)
+def scorer(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
-    from srcfast.cli import inputs
+    from srcfast.cli import commands, inputs
 
-    config = inputs.settings(words, "scorer_training", scorer=scorer, quiet=quiet)
-    from srcfast.cli import commands
-
-    commands.scorer(config, inputs.Source(data, format, image_root), output, inputs.steps(profile))
+    commands.scorer(config, source, output, inputs.steps(profile))
 
 
 @app.command()
