@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,16 +25,16 @@ from srcfast.cli.inputs import (
     rejected_records,
     require_option,
 )
-from srcfast.cli.ranks import on_all_ranks, on_ranks
+from srcfast.cli.table import results_table
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_steps
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.readers import read_logprob_rows
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError
+from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.text_model import save_text_model
-from srcfast.report.table import results_table
 from srcfast.run.chunks import remove_chunks
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
@@ -46,6 +50,27 @@ from srcfast.stages.references import with_references
 from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_run import sampling_stage, training_stage
+
+
+@contextmanager
+def on_all_ranks(config: Config) -> Iterator[Config]:
+    """Join the ranks that `torchrun` has started, and yield this rank's settings: all ranks but 0 are quiet."""
+    with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
+        yield config if distributed.is_rank_zero() else config.replace(quiet=True)
+
+
+def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command, whose first argument is the settings, to run on all ranks and to explain errors of memory."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(config: Config, *arguments: Any) -> None:
+            with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
+                command(local, *arguments)
+
+        return run
+
+    return decorate
 
 
 def calibrate(config: Config, profile: range | None = None) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,29 +54,20 @@ class StageEstimate:
     fits: bool | None
     largest: dict[str, int]  # setting -> its largest value that fits, the other settings unchanged
     largest_kept: int | None  # largest token budget of training that fits with nothing recomputed
-    change: tuple[str, ...]  # advised changes of settings, cheapest first
     samples: int
     samples_known: bool
     times: int  # how often the stage runs
     flops: float  # necessary floating-point operations of all these times
     seconds: float | None
+    change: list[str]  # advised changes of settings, cheapest first
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return (
-            self.forecast.to_json()
-            | {name: value for name, value in asdict(self).items() if name not in ("forecast", "change")}
-            | {"change": list(self.change)}
-        )
+        return self.forecast.to_json() | {name: value for name, value in vars(self).items() if name != "forecast"}
 
 
 def estimate(
-    config: Config,
-    memory: str | None,
-    flops: float | None,
-    mfu: float,
-    lengths: Lengths,
-    as_json: bool,
+    config: Config, memory: str | None, flops: float | None, mfu: float, lengths: Lengths, as_json: bool
 ) -> None:
     """Print the forecast.
 
@@ -113,32 +105,27 @@ def _device_rate(config: Config, mfu: float) -> float | None:
 
 def _estimate_stage(config: Config, stage: str, capacity: float, rate: float | None, lengths: Lengths) -> StageEstimate:
     forecast = forecast_stage(config, stage, memory=capacity, lengths=lengths)
+    largest = partial(largest_value, stage=stage, memory=capacity, lengths=lengths)
     known = math.isfinite(capacity)
+    largest_kept = None
+    if known and stage in TRAINING:
+        without_recomputing = with_setting(config, f"{stage}.activation_checkpointing", 0)
+        largest_kept = largest(without_recomputing, f"{stage}.token_budget")
     count = _count(config, stage)
     times = {"rationale": 1, "evaluation": config.iterations + 2}.get(stage, config.iterations)
     necessary = times * (count or ASSUMED_SAMPLES) * sample_flops(config, stage, lengths)
     return StageEstimate(
         forecast=forecast,
         fits=forecast.fits(capacity) if known else None,
-        largest={name: largest_value(config, name, stage, memory=capacity, lengths=lengths) for name in LARGEST[stage]}
-        if known
-        else {},
-        largest_kept=_largest_without_recomputing(config, stage, capacity, lengths)
-        if known and stage in TRAINING
-        else None,
-        change=tuple(map(str, advice(config, stage, memory=capacity, lengths=lengths))) if known else (),
+        largest={name: largest(config, name) for name in LARGEST[stage]} if known else {},
+        largest_kept=largest_kept,
         samples=count or ASSUMED_SAMPLES,
         samples_known=bool(count),
         times=times,
         flops=necessary,
         seconds=None if rate is None else necessary / rate,
+        change=[str(change) for change in advice(config, stage, memory=capacity, lengths=lengths)] if known else [],
     )
-
-
-def _largest_without_recomputing(config: Config, stage: str, capacity: float, lengths: Lengths) -> int:
-    """Return the largest token budget with which a training stage fits and recomputes nothing."""
-    without_recomputing = with_setting(config, f"{stage}.activation_checkpointing", 0)
-    return largest_value(without_recomputing, f"{stage}.token_budget", stage, memory=capacity, lengths=lengths)
 
 
 def _count(config: Config, stage: str) -> int:
@@ -194,6 +181,7 @@ def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Length
     casts = activation_bytes(model, pair.times(0)).peak  # of the adapter: they don't depend on tokens
     weights = model.weight_bytes + model.quantisation_bytes
     moments = moment_bytes(config.dpo.optimizer, adapter, model.device_type)
+    known = math.isfinite(capacity)
     return {
         "parameters": model.parameters,
         "total_parameters": sum(model.parameters.values()),
@@ -206,9 +194,9 @@ def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Length
         "fixed_bytes": weights + 8 * adapter + moments,
         "activation_bytes_per_token": (activation_bytes(model, pair).peak - casts) / pair.tokens,
         "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
-        "memory": capacity if math.isfinite(capacity) else None,
+        "memory": capacity if known else None,
         "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=capacity, lengths=lengths)
-        if math.isfinite(capacity)
+        if known
         else None,
     }
 

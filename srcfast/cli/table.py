@@ -1,8 +1,14 @@
-"""Print tables on the terminal."""
+"""Build and print tables on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from srcfast.errors import printable
 
@@ -13,10 +19,6 @@ def table(title: str, rows: Sequence[Sequence[str]], header: bool = False) -> No
     Args:
         header: the first row has the names of the columns.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     output = Table(title=Text(title), show_header=header)
     if header:
         for name in rows[0]:
@@ -24,3 +26,33 @@ def table(title: str, rows: Sequence[Sequence[str]], header: bool = False) -> No
     for row in rows[1:] if header else rows:
         output.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(output)
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """Build a table of a `summary.json`, with a row per dataset and model: percent, with half of the 95 % interval."""
+    table = Table(title="Held-out results, % (± half of the 95 % interval)", box=SIMPLE_HEAD)
+    table.add_column("set (samples), model", no_wrap=True)
+    for heading in ("accuracy", "aligned", "right, wrong rationale", "unparsed"):
+        table.add_column(heading, justify="right")
+    entries = summary["evaluations"]
+    for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
+        rows = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
+        table.add_row(Text(printable(f"{dataset} {split} ({rows[0]['n']})"), style="bold"))
+        for entry in rows:
+            table.add_row(
+                Text(printable(f"  {entry['model']}")),  # Text: rich must not interpret markup in a name
+                _share(entry["accuracy"], entry["accuracy_ci95"]),
+                _share(entry["alignment"], entry.get("alignment_ci95")),
+                _share(entry["right_answer_wrong_rationale"], None),
+                str(entry["unparsed"]),
+            )
+        table.add_section()
+    return table
+
+
+def _share(value: float | None, interval: list[float] | None) -> str:
+    """Format a share in percent, ± half of its interval."""
+    if value is None:
+        return "-"
+    text = f"{100 * value:.1f}"
+    return text if interval is None else f"{text} ± {50 * (interval[1] - interval[0]):.1f}"

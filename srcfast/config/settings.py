@@ -1,7 +1,7 @@
 """Every setting of srcfast in one frozen tree: type, default, bounds, and a docstring that gives meaning and unit.
 
-`srcfast config --schema` shows the docstrings as descriptions. The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are relative to the
-working directory.
+`srcfast config --schema` shows the docstrings as descriptions. The defaults suit a 7B LVLM on one GPU of 80 GB. Paths are
+relative to the working directory.
 """
 
 from __future__ import annotations

@@ -17,10 +17,9 @@ from click.testing import Result
 from rich.console import Console
 
 from srcfast.cli import model_tools
-from srcfast.cli.table import table
+from srcfast.cli.table import results_table, table
 from srcfast.errors import printable
 from srcfast.report.page import write_report
-from srcfast.report.table import results_table
 from srcfast.run.progress import StageProgress, track
 
 Srcfast = Callable[..., Result]
