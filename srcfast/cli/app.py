@@ -33,9 +33,8 @@ class Commands(TyperGroup):
     """Group of commands that prints srcfast's errors as text and exits with `exit_status`."""
 
     def invoke(self, ctx: Any) -> Any:
-        os.environ.update(
-            allocator_variables(os.environ)
-        )  # torch reads these when it is imported, and `recorded` may import it
+        # torch reads these when it is imported, and `recorded` may import it.
+        os.environ.update(allocator_variables(os.environ))
         try:
             with signals.listening(), report_disk_errors(), escape_warnings():
                 return recorded(super().invoke)(ctx)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srcfast.config.load import known_keys, load_config, load_with_sources
+from srcfast.config.load import known_settings, load_config, load_with_sources
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder, samples_in_order
@@ -70,7 +70,7 @@ def _files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[st
 
 def complete_words(incomplete: str) -> list[str]:
     """List the completions of a word: `key=` of each setting, and YAML files."""
-    keys = [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+    keys = [f"{key}=" for key in known_settings() if key.startswith(incomplete)]
     files = [str(path) for path in Path().glob(f"{glob.escape(incomplete)}*") if path.suffix in (".yaml", ".yml")]
     return [*keys, *files]
 
@@ -102,17 +102,16 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
     """
     if source.data is not None or source.format == "easy_vqa":
         format = source.format or ENDINGS.get("" if source.data is None else source.data.suffix.lower(), "jsonl")
-        path = None if source.data is None else str(source.data)
-        root = None if source.image_root is None else str(source.image_root)
+        if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
+            raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
         values = {
             "name": source.data.stem if source.data else format,
             "format": format,
-            "path": path,
-            "image_root": root,
+            "path": source.data and str(source.data),
+            "image_root": source.image_root and str(source.image_root),
+            "split": "test" if use == "evaluation" else "train",
         }
-        if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
-            raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
-        return (DatasetConfig.model_validate(values | {"split": "test" if use == "evaluation" else "train"}),)
+        return (DatasetConfig.model_validate(values),)
     if use != "evaluation":
         return training_sets(config, use)
     if not config.data.evaluation:

@@ -60,14 +60,14 @@ def load_with_sources(
     return config, dict.fromkeys(preset_keys, f"preset {config.preset}") | sources
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """List the dotted names of all settings, each section before its settings."""
-    keys = []
+def known_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return the definitions of all settings by dotted name, each section before its settings."""
+    settings = {}
     for name, field in model.model_fields.items():
-        keys.append(prefix + name)
+        settings[prefix + name] = field
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+            settings |= known_settings(field.annotation, f"{prefix}{name}.")
+    return settings
 
 
 # Presets and overrides --------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _read_override(word: str, section: str | None) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"{word!r}: expected key=value, found no '='")
-    known = known_keys()
+    known = known_settings()
     if section is not None and f"{section}.{key}" in known:
         key = f"{section}.{key}"
     elif key.startswith(("data.train.", "data.evaluation.")):
@@ -134,7 +134,7 @@ def _dotted_keys(value: Any, prefix: str) -> list[str]:
 
 def _describe_unknown(key: str, section: str | None = None) -> str:
     """Say that a setting is unknown, and name the known one whose dotted key, or last part, is most similar."""
-    known = known_keys()
+    known = list(known_settings())
     parent = key.rpartition(".")[0]
     is_dataset = parent.startswith(("data.train.", "data.evaluation."))
     if is_dataset:
@@ -156,7 +156,7 @@ def _describe_unknown(key: str, section: str | None = None) -> str:
 def _explain(error: Any, sources: Mapping[str, str]) -> str:
     """Turn one of pydantic's validation errors into text: source, setting, expected and found value."""
     location = [str(part) for part in error["loc"]]
-    known, dotted = known_keys(), ".".join(location)
+    known, dotted = known_settings(), ".".join(location)
     while location and dotted not in sources and dotted not in known:  # pydantic appends the union's branch
         location.pop()
         dotted = ".".join(location)
@@ -191,13 +191,7 @@ def _find_field(dotted: str) -> FieldInfo | None:
     parts = dotted.split(".")
     if parts[:2] in (["data", "train"], ["data", "evaluation"]) and len(parts) == 4:
         return DatasetConfig.model_fields.get(parts[3])
-    model: type[BaseModel] = Config
-    for parent in parts[:-1]:
-        field = model.model_fields.get(parent)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
-            return None
-        model = field.annotation
-    return model.model_fields.get(parts[-1])
+    return known_settings().get(dotted)
 
 
 def _describe_bounds(field: FieldInfo) -> str:

@@ -69,11 +69,8 @@ def render(run: RunFiles) -> str:
 @cache
 def templates() -> Environment:
     """Return the Jinja2 environment of the page's templates: it escapes every value, and an undefined name is an error."""
-    from jinja2 import (
-        Environment,
-        FileSystemLoader,
-        StrictUndefined,
-    )  # imported here, since `srcfast` starts faster without it
+    # Imported here, since `srcfast` starts faster without it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

@@ -17,18 +17,8 @@ from srcfast.report.run_files import RunFiles
 # matplotlib draws with these colours, and `_svg` replaces each by a variable of the style sheet: plots follow the page's theme.
 INK, SOFT, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
 BLUE, ORANGE, GREEN, RED, VIOLET, GRAY = "#010111", "#010112", "#010113", "#010114", "#010115", "#010116"
-VARIABLES = {
-    INK: "var(--ink)",
-    SOFT: "var(--soft)",
-    RULE: "var(--rule)",
-    PAPER: "var(--paper)",
-    BLUE: "var(--blue)",
-    ORANGE: "var(--orange)",
-    GREEN: "var(--green)",
-    RED: "var(--red)",
-    VIOLET: "var(--violet)",
-    GRAY: "var(--gray)",
-}
+COLOURS = (INK, SOFT, RULE, PAPER, BLUE, ORANGE, GREEN, RED, VIOLET, GRAY)
+VARIABLES = ("ink", "soft", "rule", "paper", "blue", "orange", "green", "red", "violet", "gray")
 SERIES = (BLUE, ORANGE, GREEN, VIOLET, RED, GRAY)
 CASES = (
     ("both_right", "answer and rationale right", GREEN),
@@ -88,14 +78,23 @@ def _axes(columns: int, rows: int, height: float, name: str, **options: Any) -> 
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = (
-        name  # ids differ between figures of a page, and are the same in each rendering
-    )
+    matplotlib.rcParams["svg.hashsalt"] = name  # ids differ between figures, and are the same in each rendering
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
     figure.patch.set_alpha(0.0)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for panel in axes.flat:
         panel.patch.set_alpha(0.0)
+    return figure, axes
+
+
+def _split_axes(splits: Sequence[tuple[str, str]], height: float, name: str, **options: Any) -> tuple[Any, np.ndarray]:
+    """Create a figure with an axes per split, under its name, in rows of three; `height` inches a row."""
+    columns = min(3, len(splits))
+    figure, axes = _axes(columns, math.ceil(len(splits) / columns), height, name, **options)
+    for (dataset, split), panel in zip(splits, axes.flat, strict=False):
+        panel.set_title(f"{dataset}, {split}")
+    for panel in axes.flat[len(splits) :]:
+        panel.set_axis_off()
     return figure, axes
 
 
@@ -113,8 +112,8 @@ def _svg(figure: Any, title: str) -> str:
         text,
     )
     text = re.sub(r"(font: [^;\"']*?)'[^;\"]*", r"\1system-ui, sans-serif", text)
-    for sentinel, variable in VARIABLES.items():
-        text = text.replace(sentinel, variable)
+    for colour, variable in zip(COLOURS, VARIABLES, strict=True):
+        text = text.replace(colour, f"var(--{variable})")
     # Markup, so that the templates don't escape it: matplotlib has escaped the texts within.
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 
@@ -135,8 +134,7 @@ def progress_plot(run: RunFiles) -> str:
     splits, models = run.splits, run.models
     if not splits:
         return ""
-    columns = min(3, len(splits))
-    figure, axes = _axes(columns, math.ceil(len(splits) / columns), 3.1, "progress", sharey=True)
+    figure, axes = _split_axes(splits, 3.1, "progress", sharey=True)
     for (dataset, split), panel in zip(splits, axes.flat, strict=False):
         for offset, (key, label, colour) in enumerate(
             (("accuracy", "accuracy", BLUE), ("alignment", "alignment", ORANGE))
@@ -151,11 +149,8 @@ def progress_plot(run: RunFiles) -> str:
                 x, y, below, above = np.array(points).T
                 errors = 100 * np.maximum([below, above], 0.0)
                 panel.errorbar(x, 100 * y, errors, fmt="o-", color=colour, capsize=3, markersize=5, label=label)
-        panel.set_title(f"{dataset}, {split}")
         panel.set_xticks(range(len(models)), [_model_label(model) for model in models])
         panel.set_xlim(-0.4, len(models) - 0.6)
-    for panel in axes.flat[len(splits) :]:
-        panel.set_axis_off()
     for panel in axes[:, 0]:
         panel.set_ylabel("% of samples")
     _legend(axes[0, 0])
@@ -167,9 +162,7 @@ def cases_plot(run: RunFiles) -> str:
     splits = [split for split in run.splits if any(_cases(run, model, *split) for model in run.models)]
     if not splits:
         return ""
-    columns = min(3, len(splits))
-    rows = math.ceil(len(splits) / columns)
-    figure, axes = _axes(columns, rows, 0.9 + 0.42 * len(run.models), "cases", sharex=True, sharey=True)
+    figure, axes = _split_axes(splits, 0.9 + 0.42 * len(run.models), "cases", sharex=True, sharey=True)
     for (dataset, split), panel in zip(splits, axes.flat, strict=False):
         panel.grid(False)
         for position, model in enumerate(run.models):
@@ -181,24 +174,14 @@ def cases_plot(run: RunFiles) -> str:
                     position, share, left=left, color=colour, height=0.66, label=label if position == 0 else None
                 )
                 if share >= 7:
-                    panel.text(
-                        left + share / 2,
-                        position,
-                        f"{share:.0f}",
-                        ha="center",
-                        va="center",
-                        color=PAPER,
-                        fontsize=9,
-                    )
+                    middle, text = left + share / 2, f"{share:.0f}"
+                    panel.text(middle, position, text, ha="center", va="center", color=PAPER, fontsize=9)
                 left += share
         panel.set_yticks(range(len(run.models)), run.models)
-        panel.set_title(f"{dataset}, {split}")
         panel.set_xlim(0, 100)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
     axes[0, 0].invert_yaxis()
-    for panel in axes.flat[len(splits) :]:
-        panel.set_axis_off()
     for panel in axes[-1]:
         panel.set_xlabel("% of samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -23,7 +23,7 @@ from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
 from malformed_runs import CARD, EVALUATED, HEADROOM, STEP, SUMMARY
 
-from srcfast.config.load import known_keys, load_config
+from srcfast.config.load import known_settings, load_config
 from srcfast.data.images import FORMATS, decode_image
 from srcfast.data.jsonl import COMPLETE, json_hash, read_shards, write_jsonl
 from srcfast.data.rationale_format import normalise_answer, parse_response
@@ -214,7 +214,7 @@ def test_settings_files(folder: Path, text: bytes) -> None:
 
 
 @fuzz(
-    st.sampled_from(["", "r", "dpo.", *known_keys()]),
+    st.sampled_from(["", "r", "dpo.", *known_settings()]),
     st.lists(SYNTAX | st.text(max_size=3)).map("".join) | VALUES.map(repr),
 )
 def test_settings_words(folder: Path, key: str, value: str) -> None:

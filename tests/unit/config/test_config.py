@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from srcfast import __version__
 from srcfast.cli.app import app
 from srcfast.cli.inputs import complete_words, settings
-from srcfast.config.load import known_keys, load_config
+from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_shards
 from srcfast.errors import ConfigError
@@ -139,7 +139,7 @@ def test_every_setting_is_described() -> None:
         return found
 
     assert undescribed(Config) == []
-    assert "dpo.min_learning_rate_ratio" in known_keys()
+    assert "dpo.min_learning_rate_ratio" in known_settings()
 
 
 def test_stages_get_their_settings() -> None:
@@ -218,7 +218,7 @@ def test_the_schema_names_every_setting_with_its_meaning() -> None:
                 yield from settings(schema["$defs"][target.rpartition("/")[2]], f"{prefix}{name}.")
 
     fields = dict(settings(schema))
-    assert set(fields) == set(known_keys())
+    assert set(fields) == set(known_settings())
     assert all("description" in field for name, field in fields.items() if "$ref" not in field)
     assert fields["dpo.beta"]["exclusiveMinimum"] == 0 and fields["dpo.beta"]["default"] == 0.1
     assert fields["model.quantize"]["enum"] == ["none", "nf4"]
