@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from srcfast.data.images import load_image, resolve
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
+from srcfast.report import shapes
 from srcfast.report.run_files import RunFiles
 
 MAX_CARDS = 24
@@ -35,9 +35,7 @@ class Picture:
 class Candidate:
     """A scored response. If its text does not parse, `answer` is None and there are no sentences."""
 
-    text: str
-    score: float
-    case: str | None
+    entry: shapes.Candidate
     mark: str  # chosen, rejected or empty
     answer: str | None
     perception: Sentences
@@ -48,12 +46,7 @@ class Candidate:
 class Card:
     """A sample with its candidates: the pair, chosen before rejected, then the others by descending score."""
 
-    sample_id: Any
-    question: str
-    gold: Any
-    confidence: float | None
-    iteration: Any
-    has_image: bool
+    entry: shapes.Card
     picture: Picture | None  # None: the sample has no image, or its file can't be read
     pair: list[Candidate]
     others: list[Candidate]
@@ -61,7 +54,7 @@ class Card:
 
 def cards(run: RunFiles) -> list[Card]:
     """Build one card for each entry of the gallery, at most MAX_CARDS."""
-    return [_card(entry, run.path) for entry in run.gallery[:MAX_CARDS]]
+    return [_card(shapes.Card.model_validate(entry), run.path) for entry in run.gallery[:MAX_CARDS]]
 
 
 def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None]:
@@ -86,51 +79,39 @@ def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None
     return {"image": str(image), "image_from_run": from_run}
 
 
-def _file_of(entry: dict[str, Any], run: Path) -> Path:
-    """Return the path of an entry's image: `image` if that file exists, else `image_from_run`."""
-    file = run / entry["image"]
+def _picture(entry: shapes.Card, run: Path) -> Picture | None:
+    """Embed an entry's image: `image` if that file exists, else `image_from_run`."""
+    if not entry.image:
+        return None
+    file = run / entry.image
     try:
         resolve(file.parent, file.name)
     except InputError:
-        return run / entry.get("image_from_run", entry["image"])
-    return file
+        file = run / (entry.image_from_run or entry.image)
+    return embedded_image(file)
 
 
-def _card(entry: dict[str, Any], root: Path) -> Card:
-    marks = {entry.get("chosen"): "chosen", entry.get("rejected"): "rejected"}
-    candidates = [_candidate(candidate, marks.get(index, "")) for index, candidate in enumerate(entry["candidates"])]
+def _card(entry: shapes.Card, run: Path) -> Card:
+    marks = {entry.chosen: "chosen", entry.rejected: "rejected"}
+    candidates = [_candidate(candidate, marks.get(index, "")) for index, candidate in enumerate(entry.candidates)]
     pair = [candidate for candidate in candidates if candidate.mark]
     others = [candidate for candidate in candidates if not candidate.mark]
-    has_image = bool(entry.get("image"))
     return Card(
-        sample_id=entry["sample_id"],
-        question=entry["question"],
-        gold=entry["gold"],
-        confidence=entry.get("confidence"),
-        iteration=entry.get("iteration"),
-        has_image=has_image,
-        picture=embedded_image(_file_of(entry, root)) if has_image else None,
+        entry,
+        _picture(entry, run),
         pair=sorted(pair, key=lambda candidate: candidate.mark != "chosen"),
-        others=sorted(others, key=lambda candidate: -candidate.score),
+        others=sorted(others, key=lambda candidate: -candidate.entry.score),
     )
 
 
-def _candidate(entry: dict[str, Any], mark: str) -> Candidate:
-    parsed = parse_response(entry["text"])
-    verdicts = {sentence: verdict for sentence, _, verdict in entry.get("claims") or () if verdict in VERDICTS}
+def _candidate(entry: shapes.Candidate, mark: str) -> Candidate:
+    parsed = parse_response(entry.text)
+    verdicts = {sentence: verdict for sentence, _, verdict in entry.claims or () if verdict in VERDICTS}
 
     def with_verdicts(sentences: Sequence[str]) -> Sentences:
         return [(sentence, verdicts.get(sentence)) for sentence in sentences]
 
-    return Candidate(
-        text=entry["text"],
-        score=entry["score"],
-        case=entry.get("case"),
-        mark=mark,
-        answer=parsed.answer,
-        perception=with_verdicts(parsed.perception),
-        reasoning=with_verdicts(parsed.reasoning),
-    )
+    return Candidate(entry, mark, parsed.answer, with_verdicts(parsed.perception), with_verdicts(parsed.reasoning))
 
 
 def embedded_image(path: Path) -> Picture | None:

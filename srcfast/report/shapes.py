@@ -149,6 +149,7 @@ class Card(Shape):
     candidates: list[Candidate]
     image: str | None = None
     image_from_run: str = ""
+    iteration: Any = None
     chosen: Count | None = None
     rejected: Count | None = None
     confidence: Measure = None
