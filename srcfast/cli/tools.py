@@ -1,4 +1,4 @@
-"""The commands that require_option no PyTorch: config, convert, bench, report, world."""
+"""The commands that need no PyTorch: config, convert, bench, report, world."""
 
 from __future__ import annotations
 

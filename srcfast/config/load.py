@@ -160,7 +160,10 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:
     while location and dotted not in sources and dotted not in known:  # pydantic appends the union's branch
         location.pop()
         dotted = ".".join(location)
-    source = next((sources[key] for key in _list_ancestors(dotted) if key in sources), None)
+    ancestors = [
+        ".".join(location[:n]) for n in range(len(location), 0, -1)
+    ]  # the setting, then the sections around it
+    source = next((sources[key] for key in ancestors if key in sources), None)
     where = f"{source}: " if source else ""
     if error["type"] == "extra_forbidden":
         return where + _describe_unknown(dotted)
@@ -178,12 +181,6 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:
     if bounds and field is not None:
         expected = f"{'a whole number' if field.annotation is int else 'a number'} {bounds}"
     return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}"
-
-
-def _list_ancestors(dotted: str) -> list[str]:
-    """List a dotted key and the sections around it, innermost first."""
-    parts = dotted.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _find_field(dotted: str) -> FieldInfo | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,26 @@ GALLERY = 12  # samples in `gallery.json`
 def write_preferences(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -> None:
     """Write a round's pairs, and replace `gallery.json` by some of them."""
     write_shards(run.artifacts.shards(iteration, "preferences"), (pair.to_json() for pair in pairs))
-    candidates, scores = run.artifacts.candidates(iteration), run.artifacts.scores(iteration)
-    names = partial(image_names, run=run.directory.path, output=Path(run.config.output))
-    gallery = gallery_of(iteration, pairs, run.samples, candidates, scores, names)
-    write_json(run.directory.path / "gallery.json", gallery)
+    write_json(run.directory.path / "gallery.json", _gallery(run, iteration, pairs))
 
 
 def write_summary(run: CalibrationRun) -> None:
     """Write `summary.json` from the manifest, with the share of the headroom that the next model recovers, and the page."""
     manifest, headroom = run.directory.manifest(), []
     samples_of = {(dataset.name, dataset.split): samples for dataset, samples in run.headroom_sets()}
-    entries = [e for name, stage in manifest.items() if name.endswith("/headroom") for e in stage["entries"]]
-    for entry in entries:
+    for entry in _entries(manifest, "headroom"):
         name, split = entry["dataset"], entry["split"]
         after = run.artifacts.aligned(f"iteration-{entry['iteration']}", name, split, samples_of[name, split])
         headroom.append(with_next(entry, after))
-    write_json(run.directory.summary_file, summary_of(manifest, headroom, run.num_rejected))
-    write_report(run.directory.path)
-
-
-def summary_of(
-    manifest: Mapping[str, Mapping[str, Any]], headroom: Sequence[Mapping[str, Any]], rejected: int
-) -> dict[str, Any]:
-    """Build `summary.json`: the results of each stage, and the time it took in seconds.
-
-    Args:
-        manifest: entry of each stage, by name.
-        headroom: entries of `measure_headroom`, one per round and dataset, with the share that the next model recovers.
-        rejected: number of rejected records.
-    """
-
-    def of_stages(kind: str, key: str) -> dict[str, Any]:
-        suffix = f"/{kind}"
-        return {name.removesuffix(suffix): stage[key] for name, stage in manifest.items() if name.endswith(suffix)}
-
-    return {
-        "evaluations": [entry for entries in of_stages("evaluation", "entries").values() for entry in entries],
-        "headroom": list(headroom),
-        "funnel": of_stages("preferences", "funnel"),
-        "diversity": of_stages("candidates", "diversity"),
+    summary = {
+        "evaluations": _entries(manifest, "evaluation"),
+        "headroom": headroom,
+        "funnel": _of_stages(manifest, "preferences", "funnel"),
+        "diversity": _of_stages(manifest, "candidates", "diversity"),
         "adaptive": {
             name.partition("/")[0]: stage["adaptive"] for name, stage in manifest.items() if "adaptive" in stage
         },
-        "rejected": rejected,
+        "rejected": run.num_rejected,
         "stages": [
             {
                 "name": name,
@@ -78,36 +54,35 @@ def summary_of(
         "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
         "seconds": sum(stage["seconds"] for stage in manifest.values()),
     }
+    write_json(run.directory.summary_file, summary)
+    write_report(run.directory.path)
 
 
-def gallery_of(
-    iteration: int,
-    pairs: Sequence[Preference],
-    samples: Mapping[str, Sample],
-    candidates: InOrder[list[Candidate]],
-    score_rows: Iterable[Mapping[str, Any]],
-    image_names: Callable[[Sample], Mapping[str, str | None]],
-) -> list[dict[str, Any]]:
-    """Build `gallery.json`: some of a round's samples with all candidates, scores and the oracle's verification.
+def _of_stages(manifest: Mapping[str, Mapping[str, Any]], kind: str, key: str) -> dict[str, Any]:
+    """Return a value of all stages of a kind, by what their names have before it: iteration-1/dpo -> iteration-1."""
+    suffix = f"/{kind}"
+    return {name.removesuffix(suffix): stage[key] for name, stage in manifest.items() if name.endswith(suffix)}
 
-    Args:
-        iteration: number of the round.
-        pairs: preferences of the round; the gallery has the first GALLERY samples of these.
-        samples: samples by id.
-        candidates: candidates by sample id; read only as far as needed.
-        score_rows: the R-Scorer's rows of these candidates; read only as far as needed.
-        image_names: returns the fields that name a sample's image.
-    """
+
+def _entries(manifest: Mapping[str, Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the entries, one per dataset, of all stages of a kind."""
+    return [entry for entries in _of_stages(manifest, kind, "entries").values() for entry in entries]
+
+
+def _gallery(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -> list[dict[str, Any]]:
+    """Build `gallery.json`: the first GALLERY samples of the pairs, with candidates, scores and the oracle's verification."""
     first_of: dict[str, Preference] = {}
     for pair in pairs:
         if len(first_of) == GALLERY:
             break
         first_of.setdefault(pair.sample_id, pair)
-    scores = InOrder((row["sample_id"], row["scores"]) for row in score_rows)
+    candidates = run.artifacts.candidates(iteration)  # both are read only as far as needed
+    scores = InOrder((row["sample_id"], row["scores"]) for row in run.artifacts.scores(iteration))
     return [
-        {"sample_id": sample_id, "iteration": iteration, **image_names(samples[sample_id])}
-        | _entry(pair, samples[sample_id], candidates.get(sample_id) or [], scores.get(sample_id) or [])
-        for sample_id, pair in first_of.items()
+        {"sample_id": name, "iteration": iteration}
+        | image_names(run.samples[name], run.directory.path, Path(run.config.output))
+        | _entry(pair, run.samples[name], candidates.get(name) or [], scores.get(name) or [])
+        for name, pair in first_of.items()
     ]
 
 
