@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srcfast.config.load import known_settings, load_config, load_with_sources
+from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder, samples_in_order
@@ -44,28 +44,22 @@ def settings(
     quiet: bool = False,
 ) -> Config:
     """Read the settings of a command line: options win over single settings, and these over the file."""
-    files, single = _files_and_settings(words)
+    file, single = split_words(words)
     named = {"model.path": model, "scorer.path": scorer, "output": output}
     # No stage's section has `model.path` and the like, so they are read from the root.
     single += [
         f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in named.items() if value is not None
     ]
     single += ["quiet=true"] if quiet else []
-    return load_config(files[0] if files else None, single, section)
+    return load_config(file, single, section)
 
 
-def settings_and_sources(words: Sequence[str] | None) -> tuple[Config, dict[str, str]]:
-    """Read the settings of a command line, and return where each one that is not a default was set."""
-    files, single = _files_and_settings(words)
-    return load_with_sources(files[0] if files else None, single)
-
-
-def _files_and_settings(words: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Split words into files and `key=value` settings. Raises ConfigError for several files."""
+def split_words(words: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """Split words into a file, None without one, and `key=value` settings. Raises ConfigError for several files."""
     files = [word for word in words or () if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"expected one CONFIG.yaml and key=value settings, found {' and '.join(files)}")
-    return files, [word for word in words or () if "=" in word]
+    return files[0] if files else None, [word for word in words or () if "=" in word]
 
 
 def complete_words(incomplete: str) -> list[str]:

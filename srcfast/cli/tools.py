@@ -13,6 +13,7 @@ from typing import Any
 
 from srcfast.cli import inputs
 from srcfast.cli.inputs import ENDINGS, Source, is_rank_zero, read_candidates, require_option
+from srcfast.config.load import load_with_sources
 from srcfast.config.settings import Config
 from srcfast.config.show import annotated_yaml, json_schema
 from srcfast.data.convert import convert as convert_records
@@ -31,7 +32,7 @@ def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
     if schema:
         print(json.dumps(json_schema(), indent=2))
         return
-    settings, sources = inputs.settings_and_sources(words)
+    settings, sources = load_with_sources(*inputs.split_words(words))
     if as_json:
         print(json.dumps({"settings": settings.model_dump(mode="json"), "sources": sources}, indent=2))
         return

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srcfast.data.jsonl import write_text
+from srcfast.data.jsonl import flatten, write_text
 from srcfast.report import plots, sections
 from srcfast.report.gallery import cards
 from srcfast.report.run_files import RunFiles, read_run
@@ -60,7 +60,7 @@ def render(run: RunFiles) -> str:
             funnels=sections.funnels(run),
             rates=sections.rates(run),
             timings=sections.timings(run),
-            settings=sections.settings(run.config),
+            settings=flatten(run.config),
             cards=cards(run),
         )
     )

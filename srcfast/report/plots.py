@@ -124,11 +124,6 @@ def _legend(axes: Any) -> None:
         axes.legend(fontsize=9)
 
 
-def _model_label(model: str) -> str:
-    """Break a model's name over two lines."""
-    return model.replace("iteration-", "iteration\n")
-
-
 def progress_plot(run: RunFiles) -> str:
     """Plot accuracy and alignment of each model with 95 % intervals, one panel per split. Empty without evaluations."""
     splits, models = run.splits, run.models
@@ -136,9 +131,7 @@ def progress_plot(run: RunFiles) -> str:
         return ""
     figure, axes = _split_axes(splits, 3.1, "progress", sharey=True)
     for (dataset, split), panel in zip(splits, axes.flat, strict=False):
-        for offset, (key, label, colour) in enumerate(
-            (("accuracy", "accuracy", BLUE), ("alignment", "alignment", ORANGE))
-        ):
+        for offset, (key, colour) in enumerate((("accuracy", BLUE), ("alignment", ORANGE))):
             points = []
             for position, model in enumerate(models):
                 row = run.evaluation(model, dataset, split)
@@ -148,8 +141,8 @@ def progress_plot(run: RunFiles) -> str:
             if points:
                 x, y, below, above = np.array(points).T
                 errors = 100 * np.maximum([below, above], 0.0)
-                panel.errorbar(x, 100 * y, errors, fmt="o-", color=colour, capsize=3, markersize=5, label=label)
-        panel.set_xticks(range(len(models)), [_model_label(model) for model in models])
+                panel.errorbar(x, 100 * y, errors, fmt="o-", color=colour, capsize=3, markersize=5, label=key)
+        panel.set_xticks(range(len(models)), [model.replace("iteration-", "iteration\n") for model in models])
         panel.set_xlim(-0.4, len(models) - 0.6)
     for panel in axes[:, 0]:
         panel.set_ylabel("% of samples")

@@ -250,10 +250,3 @@ def timings(run: RunFiles) -> list[Bar]:
         text = duration(stage["seconds"]) + (f", {speed:,.0f} tokens/s" if speed else "")
         rows.append((stage["name"], stage["seconds"], text))
     return bars(rows)
-
-
-def settings(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Flatten settings to pairs of dotted name and value."""
-    if not isinstance(tree, dict):
-        return [(prefix, tree)]
-    return [row for key, inner in tree.items() for row in settings(inner, f"{prefix}.{key}" if prefix else str(key))]
