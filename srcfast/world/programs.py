@@ -7,12 +7,14 @@ that a rationale claims, which gives the answer that the rationale leads to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import multimode
 from typing import Any
 
 from srcfast.errors import InputError
 from srcfast.world.scenes import COLUMN, ROW, Object
 
-RELATIONS = ("left of", "right of", "above", "below")
+_STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # columns and rows
+RELATIONS = tuple(_STEPS)
 # The outer columns and rows of the grid: (lines of the places, index of the line, phrase).
 SIDES = {
     "left": (COLUMN, 0, "on the left side"),
@@ -49,10 +51,7 @@ def implied_absent(of: Description, absent: Sequence[Object]) -> bool:
 
 
 def evaluate(
-    program: Program,
-    objects: Sequence[Object],
-    background: str | None = None,
-    absent: Sequence[Object] = (),
+    program: Program, objects: Sequence[Object], background: str | None = None, absent: Sequence[Object] = ()
 ) -> str | None:
     """Return the program's answer if these objects are all there are.
 
@@ -69,10 +68,7 @@ def evaluate(
 
 
 def _run(
-    program: Program,
-    objects: Sequence[Object],
-    background: str | None,
-    absent: Sequence[Object],
+    program: Program, objects: Sequence[Object], background: str | None, absent: Sequence[Object]
 ) -> str | bool | None:
     def select(of: Description) -> list[Object]:
         selected = []
@@ -113,12 +109,7 @@ def _run(
         more = len(select(program["a"])) - len(select(program["b"]))
         return str(more) if more >= 0 else None
     if op == "most_common":
-        tally: dict[str, int] = {}
-        for o in objects:
-            value = _value(o, program["attribute"])
-            tally[value] = tally.get(value, 0) + 1
-        top = max(tally.values(), default=0)
-        winners = [value for value, count in tally.items() if count == top]
+        winners = multimode(_value(o, program["attribute"]) for o in objects)
         return winners[0] if len(winners) == 1 else None
     if op == "more_side":
         first, second = program["sides"]
@@ -137,7 +128,7 @@ def _run(
             return _value(a, program["attribute"]) == _value(b, program["attribute"])
         if op == "larger":
             return (_value(a, "size"), _value(b, "size")) == ("large", "small")
-        return _holds(program["relation"], a, b)
+        return _distance(program["relation"], a) > _distance(program["relation"], b)
     if op in ("all", "some_not", "all_either"):
         chosen = select(program["of"])
         if not chosen:
@@ -149,9 +140,9 @@ def _run(
         present, ruled_out = select(program["present"]), select(program["absent"])
         return bool(present) and not ruled_out
     if op == "neighbor":
-        place = _value(the(program["of"]), "place")
+        reference = the(program["of"])
         for o in objects:
-            if _adjacent(program["relation"], _value(o, "place"), place):
+            if _adjacent(program["relation"], o, reference):
                 return _value(o, program["attribute"])
         return None
     if op == "extreme":
@@ -160,7 +151,8 @@ def _run(
     if op == "beyond_all":
         o = the(program["of"])
         others = [other for other in objects if other is not o]
-        return all(_holds(program["relation"], o, other) for other in others) if others else None
+        distance = _distance(program["relation"], o)
+        return all(distance > _distance(program["relation"], other) for other in others) if others else None
     if op == "both":
         return len(objects) == 2 and all(matches(o, program["of"]) is True for o in objects)
     if op == "one_each":
@@ -185,22 +177,17 @@ def on_side(side: str, objects: Sequence[Object]) -> list[Object]:
     return [o for o in objects if line[_value(o, "place")] == index]
 
 
-def _holds(relation: str, a: Object, b: Object) -> bool:
-    """Return whether a is left of, right of, above or below b, by column or row; false for both orders in the same one."""
-    line = COLUMN if relation in ("left of", "right of") else ROW
-    first, second = line[_value(a, "place")], line[_value(b, "place")]
-    return first < second if relation in ("left of", "above") else first > second
+def _distance(relation: str, o: Object) -> int:
+    """Return how far an object lies to the left or right, above or below: a is left of b if a lies further to the left."""
+    columns, rows = _STEPS[relation]
+    place = _value(o, "place")
+    return columns * COLUMN[place] + rows * ROW[place]
 
 
-def _adjacent(relation: str, place: str, reference: str) -> bool:
-    """Return whether a place is the next cell left of, right of, above or below `reference`."""
-    columns, rows = COLUMN[place] - COLUMN[reference], ROW[place] - ROW[reference]
-    return (columns, rows) == {
-        "left of": (-1, 0),
-        "right of": (1, 0),
-        "above": (0, -1),
-        "below": (0, 1),
-    }[relation]
+def _adjacent(relation: str, o: Object, reference: Object) -> bool:
+    """Return whether an object is in the next cell left of, right of, above or below `reference`."""
+    place, origin = _value(o, "place"), _value(reference, "place")
+    return (COLUMN[place] - COLUMN[origin], ROW[place] - ROW[origin]) == _STEPS[relation]
 
 
 def extreme_object(side: str, objects: Sequence[Object]) -> Object | None:
@@ -242,34 +229,19 @@ def relevant(program: Program, objects: Sequence[Object]) -> list[Object]:
         return on_side(program["side"], objects)
     if op in ("same", "larger", "relation"):
         return [*matching(program["a"]), *matching(program["b"])]
-    if op == "and_not":
-        return matching(program["present"], program["absent"])
-    if op in ("exists", "none", "query"):
+    if op == "query":
         return matching(program["of"])
-    if op == "query_same":
-        [reference] = matching(program["of"])
-        return [
-            reference,
-            *[o for o in matching({program["same"]: getattr(reference, program["same"])}) if o is not reference],
-        ]
-    if op == "neighbor":
-        [reference] = matching(program["of"])
-        return [
-            reference,
-            *[o for o in objects if _adjacent(program["relation"], str(o.place), str(reference.place))],
-        ]
     if op == "extreme":
         outermost = extreme_object(program["side"], objects)
         return [] if outermost is None else [outermost]
-    if op == "beyond_all":
+    if op in ("query_same", "neighbor", "beyond_all"):
         [reference] = matching(program["of"])
         others = [o for o in objects if o is not reference]
-        return [reference, min(others, key=lambda o: _beyond(program["relation"], o))]
+        if op == "query_same":
+            same = reference.described(program["same"])
+            return [reference, *[o for o in others if matches(o, same)]]
+        if op == "neighbor":
+            return [reference, *[o for o in others if _adjacent(program["relation"], o, reference)]]
+        # The nearest to the side that the relation points to decides the answer.
+        return [reference, max(others, key=lambda o: _distance(program["relation"], o))]
     return matching(*must_cover(program))
-
-
-def _beyond(relation: str, o: Object) -> int:
-    """Return how far an object is from the side that a relation points to; the nearest one decides the answer."""
-    line = COLUMN if relation in ("left of", "right of") else ROW
-    position = line[str(o.place)]
-    return position if relation in ("left of", "above") else -position

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from srcfast.errors import InputError
 from srcfast.world.programs import RELATIONS, SIDES, Description, Program, evaluate, matches, relevant
-from srcfast.world.scenes import COLORS, HELD_OUT, SHAPES, SIZES, Object, Scene
+from srcfast.world.scenes import HELD_OUT, PLURALS, VALUES, Object, Scene
 
 ABILITIES = (
     "coarse_perception",
@@ -31,16 +34,13 @@ class Question:
     answer: str
 
 
-_SINGULAR = {name: name for name in (*SHAPES, "object")}
-_PLURAL = {name: "crosses" if name == "cross" else name + "s" for name in (*SHAPES, "object")}
-
-
 def noun(of: Description | Object, plural: bool = False) -> str:
     """Write a description as a noun phrase: "large red circle at the top left", "red objects"."""
     if isinstance(of, Object):
-        of = {name: value for name, value in of.to_json().items() if value is not None}
+        of = of.described()
     words = [of[name] for name in ("size", "color") if name in of]
-    words.append((_PLURAL if plural else _SINGULAR)[of.get("shape", "object")])
+    name = of.get("shape", "object")
+    words.append(PLURALS[name] if plural else name)
     if "place" in of:
         words.append(f"at the {of['place']}")
     return " ".join(words)
@@ -59,72 +59,49 @@ def predicate(of: Description, plural: bool = False) -> str:
     return value
 
 
+# By operation, its wordings. A field takes a value of the program, in one of the _FORMS.
+_WORDINGS = {
+    "background": ("What is the background like?", "Is the background plain, striped or dotted?"),
+    "most_common": ("Which {attribute} is the most common?",),
+    "more_side": ("Are there more objects {sides[0]:at} or {sides[1]:at}?",),
+    "query": ("What {attribute} is the {of}?",),
+    "exists": ("Is there {of:a}?", "Can you see {of:a}?"),
+    "same": ("Do the {a} and the {b} have the same {attribute}?", "Are the {a} and the {b} the same {attribute}?"),
+    "larger": ("Is the {a} larger than the {b}?", "Is the {b} smaller than the {a}?"),
+    "query_same": ("What {attribute} is the object with the same {same} as the {of}?",),
+    "all": ("Are all {of:many} {are:are}?",),
+    "some_not": ("Is there {of:a} that is not {are:is}?",),
+    "all_either": ("Is every {of} {either[0]:is} or {either[1]:is}?",),
+    "and_not": ("Is there {present:a} and no {absent}?",),
+    "count": ("How many {of:many} are there?", "What is the number of {of:many}?"),
+    "count_side": ("How many objects are {side:at}?",),
+    "difference": ("How many more {a:many} than {b:many} are there?",),
+    "count_either": ("How many objects are {either[0]:are} or {either[1]:are}?",),
+    "relation": ("Is the {a} {relation} the {b}?",),
+    "neighbor": ("What {attribute} is the object directly {relation} the {of}?",),
+    "extreme": ("What {attribute} is the {side}most object?",),
+    "beyond_all": ("Is the {of} {relation} all other objects?",),
+}
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "": lambda value: noun(value) if isinstance(value, dict) else value,
+    "a": lambda of: with_article(noun(of)),
+    "many": partial(noun, plural=True),
+    "is": predicate,
+    "are": partial(predicate, plural=True),
+    "at": lambda side: SIDES[side][2],
+}
+
+
+class _Wording(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return _FORMS[format_spec](value)
+
+
 def question_text(program: Program, wording: int = 0) -> str:
-    """Write a program as a question; kinds in _TWO_WORDINGS have the wordings 0 and 1, the others 0 alone."""
-    op = program["op"]
-    p = program
-    if op == "background":
-        return (
-            "What is the background like?",
-            "Is the background plain, striped or dotted?",
-        )[wording]
-    if op == "most_common":
-        return f"Which {p['attribute']} is the most common?"
-    if op == "more_side":
-        first, second = (SIDES[side][2] for side in p["sides"])
-        return f"Are there more objects {first} or {second}?"
-    if op == "query":
-        return f"What {p['attribute']} is the {noun(p['of'])}?"
-    if op == "exists":
-        return (
-            f"Is there {with_article(noun(p['of']))}?",
-            f"Can you see {with_article(noun(p['of']))}?",
-        )[wording]
-    if op == "same":
-        a, b = noun(p["a"]), noun(p["b"])
-        return (
-            f"Do the {a} and the {b} have the same {p['attribute']}?",
-            f"Are the {a} and the {b} the same {p['attribute']}?",
-        )[wording]
-    if op == "larger":
-        a, b = noun(p["a"]), noun(p["b"])
-        return (
-            f"Is the {a} larger than the {b}?",
-            f"Is the {b} smaller than the {a}?",
-        )[wording]
-    if op == "query_same":
-        return f"What {p['attribute']} is the object with the same {p['same']} as the {noun(p['of'])}?"
-    if op == "all":
-        return f"Are all {noun(p['of'], plural=True)} {predicate(p['are'], plural=True)}?"
-    if op == "some_not":
-        return f"Is there {with_article(noun(p['of']))} that is not {predicate(p['are'])}?"
-    if op == "all_either":
-        first, second = (predicate(of) for of in p["either"])
-        return f"Is every {noun(p['of'])} {first} or {second}?"
-    if op == "and_not":
-        return f"Is there {with_article(noun(p['present']))} and no {noun(p['absent'])}?"
-    if op == "count":
-        many = noun(p["of"], plural=True)
-        return (f"How many {many} are there?", f"What is the number of {many}?")[wording]
-    if op == "count_side":
-        return f"How many objects are {SIDES[p['side']][2]}?"
-    if op == "difference":
-        return f"How many more {noun(p['a'], plural=True)} than {noun(p['b'], plural=True)} are there?"
-    if op == "count_either":
-        first, second = (predicate(of, plural=True) for of in p["either"])
-        return f"How many objects are {first} or {second}?"
-    if op == "relation":
-        return f"Is the {noun(p['a'])} {p['relation']} the {noun(p['b'])}?"
-    if op == "neighbor":
-        return f"What {p['attribute']} is the object directly {p['relation']} the {noun(p['of'])}?"
-    if op == "extreme":
-        return f"What {p['attribute']} is the {p['side']}most object?"
-    if op == "beyond_all":
-        return f"Is the {noun(p['of'])} {p['relation']} all other objects?"
-    raise InputError(field="program", expected="a known operation", found=op)
-
-
-_TWO_WORDINGS = frozenset(["background", "exists", "same", "larger", "count"])
+    """Write a program as a question; some operations have the wordings 0 and 1, the others 0 alone."""
+    if program["op"] not in _WORDINGS:
+        raise InputError(field="program", expected="a known operation", found=program["op"])
+    return _Wording().vformat(_WORDINGS[program["op"]][wording], (), program)
 
 
 def ask(scene: Scene, rng: random.Random, abilities: Sequence[str] = ABILITIES, n: int = 3) -> list[Question]:
@@ -156,14 +133,9 @@ def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question |
         if proposal is None:
             continue
         program, answer = proposal
-        wording = rng.randrange(2) if program["op"] in _TWO_WORDINGS else 0
-        question = Question(
-            question_text(program, wording),
-            ability,
-            kind.__name__.lstrip("_"),
-            program,
-            answer,
-        )
+        wording = rng.randrange(2) if len(_WORDINGS[program["op"]]) == 2 else 0
+        name = kind.__name__.lstrip("_")
+        question = Question(question_text(program, wording), ability, name, program, answer)
         if not held_out or any(o in held_out for o in relevant(program, scene.objects)):
             return question
         fallback = fallback or question
@@ -195,10 +167,6 @@ def _propose(scene: Scene, kind: Kind, rng: random.Random) -> tuple[Program, str
 Kind = Callable[[Scene, random.Random], Iterator[Program]]
 
 
-def _described(o: Object, *names: str) -> Description:
-    return {name: getattr(o, name) for name in names}
-
-
 def _background(scene: Scene, rng: random.Random) -> Iterator[Program]:
     yield {"op": "background"}
 
@@ -216,47 +184,40 @@ def _more_side(scene: Scene, rng: random.Random) -> Iterator[Program]:
 def _at_place(scene: Scene, rng: random.Random) -> Iterator[Program]:
     attribute = rng.choice(("shape", "color", "size"))
     for o in rng.sample(scene.objects, len(scene.objects)):
-        yield {"op": "query", "attribute": attribute, "of": _described(o, "place")}
+        yield {"op": "query", "attribute": attribute, "of": o.described("place")}
 
 
 def _unique_object(scene: Scene, rng: random.Random) -> Iterator[Program]:
     attribute, given = rng.choice((("color", ("size", "shape")), ("shape", ("size", "color"))))
     for o in rng.sample(scene.objects, len(scene.objects)):
-        yield {"op": "query", "attribute": attribute, "of": _described(o, *given)}
+        yield {"op": "query", "attribute": attribute, "of": o.described(*given)}
 
 
 def _size_of(scene: Scene, rng: random.Random) -> Iterator[Program]:
     for o in rng.sample(scene.objects, len(scene.objects)):
-        yield {
-            "op": "query",
-            "attribute": "size",
-            "of": _described(o, "shape", "color"),
-        }
+        yield {"op": "query", "attribute": "size", "of": o.described("shape", "color")}
 
 
 def _exists(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
-        of = _described(rng.choice(scene.objects), "shape", "color", "size")
+        of = rng.choice(scene.objects).described("shape", "color", "size")
         if rng.random() < 0.6:  # a near miss: change one attribute
-            name, values = rng.choice((("shape", SHAPES), ("color", COLORS), ("size", SIZES)))
+            name, values = rng.choice(tuple(VALUES.items()))
             of[name] = rng.choice(values)
         if (of["shape"], of["color"]) in HELD_OUT and not any((o.shape, o.color) in HELD_OUT for o in scene.objects):
             continue  # such a combination must not occur in text either
         yield {"op": "exists", "of": of}
 
 
+# Attributes to compare, and those by which the two objects are named.
+_SAME = (("color", ["shape"]), ("shape", ["color"]), ("size", ["shape", "color"]), ("color", ["size", "shape"]))
+
+
 def _same(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         a, b = rng.sample(scene.objects, 2)
-        attribute, named = rng.choice(
-            (
-                ("color", ("shape",)),
-                ("shape", ("color",)),
-                ("size", ("shape", "color")),
-                ("color", ("size", "shape")),
-            )
-        )
-        first, second = _described(a, *named), _described(b, *named)
+        attribute, named = rng.choice(_SAME)
+        first, second = a.described(*named), b.described(*named)
         if first != second:
             yield {"op": "same", "attribute": attribute, "a": first, "b": second}
 
@@ -264,30 +225,15 @@ def _same(scene: Scene, rng: random.Random) -> Iterator[Program]:
 def _larger(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         a, b = rng.sample(scene.objects, 2)
-        yield {
-            "op": "larger",
-            "a": _described(a, "shape", "color"),
-            "b": _described(b, "shape", "color"),
-        }
+        yield {"op": "larger", "a": a.described("shape", "color"), "b": b.described("shape", "color")}
 
 
 def _query_same(scene: Scene, rng: random.Random) -> Iterator[Program]:
+    pairs = (("shape", "color"), ("color", "shape"), ("shape", "size"), ("color", "size"))
     for o in rng.sample(scene.objects, len(scene.objects)):
-        for same, attribute in rng.sample(
-            (
-                ("shape", "color"),
-                ("color", "shape"),
-                ("shape", "size"),
-                ("color", "size"),
-            ),
-            4,
-        ):
-            yield {
-                "op": "query_same",
-                "attribute": attribute,
-                "same": same,
-                "of": _described(o, "shape", "color"),
-            }
+        for same, attribute in rng.sample(pairs, 4):
+            of = o.described("shape", "color")
+            yield {"op": "query_same", "attribute": attribute, "same": same, "of": of}
 
 
 def _all(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -303,7 +249,7 @@ def _universals(op: str, scene: Scene, rng: random.Random) -> Iterator[Program]:
         o = rng.choice(scene.objects)
         of, are = rng.sample(("shape", "color", "size"), 2)
         if sum(getattr(other, of) == getattr(o, of) for other in scene.objects) >= 2 or rng.random() < 0.1:
-            yield {"op": op, "of": _described(o, of), "are": _described(o, are)}
+            yield {"op": op, "of": o.described(of), "are": o.described(are)}
 
 
 def _all_either(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -311,9 +257,9 @@ def _all_either(scene: Scene, rng: random.Random) -> Iterator[Program]:
         o, first, second = (rng.choice(scene.objects) for _ in range(3))
         of = rng.choice(("size", "shape", "color"))
         names = [name for name in ("color", "shape", "size") if name != of]
-        either = [_described(first, names[0]), _described(second, names[1])]
+        either = [first.described(names[0]), second.described(names[1])]
         if sum(getattr(other, of) == getattr(o, of) for other in scene.objects) >= 2 or rng.random() < 0.1:
-            yield {"op": "all_either", "of": _described(o, of), "either": either}
+            yield {"op": "all_either", "of": o.described(of), "either": either}
 
 
 def _and_not(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -328,8 +274,8 @@ def _single(scene: Scene, rng: random.Random, names: Sequence[str]) -> Descripti
     """Draw a description of one attribute: of an object of the scene or, with probability 1/4, any value."""
     name = rng.choice(names)
     if rng.random() < 0.25:
-        return {name: rng.choice({"shape": SHAPES, "color": COLORS, "size": SIZES}[name])}
-    return _described(rng.choice(scene.objects), name)
+        return {name: rng.choice(VALUES[name])}
+    return rng.choice(scene.objects).described(name)
 
 
 def _count(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -337,10 +283,7 @@ def _count(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         of = _single(scene, rng, ("shape", "color", "size"))
         if rng.random() < 0.3:
-            of = {
-                **_described(rng.choice(scene.objects), "size"),
-                **_single(scene, rng, ("shape", "color")),
-            }
+            of = rng.choice(scene.objects).described("size") | _single(scene, rng, ("shape", "color"))
         yield {"op": "count", "of": of}
 
 
@@ -353,7 +296,7 @@ def _difference(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         name = rng.choice(("shape", "color", "size"))
         first, second = rng.sample(scene.objects, 2)
-        a, b = _described(first, name), _described(second, name)
+        a, b = first.described(name), second.described(name)
         counts = [sum(matches(o, of) is True for o in scene.objects) for of in (a, b)]
         if a != b and (counts[0] != counts[1] or rng.random() < 0.2):
             yield {"op": "difference", "a": a, "b": b}
@@ -361,35 +304,26 @@ def _difference(scene: Scene, rng: random.Random) -> Iterator[Program]:
 
 def _count_either(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
-        first, second = (
-            _single(scene, rng, ("shape", "size")),
-            _single(scene, rng, ("color",)),
-        )
-        yield {"op": "count_either", "either": [first, second]}
+        yield {
+            "op": "count_either",
+            "either": [_single(scene, rng, ("shape", "size")), _single(scene, rng, ("color",))],
+        }
 
 
 def _relation(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         a, b = rng.sample(scene.objects, 2)
         named = ("shape", "color") if rng.random() < 0.7 else ("shape",)
-        yield {
-            "op": "relation",
-            "relation": rng.choice(RELATIONS),
-            "a": _described(a, *named),
-            "b": _described(b, *named),
-        }
+        relation = rng.choice(RELATIONS)
+        yield {"op": "relation", "relation": relation, "a": a.described(*named), "b": b.described(*named)}
 
 
 def _neighbor(scene: Scene, rng: random.Random) -> Iterator[Program]:
     attribute = rng.choice(("shape", "color", "size"))
     for o in rng.sample(scene.objects, len(scene.objects)):
         for relation in rng.sample(RELATIONS, 4):
-            yield {
-                "op": "neighbor",
-                "attribute": attribute,
-                "relation": relation,
-                "of": _described(o, "shape", "color"),
-            }
+            of = o.described("shape", "color")
+            yield {"op": "neighbor", "attribute": attribute, "relation": relation, "of": of}
 
 
 def _extreme(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -402,11 +336,7 @@ def _beyond_all(scene: Scene, rng: random.Random) -> Iterator[Program]:
     while True:
         o = rng.choice(scene.objects)
         named = ("shape", "color") if rng.random() < 0.7 else ("shape",)
-        yield {
-            "op": "beyond_all",
-            "relation": rng.choice(RELATIONS),
-            "of": _described(o, *named),
-        }
+        yield {"op": "beyond_all", "relation": rng.choice(RELATIONS), "of": o.described(*named)}
 
 
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -417,16 +347,4 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     "counting_arithmetic": (_count, _count_side, _difference, _count_either),
     "spatial_relation": (_relation, _neighbor, _extreme, _beyond_all),
 }
-_YES_NO = frozenset(
-    [
-        _exists,
-        _same,
-        _larger,
-        _all,
-        _some_not,
-        _all_either,
-        _and_not,
-        _relation,
-        _beyond_all,
-    ]
-)
+_YES_NO = frozenset([_exists, _same, _larger, _all, _some_not, _all_either, _and_not, _relation, _beyond_all])

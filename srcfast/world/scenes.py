@@ -20,40 +20,19 @@ from srcfast.errors import InputError
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross")
 COLORS = ("black", "gray", "red", "blue", "green", "yellow", "brown", "teal")
 SIZES = ("small", "large")
-PLACES = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+VALUES = {"shape": SHAPES, "color": COLORS, "size": SIZES}
+PLURALS = {name: "crosses" if name == "cross" else name + "s" for name in (*SHAPES, "object")}
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 BACKGROUNDS = ("plain", "striped", "dotted")
 HELD_OUT = frozenset(
-    [
-        ("star", "red"),
-        ("star", "teal"),
-        ("star", "gray"),
-        ("cross", "blue"),
-        ("cross", "yellow"),
-        ("cross", "black"),
-    ]
+    [("star", "red"), ("star", "teal"), ("star", "gray"), ("cross", "blue"), ("cross", "yellow"), ("cross", "black")]
 )
 
 ROW = {place: index // 3 for index, place in enumerate(PLACES)}
 COLUMN = {place: index % 3 for index, place in enumerate(PLACES)}
 
-_SHARES = (
-    ("base", 48),
-    ("train", 24),
-    ("scorer", 10),
-    ("validation", 8),
-    ("test", 10),
-)  # percent
-SPLITS = tuple(name for name, _ in _SHARES) + ("generalisation",)
+_SHARES = {"base": 48, "train": 24, "scorer": 10, "validation": 8, "test": 10}  # percent
+SPLITS = (*_SHARES, "generalisation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +45,12 @@ class Object:
     place: str | None = None
 
     def to_json(self) -> dict[str, str | None]:
-        return {
-            "shape": self.shape,
-            "color": self.color,
-            "size": self.size,
-            "place": self.place,
-        }
+        return {"shape": self.shape, "color": self.color, "size": self.size, "place": self.place}
+
+    def described(self, *names: str) -> dict[str, str]:
+        """Return those of the named attributes, or of all, that are known."""
+        attributes = self.to_json()
+        return {name: value for name in names or attributes if (value := attributes[name]) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +66,7 @@ class Scene:
     absent: tuple[Object, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        scene: dict[str, Any] = {
-            "objects": [o.to_json() for o in self.objects],
-            "background": self.background,
-        }
+        scene: dict[str, Any] = {"objects": [o.to_json() for o in self.objects], "background": self.background}
         if self.absent:
             scene["absent"] = [o.to_json() for o in self.absent]
         return scene
@@ -123,7 +99,7 @@ def split_of(scene: Scene) -> str:
     if any((o.shape, o.color) in HELD_OUT for o in scene.objects):
         return "generalisation"
     bucket = int(scene_digest(scene)[:12], 16) % 100
-    for name, share in _SHARES:
+    for name, share in _SHARES.items():
         if bucket < share:
             return name
         bucket -= share
