@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any, Protocol
 
 from srcfast.data.rationale_format import normalise_answer
@@ -29,7 +30,7 @@ from srcfast.world.programs import (
     on_side,
     relevant,
 )
-from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Object, Scene
+from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, PLURALS, SHAPES, SIZES, VALUES, Object, Scene
 
 CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
 
@@ -81,19 +82,14 @@ def _one_of(words: Sequence[str]) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
-_NAMES = {name: name for name in (*SHAPES, "object")}
-_NAMES |= {"crosses" if name == "cross" else name + "s": name for name in (*SHAPES, "object")}
+_NAMES = {name: name for name in PLURALS} | {plural: name for name, plural in PLURALS.items()}
 _PHRASES = {phrase: side for side, (_, _, phrase) in SIDES.items()}
 _DESCRIPTION = re.compile(
     rf"(?:(?P<size>{_one_of(SIZES)}) )?(?:(?P<color>{_one_of(COLORS)}) )?"
     rf"(?P<shape>{_one_of(list(_NAMES))})(?: at the (?P<place>{_one_of(PLACES)}))?"
 )
-_D, _SIDE, _RELATION, _WORD = (
-    r"([a-z ]+?)",
-    f"({_one_of(list(_PHRASES))})",
-    f"({_one_of(RELATIONS)})",
-    r"([a-z ]+)",
-)
+_D, _WORD = r"([a-z ]+?)", r"([a-z ]+)"
+_SIDE, _RELATION = f"({_one_of(list(_PHRASES))})", f"({_one_of(RELATIONS)})"
 _ABSENT = re.compile(rf"there (?:is|are) no {_D}")
 _NOTHING = re.compile(rf"there is nothing (?:at the ({_one_of(PLACES)})|{_SIDE})")
 _COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) {_D}")
@@ -113,13 +109,20 @@ _EXTREME = re.compile(rf"the {_D} is the ({_one_of(tuple(SIDES))})most object")
 _QUERY = re.compile(rf"the {_D} is {_WORD}")
 
 
+class _NotAClaim(Exception):
+    """A sentence has the form of a claim, but a phrase in it is no description."""
+
+
 @lru_cache(maxsize=65536)
 def parse_claim(sentence: str) -> Claim | None:
     """Parse one sentence of the rationale grammar. Returns None for any other text, and never raises."""
     text = " ".join(sentence.split()).lower().removesuffix(".")
     if len(text) > 160 or not text.isascii():
         return None
-    return _parse_perception(text) or _parse_count(text) or _parse_conclusion(text) or _parse_relation(text)
+    try:
+        return _parse_perception(text) or _parse_count(text) or _parse_conclusion(text) or _parse_relation(text)
+    except _NotAClaim:
+        return None
 
 
 def _parse_perception(text: str) -> Claim | None:
@@ -129,11 +132,9 @@ def _parse_perception(text: str) -> Claim | None:
         line, index, _ = SIDES[_PHRASES[match[2]]] if match[2] else (dict.fromkeys([match[1]], 0), 0, "")
         return Claim("perception", absent=tuple(Object(place=p) for p in PLACES if line.get(p) == index))
     if match := _ABSENT.fullmatch(text):
-        of = _description(match[1])
-        return None if of is None else Claim("perception", absent=(Object(**of),))
+        return Claim("perception", absent=(Object(**_description(match[1])),))
     if match := _PRESENT.fullmatch(text):
-        of = _description(match[1])
-        return None if of is None else Claim("perception", present=Object(**of))
+        return Claim("perception", present=Object(**_description(match[1])))
     return None
 
 
@@ -142,13 +143,9 @@ def _parse_count(text: str) -> Claim | None:
         counts = [(match[1], match[2])] + ([(match[3], match[4])] if match[3] else [])
         return _concludes(*[({"op": "count_side", "side": _PHRASES[side]}, n) for n, side in counts])
     if match := _COUNT.fullmatch(text):
-        of = _description(match[2])
-        return None if of is None else _concludes(({"op": "count", "of": of}, match[1]))
+        return _concludes(({"op": "count", "of": _description(match[2])}, match[1]))
     if match := _COUNT_EITHER.fullmatch(text):
-        first, second = _predicate(match[2]), _predicate(match[3])
-        if first is None or second is None:
-            return None
-        return _concludes(({"op": "count_either", "either": [first, second]}, match[1]))
+        return _concludes(({"op": "count_either", "either": [_predicate(match[2]), _predicate(match[3])]}, match[1]))
     if match := _MINUS.fullmatch(text):
         return Claim("reasoning", sum_of=(int(match[1]), int(match[2]), int(match[3])))
     return None
@@ -156,49 +153,35 @@ def _parse_count(text: str) -> Claim | None:
 
 def _parse_conclusion(text: str) -> Claim | None:
     if match := _ALL.fullmatch(text):
-        of, are = _description(match[2]), _predicate(match[3])
-        answer = "no" if match[1] else "yes"
-        other = None if match[4] is None else _predicate(match[4])
-        if of is None or are is None or (other is None and match[4] is not None):
-            return None
-        if other is None:
+        of, are, answer = _description(match[2]), _predicate(match[3]), "no" if match[1] else "yes"
+        if match[4] is None:
             return _concludes(({"op": "all", "of": of, "are": are}, answer))
-        return _concludes(({"op": "all_either", "of": of, "either": [are, other]}, answer))
+        return _concludes(({"op": "all_either", "of": of, "either": [are, _predicate(match[4])]}, answer))
     if match := _BOTH.fullmatch(text):
-        are = _predicate(match[1])
-        return None if are is None else _about_seen({"op": "both", "of": are})
+        return _about_seen({"op": "both", "of": _predicate(match[1])})
     if match := _ONE_EACH.fullmatch(text):
-        first, second = _predicate(match[1]), _predicate(match[2])
-        if first is None or second is None:
-            return None
-        return _about_seen({"op": "one_each", "each": [first, second]})
+        return _about_seen({"op": "one_each", "each": [_predicate(match[1]), _predicate(match[2])]})
     if match := _LARGER.fullmatch(text):
         return Claim("reasoning", sizes=(match[1], match[3], not match[2]))
-    if (match := _MOST_COMMON.fullmatch(text)) and match[2] in (SHAPES if match[1] == "shape" else COLORS):
+    if (match := _MOST_COMMON.fullmatch(text)) and match[2] in VALUES[match[1]]:
         return _concludes(({"op": "most_common", "attribute": match[1]}, match[2]))
     return None
 
 
 def _parse_relation(text: str) -> Claim | None:
     if match := _BEYOND_ALL.fullmatch(text):
-        of = _description(match[1])
-        program: Program = {"op": "beyond_all", "relation": match[3], "of": of}
-        return None if of is None else _concludes((program, "no" if match[2] else "yes"))
+        program: Program = {"op": "beyond_all", "relation": match[3], "of": _description(match[1])}
+        return _concludes((program, "no" if match[2] else "yes"))
     if match := _BETWEEN.fullmatch(text):
         a, b = _description(match[1]), _description(match[4])
-        if a is None or b is None:
-            return None
         if match[2] == "directly ":
-            program = {"op": "neighbor", "relation": match[3], "of": b}
-            return _names(program, a)
+            return _names({"op": "neighbor", "relation": match[3], "of": b}, a)
         program = {"op": "relation", "relation": match[3], "a": a, "b": b}
         return _concludes((program, "no" if match[2] else "yes"))
     if match := _EXTREME.fullmatch(text):
-        of = _description(match[1])
-        return None if of is None else _names({"op": "extreme", "side": match[2]}, of)
+        return _names({"op": "extreme", "side": match[2]}, _description(match[1]))
     if match := _QUERY.fullmatch(text):
-        of, value = _description(match[1]), _predicate(match[2])
-        return None if of is None or value is None else _names({"op": "query", "of": of}, value)
+        return _names({"op": "query", "of": _description(match[1])}, _predicate(match[2]))
     return None
 
 
@@ -215,10 +198,11 @@ def _names(program: Program, of: Description) -> Claim | None:
     return _concludes(*[({**program, "attribute": name}, value) for name, value in of.items()]) if of else None
 
 
-def _description(phrase: str) -> Description | None:
+def _description(phrase: str) -> Description:
+    """Parse a description: "red circles", "object at the top". Raises _NotAClaim for any other text."""
     match = _DESCRIPTION.fullmatch(phrase)
     if match is None:
-        return None
+        raise _NotAClaim
     of = {name: value for name, value in match.groupdict().items() if value is not None}
     of["shape"] = _NAMES[of["shape"]]
     if of["shape"] == "object":
@@ -226,14 +210,16 @@ def _description(phrase: str) -> Description | None:
     return of
 
 
-def _predicate(phrase: str) -> Description | None:
-    """Parse one attribute: "red", "large", "a circle", "circles". Returns None for any other text."""
+def _predicate(phrase: str) -> Description:
+    """Parse one attribute: "red", "large", "a circle", "circles". Raises _NotAClaim for any other text."""
     if phrase in COLORS:
         return {"color": phrase}
     if phrase in SIZES:
         return {"size": phrase}
     shape = _NAMES.get(phrase.removeprefix("a "))
-    return {"shape": shape} if shape in SHAPES else None
+    if shape not in SHAPES:
+        raise _NotAClaim
+    return {"shape": shape}
 
 
 # --- Verification -------------------------------------------------------------------------------------------
@@ -331,21 +317,16 @@ def claimed_world(claims: Sequence[Claim], one_object: bool = False) -> Scene:
             if index is None:
                 objects.append(new)
             else:
-                known = {name: value for name, value in objects[index].to_json().items() if value is not None}
-                objects[index] = Object(**{**new.to_json(), **known})
+                objects[index] = Object(**{**new.to_json(), **objects[index].described()})
     return Scene(tuple(objects), background, tuple(absent))
 
 
 def _same_object(a: Object, b: Object, one_object: bool) -> bool:
-    first, second = _description_of(a), _description_of(b)
+    first, second = a.described(), b.described()
     shared = first.keys() & second.keys()
     if any(first[name] != second[name] for name in shared):
         return False
     return one_object or {"shape", "color"} <= shared or len(shared) == min(len(first), len(second))
-
-
-def _description_of(o: Object) -> Description:
-    return {name: value for name, value in o.to_json().items() if value is not None}
 
 
 def _seen(claim: Claim, scene: Scene) -> str:
@@ -355,8 +336,8 @@ def _seen(claim: Claim, scene: Scene) -> str:
             return "unverifiable"
         return "true" if claim.background == scene.background else "false"
     if claim.present is not None:
-        return _exists(_description_of(claim.present), scene)
-    verdicts = [_exists(_description_of(o), scene) for o in claim.absent]
+        return _exists(claim.present.described(), scene)
+    verdicts = [_exists(o.described(), scene) for o in claim.absent]
     return "false" if "true" in verdicts else "unverifiable" if "unverifiable" in verdicts else "true"
 
 
@@ -394,7 +375,7 @@ def _in_scene(claim: Claim, scene: Scene) -> str:
 
 
 def _fully_known(scene: Scene) -> bool:
-    return all(None not in (o.shape, o.color, o.size, o.place) for o in scene.objects)
+    return all(None not in o.to_json().values() for o in scene.objects)
 
 
 # --- Sufficiency --------------------------------------------------------------------------------------------
@@ -437,18 +418,13 @@ def _closed(program: Program, world: Scene, claims: Sequence[Claim], answer: str
     mentioned = set(re.findall(r"[a-z]+", f"{program} {claims}"))
     occupied = {o.place for o in world.objects}
     named = {(o.shape, o.color) for o in world.objects}
-    for shape in _representatives(SHAPES, mentioned):
-        for color in _representatives(COLORS, mentioned):
-            if (shape, color) in named:
-                continue
-            for size in SIZES:
-                for place in PLACES:
-                    if place in occupied:
-                        continue
-                    extra = Object(shape, color, size, place)
-                    changed = evaluate(program, (*world.objects, extra), world.background)
-                    if changed not in (None, answer) and _allowed(extra, world, claims):
-                        return False
+    shapes, colors = _representatives(SHAPES, mentioned), _representatives(COLORS, mentioned)
+    for shape, color, size, place in product(shapes, colors, SIZES, PLACES):
+        if (shape, color) not in named and place not in occupied:
+            extra = Object(shape, color, size, place)
+            changed = evaluate(program, (*world.objects, extra), world.background)
+            if changed not in (None, answer) and _allowed(extra, world, claims):
+                return False
     return True
 
 
@@ -460,7 +436,7 @@ def _representatives(values: Sequence[str], mentioned: set[str]) -> list[str]:
 
 def _allowed(extra: Object, world: Scene, claims: Sequence[Claim]) -> bool:
     """Return whether every claim is still true with `extra` added to the world."""
-    if any(matches(extra, _description_of(pattern)) for pattern in world.absent):
+    if any(matches(extra, pattern.described()) for pattern in world.absent):
         return False
     objects = (*world.objects, extra)
     return all(

@@ -9,27 +9,14 @@ import random
 from collections.abc import Sequence
 
 from srcfast.errors import InputError
-from srcfast.world.programs import (
-    SIDES,
-    Description,
-    Program,
-    evaluate,
-    matches,
-    must_cover,
-    on_side,
-    relevant,
-)
+from srcfast.world.programs import SIDES, Description, Program, matches, must_cover, on_side, relevant
 from srcfast.world.questions import Question, noun, predicate, with_article
-from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Object, Scene
+from srcfast.world.scenes import PLACES, VALUES, Object, Scene
 
 
 def true_rationale(scene: Scene, question: Question) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Build the sentences of what is seen and of what is concluded: the fewest that suffice for the answer."""
-    return rationale_of(scene, question.program, question.answer)
-
-
-def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Build `true_rationale` for a program and its answer over the scene."""
+    program = question.program
     seen = relevant(program, scene.objects)
     see = [f"There is {with_article(noun(o))}." for o in seen]
     if program["op"] == "background":
@@ -39,7 +26,7 @@ def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str
             see.append(f"There is no {noun(of)}.")
     if program["op"] == "count_side" and not seen:
         see = [f"There is nothing {SIDES[program['side']][2]}."]
-    return tuple(see), tuple(_conclusions(scene, program, answer, seen))
+    return tuple(see), tuple(_conclusions(scene, program, question.answer, seen))
 
 
 def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Object]) -> list[str]:
@@ -50,13 +37,11 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
     if op == "query":
         return [f"The {noun(p['of'])} is {predicate({p['attribute']: answer})}."]
     if op == "most_common":
-        return [
-            _count_sentence(scene, {p["attribute"]: answer}),
-            f"The most common {p['attribute']} is {answer}.",
-        ]
+        return [_count_sentence(scene, {p["attribute"]: answer}), f"The most common {p['attribute']} is {answer}."]
     if op == "more_side":
         first, second = p["sides"]
-        return [f"{_side_sentence(scene, first)} {len(on_side(second, scene.objects))} {SIDES[second][2]}."]
+        amount = _amount(len(on_side(first, scene.objects)), {})
+        return [f"There {amount} {SIDES[first][2]} and {len(on_side(second, scene.objects))} {SIDES[second][2]}."]
     if op == "same":
         a, b = (getattr(o, p["attribute"]) for o in seen)
         if yes:
@@ -76,18 +61,14 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
         first, second = (predicate(of, plural=True) for of in p["either"])
         return [f"{'All' if yes else 'Not all'} {noun(p['of'], plural=True)} are {first} or {second}."]
     if op == "and_not":
-        return [
-            _count_sentence(scene, p["present"]),
-            _count_sentence(scene, p["absent"]),
-        ]
+        return [_count_sentence(scene, p["present"]), _count_sentence(scene, p["absent"])]
     if op == "count":
         return [_count_sentence(scene, p["of"])]
     if op == "count_side":
         return [f"There {_amount(int(answer), {})} {SIDES[p['side']][2]}."]
     if op == "difference":
-        a, b = (evaluate({"op": "count", "of": p[name]}, scene.objects) for name in ("a", "b"))
         counts = [_count_sentence(scene, p["a"]), _count_sentence(scene, p["b"])]
-        return [*counts, f"{a} minus {b} is {answer}."]
+        return [*counts, f"{_count(scene, p['a'])} minus {_count(scene, p['b'])} is {answer}."]
     if op == "count_either":
         singular = answer == "1"
         first, second = (predicate(of, plural=not singular) for of in p["either"])
@@ -95,11 +76,11 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
     if op == "relation":
         return [f"The {noun(p['a'])} is {'' if yes else 'not '}{p['relation']} the {noun(p['b'])}."]
     if op == "neighbor":
-        reference, other = (noun({"shape": str(o.shape), "color": str(o.color)}) for o in seen)
+        reference, other = (noun(o.described("shape", "color")) for o in seen)
         return [f"The {other} is directly {p['relation']} the {reference}."]
     if op == "extreme":
         [o] = seen
-        return [f"The {noun({'shape': str(o.shape), 'color': str(o.color)})} is the {p['side']}most object."]
+        return [f"The {noun(o.described('shape', 'color'))} is the {p['side']}most object."]
     if op == "beyond_all":
         return [f"The {noun(p['of'])} is {'' if yes else 'not '}{p['relation']} all other objects."]
     raise InputError(field="program", expected="a known operation", found=op)
@@ -109,12 +90,12 @@ def _amount(count: int, of: Description) -> str:
     return f"{'is' if count == 1 else 'are'} {count} {noun(of, plural=count != 1)}"
 
 
+def _count(scene: Scene, of: Description) -> int:
+    return sum(matches(o, of) is True for o in scene.objects)
+
+
 def _count_sentence(scene: Scene, of: Description) -> str:
-    return f"There {_amount(sum(matches(o, of) is True for o in scene.objects), of)}."
-
-
-def _side_sentence(scene: Scene, side: str) -> str:
-    return f"There {_amount(len(on_side(side, scene.objects)), {})} {SIDES[side][2]} and"
+    return f"There {_amount(_count(scene, of), of)}."
 
 
 def facts(scene: Scene) -> tuple[str, ...]:
@@ -122,10 +103,7 @@ def facts(scene: Scene) -> tuple[str, ...]:
     sentences = [f"There is {with_article(noun(o))}." for o in scene.objects]
     sentences += [f"There is no {noun(o)}." for o in scene.absent]
     if scene.background is not None:
-        sentences += [
-            f"The background is {scene.background}.",
-            _count_sentence(scene, {}),
-        ]
+        sentences += [f"The background is {scene.background}.", _count_sentence(scene, {})]
     return tuple(sentences)
 
 
@@ -145,10 +123,9 @@ def _perception_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
         names = rng.choice(
             (("shape",), ("color",), ("size",), ("shape", "color"), ("size", "shape"), ("size", "color"))
         )
-        attributes = rng.choice(scene.objects).to_json()
-        of = {name: str(attributes[name]) for name in names}
+        of = rng.choice(scene.objects).described(*names)
         if rng.random() < 0.15:  # a value that may have no objects
-            of[names[0]] = rng.choice({"shape": SHAPES, "color": COLORS, "size": SIZES}[names[0]])
+            of[names[0]] = rng.choice(VALUES[names[0]])
         return f"List the {noun(of, plural=True)}.", _listing([o for o in scene.objects if matches(o, of)], noun(of))
     if draw < 0.75:
         side = rng.choice(tuple(SIDES))
@@ -157,7 +134,7 @@ def _perception_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
         place = rng.choice(scene.objects).place if rng.random() < 0.7 else rng.choice(PLACES)
         return f"What is at the {place}?", _listing([o for o in scene.objects if o.place == place], "object")
     o = rng.choice(scene.objects)
-    return f"Where is the {noun({'shape': str(o.shape), 'color': str(o.color)})}?", f"At the {o.place}."
+    return f"Where is the {noun(o.described('shape', 'color'))}?", f"At the {o.place}."
 
 
 def _listing(objects: Sequence[Object], name: str) -> str:
