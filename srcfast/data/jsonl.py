@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,14 +152,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, durable: bool = True, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once all is written; if writing fails, nothing changes.
 
     `durable`: its bytes are on the disk before its name is, so that not even a power cut leaves half of it.
+    `temporary`: where it is written until then, if not at `temporary_of(path)`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
+    temporary = temporary or temporary_of(path)
     try:
         with naming(path):
             remove_temporary(temporary)  # left by a killed process of this number, or a link planted there
@@ -204,21 +206,11 @@ def write_shards(directory: str | Path, rows: Iterable[dict[str, Any]], shard_si
         stale.unlink()
     count = 0
     hashes: list[str] = []
-    shard: list[dict[str, Any]] = []
-
-    def write_shard() -> None:
+    remaining = iter(rows)
+    while (shard := list(islice(remaining, shard_size))) or not hashes:
         file = directory / f"{len(hashes):05d}.jsonl"
-        write_jsonl(file, shard)
+        count += write_jsonl(file, shard)
         hashes.append(file_hash(file))
-        shard.clear()
-
-    for row in rows:
-        shard.append(row)
-        count += 1
-        if len(shard) == shard_size:
-            write_shard()
-    if shard or not hashes:
-        write_shard()
     write_json(directory / COMPLETE, {"rows": count, "shards": len(hashes), "sha256": hashes})
     return count
 

@@ -26,16 +26,20 @@ from srcfast.world.scenes import COLORS, Object, Scene
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle")
 
-_WHAT = f"(?P<color>{'|'.join(COLORS)}) shape|(?P<shape>{'|'.join(SHAPES)})"
-_EXISTS = re.compile(rf"(?:is there an? (?:{_WHAT})(?: in the image)?)\?")
-_CONTAINS = re.compile(rf"does the image contain an? (?:{_WHAT})\?")
-_PRESENT = re.compile(rf"is an? (?:{_WHAT}) present\?")
-_NOT_THERE = re.compile(rf"is there not an? (?:{_WHAT})(?: in the image)?\?")
-_NOT_CONTAINED = re.compile(rf"does the image not contain an? (?:{_WHAT})\?")
-_NOT_PRESENT = re.compile(rf"is no (?:{_WHAT}) present\?")
-_COLOR = re.compile(rf"what (?:color is|is the color of) the (?:(?P<shape>{'|'.join(SHAPES)})|shape)\?")
-_SHAPE = re.compile(rf"what is the (?P<color>{'|'.join(COLORS)}) shape\?")
-_ANY_SHAPE = re.compile(r"what shape (?:is in the image|does the image contain|is present)\?")
+_COLOR, _SHAPE = f"(?P<color>{'|'.join(COLORS)})", f"(?P<shape>{'|'.join(SHAPES)})"
+_WHAT = f"(?:{_COLOR} shape|{_SHAPE})"
+# Patterns of questions, and their programs without `of`, which is what the pattern's groups match.
+_QUESTIONS: tuple[tuple[str, Program], ...] = (
+    (rf"is there an? {_WHAT}(?: in the image)?\?", {"op": "exists"}),
+    (rf"does the image contain an? {_WHAT}\?", {"op": "exists"}),
+    (rf"is an? {_WHAT} present\?", {"op": "exists"}),
+    (rf"is there not an? {_WHAT}(?: in the image)?\?", {"op": "none"}),
+    (rf"does the image not contain an? {_WHAT}\?", {"op": "none"}),
+    (rf"is no {_WHAT} present\?", {"op": "none"}),
+    (rf"what (?:color is|is the color of) the (?:{_SHAPE}|shape)\?", {"op": "query", "attribute": "color"}),
+    (rf"what is the {_COLOR} shape\?", {"op": "query", "attribute": "shape"}),
+    (r"what shape (?:is in the image|does the image contain|is present)\?", {"op": "query", "attribute": "shape"}),
+)
 
 
 def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -74,7 +78,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
     chosen: Sequence[int] = range(len(questions))
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(f"easy-vqa/{split}/{seed}").sample(chosen, limit))
-    return [_sample(split, index, *questions[index], programs[index], scenes, root) for index in chosen]
+    return [_sample(split, index, questions[index], programs[index], scenes, root) for index in chosen]
 
 
 def _parse_row(text: object, answer: object, image: object) -> tuple[str, str, int]:
@@ -99,27 +103,10 @@ def parse_question(text: str) -> Program | None:
     "shape" stands for any object in its questions ("is there a red shape?").
     """
     text = " ".join(text.lower().split())
-    for pattern, op in (
-        (_EXISTS, "exists"),
-        (_CONTAINS, "exists"),
-        (_PRESENT, "exists"),
-        (_NOT_THERE, "none"),
-        (_NOT_CONTAINED, "none"),
-        (_NOT_PRESENT, "none"),
-    ):
-        if match := pattern.fullmatch(text):
-            return {"op": op, "of": _given(match)}
-    if match := _COLOR.fullmatch(text):
-        return {"op": "query", "attribute": "color", "of": _given(match)}
-    if match := _SHAPE.fullmatch(text):
-        return {"op": "query", "attribute": "shape", "of": _given(match)}
-    if _ANY_SHAPE.fullmatch(text):
-        return {"op": "query", "attribute": "shape", "of": {}}
+    for pattern, program in _QUESTIONS:
+        if match := re.fullmatch(pattern, text):
+            return program | {"of": {name: value for name, value in match.groupdict().items() if value is not None}}
     return None
-
-
-def _given(match: re.Match[str]) -> dict[str, str]:
-    return {name: value for name, value in match.groupdict().items() if value is not None}
 
 
 def derive_scene(answers: list[tuple[Program, str]]) -> Scene:
@@ -150,13 +137,12 @@ def derive_scene(answers: list[tuple[Program, str]]) -> Scene:
 def _sample(
     split: str,
     index: int,
-    text: str,
-    answer: str,
-    image: int,
+    question: tuple[str, str, int],
     program: Program | None,
     scenes: dict[int, Scene],
     root: Path,
 ) -> Sample:
+    text, answer, image = question
     extra: dict[str, Any] = {"dataset": "easy_vqa", "split": split, "ability": "fine_grained_perception"}
     known_facts: tuple[str, ...] = ()
     rationale = None
@@ -165,8 +151,9 @@ def _sample(
         see, think = rationale_of(scene, program, answer)
         known_facts = facts(scene)
         rationale = tagged_rationale(see, think)
-        ability = "logical_reasoning" if program["op"] == "none" else "fine_grained_perception"
-        extra |= {"ability": ability, "kind": program["op"], "program": program, "scene": scene.to_json()}
+        if program["op"] == "none":
+            extra["ability"] = "logical_reasoning"
+        extra |= {"kind": program["op"], "program": program, "scene": scene.to_json()}
         extra |= {"see": list(see), "think": list(think)}
     return Sample(
         id=f"easy-vqa-{split}-{index:05d}",

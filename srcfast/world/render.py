@@ -44,11 +44,7 @@ def render(scene: Scene, seed: int) -> Image.Image:
 
 
 def _draw_background(
-    draw: ImageDraw.ImageDraw,
-    background: str | None,
-    tint: tuple[int, ...],
-    side: int,
-    rng: random.Random,
+    draw: ImageDraw.ImageDraw, background: str | None, tint: tuple[int, ...], side: int, rng: random.Random
 ) -> None:
     depth = rng.randint(26, 38)
     shade = tuple([value - depth for value in tint])
@@ -108,17 +104,7 @@ def _outline(shape: str, half: float, rng: random.Random) -> list[Point]:
         turns = [math.pi * corner / 5 for corner in range(10)]
         return [(radii[i % 2] * math.sin(turn), -radii[i % 2] * math.cos(turn)) for i, turn in enumerate(turns)]
     arm = half * 0.34
-    return [
-        (-arm, -half),
-        (arm, -half),
-        (arm, -arm),
-        (half, -arm),
-        (half, arm),
-        (arm, arm),
-        (arm, half),
-        (-arm, half),
-        (-arm, arm),
-        (-half, arm),
-        (-half, -arm),
-        (-arm, -arm),
-    ]
+    cross = [(-arm, -half), (arm, -half), (arm, -arm)]  # a quarter, of which the others are rotations
+    for _ in range(3):
+        cross += [(-y, x) for x, y in cross[-3:]]
+    return cross

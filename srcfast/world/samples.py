@@ -8,12 +8,12 @@ import random
 import secrets
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from srcfast.data.jsonl import is_temporary, naming, remove_temporary, temporary_of
+from srcfast.data.jsonl import is_temporary, remove_temporary, replacing, temporary_of
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.world.questions import ABILITIES, ask
@@ -101,15 +101,8 @@ def _save(picture: Image.Image, path: Path, machine: str) -> None:
     The random part of the name separates processes of other machines and containers that have the same process id.
     """
     temporary = temporary_of(path.with_name(f"{path.name}.{machine}.{secrets.token_hex(4)}"))
-    try:
-        with naming(path):
-            with open(temporary, "xb") as file:  # without fsync: an incomplete file is rendered again
-                picture.save(file, format="PNG")
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, durable=False, temporary=temporary) as file:  # an incomplete file is rendered again
+        picture.save(file, format="PNG")
 
 
 def _machine() -> str:
