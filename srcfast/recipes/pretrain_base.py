@@ -13,7 +13,6 @@ Each image is one tree: the image is the root, its captions, questions and answe
 from __future__ import annotations
 
 import json
-import math
 import random
 import sys
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,12 +31,13 @@ from transformers import PreTrainedTokenizerFast
 
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.jsonl import write_json
 from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.generation.generate import Prompt, generate_greedy
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
 from srcfast.recipes.base_checkpoint import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
-from srcfast.recipes.vision_tower import normalise, train_tower
+from srcfast.recipes.vision_tower import normalise, scheduled, train_tower, update
 from srcfast.world.oracle import verify
 from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
@@ -76,14 +76,6 @@ class Recipe:
     weight_decay: float = 0.05
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A question and its answer as tokens; the loss is on the answer alone."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
 class Writer:
     """Encode texts of the world as trees; each distinct text is tokenised once."""
 
@@ -95,32 +87,37 @@ class Writer:
         image = tokenizer.convert_tokens_to_ids("<image>")
         self.image_root = np.array([*self.encode("USER:"), *[image] * (IMAGE_SIZE // PATCH_SIZE) ** 2])
 
-    def exchange(self, question: str, answer: str) -> Exchange:
-        """Encode a question and its answer."""
-        return Exchange(self.encode(f"{question} ASSISTANT:"), (*self.encode(answer), self.end))
+    def text_root(self, scene: Scene) -> list[int]:
+        """Encode a scene's facts as a root."""
+        return [*self.encode("USER:"), *[token for fact in facts(scene) for token in self.encode(fact)]]
 
     def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
         """Draw a tree of an image: six perception questions, two short answers and, with probability 1/4, a caption."""
         pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
         pairs += perception_questions(scene, rng, 6)
         pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
-        return self.tree(self.image_root, [self.exchange(*pair) for pair in pairs], (key,))
+        return self.tree(self.image_root, pairs, (key,))
 
     def text_tree(self, scene: Scene, rng: random.Random, questions: int) -> tuple[Tree, list[int]]:
         """Draw a tree of a scene's facts as text, with questions that tagged rationales answer."""
-        exchanges = []
+        pairs = []
         for question in ask(scene, rng, n=questions):
             see, think = true_rationale(scene, question)
             response = format_response(see, think, question.answer, "tagged")
-            exchanges.append(self.exchange(reword(question.text, rng), response))
-        root = np.array([*self.encode("USER:"), *[token for fact in facts(scene) for token in self.encode(fact)]])
-        return self.tree(root, exchanges, ())
+            pairs.append((reword(question.text, rng), response))
+        return self.tree(np.array(self.text_root(scene)), pairs, ())
 
-    @staticmethod
-    def tree(root: np.ndarray, exchanges: Sequence[Exchange], images: tuple[str, ...]) -> tuple[Tree, list[int]]:
-        """Build a tree with the exchanges below the root tokens. Returns it with each answer's number of tokens."""
-        segments = [Segment(np.array([*e.prompt, *e.answer]), parent=0) for e in exchanges]
-        return Tree((Segment(root), *segments), images), [len(e.answer) for e in exchanges]
+    def tree(
+        self, root: np.ndarray, pairs: Sequence[tuple[str, str]], images: tuple[str, ...]
+    ) -> tuple[Tree, list[int]]:
+        """Build a tree with questions and answers below the root tokens.
+
+        Returns it with each answer's number of tokens; the loss is on these alone.
+        """
+        answers = [(*self.encode(answer), self.end) for _, answer in pairs]
+        prompts = [self.encode(f"{question} ASSISTANT:") for question, _ in pairs]
+        segments = [Segment(np.array([*p, *a]), parent=0) for p, a in zip(prompts, answers, strict=True)]
+        return Tree((Segment(root), *segments), images), [len(answer) for answer in answers]
 
 
 def reword(question: str, rng: random.Random) -> str:
@@ -135,13 +132,12 @@ def reword(question: str, rng: random.Random) -> str:
 
 def answer_rows(forest: Forest, answer_lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return the rows that predict the answers' tokens, and these tokens: two int64 tensors [answer tokens]."""
-    rows = []
-    for tree_index, lengths in enumerate(answer_lengths):
-        tree = forest.trees[tree_index]
-        for child, length in enumerate(lengths, start=1):
-            end = forest.segment_start[tree_index][child] + len(tree.segments[child].tokens)
-            rows.append(np.arange(end - length - 1, end - 1))
-    index = torch.from_numpy(np.concatenate(rows))
+    rows = [
+        forest.target_rows(tree, [child])[0][-length:]
+        for tree, lengths in enumerate(answer_lengths)
+        for child, length in enumerate(lengths, start=1)
+    ]
+    index = torch.cat(rows)
     return index, forest.token_ids[index + 1]
 
 
@@ -164,20 +160,16 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
     scenes = sample_scenes("base", recipe.scenes, recipe.seed + 1)
     pictures = stage.steps * stage.pictures_per_step
     passes = range(-(-pictures // len(scenes)))
-    order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])[
-        :pictures
-    ]
+    order = np.concatenate([np.random.default_rng((recipe.seed, p)).permutation(len(scenes)) for p in passes])
+    order = order[:pictures]
     distinct = np.unique(order)  # indices of the scenes in use
-    features = _encode_all(
-        model, [scenes[i] for i in distinct], rng
-    )  # [distinct, 36, 128] float16, before the projector
+    # [distinct, 36, 128] float16, before the projector
+    features = _encode_all(model, [scenes[i] for i in distinct], rng)
     projector = model.vision.model.multi_modal_projector
     model.requires_grad_(True)
     model.vision.model.vision_tower.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True)
     losses: list[float] = []
     started = time.monotonic()
     for step in range(stage.steps):
@@ -196,13 +188,7 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
             hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
             logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
         loss = F.cross_entropy(logits.float(), targets)
-        warmup, cosine = (step + 1) / stage.warmup_steps, 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * min(warmup, cosine)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizer, loss, scheduled(stage.learning_rate, step, stage.steps, stage.warmup_steps))
         losses.append(loss.item())
         if step % 50 == 49:
             log(f"{name} {step + 1}/{stage.steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
@@ -230,7 +216,7 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
         features = model.encode_images([render(scene, rng.randrange(2**31)) for scene in batch])
         questions = [ask(scene, rng, n=6) for scene in batch]
         trees = [
-            writer.tree(writer.image_root, [writer.exchange(q.text, q.answer) for q in of_scene], (str(i),))
+            writer.tree(writer.image_root, [(q.text, q.answer) for q in of_scene], (str(i),))
             for i, of_scene in enumerate(questions)
         ]
         forest = Forest.of([tree for tree, _ in trees])
@@ -250,7 +236,7 @@ def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
     prompts: list[Prompt] = []
     questions: list[tuple[Scene, Question]] = []
     for scene in sample_scenes("validation", 100, seed):
-        root = [*writer.encode("USER:"), *[token for fact in facts(scene) for token in writer.encode(fact)]]
+        root = writer.text_root(scene)
         for question in ask(scene, rng, n=6):
             tokens = np.array([*root, *writer.encode(f"{question.text} ASSISTANT:")])
             prompts.append(Prompt(tokens, (), str(len(prompts))))
@@ -312,7 +298,7 @@ def train_new_tower(output: Path, recipe: Recipe, log: Callable[[str], None]) ->
         on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
     )
     save_lvlm(model, output)
-    write_record(output, {"tower_accuracy": accuracy})
+    write_json(output / "TRAINING.json", {"tower_accuracy": accuracy})
 
 
 def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
@@ -331,13 +317,8 @@ def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Calla
         "text_accuracy": text_accuracy(trained, writer, 1),
         "torch": torch.__version__,
     }
-    write_record(output, record)
+    write_json(output / "TRAINING.json", record)
     log(json.dumps({key: record[key] for key in ("short_answer_accuracy", "text_accuracy")}, indent=2))
-
-
-def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write TRAINING.json into a checkpoint directory."""
-    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ as a whole: the first verdict means right, the last one wrong.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +44,55 @@ class Lesson:
     kind: np.ndarray
 
 
-def lesson(tree: Tree, labels: Sequence[Label]) -> TrainingItem:
-    """Build the training item of a tree and its labels."""
-    return TrainingItem(tree, Lesson(*np.array(labels).T))
+class Labels:
+    """Collect the labels of one tree, whose texts are about a sample."""
+
+    def __init__(self, scorer: Scorer, sample: Sample) -> None:
+        self.scorer, self.sample = scorer, sample
+        facts = [scorer.encode(fact).tolist() for fact in sample.facts]
+        # All token sequences with which some fact of the sample begins.
+        self.begun = {tuple(fact[:n]) for fact in facts for n in range(len(fact) + 1)}
+        self.wrong = len(scorer.verdict_values) - 1
+        self.rows: list[Label] = []
+
+    def item(self, tree: Tree) -> TrainingItem:
+        """Build the training item of a tree and its labels."""
+        return TrainingItem(tree, Lesson(*np.array(self.rows).T))
+
+    def last_token(self, segment: int, shown: str, right: bool, kind: int) -> None:
+        """Label the last token of the text `shown`, with which a segment begins."""
+        self.rows.append((segment, len(self.scorer.encode(shown)) - 1, 0 if right else self.wrong, kind))
+
+    def claims(self, segment: int, shown: str, claims: Iterable[tuple[str, bool]]) -> None:
+        """Label claims, with whether each is true, in the order in which a segment's text `shown` has them.
+
+        The label after a claim's last token says whether it is true; those after tokens of "There is a ..." say whether some
+        fact begins with the claim up to there.
+        """
+        at = 0
+        for sentence, truth in claims:
+            at = shown.index(sentence, at) + len(sentence)
+            if sentence.startswith("There is a"):
+                tokens = self.scorer.encode(sentence).tolist()
+                start = len(self.scorer.encode(shown[:at])) - len(tokens)
+                for n in range(3, len(tokens) - 1):
+                    verdict = 0 if tuple(tokens[: n + 1]) in self.begun else self.wrong
+                    self.rows.append((segment, start + n, verdict, BEGUN))
+            self.last_token(segment, shown[:at], truth, CLAIM)
+
+    def answer(self, segment: int, shown: str, right: bool) -> None:
+        """Label the last token of the answer by whether it is right."""
+        before = shown.rindex("</answer>" if "</answer>" in shown else "\n")
+        self.last_token(segment, shown[:before].rstrip(), right, CLAIM)
+
+    def candidate(self, segment: int, shown: str) -> None:
+        """Label all claims of a candidate, its answer, and at its end the candidate as a whole."""
+        end = shown.rindex("\n")
+        verification = verify_sample(self.sample, parse_response(shown[shown.index(": ") + 2 : end]))
+        assert verification is not None
+        self.claims(segment, shown, ((sentence, verdict != "false") for sentence, _, verdict in verification.claims))
+        self.answer(segment, shown, verification.answer_right)
+        self.last_token(segment, shown[:end], verification.aligned, WHOLE)
 
 
 def checking_items(
@@ -71,24 +117,20 @@ def checking_items(
     items = []
     for example in examples:
         sample = samples[example.key]
-        begun = beginnings(scorer, sample)
         segments = [Segment(np.concatenate([scorer.opening, scorer.encode(example.reference)]))]
-        labels: list[Label] = []
+        labels = Labels(scorer, sample)
         for variant in example.variants:
             shown = f"First: {variant.text}\n"
-            labels += candidate_labels(scorer, sample, begun, len(segments), shown)
+            labels.candidate(len(segments), shown)
             segments.append(Segment(scorer.encode(shown), 0))
         for _ in range(drills):
             claims = draw_claims(Scene.from_json(sample.extra["scene"]), rng, claims_per_drill)
             answer = drawn_answer(sample, rng, answers)
             shown = f"First: <see> {' '.join(claims)} </see> <answer> {answer} </answer>\n"
-            at = 0
-            for sentence, truth in claims.items():
-                at = shown.index(sentence, at) + len(sentence)
-                labels += claim_labels(scorer, begun, len(segments), shown[:at], sentence, truth)
-            labels.append(answer_label(scorer, len(segments), shown, answer == sample.answer))
+            labels.claims(len(segments), shown, claims.items())
+            labels.answer(len(segments), shown, answer == sample.answer)
             segments.append(Segment(scorer.encode(shown), 0))
-        items.append(lesson(Tree(tuple(segments)), labels))
+        items.append(labels.item(Tree(tuple(segments))))
     return items
 
 
@@ -99,18 +141,17 @@ def comparing_items(
     items = []
     for example in examples:
         judge_tree = judge_tree_of(scorer, example)
-        sample, texts = samples[example.key], [variant.text for variant in example.variants]
-        begun = beginnings(scorer, sample)
+        texts = [variant.text for variant in example.variants]
         pairs = list(zip(judge_tree.first.tolist(), judge_tree.second.tolist(), judge_tree.slots.tolist(), strict=True))
-        labels: list[Label] = []
+        labels = Labels(scorer, samples[example.key])
         for first, segment in {first: judge_tree.tree.segments[slot].parent for first, _, slot in pairs}.items():
-            labels += candidate_labels(scorer, sample, begun, segment, f"First: {texts[first]}\n")
+            labels.candidate(segment, f"First: {texts[first]}\n")
         for first, second, slot in pairs:
             if second != ALONE:
-                labels += candidate_labels(scorer, sample, begun, slot, f"Second: {texts[second]}\nBetter:")
+                labels.candidate(slot, f"Second: {texts[second]}\nBetter:")
             verdict = target_verdict(example, first, second, len(scorer.verdict_values))
-            labels.append((slot, judge_tree.tree.segments[slot].tokens.size - 1, verdict, VERDICT))
-        items.append(lesson(judge_tree.tree, labels))
+            labels.rows.append((slot, judge_tree.tree.segments[slot].tokens.size - 1, verdict, VERDICT))
+        items.append(labels.item(judge_tree.tree))
     return items
 
 
@@ -120,59 +161,6 @@ def drawn_answer(sample: Sample, rng: random.Random, answers: Sequence[str]) -> 
         return sample.answer
     near = swap_word(sample.answer, rng, VOCABULARY) if rng.random() < 0.7 else None
     return near or rng.choice(answers)
-
-
-def beginnings(scorer: Scorer, sample: Sample) -> set[tuple[int, ...]]:
-    """Return all token sequences with which some fact of the sample begins."""
-    facts = [scorer.encode(fact).tolist() for fact in sample.facts]
-    return {tuple(fact[:n]) for fact in facts for n in range(len(fact) + 1)}
-
-
-def claim_labels(
-    scorer: Scorer, begun: set[tuple[int, ...]], segment: int, shown: str, sentence: str, truth: bool
-) -> list[Label]:
-    """Label one claim.
-
-    The label after its last token says whether the claim is true; those after tokens of "There is a ..." say whether some fact
-    begins with the claim up to there.
-
-    Args:
-        begun: see `beginnings`.
-        shown: the segment's text up to the end of the claim.
-        sentence: the claim.
-    """
-    wrong = len(scorer.verdict_values) - 1
-    tokens = scorer.encode(sentence).tolist()
-    start = len(scorer.encode(shown)) - len(tokens)
-    labels = []
-    if sentence.startswith("There is a"):
-        prefixes = ((n, tuple(tokens[: n + 1]) in begun) for n in range(3, len(tokens) - 1))
-        labels = [(segment, start + n, 0 if right else wrong, BEGUN) for n, right in prefixes]
-    return [*labels, (segment, start + len(tokens) - 1, 0 if truth else wrong, CLAIM)]
-
-
-def answer_label(scorer: Scorer, segment: int, shown: str, right: bool) -> Label:
-    """Label the last token of the answer by whether it is right."""
-    before = shown.rindex("</answer>" if "</answer>" in shown else "\n")
-    end = len(scorer.encode(shown[:before].rstrip())) - 1
-    return segment, end, 0 if right else len(scorer.verdict_values) - 1, CLAIM
-
-
-def candidate_labels(
-    scorer: Scorer, sample: Sample, begun: set[tuple[int, ...]], segment: int, shown: str
-) -> list[Label]:
-    """Label all claims of a candidate, its answer, and at its end the candidate as a whole."""
-    text = shown[shown.index(": ") + 2 : shown.rindex("\n")]
-    verification = verify_sample(sample, parse_response(text))
-    assert verification is not None
-    labels: list[Label] = []
-    at = 0
-    for sentence, _, verdict in verification.claims:
-        at = shown.index(sentence, at) + len(sentence)
-        labels += claim_labels(scorer, begun, segment, shown[:at], sentence, verdict != "false")
-    labels.append(answer_label(scorer, segment, shown, verification.answer_right))
-    end = len(scorer.encode(shown[: shown.rindex("\n")])) - 1
-    return [*labels, (segment, end, 0 if verification.aligned else len(scorer.verdict_values) - 1, WHOLE)]
 
 
 def lesson_loss(scorer: Scorer) -> Loss:
@@ -191,10 +179,8 @@ def lesson_loss(scorer: Scorer) -> Loss:
         right = (logits.argmax(-1) == targets).numpy()
         metrics: dict[str, Tensor] = {}
         for kind, name in enumerate(KINDS):
-            metrics |= {
-                name: torch.tensor((kinds == kind).sum()),
-                f"right_{name}": torch.tensor(right[kinds == kind].sum()),
-            }
+            metrics[name] = torch.tensor((kinds == kind).sum())
+            metrics[f"right_{name}"] = torch.tensor(right[kinds == kind].sum())
         weights = torch.from_numpy(WEIGHTS[kinds]).float()
         return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / total, metrics
 

@@ -27,7 +27,7 @@ import typer
 
 from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
 from srcfast.data.corruptions import Parts
-from srcfast.data.jsonl import read_jsonl, write_jsonl
+from srcfast.data.jsonl import read_jsonl, write_json, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
@@ -142,7 +142,7 @@ def main(
         "held_out": held_out_scores(load_scorer(output), held_out, variants_by_base, recipe),
         "torch": torch.__version__,
     }
-    (output / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "TRAINING.json", record)
     print(json.dumps(record["held_out"], indent=2), file=sys.stderr)
 
 
@@ -196,7 +196,6 @@ def tuned_candidates(
             generated = generate_candidates(
                 model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
             )
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for of_sample in generated for c in of_sample))
     candidates = defaultdict(list)
     for _, row in read_jsonl(file):

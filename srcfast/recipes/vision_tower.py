@@ -19,16 +19,7 @@ from transformers import CLIPVisionModel
 
 from srcfast.recipes.base_checkpoint import PATCH_SIZE
 from srcfast.world import render
-from srcfast.world.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    HELD_OUT,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    sample_scenes,
-)
+from srcfast.world.scenes import BACKGROUNDS, COLORS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, sample_scenes
 
 SIDE = render.IMAGE_SIZE // PATCH_SIZE
 PLACE_OF_PATCH = np.array([r * 3 // SIDE * 3 + c * 3 // SIDE for r in range(SIDE) for c in range(SIDE)])  # [36]
@@ -123,6 +114,21 @@ def normalise(pixels: np.ndarray) -> Tensor:
     return ((values - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).contiguous()
 
 
+def scheduled(learning_rate: float, step: int, steps: int, warmup_steps: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine."""
+    return learning_rate * min((step + 1) / warmup_steps, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    """Take a step, the gradients of each parameter group clipped to norm 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
 def train_tower(
     tower: CLIPVisionModel,
     *,
@@ -138,14 +144,11 @@ def train_tower(
     tower.set_attn_implementation("eager")  # on a CPU the backward of the fused kernel takes most of a step's time
     pixels, labels, images = picture_set(pictures, seed)
     heads = PatchHeads(tower.config.hidden_size)
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], weight_decay=0.01, fused=True)
     total = epochs * pictures // batch_size
     generator = np.random.default_rng(seed)
     order = np.concatenate([generator.permutation(pictures) for _ in range(epochs)])
     for step in range(total):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / total)))
         batch = order[step * batch_size : (step + 1) * batch_size]
         with torch.autocast("cpu", dtype=torch.bfloat16):  # three times as fast on CPUs with bf16
             patches = tower(normalise(pixels[batch])).last_hidden_state[:, 1:]  # [batch, 36, hidden]
@@ -155,10 +158,7 @@ def train_tower(
             F.cross_entropy(logits.flatten(0, 1), patch_target[..., k].flatten()) for k, logits in enumerate(by_patch)
         )
         loss = loss + sum(F.cross_entropy(logits, image_target[:, k]) for k, logits in enumerate(by_image))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizer, loss, scheduled(learning_rate, step, total, warmup_steps=100))
         on_step(step + 1, total, loss.item())
     return tower_accuracy(tower, heads, seed + 1)
 
