@@ -39,14 +39,6 @@ class InOrder(Generic[Value]):
         yield from self._pairs
 
 
-def group_by_sample(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    """Group candidates by sample id, in the order in which they come."""
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.sample_id, []).append(candidate)
-    return groups
-
-
 def samples_in_order(candidates: Iterable[Candidate]) -> InOrder[list[Candidate]]:
     """Group candidates by sample id while they are read, for lookups in the shards' order.
 

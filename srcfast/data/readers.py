@@ -56,7 +56,7 @@ def read_samples(
     if format == "jsonl":
         samples = _each(_jsonl_sample, read_lines(path), path, image_root)
     elif format == "llava":
-        samples = _llava_samples(path, image_root)
+        samples = _each(_llava_samples, _json_items(path, "id"), path, image_root)
     elif format == "vlmeval_tsv":
         samples = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
     else:
@@ -117,15 +117,16 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
 
 
 def _each(
-    read: Callable[[dict[str, Any], str | Path, int, Path], Record],
+    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Record | InputError]],
     rows: Iterable[Row],
     path: str | Path,
     image_root: Path,
 ) -> Iterator[tuple[int, Record | InputError]]:
-    """Read each row; an error takes the place of a bad record."""
+    """Read the records of each row; an error takes the place of a bad record."""
     for line, row in rows:
         try:
-            yield line, row if isinstance(row, InputError) else read(row, path, line, image_root)
+            for record in [row] if isinstance(row, InputError) else read(row, path, line, image_root):
+                yield line, record
         except InputError as error:
             yield line, error
 
@@ -282,34 +283,23 @@ def _skip_space(text: str, position: int) -> int:
 # JSON lines -----------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Sample:
+def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample]:
     sample = Sample.from_json(row, file=path, line=line, image_root=image_root)
     question = _without_marks(sample.question, len(sample.images), Fields(row, path, line), "question")
-    return replace(sample, question=question)
+    return [replace(sample, question=question)]
 
 
-def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
+def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
     pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
-    fields = Fields(row, path, line)
-    return replace(pair, prompt=_without_marks(pair.prompt, len(pair.images), fields, "prompt"))
+    prompt = _without_marks(pair.prompt, len(pair.images), Fields(row, path, line), "prompt")
+    return [replace(pair, prompt=prompt)]
 
 
 # LLaVA conversations --------------------------------------------------------------------------------------------------
 
 
-def _llava_samples(path: str | Path, image_root: Path) -> Iterator[tuple[int, Sample | InputError]]:
-    """Yield a sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
-    for line, row in _json_items(path, "id"):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            for sample in _conversation(row, path, line, image_root):
-                yield line, sample
-        except InputError as error:
-            yield line, error
-
-
-def _conversation(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+def _llava_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+    """Read a sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
     fields = Fields(row, path, line)
     name, images = fields.identifier("id"), fields.images()
     turns = _take_turns(fields, len(images))
@@ -345,7 +335,7 @@ def _take_turns(fields: Fields, num_images: int) -> list[tuple[str, str]]:
 # TRL's preferences ----------------------------------------------------------------------------------------------------
 
 
-def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> Preference:
+def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
     """Read a TRL row {images, prompt, chosen, rejected} of message lists or strings."""
     fields = Fields(row, path, line)
     num_images = len(Fields(row, path, line).images())

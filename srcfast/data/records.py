@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,7 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to `{id, images, question, answer, rationale?, facts?}` and the extra keys."""
-        row: dict[str, Any] = {
-            "id": self.id,
-            "images": list(self.images),
-            "question": self.question,
-            "answer": self.answer,
-        }
-        if self.rationale is not None:
-            row["rationale"] = self.rationale
-        if self.facts:
-            row["facts"] = list(self.facts)
-        return row | self.extra
+        return _to_json(self, optional=("rationale", "facts"))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Sample:
@@ -71,15 +61,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to `{id, sample_id, text, rationale, answer, logprob, token_ids}` and the extra keys."""
-        return {
-            "id": self.id,
-            "sample_id": self.sample_id,
-            "text": self.text,
-            "rationale": self.rationale,
-            "answer": self.answer,
-            "logprob": self.logprob,
-            "token_ids": list(self.token_ids),
-        } | self.extra
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Candidate:
@@ -120,16 +102,7 @@ class Preference:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a record with all fields but `image_root`, and the extra keys."""
-        return {
-            "sample_id": self.sample_id,
-            "images": list(self.images),
-            "prompt": self.prompt,
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-            "confidence": self.confidence,
-            "reference_chosen_logprob": self.reference_chosen_logprob,
-            "reference_rejected_logprob": self.reference_rejected_logprob,
-        } | self.extra
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Preference:
@@ -140,9 +113,8 @@ class Preference:
             raise reader.error("confidence", "a number in (0, 1]", confidence, "leave pairs of no confidence out")
         judged = reader.peek_number("judge_confidence", default=confidence)
         if not 0.0 <= judged <= 1.0:
-            raise reader.error(
-                "judge_confidence", "a number in [0, 1]", judged, "leave it out, or score the candidates again"
-            )
+            fix = "leave it out, or score the candidates again"
+            raise reader.error("judge_confidence", "a number in [0, 1]", judged, fix)
         sample_id = reader.identifier("sample_id", default="" if line is None else f"line-{line}")
         images, prompt = reader.images(), reader.text("prompt")
         chosen, rejected = reader.text("chosen"), reader.text("rejected")
@@ -160,6 +132,15 @@ class Preference:
             extra=reader.rest(),
             image_root=image_root,
         )
+
+
+def _to_json(record: Sample | Candidate | Preference, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Convert a record's fields but `image_root`, without `optional` ones that it has not, and its extra keys."""
+    row = {}
+    for name, value in vars(record).items():  # in the order of the fields
+        if name not in ("extra", "image_root") and not (name in optional and value in (None, ())):
+            row[name] = list(value) if isinstance(value, tuple) else value
+    return row | record.extra
 
 
 class Fields:
@@ -186,27 +167,32 @@ class Fields:
             fix=fix,
         )
 
-    def take(self, name: str, expected: str) -> Any:
-        """Take a field of any type. Raises InputError if it is missing."""
+    def take(
+        self, name: str, expected: str, is_valid: Callable[[Any], bool] | None = None, fix: str | None = None
+    ) -> Any:
+        """Take a field of any value or, with `is_valid`, of values for which that holds.
+
+        Raises:
+            InputError: it is missing, or has another value, for which `fix` is what the user can do.
+        """
         if name not in self.left:
             raise self.error(name, expected, "no such key", f"add {name!r} to the record")
-        return self.left.pop(name)
+        value = self.left.pop(name)
+        if is_valid is not None and not is_valid(value):
+            raise self.error(name, expected, value, fix)
+        return value
 
     def identifier(self, name: str, default: str | None = None) -> str:
         """Take an id, a non-empty string or an integer, as a string. Raises InputError."""
         if default and name not in self.left:
             return default
-        value = self.take(name, "an id (string or integer)")
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise self.error(name, "an id (string or integer)", value)
-        return str(value)
+        return str(
+            self.take(name, "an id (string or integer)", lambda value: type(value) in (str, int) and value != "")
+        )
 
     def text(self, name: str) -> str:
         """Take a string that is not blank. Raises InputError."""
-        value = self.take(name, "a non-empty string")
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(name, "a non-empty string", value)
-        return value
+        return self.take(name, "a non-empty string", lambda value: isinstance(value, str) and bool(value.strip()))
 
     def answer(self, name: str) -> str:
         """Take an answer, a string that is not blank or a number, as a string. Raises InputError."""

@@ -39,15 +39,14 @@ def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids) or len(set(ids)) < len(ids):
         raise fields.error("candidate_ids", "a list of ids, each once", ids, FIX)
     n = len(ids)
+
+    def is_matrix(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == n and all(_is_probabilities(row, n) for row in value)
+
     for name in ("scores", *(("alone",) if "alone" in row else ())):
-        values = fields.take(name, f"{n} numbers from 0 to 1")
-        if not _is_probabilities(values, n):
-            raise fields.error(name, f"{n} numbers from 0 to 1", values, FIX)
-    expected = f"{n} x {n} numbers from 0 to 1"
+        fields.take(name, f"{n} numbers from 0 to 1", lambda value: _is_probabilities(value, n), FIX)
     for name in ("confidence", *(("win_probability",) if "win_probability" in row else ())):
-        matrix = fields.take(name, expected)
-        if not isinstance(matrix, list) or len(matrix) != n or not all(_is_probabilities(row, n) for row in matrix):
-            raise fields.error(name, expected, matrix, FIX)
+        fields.take(name, f"{n} x {n} numbers from 0 to 1", is_matrix, FIX)
     for name in (*_COUNTS, *_RATES):
         value = fields.number(name)
         if value < 0 or (name in _RATES and value > 1):
@@ -78,9 +77,8 @@ def read_pairs(directory: str | Path, samples: Mapping[str, Sample]) -> list[Pre
         pair = Preference.from_json(row, file=file, line=line, image_root=Path())
         sample = samples.get(pair.sample_id)
         if sample is None:
-            raise InputError(
-                file=file, line=line, field="sample_id", expected="a sample of this run", found=pair.sample_id
-            )
+            expected = "a sample of this run"
+            raise InputError(file=file, line=line, field="sample_id", expected=expected, found=pair.sample_id)
         pairs.append(replace(pair, image_root=sample.image_root))
     return pairs
 
@@ -94,9 +92,8 @@ def read_aligned(file: str | Path) -> dict[str, bool]:
     aligned_by_id: dict[str, bool] = {}
     for line, row in read_jsonl(file):
         fields = Fields(row, file, line)
-        name, aligned = fields.identifier("id"), fields.take("aligned", "true, false or null")
-        if aligned is not None and not isinstance(aligned, bool):
-            raise fields.error("aligned", "true, false or null", aligned)
+        name = fields.identifier("id")
+        aligned = fields.take("aligned", "true, false or null", lambda value: isinstance(value, bool | None))
         if name in aligned_by_id:
             raise InputError(file=file, line=line, field="id", expected="an id that occurs once", found=name)
         aligned_by_id[name] = bool(aligned)

@@ -9,7 +9,7 @@ import torch
 from helpers.small_scorer import small_tokenizer, write_text_model
 from transformers import AutoModelForCausalLM
 
-from srcfast.data.in_order import group_by_sample, samples_in_order
+from srcfast.data.in_order import samples_in_order
 from srcfast.data.jsonl import is_complete, read_shards
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError, InputError
@@ -207,7 +207,6 @@ def test_rows_are_json_and_come_in_the_order_of_samples_and_shards_are_complete(
     assert [row["sample_id"] for row in rows] == ["s2", "s0"] and progress.count == 2 and progress.tokens > 0
     assert json.loads(json.dumps(rows)) == rows
     assert is_complete(tmp_path / "scores") and [row for *_, row in read_shards(tmp_path / "scores")] == rows
-    assert group_by_sample(groups["s0"] + groups["s2"]) == groups
 
 
 def test_a_sample_that_does_not_fit_is_refused_by_name(scorer):
