@@ -206,9 +206,7 @@ def _image_root_of(row: dict[str, Any], file: Path, line: int, root: Path, sourc
 def read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
     """Read the candidates of each sample from the shards in a directory, in their order."""
     shards = require_option(directory, "--candidates", "the folder that `srcfast candidates` wrote")
-    return samples_in_order(
-        Candidate.from_json(row, file=file, line=line, image_root=shards) for file, line, row in read_shards(shards)
-    )
+    return samples_in_order(Candidate.from_json(row, file=file, line=line) for file, line, row in read_shards(shards))
 
 
 def read_vocabulary(path: str | None) -> dict[str, Sequence[str]]:

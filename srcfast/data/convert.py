@@ -53,9 +53,8 @@ def convert(
     lost = Counter() if lost is None else lost
     target = Path(target)
     if target.resolve() == Path(source).resolve():
-        raise InputError(
-            file=target, field="target", expected="another file than the source", found="the source itself"
-        )
+        expected = "another file than the source"
+        raise InputError(file=target, field="target", expected=expected, found="the source itself")
     formats = {source_format, target_format}
     preferences = "trl" in formats or (source_format == "jsonl" and _holds_preferences(source))
     if preferences and formats <= set(PREFERENCE_FORMATS):
@@ -65,12 +64,9 @@ def convert(
             return write_jsonl(target, (pair.to_json() for pair in pairs))
         return _write_list(target, (_trl_row(pair, lost) for pair in pairs))
     if preferences or not formats <= set(SAMPLE_FORMATS):
-        raise InputError(
-            file=source,
-            field="format",
-            expected=f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among jsonl and trl",
-            found=f"{'preferences' if preferences else 'samples'} from {source_format} to {target_format}",
-        )
+        expected = f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among jsonl and trl"
+        found = f"{'preferences' if preferences else 'samples'} from {source_format} to {target_format}"
+        raise InputError(file=source, field="format", expected=expected, found=found)
     image_output = image_output or target.with_name(f"{target.stem}_images")
     samples = read_samples(
         source, format=source_format, image_root=image_root, rejected=rejected, image_output=image_output
@@ -117,15 +113,14 @@ def _llava_row(sample: Sample, lost: Counter[str]) -> dict[str, Any]:
         row["rationale"] = sample.rationale
     if sample.facts:
         row["facts"] = list(sample.facts)
-    return row | _without_names(sample.extra, _TURN_KEYS, lost)
+    lost.update(name for name in sample.extra if name in _TURN_KEYS)
+    return row | {name: value for name, value in sample.extra.items() if name not in _TURN_KEYS}
 
 
 def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
     """Convert a pair to a conversational row. TRL itself puts the images before the text of the first user message."""
-    flat: dict[str, Any] = {}
-    for name, value in pair.to_json().items():
-        if name not in _MESSAGE_KEYS and value is not None:
-            flat[name] = value
+    row = pair.to_json()
+    flat = {name: value for name, value in row.items() if name not in _MESSAGE_KEYS and value is not None}
     nested = {name: value for name, value in flat.items() if isinstance(value, dict | list)}
     lost.update(list(nested))  # `datasets` needs one type a column, which nested fields that differ by row don't have
     return {
@@ -134,12 +129,6 @@ def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
     } | {name: value for name, value in flat.items() if name not in nested}
-
-
-def _without_names(extra: Mapping[str, Any], reserved: set[str], lost: Counter[str]) -> dict[str, Any]:
-    """Drop the extra fields whose names the target format reserves, and count them as lost."""
-    lost.update(name for name in extra if name in reserved)
-    return {name: value for name, value in extra.items() if name not in reserved}
 
 
 def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:

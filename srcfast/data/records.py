@@ -64,7 +64,7 @@ class Candidate:
         return _to_json(self)
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Candidate:
+    def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None) -> Candidate:
         """Read a record. Raises InputError naming file, line and field."""
         reader = Fields(row, file, line)
         return cls(

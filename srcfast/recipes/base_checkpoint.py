@@ -56,23 +56,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     )
 
 
-def decoder_config(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int) -> LlamaConfig:
-    """Return the config of a small Llama: heads of 32, an MLP three times as wide as the hidden state."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 32,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-
-
 def new_lvlm(
     directory: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -82,7 +65,10 @@ def new_lvlm(
     vision_layers: int,
     seed: int,
 ) -> None:
-    """Write a randomly initialised `LlavaForConditionalGeneration` with processor and tokenizer to `directory`."""
+    """Write a randomly initialised `LlavaForConditionalGeneration` with processor and tokenizer to `directory`.
+
+    Its decoder is a small Llama: heads of 32, an MLP three times as wide as the hidden state.
+    """
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -93,7 +79,19 @@ def new_lvlm(
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
         ),
-        text_config=decoder_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=hidden_size // 32,
+            num_key_value_heads=hidden_size // 32,
+            max_position_embeddings=2048,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+        ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

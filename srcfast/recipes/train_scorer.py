@@ -102,14 +102,14 @@ def main(
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
+    def mixed(candidates: int, draw: random.Random) -> list[ScorerExample]:
+        return [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
+
     def to_check(scorer: Scorer) -> list[TrainingItem]:
-        mixed = [with_generated(example, by_id[example.key], best_tuned, recipe.checked, rng) for example in examples]
-        return checking_items(scorer, by_id, mixed, rng, recipe.drills, recipe.claims_per_drill)
+        return checking_items(scorer, by_id, mixed(recipe.checked, rng), rng, recipe.drills, recipe.claims_per_drill)
 
     def to_compare(scorer: Scorer) -> list[TrainingItem]:
-        draw = random.Random(f"comparing/{recipe.seed}")
-        mixed = [with_generated(example, by_id[example.key], best_tuned, recipe.compared, draw) for example in examples]
-        return comparing_items(scorer, by_id, mixed)
+        return comparing_items(scorer, by_id, mixed(recipe.compared, random.Random(f"comparing/{recipe.seed}")))
 
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")

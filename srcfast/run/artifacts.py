@@ -34,14 +34,12 @@ class RunArtifacts:
     def candidates(self, iteration: int) -> InOrder[list[Candidate]]:
         """Read an iteration's candidates, by sample id."""
         rows = read_shards(self.shards(iteration, "candidates"))
-        return samples_in_order(
-            Candidate.from_json(row, file=file, line=line, image_root=Path()) for file, line, row in rows
-        )
+        return samples_in_order(Candidate.from_json(row, file=file, line=line) for file, line, row in rows)
 
     def candidates_in(self, directory: Path, chunks: ChunkFiles) -> InOrder[list[Candidate]]:
         """Read candidates, by sample id, from finished chunks in `directory`, before they are written as shards."""
         rows = chunks.rows()
-        return samples_in_order(Candidate.from_json(row, file=directory, line=None, image_root=Path()) for row in rows)
+        return samples_in_order(Candidate.from_json(row, file=directory, line=None) for row in rows)
 
     def scores(self, iteration: int) -> Iterator[dict[str, Any]]:
         """Read an iteration's score rows."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
-from srcfast.data.rationale_format import normalise_answer
+from srcfast.data.rationale_format import ParsedResponse, normalise_answer
 from srcfast.data.records import Sample
 from srcfast.world.programs import (
     RELATIONS,
@@ -33,17 +33,6 @@ from srcfast.world.programs import (
 from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, PLURALS, SHAPES, SIZES, VALUES, Object, Scene
 
 CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
-
-
-class Response(Protocol):
-    """A parsed response, such as `srcfast.data.rationale_format.ParsedResponse`."""
-
-    @property
-    def perception(self) -> tuple[str, ...]: ...
-    @property
-    def reasoning(self) -> tuple[str, ...]: ...
-    @property
-    def answer(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -225,13 +214,13 @@ def _predicate(phrase: str) -> Description:
 # --- Verification -------------------------------------------------------------------------------------------
 
 
-def verify_sample(sample: Sample, response: Response) -> Verification | None:
+def verify_sample(sample: Sample, response: ParsedResponse) -> Verification | None:
     """Verify a response to a sample whose `extra` has scene and program. Returns None for any other sample."""
     scene, program = sample.extra.get("scene"), sample.extra.get("program")
     return None if scene is None or program is None else verify(response, program, scene, sample.answer)
 
 
-def verify(response: Response, program: Program, scene: Scene | dict[str, Any], gold: str) -> Verification:
+def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, Any], gold: str) -> Verification:
     """Verify one response to a question.
 
     Args:

@@ -85,7 +85,7 @@ def write_rejected(format: str, read: Callable[..., Any] = read_samples) -> Call
 
 def candidates(path: Path) -> None:
     for file, line, row in read_shards(path):
-        Candidate.from_json(row, file=file, line=line, image_root=path)
+        Candidate.from_json(row, file=file, line=line)
 
 
 def pairs(path: Path) -> None:
