@@ -195,17 +195,18 @@ def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | 
 def _without_marks(text: str, num_images: int, fields: Fields, name: str) -> str:
     """Remove a text's image marks. Raises InputError where they are neither none nor as many as the images."""
     marks = text.count(IMAGE_MARK)
-    if marks not in (0, num_images):
-        raise _count_error(fields, marks, num_images)
+    _check_marks(fields, marks, num_images)
     unmarked = text.replace(IMAGE_MARK, "").strip() if marks else text
     if not unmarked.strip():
         raise fields.error(name, "text beside the image marks", text)
     return unmarked
 
 
-def _count_error(fields: Fields, marks: int, num_images: int) -> InputError:
-    expected = f"{marks} images, as many as are marked in the text"
-    return fields.error("images", expected, num_images, f"give each image one {IMAGE_MARK}")
+def _check_marks(fields: Fields, marks: int, num_images: int) -> None:
+    """Raise InputError where image marks are neither none nor as many as the images."""
+    if marks not in (0, num_images):
+        expected = f"{marks} images, as many as are marked in the text"
+        raise fields.error("images", expected, num_images, f"give each image one {IMAGE_MARK}")
 
 
 def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
@@ -325,9 +326,7 @@ def _take_turns(fields: Fields, num_images: int) -> list[tuple[str, str]]:
     for turn, speakers in zip(turns, (("human", "user"), ("gpt", "assistant")) * (len(turns) // 2), strict=True):
         if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
             raise fields.error("conversations", expected, turn)
-    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2])
-    if marks not in (0, num_images):
-        raise _count_error(fields, marks, num_images)
+    _check_marks(fields, sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2]), num_images)
     pairs = zip(turns[::2], turns[1::2], strict=True)
     return [(first["value"].replace(IMAGE_MARK, "").strip(), second["value"].strip()) for first, second in pairs]
 
@@ -344,8 +343,7 @@ def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root
         plain[name], marks = _message(fields, name, role)
         if marks and name != "prompt":
             raise fields.error(name, "a response of text", "an image part", "keep images in the prompt")
-        if marks not in (0, num_images):
-            raise _count_error(fields, marks, num_images)
+        _check_marks(fields, marks, num_images)
     return _preference(plain, path, line, image_root)
 
 

@@ -170,9 +170,8 @@ def lesson_loss(scorer: Scorer) -> Loss:
         hidden: Tensor, forest: Forest, head: Tensor, items: Sequence[TrainingItem], total: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lessons: list[Lesson] = [item.meta for item in items]
-        segment_starts = zip(forest.segment_start, lessons, strict=True)
-        starts = [np.array(tree_starts)[meta.segment] for tree_starts, meta in segment_starts]
-        rows = np.concatenate([start + meta.offset for start, meta in zip(starts, lessons, strict=True)])
+        by_tree = zip(forest.segment_start, lessons, strict=True)
+        rows = np.concatenate([np.array(starts)[meta.segment] + meta.offset for starts, meta in by_tree])
         targets = torch.from_numpy(np.concatenate([meta.target for meta in lessons]))  # [n]
         kinds = np.concatenate([meta.kind for meta in lessons])
         logits = hidden[torch.from_numpy(rows)].float() @ head[scorer.verdict_token_ids].float().T  # [n, K]

@@ -62,14 +62,11 @@ def single_labels(shape: str, color: str, center: Sequence[float], extent: float
     """
     labels = np.zeros((len(PLACE_OF_PATCH), 4), dtype=np.int64)
     labels[:, 3] = PLACE_OF_PATCH
-    for patch in range(len(PLACE_OF_PATCH)):
-        middle = ((patch % SIDE + 0.5) * PATCH_SIZE, (patch // SIDE + 0.5) * PATCH_SIZE)
-        distance = max(abs(a - b) for a, b in zip(center, middle, strict=True))
-        overlap = (extent + PATCH_SIZE) / 2 - distance  # pixels by which patch and object overlap
-        if overlap > 2:
-            labels[patch, :3] = (SHAPES.index(shape) + 1, COLORS.index(color) + 1, -100)
-        elif overlap > 0:
-            labels[patch, :3] = -100
+    rows, columns = np.divmod(np.arange(len(PLACE_OF_PATCH)), SIDE)
+    middles = (np.stack([columns, rows], axis=1) + 0.5) * PATCH_SIZE
+    overlap = (extent + PATCH_SIZE) / 2 - np.abs(middles - center).max(axis=1)  # pixels, of each patch with the object
+    labels[overlap > 0, :3] = -100
+    labels[overlap > 2, :2] = (SHAPES.index(shape) + 1, COLORS.index(color) + 1)
     return labels
 
 
