@@ -49,8 +49,7 @@ class Object:
 
     def described(self, *names: str) -> dict[str, str]:
         """Return those of the named attributes, or of all, that are known."""
-        attributes = self.to_json()
-        return {name: value for name in names or attributes if (value := attributes[name]) is not None}
+        return {name: value for name in names or self.__slots__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
