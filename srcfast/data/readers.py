@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.images import check_image
 from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
-from srcfast.data.records import Fields, Preference, Sample
+from srcfast.data.records import Fields, Preference, Record, Row, Sample, each_record
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
 
 IMAGE_MARK = "<image>"
-
-Record = TypeVar("Record", Sample, Preference)
-Row = tuple[int, dict[str, Any] | InputError]  # 1-based line, and what stands there
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,9 @@ def read_samples(
         InputError: the file as a whole can't be read, or the format is unknown.
     """
     if format == "jsonl":
-        samples = _each(_jsonl_sample, read_lines(path), path, image_root)
+        samples = each_record(_jsonl_sample, read_lines(path), path, image_root)
     elif format == "llava":
-        samples = _each(_llava_samples, _json_items(path, "id"), path, image_root)
+        samples = each_record(_llava_samples, _json_items(path, "id"), path, image_root)
     elif format == "vlmeval_tsv":
         samples = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
     else:
@@ -78,9 +75,9 @@ def read_preferences(
         InputError: the file as a whole can't be read, or the format is unknown.
     """
     if format == "jsonl":
-        pairs = _each(_preference, read_lines(path), path, image_root)
+        pairs = each_record(_preference, read_lines(path), path, image_root)
     elif format == "trl":
-        pairs = _each(_trl_preference, _json_items(path, "sample_id"), path, image_root)
+        pairs = each_record(_trl_preference, _json_items(path, "sample_id"), path, image_root)
     else:
         raise InputError(file=path, field="format", expected="jsonl or trl", found=format)
     return _keep_good(pairs, path, rejected, check_images)
@@ -114,21 +111,6 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
 
 
 # What all formats share -----------------------------------------------------------------------------------------------
-
-
-def _each(
-    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Record | InputError]],
-    rows: Iterable[Row],
-    path: str | Path,
-    image_root: Path,
-) -> Iterator[tuple[int, Record | InputError]]:
-    """Read the records of each row; an error takes the place of a bad record."""
-    for line, row in rows:
-        try:
-            for record in [row] if isinstance(row, InputError) else read(row, path, line, image_root):
-                yield line, record
-        except InputError as error:
-            yield line, error
 
 
 def _with_unique_ids(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from srcfast.errors import InputError
 
@@ -270,3 +270,22 @@ class Fields:
     def rest(self) -> dict[str, Any]:
         """Return the fields that were not taken."""
         return self.left
+
+
+Record = TypeVar("Record", Sample, Preference)
+Row = tuple[int, dict[str, Any] | InputError]  # 1-based line, and what stands there
+
+
+def each_record(
+    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Record | InputError]],
+    rows: Iterable[Row],
+    path: str | Path,
+    image_root: Path,
+) -> Iterator[tuple[int, Record | InputError]]:
+    """Yield the line and the records of each row; an error takes the place of a bad record."""
+    for line, row in rows:
+        try:
+            for record in [row] if isinstance(row, InputError) else read(row, path, line, image_root):
+                yield line, record
+        except InputError as error:
+            yield line, error

@@ -11,12 +11,13 @@ import string
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from srcfast.data.images import from_base64, image_suffix, resolve
 from srcfast.data.jsonl import is_unicode, regular, replacing
-from srcfast.data.records import Fields, Sample
+from srcfast.data.records import Fields, Row, Sample, each_record
 from srcfast.errors import InputError
 
 REFERENCE_CHARACTERS = 64  # an image cell of at most so many is the index of the row that holds the image
@@ -39,16 +40,10 @@ def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int
         cell = "" if isinstance(row, InputError) else row["image"].strip()
         if not isinstance(row, InputError) and len(cell) > REFERENCE_CHARACTERS and row["index"] not in images:
             images[row["index"]] = _write_images(cell, row["index"], f"{path}, line {line}", image_output)
-    for line, row in _rows(path):
-        try:
-            if isinstance(row, InputError):
-                raise row
-            yield line, _sample(row, path, line, images, image_output)
-        except InputError as error:
-            yield line, error
+    yield from each_record(partial(_samples, images=images), _rows(path), path, image_output)
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str] | InputError]]:
+def _rows(path: str | Path) -> Iterator[Row]:
     """Yield (line, cells by column, or the row's error). Raises InputError if the file or its header is malformed."""
     csv.field_size_limit(sys.maxsize)
     try:
@@ -123,13 +118,10 @@ def _write_images(cell: str, index: str, source: str, image_output: Path) -> lis
     return names
 
 
-def _sample(
-    row: dict[str, str],
-    path: str | Path,
-    line: int,
-    images: Mapping[str, list[str] | InputError],
-    image_output: Path,
-) -> Sample:
+def _samples(
+    row: dict[str, str], path: str | Path, line: int, image_root: Path, *, images: Mapping[str, list[str] | InputError]
+) -> list[Sample]:
+    """Read the sample of a row."""
     fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
     fields.sample_id = row["index"] or None
     index, cell = fields.identifier("index"), fields.text("image")
@@ -147,7 +139,7 @@ def _sample(
     if options:
         extra |= {"options": options, QUESTION_KEY: question}
     prompt = _with_options(question, extra.get("hint"), options)
-    return Sample(index, tuple(names), prompt, answer, rationale, (), extra, image_output)
+    return [Sample(index, tuple(names), prompt, answer, rationale, (), extra, image_root)]
 
 
 def _with_options(question: str, hint: str | None, options: Mapping[str, str]) -> str:
