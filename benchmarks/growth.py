@@ -211,9 +211,7 @@ class Stages:
 
     def _candidates(self) -> Any:
         found = read_shards(self.folder / "candidates")
-        return samples_in_order(
-            Candidate.from_json(row, file=file, line=line, image_root=self.folder) for file, line, row in found
-        )
+        return samples_in_order(Candidate.from_json(row, file=file, line=line) for file, line, row in found)
 
 
 STAGES: tuple[Callable[[Stages], int], ...] = (

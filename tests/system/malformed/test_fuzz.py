@@ -111,8 +111,9 @@ RECORDS = {"sample": (Sample, SAMPLE), "candidate": (Candidate, CANDIDATE), "pre
 def test_records(folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RECORDS)))
     kind, row = RECORDS[name]
+    root = {} if kind is Candidate else {"image_root": folder}
     with suppress(SrcfastError):
-        kind.from_json(data.draw(row_like(row) | VALUES), file="f", line=3, image_root=folder)
+        kind.from_json(data.draw(row_like(row) | VALUES), file="f", line=3, **root)
 
 
 @fuzz(row_like(SCORES))
