@@ -29,7 +29,7 @@ from srcfast.attention.forest_attention import plan_blocks
 from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_logit_rows
-from srcfast.memory.flops import attended_of
+from srcfast.memory.flops import attended_in, tokens_below_roots
 from srcfast.memory.model_sizes import ModelSizes
 
 # Linears that share an input, those of attention first. The last layer's queries have another input than its keys.
@@ -93,13 +93,10 @@ class ForestSizes:
     def of(cls, forest: Forest, device_type: str) -> ForestSizes:
         """Count for a forest on "cuda" or "cpu"."""
         host = forest.host or forest
-        roots = sum(tree.segments[0].tokens.size for tree in host.trees)
-        lengths, paths = host.cu_seqlens_q.diff().tolist(), host.cu_seqlens_k.diff().tolist()
-        attended = sum(attended_of(path - length, length) for length, path in zip(lengths, paths, strict=True))
         inner = AttentionReads.of(host, device_type)
         rows = response_logit_rows(host)
         last = AttentionReads.of(host, device_type, rows) if len(rows) else inner
-        return cls(host.num_tokens, host.num_tokens - roots, attended, inner, last)
+        return cls(host.num_tokens, tokens_below_roots(host), attended_in(host), inner, last)
 
     def times(self, count: float) -> ForestSizes:
         """Scale to `count` times as many trees of the same kind; fractions are allowed."""

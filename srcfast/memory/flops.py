@@ -22,6 +22,7 @@ from functools import cache
 
 import torch
 
+from srcfast.data.forest import Forest
 from srcfast.memory.model_sizes import Shapes
 from srcfast_kernels.cpu_products import product
 
@@ -86,6 +87,17 @@ def decode_flops(shapes: Shapes, tokens: float, attended: float, adapter_paramet
 def attended_of(parent_keys: int, tokens: int) -> int:
     """Sum the keys that the queries of a segment of `tokens` see, causally, behind `parent_keys` tokens of its ancestors."""
     return tokens * parent_keys + tokens * (tokens + 1) // 2
+
+
+def attended_in(forest: Forest) -> int:
+    """Sum the keys that all queries of a forest on the host see."""
+    lengths, paths = forest.cu_seqlens_q.diff().tolist(), forest.cu_seqlens_k.diff().tolist()
+    return sum(attended_of(path - length, length) for length, path in zip(lengths, paths, strict=True))
+
+
+def tokens_below_roots(forest: Forest) -> int:
+    """Return the number of tokens below the roots, each of which has a log-probability."""
+    return forest.num_tokens - sum(tree.segments[0].tokens.size for tree in forest.trees)
 
 
 def known_flops(name: str, dtype: torch.dtype) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from srcfast.data.forest import Forest
-from srcfast.memory.flops import attended_of, peak_flops, training_flops
+from srcfast.memory.flops import attended_in, peak_flops, tokens_below_roots, training_flops
 from srcfast.memory.model_sizes import Shapes
 from srcfast.models.protocols import HasDecoder
 from srcfast.run.progress import peak_rss_bytes
@@ -54,10 +54,11 @@ class StepMeter:
         now = time.perf_counter()
         seconds, self._last = max(now - self._last, 1e-9), now
         flops = self._flops(forests)
+        on_gpu = self.device.type == "cuda"
         return metrics | {
             "tokens_per_second": metrics["tokens"] / seconds,
             "mfu": None if flops is None else flops / seconds / self.rate,
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_rss_bytes(),
         }
 
     def _flops(self, forests: Sequence[Forest]) -> float | None:
@@ -66,20 +67,6 @@ class StepMeter:
         total = 0.0
         for forest in forests:
             host = forest.host or forest
-            lengths, path_lengths = host.cu_seqlens_q.diff().tolist(), host.cu_seqlens_k.diff().tolist()
-            attended = sum(
-                attended_of(path_length - length, length)
-                for length, path_length in zip(lengths, path_lengths, strict=True)
-            )
-            total += training_flops(
-                self.shapes, host.num_tokens, attended, self.head_rows(host), self.adapter_parameters
-            )
+            head_rows = self.head_rows(host)
+            total += training_flops(self.shapes, host.num_tokens, attended_in(host), head_rows, self.adapter_parameters)
         return total
-
-    def _peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_rss_bytes()
-
-
-def tokens_below_roots(forest: Forest) -> int:
-    """Return the number of tokens below the roots, each of which has a log-probability."""
-    return forest.num_tokens - sum(tree.segments[0].tokens.size for tree in forest.trees)
