@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from srcfast.config.settings import Config
-from srcfast.memory.forecast import Forecast, largest_fitting, least_checkpointing
-from srcfast.memory.plan import TRAINING, Lengths, forecast_stage, node_ranks, policy_sizes, typical_tree
+from srcfast.memory.forecast import Forecast, largest_fitting
+from srcfast.memory.plan import TRAINING, Lengths, forecast_stage, node_ranks, typical_tree
 from srcfast.units import show_bytes
 
 
@@ -51,7 +51,9 @@ def advice(
         setting, value = options.pop(0)
         stated = value is not None
         if setting.endswith("activation_checkpointing"):
-            value = "auto" if limit == memory else _auto_checkpointing(config, stage, memory, limit, lengths)
+            if limit != memory:  # "auto" would fill the device
+                changed = with_setting(config, setting, value)
+                value = forecast_stage(changed, stage, memory=memory, limit=limit, lengths=lengths).checkpoint_every
         elif not stated:
             value = largest_value(config, setting, stage, memory=memory, limit=limit, lengths=lengths)
         changed = with_setting(config, setting, value)
@@ -63,16 +65,6 @@ def advice(
             changes.append(Change(setting, value, then))
             config, now = changed, then
     return changes
-
-
-def _auto_checkpointing(config: Config, stage: str, memory: float, limit: float, lengths: Lengths) -> int:
-    """Return the layers of a group that "auto" would choose for a device of `limit` bytes."""
-
-    def peak(every: int) -> Forecast:
-        changed = with_setting(config, f"{stage}.activation_checkpointing", every)
-        return forecast_stage(changed, stage, memory=memory, lengths=lengths)
-
-    return least_checkpointing(peak, policy_sizes(config).shapes.layers, limit)
 
 
 def _options(config: Config, stage: str) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from srcfast.attention.padded import CHUNK_BYTES
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.forest import Forest, Tree
 from srcfast.generation.cuda_graphs import position_buckets, row_buckets
 from srcfast.generation.kv_cache import Layout, cache_dtype
@@ -140,15 +141,11 @@ def forecast_training(
         saved.below + _backward_bytes(model, forest.tokens, forest.inner),
     )
     during += forest.inner.plan_bytes + forest.last.plan_bytes + model.gathered_bytes
-    return Forecast(
-        stage=stage,
-        weights=float(model.weight_bytes),
-        quantisation_state=float(model.quantisation_bytes),
-        adapter=4.0 * parameters,
+    return replace(
+        _inference(model, stage, features, 0.0),
         gradients=4.0 * parameters + base,
         optimizer=moment_bytes(optimizer, parameters, model.device_type)
         + moment_bytes(optimizer, model.trained, model.device_type, model.dtype_bytes),
-        image_features=features,
         activations=saved.peak,
         workspace=max(during, encoding) - saved.peak,
         checkpoint_every=checkpoint_every,
@@ -356,31 +353,29 @@ def images_at_once(model: ModelSizes, memory: float | None) -> int:
 def plan_checkpointing(
     model: HasDecoder,
     trees: Sequence[Tree],
-    *,
-    token_budget: int,
-    micro_batch_size: int,
-    optimizer: str = "adamw",
-    images_a_step: int = 0,
+    settings: TrainingConfig,
     memory: float | None = None,
 ) -> int:
     """Choose the layers of a group whose activations are recomputed: 0 if all fit, else what fits and recomputes least.
 
     Args:
         model: a model with its adapter.
-        trees: the training's trees, of which the fullest forest within the next two limits has to fit.
-        token_budget: maximum of tokens in a forest.
-        micro_batch_size: maximum of trees in a forest.
-        optimizer: as `TrainingConfig` names it.
-        images_a_step: maximum of images in a step, whose features are all in memory during it.
+        trees: the training's trees, of which the fullest forest within the settings' limits has to fit.
+        settings: of the training; all features of a global batch's images are in memory during its step.
         memory: bytes to fit into; None: `memory_for` the model.
     """
     memory = memory_for(model) if memory is None else memory
     sizes = ModelSizes.of(model)
-    forest = fullest_sizes(trees, token_budget, micro_batch_size, sizes.device_type)
+    forest = fullest_sizes(trees, settings.token_budget, settings.micro_batch_size, sizes.device_type)
 
     def peak(every: int) -> Forecast:
         return forecast_training(
-            sizes, forest, optimizer=optimizer, checkpoint_every=every, memory=memory, images_a_step=images_a_step
+            sizes,
+            forest,
+            optimizer=settings.optimizer,
+            checkpoint_every=every,
+            memory=memory,
+            images_a_step=settings.global_batch_size,
         )
 
     return least_checkpointing(peak, sizes.shapes.layers, memory)

@@ -90,26 +90,23 @@ def measured(device: torch.device | str, parameters: Callable[[], Iterable[Tenso
         measurement.rss_growth = peak_rss_bytes() - before
 
 
-class SavedTensors:
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Count the live storages that autograd has saved for backward, each once: `bytes` now, `peak` at most.
 
     Parameters are not counted: they live anyway. What a checkpointed group saves while it is recomputed is not seen.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__(self._pack, lambda saved: saved.tensor)
         self.bytes = 0
         self.peak = 0
         self._parameters = parameters
         self._left_out: set[int] = set()
         self._holders: dict[int, int] = {}  # storage -> how many saved tensors hold it
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.protocols import HasDecoder
@@ -215,9 +216,7 @@ class ModelSizes:
         dtype: str,
         device_type: str,
         quantize: str = "none",
-        lora_r: int = 0,
-        target_modules: Sequence[str] = (),
-        dropout: float = 0.0,
+        lora: LoRAConfig | None = None,
         vision_offload: bool = False,
         ranks: int = 1,
     ) -> ModelSizes:
@@ -227,9 +226,7 @@ class ModelSizes:
             dtype: of weights and activations.
             device_type: "cuda" or "cpu".
             quantize: "nf4" for the decoder's linear layers in 4 bits.
-            lora_r: rank of a new adapter; 0 for none.
-            target_modules: the adapter's layers.
-            dropout: the adapter's dropout.
+            lora: settings of a new adapter; None: the model has none.
             vision_offload: whether the vision tower's weights wait on the host between images; a CPU ignores it.
             ranks: number of ranks over which the decoder's layers are sharded.
         """
@@ -251,8 +248,8 @@ class ModelSizes:
                 waiting += count * DTYPE_BYTES[dtype]
             else:
                 weights += count * DTYPE_BYTES[dtype]
-            if linear and name.split(".")[-2] in target_modules:
-                adapter += lora_r * sum(shape)
+            if linear and lora is not None and name.split(".")[-2] in lora.target_modules:
+                adapter += lora.r * sum(shape)
         shapes = Shapes.of(config)
         return cls(
             shapes=shapes,
@@ -261,7 +258,7 @@ class ModelSizes:
             parameters={part: count for part, count in parameters.items() if count},
             weight_bytes=round(weights),
             quantisation_bytes=round(scales),
-            lora=LoRASizes(lora_r, tuple(target_modules), dropout, adapter) if lora_r else None,
+            lora=None if lora is None else LoRASizes(lora.r, tuple(lora.target_modules), lora.dropout, adapter),
             vision=VisionSizes.of(config),
             waiting_bytes=round(waiting),
             gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,

@@ -68,9 +68,7 @@ def policy_sizes(config: Config) -> ModelSizes:
         dtype=config.model.dtype,
         device_type=torch.device(config.model.device).type,
         quantize=config.model.quantize,
-        lora_r=config.lora.r,
-        target_modules=config.lora.target_modules,
-        dropout=config.lora.dropout,
+        lora=config.lora,
         vision_offload=config.model.vision_offload,
         ranks=sharing_ranks(config),
     )
@@ -134,6 +132,7 @@ def forecast_stage(
     stage: str,
     *,
     memory: float | None = None,
+    limit: float | None = None,
     lengths: Lengths = Lengths(),  # noqa: B008  (frozen)
     token_budget: int | None = None,
     forest: ForestSizes | None = None,
@@ -145,6 +144,7 @@ def forecast_stage(
         config: the run's settings.
         stage: one of `STAGES`, or headroom.
         memory: bytes of the device, by which checkpointing and offloading are chosen; None: `device_memory`.
+        limit: bytes that automatic checkpointing has to fit into, if fewer than the device has.
         lengths: of a typical sample.
         token_budget: replaces the settings' token budget and their maximum of trees in a forest.
         forest: the fullest forest of the stage; None: one of typical samples.
@@ -188,8 +188,7 @@ def forecast_stage(
     if stage == "preferences":
         return forecast_forward(model, forest, memory=memory, images=images, stage=stage)
     if stage == "scores":
-        together = _scoring(config, model, forest, with_policy=True)
-        return together if together.fits(memory) else _scoring(config, model, forest, with_policy=False)
+        return _scoring(config, model, forest, memory)
 
     def peak(every: int) -> Forecast:
         return forecast_training(
@@ -205,7 +204,7 @@ def forecast_stage(
 
     checkpointing = section.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = least_checkpointing(peak, model.shapes.layers, memory)
+        checkpointing = least_checkpointing(peak, model.shapes.layers, memory if limit is None else limit)
     return peak(checkpointing)
 
 
@@ -229,23 +228,18 @@ def largest_forest(sizes: Sequence[int], loop: TrainingConfig) -> list[int]:
     return largest
 
 
-def _scoring(config: Config, policy: ModelSizes, forest: ForestSizes, *, with_policy: bool) -> Forecast:
-    """Forecast the R-Scorer's peak, with or without the policy in memory."""
+def _scoring(config: Config, policy: ModelSizes, forest: ForestSizes, memory: float) -> Forecast:
+    """Forecast the R-Scorer's peak, with the policy in memory if both fit."""
     alone = forecast_forward(scorer_sizes(config), forest, head_rows=0, stage="scores")
-    if not with_policy:
-        return alone
-    return replace(
+    together = replace(
         alone,
         weights=alone.weights + policy.weight_bytes,
         quantisation_state=float(policy.quantisation_bytes),
         adapter=0.0 if policy.lora is None else 4.0 * policy.lora.parameters,
     )
+    return together if together.fits(memory) else alone
 
 
 def policy_stays(config: Config, memory: float | None = None) -> bool:
     """Return whether policy and R-Scorer fit into memory together; otherwise the policy has to be offloaded."""
-    memory = device_memory(config) if memory is None else memory
-    model = policy_sizes(config)
-    single = ForestSizes.of(Forest.of([typical_tree(config, "scores", Lengths())]), model.device_type)
-    forest = single.times(max(1, config.scorer.token_budget // single.tokens))
-    return _scoring(config, model, forest, with_policy=True).fits(memory)
+    return forecast_stage(config, "scores", memory=memory).weights > scorer_sizes(config).weight_bytes

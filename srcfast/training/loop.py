@@ -223,14 +223,7 @@ def checkpoint_layers(model: HasDecoder, trees: Sequence[Tree], settings: Traini
     """Return how many layers a group has whose activations are recomputed, by the settings or by the memory forecast."""
     if settings.activation_checkpointing != "auto":
         return settings.activation_checkpointing
-    planned = plan_checkpointing(
-        model,
-        trees,
-        token_budget=settings.token_budget,
-        micro_batch_size=settings.micro_batch_size,
-        optimizer=settings.optimizer,
-        images_a_step=settings.global_batch_size,
-    )
+    planned = plan_checkpointing(model, trees, settings)
     if not is_sharded(model.decoder):
         return planned
     # Ranks that share the layers must recompute the same ones: those that the rank with the least memory plans.

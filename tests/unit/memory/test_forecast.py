@@ -12,7 +12,7 @@ import torch
 from helpers.live_tensors import LiveTensors
 from helpers.small_training import SHAPES, SmallModel, random_trees, run
 
-from srcfast.config.settings import LoRAConfig
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import ConfigError
@@ -141,8 +141,7 @@ def test_the_same_sizes_come_from_a_model_and_from_its_tensors() -> None:
         dtype="bfloat16",
         device_type="cpu",
         quantize="nf4",
-        lora_r=8,
-        target_modules=TARGETS,
+        lora=LoRAConfig(r=8, target_modules=TARGETS),
     )
     found = ModelSizes.of(model)
     assert (found.parameters, found.weight_bytes, found.quantisation_bytes, found.shapes) == (
@@ -229,15 +228,15 @@ def test_encoding_an_image_takes_what_was_forecast(dtype: str) -> None:
 def test_all_is_kept_where_it_fits_and_the_least_is_recomputed_where_it_does_not(rng: np.random.Generator) -> None:
     model = SmallModel({}, LoRAConfig(r=4, alpha=32.0)).train()
     trees = random_trees(rng, 30, 60, 30, 2)
-    limits = {"token_budget": 4000, "micro_batch_size": 8}
+    settings = TrainingConfig(token_budget=4000, micro_batch_size=8)
     forest = Forest.of([trees[i] for i in fullest_forest([tree.num_tokens for tree in trees], 4000, 8)])
     sizes, own = ModelSizes.of(model), ForestSizes.of(forest, "cpu")
     peaks = {every: forecast_training(sizes, own, checkpoint_every=every).peak for every in range(7)}
     for every in (0, 1):
-        assert plan_checkpointing(model, trees, **limits, memory=peaks[every] / 0.9 + 1) == every
+        assert plan_checkpointing(model, trees, settings, memory=peaks[every] / 0.9 + 1) == every
     # Less than one layer at a time takes is given by no plan; then the leanest one is tried.
     leanest = min(peaks, key=lambda every: peaks[every])
-    assert plan_checkpointing(model, trees, **limits, memory=0.5 * peaks[leanest]) == leanest
+    assert plan_checkpointing(model, trees, settings, memory=0.5 * peaks[leanest]) == leanest
 
 
 def test_what_recomputes_least_of_what_fits_is_taken(rng: np.random.Generator) -> None:

@@ -11,7 +11,7 @@ import simulated_cuda
 import torch
 from helpers.small_training import SmallModel, random_trees
 
-from srcfast.config.settings import LoRAConfig
+from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.memory.activations import ForestSizes
 from srcfast.memory.forecast import Forecast, forecast_training, fullest_sizes, plan_checkpointing
 from srcfast.memory.measure import measured
@@ -69,16 +69,16 @@ def test_what_a_dead_cycle_had_is_free_again() -> None:
 def test_a_training_recomputes_where_others_have_the_memory(rng: np.random.Generator) -> None:
     model, _ = on_device()
     trees = random_trees(rng, 8, 200, 100, 2)
-    limits = {"token_budget": 4000, "micro_batch_size": 8}
-    sizes: ForestSizes = fullest_sizes(trees, *limits.values(), "cuda")
+    settings = TrainingConfig(token_budget=4000, micro_batch_size=8)
+    sizes: ForestSizes = fullest_sizes(trees, 4000, 8, "cuda")
     peak = forecast_training(ModelSizes.of(model), sizes).peak
     others = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     with simulated_cuda.memory_limit(round(peak / 0.9) + others + MIB):
-        assert plan_checkpointing(model, trees, **limits) == 0
+        assert plan_checkpointing(model, trees, settings) == 0
         held = torch.zeros(round(0.2 * peak), dtype=torch.uint8, device="cuda")
-        assert plan_checkpointing(model, trees, **limits) > 0
+        assert plan_checkpointing(model, trees, settings) > 0
         del held
-        assert plan_checkpointing(model, trees, **limits) == 0
+        assert plan_checkpointing(model, trees, settings) == 0
 
 
 def test_a_measurement_says_what_was_reserved() -> None:
