@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from srcfast.data.jsonl import (
     file_hash,
     flatten,
     json_hash,
+    naming,
     parse_object,
     read_lines,
     write_json,
@@ -24,7 +26,6 @@ from srcfast.data.jsonl import (
 )
 from srcfast.errors import ConfigError, InputError
 from srcfast.run.environment import environment
-from srcfast.run.progress import MetricsWriter
 
 # The last part of a stage's name; an iteration or a model may precede it, as in "iteration-1/dpo".
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation", "headroom")
@@ -49,10 +50,12 @@ class StageMetrics:
         self._label = {} if stage is None else {"stage": stage}
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append a step's metrics."""
+        """Append a step's metrics. Raises ValueError for a number that is not finite."""
         if distributed.is_rank_zero():
-            with MetricsWriter(self.path) as writer:
-                writer.write({**self._label, **metrics})
+            line = json.dumps({**self._label, **metrics}, allow_nan=False)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(self.path), open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(line + "\n")
 
     def restart(self, history: Iterable[Mapping[str, Any]] = ()) -> None:
         """Replace the rows of a stopped attempt, a half-written line included, by the metrics of the steps that are saved."""

@@ -1,22 +1,17 @@
-"""Progress with throughput and remaining time, metrics as JSON lines, and peak memory."""
+"""Progress with throughput and remaining time, and peak memory."""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from srcfast.data.jsonl import naming
 from srcfast.errors import printable
 
 LINE_INTERVAL = 10.0  # seconds between two lines on a stderr that is no terminal
@@ -120,33 +115,6 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
         yield progress
     finally:
         progress.close()
-
-
-class MetricsWriter:
-    """Append JSON objects to a file, one a line, each flushed at once."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (closed by close)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row. Raises ValueError for a number that is not finite."""
-        with naming(self.path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with naming(self.path):
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def peak_rss_bytes() -> int:

@@ -16,13 +16,12 @@ from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import save_tensors
 from srcfast.models.lora import save_adapter
 from srcfast.models.lvlm import save_lvlm
-from srcfast.run.progress import MetricsWriter
+from srcfast.run.directory import StageMetrics
 from srcfast.training.checkpoint import SavedTraining, save_training
 
 
 def write_metrics(path: Path) -> None:
-    with MetricsWriter(path) as writer:
-        writer.write({"loss": 1.0})
+    StageMetrics(path).write({"loss": 1.0})
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

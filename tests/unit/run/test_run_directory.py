@@ -12,8 +12,8 @@ from srcfast.config.load import load_config
 from srcfast.config.settings import Config
 from srcfast.errors import ConfigError, InputError
 from srcfast.run import progress as telemetry
-from srcfast.run.directory import RunDirectory
-from srcfast.run.progress import MetricsWriter, peak_rss_bytes, track
+from srcfast.run.directory import RunDirectory, StageMetrics
+from srcfast.run.progress import peak_rss_bytes, track
 
 
 def test_a_stage_is_done_once_it_is_finished_with_the_same_settings(tmp_path: Path) -> None:
@@ -121,12 +121,13 @@ def test_progress_ends_where_the_stage_fails() -> None:
 
 def test_metrics_are_on_disk_at_once_and_appended(tmp_path: Path) -> None:
     file = tmp_path / "new" / "metrics.jsonl"
+    metrics = StageMetrics(file)
     for step in range(2):
-        with MetricsWriter(file) as writer:
-            writer.write({"step": step, "loss": 0.5})
-            assert len(file.read_text().splitlines()) == step + 1
-    with MetricsWriter(file) as writer, pytest.raises(ValueError, match="JSON compliant"):
-        writer.write({"loss": float("nan")})
+        metrics.write({"step": step, "loss": 0.5})
+        assert len(file.read_text().splitlines()) == step + 1
+    with pytest.raises(ValueError, match="JSON compliant"):
+        metrics.write({"loss": float("nan")})
+    assert len(file.read_text().splitlines()) == 2
 
 
 def test_peak_memory_is_in_bytes() -> None:
