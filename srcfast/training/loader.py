@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from srcfast.config.settings import TrainingConfig
 from srcfast.data.forest import Forest, Tree
 from srcfast.errors import SrcfastError
 
@@ -53,26 +54,21 @@ class PackedStep:
         return replace(self, prepared=prepared)
 
 
+@dataclass(frozen=True)
 class _Steps(Dataset[PackedStep]):
-    """Packs the step of a request; the arguments are those of `packed_steps`."""
+    """Packs the step of a request; the fields are the arguments of `packed_steps`."""
 
-    def __init__(
-        self,
-        trees: Sequence[Tree],
-        batch_of: Callable[[int], Sequence[int]],
-        token_budget: int,
-        max_trees: int,
-        prepare: Callable[[str], dict[str, Tensor]] | None,
-        plan: Callable[[Forest], object] | None,
-    ) -> None:
-        self.trees, self.batch_of = trees, batch_of
-        self.token_budget, self.max_trees = token_budget, max_trees
-        self.prepare, self.plan = prepare, plan
+    trees: Sequence[Tree]
+    batch_of: Callable[[int], Sequence[int]]
+    settings: TrainingConfig
+    plan: Callable[[Forest], object] | None
+    prepare: Callable[[str], dict[str, Tensor]] | None = None
 
     def __getitem__(self, request: Request) -> PackedStep:
         step, image_keys = request
         indices = self.batch_of(step)
-        forests = Forest.pack([self.trees[i] for i in indices], self.token_budget, max_trees=self.max_trees)
+        trees = [self.trees[i] for i in indices]
+        forests = Forest.pack(trees, self.settings.token_budget, max_trees=self.settings.micro_batch_size)
         for forest in forests:
             if self.plan is not None:
                 self.plan(forest)
@@ -89,9 +85,8 @@ def packed_steps(
     trees: Sequence[Tree],
     steps: Iterable[int],
     batch_of: Callable[[int], Sequence[int]],
+    settings: TrainingConfig,
     *,
-    token_budget: int,
-    max_trees: int,
     features: Any = None,
     plan: Callable[[Forest], object] | None = None,
     workers: int = 0,
@@ -103,8 +98,7 @@ def packed_steps(
         trees: of all items.
         steps: numbers of the steps to do.
         batch_of: a step's items, as indices.
-        token_budget: maximal tokens in a forest.
-        max_trees: maximal trees in a forest.
+        settings: with the limits of a forest.
         features: where it has `missing(keys)` and `prepare(key)`, as `ImageFeatures` does, the workers prepare those images
             of a step that are missing when the step is requested.
         plan: called on every forest on the host; stores its index maps in the forest's cache.
@@ -112,7 +106,7 @@ def packed_steps(
         pin: copy images that the workers prepared to page-locked memory.
     """
     if not workers:
-        packed = _Steps(trees, batch_of, token_budget, max_trees, None, plan)
+        packed = _Steps(trees, batch_of, settings, plan)
         for step in steps:
             yield packed[step, ()]
         return
@@ -124,7 +118,7 @@ def packed_steps(
             yield step, tuple(features.missing(keys)) if can_prepare else ()
 
     loader: DataLoader[PackedStep] = DataLoader(
-        _Steps(trees, batch_of, token_budget, max_trees, features.prepare if can_prepare else None, plan),
+        _Steps(trees, batch_of, settings, plan, features.prepare if can_prepare else None),
         batch_size=None,
         sampler=requests(),
         num_workers=workers,

@@ -79,7 +79,7 @@ class Pictures:
 
 def steps_of(workers: int, trees: list[Tree], **more: Any) -> list[PackedStep]:
     batch_of = partial(global_batch, len(trees), settings=SETTINGS)
-    return list(packed_steps(trees, range(6), batch_of, token_budget=90, max_trees=2, workers=workers, **more))
+    return list(packed_steps(trees, range(6), batch_of, SETTINGS, workers=workers, **more))
 
 
 def test_workers_make_the_same_steps_in_the_same_order() -> None:
