@@ -153,11 +153,6 @@ class TrainingCheckpoints:
             save_training(self.directory, SavedTraining(step, weights, moments, history, self._identity, seconds))
         self._saved, self._last = step, time.monotonic()
 
-    def remove(self) -> None:
-        """Remove all checkpoints; called once the training's result is on disk."""
-        if distributed.is_rank_zero():
-            shutil.rmtree(self.directory, ignore_errors=True)
-
 
 @dataclass
 class SavedTraining:

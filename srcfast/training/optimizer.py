@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class AdamW:
 
     Args:
         parameters: to train, of one dtype on one device; each becomes a view of the flat buffer.
-        weight_decay, betas, epsilon: as in the paper.
+        weight_decay: of matrices; betas and epsilon are the paper's.
         name: "adamw" is PyTorch's fused one. The others are bitsandbytes': 8 bits a moment instead of 32, in blocks of 256;
             paged moments are in memory that a GPU shares with its host (on a CPU in ordinary memory). These optimizers wait
             for the GPU at every update.
@@ -43,8 +44,6 @@ class AdamW:
         self,
         parameters: Iterable[nn.Parameter],
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        epsilon: float = 1e-8,
         name: OptimizerName = "adamw",
     ) -> None:
         # Matrices first, so that each of the two decay groups is one contiguous slice.
@@ -72,11 +71,8 @@ class AdamW:
             flat.grad = self.gradients[section]
             if flat.numel():
                 groups.append({"params": [flat], "weight_decay": decay})
-        self._update: Any
-        if name == "adamw":
-            self._update = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
-        else:
-            self._update = _bitsandbytes(name, self.weights)(groups, betas=betas, eps=epsilon)
+        update_class = partial(torch.optim.AdamW, fused=True) if name == "adamw" else _bitsandbytes(name, self.weights)
+        self._update: Any = update_class(groups, betas=(0.9, 0.999), eps=1e-8)
         self.skips_on_device = name == "adamw"  # whether `step` takes `finite`
 
     def zero_grad(self) -> None:

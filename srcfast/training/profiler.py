@@ -148,7 +148,8 @@ def summarise(events: Sequence[Mapping[str, Any]], steps: int) -> ProfileSummary
     spent: dict[str, float] = defaultdict(float)  # by operation, microseconds
     calls: dict[str, int] = defaultdict(int)
     kinds = dict.fromkeys(SHARES, 0.0)
-    for name, kind, microseconds in _gpu_times(gpu) if gpu else _self_times(ops):
+    gpu_times = [(event["name"], _kind(event["name"]), float(event["dur"])) for event in gpu]
+    for name, kind, microseconds in gpu_times or _self_times(ops):
         spent[name] += microseconds
         calls[name] += 1
         kinds[kind] += microseconds
@@ -160,12 +161,6 @@ def summarise(events: Sequence[Mapping[str, Any]], steps: int) -> ProfileSummary
     return ProfileSummary(
         steps, 1e-6 * (end - begin), shares, [(name, 1e-6 * spent[name], calls[name]) for name in top]
     )
-
-
-def _gpu_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, float]]:
-    """Yield (name, kind, microseconds) of each kernel or copy."""
-    for event in events:
-        yield event["name"], _kind(event["name"]), float(event["dur"])
 
 
 def _self_times(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str, float]]:
