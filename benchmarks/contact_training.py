@@ -28,6 +28,7 @@ from srcfast.stages.drift import rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows, preference_trees
 from srcfast.stages.prompts import image_loader
+from srcfast.training.items import Objective
 from srcfast.training.loop import train
 from srcfast_benchmarks.contact_model import Models, free
 from srcfast_benchmarks.contact_part import Case, Cases
@@ -93,12 +94,10 @@ def dpo_steps(models: Models, quantize: str, r: int, tokens: int, case: Case) ->
     train(  # not `train_preference`, whose check of the first step would end a case that drifts
         model,
         preference_items(model, pairs),
-        loss=preference_loss(DPOConfig(sft_weight=0.0)),
-        denominator=pair_denominator,
+        objective=Objective(preference_loss(DPOConfig(sft_weight=0.0)), pair_denominator, pair_logit_rows),
         settings=settings,
         features=features,
         on_step=on_step,
-        rows=pair_logit_rows,
         profiler=last,  # type: ignore[arg-type]
     )
     taken = peaks()

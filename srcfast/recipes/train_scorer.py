@@ -47,7 +47,7 @@ from srcfast.stages.scorer_training import (
     scorer_example,
     scorer_examples,
 )
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
@@ -260,8 +260,7 @@ def train_items(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, e
         train(
             scorer.requires_grad_(True).text_model,
             items,
-            loss=lesson_loss(scorer),
-            denominator=lesson_weight,
+            objective=Objective(lesson_loss(scorer), lesson_weight),
             settings=TrainingConfig(
                 epochs=epochs,
                 learning_rate=recipe.learning_rate,

@@ -44,7 +44,7 @@ from srcfast.stages.rationale import RationalePair, rationale_trees
 from srcfast.stages.reference_checks import check_reference_hash, check_references, not_the_reference
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Features, Loss, Metrics, TrainingItem
+from srcfast.training.items import Features, Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels.transfers import to_device
@@ -161,13 +161,11 @@ def train_preference(
     return train(
         model,
         items,
-        loss=preference_loss(settings),
-        denominator=pair_denominator,
+        objective=Objective(preference_loss(settings), pair_denominator, pair_logit_rows),
         settings=settings,
         features=features,
         on_step=on_step,
         before_update=check_step,
-        rows=pair_logit_rows,
         profiler=profiler,
         checkpoints=checkpoints,
     )

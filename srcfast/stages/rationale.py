@@ -30,7 +30,7 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Features, Metrics, TrainingItem
+from srcfast.training.items import Features, Metrics, Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast_kernels import linear_logprob
@@ -202,13 +202,11 @@ def fine_tune_rationale(
     return train(
         model,
         items,
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens, response_logit_rows),
         settings=settings,
         features=features,
         on_step=on_step,
         before_update=check_logprobs,
-        rows=response_logit_rows,
         profiler=profiler,
         checkpoints=checkpoints,
     )

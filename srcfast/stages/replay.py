@@ -32,7 +32,7 @@ from srcfast.stages.rationale import (
     response_tokens,
 )
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
-from srcfast.training.items import Metrics
+from srcfast.training.items import Metrics, Objective
 from srcfast.training.loop import rerun_step
 
 
@@ -80,11 +80,9 @@ def replay(directory: Path) -> Metrics:
             model,
             rationale_trees(model, batch.rationales),
             batch.step,
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens, response_logit_rows),
             settings=batch.loop,
             features=features,
-            rows=response_logit_rows,
         )
     items = preference_items(model, batch.pairs, batch.config.curation.weighting, batch.rationales)
     item_at = dict(zip(batch.positions, items, strict=True))
@@ -92,11 +90,9 @@ def replay(directory: Path) -> Metrics:
         model,
         [item_at[position] for position in range(len(items))],
         batch.step,
-        loss=preference_loss(batch.config.dpo),
-        denominator=pair_denominator,
+        objective=Objective(preference_loss(batch.config.dpo), pair_denominator, pair_logit_rows),
         settings=batch.loop,
         features=features,
-        rows=pair_logit_rows,
     )
 
 
@@ -109,10 +105,8 @@ def _replay_scorer(directory: Path, batch: StoredBatch) -> Metrics:
         scorer.text_model,
         scorer_items(scorer, batch.examples),
         batch.step,
-        loss=scorer_loss(scorer),
-        denominator=num_slots,
+        objective=Objective(scorer_loss(scorer), num_slots, segment_ends),
         settings=batch.loop,
-        rows=segment_ends,
     )
 
 

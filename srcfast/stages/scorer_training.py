@@ -29,7 +29,7 @@ from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_ro
 from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Loss, Metrics, TrainingItem
+from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
 from srcfast.world.oracle import verify_sample
@@ -206,17 +206,14 @@ def train_scorer(
     """
     if not any(parameter.requires_grad for parameter in scorer.parameters()):
         scorer.requires_grad_(True)
+    # The slots are among the segments' ends. The head's product has a column a verdict token: it counts for nothing in MFU.
+    objective = Objective(scorer_loss(scorer), num_slots, segment_ends, head_rows=lambda forest: 0)
     return train(
         scorer.text_model,
         scorer_items(scorer, examples),
-        loss=scorer_loss(scorer),
-        denominator=num_slots,
+        objective=objective,
         settings=settings,
         on_step=on_step,
-        rows=segment_ends,  # the slots are among them
-        head_rows=lambda forest: (
-            0
-        ),  # the head's product has a column for each verdict token: it counts for nothing in MFU
         profiler=profiler,
         checkpoints=checkpoints,
     )

@@ -1,15 +1,18 @@
-"""The types that a training is made of: items, loss, metrics, and the model's interface."""
+"""The types that a training is made of: items, objective and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from srcfast.data.forest import Forest, Tree
+from srcfast.data.logit_rows import supports_row_selection
 from srcfast.errors import SrcfastError
+from srcfast.memory.flops import tokens_below_roots
+from srcfast.models.protocols import HasDecoder
 
 Metrics = dict[str, Any]
 Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, D] each
@@ -41,3 +44,26 @@ class TrainingItem:
     tree: Tree
     meta: Any = None
     images: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training minimises.
+
+    Attributes:
+        loss: of one forest, see `Loss`.
+        denominator: of a global batch's items; handed to `loss`.
+        rows: the rows `[M]` of a forest, ascending, int64, on the host, whose hidden states the loss reads; None: all. A
+            model whose `forward` takes `rows` then computes its last layer for these alone, and the loss is given
+            `[M, D]`. The function stores its result in the forest's cache: a worker calls it first.
+        head_rows: how many rows of a forest the head is applied to, for MFU.
+    """
+
+    loss: Loss
+    denominator: Callable[[Sequence[TrainingItem]], Any]
+    rows: Callable[[Forest], Tensor] | None = None
+    head_rows: Callable[[Forest], int] = tokens_below_roots
+
+    def supported_by(self, model: HasDecoder) -> Objective:
+        """Return the objective with `rows` only if the model's `forward` takes them."""
+        return self if supports_row_selection(model) else replace(self, rows=None)

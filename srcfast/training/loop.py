@@ -14,16 +14,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from srcfast import distributed
 from srcfast.config.settings import TrainingConfig
 from srcfast.data.batching import global_batch, num_steps, rank_batch_indices
-from srcfast.data.forest import Forest, Tree, pack_sizes
+from srcfast.data.forest import Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
-from srcfast.data.logit_rows import supports_row_selection
 from srcfast.errors import InputError, Interrupted, SrcfastError
 from srcfast.memory.forecast import plan_checkpointing
 from srcfast.memory.model_sizes import memory_for
@@ -33,27 +31,24 @@ from srcfast.models.sharding import is_sharded
 from srcfast.run import signals
 from srcfast.training.checkpoint import TrainingCheckpoints, weights_hash
 from srcfast.training.determinism import deterministic_algorithms
-from srcfast.training.items import Features, Loss, Metrics, TrainingItem
+from srcfast.training.items import Features, Metrics, Objective, TrainingItem
 from srcfast.training.loader import PackedStep, packed_steps
 from srcfast.training.meter import StepMeter
 from srcfast.training.optimizer import AdamW, learning_rate_at
 from srcfast.training.pipelining import reads_late
 from srcfast.training.profiler import StepProfiler
-from srcfast.training.step import Objective, StepNumbers, accumulate
+from srcfast.training.step import StepNumbers, accumulate
 
 
 def train(
     model: HasDecoder,
     items: Sequence[TrainingItem],
     *,
-    loss: Loss,
-    denominator: Callable[[Sequence[TrainingItem]], Any],
+    objective: Objective,
     settings: TrainingConfig,
     features: Features | None = None,
     on_step: Callable[[Metrics], None] | None = None,
     before_update: Callable[[Metrics], None] | None = None,
-    rows: Callable[[Forest], Tensor] | None = None,
-    head_rows: Callable[[Forest], int] | None = None,
     profiler: StepProfiler | None = None,
     checkpoints: TrainingCheckpoints | None = None,
 ) -> list[Metrics]:
@@ -66,19 +61,13 @@ def train(
         model: `model(forest, features, rows=rows)` returns hidden states `[T, D]`, or those of the rows, `[M, D]`. One without
             images takes no `features`, one that computes all rows of its last layer no `rows`.
         items: what to train on.
-        loss: loss and metrics of one forest, see `Loss`.
-        denominator: of a global batch's items; handed to `loss`.
-        settings: see there.
+        objective, settings: see there.
         features: image keys to embeddings; called once a step with the step's distinct keys. Where it has
             `for_training(deterministic)`, the result of that is called instead. With `missing` and `prepare` (see
             `packed_steps`) it is also given the images that the workers prepared.
         on_step: called after each update with its metrics; on a GPU one step late.
         before_update: called with the step's metrics before the weights change; an error that it raises ends the training
             there. On a GPU that holds for step 0; for later steps it is called together with `on_step`.
-        rows: the rows `[M]` of a forest, ascending, int64, on the host, whose hidden states the loss reads; default: all. A
-            model whose `forward` takes `rows` then computes its last layer for these alone, and the loss is given
-            `[M, D]`. The function stores its result in the forest's cache: a worker calls it first.
-        head_rows: how many rows of a forest the head is applied to, for MFU; default: all tokens below the roots.
         profiler: of some steps.
         checkpoints: where the training is saved, and continued from: bit for bit on a CPU, and on a GPU where the settings
             say `deterministic`. `on_step` is called for the steps that are still to be done. A signal that asks to stop
@@ -102,13 +91,13 @@ def train(
     check_items(items, settings)
     if (for_training := getattr(features, "for_training", None)) is not None:
         features = for_training(settings.deterministic)
-    objective = Objective(loss, denominator, rows if supports_row_selection(model) else None)
+    objective = objective.supported_by(model)
     optimizer = AdamW(trainable(model), weight_decay=settings.weight_decay, name=settings.optimizer)
     trees = [item.tree for item in items]
     recomputed = checkpoint_layers(model, trees, settings)  # before moments are read: the forecast counts them
     check_same_start(optimizer.weights, trees)
     start, history = (0, []) if checkpoints is None else checkpoints.begin(optimizer, settings.loop(), items)
-    reports = _Reports(StepMeter(model, head_rows), history, before_update, on_step)
+    reports = _Reports(StepMeter(model, objective.head_rows), history, before_update, on_step)
     total, has_dropout, device = num_steps(len(items), settings), drops(model), optimizer.weights.device
     late = reads_late(device) and optimizer.skips_on_device
     packed = _packed_steps(trees, range(start, total), settings, objective, features, pin=device.type == "cuda")
@@ -130,7 +119,7 @@ def train(
                 step,
                 [items[i] for i in step.indices],
                 objective,
-                denominator([items[i] for i in batch]),
+                objective.denominator([items[i] for i in batch]),
                 optimizer,
                 features,
                 step_keys(settings.seed, step.step, positions) if has_dropout else None,
@@ -152,11 +141,9 @@ def rerun_step(
     batch: Sequence[TrainingItem],
     step: int,
     *,
-    loss: Loss,
-    denominator: Callable[[Sequence[TrainingItem]], Any],
+    objective: Objective,
     settings: TrainingConfig,
     features: Features | None = None,
-    rows: Callable[[Forest], Tensor] | None = None,
 ) -> Metrics:
     """Compute one step of `train` again and return its metrics. No weight changes.
 
@@ -164,12 +151,12 @@ def rerun_step(
         model: with the weights before the step.
         batch: the step's global batch.
         step: its number.
-        loss, denominator, settings, features, rows: as `train` was given them.
+        objective, settings, features: as `train` was given them.
 
     Raises:
         NotFinite: loss or gradient is not finite.
     """
-    objective = Objective(loss, denominator, rows if supports_row_selection(model) else None)
+    objective = objective.supported_by(model)
     optimizer = AdamW(trainable(model))
     packed = packed_steps(
         [item.tree for item in batch],
@@ -183,7 +170,7 @@ def rerun_step(
     dropout_keys = step_keys(settings.seed, step, range(len(batch))) if drops(model) else None
     with deterministic_algorithms(settings.deterministic and optimizer.weights.device.type == "cuda"):
         numbers = accumulate(
-            model, next(packed), batch, objective, denominator(batch), optimizer, features, dropout_keys
+            model, next(packed), batch, objective, objective.denominator(batch), optimizer, features, dropout_keys
         )
         return numbers.read()
 

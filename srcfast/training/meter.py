@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from srcfast.data.forest import Forest
-from srcfast.memory.flops import attended_in, peak_flops, tokens_below_roots, training_flops
+from srcfast.memory.flops import attended_in, peak_flops, training_flops
 from srcfast.memory.model_sizes import Shapes
 from srcfast.models.protocols import HasDecoder
 from srcfast.run.progress import peak_rss_bytes
@@ -29,15 +29,15 @@ class StepMeter:
 
     Args:
         model: that is trained.
-        head_rows: how many rows of a forest the head is applied to; default: all tokens below the roots.
+        head_rows: how many rows of a forest the head is applied to.
     """
 
-    def __init__(self, model: HasDecoder, head_rows: Callable[[Forest], int] | None = None) -> None:
+    def __init__(self, model: HasDecoder, head_rows: Callable[[Forest], int]) -> None:
         weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         adapters = sum(parameter.numel() for name, parameter in weights if ".lora_" in name)
         base = sum(parameter.numel() for name, parameter in weights if ".layers." in name and ".lora_" not in name)
         self.adapter_parameters = adapters + base // 3
-        self.head_rows = head_rows or tokens_below_roots
+        self.head_rows = head_rows
         self.device = weights[0][1].device
         config = getattr(model.decoder, "config", None)
         self.shapes = None if config is None else Shapes.of(config)

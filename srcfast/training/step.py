@@ -15,25 +15,10 @@ from srcfast.data.forest import Forest
 from srcfast.models.dropout_keys import dropping
 from srcfast.models.protocols import HasDecoder
 from srcfast.models.sharding import empty_step, is_sharded
-from srcfast.training.items import Features, Loss, Metrics, NotFinite, TrainingItem
+from srcfast.training.items import Features, Metrics, NotFinite, Objective, TrainingItem
 from srcfast.training.loader import PackedStep
 from srcfast.training.optimizer import AdamW
 from srcfast_kernels.transfers import Fetched, fetch, to_device
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a training minimises.
-
-    Attributes:
-        loss: of one forest, see `Loss`.
-        denominator: of a global batch's items; handed to `loss`.
-        rows: the rows `[M]` of a forest, ascending, int64, on the host, whose hidden states the loss reads; None: all.
-    """
-
-    loss: Loss
-    denominator: Callable[[Sequence[TrainingItem]], Any]
-    rows: Callable[[Forest], Tensor] | None = None
 
 
 @dataclass

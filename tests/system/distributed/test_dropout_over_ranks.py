@@ -17,6 +17,7 @@ from srcfast.data.batching import global_batch
 from srcfast.errors import SrcfastError
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.items import Objective
 from srcfast.training.loop import rerun_step, train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
@@ -41,7 +42,7 @@ def new_model() -> SmallModel:
 
 def train_with_dropout(folder: Path) -> dict[str, Any]:
     model = new_model()
-    history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    history = train(model, response_items(13), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     return {"adapter": adapter_of(model), "losses": [row["loss"] for row in history]}
 
 
@@ -71,8 +72,7 @@ def train_on_with_dropout(folder: Path) -> dict[str, Any]:
         train(
             model,
             response_items(13),
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens),
             settings=SETTINGS,
             before_update=stop,
             checkpoints=saved,
@@ -91,7 +91,7 @@ def test_stopped_with_dropout_a_training_goes_on_with_other_ranks_and_its_step_i
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.vector_to_parameters(torch.tensor(stopped["adapter"], dtype=torch.float64), trainable)
     batch = [items[index] for index in global_batch(len(items), STOPPED, SETTINGS)]
-    again = rerun_step(model, batch, STOPPED, loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    again = rerun_step(model, batch, STOPPED, objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     assert again["loss"] == pytest.approx(stopped["loss"], rel=1e-9)
     assert again["grad_norm"] == pytest.approx(stopped["grad_norm"], rel=1e-9)
     alone = train_with_dropout(tmp_path)

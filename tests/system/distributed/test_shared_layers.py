@@ -37,6 +37,7 @@ from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.evaluation import answers_in_chunks
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.items import Objective
 from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 from srcfast_kernels import nf4_dequantize, nf4_quantize
@@ -165,8 +166,7 @@ def train_on(folder: Path, shared: bool, images: bool) -> dict[str, Any]:
     history = train(
         model,
         response_items(13, images),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS.replace(activation_checkpointing=2),
         features=features,
     )

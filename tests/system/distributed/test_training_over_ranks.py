@@ -23,7 +23,7 @@ from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop
 from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 # 13 items in batches of 6: the last batch has one item, fewer than any number of ranks.
@@ -46,7 +46,7 @@ def weights_of(model: SmallModel) -> list[float]:
 
 def train_responses(folder: Path) -> dict[str, Any]:
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
-    history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    history = train(model, response_items(13), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     return {"weights": weights_of(model), "history": history}
 
 
@@ -61,8 +61,7 @@ def train_pairs_and_rehearsal(folder: Path) -> dict[str, Any]:
     history = train(
         model,
         items,
-        loss=preference_loss(DPOConfig(rehearsal_weight=0.5, sft_weight=0.0)),
-        denominator=pair_denominator,
+        objective=Objective(preference_loss(DPOConfig(rehearsal_weight=0.5, sft_weight=0.0)), pair_denominator),
         settings=SETTINGS.replace(micro_batch_size=2, loader_workers=0),
     )
     return {"weights": weights_of(model), "history": history}
@@ -100,12 +99,12 @@ def not_finite_on_one_rank(folder: Path) -> None:
         return (loss * math.nan if "sample-4" in [item.tree.key for item in items] else loss), metrics
 
     settings = SETTINGS.replace(micro_batch_size=1, gradient_accumulation_steps=13)
-    train(SmallModel(), response_items(13), loss=broken, denominator=response_tokens, settings=settings)
+    train(SmallModel(), response_items(13), objective=Objective(broken, response_tokens), settings=settings)
 
 
 def other_weights_on_one_rank(folder: Path) -> None:
     model = SmallModel(seed=distributed.rank())
-    train(model, response_items(4), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    train(model, response_items(4), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_words(tmp_path: Path) -> None:
@@ -124,7 +123,7 @@ def train_with_workers_and_late_numbers(folder: Path) -> dict[str, Any]:
     loop.reads_late = lambda device: True  # as on a GPU; this process ends with the test
     model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
     settings = SETTINGS.replace(loader_workers=2)
-    history = train(model, response_items(13), loss=rationale_loss, denominator=response_tokens, settings=settings)
+    history = train(model, response_items(13), objective=Objective(rationale_loss, response_tokens), settings=settings)
     return {"weights": weights_of(model), "history": history}
 
 
@@ -150,8 +149,7 @@ def train_on_from_a_checkpoint(folder: Path) -> dict[str, Any]:
     history = train(
         model,
         response_items(13),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS,
         before_update=stop,
         on_step=lambda metrics: stepped.append(metrics["step"]),

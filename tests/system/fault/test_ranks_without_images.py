@@ -15,7 +15,7 @@ from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Segment, Tree
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.rationale import rationale_loss, response_logit_rows, response_tokens
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 SETTINGS = TrainingConfig(
@@ -50,11 +50,9 @@ def train_mixed(folder: Path) -> dict[str, Any]:
     history = train(
         model,
         items_of(model),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens, response_logit_rows),
         settings=SETTINGS,
         features=features,
-        rows=response_logit_rows,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     return {"weights": weights.tolist(), "losses": [row["loss"] for row in history], "images": seen}

@@ -21,7 +21,7 @@ from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 LAYERS = 5
@@ -143,7 +143,7 @@ def test_the_setting_holds_for_the_training_alone_and_changes_nothing_of_it() ->
             gradient_accumulation_steps=1,
             token_budget=8192,
         )
-        train(model, items, loss=rationale_loss, denominator=response_tokens, settings=settings)
+        train(model, items, objective=Objective(rationale_loss, response_tokens), settings=settings)
         assert model.decoder.checkpoint_layers == 0
         weights.append(torch.cat([p.detach().flatten() for p in lora_parameters(model)]))
         runs.append(sum(model.runs.values()))
@@ -198,7 +198,12 @@ def test_training_asks_a_model_that_takes_rows_for_those_of_the_loss(monkeypatch
     )
     losses = []
     for rows in (None, response_logit_rows):
-        history = train(Deep(), items, loss=rationale_loss, denominator=response_tokens, settings=settings, rows=rows)
+        history = train(
+            Deep(),
+            items,
+            objective=Objective(rationale_loss, response_tokens, rows),
+            settings=settings,
+        )
         losses.append(history[0]["loss"])
     assert asked[0] is None and asked[1] is not None
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)

@@ -22,6 +22,7 @@ from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import build_raps, fine_tune_rationale, rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.determinism import deterministic_algorithms
+from srcfast.training.items import Objective
 from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 
@@ -37,7 +38,7 @@ SETTINGS = TrainingConfig(
 
 def trained(settings: TrainingConfig, **more: Any) -> Tensor:
     model = SmallModel(lora=LoRAConfig(r=2, alpha=32.0))
-    train(model, response_items(7), loss=rationale_loss, denominator=response_tokens, settings=settings, **more)
+    train(model, response_items(7), objective=Objective(rationale_loss, response_tokens), settings=settings, **more)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 

@@ -12,6 +12,7 @@ from srcfast.data.forest import Forest
 from srcfast.models.dropout_keys import dropout_keys, dropping, drops
 from srcfast.models.lora import adapters, lora_parameters
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.items import Objective
 from srcfast.training.loop import train
 
 LORA = LoRAConfig(r=3, alpha=12.0, dropout=0.2)
@@ -28,7 +29,7 @@ SETTINGS = TrainingConfig(
 def trained(seed: int = SETTINGS.seed, **settings: object) -> torch.Tensor:
     model = SmallModel(lora=LORA)
     own = SETTINGS.replace(**settings).seeded(seed)
-    train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=own)
+    train(model, response_items(9), objective=Objective(rationale_loss, response_tokens), settings=own)
     return torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)])
 
 
@@ -87,7 +88,7 @@ def test_pytorch_s_generator_neither_decides_what_is_dropped_nor_is_moved() -> N
         model = SmallModel(lora=LORA)
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+        train(model, response_items(9), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)]))
     assert torch.equal(*weights)
@@ -107,12 +108,12 @@ def test_where_some_layers_of_one_input_are_adapted_they_drop_as_they_do_among_a
     for cut in ({}, {"token_budget": 70}, {"micro_batch_size": 2, "gradient_accumulation_steps": 3}):
         model = SmallModel(lora=LORA.replace(target_modules=targets))
         own = SETTINGS.replace(**cut)
-        train(model, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=own)
+        train(model, response_items(9), objective=Objective(rationale_loss, response_tokens), settings=own)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)]))
     for other in weights[1:]:  # in fp64: sums in another order
         torch.testing.assert_close(other, weights[0], rtol=1e-9, atol=1e-9)
     without = SmallModel(lora=LORA.replace(target_modules=targets, dropout=0.0))
-    train(without, response_items(9), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    train(without, response_items(9), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     plain = torch.cat([parameter.detach().flatten() for parameter in lora_parameters(without)])
     assert not torch.allclose(plain, weights[0])
 

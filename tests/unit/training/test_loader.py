@@ -20,7 +20,7 @@ from srcfast.data.forest import Segment, Tree
 from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import InputError
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loader import PackedStep, packed_steps
 from srcfast.training.loop import train
 
@@ -103,8 +103,7 @@ def test_training_is_the_same_with_any_number_of_workers(lora: LoRAConfig) -> No
         train(
             model,
             picture_items(),
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens),
             settings=SETTINGS.replace(loader_workers=workers),
             features=pictures,
         )
@@ -124,8 +123,7 @@ def test_an_image_that_a_worker_cannot_read_is_this_process_s_error() -> None:
         train(
             SmallModel(lora=LoRAConfig(r=2, alpha=32.0)),
             picture_items(),
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens),
             settings=SETTINGS.replace(loader_workers=1),
             features=pictures,
         )
@@ -141,8 +139,7 @@ def test_workers_leave_a_plain_function_of_features_alone() -> None:
     history = train(
         SmallModel(),
         picture_items(),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS.replace(loader_workers=1),
         features=features,
     )

@@ -14,6 +14,7 @@ from test_training import SETTINGS, response_items
 from srcfast.config.settings import LoRAConfig
 from srcfast.errors import ConfigError
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training.items import Objective
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler, allocations, parse_steps, summarise
 
@@ -67,8 +68,7 @@ def test_the_steps_that_are_named_are_profiled_and_written(tmp_path: Path) -> No
     train(
         model,
         response_items(40),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS,
         on_step=lambda metrics: seen.append((metrics["step"], profiler.summary is not None)),
         profiler=profiler,
@@ -93,8 +93,7 @@ def test_a_run_that_ends_before_is_profiled_at_its_end(tmp_path: Path) -> None:
     train(
         SmallModel(lora=LoRAConfig(r=3, alpha=32.0)),
         response_items(16),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS,
         profiler=profiler,
     )
@@ -124,8 +123,7 @@ def test_a_gpu_s_profile_holds_its_kernels_and_the_allocator_s_history(tmp_path:
     train(
         SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=32.0)).cuda(),
         response_items(40),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=SETTINGS,
         profiler=profiler,
     )

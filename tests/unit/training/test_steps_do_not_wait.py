@@ -24,7 +24,7 @@ from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
-from srcfast.training.items import Metrics
+from srcfast.training.items import Metrics, Objective
 from srcfast.training.loop import train
 from srcfast.world.samples import world_samples
 
@@ -146,12 +146,10 @@ def test_nor_is_a_step_of_triton_s_kernels_waited_for() -> None:
             history = train(
                 model,
                 items,
-                loss=preference_loss(DPOConfig(sft_weight=0.0)),
-                denominator=pair_denominator,
+                objective=Objective(preference_loss(DPOConfig(sft_weight=0.0)), pair_denominator, pair_logit_rows),
                 settings=TrainingConfig(
                     micro_batch_size=2, activation_checkpointing=1, gradient_accumulation_steps=1, token_budget=8192
                 ),
-                rows=pair_logit_rows,
             )
         losses.append([row["loss"] for row in history])
         assert not record.waits and not record.pageable_copies, record.text()

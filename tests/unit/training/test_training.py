@@ -26,7 +26,7 @@ from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
 from srcfast.stages.pair_trees import preference_trees
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop as training
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 SETTINGS = TrainingConfig(
@@ -42,7 +42,7 @@ SETTINGS = TrainingConfig(
 
 def trained_weights(settings: TrainingConfig, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:
     model = SmallModel(dtype=dtype, lora=LoRAConfig(r=3, alpha=12.0))
-    history = train(model, response_items(24), loss=rationale_loss, denominator=response_tokens, settings=settings)
+    history = train(model, response_items(24), objective=Objective(rationale_loss, response_tokens), settings=settings)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), history
 
 
@@ -75,7 +75,7 @@ def test_the_loss_is_the_mean_over_the_batch_s_response_tokens_and_falls() -> No
         start, tokens = forest.segment_start[tree][1], item.tree.segments[1].tokens
         losses += [-float(logps[start - 1 + i, token]) for i, token in enumerate(tokens)]
     settings = SETTINGS.replace(epochs=12, warmup_ratio=0.0, learning_rate=1e-2)
-    history = train(model, items, loss=rationale_loss, denominator=response_tokens, settings=settings)
+    history = train(model, items, objective=Objective(rationale_loss, response_tokens), settings=settings)
     assert history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
     assert history[0]["response_tokens"] == len(losses)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
@@ -108,8 +108,7 @@ def test_each_distinct_image_is_asked_for_once_a_step() -> None:
     train(
         SmallModel(),
         items,
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=settings,
         features=features,
     )
@@ -129,7 +128,7 @@ def test_what_is_not_finite_stops_before_the_update_and_is_named(where: str) -> 
     before = [p.detach().clone() for p in model.parameters()]
     settings = SETTINGS.replace(micro_batch_size=1, gradient_accumulation_steps=8)
     with pytest.raises(SrcfastError, match=f"step 0: the {where} is not finite.*sample-4"):
-        train(model, response_items(8), loss=broken, denominator=response_tokens, settings=settings)
+        train(model, response_items(8), objective=Objective(broken, response_tokens), settings=settings)
     for now, then in zip(model.parameters(), before, strict=True):
         assert torch.equal(now, then)
 
@@ -138,7 +137,7 @@ def test_only_what_requires_gradients_is_trained() -> None:
     model = SmallModel()
     head = model.decoder.head_weight.detach().clone()
     query = model.decoder.layers[0].self_attn.q_proj.weight.detach().clone()
-    train(model, response_items(8), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    train(model, response_items(8), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     assert torch.equal(model.decoder.head_weight, head)
     assert not torch.equal(model.decoder.layers[0].self_attn.q_proj.weight, query)
 
@@ -146,14 +145,13 @@ def test_only_what_requires_gradients_is_trained() -> None:
 def test_nothing_to_train_on_and_items_that_do_not_fit_are_refused_first() -> None:
     model, stepped = SmallModel(), []
     with pytest.raises(SrcfastError, match="nothing to train on"):
-        train(model, [], loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+        train(model, [], objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     large = TrainingItem(Tree((Segment(np.zeros(99)), Segment(np.zeros(2), 0)), key="the-large-one"))
     with pytest.raises(InputError, match="the-large-one.*found 101"):
         train(
             model,
             [*response_items(40), large],
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens),
             settings=SETTINGS.replace(token_budget=100),
             on_step=stepped.append,
         )
@@ -168,8 +166,7 @@ def test_an_item_without_a_token_to_predict_is_refused_by_name_before_anything_i
             train(
                 model,
                 items,
-                loss=rationale_loss,
-                denominator=response_tokens,
+                objective=Objective(rationale_loss, response_tokens),
                 settings=SETTINGS,
                 on_step=stepped.append,
             )
@@ -251,8 +248,7 @@ def test_nothing_is_read_from_the_device_from_the_second_step_on(kind: str, monk
         history = train(
             model,
             items,
-            loss=rationale_loss if kind == "rationale" else loss,
-            denominator=denominator,
+            objective=Objective(rationale_loss if kind == "rationale" else loss, denominator),
             settings=SETTINGS.replace(micro_batch_size=4, gradient_accumulation_steps=2),
             on_step=lambda metrics: None,
         )
@@ -284,8 +280,7 @@ def test_numbers_that_are_read_late_are_the_same(dropout: float, monkeypatch: py
         history = train(
             model,
             response_items(40),
-            loss=rationale_loss,
-            denominator=response_tokens,
+            objective=Objective(rationale_loss, response_tokens),
             settings=SETTINGS,
             on_step=lambda metrics, steps=steps: steps.append(metrics["step"]),
             before_update=lambda metrics, steps=steps: steps.append(metrics["step"]),
@@ -327,8 +322,7 @@ def test_what_is_not_finite_stops_a_late_reader_with_the_weights_of_the_step_bef
         train(
             model,
             items,
-            loss=broken,
-            denominator=response_tokens,
+            objective=Objective(broken, response_tokens),
             settings=SETTINGS,
             on_step=lambda metrics: done.append(metrics["step"]),
         )
@@ -341,7 +335,7 @@ def test_what_is_not_finite_stops_a_late_reader_with_the_weights_of_the_step_bef
 def test_a_step_says_how_fast_it_was_and_what_it_took() -> None:
     model = SmallModel(dtype=torch.float32, lora=LoRAConfig(r=3, alpha=12.0))
     items = response_items(8)
-    history = train(model, items, loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    history = train(model, items, objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     forest = Forest.of([item.tree for item in items])
     config = model.decoder.config
     # Counted by hand: 2 layers, a query sees its own path up to itself.
@@ -366,5 +360,5 @@ def test_a_decoder_of_unknown_shapes_has_no_mfu() -> None:
     model.decoder = Bare()
     model.embedding = torch.nn.Embedding(40, 6)
     model.forward = lambda forest: model.embedding(forest.token_ids)
-    history = train(model, response_items(8), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+    history = train(model, response_items(8), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     assert history[0]["mfu"] is None and history[0]["tokens_per_second"] > 0

@@ -21,7 +21,7 @@ from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.run import signals
 from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training.checkpoint import BEFORE, TrainingCheckpoints, identity_of
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
@@ -55,8 +55,7 @@ def trained(
     history = train(
         model,
         items or response_items(5),
-        loss=rationale_loss,
-        denominator=response_tokens,
+        objective=Objective(rationale_loss, response_tokens),
         settings=settings,
         on_step=on_step,
         checkpoints=checkpoints,

@@ -16,7 +16,7 @@ from srcfast.errors import SrcfastError
 from srcfast.stages.dpo import pair_denominator, preference_loss
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.items import TrainingItem
+from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
 pytestmark = [
@@ -49,10 +49,10 @@ def test_nothing_is_waited_for_from_the_second_step_on(workers: int) -> None:
         history = train(
             model,
             items,
-            loss=preference_loss(DPOConfig(sft_weight=0.3, rehearsal_weight=0.5)),
-            denominator=denominator,
+            objective=Objective(
+                preference_loss(DPOConfig(sft_weight=0.3, rehearsal_weight=0.5)), denominator, pair_logit_rows
+            ),
             settings=SETTINGS.replace(loader_workers=workers),
-            rows=pair_logit_rows,
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -64,7 +64,9 @@ def test_a_gpu_s_training_is_a_cpu_s() -> None:
     trained = {}
     for device in ("cpu", "cuda"):
         model = model_on(device)
-        history = train(model, response_items(40), loss=rationale_loss, denominator=response_tokens, settings=SETTINGS)
+        history = train(
+            model, response_items(40), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS
+        )
         trained[device] = (weights(model), [row["loss"] for row in history])
     # fp32 sums in another order, enlarged where AdamW divides by small gradients.
     torch.testing.assert_close(trained["cuda"][0], trained["cpu"][0], rtol=1e-3, atol=1e-3)
@@ -83,5 +85,5 @@ def test_what_is_not_finite_changes_no_weight(step: int) -> None:
         return (loss * math.nan if bad in [item.tree.key for item in inside] else loss), metrics
 
     with pytest.raises(SrcfastError, match=f"step {step}: the loss is not finite.*{bad}"):
-        train(model, items, loss=broken, denominator=response_tokens, settings=SETTINGS)
+        train(model, items, objective=Objective(broken, response_tokens), settings=SETTINGS)
     assert torch.equal(weights(model), kept[step])
