@@ -278,27 +278,21 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
 
 
 def _destroy_group() -> None:
-    global _store, _timeout_after_start
+    global _store, _timeout_after_start, _mesh
     was_sharded = _mesh is not None
     if was_sharded:
-        _release_groups()
+        # Drop all references to the groups. Their threads would outlive them, and a thread that frees a tensor while Python
+        # shuts down aborts the process.
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _mesh = None
+        _subgroups.clear()
+        _clear_sharding_prop_cache()
+        gc.collect()
     _store = _timeout_after_start = None
     dist.destroy_process_group()
     if was_sharded:  # PyTorch 2.11 still refers to the group: its threads release their tensors meanwhile
         time.sleep(THREAD_EXIT)
-
-
-def _release_groups() -> None:
-    """Drop all references to the groups. Their threads would outlive them, and a thread that frees a tensor while Python
-    shuts down aborts the process.
-    """
-    global _mesh
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _mesh = None
-    _subgroups.clear()
-    _clear_sharding_prop_cache()
-    gc.collect()
 
 
 def _take_gpu(device: str) -> None:

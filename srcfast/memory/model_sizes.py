@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular
@@ -377,11 +377,7 @@ def memory_for(model: HasDecoder) -> int:
         return memory_of(device)
     sizes = ModelSizes.of(model)
     adapter = 0 if sizes.lora is None else 4 * sizes.lora.parameters
-    gradients = {grad.untyped_storage().data_ptr(): grad.untyped_storage() for grad in _gradients(model)}
+    gradients = [parameter.grad.untyped_storage() for parameter in model.parameters() if parameter.grad is not None]
     model_bytes = sizes.weight_bytes + sizes.quantisation_bytes + adapter
-    model_bytes += sum(storage.nbytes() for storage in gradients.values())
+    model_bytes += sum({storage.data_ptr(): storage.nbytes() for storage in gradients}.values())
     return memory_of(device) - max(0, torch.cuda.memory_allocated(device) - round(model_bytes))
-
-
-def _gradients(model: HasDecoder) -> Iterator[Tensor]:
-    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)

@@ -175,16 +175,11 @@ def forecast_stage(
             images_a_step=decoding.batch_size + IMAGES_AHEAD,
             stage=stage,
         )
-    section: Any = config.rationale if stage == "rationale" else config.dpo
-    trees: float
-    if token_budget is not None:
-        trees = token_budget / single.tokens
-    elif stage in TRAINING:
-        trees = max(1, min(section.micro_batch_size, section.token_budget // single.tokens))
-    else:
-        budget = config.scorer.token_budget if stage == "scores" else config.dpo.token_budget
-        trees = max(1, budget // single.tokens)
-    forest = forest or single.times(trees)
+    section: Any = {"rationale": config.rationale, "scores": config.scorer}.get(stage, config.dpo)
+    trees = section.token_budget // single.tokens
+    if stage in TRAINING:
+        trees = min(section.micro_batch_size, trees)
+    forest = forest or single.times(max(1, trees) if token_budget is None else token_budget / single.tokens)
     if stage == "preferences":
         return forecast_forward(model, forest, memory=memory, images=images, stage=stage)
     if stage == "scores":
@@ -198,7 +193,7 @@ def forecast_stage(
             checkpoint_every=every,
             memory=memory,
             images=images,
-            images_a_step=section.micro_batch_size * section.gradient_accumulation_steps,
+            images_a_step=section.global_batch_size,
             stage=stage,
         )
 

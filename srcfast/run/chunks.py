@@ -116,7 +116,8 @@ def run_chunks(
     files = tuple(directory / f"{index:05d}.jsonl" for index in range(len(batches)))
     fingerprints, to_do = distributed.run_on_rank_zero(lambda: _prepare(files, batches, chunks.depends_on()))
     unfinished = set(to_do)  # on any rank, as far as this rank knows
-    _resume_progress(progress, [file for index, file in enumerate(files) if index not in unfinished])
+    if heads := [_head(file) for index, file in enumerate(files) if index not in unfinished]:
+        progress.resume(*(sum(head[name] for head in heads) for name in ("items", "tokens", "seconds")))
     progress.on_advance = distributed.heartbeat
     last_step = f"all of the {len(files)} chunks that it could take"
     with at_boundaries():
@@ -158,13 +159,6 @@ def _prepare(
             if fault != "missing":
                 warnings.warn(f"{file}: {fault}; this chunk of the stage is done again", RuntimeWarning, stacklevel=2)
     return fingerprints, to_do
-
-
-def _resume_progress(progress: StageProgress, finished: Sequence[Path]) -> None:
-    """Count the chunks that were finished before this process began."""
-    heads = [_head(file) for file in finished]
-    if heads:
-        progress.resume(*(sum(head[name] for head in heads) for name in ("items", "tokens", "seconds")))
 
 
 def _compute(
