@@ -137,7 +137,7 @@ def run_chunks(
 
 
 def remove_chunks(directory: Path) -> None:
-    """Remove the chunks' files, on rank 0; called once the stage's result is on disk."""
+    """Remove a stage's chunks and checkpoints, on rank 0; called once the stage's result is on disk."""
     if distributed.is_rank_zero():
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,10 +103,6 @@ class RunDirectory:
         of, _, kind = stage.rpartition("/")
         # "rationale/evaluation" would be inside "rationale", and be removed with it.
         return self.path / "checkpoint" / (f"evaluation/{of}" if kind == "evaluation" else stage)
-
-    def remove_checkpoint(self, stage: str) -> None:
-        """Remove the checkpoints and chunks of a finished stage."""
-        shutil.rmtree(self.checkpoint(stage), ignore_errors=True)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 
 from rich.console import Console
@@ -100,8 +100,7 @@ class StageProgress:
             print(self.line(), file=sys.stderr, flush=True)
 
 
-@contextmanager
-def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> Iterator[StageProgress]:
+def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> closing[StageProgress]:
     """Show a stage's progress: a bar on a terminal, else a line on stderr every ten seconds and at the end.
 
     Args:
@@ -110,11 +109,7 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
         unit: what is counted.
         quiet: show nothing, and only count.
     """
-    progress = StageProgress(name, total, unit, quiet)
-    try:
-        yield progress
-    finally:
-        progress.close()
+    return closing(StageProgress(name, total, unit, quiet))
 
 
 def peak_rss_bytes() -> int:

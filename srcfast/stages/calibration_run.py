@@ -20,6 +20,7 @@ from srcfast.memory.plan import forecast_stage
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.scorer import Scorer
 from srcfast.run.artifacts import RunArtifacts
+from srcfast.run.chunks import remove_chunks
 from srcfast.run.directory import RunDirectory, StageMetrics
 from srcfast.run.progress import peak_rss_bytes, track
 from srcfast.stages.datasets import (
@@ -109,7 +110,7 @@ class CalibrationRun:
         resolved, directory = self.config.model_dump(mode="json"), self.directory
         settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
         if distributed.run_on_rank_zero(lambda: directory.stage_done(name, settings) is not None):
-            distributed.run_on_rank_zero(lambda: directory.remove_checkpoint(name))
+            remove_chunks(directory.checkpoint(name))
             return
         kind = name.rpartition("/")[2]
         forecast = forecast_stage(self.config, kind, images=self.num_samples)
@@ -140,7 +141,7 @@ class CalibrationRun:
         distributed.run_on_rank_zero(
             lambda: directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
         )
-        distributed.run_on_rank_zero(lambda: directory.remove_checkpoint(name))
+        remove_chunks(directory.checkpoint(name))
         distributed.end_startup_timeout()
 
     def load_scorer(self) -> tuple[Scorer, Callable[[], str]]:
