@@ -17,6 +17,9 @@ Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
+YOUNGER = (("model", "backbone"),)  # than version 0.1, whose runs and checkpoints still continue
+
+
 class Section(BaseModel):
     """A group of settings. Instances can't be changed, and unknown names are errors."""
 
@@ -48,7 +51,10 @@ class ModelConfig(Section):
     """The LVLM that is calibrated."""
 
     path: str = "embedded"
-    """LLaVA checkpoint directory, as transformers writes it, or `embedded` for the small one that srcfast ships"""
+    """Checkpoint directory of an LVLM, or `embedded` for the small one that srcfast ships"""
+    backbone: Literal["auto", "handwritten", "transformers"] = "auto"
+    """Who computes the language model: `handwritten` is srcfast's decoder, for LLaVA-1.5 and LLaVA-NeXT; `transformers` is
+    transformers' own code, for any family; `auto` takes the first where it fits"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights and of activations; the adapter's weights are trained in float32"""
     quantize: Literal["none", "nf4"] = "none"
@@ -175,7 +181,8 @@ class LoRAConfig(Seeded):
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
-    """Names of the decoder's linear layers that get an adapter"""
+    """Names of the decoder's linear layers that get an adapter. The default means all of them, also in a model that names them
+    otherwise"""
 
 
 class TrainingConfig(Seeded):
@@ -447,6 +454,17 @@ class Config(Section):
         if value is not None:
             parse_bytes(value, "memory")
         return value
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as JSON values by section, by which unfinished work is known again.
+
+        A setting that is younger than work which may have to be continued is left out while it has its default.
+        """
+        values = self.model_dump(mode="json")
+        for section, name in YOUNGER:
+            if values[section][name] == getattr(type(getattr(self, section))(), name):
+                del values[section][name]
+        return values
 
     @property
     def run_path(self) -> Path:

@@ -56,9 +56,14 @@ class CPUDecoder:
 
     @classmethod
     def of(cls, decoder: TransformerDecoder) -> CPUDecoder | None:
-        """Build it; return None where the decoder is not in fp32 on a CPU, has 4-bit weights or an adapter that is not folded."""
+        """Build it; return None for other layers, no fp32 on a CPU, 4-bit weights, or an adapter that is not folded."""
         weight = decoder.head_weight
-        if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        if (
+            not decoder.plain_layers
+            or weight.is_cuda
+            or weight.dtype != torch.float32
+            or not torch.backends.mkldnn.is_available()
+        ):
             return None
         layers = []
         for layer in decoder.layers:

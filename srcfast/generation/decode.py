@@ -138,6 +138,7 @@ def decode(
     sharded = is_sharded(model.decoder)
     on_gpu = model.decoder.head_weight.is_cuda
     longest = max(len(task.prompt.token_ids) for task in tasks)
+    model.decoder.check_length(longest + limit)
     layout = Layout.of(
         min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu and not sharded
     )
@@ -179,7 +180,7 @@ class _Decoding:
         )  # only the next character tells whether a sentence has ended
         self.by_sentence = np.zeros(count, dtype=bool)
         self.generation_ids = np.zeros(count, dtype=np.int64)
-        self.prompts = np.zeros(count, dtype=np.int64)  # lengths
+        self.prompts = np.zeros(count, dtype=np.int64)  # positions that follow them
         self.lengths = np.zeros(count, dtype=np.int64)  # positions in the cache behind the prompt
         self.num_sampled = np.zeros(
             count, dtype=np.int64
@@ -222,12 +223,12 @@ class _Decoding:
                 break
             tasks.append(self.queue.popleft())
         slots = free[: len(tasks)]
-        logits = self._prefill([task.prompt for task in tasks], slots)  # [S, V]
+        logits, positions = self._prefill([task.prompt for task in tasks], slots)  # [S, V]
         starts = [task.begin() for task in tasks]
-        for slot, task, start in zip(slots, tasks, starts, strict=True):
+        for slot, task, start, position in zip(slots, tasks, starts, positions, strict=True):
             before = [0] * len(start.limits)
             self._start_rows(slot, task, start, self.cache.start(slot, [], before), before)
-            self.prompts[slot * self.width : (slot + 1) * self.width] = len(task.prompt.token_ids)
+            self.prompts[slot * self.width : (slot + 1) * self.width] = position
         rows = np.concatenate([self._slot(slot).rows for slot in slots])
         counts = to_device([len(start.limits) for start in starts], self.device)
         logits = logits.repeat_interleave(counts, dim=0, output_size=len(rows))
@@ -235,8 +236,8 @@ class _Decoding:
         self.pending[to_device(rows, self.device)] = tokens
         self._queue_step(rows, tokens, logprobs)
 
-    def _prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> Tensor:
-        """Run prompts and store their keys and values; return the logits [S, V] of what follows them."""
+    def _prefill(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Run prompts and store their keys and values; return the logits [S, V] and the positions of what follows them."""
         forest = Forest.of([Tree((Segment(prompt.token_ids),), prompt.images, prompt.key) for prompt in prompts])
         forest = forest.to(self.device)
         attend = forest_attend(forest)
@@ -249,7 +250,8 @@ class _Decoding:
         embeddings = self.model.embed(forest, self._encoded(prompts))
         hidden = self.step.forward(embeddings, forest.positions, record)
         self.tokens_run += forest.num_tokens
-        return self.step.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
+        logits = self.step.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
+        return logits, self.model.decoder.next_positions(forest, embeddings)
 
     def _encoded(self, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
         """Embed the prompts' images, and with them those of the next prompts in the queue."""

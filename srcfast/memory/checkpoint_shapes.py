@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from srcfast.errors import InputError
 from srcfast.memory.model_sizes import read_headers
 from srcfast.models.checkpoint import read_config
+from srcfast.models.lvlm import is_handwritten
+from srcfast.models.processor import typical_image_tokens
 from srcfast.models.text_model import build_decoder
-from srcfast.models.vision import FAMILIES, bare_model
+from srcfast.models.transformers_lvlm import meta_model
+from srcfast.models.vision import bare_model
 
 
-def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any]:
-    """Read the names and shapes of a checkpoint's tensors, vision included, and its transformers config.
+def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any, int | None]:
+    """Read the names and shapes of a checkpoint's tensors, vision included, its transformers config, and an image's positions.
+
+    The positions are those of a typical image, where the processor decides them, as it does of all but LLaVA checkpoints.
 
     They come from the headers of its weight files, or from config.json where it has none. `ModelSizes.of_tensors` takes them.
 
@@ -29,20 +33,16 @@ def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any]:
     # Weights that bitsandbytes quantised are stored as bytes and scales, whose shapes are not the weights'.
     if stored and not any(name.endswith(".absmax") for name in stored):
         counted = stored
-    return counted, config
+    general = hasattr(config, "vision_config") and not is_handwritten(config)
+    return counted, config, typical_image_tokens(path, config) if general else None
 
 
 def _tensors_of_config(config: Any, path: Path) -> dict[str, list[int]]:
     text = getattr(config, "text_config", config)
+    if text is not config and not is_handwritten(config):
+        model = meta_model(path, config)
+        return {name: list(tensor.shape) for name, tensor in model.named_parameters()}
     if text is not config:
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                file=path / "config.json",
-                field="model_type",
-                expected=" or ".join(FAMILIES),
-                found=config.model_type,
-                fix="choose a LLaVA-1.5 or LLaVA-NeXT checkpoint",
-            )
         text.tie_word_embeddings = bool(config.tie_word_embeddings)
     modules: list[nn.Module] = [build_decoder(text, path, "meta", torch.float32)]
     if text is not config:

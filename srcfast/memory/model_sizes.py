@@ -90,11 +90,17 @@ class VisionSizes:
     image_tokens: int
 
     @classmethod
-    def of(cls, config: Any) -> VisionSizes | None:
-        """Read the sizes from transformers' config of an LVLM; None for a text model."""
+    def of(cls, config: Any, image_tokens: int | None = None) -> VisionSizes | None:
+        """Read the sizes from transformers' config of an LVLM; None for a text model.
+
+        Args:
+            image_tokens: positions of a typical image, which the processor decides; None: the config alone decides them.
+        """
         vision = getattr(config, "vision_config", None)
         if vision is None:
             return None
+        if image_tokens is not None:
+            return cls._of_any(vision, image_tokens, config)
         side = vision.image_size // vision.patch_size
         has_class_token = vision.model_type == "clip_vision_model"
         tokens = side * side + has_class_token - (config.vision_feature_select_strategy == "default")
@@ -110,6 +116,26 @@ class VisionSizes:
             intermediate=vision.intermediate_size,
             patches=tiles * (side * side + has_class_token),
             image_tokens=tokens,
+        )
+
+    @classmethod
+    def _of_any(cls, vision: Any, image_tokens: int, config: Any) -> VisionSizes:
+        """Read the sizes of any tower, whose names differ by family; what a config leaves out is a ViT's."""
+
+        def first(*names: str) -> Any:
+            holders = (vision, config)
+            return next((value for holder in holders for name in names if (value := getattr(holder, name, None))), None)
+
+        hidden = int(first("embed_dim", "hidden_size"))
+        shrink = first("spatial_merge_size", "scale_factor", "downsample_factor") or 1
+        ratio = first("downsample_ratio", "pixel_shuffle_ratio")
+        merged = round(1 / ratio**2) if ratio else shrink**2  # patches an embedding
+        return cls(
+            layers=int(first("num_hidden_layers", "depth", "num_layers") or 1),
+            hidden=hidden,
+            intermediate=int(first("intermediate_size") or 4 * hidden),
+            patches=image_tokens * merged,
+            image_tokens=image_tokens,
         )
 
 
@@ -201,7 +227,7 @@ class ModelSizes:
             weight_bytes=round(weights),
             quantisation_bytes=round(scales),
             lora=lora,
-            vision=None if vision is None else VisionSizes.of(vision.config),
+            vision=None if vision is None else VisionSizes.of(vision.config, vision.typical_tokens),
             waiting_bytes=round(waiting),
             trained=trained,
             gathered_bytes=gathered_bytes(decoder),
@@ -219,6 +245,7 @@ class ModelSizes:
         lora: LoRAConfig | None = None,
         vision_offload: bool = False,
         ranks: int = 1,
+        image_tokens: int | None = None,
     ) -> ModelSizes:
         """Count from a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
@@ -229,6 +256,7 @@ class ModelSizes:
             lora: settings of a new adapter; None: the model has none.
             vision_offload: whether the vision tower's weights wait on the host between images; a CPU ignores it.
             ranks: number of ranks over which the decoder's layers are sharded.
+            image_tokens: see `VisionSizes.of`.
         """
         parameters = dict.fromkeys(PARTS, 0)
         weights = scales = waiting = linears = 0.0
@@ -259,7 +287,7 @@ class ModelSizes:
             weight_bytes=round(weights),
             quantisation_bytes=round(scales),
             lora=None if lora is None else LoRASizes(lora.r, tuple(lora.target_modules), lora.dropout, adapter),
-            vision=VisionSizes.of(config),
+            vision=VisionSizes.of(config, image_tokens),
             waiting_bytes=round(waiting),
             gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,
         )
@@ -277,10 +305,10 @@ PARTS = ("vision", "projector", "embedding", "decoder", "head")
 
 def part_of(name: str) -> str:
     """Return the part of a model to which a parameter belongs, by its name in a checkpoint or in a module."""
-    if "vision_tower" in name:
-        return "vision"
-    if "multi_modal_projector" in name or "image_newline" in name:
+    if any(part in name for part in ("multi_modal_projector", "image_newline", "connector.")):
         return "projector"
+    if any(part in name for part in ("vision", "visual.")):
+        return "vision"
     if name.endswith("embed_tokens.weight"):
         return "embedding"
     return "head" if name.endswith("lm_head.weight") else "decoder"

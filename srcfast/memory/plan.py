@@ -61,10 +61,11 @@ def device_memory(config: Config) -> float:
 def policy_sizes(config: Config) -> ModelSizes:
     """Return the sizes of the settings' LVLM, with a new adapter."""
     path = str(checkpoint_directory(config.model.path, "base"))
-    tensors, checkpoint_config = _shapes_of(path)
+    tensors, checkpoint_config, image_tokens = _shapes_of(path)
     return ModelSizes.of_tensors(
         tensors,
         checkpoint_config,
+        image_tokens=image_tokens,
         dtype=config.model.dtype,
         device_type=torch.device(config.model.device).type,
         quantize=config.model.quantize,
@@ -87,19 +88,19 @@ def node_ranks(config: Config) -> int:
 def scorer_sizes(config: Config) -> ModelSizes:
     """Return the sizes of the settings' R-Scorer."""
     path = str(checkpoint_directory(config.scorer.path, "scorer"))
-    tensors, checkpoint_config = _shapes_of(path)
+    tensors, checkpoint_config, _ = _shapes_of(path)
     device = torch.device(config.model.device).type
     return ModelSizes.of_tensors(tensors, checkpoint_config, dtype=config.scorer.dtype, device_type=device)
 
 
-def _shapes_of(path: str) -> tuple[dict[str, list[int]], Any]:
+def _shapes_of(path: str) -> tuple[dict[str, list[int]], Any, int | None]:
     """Read a checkpoint's shapes, again only when its files have changed."""
     files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("config.json"))
     return _read_shapes(path, tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=8)
-def _read_shapes(path: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, list[int]], Any]:
+def _read_shapes(path: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, list[int]], Any, int | None]:
     return checkpoint_shapes(path)
 
 

@@ -72,7 +72,8 @@ def _check_sizes(settings: object, prefix: str, file: Path) -> None:
     for field, limit in LARGEST.items():
         value = settings.get(field, limit)
         derived = value is None and field in ("num_key_value_heads", "head_dim")
-        if not derived and (type(value) is not int or not 1 <= value <= limit):
+        sides = value if field in ("image_size", "patch_size") and isinstance(value, list) and value else [value]
+        if not derived and any(type(side) is not int or not 1 <= side <= limit for side in sides):
             raise _error(file, prefix + field, f"a whole number from 1 to {limit:,}", repr(value))
 
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from srcfast.attention.forest_attention import Attend
+from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.lora import project, project_swiglu
 from srcfast_kernels import rms_norm, rope
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class DecoderConfig:
     def from_huggingface(cls, config: Any) -> DecoderConfig:
         """Read a transformers text config. Raises InputError for an architecture that is not one of the four."""
         kind = config.model_type
-        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        if kind not in ARCHITECTURES:
             raise InputError(
                 field="model_type",
                 expected="llama, mistral, qwen2 or qwen3",
@@ -203,6 +206,7 @@ class Decoder(nn.Module):
     """
 
     inverse_frequencies: Tensor
+    plain_layers = True  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
     idle = False  # within a pass that only keeps in step with other ranks
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -236,6 +240,13 @@ class Decoder(nn.Module):
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embed tokens [T] int64 into [T, D]."""
         return self.embed_tokens(token_ids)
+
+    def check_length(self, longest: int) -> None:
+        """Accept a sequence of any length: the attention has no window."""
+
+    def next_positions(self, forest: Forest, embedded: Tensor) -> list[int]:
+        """Return the position that follows each prompt of a forest of prompts."""
+        return [tree.num_tokens for tree in forest.trees]
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] after the final norm, from embeddings [T, D] at positions [T].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,15 @@ class LoRALinear(nn.Module):
         self.dropout = config.dropout
         self.number = number
         self.active = True
+        self.row_keys: Tensor | None = (
+            None  # [T] dropout keys of the rows of the next pass, where no caller passes them
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self)[0]
+        if not self.active:
+            return self.base(x)
+        rows = x.reshape(-1, x.shape[-1])  # [T, in]
+        return project(rows, self, keys=self.row_keys)[0].view(*x.shape[:-1], -1)
 
     def adapted(self, dtype: torch.dtype) -> Adapted:
         """Cast the adapter to `dtype` for `lora_linears`."""
@@ -154,8 +160,12 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
     linears = list(_linears(model.decoder))
-    if missing := sorted(set(config.target_modules) - {name for _, name, _ in linears}):
-        expected = f"layers among {', '.join(TARGETS)}"
+    names = dict.fromkeys(name for _, name, _ in linears)
+    if {*config.target_modules} == {*TARGETS} and not {*TARGETS} <= {*names}:
+        # The default means all linear layers, by whatever names a family has for them: fused ones, experts' projections.
+        config = config.replace(target_modules=tuple(names))
+    if missing := sorted(set(config.target_modules) - {*names}):
+        expected = f"layers among {', '.join(names)}"
         raise InputError(field="target_modules", expected=expected, found=", ".join(missing))
     for number, (parent, name, linear) in enumerate(linears):
         if name not in config.target_modules:
@@ -172,9 +182,10 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
 def _linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
     """Yield (parent, name, linear) in one order, by which dropout numbers them and weights are drawn."""
     for layer in decoder.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            children = dict(parent.named_children())
-            yield from ((parent, name, children[name]) for name in TARGETS if name in children)
+        for path, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear | NF4Linear):
+                parent, _, name = path.rpartition(".")
+                yield layer.get_submodule(parent), name, linear
 
 
 def adapters(model: HasDecoder) -> dict[str, LoRALinear]:
@@ -260,13 +271,12 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     directory = Path(directory)
     if not (parameters := _named_parameters(model)):
         raise InputError(file=directory, expected="a model with an adapter", found="none")
-    config, has_vision = model.lora_config, hasattr(model, "vision")
-    prefix = "base_model.model.model.language_model" if has_vision else "base_model.model.model"
-    tensors = {f"{prefix}.{name}.weight": parameter for name, parameter in parameters.items()}
+    config, prefix = model.lora_config, model.adapter_prefix
+    tensors = {f"base_model.model.{prefix}.{name}.weight": parameter for name, parameter in parameters.items()}
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
-    targets = "|".join(name for name in TARGETS if name in config.target_modules)
-    scope = r".*language_model\..*" if has_vision else r".*\."
+    targets = "|".join(sorted(config.target_modules, key=lambda name: (*TARGETS, name).index(name)))
+    scope = r".*\." if prefix == "model" else rf".*{prefix.rpartition('.')[2]}\..*"
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -299,7 +309,7 @@ def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = Tru
         tensors = dict(read_file(file))
     _check_settings(settings, directory / ADAPTER_CONFIG)
     weights = _by_name_in_decoder(tensors, file)
-    targets = _target_modules(weights, file)
+    targets = _target_modules(weights, {name for _, name, _ in _linears(model.decoder)}, file)
     alpha, dropout = float(settings["lora_alpha"]), float(settings["lora_dropout"])
     add_lora(model, LoRAConfig(r=settings["r"], alpha=alpha, dropout=dropout, target_modules=targets))
     parameters = _named_parameters(model)
@@ -350,13 +360,13 @@ def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, 
     return weights
 
 
-def _target_modules(weights: Mapping[str, Tensor], file: Path) -> tuple[str, ...]:
-    """List the kinds of layers that have weights. Raises InputError where there are none, or one is not among TARGETS."""
+def _target_modules(weights: Mapping[str, Tensor], known: Collection[str], file: Path) -> tuple[str, ...]:
+    """List the kinds of layers that have weights. Raises InputError where there are none, or the model has no such layer."""
     if not weights:
         raise InputError(file=file, expected="an adapter's tensors", found="none")
     targets = {name.split(".")[-2] for name in weights}
-    if unknown := sorted(targets - set(TARGETS)):
-        expected = f"layers among {', '.join(TARGETS)}"
+    if unknown := sorted(targets - {*known}):
+        expected = f"layers among {', '.join(sorted(known, key=lambda name: (*TARGETS, name).index(name)))}"
         raise InputError(file=file, field="target_modules", expected=expected, found=", ".join(unknown))
     return tuple(sorted(targets))
 

@@ -13,17 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
-from srcfast.models.decoder import Decoder
+from srcfast.models.decoder import ARCHITECTURES, Decoder
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import build_decoder, chat_text, copy_companions, decoder_tensors, load_tokenizer
-from srcfast.models.vision import Vision
+from srcfast.models.transformers_lvlm import TransformersLVLM, load_transformers_lvlm
+from srcfast.models.vision import FAMILIES, Vision
 from srcfast_kernels.transfers import to_device
 
 # LLaVA-1.5's own template, for checkpoints that come without one.
@@ -47,6 +49,7 @@ class LVLM(nn.Module):
         self.end_token_id = int(tokenizer.eos_token_id)
         self.control_tokens = (self.image_token, *tokenizer.all_special_tokens)
         self.max_positions = decoder.config.max_positions
+        self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
 
     def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
         """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length.
@@ -129,6 +132,9 @@ class LVLM(nn.Module):
         return self.decoder(embeddings, forest.positions, attend, device_rows)
 
 
+AnyLVLM = LVLM | TransformersLVLM
+
+
 def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
     return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
 
@@ -136,7 +142,9 @@ def _prompt_error(sample_id: str | None, field: str, expected: str, found: objec
 class ImageFeatures:
     """Embeddings of images by key; each distinct image is encoded once while it stays in memory (least recent out)."""
 
-    def __init__(self, model: LVLM, load: Callable[[str], Image.Image], max_bytes: int = 1 << 30, batch_size: int = 64):
+    def __init__(
+        self, model: AnyLVLM, load: Callable[[str], Image.Image], max_bytes: int = 1 << 30, batch_size: int = 64
+    ):
         self.model, self.load, self.max_bytes, self.batch_size = model, load, max_bytes, batch_size
         self.encoded = 0  # images encoded so far
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
@@ -217,8 +225,9 @@ def load_lvlm(
     device: str | torch.device = "cpu",
     lora: str | Path | LoRAConfig | None = None,
     shard: bool = False,
-) -> LVLM:
-    """Read a LLaVA-1.5 or LLaVA-NeXT checkpoint from a Hugging Face directory, frozen but for a new adapter.
+    backbone: str = "auto",
+) -> AnyLVLM:
+    """Read an LVLM's checkpoint from a Hugging Face directory, frozen but for a new adapter.
 
     Args:
         path: directory with config.json, safetensors (single or sharded), tokenizer and image processor; "embedded" for
@@ -228,6 +237,8 @@ def load_lvlm(
         dtype: of all other weights, and of the products.
         lora: a PEFT adapter's directory, or a LoRAConfig for a new, trainable adapter.
         shard: shard the decoder's layers over the ranks, see `models.sharding`; all ranks then have to read it.
+        backbone: "handwritten" for the hand-written decoder (LLaVA-1.5 and LLaVA-NeXT), "transformers" for transformers' own
+            language model (any family), "auto" for the first where it takes the checkpoint.
 
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped; `quantize`.
@@ -236,6 +247,17 @@ def load_lvlm(
         raise InputError(field="quantize", expected="None or nf4", found=quantize)
     path = checkpoint_directory(path, "base")
     config = read_config(path)
+    if backbone == "transformers" or (backbone == "auto" and not is_handwritten(config)):
+        if shard and distributed.world_size() > 1:
+            raise InputError(
+                field="distributed.shard",
+                expected="false with the general backbone, whose layers are not sharded yet",
+                found="true",
+                fix="run without sharding, or in 4 bits (model.quantize=nf4)",
+            )
+        general = load_transformers_lvlm(path, config, quantize=quantize, dtype=dtype, device=device)
+        apply_lora(general, lora)
+        return general
     vision = Vision(config, path)
     config.text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
     decoder = build_decoder(config.text_config, path, device, dtype, quantize, shard)
@@ -249,6 +271,11 @@ def load_lvlm(
     return model
 
 
+def is_handwritten(config: Any) -> bool:
+    """Return whether the hand-written decoder has the architecture of a checkpoint."""
+    return config.model_type in FAMILIES and config.text_config.model_type in ARCHITECTURES
+
+
 def _part_of(name: str) -> tuple[str, str]:
     """Split a tensor's name, of either layout of LLaVA checkpoints, into "language" or "sight" and the name within it."""
     for prefix in ("model.language_model.", "language_model.model."):
@@ -259,7 +286,7 @@ def _part_of(name: str) -> tuple[str, str]:
     return "sight", name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
 
 
-def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_lvlm(model: AnyLVLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a directory that transformers' `from_pretrained` reads, in `dtype`, by default the model's.
 
     Raises:
@@ -269,6 +296,9 @@ def save_lvlm(model: LVLM, directory: str | Path, dtype: torch.dtype | None = No
     if any(isinstance(part, NF4Linear) for part in model.modules()):
         raise InputError(field="quantize", expected="a model in whole weights", found="nf4", fix="save its adapter")
     directory = Path(directory)
+    if isinstance(model, TransformersLVLM):
+        model.save(directory, dtype)
+        return copy_companions(model.path, directory)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():
         tensors[name if name.startswith("lm_head") else f"model.language_model.{name}"] = tensor

@@ -38,6 +38,7 @@ class TransformerDecoder(Protocol):
     norm: nn.Module
     dropout_keys: Tensor | None  # [T], set before a forward pass whose adapters drop
     checkpoint_layers: int  # layers a group whose activations the backward pass recomputes; 0: none are recomputed
+    plain_layers: bool  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
     idle: bool  # it runs only to keep in step with ranks that have work
 
     @property
@@ -56,6 +57,14 @@ class TransformerDecoder(Protocol):
         """Compute cos and sin, [T, d] each."""
         ...
 
+    def check_length(self, longest: int) -> None:
+        """Raise InputError where a sequence of so many tokens leaves the window of the attention."""
+        ...
+
+    def next_positions(self, forest: Forest, embedded: Any) -> list[int]:
+        """Return the position that follows each prompt of a forest of prompts; `embedded` is the model's `embed` of it."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
     def get_submodule(self, target: str) -> nn.Module: ...
@@ -69,6 +78,7 @@ class HasDecoder(Protocol):
     """A model that can be trained by an adapter of its decoder: `LVLM` and `TextModel`."""
 
     path: Path  # of the base's checkpoint
+    adapter_prefix: str  # of its layers' names in transformers
     lora_config: LoRAConfig  # once it has an adapter
     training: bool
 
@@ -104,8 +114,8 @@ class VisionLanguageModel(HasDecoder, Protocol):
         """Turn tokens into text, without special ones."""
         ...
 
-    def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
-        """Embed a forest's tokens, [T, D], with the images' embeddings at their placeholders."""
+    def embed(self, forest: Forest, features: Mapping[str, Any]) -> Any:
+        """Embed a forest's tokens, with the images' embeddings at their placeholders, into what `decoder` takes."""
         ...
 
     def __call__(self, forest: Forest, features: Mapping[str, Tensor], rows: Tensor | None = None) -> Tensor:

@@ -79,3 +79,15 @@ def quantize_linears(decoder: TransformerDecoder, flat: bool = False) -> None:
                 if isinstance(linear, nn.Linear):
                     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
                     setattr(block, name, NF4Linear(*sizes, bias, flat))
+
+
+def quantize_loaded(decoder: TransformerDecoder, device: str | torch.device) -> None:
+    """Quantise the linear layers of a decoder's blocks, whose weights are loaded, one by one on the device."""
+    for layer in decoder.layers:
+        for path, linear in list(layer.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            quantised = NF4Linear(linear.in_features, linear.out_features, bias=False)
+            quantised.bias = linear.bias
+            quantised.set_weight(linear.weight.detach().to(device))
+            layer.set_submodule(path, quantised)

@@ -40,6 +40,7 @@ class TextModel(nn.Module):
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.path = path
+        self.adapter_prefix = "model"  # of its layers' names in transformers
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,24 +52,18 @@ class TiledSight(LlavaNextModel):
 FAMILIES = {"llava": LlavaModel, "llava_next": TiledSight}
 
 
-class Vision(nn.Module):
-    """Tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint; never trained, never in a gradient."""
+class FrozenVision(nn.Module):
+    """A vision tower that is never trained, and whose weights may wait on the host while no image is encoded."""
 
-    def __init__(self, config: Any, path: str | Path) -> None:
-        super().__init__()
-        _check_config(config, path)
-        self.config = config
-        self.processor = load_image_processor(path)
-        self.model = _checked_model(config, path)
-        self._host_weights: list[Tensor] = []  # weights on the host, once `to_host` has been called
+    _host_weights: Sequence[Tensor] = ()  # weights on the host, once `to_host` has been called
 
-    def train(self, mode: bool = True) -> Vision:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: with a tower's dropout, an image would have other embeddings in each run."""
         return super().train(False)
 
     def to_host(self) -> None:
         """Move the weights from a GPU to the host; from now on they are on the GPU within `on_device` alone."""
-        parameters = list(self.model.parameters())
+        parameters = list(self.parameters())
         if parameters[0].is_cuda and not self._host_weights:
             self._device = parameters[0].device
             self._host_weights = [parameter.data.cpu().pin_memory() for parameter in parameters]
@@ -88,8 +82,21 @@ class Vision(nn.Module):
             self._set_weights(self._host_weights)
 
     def _set_weights(self, weights: Sequence[Tensor]) -> None:
-        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+        for parameter, weight in zip(self.parameters(), weights, strict=True):
             parameter.data = weight
+
+
+class Vision(FrozenVision):
+    """Tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint; never trained, never in a gradient."""
+
+    typical_tokens = None  # of an image: config and size decide them, see `num_tokens`
+
+    def __init__(self, config: Any, path: str | Path) -> None:
+        super().__init__()
+        _check_config(config, path)
+        self.config = config
+        self.processor = load_image_processor(path)
+        self.model = _checked_model(config, path)
 
     def num_tokens(self, image: Image.Image) -> int:
         """Count the positions that the image takes in the decoder."""

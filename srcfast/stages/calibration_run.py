@@ -76,7 +76,7 @@ class CalibrationRun:
 
     def _write_config(self) -> None:
         """Write the settings, unless a stage was finished with others: then the files of that run stay."""
-        self.directory.check_finished(self.config.model_dump(mode="json"))
+        self.directory.check_finished(self.config.identity())
         self.directory.write_config(self.config)
 
     def stage(
@@ -107,7 +107,7 @@ class CalibrationRun:
         Raises:
             ConfigError: the stage was finished with other settings.
         """
-        resolved, directory = self.config.model_dump(mode="json"), self.directory
+        resolved, directory = self.config.identity(), self.directory
         settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
         if distributed.run_on_rank_zero(lambda: directory.stage_done(name, settings) is not None):
             remove_chunks(directory.checkpoint(name))

@@ -295,7 +295,7 @@ def logprob_chunks(
 
     They depend on the records' text, on their images' contents, and of the settings of `dpo` on the token budget alone.
     """
-    resolved = config.model_dump(mode="json")
+    resolved = config.identity()
 
     def depends_on() -> dict[str, Any]:
         settings = {"seed": resolved["seed"], "model": resolved["model"]}

@@ -13,7 +13,7 @@ from srcfast.data.records import Preference, Sample
 from srcfast.memory.forecast import image_cache, images_at_once
 from srcfast.memory.model_sizes import ModelSizes, limit_memory, memory_of, release_unused
 from srcfast.memory.plan import policy_stays
-from srcfast.models import LVLM, ImageFeatures, load_lvlm
+from srcfast.models import AnyLVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import adapter_hash, adapters, apply_lora, check_adapter_changes, save_adapter
 from srcfast.models.scorer import Scorer, load_scorer
@@ -29,12 +29,12 @@ class Policy:
         self.config = config
         self.adapter: Path | None = None
         self._unsaved = False  # whether the adapter is one that no directory holds
-        self._model: LVLM | None = load_model(config, None)
+        self._model: AnyLVLM | None = load_model(config, None)
         self.features = features_of(self._model, records)
         self.use(adapter)
 
     @property
-    def model(self) -> LVLM:
+    def model(self) -> AnyLVLM:
         """The LVLM; read again, as the bare base, after `offload`."""
         if self._model is None:
             self._model = load_model(self.config, None)
@@ -46,7 +46,7 @@ class Policy:
         """Whether the model is loaded: not after `offload`, until something needs it."""
         return self._model is not None
 
-    def use(self, adapter: Path | None, *, to_train: bool = False) -> LVLM:
+    def use(self, adapter: Path | None, *, to_train: bool = False) -> AnyLVLM:
         """Return the model with this adapter, trainable, or the bare base.
 
         Raises:
@@ -59,7 +59,7 @@ class Policy:
             self.adapter, self._unsaved = adapter, False
         return self.model
 
-    def fresh(self) -> LVLM:
+    def fresh(self) -> AnyLVLM:
         """Return the model with a new adapter, initialised from the config's seed."""
         self._adapt(self.config.lora.seeded(self.config.seed))
         self.adapter, self._unsaved = None, True
@@ -105,14 +105,14 @@ class Policy:
         apply_lora(self.model, lora)
 
 
-def remove_adapter(model: LVLM) -> None:
+def remove_adapter(model: AnyLVLM) -> None:
     """Replace each adapted layer by its base layer; the weights are those before the adapter."""
     for name, layer in adapters(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
-def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
+def load_model(config: Config, lora: Path | LoRAConfig | None) -> AnyLVLM:
     """Load the LVLM of the settings.
 
     Args:
@@ -130,6 +130,7 @@ def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
         device=config.model.device,
         lora=lora,
         shard=config.distributed.shard,
+        backbone=config.model.backbone,
     )
     if isinstance(lora, Path):
         check_adapter_changes(model, lora)
@@ -138,7 +139,7 @@ def load_model(config: Config, lora: Path | LoRAConfig | None) -> LVLM:
     return model
 
 
-def features_of(model: LVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:
+def features_of(model: AnyLVLM, records: Sequence[Sample | Preference]) -> ImageFeatures:
     """Return the records' encoded images, cached in memory up to a limit."""
     sizes = ModelSizes.of(model)
     capacity = memory_of(next(model.parameters()).device)  # bytes
@@ -161,7 +162,7 @@ def _set_up_device(config: Config) -> None:
     limit_memory(None if config.memory is None else parse_bytes(config.memory, "memory"), config.model.device)
 
 
-def policy_hash(config: Config, model: LVLM, adapter: Path | None) -> str:
+def policy_hash(config: Config, model: AnyLVLM, adapter: Path | None) -> str:
     """Return the hashes of base and adapter, with dtype and quantization: these decide a log-probability."""
     adapter_name = "none" if adapter is None else adapter_hash(adapter)
     return f"base:{model_hash(model.path)} adapter:{adapter_name} {config.model.dtype} {config.model.quantize}"

@@ -201,7 +201,7 @@ def command_stage(
         models: returns the models in memory, whose memory is measured.
         profile: steps of a training to profile.
     """
-    resolved = config.model_dump(mode="json")
+    resolved = config.identity()
     with exclusive_lock(output), ExitStack() as timing:
         measurement = timing.enter_context(
             measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])

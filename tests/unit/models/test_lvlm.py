@@ -253,7 +253,7 @@ def test_another_family_is_named(tmp_path: Path) -> None:
     from helpers.small_checkpoints import write_text_model
 
     write_text_model(tmp_path, text_config())
-    with pytest.raises(InputError, match="(?s)llava or llava_next.*llama"):
+    with pytest.raises(InputError, match="(?s)images and text.*llama"):
         load_lvlm(tmp_path)
 
 

@@ -1,0 +1,76 @@
+"""A checkpoint's own processor: prompts by its chat template, image placeholders at full length, images as tensors.
+
+transformers' processors of several families take a video processor, which needs torchvision. Nothing here reads videos: parts
+other than tokenizer and image processor are left out, and the image processor is the one that needs Pillow and numpy alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from srcfast.errors import InputError
+from srcfast.models.text_model import load_tokenizer
+from srcfast.models.vision import load_image_processor
+
+
+def load_processor(path: str | Path, model_type: str) -> Any:
+    """Load the processor of a checkpoint of this model type, without remote code.
+
+    Raises:
+        InputError: transformers has none for this type, or a file is missing or damaged.
+    """
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise InputError(file=path, field="model_type", expected="a type with a processor", found=model_type)
+    tokenizer, images = load_tokenizer(path), load_image_processor(path)
+    try:
+        kind = _without_videos(getattr(transformers, name))
+        settings, _ = kind.get_processor_dict(path)
+        parts = [{"tokenizer": tokenizer, "image_processor": images}.get(part) for part in kind.get_attributes()]
+        processor = kind.from_args_and_dict(parts, settings)
+    except Exception as error:  # ImportError of an optional package, TypeError, KeyError, ...
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(file=path, expected=f"the files of a {name}", found=found) from error
+    if isinstance(processor, tuple):
+        processor = processor[0]
+    if tokenizer.chat_template and not processor.chat_template:
+        processor.chat_template = tokenizer.chat_template
+    return processor
+
+
+def _without_videos(kind: type[Any]) -> type[Any]:
+    """Return the processor's class, but one that may lack parts."""
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else kind.check_argument_for_proper_class(self, name, part)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+
+
+TYPICAL_IMAGE = (640, 480)  # width, height in pixels, by which forecasts count an image's positions
+
+
+def image_tokens(processor: Any, image: Image.Image, image_token_id: int) -> int:
+    """Count the positions that an image takes in a prompt."""
+    inputs = processor(text=[processor.image_token], images=[[image]], add_special_tokens=False)
+    return int((np.asarray(inputs["input_ids"][0]) == image_token_id).sum())
+
+
+def typical_image_tokens(path: str | Path, config: Any) -> int:
+    """Count the positions of an image of TYPICAL_IMAGE's size, by a checkpoint's processor. Raises InputError without one."""
+    processor = load_processor(path, config.model_type)
+    return image_tokens(processor, Image.new("RGB", TYPICAL_IMAGE), image_token_id(config))
+
+
+def image_token_id(config: Any) -> int:
+    """Return the id of the image placeholder. Raises InputError where the config names none."""
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise InputError(field="image_token_id", expected="the id of the image placeholder", found="none")

@@ -1,0 +1,69 @@
+"""Say which language models of transformers the general backbone runs, and of the others what they would need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from srcfast.errors import InputError
+
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+# Of a text config: fields that are set where attention or the head does what the forest does not do yet, and what that is.
+FEATURES = {
+    "attn_logit_softcapping": "scores of attention under a soft cap",
+    "final_logit_softcapping": "logits under a soft cap",
+    "logits_scaling": "scaled logits",
+    "logit_scale": "scaled logits",
+    "kv_lora_rank": "latent attention, whose values have another size than its keys",
+    "v_head_dim": "values of another size than keys",
+    "cross_attention_layers": "cross-attention to images",
+    "global_head_dim": "layers of different head sizes",
+    "num_kv_shared_layers": "layers that share keys and values",
+    "index_topk": "attention to the keys that an indexer selects",
+    "attention_chunk_size": "attention within chunks",
+    "use_bidirectional_attention": "two-way attention",
+}
+
+
+def check_supported(config: Any, model_class: Any, path: Any) -> None:
+    """Raise InputError, by name, where the general backbone does not run a config.
+
+    Args:
+        config: of the whole model.
+        model_class: transformers' class of it.
+        path: of the checkpoint.
+    """
+    for field, found, needed in _obstacles(config, model_class):
+        raise InputError(
+            file=path,
+            field=field,
+            expected="a model whose layers are causal attention over all that is before",
+            found=f"{config.model_type}: {found}, which needs {needed}",
+            fix="choose a checkpoint of another family; see docs/models.md",
+        )
+
+
+def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield (field, value, what it would need) of what the backbone does not run."""
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        yield "is_encoder_decoder", "true", "an encoder"
+    others = sorted({str(kind) for kind in getattr(text, "layer_types", None) or ()} - {*ATTENTION_LAYERS})
+    if others:
+        yield "text_config.layer_types", ", ".join(others), "layers other than attention on the forest"
+    for field, needed in FEATURES.items():
+        value = getattr(text, field, None)
+        if value not in (None, False, 0, 1.0) and value != "":
+            yield f"text_config.{field}", str(value), needed
+    if "token_type_ids" in inspect.signature(model_class.forward).parameters:
+        yield "model_type", "token types", "two-way attention within images or prompts"
+
+
+def window_of(config: Any) -> int | None:
+    """Return the window of a config's attention, in positions; None for full attention."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    layers = getattr(text, "layer_types", None)
+    windowed = "sliding_attention" in layers if layers else getattr(text, "use_sliding_window", True)
+    return int(window) if window and windowed else None

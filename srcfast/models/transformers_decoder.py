@@ -1,0 +1,224 @@
+"""The general backbone: transformers' own language model on a packed forest, or on the rows of a decoding step.
+
+Attention is registered with transformers' `AttentionInterface`; it hands each layer's queries, keys and values to the caller's
+`attend`, which the hand-written `Decoder` calls as well. No mask function is registered under that name, so that transformers
+builds no mask. Everything else of a layer (norms, rotary positions, gates, experts) is transformers' code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from srcfast.attention.forest_attention import Attend
+from srcfast.data.forest import Forest
+from srcfast.errors import InputError, SrcfastError
+from srcfast.models.lora import LoRALinear
+from srcfast.models.supported import window_of
+
+ATTENTION = "srcfast_forest"  # its name in transformers
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """What a pass of the general backbone begins with; the hand-written one begins with embeddings.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T], or [3, T] for rotary positions by time, height and width; None: those of the caller.
+        inputs: keyword arguments of transformers' model beside tokens and positions: encoded images, token types.
+    """
+
+    token_ids: Tensor
+    positions: Tensor | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BackboneShapes:
+    """The sizes of a decoder that decoding and forecasts read."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_positions: int
+    tie_embeddings: bool
+
+    @classmethod
+    def of(cls, config: Any) -> BackboneShapes:
+        """Read a transformers text config."""
+        heads = config.num_attention_heads
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+            max_positions=config.max_position_embeddings,
+            tie_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        )
+
+
+class TransformersDecoder(nn.Module):
+    """The language model of one of transformers' models, with the interface of the hand-written `Decoder`.
+
+    Args:
+        model: a conditional-generation model; only its language model and head are submodules of the decoder.
+    """
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    plain_layers = False  # see `Decoder`
+    idle = False  # within a pass that only keeps in step with other ranks
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        text = text_model(model)
+        text.set_attn_implementation(ATTENTION)
+        model.config.get_text_config()._attn_implementation = ATTENTION
+        self.config = BackboneShapes.of(model.config.get_text_config())
+        for name, part in text.named_children():  # embed_tokens, layers, norm, rotary_emb, ...
+            setattr(self, name, part)
+        self.lm_head: nn.Module = model.get_output_embeddings()
+        self.window = window_of(model.config)  # of attention, in positions
+        self.checkpoint_layers = 0
+        self.dropout_keys: Tensor | None = None
+        self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
+        self.has_axes = hasattr(model.base_model, "get_rope_index")  # rotary positions by time, height and width
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Return the head's weight [V, D]."""
+        weight = self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def embed(self, token_ids: Tensor) -> TokenRow:
+        """Return tokens [T] int64 without images as what a pass begins with."""
+        return TokenRow(token_ids)
+
+    def check_length(self, longest: int) -> None:
+        """Raise InputError where a sequence of so many tokens leaves the window of the model's attention."""
+        if self.window is not None and longest > self.window:
+            raise InputError(
+                field="text_config.sliding_window",
+                expected=f"sequences of at most {self.window} tokens, which the window of attention covers",
+                found=f"one of {longest}",
+                fix="leave long samples out, or lower max_new_tokens",
+            )
+
+    def next_positions(self, forest: Forest, embedded: TokenRow) -> list[int]:
+        """Return the position that follows each prompt of a forest of prompts; `embedded` is the model's `embed` of it."""
+        if embedded.positions is None:
+            return [tree.num_tokens for tree in forest.trees]
+        last = [
+            starts[0] + tree.num_tokens - 1 for starts, tree in zip(forest.segment_start, forest.trees, strict=True)
+        ]
+        return (embedded.positions.amax(dim=0).cpu()[last] + 1).tolist()
+
+    def forward(self, row: TokenRow, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Compute hidden states [T, D] after the final norm, or those of `rows` [M] alone: [M, D].
+
+        Args:
+            row: tokens, and what images add.
+            positions: [T], for a row without positions of its own.
+            attend: called in each layer.
+            rows: [M] int64 ascending.
+        """
+        for layer in self.layers.modules():
+            if isinstance(layer, LoRALinear):
+                layer.row_keys = self.dropout_keys  # transformers' modules pass them to no linear
+        positions = positions if row.positions is None else row.positions
+        if self.has_axes and positions.ndim == 1:
+            positions = positions.expand(3, -1)
+        layers: set[int] = set()
+
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            layers.add(layer)
+            return attend(layer, q, k, v)
+
+        output = self._whole[0].base_model(
+            input_ids=row.token_ids[None],
+            position_ids=positions[..., None, :],
+            use_cache=False,
+            attend=record,
+            **row.inputs,
+        )
+        if len(layers) != len(self.layers):
+            raise SrcfastError(
+                f"{type(self._whole[0]).__name__}: expected attention in each of {len(self.layers)} layers through transformers' "
+                f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
+            )
+        hidden = output.last_hidden_state[0]  # [T, D]
+        return hidden if rows is None else hidden.index_select(0, rows)
+
+
+def text_model(model: Any) -> Any:
+    """Return the language model of a conditional-generation model of transformers.
+
+    Raises:
+        InputError: it has none that is made of layers.
+    """
+    base = model.base_model
+    for name in ("language_model", "text_model"):
+        if hasattr(getattr(base, name, None), "layers"):
+            return getattr(base, name)
+    if hasattr(base, "layers"):
+        return base
+    raise InputError(
+        field="model_type",
+        expected="a model with a language model of layers",
+        found=model.config.model_type,
+        fix="choose another checkpoint",
+    )
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    attend: Attend | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute the attention of one layer, [1, T, H, d], from query [1, H, T, d], key and value [1, Hkv, T, d]."""
+    assert attend is not None and attention_mask is None, "no mask function is registered under this name"
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, d]
+    if scaling is not None and not math.isclose(scaling, q.shape[-1] ** -0.5):
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    return attend(module.layer_idx, q, k, v)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@torch.no_grad()
+def tree_positions(model: Any, token_ids: Tensor, image_token_id: int, sizes: dict[str, Tensor]) -> Tensor:
+    """Compute the rotary positions [3, n] of a prompt by the model's own `get_rope_index`.
+
+    Args:
+        token_ids: [n] on the host.
+        sizes: the images' sizes as the processor states them, such as `image_grid_thw` [images, 3].
+    """
+    types = (token_ids == image_token_id).int()[None]
+    positions, _ = model.base_model.get_rope_index(token_ids[None], mm_token_type_ids=types, **sizes)
+    return positions[:, 0]

@@ -1,0 +1,352 @@
+"""Any LVLM of transformers: its own vision tower, processor, chat template and language model, on the packed forest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from srcfast.attention.forest_attention import forest_attend
+from srcfast.data.forest import Forest
+from srcfast.errors import InputError
+from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
+from srcfast.models.quantized import quantize_loaded
+from srcfast.models.self_check import check_exact
+from srcfast.models.supported import check_supported
+from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
+from srcfast.models.vision import FrozenVision
+from srcfast_kernels.transfers import to_device
+
+PIXELS = ("pixel_values", "pixel_attention_mask")  # of a processor's outputs; the others are sizes
+NO_SIZE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What a forward pass needs of an image.
+
+    Attributes:
+        values: embeddings as the model's `get_image_features` returns them, [n, D] or [tiles, n, D]; deep-stack features, which
+            later layers add, lie behind them along the last axis.
+        sizes: the image's sizes as the processor states them, on the host.
+    """
+
+    values: Tensor
+    sizes: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the embeddings."""
+        return self.values.nbytes
+
+
+class TransformersVision(FrozenVision):
+    """The vision tower, projector and image processor of a model; never in a gradient."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__()
+        self._whole, self.processor, self.config = [model], processor, model.config
+        base, text = model.base_model, text_model(model)
+        for name, part in base.named_children():
+            if part is not text:
+                setattr(self, name, part)
+        for name, parameter in base.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.names = set(inspect.signature(model.get_image_features).parameters)
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
+        self.deep_layers, self.in_list, self.deep_in_list = (
+            0,
+            False,
+            False,
+        )  # deep-stack features, the outputs' form: known once an image was encoded
+
+    def num_tokens(self, image: Image.Image) -> int:
+        """Count the positions that the image takes in the decoder."""
+        return image_tokens(self.processor, image, image_token_id(self.config))
+
+    @property
+    def typical_tokens(self) -> int:
+        """Return the positions that a typical image takes, for forecasts."""
+        return self.num_tokens(Image.new("RGB", TYPICAL_IMAGE))
+
+    def prepare(self, image: Image.Image) -> dict[str, Tensor]:
+        """Process one image into tensors on the CPU: pixels, and their sizes."""
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in NO_SIZE}
+
+    @torch.no_grad()
+    def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[EncodedImage]:
+        """Encode each prepared image."""
+        return [self._encode_one(inputs) for inputs in prepared]
+
+    def _encode_one(self, inputs: Mapping[str, Tensor]) -> EncodedImage:
+        parameter = next(self._whole[0].parameters())
+        arguments = {name: value.to(parameter.device) for name, value in inputs.items() if name in self.names}
+        arguments["pixel_values"] = arguments["pixel_values"].to(parameter.dtype)
+        output = self._whole[0].get_image_features(**arguments, return_dict=True)
+        values = output.pooler_output
+        self.in_list = not isinstance(values, Tensor)
+        if not isinstance(values, Tensor):
+            (values,) = values
+        deep = getattr(output, "deepstack_features", None) or ()
+        parts = [torch.cat(tuple(part)) if not isinstance(part, Tensor) else part for part in deep]
+        self.deep_layers, self.deep_in_list = len(parts), any(not isinstance(part, Tensor) for part in deep)
+        values = torch.cat([values, *(part.view_as(values) for part in parts)], dim=-1)
+        return EncodedImage(values, {name: value for name, value in inputs.items() if name not in PIXELS})
+
+    def outputs(self, images: Sequence[EncodedImage]) -> Any:
+        """Put images together as transformers' models take them in `mm_encoder_outputs`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        same = len({image.values.shape[1:] for image in images}) == 1
+        rows = [image.values if same else image.values.flatten(0, -2)[None] for image in images]
+        whole = torch.cat(rows, dim=0 if same else -2)
+        values = list(whole.split(self.hidden_size, dim=-1))
+        output: Any = BaseModelOutputWithPooling(
+            pooler_output=(values[0].flatten(0, -2),) if self.in_list else values[0]
+        )
+        if self.deep_layers:
+            deep = [part.flatten(0, -2) for part in values[1:]]
+            output["deepstack_features"] = [(part,) for part in deep] if self.deep_in_list else deep
+        return output
+
+
+class TransformersLVLM(nn.Module):
+    """A conditional-generation model of transformers with its processor; `path` is the checkpoint's directory."""
+
+    def __init__(self, model: Any, processor: Any, path: Path) -> None:
+        super().__init__()
+        self._whole = [model]  # in a list: its parts are submodules of decoder and vision
+        self.decoder = TransformersDecoder(model)
+        self.processor, self.tokenizer, self.path = processor, processor.tokenizer, path
+        self.vision = TransformersVision(model, processor)
+        self.image_token_id = image_token_id(model.config)
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.end_token_id = int(self.tokenizer.eos_token_id)
+        self.control_tokens = (self.image_token, *self.tokenizer.all_special_tokens)
+        self.max_positions = min(
+            self.decoder.config.max_positions, self.decoder.window or self.decoder.config.max_positions
+        )
+        self.adapter_prefix = _name_of(model, text_model(model))
+
+    def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
+        """Tokenize the user's turn and the generation prompt into [n] by the processor, image placeholders at full length.
+
+        Raises:
+            InputError: the question holds a control token, the template shows no image, or the prompt leaves no room for a
+                response.
+        """
+        for token in self.control_tokens:
+            if token in question:
+                fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
+                raise _prompt_error(sample_id, "question", f"text without {token}", question, fix)
+        try:
+            inputs = self.processor_inputs(question, images)
+        except InputError:
+            raise
+        except Exception as error:  # of any class, for pixels, templates or placeholders that do not fit
+            found, fix = f"{type(error).__name__}: {error}", "the checkpoint's processor and chat template must fit"
+            raise _prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
+        prompt = np.asarray(inputs["input_ids"][0], dtype=np.int64)
+        if bool(images) != bool((prompt == self.image_token_id).any()):
+            fix = "the checkpoint's chat template must show each image once"
+            raise _prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", "none", fix)
+        if len(prompt) >= self.max_positions:
+            expected = f"fewer than {self.max_positions} prompt tokens, images included"
+            fix = "leave this sample out: image tokens are never truncated"
+            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
+        return prompt
+
+    def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
+        """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        text = self._chat_text([{"role": "user", "content": content}])
+        bos = self.tokenizer.bos_token
+        return self.processor(
+            text=[text],
+            images=[list(images)] if images else None,
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_tensors="pt",
+        )
+
+    def _chat_text(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.processor.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
+            raise InputError(
+                field="chat_template",
+                expected="a template that shows a user's turn",
+                found=f"{type(error).__name__}: {error}",
+                fix="repair the checkpoint's chat template",
+            ) from error
+
+    def encode_response(self, text: str) -> np.ndarray:
+        """Tokenize a response, then the end token, into [n]; no other special token is added."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return np.array([*ids, self.end_token_id])
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Turn tokens into text, without special ones."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+        """Encode each image, without gradient."""
+        return self.vision.encode([self.vision.prepare(image) for image in images])
+
+    def embed(self, forest: Forest, features: Mapping[str, EncodedImage]) -> TokenRow:
+        """Put a forest's tokens, its images' embeddings and its rotary positions together.
+
+        Raises:
+            InputError: an image's length differs from its placeholders.
+        """
+        host = forest.host or forest
+        self.decoder.check_length(forest.max_seqlen_k)
+        inputs: dict[str, Any] = {}
+        images = [features[key] for key in forest.images]
+        if images:
+            count = sum(image.values.numel() // image.values.shape[-1] for image in images)
+            placeholders = int((host.token_ids == self.image_token_id).sum())
+            if count != placeholders:
+                raise InputError(
+                    field="images",
+                    expected=f"{placeholders} image positions",
+                    found=f"{count} image embeddings",
+                    fix="the processor's image size and the model's config.json disagree",
+                )
+            inputs["mm_encoder_outputs"] = {"image": self.vision.outputs(images)}
+        positions = self._positions(host, features) if self.decoder.has_axes and images else None
+        return TokenRow(
+            forest.token_ids, None if positions is None else to_device(positions, forest.token_ids.device), inputs
+        )
+
+    def _positions(self, forest: Forest, features: Mapping[str, EncodedImage]) -> Tensor:
+        """Compute the rotary positions [3, T]: a root's by the model, its descendants' by their distance from it."""
+        positions = forest.positions.expand(3, -1).clone()
+        for tree, starts in zip(forest.trees, forest.segment_start, strict=True):
+            if not tree.images:
+                continue
+            size, end = tree.segments[0].tokens.size, starts[0] + tree.num_tokens
+            sizes = _joined([features[key].sizes for key in tree.images])
+            prompt = torch.from_numpy(tree.segments[0].tokens)
+            root = tree_positions(self._whole[0], prompt, self.image_token_id, sizes)  # [3, n]
+            positions[:, starts[0] : starts[0] + size] = root
+            positions[:, starts[0] + size : end] += int(root.max()) + 1 - size
+        return positions
+
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the weights as transformers does, in `dtype`, by default the model's."""
+        model = self._whole[0]
+        weights = None if dtype is None else {name: value.to(dtype) for name, value in model.state_dict().items()}
+        model.save_pretrained(directory, state_dict=weights)
+
+    def forward(self, forest: Forest, features: Mapping[str, EncodedImage], rows: Tensor | None = None) -> Tensor:
+        """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
+
+        `features` holds each distinct image's embeddings by its key.
+        """
+        device_rows = None if rows is None else to_device(rows, forest.token_ids.device)
+        return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest), device_rows)
+
+
+def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
+    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
+
+
+def _joined(sizes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the sizes of several images together; those that `get_rope_index` takes."""
+    return {name: torch.cat([size[name] for size in sizes]) for name in sizes[0] if name == "image_grid_thw"}
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    """Return the name of a submodule."""
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def load_transformers_lvlm(
+    path: Path,
+    config: Any,
+    *,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> TransformersLVLM:
+    """Read any image-text-to-text checkpoint of transformers, from safetensors alone and without remote code, frozen.
+
+    Raises:
+        InputError: transformers can't build it, or a tensor is missing, unexpected or misshaped.
+    """
+    check_supported(config, _model_class(config, path), path / "config.json")
+    processor = load_processor(path, config.model_type)
+    model = _load_model(path, config, dtype)
+    model.requires_grad_(False)
+    lvlm = TransformersLVLM(model, processor, path)
+    if quantize == "nf4":
+        quantize_loaded(lvlm.decoder, device)
+    lvlm.to(device)
+    lvlm.eval()
+    check_exact(lvlm, model)
+    return lvlm
+
+
+def _model_class(config: Any, path: Path) -> Any:
+    """Return transformers' class for a config. Raises InputError where it has none that turns images and text into text."""
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if known is None:
+        raise InputError(
+            file=path / "config.json",
+            field="model_type",
+            expected="a model that turns images and text into text",
+            found=config.model_type,
+            fix="choose the checkpoint of an LVLM",
+        )
+    return getattr(transformers, known if isinstance(known, str) else known[0])
+
+
+def _load_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Build a model and read its weights by transformers' own names. Raises InputError."""
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # ValueError for an unknown type, OSError for a missing file, ...
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(file=path, expected="a checkpoint that transformers reads", found=found) from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(str(name) for name in report[f"{kind}_keys"]):
+            raise InputError(file=path, field=names[0], expected=f"no {kind} tensors", found=f"{len(names)} {kind}")
+    return model
+
+
+def meta_model(path: Path, config: Any) -> nn.Module:
+    """Build a model whose weights take no memory. Raises InputError where transformers can't."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(
+            file=path / "config.json", expected="a config of an LVLM of transformers", found=found
+        ) from error
