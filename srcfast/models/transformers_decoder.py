@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from srcfast.attention.forest_attention import Attend
@@ -22,6 +24,7 @@ from srcfast.models.lora import LoRALinear
 from srcfast.models.supported import window_of
 
 ATTENTION = "srcfast_forest"  # its name in transformers
+_CHECKPOINT = partial(checkpoint, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,17 @@ class TransformersDecoder(nn.Module):
         self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
         self.has_axes = hasattr(model.base_model, "get_rope_index")  # rotary positions by time, height and width
 
+    def _set_checkpointing(self) -> None:
+        """Let the layers of all groups but the last save their inputs alone, as transformers' layers do, one by one.
+
+        A group of the hand-written decoder saves one input; but the groups' sizes stand for how many layers are recomputed.
+        """
+        count, every = len(self.layers), self.checkpoint_layers
+        recomputed = count - (count % every or every) if every else 0
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = index < recomputed
+            layer._gradient_checkpointing_func = _CHECKPOINT
+
     @property
     def head_weight(self) -> Tensor:
         """Return the head's weight [V, D]."""
@@ -142,6 +156,7 @@ class TransformersDecoder(nn.Module):
         for layer in self.layers.modules():
             if isinstance(layer, LoRALinear):
                 layer.row_keys = self.dropout_keys  # transformers' modules pass them to no linear
+        self._set_checkpointing()
         positions = positions if row.positions is None else row.positions
         if self.has_axes and positions.ndim == 1:
             positions = positions.expand(3, -1)
