@@ -6,7 +6,7 @@ image included, is run once a sample; a beam forks the cache of its continuation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from srcfast.config.settings import CandidatesConfig
@@ -33,8 +33,8 @@ class Beam:
 class Search:
     """One sample's search, a `Task` for `decode`."""
 
-    def __init__(self, prompt: Prompt, settings: CandidatesConfig, seed: int, end_token_id: int) -> None:
-        self.prompt, self.settings, self.end = prompt, settings, end_token_id
+    def __init__(self, prompt: Prompt, settings: CandidatesConfig, seed: int, end_tokens: Container[int]) -> None:
+        self.prompt, self.settings, self.end_tokens = prompt, settings, end_tokens
         self.random = random_of(seed, prompt.key)
         self.live = [Beam()]
         self.finished: list[Beam] = []
@@ -52,7 +52,7 @@ class Search:
             tokens = (*parent.tokens, *written.token_ids)
             bigrams = frozenset(zip(tokens, tokens[1:], strict=False))
             children.append(Beam(tokens, parent.logprob + written.logprob, row, bigrams))
-        _select(self, children, self.end, self.settings)
+        _select(self, children, self.end_tokens, self.settings)
         return self._next_sentence() if self.live and self.sentences < self.settings.max_sentences else None
 
     def _next_sentence(self) -> Start:
@@ -93,7 +93,7 @@ def sentence_beam_search(
         Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
         of tokens run.
     """
-    searches = [Search(prompt, settings, seed, model.end_token_id) for prompt in prompts]
+    searches = [Search(prompt, settings, seed, model.end_tokens) for prompt in prompts]
     order = sorted(
         searches, key=lambda search: len(search.prompt.token_ids)
     )  # similar lengths together need less padding
@@ -117,13 +117,13 @@ def _parents(search: Search, settings: CandidatesConfig) -> list[Beam]:
     return [search.live[row * len(search.live) // settings.width] for row in range(settings.width)]
 
 
-def _select(search: Search, children: Sequence[Beam], end_token_id: int, settings: CandidatesConfig) -> None:
+def _select(search: Search, children: Sequence[Beam], end_tokens: Container[int], settings: CandidatesConfig) -> None:
     """Sort the children into finished and live ones; select the best live ones that differ."""
     distinct = {child.tokens: child for child in children}
     known = {beam.tokens for beam in search.finished}
     live = []
     for child in distinct.values():
-        if child.tokens[-1] == end_token_id:
+        if child.tokens[-1] in end_tokens:
             if child.tokens not in known:
                 search.finished.append(child)
         elif len(child.tokens) < settings.max_new_tokens:

@@ -171,6 +171,8 @@ class _Decoding:
         self.step, self.graphs = memory.step(model, layout, sampling)
         self.cache, self.pending = self.step.cache, self.step.pending
         self.ends = SentenceEnds.of(model.tokenizer, len(model.decoder.head_weight))
+        self.is_end = np.zeros(len(model.decoder.head_weight), dtype=bool)  # [V] tokens that end a response
+        self.is_end[[token for token in model.end_tokens if 0 <= token < len(self.is_end)]] = True
         self.slots: list[_Slot | None] = [None] * layout.slots
         self.images: dict[str, Tensor] = {}
         count = layout.rows
@@ -316,7 +318,7 @@ class _Decoding:
         self.logprobs[rows, number] = step.logprobs.numpy()[current]
         self.num_read[rows] = number = number + 1
         self.tokens_run += len(rows)
-        ended = (tokens == self.model.end_token_id) | (number >= self.limits[rows])
+        ended = self.is_end[tokens] | (number >= self.limits[rows])
         # A sentence's end depends on the text, so text is made only where the last token may have ended one.
         candidates = self.by_sentence[rows] & ~ended & (self.ends.may_end[tokens] | self.awaiting_boundary[rows])
         for index in np.flatnonzero(candidates).tolist():

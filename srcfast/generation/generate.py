@@ -118,7 +118,7 @@ def _respond(
 
 
 def _generated(model: VisionLanguageModel, task: _Responses) -> list[Generated]:
-    return [Generated(row.token_ids, row.logprob, row.token_ids[-1] == model.end_token_id) for row in task.written]
+    return [Generated(row.token_ids, row.logprob, row.token_ids[-1] in model.end_tokens) for row in task.written]
 
 
 def random_of(seed: int, key: str) -> np.random.Generator:

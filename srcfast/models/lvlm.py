@@ -23,7 +23,14 @@ from srcfast.models.decoder import ARCHITECTURES, Decoder
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.quantized import NF4Linear
-from srcfast.models.text_model import build_decoder, chat_text, copy_companions, decoder_tensors, load_tokenizer
+from srcfast.models.text_model import (
+    build_decoder,
+    chat_text,
+    copy_companions,
+    decoder_tensors,
+    generation_ends,
+    load_tokenizer,
+)
 from srcfast.models.transformers_lvlm import TransformersLVLM, load_transformers_lvlm
 from srcfast.models.vision import FAMILIES, Vision
 from srcfast_kernels.transfers import to_device
@@ -47,6 +54,7 @@ class LVLM(nn.Module):
         self.image_token_id = int(vision.config.image_token_id)
         self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_token_id = int(tokenizer.eos_token_id)
+        self.end_tokens = frozenset({self.end_token_id, *generation_ends(path)})
         self.control_tokens = (self.image_token, *tokenizer.all_special_tokens)
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers

@@ -100,7 +100,8 @@ class VisionLanguageModel(HasDecoder, Protocol):
 
     tokenizer: Any  # transformers'
     image_token_id: int
-    end_token_id: int
+    end_token_id: int  # that ends a response in training
+    end_tokens: frozenset[int]  # that end one in generation
 
     def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
         """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length."""

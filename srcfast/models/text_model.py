@@ -178,6 +178,21 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def generation_ends(path: str | Path) -> frozenset[int]:
+    """Read the tokens that end a response from `generation_config.json`; none without the file. Raises InputError."""
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return frozenset()
+    try:
+        named = parse_object(file.read_bytes()).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        raise InputError(file=file, expected="settings of generation, in JSON", found=error) from error
+    tokens = named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(token) is not int for token in tokens):
+        raise InputError(file=file, field="eos_token_id", expected="a token's id, or a list of them", found=repr(named))
+    return frozenset(tokens)
+
+
 def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) -> str:
     """Render a user's turn and the generation prompt by `chat_template`, by default the tokenizer's, in a sandbox.
 

@@ -23,6 +23,7 @@ from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.self_check import check_exact
 from srcfast.models.supported import check_supported
+from srcfast.models.text_model import generation_ends
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
@@ -132,7 +133,8 @@ class TransformersLVLM(nn.Module):
         self.vision = TransformersVision(model, processor)
         self.image_token_id = image_token_id(model.config)
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.end_token_id = int(self.tokenizer.eos_token_id)
+        self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
+        self.end_token_id = self._turn_end()
         self.control_tokens = (self.image_token, *self.tokenizer.all_special_tokens)
         self.max_positions = min(
             self.decoder.config.max_positions, self.decoder.window or self.decoder.config.max_positions
@@ -167,6 +169,14 @@ class TransformersLVLM(nn.Module):
             raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
         return prompt
 
+    def _turn_end(self) -> int:
+        """Return the token that ends an assistant's turn in the chat template: the first behind it that ends generation."""
+        mark = "The answer."
+        said = [{"role": role, "content": [{"type": "text", "text": mark}]} for role in ("user", "assistant")]
+        behind = self._chat_text(said, add_generation_prompt=False).rpartition(mark)[2]
+        ids = self.tokenizer(behind, add_special_tokens=False).input_ids
+        return next((token for token in ids if token in self.end_tokens), int(self.tokenizer.eos_token_id))
+
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
@@ -179,13 +189,13 @@ class TransformersLVLM(nn.Module):
             return_tensors="pt",
         )
 
-    def _chat_text(self, messages: list[dict[str, Any]]) -> str:
+    def _chat_text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.processor.chat_template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
             raise InputError(

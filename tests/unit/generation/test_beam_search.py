@@ -70,7 +70,7 @@ class Recomputing:
     """The search by its definition, one row at a time, every token's logits from the whole text run anew."""
 
     def __init__(self, lvlm: SmallLVLM, prompt: Prompt, settings: CandidatesConfig, seed: int) -> None:
-        self.lvlm, self.task = lvlm, Search(prompt, settings, seed, lvlm.model.end_token_id)
+        self.lvlm, self.task = lvlm, Search(prompt, settings, seed, lvlm.model.end_tokens)
 
     def row(self, before: tuple[int, ...], draws: np.ndarray, room: int) -> Written:
         settings, model = self.task.settings, self.lvlm.model

@@ -53,7 +53,7 @@ def test_a_call_finds_what_it_would_find_in_memory_of_its_own(single: SmallLVLM)
     limits: Any = {"slots": 3, "width": SETTINGS.width, "limit": 49}
 
     def run(chunk: Sequence[Prompt], memory: DecodingMemory | None = None) -> Any:
-        searches = [Search(prompt, SETTINGS, 5, single.model.end_token_id) for prompt in chunk]
+        searches = [Search(prompt, SETTINGS, 5, single.model.end_tokens) for prompt in chunk]
         decode_by_graphs(single, searches, memory=memory, **limits)
         return found_by(searches)
 
@@ -74,7 +74,7 @@ def test_a_memory_of_enough_room_captures_a_shape_once(single: SmallLVLM) -> Non
 
     def run(number: int, memory: DecodingMemory) -> int:
         before = pool.captures
-        searches = [Search(prompt, SETTINGS, 5, single.model.end_token_id) for prompt in chunks[number]]
+        searches = [Search(prompt, SETTINGS, 5, single.model.end_tokens) for prompt in chunks[number]]
         decode_by_graphs(single, searches, memory=memory, slots=3, width=SETTINGS.width, limit=49)
         return pool.captures - before
 
@@ -87,7 +87,7 @@ def test_a_memory_of_enough_room_captures_a_shape_once(single: SmallLVLM) -> Non
 
 def test_nothing_of_a_call_is_a_reference_cycle(single: SmallLVLM) -> None:
     """A cycle would keep the cache until some later collection finds it."""
-    searches = [Search(prompt, SETTINGS, 5, single.model.end_token_id) for prompt in single.prompts()]
+    searches = [Search(prompt, SETTINGS, 5, single.model.end_tokens) for prompt in single.prompts()]
     gc.collect()
     gc.disable()
     try:
@@ -106,7 +106,7 @@ def test_steps_are_captured_anew_for_weights_at_other_addresses(single: SmallLVL
     head, pool = single.model.decoder.lm_head, SharedPool()
 
     def run(memory: DecodingMemory | None = None) -> Any:
-        searches = [Search(prompt, SETTINGS, 5, single.model.end_token_id) for prompt in single.prompts()]
+        searches = [Search(prompt, SETTINGS, 5, single.model.end_tokens) for prompt in single.prompts()]
         decode_by_graphs(single, searches, memory=memory, slots=3, width=SETTINGS.width, limit=49)
         return found_by(searches)
 

@@ -84,7 +84,7 @@ def test_what_one_graph_gave_outlives_the_replay_of_another() -> None:
 
 
 def searches_of(lvlm: SmallLVLM) -> list[Search]:
-    return [Search(prompt, SETTINGS, 0, lvlm.model.end_token_id) for prompt in lvlm.prompts()]
+    return [Search(prompt, SETTINGS, 0, lvlm.model.end_tokens) for prompt in lvlm.prompts()]
 
 
 def test_a_search_by_graphs_finds_the_same_candidates(exact: SmallLVLM) -> None:

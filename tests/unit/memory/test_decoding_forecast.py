@@ -49,7 +49,7 @@ class Writer(SmallModel):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(SHAPE, None, dtype)
-        self.tokenizer, self.end_token_id = Tokenizer(), -1
+        self.tokenizer, self.end_token_id, self.end_tokens = Tokenizer(), -1, frozenset({-1})
 
     def embed(self, forest: Forest, features: Any) -> torch.Tensor:
         return self.decoder.embed(forest.token_ids)
