@@ -356,11 +356,20 @@ def config(
 
 
 @app.command()
-def doctor(json: AsJSON = False) -> None:
-    """Print versions, available backends, and optional packages that are missing, with what each adds."""
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="directory of an LVLM; its weights need not be there")] = None,
+    json: AsJSON = False,
+) -> None:
+    """Print versions, available backends, and optional packages that are missing, with what each adds.
+
+    Of a model: whether it runs, by which backbone, how many tokens an image takes, and what memory the weights need.
+    """
     from srcfast.cli import model_tools
 
-    model_tools.doctor(json)
+    if model is None:
+        model_tools.doctor(json)
+    else:
+        model_tools.doctor_model(model, json)
 
 
 @app.command()

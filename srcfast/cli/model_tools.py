@@ -18,14 +18,19 @@ from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
 from srcfast.errors import ConfigError, SrcfastError, printable
+from srcfast.memory.plan import policy_sizes
+from srcfast.models.checkpoint import read_config
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import merge_lora
-from srcfast.models.lvlm import LVLM, save_lvlm
+from srcfast.models.lvlm import LVLM, is_handwritten, save_lvlm
+from srcfast.models.supported import check_supported
+from srcfast.models.transformers_lvlm import model_class
 from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.replay import replay as rerun_batch
 from srcfast.training.items import NotFinite
+from srcfast.units import show_bytes
 from srcfast_kernels import native
 from srcfast_kernels.backends import backend_for
 from srcfast_kernels.nf4_linear import why_not_fused
@@ -143,6 +148,43 @@ def doctor(as_json: bool) -> None:
     ]
     rows += [(f"embedded {name}", "present" if present else "missing") for name, present in report["embedded"].items()]
     table("srcfast doctor", rows)
+
+
+def doctor_model(model: str, as_json: bool) -> None:
+    """Print whether a model runs, on which backbone, and what it needs; config and processor are read, weights are not.
+
+    Raises:
+        InputError: it does not run, with what it would need.
+    """
+    path = checkpoint_directory(model, "base")
+    config = read_config(path)
+    handwritten = is_handwritten(config)
+    if not handwritten:
+        check_supported(config, model_class(config, path), path / "config.json")
+    report: dict[str, Any] = {
+        "model": str(path),
+        "family": config.model_type,
+        "language_model": config.get_text_config().model_type,
+        "backbone": "handwritten" if handwritten else "transformers",
+    }
+    for quantize in ("none", "nf4"):
+        settings = Config.model_validate({"model": {"path": model, "dtype": "bfloat16", "quantize": quantize}})
+        sizes = policy_sizes(settings)
+        name = "weights_bfloat16" if quantize == "none" else "weights_nf4"
+        report[name] = round(sizes.weight_bytes + sizes.quantisation_bytes)
+    report["parameters"] = sum(sizes.parameters.values())
+    report["image_tokens"] = None if sizes.vision is None else sizes.vision.image_tokens
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    shown = report | {name: show_bytes(report[name]) for name in ("weights_bfloat16", "weights_nf4")}
+    table(
+        "srcfast doctor",
+        [
+            (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            for name, value in shown.items()
+        ],
+    )
 
 
 def replay(directory: Path) -> None:

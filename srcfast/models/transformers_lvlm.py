@@ -300,7 +300,7 @@ def load_transformers_lvlm(
     Raises:
         InputError: transformers can't build it, or a tensor is missing, unexpected or misshaped.
     """
-    check_supported(config, _model_class(config, path), path / "config.json")
+    check_supported(config, model_class(config, path), path / "config.json")
     processor = load_processor(path, config.model_type)
     model = _load_model(path, config, dtype)
     model.requires_grad_(False)
@@ -313,7 +313,7 @@ def load_transformers_lvlm(
     return lvlm
 
 
-def _model_class(config: Any, path: Path) -> Any:
+def model_class(config: Any, path: Path) -> Any:
     """Return transformers' class for a config. Raises InputError where it has none that turns images and text into text."""
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     if known is None:
