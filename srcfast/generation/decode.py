@@ -27,6 +27,7 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.kv_cache import Layout
+from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
 from srcfast.generation.step import step_numbers
@@ -136,12 +137,11 @@ def decode(
     if not tasks:
         return 0
     sharded = is_sharded(model.decoder)
+    graphs = graphs and not sharded and not model.decoder.has_states
     on_gpu = model.decoder.head_weight.is_cuda
     longest = max(len(task.prompt.token_ids) for task in tasks)
     model.decoder.check_length(longest + limit)
-    layout = Layout.of(
-        min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu and not sharded
-    )
+    layout = Layout.of(min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu)
     with (
         DecodingMemory() if memory is None else nullcontext(memory) as buffers,
         # A sharded layer that is gathered in inference mode could not be gathered outside of it again.
@@ -167,7 +167,9 @@ class _Decoding:
         self.model, self.features, self.width = model, features, layout.width
         self.queue = deque(tasks)
         self.device = model.decoder.head_weight.device
-        self.delay = int(self.device.type == "cuda")  # steps by which the host reads tokens late
+        self.states = RowStates(layout.slots, layout.width) if model.decoder.has_states else None
+        # Steps by which the host reads tokens late: none where a step that nobody reads would spoil a row's state.
+        self.delay = int(self.device.type == "cuda" and self.states is None)
         self.step, self.graphs = memory.step(model, layout, sampling)
         self.cache, self.pending = self.step.cache, self.step.pending
         self.ends = SentenceEnds.of(model.tokenizer, len(model.decoder.head_weight))
@@ -229,7 +231,10 @@ class _Decoding:
         starts = [task.begin() for task in tasks]
         for slot, task, start, position in zip(slots, tasks, starts, positions, strict=True):
             before = [0] * len(start.limits)
-            self._start_rows(slot, task, start, self.cache.start(slot, [], before), before)
+            rows_of_slot = self.cache.start(slot, [], before)
+            if self.states is not None:
+                self.states.start(slot, rows_of_slot, [None] * len(rows_of_slot))
+            self._start_rows(slot, task, start, rows_of_slot, before)
             self.prompts[slot * self.width : (slot + 1) * self.width] = position
         rows = np.concatenate([self._slot(slot).rows for slot in slots])
         counts = to_device([len(start.limits) for start in starts], self.device)
@@ -250,6 +255,8 @@ class _Decoding:
             return attend(layer, q, k, v)
 
         embeddings = self.model.embed(forest, self._encoded(prompts))
+        if self.states is not None:
+            embeddings = self.states.recording(embeddings, forest, slots)
         hidden = self.step.forward(embeddings, forest.positions, record)
         self.tokens_run += forest.num_tokens
         logits = self.step.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
@@ -291,7 +298,7 @@ class _Decoding:
         else:
             used = 1 + max(number for number, slot in enumerate(self.slots) if slot is not None)
             numbers = step_numbers(rows, positions, uniform, self.lengths, len(rows))
-            sampled = self.step(to_device(numbers, self.device), len(rows), used, longest)
+            sampled = self.step(to_device(numbers, self.device), len(rows), used, longest, self.states)
         self._queue_step(rows, *sampled)
         self.lengths[rows] += 1
         return True
@@ -342,6 +349,10 @@ class _Decoding:
         before = [slot.before[parent] + len(written[parent]) for parent in start.parents]
         parents = [slot.rows[parent] for parent in start.parents]
         rows = self.cache.start(number, parents, [count - 1 for count in before])
+        if self.states is not None:
+            self.states.start(
+                number, rows, [parent if count > 1 else None for parent, count in zip(parents, before, strict=True)]
+            )
         last = [written[parent][-1] for parent in start.parents]
         indices, tokens = to_device(np.array([rows, last]), self.device)
         self.pending[indices] = tokens
@@ -361,6 +372,8 @@ class _Decoding:
     def _move(self, source: int, target: int) -> None:
         """Move a sample to a free slot."""
         self.cache.move(source, target)
+        if self.states is not None:
+            self.states.move(source, target)
         flags = (self.active, self.awaiting_boundary, self.by_sentence, self.generation_ids)
         counts = (self.prompts, self.lengths, self.num_sampled, self.num_read, self.limits)
         old, new = (slice(slot * self.width, (slot + 1) * self.width) for slot in (source, target))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from srcfast.generation.cpu_decoder import CPUDecoder, Forward
 from srcfast.generation.kv_cache import SlotCache
+from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling, draw_tokens
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.sharding import is_sharded
@@ -36,15 +38,18 @@ class DecodingStep:
         fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
         self.forward: Forward = fast or decoder
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(_next_logits, decoder)
-        self.embed: Callable[[Tensor], Tensor] = decoder.embed
+        self.embed: Callable[[Tensor], Any] = decoder.embed
         self.cache, self.sampling = cache, sampling
         self.pending = torch.zeros(cache.layout.rows, dtype=torch.int64, device=cache.device)  # sampled, not yet run
 
-    def __call__(self, numbers: Tensor, count: int, used: int, longest: int) -> Drawn:
+    def __call__(self, numbers: Tensor, count: int, used: int, longest: int, states: RowStates | None = None) -> Drawn:
         rows, positions = numbers[:count], numbers[count : 2 * count]
         uniform, lengths = numbers[2 * count : 3 * count].view(torch.float64), numbers[3 * count :]
         attend = self.cache.begin(rows, lengths, used, longest)
-        hidden = self.forward(self.embed(self.pending[rows]), positions, attend)
+        embedded = self.embed(self.pending[rows])
+        if states is not None:
+            embedded = states.continuing(embedded, rows)
+        hidden = self.forward(embedded, positions, attend)
         tokens, logprobs = self.draw(self.head(hidden), uniform)
         self.pending[rows] = tokens
         return tokens, logprobs

@@ -45,6 +45,11 @@ class DecoderConfig:
     qk_norm: bool = False
     max_positions: int = 2048
 
+    @property
+    def cache_layers(self) -> int:
+        """Return the number of layers that have keys and values: all."""
+        return self.num_layers
+
     @classmethod
     def from_huggingface(cls, config: Any) -> DecoderConfig:
         """Read a transformers text config. Raises InputError for an architecture that is not one of the four."""
@@ -207,6 +212,7 @@ class Decoder(nn.Module):
 
     inverse_frequencies: Tensor
     plain_layers = True  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
+    has_states = False  # decoding continues nothing but keys and values
     idle = False  # within a pass that only keeps in step with other ranks
 
     def __init__(self, config: DecoderConfig) -> None:

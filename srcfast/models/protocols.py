@@ -21,6 +21,8 @@ class DecoderShapes(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
+    def cache_layers(self) -> int: ...  # those that have keys and values
+    @property
     def num_heads(self) -> int: ...
     @property
     def num_kv_heads(self) -> int: ...
@@ -39,6 +41,7 @@ class TransformerDecoder(Protocol):
     dropout_keys: Tensor | None  # [T], set before a forward pass whose adapters drop
     checkpoint_layers: int  # layers a group whose activations the backward pass recomputes; 0: none are recomputed
     plain_layers: bool  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
+    has_states: bool  # whether decoding continues recurrent layers' states beside keys and values
     idle: bool  # it runs only to keep in step with ranks that have work
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from srcfast.errors import InputError
+from srcfast.models.recurrent import LAYERS
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 # Of a text config: fields that are set where attention or the head does what the forest does not do yet, and what that is.
@@ -49,7 +50,7 @@ def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         yield "is_encoder_decoder", "true", "an encoder"
-    others = sorted({str(kind) for kind in getattr(text, "layer_types", None) or ()} - {*ATTENTION_LAYERS})
+    others = sorted({str(kind) for kind in getattr(text, "layer_types", None) or ()} - {*ATTENTION_LAYERS, *LAYERS})
     if others:
         yield "text_config.layer_types", ", ".join(others), "layers other than attention on the forest"
     for field, needed in FEATURES.items():
@@ -58,6 +59,12 @@ def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
             yield f"text_config.{field}", str(value), needed
     if "token_type_ids" in inspect.signature(model_class.forward).parameters:
         yield "model_type", "token types", "two-way attention within images or prompts"
+
+
+def attention_layers(config: Any) -> list[int]:
+    """List the numbers of the layers of a text config that are attention; the others are recurrent."""
+    kinds = getattr(config, "layer_types", None) or [ATTENTION_LAYERS[0]] * config.num_hidden_layers
+    return [number for number, kind in enumerate(kinds) if kind in ATTENTION_LAYERS]
 
 
 def window_of(config: Any) -> int | None:

@@ -21,7 +21,8 @@ from srcfast.attention.forest_attention import Attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.lora import LoRALinear
-from srcfast.models.supported import window_of
+from srcfast.models.recurrent import Mix, mix_by_caller, mixers
+from srcfast.models.supported import attention_layers, window_of
 
 ATTENTION = "srcfast_forest"  # its name in transformers
 _CHECKPOINT = partial(checkpoint, use_reentrant=False)
@@ -34,12 +35,14 @@ class TokenRow:
     Attributes:
         token_ids: [T] int64.
         positions: [T], or [3, T] for rotary positions by time, height and width; None: those of the caller.
-        inputs: keyword arguments of transformers' model beside tokens and positions: encoded images, token types.
+        inputs: keyword arguments of transformers' model beside tokens and positions: encoded images.
+        mix: how recurrent layers mix the row's tokens; None in models without such layers.
     """
 
     token_ids: Tensor
     positions: Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class BackboneShapes:
     rms_norm_eps: float
     max_positions: int
     tie_embeddings: bool
+    cache_layers: int  # layers that have keys and values
 
     @classmethod
     def of(cls, config: Any) -> BackboneShapes:
@@ -72,6 +76,7 @@ class BackboneShapes:
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             max_positions=config.max_position_embeddings,
             tie_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            cache_layers=len(attention_layers(config)),
         )
 
 
@@ -97,6 +102,21 @@ class TransformersDecoder(nn.Module):
         for name, part in text.named_children():  # embed_tokens, layers, norm, rotary_emb, ...
             setattr(self, name, part)
         self.lm_head: nn.Module = model.get_output_embeddings()
+        # By number: the position of an attention layer among those that have keys and values.
+        self.cache_index = {
+            layer: index for index, layer in enumerate(attention_layers(model.config.get_text_config()))
+        }
+        recurrent = mixers(self.layers)
+        if len(recurrent) + len(self.cache_index) != len(self.layers):
+            raise InputError(
+                field="text_config.layer_types",
+                expected="layers of attention, gated DeltaNet or short convolutions",
+                found=f"{len(self.layers) - len(self.cache_index) - len(recurrent)} of another kind",
+                fix="choose a checkpoint of another family; see docs/models.md",
+            )
+        self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
+        for mixer in recurrent:
+            mix_by_caller(mixer)
         self.window = window_of(model.config)  # of attention, in positions
         self.checkpoint_layers = 0
         self.dropout_keys: Tensor | None = None
@@ -164,18 +184,19 @@ class TransformersDecoder(nn.Module):
 
         def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layers.add(layer)
-            return attend(layer, q, k, v)
+            return attend(self.cache_index[layer], q, k, v)
 
         output = self._whole[0].base_model(
             input_ids=row.token_ids[None],
             position_ids=positions[..., None, :],
             use_cache=False,
             attend=record,
+            **({"mix": row.mix} if self.has_states else {}),
             **row.inputs,
         )
-        if len(layers) != len(self.layers):
+        if len(layers) != len(self.cache_index):
             raise SrcfastError(
-                f"{type(self._whole[0]).__name__}: expected attention in each of {len(self.layers)} layers through transformers' "
+                f"{type(self._whole[0]).__name__}: expected all {len(self.cache_index)} layers to attend through transformers' "
                 f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
             )
         hidden = output.last_hidden_state[0]  # [T, D]

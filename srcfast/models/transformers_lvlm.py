@@ -21,6 +21,7 @@ from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
 from srcfast.models.quantized import quantize_loaded
+from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_exact
 from srcfast.models.supported import check_supported
 from srcfast.models.text_model import generation_ends
@@ -241,7 +242,10 @@ class TransformersLVLM(nn.Module):
             inputs["mm_encoder_outputs"] = {"image": self.vision.outputs(images)}
         positions = self._positions(host, features) if self.decoder.has_axes and images else None
         return TokenRow(
-            forest.token_ids, None if positions is None else to_device(positions, forest.token_ids.device), inputs
+            forest.token_ids,
+            None if positions is None else to_device(positions, forest.token_ids.device),
+            inputs,
+            forest_mix(forest) if self.decoder.has_states else None,
         )
 
     def _positions(self, forest: Forest, features: Mapping[str, EncodedImage]) -> Tensor:

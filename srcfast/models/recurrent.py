@@ -1,0 +1,105 @@
+"""Recurrent mixers of transformers' models (gated DeltaNet, short convolutions) on a forest and in decoding.
+
+Such a layer continues a state from token to token. On a forest each segment begins with the state in which its parent ended, so
+that no token runs twice; a row of a decoding step continues the state of that row. transformers' mixers ask a cache for their
+states: here it is a `States`, which is differentiable, and which nothing writes in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srcfast.data.forest import Forest
+
+MIXERS = ("GatedDeltaNet", "ShortConv")  # how names of their classes end
+LAYERS = ("linear_attention", "conv")  # their names in a config's layer_types
+
+Run = Callable[..., Tensor]  # (hidden [B, n, D], cache=States) -> [B, n, D]
+Mix = Callable[[int, Run, Tensor], Tensor]  # (layer, run, hidden [1, T, D]) -> [1, T, D]
+
+
+class States:
+    """The states of one layer for B sequences, with the methods of transformers' cache that a mixer calls.
+
+    Attributes:
+        conv: [B, channels, kernel - 1], the last inputs of the convolution; None before the first token.
+        recurrent: [B, ...]; None before the first token, and in layers that have none.
+    """
+
+    def __init__(self, conv: Tensor | None = None, recurrent: Tensor | None = None) -> None:
+        self.conv, self.recurrent = conv, recurrent
+
+    def get_conv_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
+        return self.conv
+
+    def get_recurrent_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
+        return self.recurrent
+
+    def has_previous_state(self, layer: int | None = None) -> bool:
+        return self.conv is not None
+
+    def is_recording_past(self, layer: int) -> bool:
+        """Return True: a mixer then doesn't take the step that writes its state in place."""
+        return True
+
+    def update_conv_state(self, x: Tensor, layer: int, conv_kernel_size: int = 1, **options: Any) -> Tensor:
+        """Return the stored inputs and `x` [B, channels, n], and store the last ones."""
+        whole = x if self.conv is None else torch.cat((self.conv, x), dim=-1)
+        length = conv_kernel_size - 1
+        self.conv = (
+            F.pad(whole, (max(0, length - whole.shape[-1]), 0))[..., whole.shape[-1] - length :] if length else None
+        )
+        return whole
+
+    def update_recurrent_state(self, state: Tensor, layer: int, **options: Any) -> Tensor:
+        self.recurrent = state
+        return state
+
+
+def forest_mix(forest: Forest, on_root: Callable[[int, int, States], None] | None = None) -> Mix:
+    """Return the mixing of a forest's tokens.
+
+    Args:
+        on_root: called with layer, number of the tree, and the states in which the tree's root ended.
+    """
+
+    def mix(layer: int, run: Run, hidden: Tensor) -> Tensor:
+        outputs = []
+        for number, (tree, starts) in enumerate(zip(forest.trees, forest.segment_start, strict=True)):
+            ended: list[States] = []
+            for segment, start in zip(tree.segments, starts, strict=True):
+                parent = States() if segment.parent < 0 else ended[segment.parent]
+                states = States(parent.conv, parent.recurrent)
+                outputs.append(run(hidden[:, start : start + segment.tokens.size], cache=states))
+                ended.append(states)
+            if on_root is not None:
+                on_root(layer, number, ended[0])
+        return torch.cat(outputs, dim=1)
+
+    return mix
+
+
+def mixers(layers: nn.ModuleList) -> list[nn.Module]:
+    """List the recurrent mixers of a model's layers."""
+    return [module for module in layers.modules() if type(module).__name__.endswith(MIXERS)]
+
+
+def mix_by_caller(mixer: Any) -> None:
+    """Let a mixer hand its input to the `mix` of the pass, beside `attend`, in place of running it as one sequence."""
+    ordinary = mixer.forward
+
+    def forward(
+        hidden_states: Tensor, cache: Any = None, attend: Any = None, mix: Mix | None = None, **options: Any
+    ) -> Tensor:
+        if mix is None:
+            return ordinary(hidden_states, cache=cache, **options)
+        run = partial(ordinary, **{name: value for name, value in options.items() if name == "attention_mask"})
+        return mix(mixer.layer_idx, lambda hidden, cache: run(hidden, cache=cache), hidden_states)
+
+    mixer.forward = forward
