@@ -64,7 +64,7 @@ class TransformersVision(FrozenVision):
                 setattr(self, name, part)
         for name, parameter in base.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.names = set(inspect.signature(model.get_image_features).parameters)
+        self.names = set(inspect.signature(model.base_model.get_image_features).parameters)
         self.hidden_size = int(model.config.get_text_config().hidden_size)
         self.deep_layers, self.in_list, self.deep_in_list = (
             0,
@@ -95,7 +95,7 @@ class TransformersVision(FrozenVision):
         parameter = next(self._whole[0].parameters())
         arguments = {name: value.to(parameter.device) for name, value in inputs.items() if name in self.names}
         arguments["pixel_values"] = arguments["pixel_values"].to(parameter.dtype)
-        output = self._whole[0].get_image_features(**arguments, return_dict=True)
+        output = self._whole[0].base_model.get_image_features(**arguments, return_dict=True)
         values = output.pooler_output
         self.in_list = not isinstance(values, Tensor)
         if not isinstance(values, Tensor):
