@@ -58,7 +58,8 @@ TYPICAL_IMAGE = (640, 480)  # width, height in pixels, by which forecasts count 
 
 def image_tokens(processor: Any, image: Image.Image, image_token_id: int) -> int:
     """Count the positions that an image takes in a prompt."""
-    inputs = processor(text=[processor.image_token], images=[[image]], add_special_tokens=False)
+    placeholder = getattr(processor, "image_placeholder_token", None) or processor.image_token
+    inputs = processor(text=[placeholder], images=[[image]], add_special_tokens=False)
     return int((np.asarray(inputs["input_ids"][0]) == image_token_id).sum())
 
 
