@@ -36,6 +36,11 @@ from srcfast.memory.model_sizes import ModelSizes
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
+GENERAL = (
+    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
+)
+
+
 @dataclass(frozen=True)
 class AttentionReads:
     """Rows that attention reads in a layer.
@@ -69,6 +74,11 @@ class AttentionReads:
         """Scale to `count` times as many trees."""
         groups = tuple((blocks * count, long, wide) for blocks, long, wide in self.groups)
         return AttentionReads(self.queries * count, self.keys * count, groups)
+
+
+GENERAL = (
+    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,11 @@ class ForestSizes:
         )
 
 
+GENERAL = (
+    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
+)
+
+
 @dataclass(frozen=True)
 class SavedActivations:
     """Bytes saved for backward: when the loss has been computed, and when backward has passed the last layer."""
@@ -132,6 +147,8 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     shapes, width, count = model.shapes, model.dtype_bytes, model.shapes.layers
     row = forest.tokens * shapes.hidden * width
     layer, last = (layer_bytes(model, forest.tokens, reads) for reads in (forest.inner, forest.last))
+    if not model.fused:
+        layer = last = GENERAL * layer
     shared = 2 * forest.tokens * shapes.head_dim * width  # cosines and sines
     rows = forest.last.queries
     head = 2 * rows * shapes.hidden * width + 4 * rows
@@ -139,10 +156,12 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     every = checkpoint_every or count
     groups = math.ceil(count / every)
     tail = count - (groups - 1) * every  # layers of the last group, which is not recomputed
-    inputs = shared + (groups - 1) * row
-    recomputed = inputs + every * layer - row if groups > 1 else 0.0  # its first layer's input is counted in `inputs`
+    inputs = shared + (groups - 1) * row if model.fused else shared + (count - tail) * row
+    recomputed = (
+        inputs + (every if model.fused else 1) * layer - row if groups > 1 else 0.0
+    )  # its first layer's input is counted in `inputs`
     below = inputs + (tail - 1) * layer
-    if groups == 1 and count > 1:
+    if groups == 1 and count > 1 and model.fused:
         below -= _unsaved_bytes(model, forest)
     return SavedActivations(below + last + head, max(below, recomputed))
 

@@ -164,6 +164,7 @@ class ModelSizes:
         vision: the vision tower of an LVLM.
         waiting_bytes: weights that are on the device only while images are encoded.
         trained: number of the base's weights that are trained.
+        fused: whether the layers are the hand-written ones; transformers' own save more for backward.
         gathered_bytes: of sharded layers, the bytes that are gathered at once while they compute.
     """
 
@@ -177,6 +178,7 @@ class ModelSizes:
     vision: VisionSizes | None = None
     waiting_bytes: float = 0.0
     trained: int = 0
+    fused: bool = True
     gathered_bytes: float = 0.0
 
     @property
@@ -230,6 +232,7 @@ class ModelSizes:
             vision=None if vision is None else VisionSizes.of(vision.config, vision.typical_tokens),
             waiting_bytes=round(waiting),
             trained=trained,
+            fused=decoder.plain_layers,
             gathered_bytes=gathered_bytes(decoder),
         )
 
@@ -288,6 +291,7 @@ class ModelSizes:
             quantisation_bytes=round(scales),
             lora=None if lora is None else LoRASizes(lora.r, tuple(lora.target_modules), lora.dropout, adapter),
             vision=VisionSizes.of(config, image_tokens),
+            fused=image_tokens is None,
             waiting_bytes=round(waiting),
             gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
+from srcfast.models.fused_modules import ordinary_modules
 from srcfast.models.transformers_decoder import ATTENTION, text_model
 
 # Root mean square difference of logits, of their own: rounding makes 1e-6 to 1e-5 in fp32 and up to 0.03 in 16 bits over tens of
@@ -68,6 +69,7 @@ def _ordinary_logits(lvlm: Any, model: Any, token_ids: Tensor, num_prompt: int, 
     text = text_model(model)
     text.set_attn_implementation("eager")
     try:
-        return model(**arguments, use_cache=False).logits[0].float()
+        with ordinary_modules(lvlm.decoder.layers):
+            return model(**arguments, use_cache=False).logits[0].float()
     finally:
         text.set_attn_implementation(ATTENTION)

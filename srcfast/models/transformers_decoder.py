@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from srcfast.attention.forest_attention import Attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError, SrcfastError
+from srcfast.models.fused_modules import fuse_modules
 from srcfast.models.lora import LoRALinear
 from srcfast.models.recurrent import Mix, mix_by_caller, mixers
 from srcfast.models.supported import attention_layers, window_of
@@ -114,6 +115,7 @@ class TransformersDecoder(nn.Module):
                 found=f"{len(self.layers) - len(self.cache_index) - len(recurrent)} of another kind",
                 fix="choose a checkpoint of another family; see docs/models.md",
             )
+        fuse_modules(self.layers)
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
         for mixer in recurrent:
             mix_by_caller(mixer)
