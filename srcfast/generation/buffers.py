@@ -57,7 +57,7 @@ class DecodingMemory:
         """Return a step over an empty cache of this layout, and its graphs if the layout has a spare row for them."""
         weight = model.decoder.head_weight
         if not layout.fixed:
-            return DecodingStep(model, SlotCache(model.decoder.config, layout, weight), sampling), None
+            return DecodingStep(model, SlotCache(model.decoder.cache_config, layout, weight), sampling), None
         addresses = tuple(parameter.data_ptr() for parameter in model.decoder.parameters())
         key = (addresses, layout.width, layout.row_capacity, layout.spare, sampling)
         if key != self._made_for:
@@ -66,10 +66,10 @@ class DecodingMemory:
         if (slots, prompt_capacity) != (self._slots, self._prompt_capacity):
             self.release()  # before more is allocated
             largest = Layout(slots, layout.width, prompt_capacity, layout.row_capacity, layout.spare, fixed=True)
-            self._storage = storage_of(model.decoder.config, largest, weight)
+            self._storage = storage_of(model.decoder.cache_config, largest, weight)
             self._made_for, self._slots, self._prompt_capacity = key, slots, prompt_capacity
         if layout not in self._steps:
-            cache = SlotCache(model.decoder.config, layout, weight, self._storage)
+            cache = SlotCache(model.decoder.cache_config, layout, weight, self._storage)
             step = DecodingStep(model, cache, sampling)
             self._steps[layout] = step, self._graphs(step, layout) if layout.spare else None
         step, captured = self._steps[layout]

@@ -77,7 +77,7 @@ def storage_of(config: DecoderShapes, layout: Layout, weight: Tensor) -> dict[st
     It is zeros, since attention multiplies masked values by 0, and 0 times what uninitialised memory holds may be NaN. On a CPU
     16-bit keys and values are stored in fp32: attention computes in fp32 there, so each position is converted once.
     """
-    layers, heads, size = config.cache_layers, config.num_kv_heads, config.head_dim
+    layers, heads, size = config.num_layers, config.num_kv_heads, config.head_dim
     prompts = layers * layout.slots * heads * size * (layout.prompt_capacity if layout.fixed else 0)
     rows = layers * layout.rows * heads * size * (layout.row_capacity if layout.fixed else GROWTH)
     options: dict[str, Any] = {"dtype": cache_dtype(weight.dtype, weight.device.type), "device": weight.device}
@@ -127,7 +127,7 @@ class SlotCache:
         self, config: DecoderShapes, layout: Layout, weight: Tensor, storage: Mapping[str, Tensor] | None = None
     ) -> None:
         self.layout, self.slots, self.width = layout, layout.slots, layout.width
-        self.layers, self.kv_heads, self.size = config.cache_layers, config.num_kv_heads, config.head_dim
+        self.layers, self.kv_heads, self.size = config.num_layers, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // config.num_kv_heads
         self.scale = config.head_dim**-0.5
         self.dtype, self.device = cache_dtype(weight.dtype, weight.device.type), weight.device

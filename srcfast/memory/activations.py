@@ -36,9 +36,8 @@ from srcfast.memory.model_sizes import ModelSizes
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-GENERAL = (
-    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
-)
+# What a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md).
+GENERAL = 1.4
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,6 @@ class AttentionReads:
         """Scale to `count` times as many trees."""
         groups = tuple((blocks * count, long, wide) for blocks, long, wide in self.groups)
         return AttentionReads(self.queries * count, self.keys * count, groups)
-
-
-GENERAL = (
-    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
-)
 
 
 @dataclass(frozen=True)
@@ -117,11 +111,6 @@ class ForestSizes:
             self.inner.times(count),
             self.last.times(count),
         )
-
-
-GENERAL = (
-    1.4  # what a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md)
-)
 
 
 @dataclass(frozen=True)

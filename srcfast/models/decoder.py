@@ -45,11 +45,6 @@ class DecoderConfig:
     qk_norm: bool = False
     max_positions: int = 2048
 
-    @property
-    def cache_layers(self) -> int:
-        """Return the number of layers that have keys and values: all."""
-        return self.num_layers
-
     @classmethod
     def from_huggingface(cls, config: Any) -> DecoderConfig:
         """Read a transformers text config. Raises InputError for an architecture that is not one of the four."""
@@ -237,6 +232,11 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)
         self.set_frequencies()
         return self
+
+    @property
+    def cache_config(self) -> DecoderConfig:
+        """Return the sizes of what is cached in decoding."""
+        return self.config
 
     @property
     def head_weight(self) -> Tensor:

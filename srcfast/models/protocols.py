@@ -21,8 +21,6 @@ class DecoderShapes(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
-    def cache_layers(self) -> int: ...  # those that have keys and values
-    @property
     def num_heads(self) -> int: ...
     @property
     def num_kv_heads(self) -> int: ...
@@ -46,6 +44,9 @@ class TransformerDecoder(Protocol):
 
     @property
     def config(self) -> DecoderShapes: ...
+
+    @property
+    def cache_config(self) -> DecoderShapes: ...  # of the layers that have keys and values
 
     @property
     def head_weight(self) -> Tensor:

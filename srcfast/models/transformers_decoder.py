@@ -8,7 +8,7 @@ builds no mask. Everything else of a layer (norms, rotary positions, gates, expe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,6 @@ class BackboneShapes:
     rms_norm_eps: float
     max_positions: int
     tie_embeddings: bool
-    cache_layers: int  # layers that have keys and values
 
     @classmethod
     def of(cls, config: Any) -> BackboneShapes:
@@ -77,7 +76,6 @@ class BackboneShapes:
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             max_positions=config.max_position_embeddings,
             tie_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-            cache_layers=len(attention_layers(config)),
         )
 
 
@@ -135,6 +133,11 @@ class TransformersDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = index < recomputed
             layer._gradient_checkpointing_func = _CHECKPOINT
+
+    @property
+    def cache_config(self) -> BackboneShapes:
+        """Return the sizes of the layers that have keys and values."""
+        return replace(self.config, num_layers=len(self.cache_index))
 
     @property
     def head_weight(self) -> Tensor:
