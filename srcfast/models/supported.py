@@ -15,7 +15,6 @@ FEATURES = {
     "attn_logit_softcapping": "scores of attention under a soft cap",
     "final_logit_softcapping": "logits under a soft cap",
     "logits_scaling": "scaled logits",
-    "logit_scale": "scaled logits",
     "kv_lora_rank": "latent attention, whose values have another size than its keys",
     "v_head_dim": "values of another size than keys",
     "cross_attention_layers": "cross-attention to images",

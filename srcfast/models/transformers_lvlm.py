@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
-from srcfast.errors import InputError
+from srcfast.errors import InputError, SrcfastError
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
@@ -308,12 +308,23 @@ def load_transformers_lvlm(
     processor = load_processor(path, config.model_type)
     model = _load_model(path, config, dtype)
     model.requires_grad_(False)
-    lvlm = TransformersLVLM(model, processor, path)
-    if quantize == "nf4":
-        quantize_loaded(lvlm.decoder, device)
-    lvlm.to(device)
-    lvlm.eval()
-    check_exact(lvlm, model)
+    try:
+        lvlm = TransformersLVLM(model, processor, path)
+        if quantize == "nf4":
+            quantize_loaded(lvlm.decoder, device)
+        lvlm.to(device)
+        lvlm.eval()
+        check_exact(lvlm, model)
+    except (SrcfastError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any class, where a model takes or returns encoded images in another form
+        raise InputError(
+            file=path / "config.json",
+            field="model_type",
+            expected="a model that takes encoded images as most of transformers' do",
+            found=f"{config.model_type}: {type(error).__name__}: {error}",
+            fix="choose a checkpoint of another family; see docs/models.md",
+        ) from error
     return lvlm
 
 

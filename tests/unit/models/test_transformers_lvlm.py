@@ -1,0 +1,187 @@
+"""Any LVLM of transformers on the packed forest gives what transformers' ordinary pass gives, from pixels, path by path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.families import FAMILIES, REFUSED, aya_vision, write_family
+from helpers.family_models import (
+    ADAPTER,
+    LETTERS,
+    FamilyModels,
+    RandomForest,
+    inputs_of,
+    plain_logits,
+    random_images,
+    random_turns,
+    randomise_adapter,
+    response_score,
+)
+from helpers.small_checkpoints import assert_close
+from torch import Tensor
+
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.errors import InputError
+from srcfast.models import load_lvlm
+from srcfast.models.lora import lora_parameters, save_adapter
+from srcfast.models.transformers_lvlm import EncodedImage
+
+GetFamily = Callable[[str], FamilyModels]
+# fp32 sums in another order over four layers: 1e-6 of the largest logit at most, measured over all families.
+ROUNDING = 1e-5
+AXES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl")  # rotary positions by time, height and width
+
+
+def difference(ours: Tensor, forest: RandomForest, theirs: list[Tensor]) -> float:
+    """The largest difference of logits, of the largest logit."""
+    pairs = list(zip(forest.paths(), theirs, strict=True))
+    scale = max(float(logits.abs().max()) for _, logits in pairs)
+    return max(float((ours[path] - logits).abs().max()) for (_, path, _), logits in pairs) / scale
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_logits_of_every_path_are_those_of_the_ordinary_pass(
+    name: str, family: GetFamily, rng: np.random.Generator
+) -> None:
+    forest = RandomForest(family(name), rng)
+    ours, theirs = forest.our_logits(), forest.their_logits()
+    assert difference(ours, forest, theirs) < ROUNDING
+    compared = 0
+    for (_, path, _), logits in zip(forest.paths(), theirs, strict=True):
+        highest = logits.topk(2).values
+        clear = highest[:, 0] - highest[:, 1] > 2 * ROUNDING * float(logits.abs().max())
+        assert torch.equal(ours[path].argmax(-1)[clear], logits.argmax(-1)[clear])
+        compared += int(clear.sum())
+    assert compared > 0.9 * sum(len(logits) for logits in theirs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_those_of_the_processor_as_documented(
+    name: str, family: GetFamily, rng: np.random.Generator
+) -> None:
+    models, images = family(name), random_images(rng)
+    for turn in random_turns(models, rng):
+        ours = models.ours.encode_prompt(turn.question, [images[key] for key in turn.images])
+        assert ours.tolist() == inputs_of(models.processor, turn, images)["input_ids"][0].tolist()
+    for image in images.values():
+        (encoded,) = models.ours.encode_images([image])
+        positions = encoded.values.numel() // encoded.values.shape[-1]
+        prompt = models.ours.encode_prompt("", [image])
+        expected = int((prompt == models.ours.image_token_id).sum())
+        deep = encoded.values.shape[-1] // models.ours.vision.hidden_size
+        assert models.ours.vision.num_tokens(image) == positions == expected > 0
+        assert deep == (3 if name.startswith("qwen3_vl") else 1)
+
+
+@pytest.mark.parametrize("name", AXES)
+@torch.no_grad()
+def test_linear_positions_would_show(
+    name: str, family: GetFamily, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = family(name)
+    forest = RandomForest(models, rng)
+    theirs = forest.their_logits()
+    monkeypatch.setattr(type(models.ours), "_positions", lambda self, host, features: host.positions.expand(3, -1))
+    assert difference(forest.our_logits(), forest, theirs) > 1e3 * ROUNDING
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "llava_llama", "idefics2"])
+@torch.no_grad()
+def test_every_part_of_an_image_shows(
+    name: str, family: GetFamily, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = family(name)
+    forest = RandomForest(models, rng)
+    theirs, features = forest.their_logits(), forest.features()
+    for column in range(0, features["first"].values.shape[-1], models.ours.vision.hidden_size):
+        changed = {key: EncodedImage(image.values.clone(), image.sizes) for key, image in features.items()}
+        for image in changed.values():
+            image.values[..., column : column + models.ours.vision.hidden_size] = 0.0
+        monkeypatch.setattr(forest, "features", lambda model, changed=changed: changed)
+        assert difference(forest.our_logits(), forest, theirs) > 1e2 * ROUNDING
+
+
+@torch.no_grad()
+def test_the_order_of_images_shows(family: GetFamily, rng: np.random.Generator) -> None:
+    forest = RandomForest(family("llava_llama"), rng)
+    theirs = forest.their_logits()
+    assert difference(forest.our_logits(), forest, theirs) < ROUNDING
+    forest.images["second"], forest.images["third"] = forest.images["third"], forest.images["second"]
+    assert difference(forest.our_logits(), forest, theirs) > 1e2 * ROUNDING
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_an_adapter_are_those_of_peft(
+    name: str, family: GetFamily, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    models = family(name)
+    ours = models.load(lora=ADAPTER)
+    randomise_adapter(ours, int(rng.integers(2**31)))
+    save_adapter(ours, tmp_path / "adapter")
+    base = copy.deepcopy(models.theirs)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    forest = RandomForest(models, rng)
+    weights = rng.normal(size=len(forest.paths()))
+    packed, plain = forest.our_logits(ours), forest.their_logits(theirs)
+    assert difference(packed.detach(), forest, [logits.detach() for logits in plain]) < ROUNDING
+    with torch.no_grad():
+        assert difference(forest.our_logits(), forest, plain) > 1e2 * ROUNDING  # the adapter shows
+    response_score([packed[path] for _, path, _ in forest.paths()], forest, weights).backward()
+    response_score(plain, forest, weights).backward()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if ".lora_" in name
+    }
+    gradients = {name: parameter.grad for name, parameter in _named(ours)}
+    assert gradients.keys() == expected.keys() and len(gradients) == len(lora_parameters(ours)) >= 2 * 4 * 4
+    for key, gradient in gradients.items():
+        assert gradient is not None and float(expected[key].abs().max()) > 0
+        # Sums over some hundred rows in another order; logits above are equal to 1e-5.
+        assert_close(gradient, expected[key], 1e-4)
+
+
+def _named(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """The adapter's parameters by transformers' names."""
+    prefix = model.adapter_prefix
+    return [(f"{prefix}.{name}", part) for name, part in model.decoder.named_parameters() if ".lora_" in name]
+
+
+@pytest.mark.parametrize(("name", "named"), [(name, named) for name, (_, named) in REFUSED.items()])
+def test_what_would_not_be_exact_is_refused_by_name(name: str, named: str, tmp_path: Path) -> None:
+    write_family(name, tmp_path)
+    with pytest.raises(InputError, match=rf"(?s){named}.*Fix: choose a checkpoint of another family"):
+        load_lvlm(tmp_path, backbone="transformers")
+
+
+def test_a_window_is_refused_where_a_sequence_leaves_it(
+    family: GetFamily, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = 160
+    monkeypatch.setitem(FAMILIES, "windowed", lambda: aya_vision(window))
+    models = FamilyModels("windowed", tmp_path)
+    image = random_images(rng)["first"].resize((32, 32))
+    with pytest.raises(InputError, match=f"fewer than {window} prompt tokens"):
+        models.ours.encode_prompt("x" * window, [image])
+    prompt = models.ours.encode_prompt("what?", [image])
+    features = {"image": models.ours.encode_images([image])[0]}
+    fits, leaves = (_tree(prompt, rng, length - len(prompt)) for length in (window, window + 1))
+    with torch.no_grad():
+        packed = models.ours(Forest.of([fits]), features) @ models.ours.decoder.head_weight.T
+        inputs = models.ours.processor_inputs("what?", [image])
+        plain = plain_logits(models.theirs, dict(inputs), torch.from_numpy(fits.segments[1].tokens))
+    assert_close(packed, plain, ROUNDING)
+    with pytest.raises(InputError, match=rf"sliding_window.*at most {window} tokens.*one of {window + 1}"):
+        models.ours(Forest.of([leaves]), features)
+
+
+def _tree(prompt: np.ndarray, rng: np.random.Generator, length: int) -> Tree:
+    return Tree((Segment(prompt), Segment(rng.integers(*LETTERS, length), 0)), ("image",))
