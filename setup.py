@@ -13,6 +13,7 @@ EXTRAS = {
     # Without flash-attn, which is always built from source, and xformers, which has a wheel for x86 alone: their builds import
     # torch, which build isolation hides, and end the whole installation. docs/forest.md says how to add them.
     "gpu": ["bitsandbytes>=0.50"],
+    "smolvlm": ["num2words>=0.5"],  # its processor imports it
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
         "pytest>=8",
@@ -24,6 +25,7 @@ EXTRAS = {
         "peft>=0.15",
         "trl>=1.0",
         "bitsandbytes>=0.50",
+        "num2words>=0.5",
         "easy-vqa>=1.0",
         "matplotlib>=3.8",
         "setuptools>=77",  # a test builds the wheel

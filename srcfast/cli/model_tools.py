@@ -100,6 +100,7 @@ OPTIONAL = {
     "cut-cross-entropy": "a peer in `srcfast bench` (pip install 'srcfast[bench]')",
     "matplotlib": "the plots of reports and benchmarks (pip install 'srcfast[report]')",
     "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
+    "num2words": "SmolVLM's processor (pip install 'srcfast[smolvlm]')",
     "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
     "trl": "tests of the loss against TRL (pip install 'srcfast[test]')",
 }

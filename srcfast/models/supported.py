@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
+
 from srcfast.errors import InputError
 from srcfast.models.recurrent import LAYERS
 
@@ -56,6 +58,9 @@ def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
         value = getattr(text, field, None)
         if value not in (None, False, 0, 1.0) and value != "":
             yield f"text_config.{field}", str(value), needed
+    if "mm_encoder_outputs" not in inspect.signature(model_class.forward).parameters:
+        needed = "transformers 5.24 or later, or a model that takes encoded images (mm_encoder_outputs)"
+        yield "model_type", f"{model_class.__name__} of transformers {transformers.__version__}", needed
     if "token_type_ids" in inspect.signature(model_class.forward).parameters:
         yield "model_type", "token types", "two-way attention within images or prompts"
 
