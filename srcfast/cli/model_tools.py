@@ -23,8 +23,7 @@ from srcfast.models.checkpoint import read_config
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import merge_lora
 from srcfast.models.lvlm import LVLM, is_handwritten, save_lvlm
-from srcfast.models.supported import check_supported
-from srcfast.models.transformers_lvlm import model_class
+from srcfast.models.pretrained import check_runs
 from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
 from srcfast.stages.rationale import build_raps, read_teacher
@@ -161,7 +160,7 @@ def doctor_model(model: str, as_json: bool) -> None:
     config = read_config(path)
     handwritten = is_handwritten(config)
     if not handwritten:
-        check_supported(config, model_class(config, path), path / "config.json")
+        check_runs(config, path)
     report: dict[str, Any] = {
         "model": str(path),
         "family": config.model_type,

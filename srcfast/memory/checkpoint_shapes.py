@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from srcfast.memory.model_sizes import read_headers
 from srcfast.models.checkpoint import read_config
 from srcfast.models.lvlm import is_handwritten
+from srcfast.models.pretrained import check_runs, has_vision, meta_model
 from srcfast.models.processor import typical_image_tokens
 from srcfast.models.text_model import build_decoder
-from srcfast.models.transformers_lvlm import meta_model
 from srcfast.models.vision import bare_model
 
 
@@ -33,15 +34,16 @@ def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any, int 
     # Weights that bitsandbytes quantised are stored as bytes and scales, whose shapes are not the weights'.
     if stored and not any(name.endswith(".absmax") for name in stored):
         counted = stored
-    general = hasattr(config, "vision_config") and not is_handwritten(config)
+    general = has_vision(config) and not is_handwritten(config)
     return counted, config, typical_image_tokens(path, config) if general else None
 
 
 def _tensors_of_config(config: Any, path: Path) -> dict[str, list[int]]:
     text = getattr(config, "text_config", config)
-    if text is not config and not is_handwritten(config):
-        model = meta_model(path, config)
-        return {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    if not is_handwritten(config):
+        check_runs(config, path)
+        kind = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+        return {name: list(tensor.shape) for name, tensor in meta_model(kind, path, config).named_parameters()}
     if text is not config:
         text.tie_word_embeddings = bool(config.tie_word_embeddings)
     modules: list[nn.Module] = [build_decoder(text, path, "meta", torch.float32)]

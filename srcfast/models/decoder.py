@@ -247,6 +247,10 @@ class Decoder(nn.Module):
         """Embed tokens [T] int64 into [T, D]."""
         return self.embed_tokens(token_ids)
 
+    def embed_forest(self, forest: Forest) -> Tensor:
+        """Embed a forest's tokens into [T, D]."""
+        return self.embed(forest.token_ids)
+
     def check_length(self, longest: int) -> None:
         """Accept a sequence of any length: the attention has no window."""
 

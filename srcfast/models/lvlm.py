@@ -22,6 +22,7 @@ from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, 
 from srcfast.models.decoder import ARCHITECTURES, Decoder
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
+from srcfast.models.pretrained import has_vision
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import (
     build_decoder,
@@ -255,7 +256,7 @@ def load_lvlm(
         raise InputError(field="quantize", expected="None or nf4", found=quantize)
     path = checkpoint_directory(path, "base")
     config = read_config(path)
-    if backbone == "transformers" or (backbone == "auto" and not is_handwritten(config)):
+    if backbone == "transformers" or (backbone == "auto" and not (has_vision(config) and is_handwritten(config))):
         if shard and distributed.world_size() > 1:
             raise InputError(
                 field="distributed.shard",
@@ -280,7 +281,9 @@ def load_lvlm(
 
 
 def is_handwritten(config: Any) -> bool:
-    """Return whether the hand-written decoder has the architecture of a checkpoint."""
+    """Return whether the hand-written decoder has the architecture of a checkpoint, of an LVLM or of a text model."""
+    if not has_vision(config):
+        return config.model_type in ARCHITECTURES
     return config.model_type in FAMILIES and config.text_config.model_type in ARCHITECTURES
 
 
@@ -305,7 +308,7 @@ def save_lvlm(model: AnyLVLM, directory: str | Path, dtype: torch.dtype | None =
         raise InputError(field="quantize", expected="a model in whole weights", found="nf4", fix="save its adapter")
     directory = Path(directory)
     if isinstance(model, TransformersLVLM):
-        model.save(directory, dtype)
+        model.decoder.save(directory, dtype)
         return copy_companions(model.path, directory)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():

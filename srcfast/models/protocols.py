@@ -57,6 +57,10 @@ class TransformerDecoder(Protocol):
         """[T] int64 -> [T, D]."""
         ...
 
+    def embed_forest(self, forest: Forest) -> Any:
+        """Embed a forest's tokens into what a pass begins with."""
+        ...
+
     def rotary(self, positions: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
         """Compute cos and sin, [T, d] each."""
         ...

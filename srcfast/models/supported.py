@@ -16,7 +16,6 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 FEATURES = {
     "attn_logit_softcapping": "scores of attention under a soft cap",
     "final_logit_softcapping": "logits under a soft cap",
-    "logits_scaling": "scaled logits",
     "kv_lora_rank": "latent attention, whose values have another size than its keys",
     "v_head_dim": "values of another size than keys",
     "cross_attention_layers": "cross-attention to images",
@@ -36,7 +35,16 @@ def check_supported(config: Any, model_class: Any, path: Any) -> None:
         model_class: transformers' class of it.
         path: of the checkpoint.
     """
-    for field, found, needed in _obstacles(config, model_class):
+    _refuse([*_obstacles(config), *_form_obstacles(model_class)], config, path)
+
+
+def check_text_supported(config: Any, path: Any) -> None:
+    """Raise InputError, by name, where the general backbone does not run a text model's config."""
+    _refuse(list(_obstacles(config)), config, path)
+
+
+def _refuse(obstacles: list[tuple[str, str, str]], config: Any, path: Any) -> None:
+    for field, found, needed in obstacles:
         raise InputError(
             file=path,
             field=field,
@@ -46,7 +54,7 @@ def check_supported(config: Any, model_class: Any, path: Any) -> None:
         )
 
 
-def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
+def _obstacles(config: Any) -> Iterator[tuple[str, str, str]]:
     """Yield (field, value, what it would need) of what the backbone does not run."""
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
@@ -58,6 +66,10 @@ def _obstacles(config: Any, model_class: Any) -> Iterator[tuple[str, str, str]]:
         value = getattr(text, field, None)
         if value not in (None, False, 0, 1.0) and value != "":
             yield f"text_config.{field}", str(value), needed
+
+
+def _form_obstacles(model_class: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield what keeps a class of LVLMs from taking encoded images as the backbone hands them over."""
     if "mm_encoder_outputs" not in inspect.signature(model_class.forward).parameters:
         needed = "transformers 5.24 or later, or a model that takes encoded images (mm_encoder_outputs)"
         yield "model_type", f"{model_class.__name__} of transformers {transformers.__version__}", needed
@@ -69,6 +81,13 @@ def attention_layers(config: Any) -> list[int]:
     """List the numbers of the layers of a text config that are attention; the others are recurrent."""
     kinds = getattr(config, "layer_types", None) or [ATTENTION_LAYERS[0]] * config.num_hidden_layers
     return [number for number, kind in enumerate(kinds) if kind in ATTENTION_LAYERS]
+
+
+def logit_scales(config: Any) -> list[float]:
+    """List the factors on logits that a config names; whether a class applies them is seen from its logits."""
+    text = config.get_text_config()
+    multiplied, divided = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    return [*([float(multiplied)] if multiplied else []), *([1.0 / float(divided)] if divided else [])]
 
 
 def window_of(config: Any) -> int | None:

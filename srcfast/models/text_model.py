@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
@@ -25,17 +25,20 @@ from srcfast.models.checkpoint import (
     read_tensors,
     save_tensors,
 )
-from srcfast.models.decoder import Decoder, DecoderConfig
+from srcfast.models.decoder import ARCHITECTURES, Decoder, DecoderConfig
 from srcfast.models.lora import apply_lora, check_no_adapter
+from srcfast.models.pretrained import check_runs, load_pretrained, refusing_other_forms
 from srcfast.models.quantized import quantize_linears
+from srcfast.models.self_check import check_text_model
 from srcfast.models.sharding import shard_layers
+from srcfast.models.transformers_decoder import TransformersDecoder
 from srcfast_kernels.transfers import to_device
 
 
 class TextModel(nn.Module):
-    """Decoder and tokenizer of a Llama, Mistral, Qwen2 or Qwen3 checkpoint."""
+    """A causal language model with its tokenizer: hand-written for Llama, Mistral, Qwen2 and Qwen3, else transformers' own."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Any, path: Path) -> None:
+    def __init__(self, decoder: Decoder | TransformersDecoder, tokenizer: Any, path: Path) -> None:
         super().__init__()
         self.decoder = decoder
         self.tokenizer = tokenizer
@@ -44,10 +47,13 @@ class TextModel(nn.Module):
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""
-        embeddings, attend = self.decoder.embed(forest.token_ids), forest_attend(forest, rows=rows)
+        embeddings, attend = (
+            self.decoder.embed_forest(forest),
+            forest_attend(forest, rows=rows),
+        )
         if rows is None:
             return self.decoder(embeddings, forest.positions, attend)
-        return self.decoder(embeddings, forest.positions, attend, to_device(rows, embeddings.device))
+        return self.decoder(embeddings, forest.positions, attend, to_device(rows, forest.token_ids.device))
 
 
 def load_text_model(
@@ -66,12 +72,31 @@ def load_text_model(
     Raises:
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
     """
-    decoder = build_decoder(read_config(path), path, device, dtype)
+    config = read_config(path)
+    if config.model_type not in ARCHITECTURES:
+        return _load_general(Path(path), config, dtype, device, lora)
+    decoder = build_decoder(config, path, device, dtype)
     tensors = (("language", name.removeprefix("model."), tensor) for name, tensor in read_tensors(path))
     fill({"language": decoder}, decoder_tensors(decoder, tensors, path), path)
     model = TextModel(decoder, load_tokenizer(path), Path(path)).to(device)
     model.requires_grad_(False)
     model.eval()
+    apply_lora(model, lora)
+    return model
+
+
+def _load_general(
+    path: Path, config: Any, dtype: torch.dtype, device: str | torch.device, lora: str | Path | LoRAConfig | None
+) -> TextModel:
+    """Read a causal language model of transformers that the hand-written decoder does not have. Raises InputError."""
+    check_runs(config, path)
+    whole = load_pretrained(AutoModelForCausalLM, path, config, dtype)
+    tokenizer = load_tokenizer(path)
+    with refusing_other_forms(path, config):
+        model = TextModel(TransformersDecoder(whole), tokenizer, path).to(device)
+        model.requires_grad_(False)
+        model.eval()
+        check_text_model(model, whole)
     apply_lora(model, lora)
     return model
 
@@ -84,6 +109,9 @@ def save_text_model(model: TextModel, directory: str | Path) -> None:
     """
     check_no_adapter(model)
     directory = Path(directory)
+    if isinstance(model.decoder, TransformersDecoder):
+        model.decoder.save(directory)
+        return copy_companions(model.path, directory)
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": tensor
         for name, tensor in model.decoder.state_dict().items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from srcfast.data.forest import Forest
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.fused_modules import fuse_modules
 from srcfast.models.lora import LoRALinear
-from srcfast.models.recurrent import Mix, mix_by_caller, mixers
+from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
 from srcfast.models.supported import attention_layers, window_of
 
 ATTENTION = "srcfast_forest"  # its name in transformers
@@ -117,6 +118,7 @@ class TransformersDecoder(nn.Module):
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
         for mixer in recurrent:
             mix_by_caller(mixer)
+        self.logit_scale = 1.0  # logits are the scaled hidden states times the head; `models.self_check` finds it
         self.window = window_of(model.config)  # of attention, in positions
         self.checkpoint_layers = 0
         self.dropout_keys: Tensor | None = None
@@ -150,6 +152,10 @@ class TransformersDecoder(nn.Module):
         """Return tokens [T] int64 without images as what a pass begins with."""
         return TokenRow(token_ids)
 
+    def embed_forest(self, forest: Forest) -> TokenRow:
+        """Return a forest's tokens, without images, as what a pass begins with."""
+        return TokenRow(forest.token_ids, mix=forest_mix(forest) if self.has_states else None)
+
     def check_length(self, longest: int) -> None:
         """Raise InputError where a sequence of so many tokens leaves the window of the model's attention."""
         if self.window is not None and longest > self.window:
@@ -168,6 +174,12 @@ class TransformersDecoder(nn.Module):
             starts[0] + tree.num_tokens - 1 for starts, tree in zip(forest.segment_start, forest.trees, strict=True)
         ]
         return (embedded.positions.amax(dim=0).cpu()[last] + 1).tolist()
+
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model's weights as transformers does, in `dtype`, by default the model's."""
+        model = self._whole[0]
+        weights = None if dtype is None else {name: value.to(dtype) for name, value in model.state_dict().items()}
+        model.save_pretrained(directory, state_dict=weights)
 
     def forward(self, row: TokenRow, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] after the final norm, or those of `rows` [M] alone: [M, D].
@@ -205,6 +217,8 @@ class TransformersDecoder(nn.Module):
                 f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
             )
         hidden = output.last_hidden_state[0]  # [T, D]
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
         return hidden if rows is None else hidden.index_select(0, rows)
 
 

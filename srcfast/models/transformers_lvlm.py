@@ -10,20 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
-from srcfast.errors import InputError, SrcfastError
+from srcfast.errors import InputError
+from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
-from srcfast.models.self_check import check_exact
-from srcfast.models.supported import check_supported
+from srcfast.models.self_check import check_lvlm
 from srcfast.models.text_model import generation_ends
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
@@ -262,12 +260,6 @@ class TransformersLVLM(nn.Module):
             positions[:, starts[0] + size : end] += int(root.max()) + 1 - size
         return positions
 
-    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the weights as transformers does, in `dtype`, by default the model's."""
-        model = self._whole[0]
-        weights = None if dtype is None else {name: value.to(dtype) for name, value in model.state_dict().items()}
-        model.save_pretrained(directory, state_dict=weights)
-
     def forward(self, forest: Forest, features: Mapping[str, EncodedImage], rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
 
@@ -304,74 +296,16 @@ def load_transformers_lvlm(
     Raises:
         InputError: transformers can't build it, or a tensor is missing, unexpected or misshaped.
     """
-    check_supported(config, model_class(config, path), path / "config.json")
+    model_class(config, path)  # also where a config names no tower: it has to be an LVLM
+    check_runs(config, path)
     processor = load_processor(path, config.model_type)
-    model = _load_model(path, config, dtype)
+    model = load_pretrained(AutoModelForImageTextToText, path, config, dtype)
     model.requires_grad_(False)
-    try:
+    with refusing_other_forms(path, config):
         lvlm = TransformersLVLM(model, processor, path)
         if quantize == "nf4":
             quantize_loaded(lvlm.decoder, device)
         lvlm.to(device)
         lvlm.eval()
-        check_exact(lvlm, model)
-    except (SrcfastError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any class, where a model takes or returns encoded images in another form
-        raise InputError(
-            file=path / "config.json",
-            field="model_type",
-            expected="a model that takes encoded images as most of transformers' do",
-            found=f"{config.model_type}: {type(error).__name__}: {error}",
-            fix="choose a checkpoint of another family; see docs/models.md",
-        ) from error
+        check_lvlm(lvlm, model)
     return lvlm
-
-
-def model_class(config: Any, path: Path) -> Any:
-    """Return transformers' class for a config. Raises InputError where it has none that turns images and text into text."""
-    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-    if known is None:
-        raise InputError(
-            file=path / "config.json",
-            field="model_type",
-            expected="a model that turns images and text into text",
-            found=config.model_type,
-            fix="choose the checkpoint of an LVLM",
-        )
-    return getattr(transformers, known if isinstance(known, str) else known[0])
-
-
-def _load_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
-    """Build a model and read its weights by transformers' own names. Raises InputError."""
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # ValueError for an unknown type, OSError for a missing file, ...
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(file=path, expected="a checkpoint that transformers reads", found=found) from error
-    for kind in ("missing", "unexpected", "mismatched"):
-        if names := sorted(str(name) for name in report[f"{kind}_keys"]):
-            raise InputError(file=path, field=names[0], expected=f"no {kind} tensors", found=f"{len(names)} {kind}")
-    return model
-
-
-def meta_model(path: Path, config: Any) -> nn.Module:
-    """Build a model whose weights take no memory. Raises InputError where transformers can't."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(
-            file=path / "config.json", expected="a config of an LVLM of transformers", found=found
-        ) from error

@@ -174,7 +174,7 @@ def test_shards_outside_the_directory_or_absent_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "changes", "found"),
     [
-        ("llama", {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "gpt_neox"),
+        ("llama", {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "t5"),
         ("llama", {"model_type": "no_such_model"}, "no_such_model"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
         ("mistral", {"sliding_window": 64}, "window of 64"),

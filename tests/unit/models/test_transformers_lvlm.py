@@ -35,7 +35,14 @@ from srcfast.models.transformers_lvlm import EncodedImage
 GetFamily = Callable[[str], FamilyModels]
 # fp32 sums in another order over four layers: 1e-6 of the largest logit at most, measured over all families.
 ROUNDING = 1e-5
-AXES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl")  # rotary positions by time, height and width
+AXES = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "glm4v",
+    "paddleocr_vl",
+)  # rotary positions by time, height and width
 
 
 def difference(ours: Tensor, forest: RandomForest, theirs: list[Tensor]) -> float:
