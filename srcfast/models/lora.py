@@ -25,6 +25,7 @@ from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOWERS = ("vision_tower", "vision_model", "vision_encoder", "visual.")  # in names of an image encoder's layers
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # PEFT's settings that change what an adapter computes, each with the one value that is supported.
@@ -351,7 +352,7 @@ def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, 
         start = layer.find("layers.")
         for fits, expected, found in (
             (start >= 0 and part in ("A.weight", "B.weight"), "lora_A or lora_B of a decoder layer", key),
-            ("vision_tower" not in layer, "layers of the decoder only", key),
+            (not any(tower in layer for tower in TOWERS), "layers of the decoder only", key),
             (tensor.dtype in READ, "numbers in 16, 32 or 64 bits", str(tensor.dtype).removeprefix("torch.")),
         ):
             if not fits:

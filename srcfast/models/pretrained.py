@@ -41,6 +41,14 @@ def has_vision(config: Any) -> bool:
 def check_runs(config: Any, path: Path) -> None:
     """Raise InputError, by name, where the general backbone does not run a checkpoint, as far as its config tells."""
     file = path / "config.json"
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            file=file,
+            field="quantization_config",
+            expected="whole weights, which srcfast quantises itself (model.quantize=nf4)",
+            found="weights that are quantised already",
+            fix="choose the checkpoint of whole weights",
+        )
     if has_vision(config):
         return check_supported(config, model_class(config, path), file)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -74,7 +74,9 @@ def test_no_weight_is_read(srcfast: Srcfast, model_dir: Path, tmp_path: Path) ->
 def test_a_model_that_cannot_be_run_is_refused(srcfast: Srcfast, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     result = srcfast("estimate", "--model", tmp_path)
-    assert result.exit_code == 2 and "config.json" in result.output and "causal language model, found t5" in result.output
+    assert (
+        result.exit_code == 2 and "config.json" in result.output and "causal language model, found t5" in result.output
+    )
 
 
 def test_7b_shapes_have_the_parameters_that_their_authors_state(srcfast: Srcfast, shapes_7b: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,4 +115,13 @@ def test_what_would_not_be_exact_is_refused_by_name(name: str, tmp_path: Path) -
     options, named = REFUSED[name]
     write(name, options, tmp_path)
     with pytest.raises(InputError, match=rf"(?s){named}.*Fix: choose a checkpoint of another family"):
+        load_text_model(tmp_path)
+
+
+def test_weights_that_are_quantised_already_are_refused_by_name(tmp_path: Path) -> None:
+    write("olmo2", {}, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="quantization_config.*whole weights"):
         load_text_model(tmp_path)

@@ -21,6 +21,7 @@ from helpers.small_checkpoints import (
     write_text_model,
 )
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srcfast.config.settings import LoRAConfig
@@ -243,6 +244,17 @@ def test_an_adapter_on_the_vision_tower_is_refused_by_name(tmp_path: Path) -> No
     theirs = peft.get_peft_model(pair.theirs, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     theirs.save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"(?s)vision_tower.*decoder only"):
+        pair.load(lora=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("tower", ["vision_model.encoder", "visual", "vision_encoder"])
+def test_an_adapter_on_another_family_s_tower_is_not_taken_for_the_decoder_s(tower: str, tmp_path: Path) -> None:
+    pair = Pair("lvlm", tmp_path / "base")
+    save_adapter(pair.load(lora=CONFIG), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name.replace("language_model", tower): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"(?s)decoder only"):
         pair.load(lora=tmp_path / "adapter")
 
 
