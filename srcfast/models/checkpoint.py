@@ -118,11 +118,12 @@ def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
             tensor = tensors.get_tensor(name)
-            _check_finite(tensor, file, name)
+            check_finite(tensor, file, name)
             yield name, tensor
 
 
-def _check_finite(tensor: Tensor, file: Path, name: str) -> None:
+def check_finite(tensor: Tensor, file: Path, name: str) -> None:
+    """Raise InputError, naming the tensor, where it holds a number that is NaN or infinite."""
     # Finite numbers may add up to infinity, but NaN and infinite ones never to a finite sum: one pass, as fast as memory.
     if tensor.dtype in READ and not math.isfinite(tensor.sum()) and (count := int((~tensor.isfinite()).sum())):
         found = f"{count:,} of {tensor.numel():,} that are NaN or infinite"

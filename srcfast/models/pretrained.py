@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from srcfast.errors import InputError, SrcfastError
+from srcfast.models.checkpoint import check_finite
 from srcfast.models.supported import check_supported, check_text_supported
 
 
@@ -73,6 +74,7 @@ def load_pretrained(kind: Any, path: Path, config: Any, dtype: torch.dtype) -> A
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is checked below; otherwise no tensor is named
         )
     except torch.OutOfMemoryError:
         raise
@@ -80,8 +82,11 @@ def load_pretrained(kind: Any, path: Path, config: Any, dtype: torch.dtype) -> A
         found = f"{type(error).__name__}: {error}"
         raise InputError(file=path, expected="a checkpoint that transformers reads", found=found) from error
     for kind in ("missing", "unexpected", "mismatched"):
-        if names := sorted(str(name) for name in report[f"{kind}_keys"]):
+        # A mismatched one comes with its two shapes.
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
             raise InputError(file=path, field=names[0], expected=f"no {kind} tensors", found=f"{len(names)} {kind}")
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), path, name)
     return model
 
 

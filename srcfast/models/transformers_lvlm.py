@@ -27,7 +27,6 @@ from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, t
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
 
-PIXELS = ("pixel_values", "pixel_attention_mask")  # of a processor's outputs; the others are sizes
 NO_SIZE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -91,8 +90,11 @@ class TransformersVision(FrozenVision):
 
     def _encode_one(self, inputs: Mapping[str, Tensor]) -> EncodedImage:
         parameter = next(self._whole[0].parameters())
-        arguments = {name: value.to(parameter.device) for name, value in inputs.items() if name in self.names}
-        arguments["pixel_values"] = arguments["pixel_values"].to(parameter.dtype)
+        arguments = {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if name in self.names
+        }
         output = self._whole[0].base_model.get_image_features(**arguments, return_dict=True)
         values = output.pooler_output
         self.in_list = not isinstance(values, Tensor)
@@ -102,7 +104,7 @@ class TransformersVision(FrozenVision):
         parts = [torch.cat(tuple(part)) if not isinstance(part, Tensor) else part for part in deep]
         self.deep_layers, self.deep_in_list = len(parts), any(not isinstance(part, Tensor) for part in deep)
         values = torch.cat([values, *(part.view_as(values) for part in parts)], dim=-1)
-        return EncodedImage(values, {name: value for name, value in inputs.items() if name not in PIXELS})
+        return EncodedImage(values, {name: value for name, value in inputs.items() if "pixel" not in name})
 
     def outputs(self, images: Sequence[EncodedImage]) -> Any:
         """Put images together as transformers' models take them in `mm_encoder_outputs`."""
@@ -134,7 +136,7 @@ class TransformersLVLM(nn.Module):
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
         self.end_token_id = self._turn_end()
-        self.control_tokens = (self.image_token, *self.tokenizer.all_special_tokens)
+        self.control_tokens = _control_tokens(self.tokenizer, self.image_token)
         self.max_positions = min(
             self.decoder.config.max_positions, self.decoder.window or self.decoder.config.max_positions
         )
@@ -269,6 +271,12 @@ class TransformersLVLM(nn.Module):
         return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest), device_rows)
 
 
+def _control_tokens(tokenizer: Any, image_token: str) -> tuple[str, ...]:
+    """List the tokens that text must not hold: those that the tokenizer names, and others that its file declares special."""
+    declared = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared)))
+
+
 def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
     return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
 
@@ -294,7 +302,8 @@ def load_transformers_lvlm(
     """Read any image-text-to-text checkpoint of transformers, from safetensors alone and without remote code, frozen.
 
     Raises:
-        InputError: transformers can't build it, or a tensor is missing, unexpected or misshaped.
+        InputError: transformers can't build it, a tensor is missing, unexpected, misshaped or not finite, or the model is one
+            that the backbone does not run.
     """
     model_class(config, path)  # also where a config names no tower: it has to be an LVLM
     check_runs(config, path)
@@ -303,9 +312,10 @@ def load_transformers_lvlm(
     model.requires_grad_(False)
     with refusing_other_forms(path, config):
         lvlm = TransformersLVLM(model, processor, path)
-        if quantize == "nf4":
-            quantize_loaded(lvlm.decoder, device)
-        lvlm.to(device)
-        lvlm.eval()
+    if quantize == "nf4":
+        quantize_loaded(lvlm.decoder, device)
+    lvlm.to(device)
+    lvlm.eval()
+    with refusing_other_forms(path, config):
         check_lvlm(lvlm, model)
     return lvlm
