@@ -6,6 +6,7 @@ other than tokenizer and image processor are left out, and the image processor i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from srcfast.data.jsonl import parse_object
 from srcfast.errors import InputError
 from srcfast.models.text_model import load_tokenizer
 from srcfast.models.vision import load_image_processor
@@ -25,8 +27,8 @@ def load_processor(path: str | Path, model_type: str) -> Any:
     Raises:
         InputError: transformers has none for this type, or a file is missing or damaged.
     """
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name is None:
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or _processor_class(Path(path))
+    if name is None or not isinstance(getattr(transformers, name, None), type):
         raise InputError(file=path, field="model_type", expected="a type with a processor", found=model_type)
     tokenizer, images = load_tokenizer(path), load_image_processor(path)
     try:
@@ -42,6 +44,17 @@ def load_processor(path: str | Path, model_type: str) -> Any:
     if tokenizer.chat_template and not processor.chat_template:
         processor.chat_template = tokenizer.chat_template
     return processor
+
+
+def _processor_class(path: Path) -> str | None:
+    """Return the name of the processor that a checkpoint's files state."""
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if (path / file).is_file():
+            with suppress(OSError, ValueError):  # loading the parts names a damaged file
+                name = parse_object((path / file).read_bytes()).get("processor_class")
+                if isinstance(name, str) and name.endswith("Processor"):
+                    return name
+    return None
 
 
 def _without_videos(kind: type[Any]) -> type[Any]:
