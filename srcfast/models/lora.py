@@ -161,7 +161,8 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
     linears = list(_linears(model.decoder))
-    names = dict.fromkeys(name for _, name, _ in linears)
+    unreadable = _unreadable_names(model.decoder)
+    names = dict.fromkeys(name for _, name, _ in linears if name not in unreadable)
     if {*config.target_modules} == {*TARGETS} and not {*TARGETS} <= {*names}:
         # The default means all linear layers, by whatever names a family has for them: fused ones, experts' projections.
         config = config.replace(target_modules=tuple(names))
@@ -178,6 +179,16 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
         adapted.train(linear.training)
         setattr(parent, name, adapted)
     model.lora_config = config
+
+
+def _unreadable_names(decoder: TransformerDecoder) -> Collection[str]:
+    """Return the names of linears whose adapters PEFT would apply to stacked experts instead, where the decoder has such.
+
+    PEFT 0.21 takes these names, in models with stacked experts, for adapters of transformers 4, which had a linear for each
+    expert; dense layers and shared experts of the same names get none.
+    """
+    stacked = any(name.endswith("experts.gate_up_proj") for name, _ in decoder.named_parameters())
+    return ("gate_proj", "up_proj", "down_proj") if stacked else ()
 
 
 def _linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
