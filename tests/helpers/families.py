@@ -8,80 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-VOCABULARY = 320
-END = "<|im_end|>"
-SPECIAL = {"<pad>": 0, "<|im_start|>": 1, END: 2}  # of every family; an image's placeholder is token 10
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}%IMAGE%{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from helpers.family_parts import (
+    CHAT,
+    DYNAMIC,
+    SQUARE,
+    SYSTEM,
+    TEXT,
+    TOWER,
+    USER_ASSISTANT,
+    VICUNA,
+    VOCABULARY,
+    Family,
+    byte_tokenizer,
+    randomise,
 )
-SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-USER_ASSISTANT = (  # as the models of Hugging Face's M4 team have it
-    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}%IMAGE%{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-VICUNA = (
-    "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}{% if part.type == 'image' %}%IMAGE%"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-SQUARE = {**TOWER, "image_size": 32, "patch_size": 4}
-DYNAMIC = {  # Qwen's towers
-    "hidden_size": 32,
-    "out_hidden_size": 64,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model that is not yet random, and all that its processor is made of.
-
-    Attributes:
-        tokens: special tokens beside SPECIAL, and their ids.
-        image: what the chat template writes for an image.
-        processor: contents of processor_config.json.
-        named: the tokenizer's names of special tokens, which some processors ask for.
-        first: the token that the tokenizer puts before a text, unless the chat template wrote it.
-    """
-
-    model: Any
-    image_processor: Any
-    tokens: dict[str, int]
-    image: str
-    template: str = CHAT
-    processor: dict[str, Any] = field(default_factory=dict)
-    named: dict[str, str] = field(default_factory=dict)
-    first: str | None = None
 
 
 def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str] = ()) -> Any:
@@ -89,7 +37,7 @@ def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str]
     family = FAMILIES[name]() if name in FAMILIES else REFUSED[name][0]()
     template = family.template.replace("%IMAGE%", family.image)
     randomise(family.model, seed)
-    tokenizer = _tokenizer(family)
+    tokenizer = byte_tokenizer(family)
     with torch.no_grad():
         family.model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(list(likes))] *= 4.0
     family.model.save_pretrained(directory)
@@ -99,38 +47,6 @@ def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str]
     if family.processor:
         (directory / "processor_config.json").write_text(json.dumps(family.processor))
     return family.model
-
-
-def randomise(model: Any, seed: int) -> None:
-    """Draw every parameter, large enough that norms, gates, biases and projections all show in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim < 2:
-                parameter += 0.1 * drawn
-            else:
-                parameter.copy_((0.5 if "embed" in name else 0.1) * drawn)
-    model.eval().requires_grad_(False)
-
-
-def _tokenizer(family: Family) -> Any:
-    """Return a tokenizer of bytes and special tokens."""
-    vocabulary = SPECIAL | family.tokens
-    free = iter(sorted({*range(VOCABULARY)} - {*vocabulary.values()}))
-    letters = {letter: next(free) for letter in sorted(pre_tokenizers.ByteLevel.alphabet())}
-    backend = Tokenizer(models.BPE(vocab=vocabulary | letters, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    more = [token for token in vocabulary if token not in ("<pad>", END)]
-    options: dict[str, Any] = {"extra_special_tokens": family.named} if family.named else {}
-    if first := family.first:
-        pairs = [(first, vocabulary[first])]
-        backend.post_processor = processors.TemplateProcessing(f"{first} $A", special_tokens=pairs)
-        options["bos_token"] = first
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token="<pad>", additional_special_tokens=more, **options
-    )
 
 
 def _rope(*sections: int, **settings: Any) -> dict[str, Any]:
@@ -247,6 +163,16 @@ def glm46v() -> Family:
         **GLM_IDS,
     )
     return _glm(tf.Glm46VForConditionalGeneration(config), tf.Glm46VImageProcessorPil)
+
+
+def glm_ocr() -> Family:
+    """A type for which transformers has no processor: the checkpoint's file names it."""
+    text = {**TEXT, "head_dim": 16, "rope_parameters": _rope(4, 2, 2)}
+    family = _glm(
+        tf.GlmOcrForConditionalGeneration(tf.GlmOcrConfig(text_config=text, vision_config=GLM_TOWER, **GLM_IDS)),
+        tf.Glm46VImageProcessorPil,
+    )
+    return replace(family, processor={"processor_class": "Glm46VProcessor"})
 
 
 INTERNVL_TOKENS = {"<IMG_CONTEXT>": 10, "<video>": 11, "<img>": 12, "</img>": 13}
@@ -386,6 +312,15 @@ def llava_next_video() -> Family:
     return replace(
         still, model=tf.LlavaNextVideoForConditionalGeneration(config), tokens={"<image>": 10, "<video>": 11}
     )
+
+
+def video_llava() -> Family:
+    config = tf.VideoLlavaConfig(
+        text_config={**TEXT, "model_type": "llama"}, vision_config=CLIP, image_token_index=10, video_token_index=11
+    )
+    still = _llava(tf.VideoLlavaForConditionalGeneration(config))
+    images = tf.VideoLlavaImageProcessor(size={"shortest_edge": 32}, crop_size=SIDES)
+    return replace(still, image_processor=images, tokens={"<image>": 10, "<video>": 11})
 
 
 def idefics2() -> Family:
@@ -612,6 +547,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "video_llama_3": video_llama_3,
     "glm4v": glm4v,
     "glm46v": glm46v,
+    "glm4v_moe": glm4v_moe,
+    "glm_ocr": glm_ocr,
     "internvl": internvl,
     "internvl_qwen2": partial(internvl, "qwen2"),
     "smolvlm": smolvlm,
@@ -621,6 +558,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "llava_next": llava_next,
     "llava_next_video": llava_next_video,
     "llava_onevision": llava_onevision,
+    "video_llava": video_llava,
     "idefics2": idefics2,
     "aya_vision": aya_vision,
     "exaone4_5": exaone4_5,

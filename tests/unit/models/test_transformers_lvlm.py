@@ -28,8 +28,9 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
+from srcfast.generation.generate import Prompt, generate_greedy
 from srcfast.models import load_lvlm
-from srcfast.models.lora import lora_parameters, save_adapter
+from srcfast.models.lora import adapters, lora_parameters, save_adapter
 from srcfast.models.transformers_lvlm import EncodedImage
 
 GetFamily = Callable[[str], FamilyModels]
@@ -156,10 +157,44 @@ def test_gradients_of_an_adapter_are_those_of_peft(
         assert_close(gradient, expected[key], 1e-4)
 
 
+def test_linears_that_peft_would_take_for_experts_are_refused(family: GetFamily) -> None:
+    models = family("glm4v_moe")
+    targets = {name.rpartition(".")[2] for name in adapters(models.load(lora=ADAPTER))}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(InputError, match=r"target_modules.*q_proj, k_proj, v_proj, o_proj.*found up_proj"):
+        models.load(lora=ADAPTER.replace(target_modules=("q_proj", "up_proj")))
+
+
 def _named(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """The adapter's parameters by transformers' names."""
     prefix = model.adapter_prefix
     return [(f"{prefix}.{name}", part) for name, part in model.decoder.named_parameters() if ".lora_" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_sixteen_bits_round_and_nothing_else(
+    name: str, dtype: torch.dtype, family: GetFamily, rng: np.random.Generator
+) -> None:
+    """The comparison that loading makes lets each family through, and logits are those of fp32 but for rounding."""
+    models = family(name)
+    small = models.load(dtype=dtype)
+    forest = RandomForest(models, rng)
+    exact, rounded = forest.our_logits(), forest.our_logits(small).float()
+    ratio = float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    # Weights and activations rounded to 2^-9 or 2^-12, over four layers; experts are chosen by rounded numbers.
+    assert 1e-5 < ratio < (0.1 if dtype == torch.bfloat16 else 0.05)
+
+
+def test_a_second_image_that_changes_the_first_is_refused(family: GetFamily, rng: np.random.Generator) -> None:
+    """LLaVA-OneVision cuts an image into tiles only where it is the only one; embeddings are stored by image."""
+    models, images = family("llava_onevision"), random_images(rng)
+    pair = [images["first"], images["second"]]
+    prompt = models.ours.encode_prompt("which one?", pair)
+    features = dict(zip(("first", "second"), models.ours.encode_images(pair), strict=True))
+    with pytest.raises(InputError, match=r"images.*image positions.*image embeddings"):
+        models.ours(Forest.of([Tree((Segment(prompt),), ("first", "second"))]), features)
 
 
 @pytest.mark.parametrize(("name", "named"), [(name, named) for name, (_, named) in REFUSED.items()])
@@ -186,8 +221,12 @@ def test_a_window_is_refused_where_a_sequence_leaves_it(
         inputs = models.ours.processor_inputs("what?", [image])
         plain = plain_logits(models.theirs, dict(inputs), torch.from_numpy(fits.segments[1].tokens))
     assert_close(packed, plain, ROUNDING)
-    with pytest.raises(InputError, match=rf"sliding_window.*at most {window} tokens.*one of {window + 1}"):
+    message = rf"sliding_window.*at most {window} tokens.*one of {window + 1}"
+    with pytest.raises(InputError, match=message):
         models.ours(Forest.of([leaves]), features)
+    with pytest.raises(InputError, match=message):
+        new = window + 1 - len(prompt)
+        generate_greedy(models.ours, [Prompt(prompt, ("image",))], lambda keys: features, new, 1)
 
 
 def _tree(prompt: np.ndarray, rng: np.random.Generator, length: int) -> Tree:
