@@ -36,10 +36,6 @@ from srcfast.memory.model_sizes import ModelSizes
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-# What a layer of transformers' own saves, of a hand-written one's: 1.24 to 1.31 measured (docs/models.md).
-GENERAL = 1.4
-
-
 @dataclass(frozen=True)
 class AttentionReads:
     """Rows that attention reads in a layer.
@@ -136,8 +132,9 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     shapes, width, count = model.shapes, model.dtype_bytes, model.shapes.layers
     row = forest.tokens * shapes.hidden * width
     layer, last = (layer_bytes(model, forest.tokens, reads) for reads in (forest.inner, forest.last))
-    if not model.fused:
-        layer = last = GENERAL * layer
+    handwritten = model.layer_factor == 1.0
+    if not handwritten:
+        layer = last = model.layer_factor * layer
     shared = 2 * forest.tokens * shapes.head_dim * width  # cosines and sines
     rows = forest.last.queries
     head = 2 * rows * shapes.hidden * width + 4 * rows
@@ -145,12 +142,11 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     every = checkpoint_every or count
     groups = math.ceil(count / every)
     tail = count - (groups - 1) * every  # layers of the last group, which is not recomputed
-    inputs = shared + (groups - 1) * row if model.fused else shared + (count - tail) * row
-    recomputed = (
-        inputs + (every if model.fused else 1) * layer - row if groups > 1 else 0.0
-    )  # its first layer's input is counted in `inputs`
+    inputs = shared + (groups - 1) * row if handwritten else shared + (count - tail) * row
+    at_once = every if handwritten else 1  # layers that are recomputed together
+    recomputed = inputs + at_once * layer - row if groups > 1 else 0.0  # the first one's input is counted in `inputs`
     below = inputs + (tail - 1) * layer
-    if groups == 1 and count > 1 and model.fused:
+    if groups == 1 and count > 1 and handwritten:
         below -= _unsaved_bytes(model, forest)
     return SavedActivations(below + last + head, max(below, recomputed))
 

@@ -27,6 +27,7 @@ from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import (
     build_decoder,
     chat_text,
+    control_tokens,
     copy_companions,
     decoder_tensors,
     generation_ends,
@@ -56,7 +57,7 @@ class LVLM(nn.Module):
         self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_token_id = int(tokenizer.eos_token_id)
         self.end_tokens = frozenset({self.end_token_id, *generation_ends(path)})
-        self.control_tokens = (self.image_token, *tokenizer.all_special_tokens)
+        self.control_tokens = control_tokens(tokenizer, self.image_token)
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
 

@@ -85,6 +85,11 @@ def forest_mix(forest: Forest, on_root: Callable[[int, int, States], None] | Non
     return mix
 
 
+def is_recurrent(config: Any) -> bool:
+    """Return whether a config has recurrent layers."""
+    return not {*LAYERS}.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
 def mixers(layers: nn.ModuleList) -> list[nn.Module]:
     """List the recurrent mixers of a model's layers."""
     return [module for module in layers.modules() if type(module).__name__.endswith(MIXERS)]

@@ -206,6 +206,12 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def control_tokens(tokenizer: Any, image_token: str) -> tuple[str, ...]:
+    """List the tokens that text must not hold: those that the tokenizer names, and others that its file declares special."""
+    declared = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared)))
+
+
 def generation_ends(path: str | Path) -> frozenset[int]:
     """Read the tokens that end a response from `generation_config.json`; none without the file. Raises InputError."""
     file = Path(path) / "generation_config.json"

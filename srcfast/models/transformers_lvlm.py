@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
@@ -22,7 +23,7 @@ from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
-from srcfast.models.text_model import generation_ends
+from srcfast.models.text_model import control_tokens, generation_ends
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
@@ -63,11 +64,9 @@ class TransformersVision(FrozenVision):
             self.register_parameter(name, parameter)
         self.names = set(inspect.signature(model.base_model.get_image_features).parameters)
         self.hidden_size = int(model.config.get_text_config().hidden_size)
-        self.deep_layers, self.in_list, self.deep_in_list = (
-            0,
-            False,
-            False,
-        )  # deep-stack features, the outputs' form: known once an image was encoded
+        # Known once an image was encoded: the number of deep-stack features, and whether outputs are lists of images.
+        self.deep_layers = 0
+        self.in_list = self.deep_in_list = False
 
     def num_tokens(self, image: Image.Image) -> int:
         """Count the positions that the image takes in the decoder."""
@@ -108,8 +107,6 @@ class TransformersVision(FrozenVision):
 
     def outputs(self, images: Sequence[EncodedImage]) -> Any:
         """Put images together as transformers' models take them in `mm_encoder_outputs`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         same = len({image.values.shape[1:] for image in images}) == 1
         rows = [image.values if same else image.values.flatten(0, -2)[None] for image in images]
         whole = torch.cat(rows, dim=0 if same else -2)
@@ -136,7 +133,7 @@ class TransformersLVLM(nn.Module):
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
         self.end_token_id = self._turn_end()
-        self.control_tokens = _control_tokens(self.tokenizer, self.image_token)
+        self.control_tokens = control_tokens(self.tokenizer, self.image_token)
         self.max_positions = min(
             self.decoder.config.max_positions, self.decoder.window or self.decoder.config.max_positions
         )
@@ -269,12 +266,6 @@ class TransformersLVLM(nn.Module):
         """
         device_rows = None if rows is None else to_device(rows, forest.token_ids.device)
         return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest), device_rows)
-
-
-def _control_tokens(tokenizer: Any, image_token: str) -> tuple[str, ...]:
-    """List the tokens that text must not hold: those that the tokenizer names, and others that its file declares special."""
-    declared = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared)))
 
 
 def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
