@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from srcfast.errors import InputError, SrcfastError
-from srcfast.models.checkpoint import check_finite
+from srcfast.models.checkpoint import check_finite, check_weight_count
 from srcfast.models.supported import check_supported, check_text_supported
 
 
@@ -65,6 +65,7 @@ def check_runs(config: Any, path: Path) -> None:
 
 def load_pretrained(kind: Any, path: Path, config: Any, dtype: torch.dtype) -> Any:
     """Build a model by one of transformers' auto classes and read its weights, by transformers' own names. Raises InputError."""
+    check_weight_count([meta_model(kind, path, config)], path)
     try:
         model, report = kind.from_pretrained(
             path,

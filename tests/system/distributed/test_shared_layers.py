@@ -234,7 +234,7 @@ def search(folder: Path) -> list[Any]:
             keep_in_step(model.decoder)
             texts.append([[(one.text, one.logprob) for one in group] for group in own])
         counted = ModelSizes.of(model)
-        tensors, config = checkpoint_shapes(str(ASSETS))
+        tensors, config, _ = checkpoint_shapes(str(ASSETS))
         quantized, ranks = quantize or "none", distributed.world_size()
         planned = ModelSizes.of_tensors(
             tensors, config, dtype="bfloat16", device_type="cpu", quantize=quantized, ranks=ranks

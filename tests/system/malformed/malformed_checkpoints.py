@@ -294,7 +294,7 @@ CONFIGS: dict[str, tuple[str | bytes | None, str]] = {
 }
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown model_type": ({"model_type": "mine"}, "config"),
-    "a model_type that is not run": ({"model_type": "gpt2"}, "config"),
+    "a model_type that is not run": ({"model_type": "t5"}, "causal language model"),
     "hidden_size in words": ({"hidden_size": "eight"}, "hidden_size"),
     "hidden_size with a point": ({"hidden_size": 8.5}, "hidden_size"),
     "hidden_size of null": ({"hidden_size": None}, "hidden_size"),
@@ -356,7 +356,7 @@ VISION: dict[str, tuple[dict[str, Any], str]] = {
     "an image token below 0": ({"image_token_id": -1}, "image_token_id"),
     "an image token in words": ({"image_token_id": "<image>"}, "image_token_id"),
     "no such choice of features": ({"vision_feature_select_strategy": "mine"}, "config"),
-    "a decoder that is not run": ({"text_config.model_type": "gpt2"}, "model_type"),
+    "a decoder that is not run": ({"text_config.model_type": "gemma2"}, "soft cap"),
     "a decoder's size of null": ({"text_config.hidden_size": None}, "text_config.hidden_size"),
 }
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

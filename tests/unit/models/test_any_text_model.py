@@ -125,3 +125,11 @@ def test_weights_that_are_quantised_already_are_refused_by_name(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="quantization_config.*whole weights"):
         load_text_model(tmp_path)
+
+
+def test_settings_of_far_more_weights_than_the_files_hold_are_refused(tmp_path: Path) -> None:
+    write("olmo2", {}, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_size": 4096}))
+    with pytest.raises(InputError, match="its files hold"):
+        load_text_model(tmp_path)
