@@ -110,7 +110,7 @@ def test_a_model_in_four_bits_equals_one_of_the_dequantised_weights(
     for (_, path, _), logits in zip(forest.paths(), dequantised, strict=True):
         torch.testing.assert_close(packed[path], logits, rtol=0.0, atol=ROUNDING * scale)
     rounded = max(float((a - b).abs().max()) for a, b in zip(plain, dequantised, strict=True))
-    assert rounded > 1e2 * ROUNDING * scale  # 4 bits show
+    assert rounded > 20 * ROUNDING * scale  # 4 bits show
 
 
 @pytest.mark.parametrize("name", VARIED)
