@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
+from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import ARCHITECTURES, Decoder
 from srcfast.models.embedded import checkpoint_directory
@@ -26,11 +27,8 @@ from srcfast.models.pretrained import has_vision
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import (
     build_decoder,
-    chat_text,
-    control_tokens,
     copy_companions,
     decoder_tensors,
-    generation_ends,
     load_tokenizer,
 )
 from srcfast.models.transformers_lvlm import TransformersLVLM, load_transformers_lvlm
@@ -44,7 +42,7 @@ LLAVA_TEMPLATE = (
 )
 
 
-class LVLM(nn.Module):
+class LVLM(ChatModel):
     """Decoder, vision, tokenizer; `path` is the checkpoint's directory."""
 
     def __init__(self, decoder: Decoder, vision: Vision, tokenizer: Any, path: Path) -> None:
@@ -68,41 +66,20 @@ class LVLM(nn.Module):
             InputError: the question holds the image token or another control token, or the prompt leaves no room for a
                 response.
         """
-        for token in self.control_tokens:
-            if token in question:
-                fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
-                raise _prompt_error(sample_id, "question", f"text without {token}", question, fix)
+        self.check_question(question, sample_id)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        text = chat_text(self.tokenizer, content, None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
-        ids = np.array(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
+        text = chat_text(self.tokenizer, user_turn(content), None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
+        ids = np.array(self.tokenizer(text, add_special_tokens=adds_bos(self.tokenizer, text)).input_ids)
         positions = np.flatnonzero(ids == self.image_token_id)
         if len(positions) != len(images):
             expected = f"{len(images)} image placeholders in the prompt"
             fix = "the checkpoint's chat template must show each image once"
-            raise _prompt_error(sample_id, "chat_template", expected, len(positions), fix)
+            raise prompt_error(sample_id, "chat_template", expected, len(positions), fix)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[positions] = [self.vision.num_tokens(image) for image in images]
         prompt = np.repeat(ids, repeats)
-        if len(prompt) >= self.max_positions:
-            expected = f"fewer than {self.max_positions} prompt tokens, images included"
-            fix = "leave this sample out: image tokens are never truncated"
-            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
+        self.check_room(prompt, sample_id)
         return prompt
-
-    def _adds_bos(self, text: str) -> bool:
-        """Return whether the tokenizer has to add its special tokens: not where the template wrote the first one itself."""
-        bos = self.tokenizer.bos_token
-        return not (bos and text.startswith(bos))
-
-    def encode_response(self, text: str) -> np.ndarray:
-        """Tokenize a response, then the end token, into [n]; no other special token is added."""
-        # Text of a data set never becomes a control token, least of all an image's placeholder.
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return np.array([*ids, self.end_token_id])
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Turn tokens into text, without special ones."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -143,10 +120,6 @@ class LVLM(nn.Module):
 
 
 AnyLVLM = LVLM | TransformersLVLM
-
-
-def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
-    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
 
 
 class ImageFeatures:

@@ -21,8 +21,9 @@ from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
+from srcfast.models.chat import chat_text, user_turn
 from srcfast.models.embedded import checkpoint_directory
-from srcfast.models.text_model import TextModel, chat_text, load_text_model
+from srcfast.models.text_model import TextModel, load_text_model
 from srcfast_kernels.transfers import to_device
 
 VerdictForm = Literal["choice", "graded"]
@@ -278,7 +279,7 @@ def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, .
 def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize what is before and after the user's turn in the tokenizer's chat template."""
     mark = "\u0001"
-    text = chat_text(tokenizer, mark)
+    text = chat_text(tokenizer, user_turn(mark))
     before, separator, after = text.partition(mark)
     if not separator:
         raise InputError(

@@ -47,10 +47,7 @@ class TextModel(nn.Module):
 
     def forward(self, forest: Forest, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D]."""
-        embeddings, attend = (
-            self.decoder.embed_forest(forest),
-            forest_attend(forest, rows=rows),
-        )
+        embeddings, attend = self.decoder.embed_forest(forest), forest_attend(forest, rows=rows)
         if rows is None:
             return self.decoder(embeddings, forest.positions, attend)
         return self.decoder(embeddings, forest.positions, attend, to_device(rows, forest.token_ids.device))
@@ -204,47 +201,6 @@ def load_tokenizer(path: str | Path) -> Any:
             expected, found = "a template, in JSON", repr(error)
             raise InputError(file=file, field="chat_template", expected=expected, found=found) from error
     return tokenizer
-
-
-def control_tokens(tokenizer: Any, image_token: str) -> tuple[str, ...]:
-    """List the tokens that text must not hold: those that the tokenizer names, and others that its file declares special."""
-    declared = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared)))
-
-
-def generation_ends(path: str | Path) -> frozenset[int]:
-    """Read the tokens that end a response from `generation_config.json`; none without the file. Raises InputError."""
-    file = Path(path) / "generation_config.json"
-    if not file.is_file():
-        return frozenset()
-    try:
-        named = parse_object(file.read_bytes()).get("eos_token_id")
-    except (OSError, ValueError) as error:
-        raise InputError(file=file, expected="settings of generation, in JSON", found=error) from error
-    tokens = named if isinstance(named, list) else [] if named is None else [named]
-    if any(type(token) is not int for token in tokens):
-        raise InputError(file=file, field="eos_token_id", expected="a token's id, or a list of them", found=repr(named))
-    return frozenset(tokens)
-
-
-def chat_text(tokenizer: Any, content: Any, chat_template: str | None = None) -> str:
-    """Render a user's turn and the generation prompt by `chat_template`, by default the tokenizer's, in a sandbox.
-
-    Raises:
-        InputError: the template fails, or accesses what transformers' sandbox forbids.
-    """
-    turns = [{"role": "user", "content": content}]
-    try:
-        return tokenizer.apply_chat_template(
-            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
-        raise InputError(
-            field="chat_template",
-            expected="a template that shows a user's turn",
-            found=f"{type(error).__name__}: {error}",
-            fix="repair the checkpoint's chat template",
-        ) from error
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
+from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
-from srcfast.models.text_model import control_tokens, generation_ends
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
@@ -120,7 +120,7 @@ class TransformersVision(FrozenVision):
         return output
 
 
-class TransformersLVLM(nn.Module):
+class TransformersLVLM(ChatModel):
     """A conditional-generation model of transformers with its processor; `path` is the checkpoint's directory."""
 
     def __init__(self, model: Any, processor: Any, path: Path) -> None:
@@ -146,25 +146,19 @@ class TransformersLVLM(nn.Module):
             InputError: the question holds a control token, the template shows no image, or the prompt leaves no room for a
                 response.
         """
-        for token in self.control_tokens:
-            if token in question:
-                fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
-                raise _prompt_error(sample_id, "question", f"text without {token}", question, fix)
+        self.check_question(question, sample_id)
         try:
             inputs = self.processor_inputs(question, images)
         except InputError:
             raise
         except Exception as error:  # of any class, for pixels, templates or placeholders that do not fit
             found, fix = f"{type(error).__name__}: {error}", "the checkpoint's processor and chat template must fit"
-            raise _prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
+            raise prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
         prompt = np.asarray(inputs["input_ids"][0], dtype=np.int64)
         if bool(images) != bool((prompt == self.image_token_id).any()):
             fix = "the checkpoint's chat template must show each image once"
-            raise _prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", "none", fix)
-        if len(prompt) >= self.max_positions:
-            expected = f"fewer than {self.max_positions} prompt tokens, images included"
-            fix = "leave this sample out: image tokens are never truncated"
-            raise _prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
+            raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", "none", fix)
+        self.check_room(prompt, sample_id)
         return prompt
 
     def _turn_end(self) -> int:
@@ -178,39 +172,18 @@ class TransformersLVLM(nn.Module):
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        text = self._chat_text([{"role": "user", "content": content}])
-        bos = self.tokenizer.bos_token
+        text = self._chat_text(user_turn(content))
         return self.processor(
             text=[text],
             images=[list(images)] if images else None,
-            add_special_tokens=not (bos and text.startswith(bos)),
+            add_special_tokens=adds_bos(self.tokenizer, text),
             return_tensors="pt",
         )
 
-    def _chat_text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.processor.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
-            raise InputError(
-                field="chat_template",
-                expected="a template that shows a user's turn",
-                found=f"{type(error).__name__}: {error}",
-                fix="repair the checkpoint's chat template",
-            ) from error
-
-    def encode_response(self, text: str) -> np.ndarray:
-        """Tokenize a response, then the end token, into [n]; no other special token is added."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return np.array([*ids, self.end_token_id])
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Turn tokens into text, without special ones."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+    def _chat_text(self, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """Render turns by the processor's chat template. Raises InputError where it fails."""
+        template = self.processor.chat_template
+        return chat_text(self.tokenizer, turns, template, add_generation_prompt=add_generation_prompt)
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         """Encode each image, without gradient."""
@@ -266,10 +239,6 @@ class TransformersLVLM(nn.Module):
         """
         device_rows = None if rows is None else to_device(rows, forest.token_ids.device)
         return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest), device_rows)
-
-
-def _prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
-    return InputError(sample_id=sample_id, field=field, expected=expected, found=found, fix=fix)
 
 
 def _joined(sizes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
