@@ -18,7 +18,7 @@ from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
-from srcfast.models.quantized import NF4Linear
+from srcfast.models.quantized import NF4Linear, block_linears
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels import swiglu
 from srcfast_kernels.dropout import dropout_product
@@ -61,9 +61,8 @@ class LoRALinear(nn.Module):
         self.dropout = config.dropout
         self.number = number
         self.active = True
-        self.row_keys: Tensor | None = (
-            None  # [T] dropout keys of the rows of the next pass, where no caller passes them
-        )
+        # [T] dropout keys of the rows of the next pass, where no caller passes them.
+        self.row_keys: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
@@ -160,7 +159,7 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     embedding = model.decoder.embed_tokens.weight
     exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
-    linears = list(_linears(model.decoder))
+    linears = list(block_linears(model.decoder))
     unreadable = _unreadable_names(model.decoder)
     names = dict.fromkeys(name for _, name, _ in linears if name not in unreadable)
     if {*config.target_modules} == {*TARGETS} and not {*TARGETS} <= {*names}:
@@ -189,15 +188,6 @@ def _unreadable_names(decoder: TransformerDecoder) -> Collection[str]:
     """
     stacked = any(name.endswith("experts.gate_up_proj") for name, _ in decoder.named_parameters())
     return ("gate_proj", "up_proj", "down_proj") if stacked else ()
-
-
-def _linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
-    """Yield (parent, name, linear) in one order, by which dropout numbers them and weights are drawn."""
-    for layer in decoder.layers:
-        for path, linear in list(layer.named_modules()):
-            if isinstance(linear, nn.Linear | NF4Linear):
-                parent, _, name = path.rpartition(".")
-                yield layer.get_submodule(parent), name, linear
 
 
 def adapters(model: HasDecoder) -> dict[str, LoRALinear]:
@@ -321,7 +311,7 @@ def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = Tru
         tensors = dict(read_file(file))
     _check_settings(settings, directory / ADAPTER_CONFIG)
     weights = _by_name_in_decoder(tensors, file)
-    targets = _target_modules(weights, {name for _, name, _ in _linears(model.decoder)}, file)
+    targets = _target_modules(weights, {name for _, name, _ in block_linears(model.decoder)}, file)
     alpha, dropout = float(settings["lora_alpha"]), float(settings["lora_dropout"])
     add_lora(model, LoRAConfig(r=settings["r"], alpha=alpha, dropout=dropout, target_modules=targets))
     parameters = _named_parameters(model)

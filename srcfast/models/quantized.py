@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
 import torch
@@ -73,21 +73,25 @@ class NF4Linear(nn.Module):
 
 def quantize_linears(decoder: TransformerDecoder, flat: bool = False) -> None:
     """Replace the linear layers of a decoder's blocks, before weights are loaded, by 4-bit ones; not embedding and head."""
-    for layer in decoder.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if isinstance(linear, nn.Linear):
-                    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-                    setattr(block, name, NF4Linear(*sizes, bias, flat))
+    for block, name, linear in block_linears(decoder):
+        if isinstance(linear, nn.Linear):
+            setattr(block, name, NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, flat))
 
 
 def quantize_loaded(decoder: TransformerDecoder, device: str | torch.device) -> None:
     """Quantise the linear layers of a decoder's blocks, whose weights are loaded, one by one on the device."""
-    for layer in decoder.layers:
-        for path, linear in list(layer.named_modules()):
-            if not isinstance(linear, nn.Linear):
-                continue
+    for block, name, linear in block_linears(decoder):
+        if isinstance(linear, nn.Linear):
             quantised = NF4Linear(linear.in_features, linear.out_features, bias=False)
             quantised.bias = linear.bias
             quantised.set_weight(linear.weight.detach().to(device))
-            layer.set_submodule(path, quantised)
+            setattr(block, name, quantised)
+
+
+def block_linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
+    """Yield (parent, name, linear) of a decoder's blocks in one order, by which dropout numbers them and adapters are drawn."""
+    for layer in decoder.layers:
+        for path, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear | NF4Linear):
+                parent, _, name = path.rpartition(".")
+                yield layer.get_submodule(parent), name, linear
