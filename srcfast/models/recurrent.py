@@ -104,7 +104,6 @@ def mix_by_caller(mixer: Any) -> None:
     ) -> Tensor:
         if mix is None:
             return ordinary(hidden_states, cache=cache, **options)
-        run = partial(ordinary, **{name: value for name, value in options.items() if name == "attention_mask"})
-        return mix(mixer.layer_idx, lambda hidden, cache: run(hidden, cache=cache), hidden_states)
+        return mix(mixer.layer_idx, partial(ordinary, attention_mask=options.get("attention_mask")), hidden_states)
 
     mixer.forward = forward

@@ -60,7 +60,6 @@ class BackboneShapes:
     head_dim: int
     rms_norm_eps: float
     max_positions: int
-    tie_embeddings: bool
 
     @classmethod
     def of(cls, config: Any) -> BackboneShapes:
@@ -76,7 +75,6 @@ class BackboneShapes:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             max_positions=config.max_position_embeddings,
-            tie_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
 
@@ -125,11 +123,15 @@ class TransformersDecoder(nn.Module):
         self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
         self.has_axes = hasattr(model.base_model, "get_rope_index")  # rotary positions by time, height and width
 
-    def _set_checkpointing(self) -> None:
-        """Let the layers of all groups but the last save their inputs alone, as transformers' layers do, one by one.
+    def _prepare_training_pass(self) -> None:
+        """Hand adapters their rows' dropout keys, and let the layers of all groups but the last save their inputs alone.
 
-        A group of the hand-written decoder saves one input; but the groups' sizes stand for how many layers are recomputed.
+        transformers' modules pass no keys to their linears, and its layers are recomputed one by one. A group of the hand-written
+        decoder saves one input; but the groups' sizes stand for how many layers are recomputed.
         """
+        for module in self.layers.modules():
+            if isinstance(module, LoRALinear):
+                module.row_keys = self.dropout_keys
         count, every = len(self.layers), self.checkpoint_layers
         recomputed = count - (count % every or every) if every else 0
         for index, layer in enumerate(self.layers):
@@ -190,10 +192,8 @@ class TransformersDecoder(nn.Module):
             attend: called in each layer.
             rows: [M] int64 ascending.
         """
-        for layer in self.layers.modules():
-            if isinstance(layer, LoRALinear):
-                layer.row_keys = self.dropout_keys  # transformers' modules pass them to no linear
-        self._set_checkpointing()
+        if self.training:  # only then do layers drop and recompute
+            self._prepare_training_pass()
         positions = positions if row.positions is None else row.positions
         if self.has_axes and positions.ndim == 1:
             positions = positions.expand(3, -1)
