@@ -7,7 +7,8 @@ Backends:
     varlen_reference                     the variable-length call by its definition, block by block, plain PyTorch
     reference                            softmax under the dense ancestor mask over all T tokens
 
-Each gives the result of causal attention over each root-to-leaf path by itself.
+Each gives the result of causal attention over each root-to-leaf path by itself, or of attention by `AttentionOptions`. Of those
+flash_attn takes all, torch_varlen windows and two-way ranges, xformers one of these two; the others take any.
 """
 
 from __future__ import annotations
@@ -15,22 +16,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from srcfast.attention.padded import Plan, padded_attention
-from srcfast.attention.query_blocks import query_blocks, similar_lengths
+from srcfast.attention.options import CAUSAL, AttentionOptions
+from srcfast.attention.padded import padded_attention
+from srcfast.attention.padded_plan import plan_blocks
 from srcfast.attention.shared_prefix import shared_attention
-from srcfast.attention.varlen_plan import varlen_plan
+from srcfast.attention.varlen_plan import VarlenPlan, varlen_plan
 from srcfast.data.forest import Forest
 from srcfast.errors import ConfigError
 from srcfast_kernels.optional import import_failure
-from srcfast_kernels.transfers import to_device_together
+from srcfast_kernels.transfers import to_device
 
-# (layer, q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+class Attend(Protocol):
+    """The attention of a layer, as a decoder calls it."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = CAUSAL, /
+    ) -> Tensor: ...  # q [T, H, d], k and v [T, Hkv, d] -> [T, H, d]
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Forest, Tensor | None, AttentionOptions], Tensor]
 
 # The function of an optional package that a backend calls.
 _IMPORTS = {
@@ -70,7 +80,13 @@ def why_unavailable(name: str) -> str | None:
 
 
 def forest_attention(
-    q: Tensor, k: Tensor, v: Tensor, forest: Forest, backend: str | None = None, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    backend: str | None = None,
+    rows: Tensor | None = None,
+    options: AttentionOptions = CAUSAL,
 ) -> Tensor:
     """Compute causal softmax attention in which each segment sees its ancestors and itself; scale 1/sqrt(d).
 
@@ -80,14 +96,24 @@ def forest_attention(
         forest: the forest of these T tokens.
         backend: one of the module's backends; None for the automatic choice.
         rows: `[M]` int64, M >= 1, on the host, so that the host does not wait for a device.
+        options: windows, soft caps and two-way ranges.
 
     Returns:
         `[T, H, d]`, or `[M, H, d]`.
+
+    Raises:
+        ConfigError: the backend is unknown, or does not take the options.
     """
-    name = backend or _forced or _automatic(q)
+    options = options.within(forest)
+    name = backend or _forced or _automatic(q, rows, options)
     if name not in _BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known: {', '.join(_BACKENDS)}")
-    return _BACKENDS[name](q, k, v, forest, rows)
+    if not _takes(name, rows, options):
+        raise ConfigError(
+            f"attention backend {name!r}: expected attention that it computes, found "
+            f"{_described(options)}. Fix: leave the backend to srcfast, or choose 'blocks'"
+        )
+    return _BACKENDS[name](q, k, v, forest, rows, options)
 
 
 def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | None = None) -> Attend:
@@ -97,17 +123,38 @@ def forest_attend(forest: Forest, backend: str | None = None, rows: Tensor | Non
         rows: `[M]` int64 on the host, the rows passed to `Decoder.forward`, whose last layer has queries for them alone.
     """
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return forest_attention(q, k, v, forest, backend, rows if q.shape[0] != k.shape[0] else None)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = CAUSAL, /) -> Tensor:
+        return forest_attention(q, k, v, forest, backend, rows if q.shape[0] != k.shape[0] else None, options)
 
     return attend
 
 
-def _automatic(q: Tensor) -> str:
+def _automatic(q: Tensor, rows: Tensor | None, options: AttentionOptions) -> str:
     if not flash_takes(q):
         return "blocks"
     # Stop at the first one: xformers, which comes later, takes seconds to import.
-    return next(name for name in _BACKENDS if why_unavailable(name) is None)
+    return next(name for name in _BACKENDS if _takes(name, rows, options) and why_unavailable(name) is None)
+
+
+def _takes(name: str, rows: Tensor | None, options: AttentionOptions) -> bool:
+    """Return whether a backend computes attention by these options, which name no window that covers all paths."""
+    if options == CAUSAL or name in ("blocks", "reference"):
+        return True
+    if options.softcap is not None and name in ("torch_varlen", "xformers"):
+        return False
+    if not options.two_way:
+        return True
+    # The call over two-way ranges aligns a window with each range's end. So it hides none of the range's rows from each other.
+    if options.window is not None and (name == "xformers" or options.longest_range > options.window):
+        return False
+    return rows is None or not options.touches(rows.numpy())
+
+
+def _described(options: AttentionOptions) -> str:
+    parts = [f"a window of {options.window}"] if options.window is not None else []
+    parts += [f"a soft cap of {options.softcap:g}"] if options.softcap is not None else []
+    parts += [f"{len(options.two_way)} two-way ranges of up to {options.longest_range} rows"] if options.two_way else []
+    return ", ".join(parts)
 
 
 def flash_takes(q: Tensor) -> bool:
@@ -122,87 +169,68 @@ def flash_takes(q: Tensor) -> bool:
     return capability in ((8, 0), (9, 0)) if 192 < size <= 224 else capability >= (8, 0)
 
 
-# The CPU's way: padded groups of segments --------------------------------------------------------------------
-
-
-def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions) -> Tensor:
     dtype = q.dtype
     if not q.is_cuda:  # in bf16 the CPU's backward takes four times fp32's time
         q, k, v = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        if options == CAUSAL and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             return shared_attention(q, k, v, forest, rows).to(dtype)
-    key = ("blocks", q.dtype, q.device)
+    key = ("blocks", q.dtype, q.device, options.window, options.two_way)
     plan = forest.cache.get(key) if rows is None else None
     if plan is None:
-        plan = plan_blocks(forest, q.dtype, q.device, rows)
+        plan = plan_blocks(forest, q.dtype, q.device, rows, options)
     if rows is None:
         forest.cache[key] = plan
-    return padded_attention(q, k, v, plan).to(dtype)
-
-
-def plan_blocks(forest: Forest, dtype: torch.dtype, device: torch.device, rows: Tensor | None = None) -> Plan:
-    """Plan padded groups: index maps of the queries into and out of them, of the keys into them, and the groups.
-
-    A row is a segment, or the part of it that `rows` selects; its keys are its path from the root. Both end at its last
-    token and are padded in front, so that one causal mask serves all rows of a group. The work is the sum of segment times
-    path: less than the square of the tree wherever it has children.
-    """
-    blocks = query_blocks(forest, rows)
-    kv_index = (forest.host or forest).kv_index.numpy()
-    into: list[np.ndarray] = []
-    keys_of: list[np.ndarray] = []
-    paths_of: list[np.ndarray] = []
-    sizes: list[tuple[int, int, int]] = []
-    out_of = np.empty(blocks.lengths.sum(), dtype=np.int64)
-    begin = 0
-    for members in similar_lengths(blocks.lengths, blocks.paths):
-        lengths, paths = blocks.lengths[members, None], blocks.paths[members, None]
-        long, wide = int(lengths.max()), int(paths.max())
-        from_end_q, from_end_k = np.arange(long)[::-1], np.arange(wide)[::-1]  # tokens that follow
-        index = np.maximum(blocks.ends[members, None] - 1 - from_end_q, 0)  # [rows, long]
-        valid = from_end_q < lengths  # the others are padding
-        out_of[index[valid]] = begin + np.flatnonzero(valid)
-        begin += index.size
-        into.append(index.ravel())
-        keys_of.append(kv_index[np.maximum(blocks.key_ends[members, None] - 1 - from_end_k, 0)].ravel())
-        sizes.append((len(members), long, wide))
-        paths_of.append(paths[:, 0])
-    whole = [np.concatenate(into), out_of, np.concatenate(keys_of), np.concatenate(paths_of)]
-    rows_in, rows_out, key_rows, device_paths = to_device_together(whole, device)
-    by_group = device_paths.split([count for count, _, _ in sizes])
-    groups = [(*size, _block_mask(*size[1:], paths, dtype)) for size, paths in zip(sizes, by_group, strict=True)]
-    return rows_in, rows_out, key_rows, groups
-
-
-def _block_mask(long: int, wide: int, paths: Tensor, dtype: torch.dtype) -> Tensor:
-    """Build a group's additive mask [rows, 1, long, wide] on the device of `paths` [rows]: masks are too large to copy there."""
-    from_end_q, from_end_k = (torch.arange(size - 1, -1, -1, device=paths.device) for size in (long, wide))
-    hidden = from_end_k < from_end_q[:, None]  # [long, wide]
-    hidden = hidden | (from_end_k >= paths[:, None])[:, None]  # [rows, long, wide]
-    # Half of the smallest number: finite, so that no row of scores is all minus infinity.
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=paths.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)[:, None]
+    return padded_attention(q, k, v, plan, options.softcap).to(dtype)
 
 
 # One variable-length call -----------------------------------------------------------------------------------
 
+# (q [M, H, d], keys [K, Hkv, d], values, the blocks, whether causal) -> [M, H, d]
+Call = Callable[[Tensor, Tensor, Tensor, VarlenPlan, bool], Tensor]
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
 
+def _by_varlen(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attend by one causal call over the forest's blocks, and by one that is not causal over two-way ranges."""
     plan = varlen_plan(forest, rows)
     keys, values = plan.gather(k, v)  # [K, Hkv, d]
-    return flash_attn_varlen_func(
-        q,
-        keys,
-        values,
-        plan.cu_seqlens_q,
-        plan.cu_seqlens_k,
-        plan.max_seqlen_q,
-        plan.max_seqlen_k,
-        causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's and xformers' calls check this themselves
-    )
+    output = call(q, keys, values, plan, True)
+    if not options.two_way or rows is not None:  # no rows of a range are among those: see `_takes`
+        return output
+    key = ("two-way", options.two_way)
+    if key not in forest.cache:
+        within = torch.from_numpy(options.two_way_rows)
+        forest.cache[key] = to_device(within, q.device), varlen_plan(forest, within)
+    index, plan = forest.cache[key]
+    # A range's last query sees its whole path, and the others as much of it: the keys of a block are those of its last query.
+    keys, values = plan.gather(k, v)
+    return output.index_copy(0, index, call(q[index], keys, values, plan, False))
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    def call(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan, causal: bool) -> Tensor:
+        return flash_attn_varlen_func(
+            query,
+            keys,
+            values,
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.max_seqlen_q,
+            plan.max_seqlen_k,
+            causal=causal,
+            window_size=(-1 if options.window is None else options.window - 1, -1),
+            softcap=options.softcap or 0.0,
+            # PyTorch's and xformers' calls check this themselves.
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+    return _by_varlen(call, q, k, v, forest, rows, options)
 
 
 @cache
@@ -213,44 +241,57 @@ def varlen_takes(option: str) -> bool:
     return option in inspect.signature(varlen_attn).parameters
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = varlen_plan(forest, rows)
-    keys, values = plan.gather(k, v)  # [K, Hkv, d]
-    options = {"enable_gqa": q.shape[1] != k.shape[1]}
-    if not varlen_takes("enable_gqa"):
-        options, keys, values = {}, _all_heads(keys, q), _all_heads(values, q)
-    output = varlen_attn(
-        q,
-        keys,
-        values,
-        plan.cu_seqlens_q,
-        plan.cu_seqlens_k,
-        plan.max_seqlen_q,
-        plan.max_seqlen_k,
-        window_size=(-1, 0),  # causal, aligned bottom-right
-        **options,
-    )
-    assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are requested
-    return output
+    def call(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan, causal: bool) -> Tensor:
+        gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
+        if not varlen_takes("enable_gqa"):
+            gqa, keys, values = {}, _all_heads(keys, q), _all_heads(values, q)
+        output = varlen_attn(
+            query,
+            keys,
+            values,
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            plan.max_seqlen_q,
+            plan.max_seqlen_k,
+            # Both sides are counted from the bottom right; 0 on the right is causal.
+            window_size=(-1 if options.window is None else options.window - 1, 0 if causal else -1),
+            **gqa,
+        )
+        assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are requested
+        return output
+
+    return _by_varlen(call, q, k, v, forest, rows, options)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+def _xformers(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
     from xformers.ops import fmha, memory_efficient_attention
 
-    plan = varlen_plan(forest, rows)
-    bias = forest.cache.get("xformers") if rows is None else None
-    if bias is None:
-        bias = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            plan.lengths_q.tolist(), plan.lengths_k.tolist(), device=q.device
-        )
-    if rows is None:
-        forest.cache["xformers"] = bias
-    keys, values = plan.gather(k, v)  # [K, Hkv, d]
-    # Its form for grouped queries has no backward.
-    keys, values = _all_heads(keys, q)[None], _all_heads(values, q)[None]
-    return memory_efficient_attention(q[None], keys, values, attn_bias=bias)[0]
+    def bias_of(plan: VarlenPlan, causal: bool) -> Any:
+        lengths = plan.lengths_q.tolist(), plan.lengths_k.tolist()
+        if causal and options.window is None:
+            return fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*lengths, device=q.device)
+        bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(*lengths, device=q.device)
+        return bias.make_local_attention_from_bottomright(options.window) if causal else bias
+
+    def call(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan, causal: bool) -> Tensor:
+        key = ("xformers", options.window, id(plan))  # the forest's plans live as long as its cache
+        bias = forest.cache.get(key) if rows is None else None
+        if bias is None:
+            bias = bias_of(plan, causal)
+        if rows is None:
+            forest.cache[key] = bias
+        # Its form for grouped queries has no backward.
+        keys, values = _all_heads(keys, q)[None], _all_heads(values, q)[None]
+        return memory_efficient_attention(query[None], keys, values, attn_bias=bias)[0]
+
+    return _by_varlen(call, q, k, v, forest, rows, options)
 
 
 def _all_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -258,36 +299,50 @@ def _all_heads(x: Tensor, q: Tensor) -> Tensor:
     return x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1).flatten(1, 2)
 
 
-def _varlen_reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
-    plan = varlen_plan(forest, rows)
-    keys, values = plan.gather(k, v)  # [K, Hkv, d]
-    bounds_q, bounds_k = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_k.tolist()
-    outputs = []
-    for block in range(len(bounds_q) - 1):
-        query = q[bounds_q[block] : bounds_q[block + 1]]
-        visible = slice(bounds_k[block], bounds_k[block + 1])
-        n, m = query.shape[0], keys[visible].shape[0]
-        bottom_right = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        outputs.append(_softmax_attention(query, keys[visible], values[visible], bottom_right))
-    return torch.cat(outputs)
+def _varlen_reference(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    def call(query: Tensor, keys: Tensor, values: Tensor, plan: VarlenPlan, causal: bool) -> Tensor:
+        bounds_q, bounds_k = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_k.tolist()
+        outputs = []
+        for block in range(len(bounds_q) - 1):
+            part = query[bounds_q[block] : bounds_q[block + 1]]
+            seen = slice(bounds_k[block], bounds_k[block + 1])
+            n, m = part.shape[0], keys[seen].shape[0]
+            visible = torch.ones(n, m, dtype=torch.bool, device=q.device)
+            if causal:
+                visible = visible.tril(m - n)  # aligned at the bottom right
+            if options.window is not None:
+                visible = visible.triu(m - n - options.window + 1)
+            outputs.append(_softmax_attention(part, keys[seen], values[seen], visible, options.softcap))
+        return torch.cat(outputs)
+
+    return _by_varlen(call, q, k, v, forest, rows, options)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None) -> Tensor:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None, options: AttentionOptions
+) -> Tensor:
     visible = torch.zeros(k.shape[0], k.shape[0], dtype=torch.bool, device=q.device)  # [query, key]
+    before, behind = (torch.from_numpy(side).to(q.device)[:, None] for side in options.reach(k.shape[0]))
     for path in forest.paths():
-        visible[path[:, None], path] |= torch.ones(len(path), len(path), dtype=torch.bool, device=q.device).tril()
-    return _softmax_attention(q, k, v, visible if rows is None else visible[rows.to(q.device)])
+        position = torch.arange(len(path), device=q.device)
+        distance = position - position[:, None]  # [query, key]
+        visible[path[:, None], path] |= (distance <= behind[path]) & (distance >= -before[path])
+    return _softmax_attention(q, k, v, visible if rows is None else visible[rows.to(q.device)], options.softcap)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softcap: float | None) -> Tensor:
     """Attend to the visible keys only; q `[n, H, d]`, k and v `[m, Hkv, d]`, visible `[n, m]` bool."""
     k, v = _all_heads(k, q), _all_heads(v, q)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5  # [H, n, m]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Forest, Tensor | None], Tensor]] = {
+_BACKENDS: dict[str, Backend] = {
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
     "xformers": _xformers,

@@ -20,26 +20,29 @@ Plan = tuple[Tensor, Tensor, Tensor, list[Group]]  # rows into the padded querie
 Chunk = tuple[slice, Tensor, Tensor, slice]  # padded queries, rows of the keys, mask [segments, 1, q, k], heads of keys
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    """Compute softmax attention [M, H, d] of q [M, H, d] over k and v [T, Hkv, d] by a plan of `plan_blocks`."""
-    return _PaddedAttention.apply(q, k, v, plan)
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float | None = None) -> Tensor:
+    """Compute softmax attention [M, H, d] of q [M, H, d] over k and v [T, Hkv, d] by a plan of `plan_blocks`.
+
+    With a soft cap c scores s become c tanh(s / c).
+    """
+    return _PaddedAttention.apply(q, k, v, plan, softcap)
 
 
 class _PaddedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.plan = plan
+        ctx.plan, ctx.softcap = plan, softcap
         into, out_of, _, _ = plan
         padded = q.new_empty(len(into), q.shape[1], q.shape[2])
         for queries, keys, mask, heads in _chunks(plan, q, k):
             query, key, value = _gathered(q, k, v, into[queries], keys, len(mask), heads)
-            attended = torch.bmm(_weights(query, key, mask), value)  # [segments heads, H / Hkv long, d]
+            attended = torch.bmm(_weights(query, key, mask, softcap)[0], value)  # [segments heads, H / Hkv long, d]
             _write(_of_heads(padded[queries], heads, k), attended, len(mask), heads)
         return padded.index_select(0, out_of)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         into, out_of, _, _ = ctx.plan
         padded = q.new_zeros(len(into), q.shape[1], q.shape[2])  # padding has no gradient
@@ -49,16 +52,18 @@ class _PaddedAttention(torch.autograd.Function):
         grad_k, grad_v = (x.new_zeros(len(x), x[0].numel(), dtype=wide) for x in (k, v))  # [T, Hkv d]
         for queries, keys, mask, heads in _chunks(ctx.plan, q, k):
             query, key, value = _gathered(q, k, v, into[queries], keys, len(mask), heads)
-            weights = _weights(query, key, mask)
+            weights, slope = _weights(query, key, mask, ctx.softcap)
             gradient = _by_head(_of_heads(padded[queries], heads, k), len(mask), heads)
             columns = slice(heads.start * k.shape[2], heads.stop * k.shape[2])
             _add_at(grad_v[:, columns], keys, torch.bmm(weights.transpose(1, 2), gradient), len(mask), heads)
             slopes = torch.bmm(gradient, value.transpose(1, 2))
             scores = torch._softmax_backward_data(slopes, weights, -1, weights.dtype)
+            if slope is not None:
+                scores *= slope
             _write(_of_heads(grad_q[queries], heads, k), torch.bmm(scores, key), len(mask), heads)
             _add_at(grad_k[:, columns], keys, torch.bmm(scores.transpose(1, 2), query), len(mask), heads)
         grad_q = grad_q.index_select(0, out_of).mul_(q.shape[-1] ** -0.5)
-        return grad_q, grad_k.view_as(k).to(k.dtype), grad_v.view_as(v).to(v.dtype), None
+        return grad_q, grad_k.view_as(k).to(k.dtype), grad_v.view_as(v).to(v.dtype), None, None
 
 
 def _chunks(plan: Plan, q: Tensor, k: Tensor) -> Iterator[Chunk]:
@@ -116,9 +121,15 @@ def _add_at(total: Tensor, rows: Tensor, x: Tensor, segments: int, heads: slice)
     total.index_add_(0, rows, flat.to(total.dtype))
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Compute softmax of scores [segments Hkv, H / Hkv long, wide] under a mask [segments, 1, long, wide]."""
-    scores = torch.bmm(query, key.transpose(1, 2))
+def _weights(query: Tensor, key: Tensor, mask: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Compute softmax of scores [segments Hkv, H / Hkv long, wide] under a mask [segments, 1, long, wide].
+
+    Returns the slope of the soft cap, too, None without one.
+    """
+    scores, slope = torch.bmm(query, key.transpose(1, 2)), None
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = capped * softcap, 1.0 - capped * capped
     segments, _, long, wide = mask.shape
     scores.view(segments, -1, long, wide).add_(mask)
-    return torch.softmax(scores, -1)
+    return torch.softmax(scores, -1), slope

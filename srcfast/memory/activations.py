@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srcfast.attention.forest_attention import plan_blocks
+from srcfast.attention.padded_plan import plan_blocks
 from srcfast.attention.varlen_plan import varlen_plan
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_logit_rows

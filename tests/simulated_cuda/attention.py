@@ -34,13 +34,14 @@ class Blocks:
     left: int  # positions before its own that a query sees; -1: all
     right: int
     scale: float
+    softcap: float = 0.0  # 0 for none
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Attend on the host: q [T, H, d], k and v [K, Hkv, d] -> outputs [T, H, d] and log-sum-exp [H, T], in fp32."""
     out = torch.zeros(q.shape, dtype=torch.float32)
     lse = torch.full((q.shape[1], q.shape[0]), float("inf"))
-    for rows, weights, log_sum, _, values, _ in _each(q, k, v, blocks):
+    for rows, weights, log_sum, _, values, _, _ in _each(q, k, v, blocks):
         out[rows] = torch.einsum("hnm,mhd->nhd", weights, values)
         lse[:, rows] = log_sum
     return out, lse
@@ -50,13 +51,13 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> t
     """The gradients of q, k and v in fp32."""
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    for (rows, weights, _, keys, values, key_rows), queries in (
+    for (rows, weights, _, keys, values, key_rows, slope), queries in (
         (one, q[one[0]].float()) for one in _each(q, k, v, blocks)
     ):
         incoming = grad[rows].float()  # [n, H, d]
         attended = torch.einsum("hnm,mhd->nhd", weights, values)
         by_weight = torch.einsum("nhd,mhd->hnm", incoming, values)
-        by_score = weights * (by_weight - (incoming * attended).sum(-1).T[:, :, None]) * blocks.scale
+        by_score = weights * (by_weight - (incoming * attended).sum(-1).T[:, :, None]) * slope * blocks.scale
         grad_q[rows] = torch.einsum("hnm,mhd->nhd", by_score, keys)
         for total, part in (
             (grad_k, torch.einsum("hnm,nhd->mhd", by_score, queries)),
@@ -68,8 +69,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> t
 
 def _each(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Of each block: its query rows, softmax weights [H, n, m], log-sum-exp [H, n], keys and values [m, H, d], key rows [m]."""
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Of each block: its query rows, softmax weights [H, n, m], log-sum-exp [H, n], keys and values [m, H, d], key rows [m], and
+    the slope of the soft cap, [H, n, m] or [1].
+    """
     group = q.shape[1] // k.shape[1]
     for start, end, key_rows in zip(blocks.bounds_q[:-1], blocks.bounds_q[1:], blocks.key_rows, strict=True):
         rows = slice(start, end)
@@ -82,8 +85,12 @@ def _each(
             seen &= torch.arange(m)[None] <= last_seen + (0 if blocks.causal else blocks.right)
         if blocks.left >= 0:
             seen &= torch.arange(m)[None] >= last_seen - blocks.left
-        scores = (torch.einsum("nhd,mhd->hnm", queries, keys) * blocks.scale).masked_fill(~seen, float("-inf"))
-        yield rows, scores.softmax(-1).nan_to_num(0.0), scores.logsumexp(-1), keys, values, key_rows
+        scores, slope = torch.einsum("nhd,mhd->hnm", queries, keys) * blocks.scale, torch.ones(1)
+        if blocks.softcap:
+            capped = torch.tanh(scores / blocks.softcap)
+            scores, slope = capped * blocks.softcap, 1 - capped.square()
+        scores = scores.masked_fill(~seen, float("-inf"))
+        yield rows, scores.softmax(-1).nan_to_num(0.0), scores.logsumexp(-1), keys, values, key_rows, slope
 
 
 def _blocks_of(
@@ -98,6 +105,7 @@ def _blocks_of(
     left: int | None,
     right: int | None,
     scale: float | None,
+    softcap: float = 0.0,
     used: Tensor | None = None,
     table: Tensor | None = None,
 ) -> Blocks:
@@ -124,6 +132,7 @@ def _blocks_of(
         -1 if left in no_limit else left,
         -1 if right in no_limit else right,
         q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
     )
 
 
@@ -232,22 +241,26 @@ def _flash_attn_varlen_func(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
 ):  # fmt: skip
     """flash-attn 2.8's function, of what srcfast uses."""
-    assert (
-        dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None and not return_attn_probs and block_table is None
-    )
+    assert dropout_p == 0.0 and alibi_slopes is None and not return_attn_probs and block_table is None
     _check_tensors("flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k)
     blocks = _blocks_of(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, left=window_size[0],
-        right=window_size[1], scale=softmax_scale,
+        right=window_size[1], scale=softmax_scale, softcap=softcap,
     )  # fmt: skip
     return _Varlen.apply(q, k, v, blocks)
 
 
-class BlockDiagonalCausalFromBottomRightMask:
-    """xformers' mask: blocks of queries and of keys, aligned at the bottom right."""
+class BlockDiagonalMask:
+    """xformers' mask: blocks of queries and of keys; with a window causal, aligned at the bottom right."""
 
-    def __init__(self, bounds_q: list[int], bounds_k: list[int]) -> None:
-        self.bounds_q, self.bounds_k = bounds_q, bounds_k
+    causal = False
+
+    def __init__(self, bounds_q: list[int], bounds_k: list[int], window: int = 0) -> None:
+        self.bounds_q, self.bounds_k, self.window = bounds_q, bounds_k, window
+        self.causal = self.causal or bool(window)
+
+    def make_local_attention_from_bottomright(self, window_size: int) -> BlockDiagonalMask:
+        return BlockDiagonalMask(self.bounds_q, self.bounds_k, window_size)
 
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
@@ -259,13 +272,19 @@ class BlockDiagonalCausalFromBottomRightMask:
 
         kv_seqlen = q_seqlen if kv_seqlen is None else kv_seqlen
         if any(keys < queries for queries, keys in zip(q_seqlen, kv_seqlen, strict=True)):
-            raise ValueError("BlockDiagonalCausalFromBottomRightMask (simulated): a block has more queries than keys")
+            raise ValueError(f"{cls.__name__} (simulated): a block has more queries than keys")
         return cls(bounds(q_seqlen), bounds(kv_seqlen))
+
+
+class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+    """The causal one, aligned at the bottom right."""
+
+    causal = True
 
 
 def _memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
     """xformers' function on [1, M, H, K], or [1, M, G, H, K] with grouped heads, of what srcfast uses."""
-    assert p == 0.0 and isinstance(attn_bias, BlockDiagonalCausalFromBottomRightMask)
+    assert p == 0.0 and isinstance(attn_bias, BlockDiagonalMask)
     if query.ndim == 5:  # groups of heads share a head of keys, which `expand` repeats
         groups, heads = query.shape[2:4]
         assert key.shape[2:4] == (groups, heads) and key.stride(3) == 0, "grouped keys are expanded, not copied"
@@ -275,7 +294,8 @@ def _memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=
     _check_tensors("memory_efficient_attention", flat_q, flat_k, flat_v)
     rows = [torch.arange(start, end) for start, end in zip(attn_bias.bounds_k, attn_bias.bounds_k[1:], strict=False)]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = _Varlen.apply(flat_q, flat_k, flat_v, Blocks(attn_bias.bounds_q, rows, True, -1, -1, scale))
+    left = attn_bias.window - 1
+    out = _Varlen.apply(flat_q, flat_k, flat_v, Blocks(attn_bias.bounds_q, rows, attn_bias.causal, left, -1, scale))
     return out.view(query.shape)
 
 
@@ -312,7 +332,11 @@ def stand_in_flash_attn() -> Any:
 def stand_in_xformers() -> Any:
     """A context in which `xformers.ops` can be imported: its memory-efficient attention, by definition."""
     mask = BlockDiagonalCausalFromBottomRightMask
-    bias = _module("xformers.ops.fmha.attn_bias", BlockDiagonalCausalFromBottomRightMask=mask)
+    bias = _module(
+        "xformers.ops.fmha.attn_bias",
+        BlockDiagonalCausalFromBottomRightMask=mask,
+        BlockDiagonalMask=BlockDiagonalMask,
+    )
     fmha = _module("xformers.ops.fmha", attn_bias=bias, memory_efficient_attention=_memory_efficient_attention)
     fmha.BlockDiagonalCausalFromBottomRightMask = mask
     ops = _module("xformers.ops", fmha=fmha, memory_efficient_attention=_memory_efficient_attention)
