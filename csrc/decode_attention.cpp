@@ -65,6 +65,8 @@ struct Shape {
   int64_t heads, kv_heads, width, size, prompt_room, own_room;
   int64_t q_stride, k_stride, v_stride;  // from row to row
   float scale;
+  int64_t window;  // newest positions that a row sees, its newest one included; 0: all
+  float softcap;   // scores s become c tanh(s / c); 0: they don't
 };
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -93,6 +95,17 @@ SRCFAST_INLINE void score(
   for (; p + 4 * kLanes <= padded(length); p += 4 * kLanes) score_some<N, 4>(q, keys + p, room, shape, scores + p, apart);
   for (; p + 2 * kLanes <= padded(length); p += 2 * kLanes) score_some<N, 2>(q, keys + p, room, shape, scores + p, apart);
   if (p < length) score_some<N, 1>(q, keys + p, room, shape, scores + p, apart);
+}
+
+// Scores [count], a multiple of 16, to c tanh(s / c), c > 0.
+SRCFAST_INLINE void cap(float* scores, int64_t count, float softcap) {
+  const Lanes zero = {};
+  for (int64_t p = 0; p < count; p += kLanes) {
+    const Lanes x = load(scores + p) * (2.0f / softcap);
+    const Lanes e = exponential(x > zero ? zero - x : x);  // exp(-2 |s / c|)
+    const Lanes size = (1.0f - e) / (1.0f + e) * softcap;
+    store(scores + p, x > zero ? size : zero - size);
+  }
 }
 
 // Adds the values [n, d] weighted by each query's weights to its output [d]. Several sums side by side: one alone would wait for
@@ -154,8 +167,15 @@ struct Sample {
 template <int64_t N>
 SRCFAST_INLINE void attend_some(const Sample& sample, const Shape& shape, int64_t begin) {
   const int64_t group = shape.heads / shape.kv_heads, size = shape.size, room = shape.own_room;
-  const int64_t seen = padded(sample.prompt_length), apart = seen + room;
   const float hidden = -std::numeric_limits<float>::infinity();
+  int64_t firsts[N], first = sample.prompt_length;  // positions of the prompt where each row's window begins
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t path = sample.prompt_length + sample.lengths[(begin + n) / group] + 1;
+    firsts[n] = shape.window ? std::clamp<int64_t>(path - shape.window, 0, sample.prompt_length) : 0;
+    first = std::min(first, firsts[n]);
+  }
+  first -= first % kLanes;
+  const int64_t length_seen = sample.prompt_length - first, seen = padded(length_seen), apart = seen + room;
   const float* queries[N];
   float *outputs[N], sums[N];
   for (int64_t n = 0; n < N; ++n) {
@@ -164,7 +184,7 @@ SRCFAST_INLINE void attend_some(const Sample& sample, const Shape& shape, int64_
     outputs[n] = sample.out + (row * shape.heads + head) * size;
     std::fill(outputs[n], outputs[n] + size, 0.0f);
   }
-  score<N>(queries, sample.prompt_keys, shape.prompt_room, sample.prompt_length, shape, sample.scores, apart);
+  score<N>(queries, sample.prompt_keys + first, shape.prompt_room, length_seen, shape, sample.scores, apart);
   for (int64_t n = 0; n < N; ++n) {
     const int64_t row = (begin + n) / group, length = sample.lengths[row] + 1;
     const int64_t own = sample.places[row] % shape.width * room * size;
@@ -173,13 +193,16 @@ SRCFAST_INLINE void attend_some(const Sample& sample, const Shape& shape, int64_
     for (int64_t j = 0; j < size; ++j) keys[j * room + length - 1] = key[j];
     std::copy_n(sample.v + row * shape.v_stride + sample.head * size, size, values + (length - 1) * size);
     float* scores = sample.scores + n * apart;
-    std::fill(scores + sample.prompt_length, scores + seen, hidden);
+    const int64_t unseen = shape.window ? std::max<int64_t>(length - shape.window, 0) : 0;
     score<1>(queries + n, keys, room, length, shape, scores + seen, apart);
+    if (shape.softcap > 0.0f) cap(scores, seen + padded(length), shape.softcap);
+    std::fill(scores, scores + firsts[n] - first, hidden);
+    std::fill(scores + length_seen, scores + seen + unseen, hidden);
     std::fill(scores + seen + length, scores + seen + padded(length), hidden);
     sums[n] = exponentials(scores, seen + padded(length));
     add_values<1>(scores + seen, apart, values, length, size, outputs + n);
   }
-  add_values<N>(sample.scores, apart, sample.prompt_values, sample.prompt_length, size, outputs);
+  add_values<N>(sample.scores, apart, sample.prompt_values + first * size, length_seen, size, outputs);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t j = 0; j < size; ++j) outputs[n][j] /= sums[n];
   }
@@ -200,13 +223,14 @@ float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()
 
 // q [R, H, d], k and v [R, Hkv, d], contiguous within a row; prompt_keys [S, Hkv, d, P] and prompt_values [S, Hkv, P, d], P a multiple
 // of 16; own_keys [S, Hkv, W, d, L] and own_values [S, Hkv, W, L, d], L one, too; prompt_lengths [S], places [R] ascending and lengths [R] int64: the newest position
-// of row r is lengths[r]. Writes it, and out [R, H, d]. d is a multiple of 16.
+// of row r is lengths[r]. Writes it, and out [R, H, d]. d is a multiple of 16. A row sees the last `window` positions of its path, 0
+// for all, by scores under a soft cap, 0 for none.
 void decode_attention(
     Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor own_keys, Tensor own_values,
-    Tensor prompt_lengths, Tensor places, Tensor lengths, double scale, Tensor out) {
+    Tensor prompt_lengths, Tensor places, Tensor lengths, double scale, int64_t window, double softcap, Tensor out) {
   const int64_t rows = q.size(0);
   const Shape shape{q.size(1), k.size(1), own_keys.size(2), q.size(2), prompt_keys.size(3), own_keys.size(4),
-                    q.stride(0), k.stride(0), v.stride(0), static_cast<float>(scale)};
+                    q.stride(0), k.stride(0), v.stride(0), static_cast<float>(scale), window, static_cast<float>(softcap)};
   STD_TORCH_CHECK(shape.size % kLanes == 0 && shape.prompt_room % kLanes == 0 && shape.own_room % kLanes == 0, "d, P and L are multiples of 16");
   for (const Tensor* one : {&q, &k, &v}) {
     STD_TORCH_CHECK(one->stride(2) == 1 && one->stride(1) == shape.size, "rows are contiguous");

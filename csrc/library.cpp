@@ -11,5 +11,6 @@ STABLE_TORCH_LIBRARY(srcfast, library) {
       "int blocksize, Tensor(a!) out) -> ()");
   library.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor(a!) own_keys, "
-      "Tensor(b!) own_values, Tensor prompt_lengths, Tensor places, Tensor lengths, float scale, Tensor(c!) out) -> ()");
+      "Tensor(b!) own_values, Tensor prompt_lengths, Tensor places, Tensor lengths, float scale, int window, float softcap, "
+      "Tensor(c!) out) -> ()");
 }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from srcfast.generation.cuda_graphs import StepGraphs, captured_in
-from srcfast.generation.kv_cache import Layout, SlotCache, storage_of
+from srcfast.generation.kv_cache import SlotCache
+from srcfast.generation.kv_store import Layout, storage_of
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.step import DecodingStep
 from srcfast.models.protocols import HasDecoder

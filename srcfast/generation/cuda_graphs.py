@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srcfast.generation.kv_cache import LANES, Layout, rounded
+from srcfast.generation.kv_store import LANES, Layout, rounded
 from srcfast.generation.step import Drawn, step_numbers
 from srcfast_kernels.transfers import to_device
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.generation.buffers import DecodingMemory
-from srcfast.generation.kv_cache import Layout
+from srcfast.generation.kv_store import Layout
 from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
@@ -250,9 +251,9 @@ class _Decoding:
         attend = forest_attend(forest)
         self.cache.admit(slots, [len(prompt.token_ids) for prompt in prompts])
 
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = CAUSAL, /) -> Tensor:
             self.cache.record(layer, k, v)
-            return attend(layer, q, k, v)
+            return attend(layer, q, k, v, options)
 
         embeddings = self.model.embed(forest, self._encoded(prompts))
         if self.states is not None:

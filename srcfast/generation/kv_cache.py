@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,96 +21,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast.attention.forest_attention import Attend
+from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.errors import SrcfastError
+from srcfast.generation.kv_store import (
+    GROWTH,
+    HALVES,
+    LANES,
+    LayerStore,
+    Layout,
+    cache_dtype,
+    layers_by_shape,
+    rounded,
+    storage_of,
+)
 from srcfast.models.protocols import DecoderShapes
 from srcfast_kernels import native
 from srcfast_kernels.transfers import to_device
 
-LANES = 16  # the native library takes prompts' capacities and heads' sizes that are multiples of it
-PROMPT_STEP = 64  # granularity of a fixed cache's prompt capacity: few sizes, so that captured steps serve many calls
-GROWTH = 32  # positions by which a cache on a CPU grows
-HALVES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of a cache.
-
-    Attributes:
-        slots, width: samples at once, maximum of rows of each.
-        prompt_capacity, row_capacity: positions of each prompt and of each row's continuation.
-        spare: whether there is one more row, without a prompt, that pads captured steps; its index is slots * width.
-        fixed: whether all memory is allocated at once, as on a GPU, where growing would need the old and the new memory
-            together; otherwise capacities grow as needed.
-    """
-
-    slots: int
-    width: int
-    prompt_capacity: int
-    row_capacity: int
-    spare: bool = False
-    fixed: bool = False
-
-    @classmethod
-    def of(
-        cls, slots: int, width: int, longest_prompt: int, longest_row: int, *, on_gpu: bool, spare: bool = False
-    ) -> Layout:
-        """Return the layout for prompts and continuations of at most these lengths."""
-        step = PROMPT_STEP if on_gpu else LANES
-        prompt_capacity, row_capacity = rounded(longest_prompt, step), rounded(longest_row, LANES if on_gpu else GROWTH)
-        return cls(slots, width, prompt_capacity, row_capacity, spare, fixed=on_gpu)
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows, the spare one included."""
-        return self.slots * self.width + self.spare
-
-    @property
-    def positions(self) -> int:
-        """Return the number of positions that a fixed cache has in each layer."""
-        return self.slots * self.prompt_capacity + self.rows * self.row_capacity
-
-
-def storage_of(config: DecoderShapes, layout: Layout, weight: Tensor) -> dict[str, Tensor]:
-    """Allocate memory for a cache's keys and values.
-
-    It is zeros, since attention multiplies masked values by 0, and 0 times what uninitialised memory holds may be NaN. On a CPU
-    16-bit keys and values are stored in fp32: attention computes in fp32 there, so each position is converted once.
-    """
-    layers, heads, size = config.num_layers, config.num_kv_heads, config.head_dim
-    prompts = layers * layout.slots * heads * size * (layout.prompt_capacity if layout.fixed else 0)
-    rows = layers * layout.rows * heads * size * (layout.row_capacity if layout.fixed else GROWTH)
-    options: dict[str, Any] = {"dtype": cache_dtype(weight.dtype, weight.device.type), "device": weight.device}
-    counts = {"prompt_keys": prompts, "prompt_values": prompts, "row_keys": rows, "row_values": rows}
-    return {name: torch.zeros(count, **options) for name, count in counts.items()}
-
-
-def cache_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Return the dtype of the keys and values of a model of `dtype`."""
-    return torch.float32 if dtype in HALVES and device_type == "cpu" else dtype
-
 
 @dataclass(frozen=True)
 class _StepReads:
-    """Indices and masks of a step's attention, the same in all layers; `heads` are those of keys and values.
+    """Indices and masks of a step's attention, the same in all layers.
 
     Attributes:
-        index: [R * heads] of each row's keys and values among those of all rows.
-        output: [R * heads] of its result; the spare row reads some other row's, which nobody uses.
-        newest: [R * heads] position to write.
+        rows: [R] of the step.
+        lengths: [layout.rows] positions of each row's continuation, without the one that the step writes.
         used: number of slots up to the last one in use.
         capacity: positions of continuations that are read.
-        prompt_mask: [used, 1, 1, P], added to scores.
-        row_mask: [used, 1, W, 1, capacity], added to scores.
+        heads: by the number of heads of keys and values: where the rows' heads are [R * heads], where their results are [R *
+            heads] (the spare row reads some other row's, which nobody uses), and the position to write [R * heads].
+        masks: by window: what is added to scores of prompts [used, 1, 1 or W, 1, P] and of rows [used, 1, W, 1, capacity].
     """
 
-    index: Tensor
-    output: Tensor
-    newest: Tensor
+    rows: Tensor
+    lengths: Tensor
     used: int
     capacity: int
-    prompt_mask: Tensor
-    row_mask: Tensor
+    heads: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class SlotCache:
@@ -127,36 +75,27 @@ class SlotCache:
         self, config: DecoderShapes, layout: Layout, weight: Tensor, storage: Mapping[str, Tensor] | None = None
     ) -> None:
         self.layout, self.slots, self.width = layout, layout.slots, layout.width
-        self.layers, self.kv_heads, self.size = config.num_layers, config.num_kv_heads, config.head_dim
-        self.group = config.num_heads // config.num_kv_heads
-        self.scale = config.head_dim**-0.5
         self.dtype, self.device = cache_dtype(weight.dtype, weight.device.type), weight.device
         storage = storage_of(config, layout, weight) if storage is None else storage
-        prompt_capacity, row_capacity = (layout.prompt_capacity, layout.row_capacity) if layout.fixed else (0, GROWTH)
-        prompts = (self.layers, self.slots, self.kv_heads)
-        rows = (self.layers, layout.rows * self.kv_heads)
-
-        def view(name: str, *shape: int) -> Tensor:
-            return storage[name][: int(np.prod(shape))].view(shape)
-
-        self.prompt_keys = view("prompt_keys", *prompts, self.size, prompt_capacity)
-        self.prompt_values = view("prompt_values", *prompts, prompt_capacity, self.size)
-        # Row w of slot s and head h are at (s * heads + h) * width + w, the spare row's heads behind all of them.
-        self.row_keys = view("row_keys", *rows, self.size, row_capacity)
-        self.row_values = view("row_values", *rows, row_capacity, self.size)
+        self.stores: list[LayerStore] = []
+        self._of_layer: dict[int, tuple[LayerStore, int]] = {}  # its store, and its number there
+        for (heads, size), layers in layers_by_shape(config).items():
+            group = config.num_heads // heads
+            self.stores.append(LayerStore(len(self.stores), len(layers), heads, size, group, layout, storage))
+            self._of_layer |= {layer: (self.stores[-1], number) for number, layer in enumerate(layers)}
         self.prompt_lengths = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
         # Added to scores. A row sees at least its first position, so that no row of scores is all -inf.
         scores = torch.float64 if self.dtype == torch.float64 else torch.float32
+        prompt_capacity, _ = layout.first_capacities
         self.prompt_mask = torch.full((self.slots, prompt_capacity), float("-inf"), dtype=scores, device=self.device)
         self._native = (
             self.device.type == "cpu"
             and self.dtype == torch.float32
-            and self.size % LANES == 0
+            and all(store.size % LANES == 0 for store in self.stores)
             and not layout.spare  # the library has no spare row
             and native.available()
-            and hasattr(torch.ops.srcfast, "decode_attention")  # an old build of the library lacks it
+            and _library_takes_windows()
         )
-        self._queries = torch.zeros(rows[1], self.group * self.size, dtype=self.dtype, device=self.device)
         self._clear_rows()
 
     def _clear_rows(self) -> None:
@@ -168,8 +107,8 @@ class SlotCache:
 
     def reset(self) -> None:
         """Restore the state of a new cache, at the same addresses."""
-        for tensor in (self.prompt_keys, self.prompt_values, self.row_keys, self.row_values, self._queries):
-            tensor.zero_()
+        for store in self.stores:
+            store.reset()
         self.prompt_lengths.zero_()
         self.prompt_mask.fill_(float("-inf"))
         self._clear_rows()
@@ -180,8 +119,8 @@ class SlotCache:
         """Prepare slots for prompts of these lengths, which are to be run packed, in this order."""
         capacity, longest = self.prompt_mask.shape[1], rounded(max(lengths), LANES)
         if longest > capacity:
-            self.prompt_keys = _resized(self.prompt_keys, 4, longest)
-            self.prompt_values = _resized(self.prompt_values, 3, longest)
+            for store in self.stores:
+                store.grow_prompts(longest)
             self.prompt_mask = F.pad(self.prompt_mask, (0, longest - capacity), value=float("-inf"))
         ends = np.cumsum(lengths).tolist()
         self._into = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
@@ -194,9 +133,9 @@ class SlotCache:
 
     def record(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values [T, Hkv, d] of the prompts being run."""
+        store, number = self._of_layer[layer]
         for slot, start, end in self._into:
-            self.prompt_keys[layer, slot, :, :, : end - start] = k[start:end].permute(1, 2, 0)
-            self.prompt_values[layer, slot, :, : end - start] = v[start:end].transpose(0, 1)
+            store.record(number, slot, k[start:end], v[start:end])
 
     def start(self, slot: int, parents: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Replace a slot's rows by new ones.
@@ -226,10 +165,9 @@ class SlotCache:
         if len(copies):
             longest = int(copies[:, 2].max())
             copied, written = to_device(copies[:, :2].T.copy(), self.device)  # [n] each
-            row_keys, row_values = self._by_slot(self.row_keys), self._by_slot(self.row_values)
-            # Up to the longest for all: what is behind a shorter copy is hidden by the mask until it is overwritten.
-            for stored in (row_keys[:, slot, ..., :longest], row_values[:, slot, :, :, :longest]):
-                stored[:, :, written] = stored[:, :, copied]
+            for store in self.stores:
+                # Up to the longest for all: what is behind a shorter copy is hidden by the mask until it is overwritten.
+                store.copy_rows(slot, copied, written, longest)
         return [slot * self.width + row for row in rows]
 
     def _assign(self, slot: int, sources: Sequence[int | None]) -> list[int]:
@@ -256,9 +194,8 @@ class SlotCache:
 
     def move(self, source: int, target: int) -> None:
         """Move a sample to a free slot; its rows have the same indices within it."""
-        row_keys, row_values = self._by_slot(self.row_keys), self._by_slot(self.row_values)
-        for stored in (self.prompt_keys, self.prompt_values, row_keys, row_values):
-            stored[:, target] = stored[:, source]
+        for store in self.stores:
+            store.move(source, target)
         for by_slot in (self.prompt_mask, self.prompt_lengths):
             by_slot[target] = by_slot[source]
         for listed in (self._free, self._rows):
@@ -277,115 +214,142 @@ class SlotCache:
 
         Returns:
             (layer, q [R, H, d], k [R, Hkv, d], v [R, Hkv, d]) -> [R, H, d]: writes keys and values, and attends to the
-            prompt and the continuation under one softmax.
+            prompt and the continuation under one softmax. Two-way ranges lie in prompts, and so are nothing to a step.
         """
-        if longest > self.row_keys.shape[3]:
-            self.row_keys = _resized(self.row_keys, 3, rounded(longest, GROWTH))
-            self.row_values = _resized(self.row_values, 2, rounded(longest, GROWTH))
+        if longest > self.stores[0].row_keys.shape[3]:
+            for store in self.stores:
+                store.grow_rows(rounded(longest, GROWTH))
         if self._native:
             return partial(self._attend_natively, rows, lengths[rows])
-        heads, width, count = self.kv_heads, self.width, used * self.kv_heads * self.width
-        slot, within = rows[:, None] // width, rows[:, None] % width
-        head = torch.arange(heads, device=self.device)
-        # By the formula the spare row's heads would be `width` apart, but they follow each other behind all other rows.
-        index = torch.minimum((slot * heads + head) * width + within, self.slots * heads * width + head).flatten()
         # On a CPU up to the capacity, not to the longest row: a product over contiguous memory is faster.
-        capacity = longest if self.layout.fixed else self.row_keys.shape[3]
-        hidden = torch.arange(capacity, device=self.device) > lengths[: used * width, None]  # [used * W, capacity]
-        row_mask = torch.zeros(hidden.shape, dtype=self.prompt_mask.dtype, device=self.device)
-        reads = _StepReads(
-            index=index,
-            output=index.clamp(max=count - 1),
-            newest=lengths[rows].repeat_interleave(heads),
-            used=used,
-            capacity=capacity,
-            prompt_mask=self.prompt_mask[:used, None, None],
-            row_mask=row_mask.masked_fill_(hidden, float("-inf")).view(used, 1, width, 1, capacity),
-        )
-        return partial(self._attend, reads)
+        capacity = longest if self.layout.fixed else self.stores[0].row_keys.shape[3]
+        return partial(self._attend, _StepReads(rows, lengths, used, capacity))
 
-    def _attend(self, reads: _StepReads, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(
+        self,
+        reads: _StepReads,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: AttentionOptions = CAUSAL,
+        /,
+    ) -> Tensor:
         """Write the step's keys and values, and attend by PyTorch's products, over all rows of the used slots."""
-        used, heads = reads.used, self.kv_heads
-        width, group = self.width, self.group
-        row_keys, row_values = self.row_keys[layer], self.row_values[layer]
-        row_keys[reads.index, :, reads.newest] = k.reshape(-1, self.size).to(self.dtype)
-        row_values[reads.index, reads.newest] = v.reshape(-1, self.size).to(self.dtype)
-        self._queries.index_copy_(0, reads.index, q.reshape(-1, group * self.size).to(self.dtype))
-        count = used * heads * width
-        queries = self._queries[:count]
-        of_sample = queries.view(used * heads, width * group, self.size)
-        of_row = queries.view(count, group, self.size)
-        weights = self._weights(reads, layer, of_sample, of_row)  # [count, G, P + capacity]
-        prompt = self.prompt_values.shape[3]
+        (store, number), used = self._of_layer[layer], reads.used
+        heads, group, size = store.heads, store.group, store.size
+        count = used * heads * self.width
+        if heads not in reads.heads:
+            index = store.row_heads(reads.rows)
+            newest = reads.lengths[reads.rows].repeat_interleave(heads)
+            reads.heads[heads] = index, index.clamp(max=count - 1), newest
+        index, output, newest = reads.heads[heads]
+        row_keys, row_values = store.row_keys[number], store.row_values[number]
+        row_keys[index, :, newest] = k.reshape(-1, size).to(self.dtype)
+        row_values[index, newest] = v.reshape(-1, size).to(self.dtype)
+        store.queries.index_copy_(0, index, q.reshape(-1, group * size).to(self.dtype))
+        queries = store.queries[:count]
+        of_sample = queries.view(used * heads, self.width * group, size)
+        of_row = queries.view(count, group, size)
+        weights = self._weights(reads, store, number, of_sample, of_row, options)  # [count, G, P + capacity]
+        prompt = store.prompt_values.shape[3]
         of_prompt = _product(
-            weights.view(*of_sample.shape[:2], -1)[:, :, :prompt], self.prompt_values[layer, :used].flatten(0, 1)
+            weights.view(*of_sample.shape[:2], -1)[:, :, :prompt], store.prompt_values[number, :used].flatten(0, 1)
         )
         attended = of_prompt.view(of_row.shape) + _product(weights[:, :, prompt:], row_values[:count, : reads.capacity])
-        return (
-            attended.view(count, group * self.size)
-            .index_select(0, reads.output)
-            .view(len(q), -1, self.size)
-            .to(q.dtype)
-        )
+        return attended.view(count, group * size).index_select(0, output).view(len(q), -1, size).to(q.dtype)
 
-    def _weights(self, reads: _StepReads, layer: int, of_sample: Tensor, of_row: Tensor) -> Tensor:
+    def _weights(
+        self,
+        reads: _StepReads,
+        store: LayerStore,
+        number: int,
+        of_sample: Tensor,
+        of_row: Tensor,
+        options: AttentionOptions,
+    ) -> Tensor:
         """Compute softmax over prompts and continuations, [count, G, P + capacity], in the cache's dtype as FlashAttention's."""
-        used, heads = reads.used, self.kv_heads
-        width, group = self.width, self.group
-        prompt_keys = self.prompt_keys[layer, :used].flatten(0, 1)  # [used * Hkv, d, P]
-        row_keys = self.row_keys[layer, : len(of_row), :, : reads.capacity]  # [used * Hkv * W, d, capacity]
-        on_prompt = _product(of_sample, prompt_keys).view(used, heads, width * group, -1)
-        on_row = _product(of_row, row_keys).view(used, heads, width, group, -1)
-        torch.add(reads.prompt_mask, on_prompt, alpha=self.scale, out=on_prompt)
-        torch.add(reads.row_mask, on_row, alpha=self.scale, out=on_row)
-        scores = torch.cat((on_prompt.view(len(of_row), group, -1), on_row.view(len(of_row), group, -1)), dim=-1)
+        used, heads = reads.used, store.heads
+        scale = store.size**-0.5
+        prompt_keys = store.prompt_keys[number, :used].flatten(0, 1)  # [used * Hkv, d, P]
+        row_keys = store.row_keys[number, : len(of_row), :, : reads.capacity]  # [used * Hkv * W, d, capacity]
+        on_prompt = _product(of_sample, prompt_keys).view(used, heads, self.width, store.group, -1)
+        on_row = _product(of_row, row_keys).view(used, heads, self.width, store.group, -1)
+        prompt_mask, row_mask = self._masks(reads, options.window)
+        if options.softcap is not None:
+            for scores in (on_prompt, on_row):
+                scores.mul_(scale / options.softcap).tanh_()
+            scale = options.softcap
+        torch.add(prompt_mask, on_prompt, alpha=scale, out=on_prompt)
+        torch.add(row_mask, on_row, alpha=scale, out=on_row)
+        joined = torch.cat([part.view(len(of_row), store.group, -1) for part in (on_prompt, on_row)], dim=-1)
         del on_prompt, on_row  # the step's largest tensors
-        return scores.softmax(-1).to(self.dtype)
+        return joined.softmax(-1).to(self.dtype)
 
-    def _attend_natively(self, rows: Tensor, lengths: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _masks(self, reads: _StepReads, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return what is added to the scores of prompts and of rows, see `_StepReads`."""
+        used, width = reads.used, self.width
+        if window is not None and window >= self.prompt_mask.shape[1] + reads.capacity:
+            window = None
+        if window in reads.masks:
+            return reads.masks[window]
+        lengths = reads.lengths[: used * width, None]
+        positions = torch.arange(reads.capacity, device=self.device)
+        hidden = positions > lengths  # [used * W, capacity]
+        prompt_mask = self.prompt_mask[:used, None, None, None]
+        if window is not None:
+            hidden |= positions <= lengths - window
+            of_prompt = torch.arange(self.prompt_mask.shape[1], device=self.device)
+            newest = self.prompt_lengths[:used].repeat_interleave(width)[:, None] + lengths  # [used * W, 1]
+            unseen = (of_prompt <= newest - window).view(used, 1, width, 1, -1)
+            prompt_mask = prompt_mask.masked_fill(unseen, float("-inf"))
+        row_mask = torch.zeros(hidden.shape, dtype=self.prompt_mask.dtype, device=self.device)
+        row_mask.masked_fill_(hidden, float("-inf"))
+        reads.masks[window] = prompt_mask, row_mask.view(used, 1, width, 1, reads.capacity)
+        return reads.masks[window]
+
+    def _attend_natively(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: AttentionOptions = CAUSAL,
+        /,
+    ) -> Tensor:
         """Do as `_attend` by the native library, which reads what each row sees and nothing else."""
+        store, number = self._of_layer[layer]
         out = torch.empty(q.shape, dtype=self.dtype, device=self.device)
         torch.ops.srcfast.decode_attention(
             q.to(self.dtype),
             k.to(self.dtype),
             v.to(self.dtype),
-            self.prompt_keys[layer],
-            self.prompt_values[layer],
-            self._by_slot(self.row_keys)[layer],
-            self._by_slot(self.row_values)[layer],
+            store.prompt_keys[number],
+            store.prompt_values[number],
+            store.by_slot(store.row_keys)[number],
+            store.by_slot(store.row_values)[number],
             self.prompt_lengths,
             rows,
             lengths,
-            self.scale,
+            store.size**-0.5,
+            options.window or 0,
+            options.softcap or 0.0,
             out,
         )
         return out.to(q.dtype)
 
-    def _by_slot(self, stored: Tensor) -> Tensor:
-        """View keys or values of all rows but the spare one as [layers, S, Hkv, W, ...]."""
-        return stored[:, : self.slots * self.kv_heads * self.width].unflatten(
-            1, (self.slots, self.kv_heads, self.width)
-        )
+
+def _library_takes_windows() -> bool:
+    """Return whether the native library is not an old build, whose attention lacks windows and soft caps."""
+    operation = getattr(torch.ops.srcfast, "decode_attention", None)
+    return operation is not None and "int window" in str(operation.default._schema)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a [n, r, k] by b [n, k, c] into [n, r, c], in fp32 (fp64 for fp64); 16-bit operands are summed in fp32."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALVES else torch.bmm(a, b)
-
-
-def rounded(count: int, step: int) -> int:
-    """Round up to a multiple of `step`."""
-    return -(-count // step) * step
-
-
-def _resized(stored: Tensor, dim: int, capacity: int) -> Tensor:
-    """Copy a tensor into a larger one, zeros behind it in `dim`."""
-    shape = list(stored.shape)
-    shape[dim] = capacity
-    resized = stored.new_zeros(shape)
-    resized.narrow(dim, 0, stored.shape[dim]).copy_(stored)
-    return resized
 
 
 def _swap(items: list[Any], first: int, second: int) -> None:

@@ -28,7 +28,7 @@ from srcfast.attention.padded import CHUNK_BYTES
 from srcfast.config.settings import TrainingConfig
 from srcfast.data.forest import Forest, Tree
 from srcfast.generation.cuda_graphs import position_buckets, row_buckets
-from srcfast.generation.kv_cache import Layout, cache_dtype
+from srcfast.generation.kv_store import Layout, cache_dtype
 from srcfast.memory.activations import AttentionReads, ForestSizes, activation_bytes, fullest_forest
 from srcfast.memory.model_sizes import USABLE, ModelSizes, Shapes, memory_for
 from srcfast.models.protocols import HasDecoder

@@ -12,7 +12,7 @@ from helpers.small_lvlm import SmallLVLM
 from srcfast.generation import buffers
 from srcfast.generation import decode as decoding
 from srcfast.generation.buffers import DecodingMemory
-from srcfast.generation.kv_cache import Layout
+from srcfast.generation.kv_store import Layout
 from srcfast.generation.sampling import Sampling
 
 MOST = 4096  # numbers of a result

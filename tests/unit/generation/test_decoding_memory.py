@@ -18,7 +18,7 @@ from srcfast.data.records import Sample
 from srcfast.generation.beam_search import Search, sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Prompt
-from srcfast.generation.kv_cache import PROMPT_STEP
+from srcfast.generation.kv_store import PROMPT_STEP
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.candidates import decoding_memory, generate_candidates
 
@@ -94,7 +94,7 @@ def test_nothing_of_a_call_is_a_reference_cycle(single: SmallLVLM) -> None:
         with StandInMemory(SharedPool()) as memory:
             decode_by_graphs(single, searches, memory=memory, slots=3, width=SETTINGS.width, limit=49)
             (step, graphs), *_ = memory._steps.values()
-            held = [weakref.ref(one) for one in (step, graphs, step.cache, step.cache.row_keys, step.pending)]
+            held = [weakref.ref(one) for one in (step, graphs, step.cache, step.cache.stores[0].row_keys, step.pending)]
             del step, graphs
         assert [one() for one in held] == [None] * len(held)
     finally:

@@ -10,11 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from srcfast.attention.options import AttentionOptions
 from srcfast.errors import SrcfastError
-from srcfast.generation.kv_cache import GROWTH, HALVES, Layout, SlotCache
+from srcfast.generation.kv_cache import SlotCache
+from srcfast.generation.kv_store import GROWTH, HALVES, Layout
 from srcfast_kernels import native
 
-LAYERS, KV_HEADS, WIDTH = 2, 2, 3
+LAYERS, KV_HEADS, WIDTH = 3, 2, 3
+# Of the layers: windows that end within prompts and within continuations.
+OPTIONS = [AttentionOptions(), AttentionOptions(window=7), AttentionOptions(window=11, softcap=1.5)]
 needs_library = pytest.mark.skipif(not native.available(), reason=f"native library: {native.why_not()}")
 # fp64 through PyTorch; fp32 with 16 and 48 numbers a head through the native library, each sum of some dozen products. Of halves
 # keys, values and results are rounded, and nothing between: half a unit in the last place, and what fp32 sums may add.
@@ -42,7 +46,12 @@ class Paths:
     ) -> None:
         self.dtype, self.size, (self.rtol, self.atol) = way
         self.device, self.weights_unit = device, 0.0  # relative rounding of softmax's weights
-        config = SimpleNamespace(num_layers=LAYERS, num_heads=heads, num_kv_heads=KV_HEADS, head_dim=self.size)
+        # Layers whose heads of keys and values have different shapes, and different options.
+        self.shapes = [(KV_HEADS, self.size), (1, self.size * 2), (KV_HEADS, self.size)][:LAYERS]
+        self.options = OPTIONS
+        config = SimpleNamespace(
+            num_layers=LAYERS, num_heads=heads, num_kv_heads=KV_HEADS, head_dim=self.size, kv_shapes=self.shapes
+        )
         self.random = torch.Generator().manual_seed(seed)
         self.heads = heads
         layout = Layout.of(4, WIDTH, 40, 80, on_gpu=fixed, spare=fixed)
@@ -57,9 +66,7 @@ class Paths:
     def admit(self, lengths: dict[int, int]) -> None:
         self.cache.admit(list(lengths), list(lengths.values()))
         total = sum(lengths.values())
-        layers = [
-            (self.drawn(total, KV_HEADS, self.size), self.drawn(total, KV_HEADS, self.size)) for _ in range(LAYERS)
-        ]
+        layers = [(self.drawn(total, *shape), self.drawn(total, *shape)) for shape in self.shapes]
         for layer, (k, v) in enumerate(layers):
             self.cache.record(layer, k.to(self.device), v.to(self.device))
         begin = 0
@@ -73,7 +80,7 @@ class Paths:
             self.own.pop(place, None)
         places = self.cache.start(slot, parents, lengths)
         assert len(set(places)) == len(places) and all(place // WIDTH == slot for place in places)
-        empty = [(self.drawn(0, KV_HEADS, self.size), self.drawn(0, KV_HEADS, self.size))] * LAYERS
+        empty = [(self.drawn(0, *shape), self.drawn(0, *shape)) for shape in self.shapes]
         for index, (place, length) in enumerate(zip(places, lengths, strict=True)):
             held = old[parents[index]] if parents else empty
             self.own[place] = [(k[:length], v[:length]) for k, v in held]
@@ -87,10 +94,11 @@ class Paths:
         longest = int(self.lengths[rows].max()) + 1
         taken = torch.tensor(places + spare * [4 * WIDTH])
         attend = self.cache.begin(taken.to(self.device), self.lengths.to(self.device), used, longest)
-        for layer in range(LAYERS):
-            q = self.drawn(len(taken), self.heads, self.size)
-            k, v = self.drawn(len(taken), KV_HEADS, self.size), self.drawn(len(taken), KV_HEADS, self.size)
-            output = attend(layer, *(x.to(self.device) for x in (q, k, v))).cpu()
+        for layer, (shape, options) in enumerate(zip(self.shapes, self.options, strict=True)):
+            kv_heads, size = shape
+            q = self.drawn(len(taken), self.heads, size)
+            k, v = self.drawn(len(taken), *shape), self.drawn(len(taken), *shape)
+            output = attend(layer, *(x.to(self.device) for x in (q, k, v)), options).cpu()
             assert output.dtype == self.dtype and bool(output.isfinite().all())
             for row, place in enumerate(places):
                 held = self.own[place][layer]
@@ -100,8 +108,13 @@ class Paths:
                 )
                 prompt = self.prompt[place // WIDTH][layer]
                 keys, values = (torch.cat((prompt[i], self.own[place][layer][i])) for i in (0, 1))
-                keys, values = (x.double().repeat_interleave(self.heads // KV_HEADS, dim=1) for x in (keys, values))
-                weights = (torch.einsum("hd,lhd->hl", q[row].double(), keys) / self.size**0.5).softmax(-1)
+                keys, values = (x.double().repeat_interleave(self.heads // kv_heads, dim=1) for x in (keys, values))
+                if options.window is not None:
+                    keys, values = keys[-options.window :], values[-options.window :]
+                scores = torch.einsum("hd,lhd->hl", q[row].double(), keys) / size**0.5
+                if options.softcap is not None:
+                    scores = options.softcap * torch.tanh(scores / options.softcap)
+                weights = scores.softmax(-1)
                 expected = torch.einsum("hl,lhd->hd", weights, values)
                 rounded = self.weights_unit * torch.einsum("hl,lhd->hd", weights, values.abs())
                 difference = (output[row].double() - expected).abs()
@@ -199,7 +212,8 @@ class Numbers:
 
     def stored(self, row_id: int) -> tuple[Tensor, Tensor]:
         """Views of a row's keys and values, [Hkv, positions] each."""
-        keys, values = (self.cache._by_slot(x) for x in (self.cache.row_keys, self.cache.row_values))
+        (store,) = self.cache.stores
+        keys, values = (store.by_slot(x) for x in (store.row_keys, store.row_values))
         row = row_id % self.width
         return keys[0, self.SLOT, :, row, 0], values[0, self.SLOT, :, row, :, 0]
 

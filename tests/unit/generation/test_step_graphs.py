@@ -18,7 +18,7 @@ from srcfast.generation import decode
 from srcfast.generation.beam_search import Search, sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.cuda_graphs import StepGraphs, position_buckets, row_buckets
-from srcfast.generation.kv_cache import LANES, Layout
+from srcfast.generation.kv_store import LANES, Layout
 from srcfast.generation.sampling import Sampling
 from srcfast.models import ImageFeatures, load_lvlm
 

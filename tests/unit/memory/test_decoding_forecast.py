@@ -16,7 +16,8 @@ from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.cuda_graphs import position_buckets, row_buckets
 from srcfast.generation.decode import PREFILL_TOKENS, Prompt
 from srcfast.generation.generate import sample_responses
-from srcfast.generation.kv_cache import Layout, SlotCache, storage_of
+from srcfast.generation.kv_cache import SlotCache
+from srcfast.generation.kv_store import Layout, storage_of
 from srcfast.memory.activations import ForestSizes
 from srcfast.memory.forecast import GRAPH_BYTES, Forecast, forecast_decoding
 from srcfast.memory.model_sizes import ModelSizes
@@ -98,7 +99,8 @@ def test_a_gpus_cache_is_forecast_to_the_byte(dtype: torch.dtype, graphs: bool) 
     storage = storage_of(model.decoder.config, layout, torch.zeros(1))  # in fp32, on a CPU
     assert sum(held.nbytes for held in storage.values()) * dtype.itemsize / 4 == forecast.keys_and_values
     cache = SlotCache(model.decoder.config, layout, torch.zeros(1), storage)
-    used = (cache.prompt_keys, cache.prompt_values, cache.row_keys, cache.row_values)
+    (store,) = cache.stores
+    used = (store.prompt_keys, store.prompt_values, store.row_keys, store.row_values)
     assert sum(held.numel() for held in used) == sum(held.numel() for held in storage.values())
     # A row that fills up takes one row's positions, not a sample's.
     assert layout.rows == SLOTS * WIDTH + graphs

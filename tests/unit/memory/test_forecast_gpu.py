@@ -12,7 +12,7 @@ from helpers.small_training import SmallModel, random_trees, run
 
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
-from srcfast.generation.kv_cache import PROMPT_STEP
+from srcfast.generation.kv_store import PROMPT_STEP
 from srcfast.memory.activations import ForestSizes
 from srcfast.memory.forecast import forecast_decoding, forecast_forward, forecast_training
 from srcfast.memory.model_sizes import ModelSizes
