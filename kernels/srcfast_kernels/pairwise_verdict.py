@@ -41,6 +41,7 @@ def pairwise_verdict(
     verdict_values: Tensor,
     sample_ids: Tensor | None = None,
     num_samples: int | None = None,
+    softcap: float | None = None,
 ) -> VerdictOutput:
     """Aggregate M ordered comparisons.
 
@@ -53,14 +54,17 @@ def pairwise_verdict(
         verdict_values: [K] what each verdict counts as a win of the first: 1, 1/2 (tie), 0.
         sample_ids: [M] int64 for several samples at once; outputs then lead with the number of samples S.
         num_samples: S, where N is a number: a GPU then need not be waited for to learn it.
+        softcap: logits x become c tanh(x / c); None: they don't.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     samples, largest = _batch(num_candidates, sample_ids, num_samples)
     if len(first) and backend_for(hidden) == "triton":
         return _pairwise_verdict_triton(
-            hidden, verdict_weight, first, second, verdict_values.to(dtype), sample_ids, samples, largest
+            hidden, verdict_weight, first, second, verdict_values.to(dtype), sample_ids, samples, largest, softcap
         )
     logits = hidden.to(dtype) @ verdict_weight.to(dtype).T  # [M, K]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     wins = logits.softmax(-1) @ verdict_values.to(dtype)  # [M]
     sample = torch.zeros_like(first) if sample_ids is None else sample_ids
     p = wins.new_zeros(samples, largest, largest)
@@ -96,9 +100,12 @@ def pairwise_verdict_reference(
     num_candidates: int,
     *,
     verdict_values: Tensor,
+    softcap: float | None = None,
 ) -> VerdictOutput:
     """Compute one sample, pair by pair, as the formulas read."""
     logits = hidden.double() @ verdict_weight.double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     p = {
         (i, j): float(row.softmax(-1) @ verdict_values.double())
         for i, j, row in zip(first.tolist(), second.tolist(), logits, strict=True)
@@ -134,6 +141,7 @@ def pairwise_verdict_kernel(
     num_verdicts,
     candidates,
     HAS_SAMPLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # 0 for none
     ACC: tl.constexpr,
     VERDICTS: tl.constexpr,  # both are powers of two
     CANDIDATES: tl.constexpr,
@@ -182,6 +190,8 @@ def pairwise_verdict_kernel(
                 other=0.0,
             )
             logits += tl.sum(h.to(ACC)[:, None, :] * w.to(ACC)[None], 2)
+        if SOFTCAP != 0.0:
+            logits = SOFTCAP * (2.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * logits)) - 1.0)  # tanh; where exp overflows, -1
         logits = tl.where(is_verdict[None], logits, float("-inf"))
         shares = tl.exp(logits - tl.max(logits, 1)[:, None])
         wins = tl.sum(shares * values[None], 1) / tl.sum(shares, 1)
@@ -213,6 +223,7 @@ def _pairwise_verdict_triton(
     sample_ids: Tensor | None,
     samples: int,
     largest: int,
+    softcap: float | None,
 ) -> VerdictOutput:
     p, q, u = verdict_values.new_empty(3, samples, largest, largest)
     scores = verdict_values.new_empty(samples, largest)
@@ -234,6 +245,7 @@ def _pairwise_verdict_triton(
         len(verdict_weight),
         largest,
         HAS_SAMPLES=sample_ids is not None,
+        SOFTCAP=softcap or 0.0,
         ACC=accumulator(hidden.dtype),
         VERDICTS=triton.next_power_of_2(len(verdict_weight)),
         CANDIDATES=triton.next_power_of_2(largest),

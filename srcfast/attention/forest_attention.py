@@ -144,9 +144,11 @@ def _takes(name: str, rows: Tensor | None, options: AttentionOptions) -> bool:
         return False
     if not options.two_way:
         return True
-    # The call over two-way ranges aligns a window with each range's end. So it hides none of the range's rows from each other.
-    if options.window is not None and (name == "xformers" or options.longest_range > options.window):
-        return False
+    if options.window is not None:
+        if name == "xformers":  # which has no call with a window that is not causal
+            return False
+        if options.beyond_window and options.longest_range > options.window:
+            return False  # a call's window is each query's
     return rows is None or not options.touches(rows.numpy())
 
 
@@ -175,7 +177,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None
         q, k, v = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
         if options == CAUSAL and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             return shared_attention(q, k, v, forest, rows).to(dtype)
-    key = ("blocks", q.dtype, q.device, options.window, options.two_way)
+    key = ("blocks", q.dtype, q.device, options.window, options.two_way, options.beyond_window)
     plan = forest.cache.get(key) if rows is None else None
     if plan is None:
         plan = plan_blocks(forest, q.dtype, q.device, rows, options)

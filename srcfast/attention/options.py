@@ -17,12 +17,14 @@ class AttentionOptions:
         window: a query sees the last `window` tokens of its path, itself included; None: all.
         softcap: scores s become c tanh(s / c); None for none.
         two_way: ranges (start, end) of rows, ascending, with a gap or a segment's end between them, each within one segment. A
-            query in a range sees the whole range besides what it sees otherwise, as in Gemma's images and PaliGemma's prompts.
+            query in a range sees those behind it as well, as in Gemma's images and PaliGemma's prompts.
+        beyond_window: whether it sees the rows of its range before its window, too.
     """
 
     window: int | None = None
     softcap: float | None = None
     two_way: tuple[tuple[int, int], ...] = ()
+    beyond_window: bool = False
 
     def within(self, forest: Forest) -> AttentionOptions:
         """Return these options without a window that covers every path of a forest."""
@@ -47,7 +49,8 @@ class AttentionOptions:
         before = np.full(num_rows, np.iinfo(np.int32).max if self.window is None else self.window - 1, dtype=np.int64)
         behind = np.zeros(num_rows, dtype=np.int64)
         for start, end in self.two_way:
-            before[start:end] = np.maximum(before[start:end], np.arange(end - start))
+            if self.beyond_window:
+                before[start:end] = np.maximum(before[start:end], np.arange(end - start))
             behind[start:end] = np.arange(end - start)[::-1]
         return before, behind
 

@@ -141,7 +141,6 @@ def decode(
     graphs = graphs and not sharded and not model.decoder.has_states
     on_gpu = model.decoder.head_weight.is_cuda
     longest = max(len(task.prompt.token_ids) for task in tasks)
-    model.decoder.check_length(longest + limit)
     layout = Layout.of(min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu)
     with (
         DecodingMemory() if memory is None else nullcontext(memory) as buffers,

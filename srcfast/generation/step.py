@@ -20,7 +20,6 @@ from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling, draw_tokens
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.sharding import is_sharded
-from srcfast_kernels import head_logits
 
 Drawn = tuple[Tensor, Tensor]  # tokens [R] int64, their log-probabilities [R]
 
@@ -82,4 +81,4 @@ def step_numbers(
 
 def _next_logits(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
     """Compute logits [R, V] in fp32 (fp64 for an fp64 model), as the log-probabilities of training do."""
-    return head_logits(hidden, decoder.head_weight)
+    return decoder.head.logits(hidden)

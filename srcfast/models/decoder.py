@@ -18,10 +18,23 @@ from torch.utils.checkpoint import checkpoint
 from srcfast.attention.forest_attention import Attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
+from srcfast.models.head import Head
 from srcfast.models.lora import project, project_swiglu
 from srcfast_kernels import rms_norm, rope
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def is_handwritten_text(config: Any) -> bool:
+    """Return whether the hand-written decoder has the architecture of a transformers text config, and its attention no window."""
+    return config.model_type in ARCHITECTURES and _window(config) is None
+
+
+def _window(config: Any) -> int | None:
+    """Return the window of a text config's attention, None where it covers all positions."""
+    window: int | None = getattr(config, "sliding_window", None)
+    windowed = window is not None and getattr(config, "use_sliding_window", config.model_type == "mistral")
+    return window if windowed and window < config.max_position_embeddings else None
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,12 @@ class DecoderConfig:
             )
         if config.hidden_act != "silu":
             raise InputError(field="hidden_act", expected="silu", found=config.hidden_act)
-        window = getattr(config, "sliding_window", None)
-        windowed = window is not None and getattr(config, "use_sliding_window", kind == "mistral")
-        if windowed and window < config.max_position_embeddings:
+        if (window := _window(config)) is not None:
             raise InputError(
                 field="sliding_window",
-                expected="full attention",
+                expected="full attention with the hand-written backbone",
                 found=f"a window of {window} of {config.max_position_embeddings} positions",
-                fix="set sliding_window to null in config.json if the sequences fit into the window",
+                fix="set model.backbone to auto or transformers, which runs windows",
             )
         scaling = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
         theta = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
@@ -239,6 +250,11 @@ class Decoder(nn.Module):
         return self.config
 
     @property
+    def head(self) -> Head:
+        """Return the head."""
+        return Head(self.head_weight)
+
+    @property
     def head_weight(self) -> Tensor:
         """Return the head's weight [V, D]: the embedding's where the two are tied."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
@@ -250,9 +266,6 @@ class Decoder(nn.Module):
     def embed_forest(self, forest: Forest) -> Tensor:
         """Embed a forest's tokens into [T, D]."""
         return self.embed(forest.token_ids)
-
-    def check_length(self, longest: int) -> None:
-        """Accept a sequence of any length: the attention has no window."""
 
     def next_positions(self, forest: Forest, embedded: Tensor) -> list[int]:
         """Return the position that follows each prompt of a forest of prompts."""

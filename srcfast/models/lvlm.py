@@ -20,7 +20,7 @@ from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
-from srcfast.models.decoder import ARCHITECTURES, Decoder
+from srcfast.models.decoder import Decoder, is_handwritten_text
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.pretrained import has_vision
@@ -257,8 +257,8 @@ def load_lvlm(
 def is_handwritten(config: Any) -> bool:
     """Return whether the hand-written decoder has the architecture of a checkpoint, of an LVLM or of a text model."""
     if not has_vision(config):
-        return config.model_type in ARCHITECTURES
-    return config.model_type in FAMILIES and config.text_config.model_type in ARCHITECTURES
+        return is_handwritten_text(config)
+    return config.model_type in FAMILIES and is_handwritten_text(config.text_config)
 
 
 def _part_of(name: str) -> tuple[str, str]:

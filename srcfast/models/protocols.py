@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srcfast.attention.forest_attention import Attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
+from srcfast.models.head import Head
 
 
 class DecoderShapes(Protocol):
@@ -53,6 +54,9 @@ class TransformerDecoder(Protocol):
         """[V, D]."""
         ...
 
+    @property
+    def head(self) -> Head: ...
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, D]."""
         ...
@@ -63,10 +67,6 @@ class TransformerDecoder(Protocol):
 
     def rotary(self, positions: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
         """Compute cos and sin, [T, d] each."""
-        ...
-
-    def check_length(self, longest: int) -> None:
-        """Raise InputError where a sequence of so many tokens leaves the window of the attention."""
         ...
 
     def next_positions(self, forest: Forest, embedded: Any) -> list[int]:

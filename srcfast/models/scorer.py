@@ -9,7 +9,7 @@ then on a single candidate (independent scoring, the baseline).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from srcfast.data.prefixes import share_prefixes
 from srcfast.errors import InputError
 from srcfast.models.chat import chat_text, user_turn
 from srcfast.models.embedded import checkpoint_directory
+from srcfast.models.head import Head
 from srcfast.models.text_model import TextModel, load_text_model
 from srcfast_kernels.transfers import to_device
 
@@ -95,13 +96,15 @@ class Scorer(nn.Module):
         return self.text_model(forest, rows)
 
     @property
-    def verdict_weight(self) -> Tensor:
-        """Return the head's rows of the verdict tokens, [K, D]."""
-        return self.text_model.decoder.head_weight[self.verdict_token_ids]
+    def verdict_head(self) -> Head:
+        """Return the head of the verdict tokens alone, of weight [K, D]."""
+        head = self.text_model.decoder.head
+        return replace(head, weight=head.weight[self.verdict_token_ids])
 
     def verdict_logits(self, slots: Tensor) -> Tensor:
         """Compute logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
-        return slots.float() @ self.verdict_weight.float().T
+        head = self.verdict_head
+        return head.capped(slots.float() @ head.weight.float().T)
 
     @torch.no_grad()
     def win_and_verdict(self, slots: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class Scorer(nn.Module):
             raise InputError(
                 field="verdicts",
                 expected="finite numbers from the R-Scorer",
-                found=f"others, computed in {str(self.verdict_weight.dtype).removeprefix('torch.')}",
+                found=f"others, computed in {str(self.verdict_head.weight.dtype).removeprefix('torch.')}",
                 fix="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from torch import Tensor
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
 from srcfast.models.fused_modules import ordinary_modules
-from srcfast.models.supported import logit_scales
+from srcfast.models.head import Head
+from srcfast.models.supported import logit_caps, logit_scales
 from srcfast.models.transformers_decoder import ATTENTION, text_model
+from srcfast.models.two_way import two_way_of
 
 # Root mean square difference of logits, of their own: rounding makes 1e-6 to 1e-5 in fp32 and up to 0.03 in 16 bits over tens of
 # layers, another mask 0.1 and more.
@@ -39,11 +42,15 @@ def check_lvlm(lvlm: Any, model: Any) -> None:
     prompt = lvlm.encode_prompt("What is it?", [image])
     inputs = lvlm.processor_inputs("What is it?", [image])
     dtype = lvlm.decoder.head_weight.dtype
+    lvlm.decoder.two_way = two_way_of(model, prompt, inputs, lvlm.image_token_id, lvlm.path)
 
     def ordinary(token_ids: Tensor) -> Tensor:
         behind = len(token_ids) - len(prompt)
         arguments = {
-            name: F.pad(value, (0, behind)) if value.shape[:2] == (1, len(prompt)) else value
+            # A response's tokens have the type of text; where all of a prompt is two-way, that is 1.
+            name: F.pad(value, (0, behind), value=int(name == "token_type_ids" and _prompt_is_two_way(lvlm)))
+            if value.shape[:2] == (1, len(prompt))
+            else value
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
@@ -56,6 +63,10 @@ def check_lvlm(lvlm: Any, model: Any) -> None:
 
     responses = [lvlm.encode_response(text) for text in ANSWERS]
     _check(lvlm, model, prompt, responses, {"image": lvlm.encode_images([image])[0]}, ordinary)
+
+
+def _prompt_is_two_way(lvlm: Any) -> bool:
+    return lvlm.decoder.two_way is not None and lvlm.decoder.two_way.tokens == "prompt"
 
 
 def check_text_model(text_model: Any, model: Any) -> None:
@@ -74,7 +85,7 @@ def check_text_model(text_model: Any, model: Any) -> None:
 def _check(
     ours: Any, model: Any, prompt: np.ndarray, responses: Sequence[np.ndarray], features: Any, ordinary: Ordinary
 ) -> None:
-    """Compare a tree of prompt and responses with each path by itself, and set the scale of the logits that the model applies.
+    """Compare a tree of prompt and responses with each path by itself, and set the scale and cap of its logits.
 
     Raises:
         InputError: they differ by more than rounding.
@@ -87,15 +98,16 @@ def _check(
     packed = (hidden @ ours.decoder.head_weight.T).float()  # [T, V]
     with _ordinary_layers(ours.decoder, model):
         expected = [(path, ordinary(forest.token_ids[path]).float()) for path in forest.paths()]  # [n, V] each
-    path, logits = expected[0]
-    factor = float((packed[path] * logits).sum() / packed[path].square().sum())
-    ours.decoder.logit_scale = next((s for s in logit_scales(model.config) if abs(factor / s - 1.0) < 0.02), 1.0)
-    packed = packed * ours.decoder.logit_scale
-    differences, squares = 0.0, 0.0
-    for path, logits in expected:
-        differences += float((packed[path] - logits).square().sum())
-        squares += float(logits.square().sum())
-    ratio = (differences / squares) ** 0.5
+    squares = sum(float(logits.square().sum()) for _, logits in expected)
+    # Whether a class applies what its config names is seen from its logits.
+    scales, caps = [1.0, *logit_scales(model.config)], [None, *logit_caps(model.config)]
+    ratios = {}
+    for scale, cap in product(scales, caps):
+        ours_so = Head(ours.decoder.head_weight, cap).capped(packed * scale)
+        differences = sum(float((ours_so[path] - logits).square().sum()) for path, logits in expected)
+        ratios[scale, cap] = (differences / squares) ** 0.5
+    ours.decoder.logit_scale, ours.decoder.softcap = best = min(ratios, key=lambda key: ratios[key])
+    ratio = ratios[best]
     if not ratio <= TOLERANCE[dtype]:  # so written, the test fails for NaN as well
         raise InputError(
             file=ours.path,

@@ -15,13 +15,9 @@ from srcfast.models.recurrent import LAYERS
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 # Of a text config: fields that are set where attention or the head does what the forest does not do yet, and what that is.
 FEATURES = {
-    "attn_logit_softcapping": "scores of attention under a soft cap",
-    "final_logit_softcapping": "logits under a soft cap",
     "kv_lora_rank": "latent attention, whose values have another size than its keys",
     "v_head_dim": "values of another size than keys",
     "cross_attention_layers": "cross-attention to images",
-    "global_head_dim": "layers of different head sizes",
-    "num_kv_shared_layers": "layers that share keys and values",
     "index_topk": "attention to the keys that an indexer selects",
     "attention_chunk_size": "attention within chunks",
     "use_bidirectional_attention": "two-way attention",
@@ -66,7 +62,7 @@ def _obstacles(config: Any) -> Iterator[tuple[str, str, str]]:
         yield "text_config.layer_types", ", ".join(others), "layers other than attention on the forest"
     for field, needed in FEATURES.items():
         value = _value_of(text, field)
-        if value not in (None, False, 0, 1.0) and value != "":
+        if value not in (None, False, 0, 1.0, "", "vision"):  # Gemma 4's two-way attention within images
             yield f"text_config.{field}", str(value), needed
 
 
@@ -83,8 +79,6 @@ def _form_obstacles(model_class: Any) -> Iterator[tuple[str, str, str]]:
     if "mm_encoder_outputs" not in inspect.signature(model_class.forward).parameters:
         needed = "transformers 5.24 or later, or a model that takes encoded images (mm_encoder_outputs)"
         yield "model_type", f"{model_class.__name__} of transformers {transformers.__version__}", needed
-    if "token_type_ids" in inspect.signature(model_class.forward).parameters:
-        yield "model_type", "token types", "two-way attention within images or prompts"
 
 
 def attention_layers(config: Any) -> list[int]:
@@ -100,10 +94,7 @@ def logit_scales(config: Any) -> list[float]:
     return [*([float(multiplied)] if multiplied else []), *([1.0 / float(divided)] if divided else [])]
 
 
-def window_of(config: Any) -> int | None:
-    """Return the window of a config's attention, in positions; None for full attention."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    layers = getattr(text, "layer_types", None)
-    windowed = "sliding_attention" in layers if layers else getattr(text, "use_sliding_window", True)
-    return int(window) if window and windowed else None
+def logit_caps(config: Any) -> list[float]:
+    """List the soft caps on logits that a config names; whether a class applies them is seen from its logits."""
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return [float(cap)] if cap else []

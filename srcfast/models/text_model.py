@@ -25,7 +25,7 @@ from srcfast.models.checkpoint import (
     read_tensors,
     save_tensors,
 )
-from srcfast.models.decoder import ARCHITECTURES, Decoder, DecoderConfig
+from srcfast.models.decoder import Decoder, DecoderConfig, is_handwritten_text
 from srcfast.models.lora import apply_lora, check_no_adapter
 from srcfast.models.pretrained import check_runs, load_pretrained, refusing_other_forms
 from srcfast.models.quantized import quantize_linears
@@ -70,7 +70,7 @@ def load_text_model(
         InputError: another architecture, or a tensor that is missing, unexpected or misshaped.
     """
     config = read_config(path)
-    if config.model_type not in ARCHITECTURES:
+    if not is_handwritten_text(config):
         return _load_general(Path(path), config, dtype, device, lora)
     decoder = build_decoder(config, path, device, dtype)
     tensors = (("language", name.removeprefix("model."), tensor) for name, tensor in read_tensors(path))
@@ -90,9 +90,11 @@ def _load_general(
     whole = load_pretrained(AutoModelForCausalLM, path, config, dtype)
     tokenizer = load_tokenizer(path)
     with refusing_other_forms(path, config):
-        model = TextModel(TransformersDecoder(whole), tokenizer, path).to(device)
+        decoder = TransformersDecoder(whole)
+        model = TextModel(decoder, tokenizer, path).to(device)
         model.requires_grad_(False)
         model.eval()
+        decoder.observe_layers()
         check_text_model(model, whole)
     apply_lora(model, lora)
     return model

@@ -13,18 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from srcfast.attention.forest_attention import Attend
-from srcfast.data.forest import Forest
+from srcfast.attention.options import CAUSAL, AttentionOptions
+from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.fused_modules import fuse_modules
+from srcfast.models.head import Head
 from srcfast.models.lora import LoRALinear
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
-from srcfast.models.supported import attention_layers, window_of
+from srcfast.models.supported import attention_layers
+from srcfast.models.two_way import Ranges, TwoWay
 
 ATTENTION = "srcfast_forest"  # its name in transformers
 _CHECKPOINT = partial(checkpoint, use_reentrant=False)
@@ -39,12 +43,14 @@ class TokenRow:
         positions: [T], or [3, T] for rotary positions by time, height and width; None: those of the caller.
         inputs: keyword arguments of transformers' model beside tokens and positions: encoded images.
         mix: how recurrent layers mix the row's tokens; None in models without such layers.
+        two_way: ranges of rows that see each other in both directions, in models whose attention does that.
     """
 
     token_ids: Tensor
     positions: Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     mix: Mix | None = None
+    two_way: Ranges = ()
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,14 @@ class BackboneShapes:
     head_dim: int
     rms_norm_eps: float
     max_positions: int
+    kv_shapes: tuple[tuple[int, int], ...] = ()  # of each layer with keys and values: their heads, and a head's size
 
     @classmethod
     def of(cls, config: Any) -> BackboneShapes:
-        """Read a transformers text config."""
+        """Read a transformers text config; where layers differ, the first one's sizes."""
         heads = config.num_attention_heads
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[0]
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -116,8 +125,11 @@ class TransformersDecoder(nn.Module):
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
         for mixer in recurrent:
             mix_by_caller(mixer)
-        self.logit_scale = 1.0  # logits are the scaled hidden states times the head; `models.self_check` finds it
-        self.window = window_of(model.config)  # of attention, in positions
+        # Logits are the scaled hidden states times the head, under the soft cap; `models.self_check` finds both.
+        self.logit_scale = 1.0
+        self.softcap: float | None = None
+        self.two_way: TwoWay | None = None  # which of a prompt's tokens see each other in both directions
+        self.kv_shapes: tuple[tuple[int, int], ...] = ()  # set by `observe_layers`
         self.checkpoint_layers = 0
         self.dropout_keys: Tensor | None = None
         self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
@@ -141,7 +153,12 @@ class TransformersDecoder(nn.Module):
     @property
     def cache_config(self) -> BackboneShapes:
         """Return the sizes of the layers that have keys and values."""
-        return replace(self.config, num_layers=len(self.cache_index))
+        return replace(self.config, num_layers=len(self.kv_shapes), kv_shapes=self.kv_shapes)
+
+    @property
+    def head(self) -> Head:
+        """Return the head."""
+        return Head(self.head_weight, self.softcap)
 
     @property
     def head_weight(self) -> Tensor:
@@ -158,16 +175,6 @@ class TransformersDecoder(nn.Module):
         """Return a forest's tokens, without images, as what a pass begins with."""
         return TokenRow(forest.token_ids, mix=forest_mix(forest) if self.has_states else None)
 
-    def check_length(self, longest: int) -> None:
-        """Raise InputError where a sequence of so many tokens leaves the window of the model's attention."""
-        if self.window is not None and longest > self.window:
-            raise InputError(
-                field="text_config.sliding_window",
-                expected=f"sequences of at most {self.window} tokens, which the window of attention covers",
-                found=f"one of {longest}",
-                fix="leave long samples out, or lower max_new_tokens",
-            )
-
     def next_positions(self, forest: Forest, embedded: TokenRow) -> list[int]:
         """Return the position that follows each prompt of a forest of prompts; `embedded` is the model's `embed` of it."""
         if embedded.positions is None:
@@ -176,6 +183,31 @@ class TransformersDecoder(nn.Module):
             starts[0] + tree.num_tokens - 1 for starts, tree in zip(forest.segment_start, forest.trees, strict=True)
         ]
         return (embedded.positions.amax(dim=0).cpu()[last] + 1).tolist()
+
+    @torch.no_grad()
+    def observe_layers(self) -> None:
+        """Run one token to see the shapes of each layer's keys and values, and which layers share them, for decoding's cache."""
+        stored: list[Tensor] = []  # they stay alive, so that equal addresses mean shared keys
+        cache_index = {}
+
+        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = CAUSAL, /) -> Tensor:
+            addresses = [other.data_ptr() for other in stored]
+            if k.data_ptr() not in addresses:
+                stored.append(k)
+                addresses.append(k.data_ptr())
+            cache_index[layer] = addresses.index(k.data_ptr())
+            return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+        token = torch.zeros(1, dtype=torch.int64, device=self.head_weight.device)
+        attention = list(self.cache_index)
+        self.cache_index = {layer: index for index, layer in enumerate(attention)}
+        self(
+            self.embed_forest(Forest.of([Tree((Segment(np.zeros(1, dtype=np.int64)),))]).to(token.device)),
+            token,
+            observe,
+        )
+        self.cache_index = {layer: cache_index[index] for index, layer in enumerate(attention)}
+        self.kv_shapes = tuple((k.shape[1], k.shape[2]) for k in stored)
 
     def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         """Write the whole model's weights as transformers does, in `dtype`, by default the model's."""
@@ -199,9 +231,13 @@ class TransformersDecoder(nn.Module):
             positions = positions.expand(3, -1)
         layers: set[int] = set()
 
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
             layers.add(layer)
-            return attend(self.cache_index[layer], q, k, v)
+            if self.two_way is not None:
+                options = self.two_way.options(row.two_way, window, softcap)
+            else:
+                options = AttentionOptions(window, softcap)
+            return attend(self.cache_index[layer], q, k, v, options)
 
         output = self._whole[0].base_model(
             input_ids=row.token_ids[None],
@@ -252,7 +288,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    attend: Attend | None = None,
+    attend: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of one layer, [1, T, H, d], from query [1, H, T, d], key and value [1, Hkv, T, d]."""
@@ -260,7 +296,7 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, heads, d]
     if scaling is not None and not math.isclose(scaling, q.shape[-1] ** -0.5):
         q = q * (scaling * q.shape[-1] ** 0.5)
-    return attend(module.layer_idx, q, k, v)[None], None
+    return attend(module.layer_idx, q, k, v, sliding_window, softcap)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

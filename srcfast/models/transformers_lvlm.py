@@ -134,9 +134,7 @@ class TransformersLVLM(ChatModel):
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
         self.end_token_id = self._turn_end()
         self.control_tokens = control_tokens(self.tokenizer, self.image_token)
-        self.max_positions = min(
-            self.decoder.config.max_positions, self.decoder.window or self.decoder.config.max_positions
-        )
+        self.max_positions = self.decoder.config.max_positions
         self.adapter_prefix = _name_of(model, text_model(model))
 
     def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
@@ -196,7 +194,6 @@ class TransformersLVLM(ChatModel):
             InputError: an image's length differs from its placeholders.
         """
         host = forest.host or forest
-        self.decoder.check_length(forest.max_seqlen_k)
         inputs: dict[str, Any] = {}
         images = [features[key] for key in forest.images]
         if images:
@@ -216,6 +213,7 @@ class TransformersLVLM(ChatModel):
             None if positions is None else to_device(positions, forest.token_ids.device),
             inputs,
             forest_mix(forest) if self.decoder.has_states else None,
+            self.decoder.two_way.ranges(forest, self.image_token_id) if self.decoder.two_way else (),
         )
 
     def _positions(self, forest: Forest, features: Mapping[str, EncodedImage]) -> Tensor:
@@ -277,5 +275,6 @@ def load_transformers_lvlm(
     lvlm.to(device)
     lvlm.eval()
     with refusing_other_forms(path, config):
+        lvlm.decoder.observe_layers()
         check_lvlm(lvlm, model)
     return lvlm

@@ -35,6 +35,7 @@ from srcfast.data.batching import global_batch
 from srcfast.data.forest import Forest, Tree
 from srcfast.data.records import Preference
 from srcfast.models.dropout_keys import drops
+from srcfast.models.head import Head
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.drift import Drift
 from srcfast.stages.logprobs import check_logprobs
@@ -212,7 +213,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
     def loss(
         hidden: Tensor,
         forest: Forest,
-        head_weight: Tensor,
+        head: Head,
         items: Sequence[TrainingItem],
         denominator: PairDenominator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,7 +222,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
         tokens = pair_tokens(hidden, forest)
         output = linear_weighted_dpo(
             tokens.hidden,
-            head_weight,
+            head.weight,
             tokens.targets,
             tokens.sequence_ids,
             batch.reference_logprobs[0],
@@ -231,6 +232,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
             label_smoothing=_label_smoothing(settings, batch.confidences),
             loss_type=settings.loss_type,
             normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
+            **head.options,
         )
         total, rehearsed = output.loss, output.loss.new_zeros(())
         if len(pairs) < len(items):

@@ -29,7 +29,6 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys, image_prints
 from srcfast.training.items import Features, Metrics
 from srcfast.training.pipelining import behind
-from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import Fetched, fetch, to_device
 
 PAIRS = 256  # preference pairs a chunk, or requests for a log-probability
@@ -57,7 +56,7 @@ def reference_logprobs(
     """
     trees = preference_trees(model, preferences)
     results = list(preferences)
-    head = model.decoder.head_weight
+    head = model.decoder.head
 
     def sums(forest: Forest, hidden: Tensor) -> Tensor:
         return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
@@ -112,7 +111,7 @@ def response_logprobs(
         rows, targets = (torch.cat(columns).numpy() for columns in zip(*responses, strict=True))  # [n] each
         positions = row_positions(rows, hidden, forest, response_logit_rows(forest))
         index = to_device(np.stack([positions, targets]), hidden.device)  # [2, n]
-        logps = linear_logprob(hidden.index_select(0, index[0]), model.decoder.head_weight, index[1])  # [n]
+        logps = model.decoder.head.logprobs(hidden.index_select(0, index[0]), index[1])  # [n]
         return torch.stack(
             [response.sum() for response in logps.split([len(predictors) for predictors, _ in responses])]
         )

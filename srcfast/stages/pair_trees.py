@@ -18,9 +18,9 @@ from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.records import Preference
 from srcfast.errors import InputError
+from srcfast.models.head import Head
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.prompts import PromptEncoder, image_keys
-from srcfast_kernels.linear_logprob import linear_logprob
 from srcfast_kernels.transfers import to_device
 from srcfast_kernels.weighted_dpo import sum_pairs
 
@@ -115,19 +115,19 @@ def pair_tokens(hidden: Tensor, forest: Forest) -> PairTokens:
     return PairTokens(hidden.index_select(0, index[0]), index[1], index[2])
 
 
-def pair_logprobs(hidden: Tensor, forest: Forest, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+def pair_logprobs(hidden: Tensor, forest: Forest, head: Head) -> tuple[Tensor, Tensor]:
     """Sum the log-probabilities of the chosen and the rejected response of each preference tree over their whole paths.
 
     Args:
         hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
         forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
-        head_weight: `[V, D]`.
+        head: the model's.
 
     Returns:
         (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
     """
     tokens = pair_tokens(hidden, forest)
-    logps = linear_logprob(tokens.hidden, head_weight, tokens.targets)  # [n]
+    logps = head.logprobs(tokens.hidden, tokens.targets)  # [n]
     return sum_pairs(logps, tokens.sequence_ids, len(forest.trees))
 
 

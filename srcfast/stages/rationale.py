@@ -23,6 +23,7 @@ from srcfast.data.logit_rows import response_logit_rows, row_positions
 from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
+from srcfast.models.head import Head
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.stages.datasets import draw
 from srcfast.stages.logprobs import check_logprobs
@@ -33,7 +34,6 @@ from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Features, Metrics, Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
-from srcfast_kernels import linear_logprob
 from srcfast_kernels.transfers import to_device
 
 RationalePair = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
@@ -243,14 +243,14 @@ def response_tokens(items: Sequence[TrainingItem]) -> int:
 
 
 def rationale_loss(
-    hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], denominator: int
+    hidden: Tensor, forest: Forest, head: Head, items: Sequence[TrainingItem], denominator: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum -log p over the responses' tokens, divided by the global batch's number of them.
 
     Args:
         hidden: [T, D], or [M, D] of the forest's `response_logit_rows`.
         forest: of trees prompt -> response.
-        head_weight: [V, D].
+        head: the model's.
         items: of the forest's trees.
         denominator: of `response_tokens`.
 
@@ -260,7 +260,7 @@ def rationale_loss(
     rows, targets = target_rows(forest)  # [n] each
     positions = row_positions(rows, hidden, forest, response_logit_rows(forest))  # [n], rows of `hidden`
     index = to_device(np.stack([positions, targets]), hidden.device)  # [2, n], in one transfer
-    logps = linear_logprob(hidden.index_select(0, index[0]), head_weight, index[1])  # [n]
+    logps = head.logprobs(hidden.index_select(0, index[0]), index[1])  # [n]
     metrics = {"response_tokens": logps.new_full((), float(len(logps))), "max_logprob": logps.detach().max()}
     return -logps.sum() / denominator, metrics
 

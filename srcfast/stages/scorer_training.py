@@ -25,6 +25,7 @@ from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
+from srcfast.models.head import Head
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
 from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
@@ -239,13 +240,13 @@ def scorer_loss(scorer: Scorer) -> Loss:
     """Return the loss for `train`: cross entropy over the scorer's K verdict tokens at the M slots of a forest."""
 
     def loss(
-        hidden: Tensor, forest: Forest, head_weight: Tensor, items: Sequence[TrainingItem], slots: int
+        hidden: Tensor, forest: Forest, head: Head, items: Sequence[TrainingItem], slots: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = slot_rows(forest, [item.meta[0] for item in items]).numpy()  # [M]
         right = torch.cat([item.meta[1] for item in items]).numpy()  # [M]
         index = np.stack([row_positions(rows, hidden, forest, segment_ends(forest)), right])  # [2, M]
         positions, targets = to_device(index, hidden.device)  # [M] each
-        logits = hidden.index_select(0, positions).float() @ head_weight[scorer.verdict_token_ids].float().T  # [M, K]
+        logits = head.logits(hidden.index_select(0, positions), scorer.verdict_token_ids)  # [M, K]
         hits = (logits.argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
 

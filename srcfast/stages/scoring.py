@@ -279,15 +279,17 @@ def _pairwise(scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int]) ->
     pair = comparisons.second != ALONE  # [M]
     columns = [comparisons.first[pair], comparisons.second[pair], comparisons.sample[pair]]  # [pairs] each
     compared, first, second, sample = to_device(np.stack([np.flatnonzero(pair), *columns]), device)  # [pairs] each
+    head = scorer.verdict_head
     output = pairwise_verdict(
         comparisons.slots.index_select(0, compared),
-        scorer.verdict_weight,
+        head.weight,
         first,
         second,
         max(sizes),
         verdict_values=scorer.verdict_values,
         sample_ids=sample,
         num_samples=len(sizes),
+        **head.options,
     )
     verdicts = scorer.win_and_verdict(comparisons.slots)  # [2, M]
     tensors = (output.scores, output.win_probability, output.confidence, verdicts)

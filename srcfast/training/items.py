@@ -12,6 +12,7 @@ from srcfast.data.forest import Forest, Tree
 from srcfast.data.logit_rows import supports_row_selection
 from srcfast.errors import SrcfastError
 from srcfast.memory.flops import tokens_below_roots
+from srcfast.models.head import Head
 from srcfast.models.protocols import HasDecoder
 
 Metrics = dict[str, Any]
@@ -19,7 +20,7 @@ Features = Callable[[Iterable[str]], Mapping[str, Tensor]]  # image keys -> [n, 
 # (hidden [T, D], or [M, D] of the selected rows; forest; head weight [V, D]; items in the forest's order; denominator) ->
 # (loss, metrics). The losses of a global batch's forests are added, and so are their metrics, except that of metrics named
 # max_* the largest counts. A loss that waits for the device makes every step wait.
-Loss = Callable[[Tensor, Forest, Tensor, Sequence["TrainingItem"], Any], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Tensor, Forest, Head, Sequence["TrainingItem"], Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NotFinite(SrcfastError):

@@ -144,7 +144,7 @@ def accumulate(
         with dropping(model.decoder, None if dropout_keys is None else to_device(dropout_keys(host_forest), device)):
             hidden = model(forest, *inputs, **selected)  # [T, D], or [M, D]
         forest_items = [items[i] for i in host_forest.indices]
-        loss, metrics = objective.loss(hidden, forest, model.decoder.head_weight, forest_items, denominator)
+        loss, metrics = objective.loss(hidden, forest, model.decoder.head, forest_items, denominator)
         loss.backward()
         losses.append(loss.detach())
         _add_metrics(totals, metrics)

@@ -30,6 +30,7 @@ from helpers.family_parts import (
     byte_tokenizer,
     randomise,
 )
+from helpers.gemma_families import gemma3, gemma4, layers_of, paligemma
 
 
 def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str] = ()) -> Any:
@@ -463,8 +464,8 @@ def qianfan_ocr() -> Family:
     )
 
 
-def aya_vision(window: int = 1024) -> Family:
-    text = {**TEXT, "model_type": "cohere2", "head_dim": 16, "sliding_window": window}
+def aya_vision() -> Family:
+    text = {**TEXT, "model_type": "cohere2", "head_dim": 16, "sliding_window": 12}
     config = tf.AyaVisionConfig(text_config=text, vision_config=SIGLIP, image_token_index=10, downsample_factor=2)
     marks = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<image>")
     tiles = ("TILE_1", "TILE_2", "TILE_3", "TILE_4", "TILE_GLOBAL")
@@ -478,29 +479,6 @@ def aya_vision(window: int = 1024) -> Family:
 
 
 # Those that are refused.
-
-
-def gemma3() -> Family:
-    layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    text = {**TEXT, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 1024, "layer_types": layers}
-    tokens = {"<image_soft_token>": 10, "<start_of_image>": 12, "<end_of_image>": 13}
-    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    config = tf.Gemma3Config(
-        text_config=text,
-        vision_config=SQUARE,
-        mm_tokens_per_image=16,
-        image_token_index=10,
-        boi_token_index=12,
-        eoi_token_index=13,
-    )
-    return Family(
-        tf.Gemma3ForConditionalGeneration(config),
-        tf.Gemma3ImageProcessorPil(size=SIDES),
-        tokens,
-        "<start_of_image>",
-        processor={"image_seq_length": 16},
-        named=names,
-    )
 
 
 def llava_of(text: str, **settings: Any) -> Family:
@@ -567,12 +545,19 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "lighton_ocr": lighton_ocr,
     "paddleocr_vl": paddleocr_vl,
     "qianfan_ocr": qianfan_ocr,
+    "gemma3": gemma3,
+    "gemma3_capped": partial(gemma3, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    "gemma4": partial(gemma4, two_way=False),
+    "gemma4_vision": partial(gemma4, two_way=True),
+    "paligemma": paligemma,
+    "paligemma2": partial(paligemma, "gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **layers_of()),
+    "gemma2": partial(llava_of, "gemma2", head_dim=16, attn_logit_softcapping=2.0, **layers_of(12)),
+    "llava_window": partial(llava_of, "mistral", sliding_window=12),
+    "cohere2": partial(llava_of, "cohere2", **layers_of(12)),
 }
 SINKS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 1024}
 # Those that it does not run, and what of them the error names.
 REFUSED: dict[str, tuple[Callable[[], Family], str]] = {
-    "gemma2": (partial(llava_of, "gemma2", head_dim=16, sliding_window=1024), "soft cap"),
-    "gemma3": (gemma3, "two-way attention"),
     "ovis2": (ovis2, "visual_indicator_features"),
     "sinks": (partial(llava_of, "gpt_oss", **SINKS), "logits that differ by"),
     "ernie4_5_vl_moe": (ernie4_5_vl_moe, "logits that differ by"),

@@ -65,7 +65,10 @@ class FamilyModels:
 
     def turns(self) -> list[Turn]:
         two = ("second",) if self.name in ONE_IMAGE else ("second", "third")
-        return [Turn("", ("first",)), Turn("", two), Turn("", ())]
+        turns = [Turn("", ("first",)), Turn("", two)]
+        return (
+            turns if self.name.startswith("paligemma") else [*turns, Turn("", ())]
+        )  # which reads no prompts without images
 
 
 def random_images(rng: np.random.Generator) -> dict[str, Image.Image]:
@@ -77,7 +80,7 @@ def random_images(rng: np.random.Generator) -> dict[str, Image.Image]:
 
 
 def random_turns(models: FamilyModels, rng: np.random.Generator) -> list[Turn]:
-    """One image, two images, none."""
+    """One image, two images, and where the family reads that none."""
     return [Turn(" ".join(rng.choice(WORDS, rng.integers(1, 6))), turn.images) for turn in models.turns()]
 
 
@@ -97,9 +100,10 @@ def plain_logits(model: Any, inputs: dict[str, Tensor], response: Tensor) -> Ten
     token_ids = torch.cat([inputs["input_ids"], response[None]], dim=1)
     prompt = inputs["input_ids"].shape
     more = {
-        name: F.pad(value, (0, len(response))) if value.shape == prompt else value
+        # PaliGemma's token types are 0 in prompts and 1 in responses; the others' are 0 for all text.
+        name: F.pad(value, (0, len(response)), value="labels" in inputs) if value.shape == prompt else value
         for name, value in inputs.items()
-        if name not in ("input_ids", "attention_mask")
+        if name not in ("input_ids", "attention_mask", "labels")
     }
     return model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False, **more).logits[0]
 
@@ -137,7 +141,7 @@ class RandomForest:
     def our_logits(self, model: Any = None) -> Tensor:
         """[T, V]."""
         model = model or self.models.ours
-        return model(self.forest, self.features(model)) @ model.decoder.head_weight.T
+        return model.decoder.head.capped(model(self.forest, self.features(model)) @ model.decoder.head_weight.T)
 
     def their_logits(self, model: Any = None) -> list[Tensor]:
         """[n, V] of each path."""

@@ -129,7 +129,7 @@ def write_taught_family(name: str, directory: Path, questions: Path, steps: int 
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=4e-3, weight_decay=0.0)
     for _ in range(steps):
-        logits = ours(forest, features)[rows] @ ours.decoder.head_weight.T
+        logits = ours.decoder.head.capped(ours(forest, features)[rows] @ ours.decoder.head_weight.T)
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srcfast.attention.forest_attention import forest_attend, forest_attention
-from srcfast.attention.options import CAUSAL, AttentionOptions
+from srcfast.attention.options import AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
 
@@ -48,6 +48,7 @@ def drawn_options(rng: np.random.Generator, forest: Forest) -> AttentionOptions:
         window=int(rng.integers(1, 14)) if rng.random() < 0.7 else None,
         softcap=float(rng.uniform(0.3, 3.0)) if rng.random() < 0.5 else None,
         two_way=drawn_ranges(rng, forest) if rng.random() < 0.6 else (),
+        beyond_window=bool(rng.random() < 0.5),
     )
 
 
@@ -67,7 +68,9 @@ def path_by_path(q: Tensor, k: Tensor, v: Tensor, forest: Forest, options: Atten
                 for distance, other in enumerate(reversed(path[: position + 1]))
                 if options.window is None or distance < options.window
             }
-            seen |= {other for start, end in options.two_way if start <= row < end for other in range(start, end)}
+            for start, end in options.two_way:
+                if start <= row < end:
+                    seen |= set(range(start if options.beyond_window else row, end))
             keys = torch.tensor(sorted(seen))
             heads = [x[keys].repeat_interleave(group, dim=1) for x in (k, v)]  # [n, H, d] each
             scores = torch.einsum("hd,nhd->hn", q[row], heads[0]) / q.shape[-1] ** 0.5
@@ -86,7 +89,7 @@ def test_options_do_what_they_say(backend: str, seed: int, heads: tuple[int, int
     forest = drawn_forest(rng)
     options = drawn_options(rng, forest)
     if backend == "varlen_reference" and options.window and options.longest_range > options.window:
-        options = replace(options, window=None)  # refused; see below
+        options = replace(options, beyond_window=False)  # refused; see below
     qkv = drawn_qkv(rng, forest, *heads)
     rows = None
     if selected:
@@ -131,7 +134,7 @@ def test_a_backend_refuses_options_that_it_does_not_compute() -> None:
     rng = np.random.default_rng(torch.seed() % 2**32)
     forest = Forest.of([Tree((Segment(np.zeros(9)), Segment(np.zeros(3), 0)))])
     q, k, v = drawn_qkv(rng, forest, 2, 1)
-    options = AttentionOptions(window=4, two_way=((1, 7),))
+    options = AttentionOptions(window=4, two_way=((1, 7),), beyond_window=True)
     with pytest.raises(ConfigError, match="varlen_reference.*window of 4, 1 two-way ranges of up to 6.*Fix"):
         forest_attention(q, k, v, forest, "varlen_reference", None, options)
     rows, options = torch.tensor([2, 8]), AttentionOptions(two_way=((1, 7),))
@@ -147,10 +150,16 @@ STAND_INS = {"flash_attn": simulated_cuda.stand_in_flash_attn, "xformers": simul
 KINDS = {
     "window": AttentionOptions(window=7),
     "two-way": AttentionOptions(two_way=((0, 0),)),
-    "window and two-way": AttentionOptions(window=40, two_way=((0, 0),)),
+    "window and two-way": AttentionOptions(window=9, two_way=((0, 0),)),
+    "beyond a window": AttentionOptions(window=50, two_way=((0, 0),), beyond_window=True),
     "soft cap": AttentionOptions(softcap=2.0),
 }
-REFUSED = {("torch_varlen", "soft cap"), ("xformers", "soft cap"), ("xformers", "window and two-way")}
+REFUSED = {
+    ("torch_varlen", "soft cap"),
+    ("xformers", "soft cap"),
+    ("xformers", "window and two-way"),
+    ("xformers", "beyond a window"),
+}
 
 
 @pytest.mark.gpu
@@ -172,7 +181,8 @@ def test_cuda_backends_agree_with_the_reference(backend: str | None, kind: str) 
         return [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
 
     with STAND_INS.get(backend or "", nullcontext)() if simulated_cuda.is_active() else nullcontext():
-        if (backend, kind) in REFUSED and options != CAUSAL:
+        both = options.window is not None and bool(options.two_way)
+        if (backend, kind) in REFUSED and (both or options.softcap is not None):
             with pytest.raises(ConfigError, match=backend):
                 run(backend, torch.bfloat16)
             return

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from helpers.families import randomise
+from helpers.gemma_families import layers_of
 from helpers.small_checkpoints import assert_close
 
 from srcfast.data.forest import Forest, Segment, Tree
@@ -35,6 +36,13 @@ SIZES: dict[str, Any] = {
 }
 DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
+GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 3.0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {},
@@ -47,9 +55,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS},
     "qwen3_5_text": {"head_dim": 32, "layer_types": ["linear_attention"] * 3 + ["full_attention"], **DELTA},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **layers_of(12)},
+    "gemma3_text": {"head_dim": 16, **layers_of(12)},
+    "gemma4_text": {**GEMMA4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    "cohere2": {"logit_scale": 0.25, **layers_of(12)},
+    "mistral": {"sliding_window": 12},
+    "exaone4": {"sliding_window_pattern": "LLLG", **layers_of(12)},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": ({"head_dim": 16}, "soft cap"),
     "gpt_oss": ({"num_local_experts": 4, **EXPERTS}, "logits that differ by"),
     "stablelm": ({}, "stablelm"),
 }
@@ -84,11 +97,11 @@ def test_each_path_has_the_logits_of_transformers(name: str, rng: np.random.Gene
     ours = load_text_model(tmp_path)
     assert isinstance(ours.decoder, TransformersDecoder)
     forest = random_forest(rng)
-    packed = ours(forest) @ ours.decoder.head_weight.T
+    packed = ours.decoder.head.capped(ours(forest) @ ours.decoder.head_weight.T)
     for path in forest.paths():
         assert_close(packed[path], theirs(input_ids=forest.token_ids[path][None]).logits[0], ROUNDING)
     rows = response_logit_rows(forest)
-    assert torch.equal(ours(forest, rows) @ ours.decoder.head_weight.T, packed[rows])
+    assert torch.equal(ours.decoder.head.capped(ours(forest, rows) @ ours.decoder.head_weight.T), packed[rows])
 
 
 @pytest.mark.parametrize("name", ["olmo2", "granite", "qwen3_5_text"])
@@ -103,7 +116,7 @@ def test_a_saved_model_is_read_by_transformers_and_as_an_r_scorer(
     save_text_model(model, tmp_path / "saved")
     forest = random_forest(rng)
     theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    packed = model(forest) @ model.decoder.head_weight.T
+    packed = model.decoder.head.capped(model(forest) @ model.decoder.head_weight.T)
     for path in forest.paths():
         assert_close(packed[path], theirs(input_ids=forest.token_ids[path][None]).logits[0], ROUNDING)
     scorer = load_scorer(tmp_path / "saved")

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from srcfast.errors import InputError
 from srcfast.models import load_text_model
 from srcfast.models.checkpoint import model_hash
+from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.text_model import save_text_model
+from srcfast.models.transformers_decoder import TransformersDecoder
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -177,8 +179,6 @@ def test_shards_outside_the_directory_or_absent_are_refused(tmp_path: Path) -> N
         ("llama", {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "t5"),
         ("llama", {"model_type": "no_such_model"}, "no_such_model"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
-        ("mistral", {"sliding_window": 64}, "window of 64"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 33}, "window of 33"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
 )
@@ -191,9 +191,21 @@ def test_a_config_that_is_not_supported_is_named(
         load_text_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("mistral", {"sliding_window": 64}), ("qwen2", {"use_sliding_window": True, "sliding_window": 33})],
+)
+def test_a_window_is_run_by_the_general_backbone(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    config = text_config(kind, **changes)
+    write_text_model(tmp_path, config)
+    assert isinstance(load_text_model(tmp_path).decoder, TransformersDecoder)
+    with pytest.raises(InputError, match=r"sliding_window.*transformers"):
+        DecoderConfig.from_huggingface(config)
+
+
 def test_a_window_that_no_sequence_outgrows_is_no_window(tmp_path: Path) -> None:
     write_text_model(tmp_path, text_config("mistral", sliding_window=512))
-    load_text_model(tmp_path)
+    assert isinstance(load_text_model(tmp_path).decoder, Decoder)
 
 
 def test_a_directory_without_config_is_named(tmp_path: Path) -> None:

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES, REFUSED, aya_vision, write_family
+from helpers.families import FAMILIES, REFUSED, write_family
 from helpers.family_models import (
     ADAPTER,
-    LETTERS,
     FamilyModels,
     RandomForest,
     inputs_of,
-    plain_logits,
     random_images,
     random_turns,
     randomise_adapter,
@@ -28,7 +26,6 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
-from srcfast.generation.generate import Prompt, generate_greedy
 from srcfast.models import load_lvlm
 from srcfast.models.lora import adapters, lora_parameters, save_adapter
 from srcfast.models.transformers_lvlm import EncodedImage
@@ -202,32 +199,3 @@ def test_what_would_not_be_exact_is_refused_by_name(name: str, named: str, tmp_p
     write_family(name, tmp_path)
     with pytest.raises(InputError, match=rf"(?s){named}.*Fix: choose a checkpoint of another family"):
         load_lvlm(tmp_path, backbone="transformers")
-
-
-def test_a_window_is_refused_where_a_sequence_leaves_it(
-    family: GetFamily, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    window = 160
-    monkeypatch.setitem(FAMILIES, "windowed", lambda: aya_vision(window))
-    models = FamilyModels("windowed", tmp_path)
-    image = random_images(rng)["first"].resize((32, 32))
-    with pytest.raises(InputError, match=f"fewer than {window} prompt tokens"):
-        models.ours.encode_prompt("x" * window, [image])
-    prompt = models.ours.encode_prompt("what?", [image])
-    features = {"image": models.ours.encode_images([image])[0]}
-    fits, leaves = (_tree(prompt, rng, length - len(prompt)) for length in (window, window + 1))
-    with torch.no_grad():
-        packed = models.ours(Forest.of([fits]), features) @ models.ours.decoder.head_weight.T
-        inputs = models.ours.processor_inputs("what?", [image])
-        plain = plain_logits(models.theirs, dict(inputs), torch.from_numpy(fits.segments[1].tokens))
-    assert_close(packed, plain, ROUNDING)
-    message = rf"sliding_window.*at most {window} tokens.*one of {window + 1}"
-    with pytest.raises(InputError, match=message):
-        models.ours(Forest.of([leaves]), features)
-    with pytest.raises(InputError, match=message):
-        new = window + 1 - len(prompt)
-        generate_greedy(models.ours, [Prompt(prompt, ("image",))], lambda keys: features, new, 1)
-
-
-def _tree(prompt: np.ndarray, rng: np.random.Generator, length: int) -> Tree:
-    return Tree((Segment(prompt), Segment(rng.integers(*LETTERS, length), 0)), ("image",))
