@@ -359,7 +359,7 @@ def glm4v_moe() -> Family:
 
 
 def exaone4_5() -> Family:
-    text = {"model_type": "exaone4", "head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4}
+    text = {"model_type": "exaone4", "head_dim": 16, **layers_of(12)}
     tower = {**DYNAMIC, "depth": 2, "window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 2}
     config = tf.Exaone4_5_Config(
         text_config={**TEXT, **text}, vision_config=tower, image_token_id=10, video_token_id=11
