@@ -62,8 +62,13 @@ class Shapes:
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
-        """Read the sizes from a `DecoderConfig`, or from transformers' config of a text model or an LVLM (its `text_config`)."""
+        """Read the sizes from a `DecoderConfig`, or from transformers' config of a text model or an LVLM (its `text_config`).
+
+        Where layers have heads of different sizes, those of the largest are taken for all, so that forecasts are not too low.
+        """
         config = getattr(config, "text_config", config)
+        if getattr(config, "is_heterogeneous", False):
+            config = max(config.per_layer_config, key=lambda layer: layer.head_dim * layer.num_key_value_heads)
 
         def first(*names: str) -> Any:
             return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

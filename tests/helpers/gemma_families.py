@@ -80,7 +80,7 @@ def gemma4(*, two_way: bool) -> Family:
         "vocab_size_per_layer_input": TEXT["vocab_size"],
         "num_kv_shared_layers": 0 if two_way else 2,
         "use_bidirectional_attention": "vision" if two_way else None,
-        "final_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
     }
     vision = {
         "hidden_size": 32,
