@@ -20,6 +20,16 @@ from srcfast.errors import InputError
 from srcfast.models.text_model import load_tokenizer
 from srcfast.models.vision import load_image_processor
 
+# Of families whose checkpoints have none, since they were not made for chats: images, the question, and the answer with its end.
+# PaliGemma's processor adds the first token and the line break behind the question.
+TEMPLATES = {
+    "paligemma": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content[0].text }}{{ eos_token }}{% else %}"
+        "{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+        "{% endif %}{% endfor %}"
+    )
+}
+
 
 def load_processor(path: str | Path, model_type: str) -> Any:
     """Load the processor of a checkpoint of this model type, without remote code.
@@ -41,8 +51,8 @@ def load_processor(path: str | Path, model_type: str) -> Any:
         raise InputError(file=path, expected=f"the files of a {name}", found=found) from error
     if isinstance(processor, tuple):
         processor = processor[0]
-    if tokenizer.chat_template and not processor.chat_template:
-        processor.chat_template = tokenizer.chat_template
+    if not processor.chat_template:
+        processor.chat_template = tokenizer.chat_template or TEMPLATES.get(model_type)
     return processor
 
 

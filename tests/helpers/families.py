@@ -44,7 +44,8 @@ def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str]
     family.model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     family.image_processor.save_pretrained(directory)
-    (directory / "chat_template.jinja").write_text(template)
+    if template:
+        (directory / "chat_template.jinja").write_text(template)
     if family.processor:
         (directory / "processor_config.json").write_text(json.dumps(family.processor))
     return family.model

@@ -86,6 +86,9 @@ def random_turns(models: FamilyModels, rng: np.random.Generator) -> list[Turn]:
 
 def inputs_of(processor: Any, turn: Turn, images: dict[str, Image.Image]) -> dict[str, Tensor]:
     """What the processor makes of a turn, called as transformers' documentation says."""
+    if not processor.chat_template:  # PaliGemma's
+        text, given = "<image>" * len(turn.images) + turn.question, [images[key] for key in turn.images]
+        return dict(processor(text=[text], images=[given], return_tensors="pt"))
     content: list[dict[str, Any]] = [{"type": "image", "image": images[key]} for key in turn.images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}]
     return dict(

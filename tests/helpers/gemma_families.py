@@ -9,15 +9,6 @@ import transformers as tf
 from helpers.family_parts import SQUARE, TEXT, Family
 
 WINDOW = 24  # shorter than most prompts with an image
-PARTS = (
-    "{% for part in m.content %}{% if part.type == 'image' %}%IMAGE%{% else %}{{ part.text }}{% endif %}{% endfor %}"
-)
-SUFFIX = (  # PaliGemma's processor writes what follows a prompt
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content[0].text }}<|im_end|>{% else %}"
-    + PARTS
-    + "{% endif %}"
-    "{% endfor %}"
-)
 
 
 def layers_of(window: int = WINDOW) -> dict[str, Any]:
@@ -62,7 +53,7 @@ def paligemma(text: str = "gemma", **settings: Any) -> Family:
         images,
         {"<image>": 10, "<bos>": 3},
         "<image>",
-        template=SUFFIX,
+        template="",  # real checkpoints have none
         named={"image_token": "<image>", "bos_token": "<bos>"},
     )
 

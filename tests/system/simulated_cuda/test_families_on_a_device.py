@@ -22,6 +22,7 @@ def losses(run: Path) -> np.ndarray:
     [
         ("qwen3_vl", "nf4"),
         ("internvl", "none"),
+        ("gemma4_vision", "nf4"),  # a window, two-way images, soft-capped logits, heads of two sizes
         pytest.param("qwen3_vl", "none", marks=pytest.mark.long),
         pytest.param("internvl", "nf4", marks=pytest.mark.long),
     ],
