@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from srcfast.attention import forest_attention
+from srcfast.attention.options import CAUSAL
 from srcfast.cli import model_tools
 from srcfast.cli.app import app
 from srcfast.errors import ConfigError
@@ -91,11 +92,11 @@ def test_the_automatic_choice_takes_what_can_be_imported_and_imports_no_more(
     install("xformers.ops", "raise SystemExit('imported')")
     install("flash_attn", WRONG_ABI)
     q = torch.zeros(3, 2, 8)
-    assert forest_attention._automatic(q) == "torch_varlen"
+    assert forest_attention._automatic(q, None, CAUSAL) == "torch_varlen"
     install("flash_attn", "def flash_attn_varlen_func(): ...\n")
-    assert forest_attention._automatic(q) == "torch_varlen", "imported once a process"
+    assert forest_attention._automatic(q, None, CAUSAL) == "torch_varlen", "imported once a process"
     import_failure.cache_clear()
-    assert forest_attention._automatic(q) == "flash_attn"
+    assert forest_attention._automatic(q, None, CAUSAL) == "flash_attn"
 
 
 def test_decoding_does_without_a_bitsandbytes_that_cannot_be_imported(install: Install) -> None:

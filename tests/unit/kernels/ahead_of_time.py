@@ -152,7 +152,7 @@ def _verdict_cases() -> Iterator[Case]:
             ("first_ptr", "second_ptr"), "*i64"
         )
         types |= dict.fromkeys(("hidden_size", "hidden_stride", "num_pairs", "num_verdicts", "candidates"), "i32")
-        constants = {"HAS_SAMPLES": batched, "ACC": tl.float32, "VERDICTS": 4, "CANDIDATES": candidates}
+        constants = {"HAS_SAMPLES": batched, "SOFTCAP": 0.0, "ACC": tl.float32, "VERDICTS": 4, "CANDIDATES": candidates}
         constants |= {name: value for name, value in VERDICT_LAUNCH.items() if name != "num_warps"}
         if batched:
             types["sample_ids_ptr"] = "*i64"

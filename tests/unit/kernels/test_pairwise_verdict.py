@@ -24,12 +24,18 @@ def comparisons(count: int, seed: int, kept: float = 1.0) -> tuple[Tensor, Tenso
     return hidden, torch.randn(3, 5, generator=generator, dtype=torch.float64), both[:, 0], both[:, 1]
 
 
-@given(count=st.integers(2, 12), seed=st.integers(0, 99), kept=st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+@given(
+    count=st.integers(2, 12),
+    seed=st.integers(0, 99),
+    kept=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    softcap=st.sampled_from([None, 0.5, 3.0]),
+)
 @settings(max_examples=30, deadline=None)
-def test_it_equals_the_reference(count: int, seed: int, kept: float) -> None:
+def test_it_equals_the_reference(count: int, seed: int, kept: float, softcap: float | None) -> None:
     hidden, weight, first, second = comparisons(count, seed, kept)
-    ours = pairwise_verdict(hidden, weight, first, second, count, verdict_values=VALUES)
-    theirs = pairwise_verdict_reference(hidden, weight, first, second, count, verdict_values=VALUES)
+    options = {"verdict_values": VALUES, "softcap": softcap}
+    ours = pairwise_verdict(hidden, weight, first, second, count, **options)
+    theirs = pairwise_verdict_reference(hidden, weight, first, second, count, **options)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)  # fp64
 

@@ -187,8 +187,9 @@ def test_label_smoothing_of_another_loss_is_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("candidates", [[2], [5, 1, 3, 4], [17]])
-def test_pairwise_verdict(candidates: list[int], dtype: torch.dtype) -> None:
+def test_pairwise_verdict(candidates: list[int], softcap: float | None, dtype: torch.dtype) -> None:
     """Of each sample the reference's, with some comparisons missing, ties among them, in any order."""
     generator = torch.Generator().manual_seed(sum(candidates))
     rows = [
@@ -210,11 +211,12 @@ def test_pairwise_verdict(candidates: list[int], dtype: torch.dtype) -> None:
         torch.tensor(candidates, device=DEVICE),
         verdict_values=values,
         sample_ids=sample,
+        softcap=softcap,
     )
     for number in range(len(candidates)):
         own = sample == number
         theirs = pairwise_verdict_reference(
-            hidden[own], weight, first[own], second[own], max(candidates), verdict_values=values
+            hidden[own], weight, first[own], second[own], max(candidates), verdict_values=values, softcap=softcap
         )
         for found, expected in zip(ours, theirs, strict=True):
             close(found[number], expected.to(dtype).to(DEVICE))

@@ -15,6 +15,7 @@ from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
+from srcfast.models.head import Head
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
@@ -66,7 +67,7 @@ def test_a_shared_beginning_changes_neither_log_probabilities_nor_gradients() ->
     tree = preference_tree(prompt, chosen, rejected)
     assert [segment.tokens.size for segment in tree.segments] == [3, 4, 2, 4]
     forest = Forest.of([tree])
-    found = pair_logprobs(model(forest), forest, model.decoder.head_weight)
+    found = pair_logprobs(model(forest), forest, model.decoder.head)
     expected = path_logprob(model, prompt, chosen), path_logprob(model, prompt, rejected)
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = (0.7, -1.9)  # unlike ones, so that what is shared doesn't cancel
@@ -173,9 +174,7 @@ def test_the_loss_is_the_formula_s(settings: DPOConfig, weighted: bool) -> None:
     total = 0.0
     for part in (items[:4], items[4:]):
         forest = Forest.of([item.tree for item in part])
-        loss, _ = preference_loss(settings)(
-            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
-        )
+        loss, _ = preference_loss(settings)(model(forest), forest, model.decoder.head, part, pair_denominator(items))
         total += loss.item()
     assert total == pytest.approx(loss_by_hand(model, preferences, settings, weighted), rel=1e-9)
 
@@ -189,6 +188,7 @@ def test_confidence_smooths_labels_also_where_it_weighs_no_pair() -> None:
     assert metas[0] == metas[1] and {(meta.weight, meta.confidence) for meta in metas[0]} == {(1.0, 0.25)}
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "settings",
@@ -199,7 +199,7 @@ def test_confidence_smooths_labels_also_where_it_weighs_no_pair() -> None:
     ],
 )
 def test_the_fused_loss_is_that_of_the_references_log_probabilities(
-    settings: DPOConfig, backend: Any, monkeypatch: pytest.MonkeyPatch
+    settings: DPOConfig, backend: Any, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp64, with shared beginnings and rehearsal: value, gradient, and the log-probabilities that are watched."""
     launches = []
@@ -216,7 +216,7 @@ def test_the_fused_loss_is_that_of_the_references_log_probabilities(
         items.insert(1, TrainingItem(Tree((Segment(rng.integers(4, 40, 5)), Segment(rng.integers(4, 40, 4), 0)))))
     forest = Forest.of([item.tree for item in items])
     generator = torch.Generator().manual_seed(4)
-    head = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    head = Head(torch.randn(40, 8, generator=generator, dtype=torch.float64), softcap)
     hidden = torch.randn(forest.num_tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     denominator = pair_denominator(items)
     with use_backend(backend):
@@ -271,9 +271,7 @@ def test_rehearsal_adds_its_mean_likelihood_whatever_the_cut(cut: int) -> None:
     total = 0.0
     for part in (items[:cut], items[cut:]):
         forest = Forest.of([item.tree for item in part])
-        loss, _ = preference_loss(settings)(
-            model(forest), forest, model.decoder.head_weight, part, pair_denominator(items)
-        )
+        loss, _ = preference_loss(settings)(model(forest), forest, model.decoder.head, part, pair_denominator(items))
         total += loss.item()
     likelihoods = []
     for sample, text in raps:

@@ -99,13 +99,13 @@ def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(tmp_pat
     hidden = ours(ours.embed(forest.token_ids), forest.positions, forest_attend(forest))
     with torch.no_grad():
         there = ours_reference(ours_reference.embed(forest.token_ids), forest.positions, forest_attend(forest))
-        stored = pair_logprobs(there, forest, ours_reference.head_weight)
+        stored = pair_logprobs(there, forest, ours_reference.head)
     items = [
         TrainingItem(tree, PairMeta(1.0, 1.0, float(chosen), float(rejected)))
         for tree, chosen, rejected in zip(trees, *stored, strict=True)
     ]
     loss, metrics = preference_loss(srcfast_settings.DPOConfig(beta=BETA, sft_weight=0.0))(
-        hidden, forest, ours.head_weight, items, pair_denominator(items)
+        hidden, forest, ours.head, items, pair_denominator(items)
     )
     loss.backward()
 

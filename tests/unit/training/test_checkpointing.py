@@ -80,7 +80,7 @@ def gradients(model: Deep, forest: Forest, every: int, rows: Tensor | None = Non
     model.zero_grad()
     with dropping(model.decoder, dropout_keys(forest, 11, 0, range(len(forest.trees)))):
         hidden = model(forest, rows)
-    chosen, rejected = pair_logprobs(hidden, forest, model.decoder.head_weight)
+    chosen, rejected = pair_logprobs(hidden, forest, model.decoder.head)
     (chosen - 0.7 * rejected).sum().backward()
     return torch.cat([chosen, rejected]).detach(), [p.grad.clone() for p in lora_parameters(model)]
 

@@ -21,6 +21,7 @@ from srcfast.data.batching import global_batch, num_steps
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.memory.flops import peak_flops
+from srcfast.models.head import Head
 from srcfast.run.progress import peak_rss_bytes
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_loss
 from srcfast.stages.pair_trees import preference_trees
@@ -355,6 +356,7 @@ def test_a_step_says_how_fast_it_was_and_what_it_took() -> None:
 def test_a_decoder_of_unknown_shapes_has_no_mfu() -> None:
     class Bare(torch.nn.Module):
         head_weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+        head = Head(head_weight)
 
     model = torch.nn.Module()
     model.decoder = Bare()
