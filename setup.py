@@ -100,7 +100,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA
         'triton>=3.6,<3.10; sys_platform == "linux"',
-        "transformers>=5,<6",
+        "transformers>=5.17,<5.25",  # what is tested
         "safetensors>=0.5",
         "numpy>=1.26",
         "pillow>=11",

@@ -7,6 +7,7 @@ states: here it is a `States`, which is differentiable, and which nothing writes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from srcfast.data.forest import Forest
 
 MIXERS = ("GatedDeltaNet", "ShortConv")  # how names of their classes end
+CACHES = ("cache", "cache_params", "past_key_values")  # names of their argument, by transformers' version
 LAYERS = ("linear_attention", "conv")  # their names in a config's layer_types
 
 Run = Callable[..., Tensor]  # (hidden [B, n, D], cache=States) -> [B, n, D]
@@ -35,13 +37,18 @@ class States:
     def __init__(self, conv: Tensor | None = None, recurrent: Tensor | None = None) -> None:
         self.conv, self.recurrent = conv, recurrent
 
+    @property
+    def layers(self) -> _EveryLayer:
+        """Return what transformers before 5.18 reads as `layers[number]`."""
+        return _EveryLayer(self)
+
     def get_conv_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
         return self.conv
 
     def get_recurrent_state(self, layer: int, state_idx: int = 0) -> Tensor | None:
         return self.recurrent
 
-    def has_previous_state(self, layer: int | None = None) -> bool:
+    def has_previous_state(self, layer: int | None = None, state_idx: int | None = None) -> bool:
         return self.conv is not None
 
     def is_recording_past(self, layer: int) -> bool:
@@ -60,6 +67,26 @@ class States:
     def update_recurrent_state(self, state: Tensor, layer: int, **options: Any) -> Tensor:
         self.recurrent = state
         return state
+
+
+class _EveryLayer:
+    """The layers of a cache, whose states are those of one `States` by any number."""
+
+    record_past = True  # see `States.is_recording_past`
+
+    def __init__(self, states: States) -> None:
+        self.states = states
+
+    def __getitem__(self, layer: int) -> _EveryLayer:
+        return self
+
+    @property
+    def conv_states(self) -> list[Tensor | None]:
+        return [self.states.conv]
+
+    @property
+    def recurrent_states(self) -> list[Tensor | None]:
+        return [self.states.recurrent]
 
 
 def forest_mix(forest: Forest, on_root: Callable[[int, int, States], None] | None = None) -> Mix:
@@ -90,20 +117,32 @@ def is_recurrent(config: Any) -> bool:
     return not {*LAYERS}.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
-def mixers(layers: nn.ModuleList) -> list[nn.Module]:
-    """List the recurrent mixers of a model's layers."""
+def mixers(layers: nn.Module) -> list[nn.Module]:
+    """List the recurrent mixers of a layer, or of a model's layers."""
     return [module for module in layers.modules() if type(module).__name__.endswith(MIXERS)]
 
 
-def mix_by_caller(mixer: Any) -> None:
-    """Let a mixer hand its input to the `mix` of the pass, beside `attend`, in place of running it as one sequence."""
-    ordinary = mixer.forward
+def mix_by_caller(layer: Any) -> None:
+    """Let a layer's mixer hand its input to the `mix` of the pass, in place of running it as one sequence.
 
-    def forward(
-        hidden_states: Tensor, cache: Any = None, attend: Any = None, mix: Mix | None = None, **options: Any
-    ) -> Tensor:
+    The layer takes `mix` and stores it while it runs: not every mixer is handed the layer's keyword arguments.
+    """
+    (mixer,) = mixers(layer)
+    run_layer, ordinary = layer.forward, mixer.forward
+    name = next(name for name in CACHES if name in inspect.signature(ordinary).parameters)
+    of_pass: list[Mix | None] = [None]
+
+    def run(hidden_states: Tensor, cache: States, **options: Any) -> Tensor:
+        return ordinary(hidden_states, **{name: cache}, **options)
+
+    def forward(hidden_states: Tensor, attend: Any = None, **options: Any) -> Tensor:
+        (mix,) = of_pass
         if mix is None:
-            return ordinary(hidden_states, cache=cache, **options)
-        return mix(mixer.layer_idx, partial(ordinary, attention_mask=options.get("attention_mask")), hidden_states)
+            return ordinary(hidden_states, **options)
+        return mix(mixer.layer_idx, partial(run, attention_mask=options.get("attention_mask")), hidden_states)
 
-    mixer.forward = forward
+    def forward_layer(*arguments: Any, mix: Mix | None = None, **options: Any) -> Tensor:
+        of_pass[0] = mix
+        return run_layer(*arguments, **options)
+
+    mixer.forward, layer.forward = forward, forward_layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import transformers
 
 from srcfast.errors import InputError
+from srcfast.models.encoded_images import takes_encoded_images
 from srcfast.models.recurrent import LAYERS
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
@@ -76,8 +76,8 @@ def _value_of(text: Any, field: str) -> Any:
 
 def _form_obstacles(model_class: Any) -> Iterator[tuple[str, str, str]]:
     """Yield what keeps a class of LVLMs from taking encoded images as the backbone hands them over."""
-    if "mm_encoder_outputs" not in inspect.signature(model_class.forward).parameters:
-        needed = "transformers 5.24 or later, or a model that takes encoded images (mm_encoder_outputs)"
+    if not takes_encoded_images(model_class):
+        needed = "a model that takes encoded images"
         yield "model_type", f"{model_class.__name__} of transformers {transformers.__version__}", needed
 
 

@@ -123,8 +123,9 @@ class TransformersDecoder(nn.Module):
             )
         fuse_modules(self.layers)
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
-        for mixer in recurrent:
-            mix_by_caller(mixer)
+        for layer in self.layers:
+            if mixers(layer):
+                mix_by_caller(layer)
         # Logits are the scaled hidden states times the head, under the soft cap; `models.self_check` finds both.
         self.logit_scale = 1.0
         self.softcap: float | None = None

@@ -19,6 +19,7 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
+from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
 from srcfast.models.quantized import quantize_loaded
@@ -62,7 +63,8 @@ class TransformersVision(FrozenVision):
                 setattr(self, name, part)
         for name, parameter in base.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.names = set(inspect.signature(model.base_model.get_image_features).parameters)
+        accept_encoded_images(base)
+        self.names = set(inspect.signature(base.get_image_features).parameters)
         self.hidden_size = int(model.config.get_text_config().hidden_size)
         # Known once an image was encoded: the number of deep-stack features, and whether outputs are lists of images.
         self.deep_layers = 0
@@ -106,7 +108,7 @@ class TransformersVision(FrozenVision):
         return EncodedImage(values, {name: value for name, value in inputs.items() if "pixel" not in name})
 
     def outputs(self, images: Sequence[EncodedImage]) -> Any:
-        """Put images together as transformers' models take them in `mm_encoder_outputs`."""
+        """Put images together as `get_image_features` returns them for all of a batch."""
         same = len({image.values.shape[1:] for image in images}) == 1
         rows = [image.values if same else image.values.flatten(0, -2)[None] for image in images]
         whole = torch.cat(rows, dim=0 if same else -2)
@@ -206,7 +208,7 @@ class TransformersLVLM(ChatModel):
                     found=f"{count} image embeddings",
                     fix="the processor's image size and the model's config.json disagree",
                 )
-            inputs["mm_encoder_outputs"] = {"image": self.vision.outputs(images)}
+            inputs = image_arguments(self._whole[0].base_model, self.vision.outputs(images))
         positions = self._positions(host, features) if self.decoder.has_axes and images else None
         return TokenRow(
             forest.token_ids,

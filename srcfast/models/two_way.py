@@ -69,7 +69,8 @@ def two_way_of(model: Any, prompt: np.ndarray, inputs: Any, image_token_id: int,
         InputError: the masks are neither causal nor of these two kinds.
     """
     make = getattr(model, "create_masks_for_generate", None)
-    names = [] if make is None else [name for name in TYPES if name in inspect.signature(make).parameters]
+    parameters = {} if make is None else inspect.signature(make).parameters
+    names = [name for name in TYPES if name in parameters]
     if make is None or not names or names[0] not in inputs:
         return None
     config = copy.deepcopy(model.config)
@@ -82,10 +83,10 @@ def two_way_of(model: Any, prompt: np.ndarray, inputs: Any, image_token_id: int,
         config=config,
         inputs_embeds=embeddings,
         attention_mask=None,
-        cache=None,
         position_ids=None,
         is_first_iteration=True,
         **{names[0]: inputs[names[0]]},
+        **{name: None for name in ("cache", "past_key_values") if name in parameters},  # by transformers' version
     )
     by_kind = masks if isinstance(masks, dict) else {"full_attention": masks}
     visible = {kind: mask[0, 0] == 0 for kind, mask in by_kind.items() if isinstance(mask, Tensor)}  # [n, n] bool

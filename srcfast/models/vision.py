@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, LlavaModel, LlavaNextModel
+from transformers import ImageProcessingMixin, LlavaModel, LlavaNextModel
+
+# From its module: transformers 5.17 says of the package's that it needs torchvision, which it does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from srcfast.errors import InputError
@@ -184,6 +189,22 @@ def bare_model(config: Any) -> nn.Module:
 def load_image_processor(path: str | Path) -> Any:
     """Load the checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
     try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        name = str(settings.get("image_processor_type")).removesuffix("Fast")
+        for kind in (name, f"{name}Pil"):
+            _export(kind)
         return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except Exception as error:  # TypeError, KeyError, ... for a file of other fields
         raise InputError(file=path, expected="an image processor's preprocessor_config.json", found=error) from error
+
+
+def _export(name: str) -> None:
+    """Let transformers' package export a class that its module defines without torchvision.
+
+    Of some classes (Idefics 2 and 3, SmolVLM in 5.17; Molmo 2 in 5.24) the package says that they need it, though they do not.
+    """
+    stand_in = getattr(transformers, name, None)
+    if getattr(stand_in, "is_dummy", False):
+        with suppress(ImportError):  # it does need torchvision
+            defined = getattr(importlib.import_module(stand_in.__module__), name)
+            setattr(importlib.import_module(stand_in.__module__.rpartition(".")[0]), name, defined)

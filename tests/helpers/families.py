@@ -6,6 +6,7 @@ Pillow and numpy alone.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,6 +50,11 @@ def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str]
     if family.processor:
         (directory / "processor_config.json").write_text(json.dumps(family.processor))
     return family.model
+
+
+def of_its_module(kind: Any) -> Any:
+    """The class as its module has it: of the package's, transformers 5.17 says that some need torchvision, which they do not."""
+    return getattr(importlib.import_module(kind.__module__), kind.__name__)
 
 
 def _rope(*sections: int, **settings: Any) -> dict[str, Any]:
@@ -221,14 +227,14 @@ def _rows_and_columns(model: Any, images: Any) -> Family:
 def smolvlm() -> Family:
     text = {**TEXT, "model_type": "llama"}
     config = tf.SmolVLMConfig(text_config=text, vision_config=SQUARE, image_token_id=10, scale_factor=2)
-    images = tf.SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    images = of_its_module(tf.SmolVLMImageProcessorPil)(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     return _rows_and_columns(tf.SmolVLMForConditionalGeneration(config), images)
 
 
 def idefics3() -> Family:
     text = {**TEXT, "model_type": "llama"}
     config = tf.Idefics3Config(text_config=text, vision_config=SQUARE, image_token_id=10, scale_factor=2)
-    images = tf.Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    images = of_its_module(tf.Idefics3ImageProcessorPil)(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     return _rows_and_columns(tf.Idefics3ForConditionalGeneration(config), images)
 
 
@@ -340,7 +346,9 @@ def idefics2() -> Family:
         perceiver_config=resampler,
         image_token_id=10,
     )
-    images = tf.Idefics2ImageProcessorPil(size={"shortest_edge": 20, "longest_edge": 32}, do_image_splitting=True)
+    images = of_its_module(tf.Idefics2ImageProcessorPil)(
+        size={"shortest_edge": 20, "longest_edge": 32}, do_image_splitting=True
+    )
     tokens = {"<image>": 10, "<fake_token_around_image>": 11, "<end_of_utterance>": 13}
     model = tf.Idefics2ForConditionalGeneration(config)
     return Family(model, images, tokens, "<image>", USER_ASSISTANT, {"image_seq_len": 8})
@@ -440,7 +448,7 @@ def ovis2() -> Family:
     names = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<image>")
     return Family(
         tf.Ovis2ForConditionalGeneration(config),
-        tf.Ovis2ImageProcessorPil(size=SIDES, crop_to_patches=True, max_patches=4),
+        of_its_module(tf.Ovis2ImageProcessorPil)(size=SIDES, crop_to_patches=True, max_patches=4),
         {name: 10 + number for number, name in enumerate(names)},
         "<image>",
         processor={"image_seq_length": 16},

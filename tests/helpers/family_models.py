@@ -40,7 +40,7 @@ def documented_processor(path: Path, model_type: str) -> Any:
     """transformers' own where it loads without torchvision, which processors of videos need."""
     try:
         return AutoProcessor.from_pretrained(path, backend="pil")
-    except (ImportError, TypeError, ValueError):
+    except (ImportError, TypeError, ValueError, RecursionError):  # the last by transformers 5.17
         processor = load_processor(path, model_type)
         if model_type == "smolvlm":  # asks for a video's settings even where there is none
             processor.video_processor = SimpleNamespace(num_frames=8, fps=1)

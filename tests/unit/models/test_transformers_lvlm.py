@@ -26,7 +26,7 @@ from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
-from srcfast.models import load_lvlm
+from srcfast.models import encoded_images, load_lvlm
 from srcfast.models.lora import adapters, lora_parameters, save_adapter
 from srcfast.models.transformers_lvlm import EncodedImage
 
@@ -65,6 +65,22 @@ def test_logits_of_every_path_are_those_of_the_ordinary_pass(
         assert torch.equal(ours[path].argmax(-1)[clear], logits.argmax(-1)[clear])
         compared += int(clear.sum())
     assert compared > 0.9 * sum(len(logits) for logits in theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl", "internvl", "idefics2", "deepseek_vl_hybrid", "llava_next", "video_llava"]
+)
+@torch.no_grad()
+def test_images_go_to_models_without_an_argument_for_them(
+    name: str, family: GetFamily, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded_images, "_has_argument", lambda model: False)
+    models = family(name)
+    ours, forest = models.load(), RandomForest(models, rng)
+    base, (image,) = ours.vision._whole[0].base_model, ours.encode_images([forest.images["first"]])
+    arguments = encoded_images.image_arguments(base, ours.vision.outputs([image]))
+    assert arguments and all("pixel_values" in name for name in arguments)
+    assert difference(forest.our_logits(ours), forest, forest.their_logits()) < ROUNDING
 
 
 @pytest.mark.parametrize("name", FAMILIES)
