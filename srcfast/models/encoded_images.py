@@ -15,9 +15,11 @@ ARGUMENT = "mm_encoder_outputs"
 
 
 def takes_encoded_images(model_class: Any) -> bool:
-    """Return whether a class has the argument, or whether a class of its module has `get_image_features`."""
+    """Return whether a class has the argument, or a `model` in it, of a class of its module, that encodes images."""
+    if _has_argument(model_class):
+        return True
     kinds = vars(inspect.getmodule(model_class)).values()
-    return _has_argument(model_class) or any(hasattr(kind, "get_image_features") for kind in kinds)
+    return model_class.base_model_prefix == "model" and any(hasattr(kind, "get_image_features") for kind in kinds)
 
 
 def accept_encoded_images(base: Any) -> None:

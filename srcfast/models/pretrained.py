@@ -52,6 +52,17 @@ def check_runs(config: Any, path: Path) -> None:
         )
     if has_vision(config):
         return check_supported(config, model_class(config, path), file)
+    if (
+        config.model_type
+        in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    ):
+        raise InputError(
+            file=file,
+            field="vision_config",
+            expected="an LVLM whose config names its vision tower",
+            found=f"{config.model_type}, whose config names none",
+            fix="choose a checkpoint of another family; see docs/models.md",
+        )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             file=file,

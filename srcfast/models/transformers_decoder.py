@@ -40,7 +40,7 @@ class TokenRow:
 
     Attributes:
         token_ids: [T] int64.
-        positions: [T], or [3, T] for rotary positions by time, height and width; None: those of the caller.
+        positions: [T], or [axes, T] for rotary positions by time, height, width; None: those of the caller.
         inputs: keyword arguments of transformers' model beside tokens and positions: encoded images.
         mix: how recurrent layers mix the row's tokens; None in models without such layers.
         two_way: ranges of rows that see each other in both directions, in models whose attention does that.
@@ -134,7 +134,7 @@ class TransformersDecoder(nn.Module):
         self.checkpoint_layers = 0
         self.dropout_keys: Tensor | None = None
         self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
-        self.has_axes = hasattr(model.base_model, "get_rope_index")  # rotary positions by time, height and width
+        self.num_axes = _num_axes(model)
 
     def _prepare_training_pass(self) -> None:
         """Hand adapters their rows' dropout keys, and let the layers of all groups but the last save their inputs alone.
@@ -228,8 +228,8 @@ class TransformersDecoder(nn.Module):
         if self.training:  # only then do layers drop and recompute
             self._prepare_training_pass()
         positions = positions if row.positions is None else row.positions
-        if self.has_axes and positions.ndim == 1:
-            positions = positions.expand(3, -1)
+        if self.num_axes and positions.ndim == 1:
+            positions = positions.expand(self.num_axes, -1)
         layers: set[int] = set()
 
         def record(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
@@ -305,7 +305,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @torch.no_grad()
 def tree_positions(model: Any, token_ids: Tensor, image_token_id: int, sizes: dict[str, Tensor]) -> Tensor:
-    """Compute the rotary positions [3, n] of a prompt by the model's own `get_rope_index`.
+    """Compute the rotary positions [axes, n] of a prompt by the model's own `get_rope_index`.
 
     Args:
         token_ids: [n] on the host.
@@ -314,3 +314,10 @@ def tree_positions(model: Any, token_ids: Tensor, image_token_id: int, sizes: di
     types = (token_ids == image_token_id).int()[None]
     positions, _ = model.base_model.get_rope_index(token_ids[None], mm_token_type_ids=types, **sizes)
     return positions[:, 0]
+
+
+def _num_axes(model: Any) -> int:
+    """Return how many rotary positions a token has, such as 3 by time, height and width; 0 in models that count tokens alone."""
+    if not hasattr(model.base_model, "get_rope_index"):
+        return 0
+    return len(tree_positions(model, torch.zeros(1, dtype=torch.int64), -1, {}))

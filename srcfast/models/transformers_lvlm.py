@@ -21,7 +21,7 @@ from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
-from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor
+from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor, placed_image
 from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
@@ -29,6 +29,7 @@ from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, t
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
 
+OF_ALL = ("visual_indicator_features",)  # embeddings of Ovis 2's tokens around images
 NO_SIZE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -69,6 +70,7 @@ class TransformersVision(FrozenVision):
         # Known once an image was encoded: the number of deep-stack features, and whether outputs are lists of images.
         self.deep_layers = 0
         self.in_list = self.deep_in_list = False
+        self.of_all: dict[str, Any] = {}  # outputs that are the same for all images
 
     def num_tokens(self, image: Image.Image) -> int:
         """Count the positions that the image takes in the decoder."""
@@ -81,7 +83,7 @@ class TransformersVision(FrozenVision):
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Process one image into tensors on the CPU: pixels, and their sizes."""
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+        inputs = placed_image(self.processor, image, return_tensors="pt")
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in NO_SIZE}
 
     @torch.no_grad()
@@ -98,9 +100,17 @@ class TransformersVision(FrozenVision):
         }
         output = self._whole[0].base_model.get_image_features(**arguments, return_dict=True)
         values = output.pooler_output
+        if values is None:
+            raise InputError(
+                field="model_type",
+                expected="a model that puts an image's embeddings among those of tokens",
+                found=f"{self.config.model_type}: deep-stack features alone",
+                fix="choose a checkpoint of another family; see docs/models.md",
+            )
         self.in_list = not isinstance(values, Tensor)
         if not isinstance(values, Tensor):
-            (values,) = values
+            values = torch.cat(tuple(values))
+        self.of_all = {name: output[name] for name in OF_ALL if name in output}
         deep = getattr(output, "deepstack_features", None) or ()
         parts = [torch.cat(tuple(part)) if not isinstance(part, Tensor) else part for part in deep]
         self.deep_layers, self.deep_in_list = len(parts), any(not isinstance(part, Tensor) for part in deep)
@@ -116,6 +126,8 @@ class TransformersVision(FrozenVision):
         output: Any = BaseModelOutputWithPooling(
             pooler_output=(values[0].flatten(0, -2),) if self.in_list else values[0]
         )
+        for name, value in self.of_all.items():
+            output[name] = value
         if self.deep_layers:
             deep = [part.flatten(0, -2) for part in values[1:]]
             output["deepstack_features"] = [(part,) for part in deep] if self.deep_in_list else deep
@@ -209,7 +221,7 @@ class TransformersLVLM(ChatModel):
                     fix="the processor's image size and the model's config.json disagree",
                 )
             inputs = image_arguments(self._whole[0].base_model, self.vision.outputs(images))
-        positions = self._positions(host, features) if self.decoder.has_axes and images else None
+        positions = self._positions(host, features) if self.decoder.num_axes and images else None
         return TokenRow(
             forest.token_ids,
             None if positions is None else to_device(positions, forest.token_ids.device),
@@ -219,15 +231,15 @@ class TransformersLVLM(ChatModel):
         )
 
     def _positions(self, forest: Forest, features: Mapping[str, EncodedImage]) -> Tensor:
-        """Compute the rotary positions [3, T]: a root's by the model, its descendants' by their distance from it."""
-        positions = forest.positions.expand(3, -1).clone()
+        """Compute the rotary positions [axes, T]: a root's by the model, its descendants' by their distance from it."""
+        positions = forest.positions.expand(self.decoder.num_axes, -1).clone()
         for tree, starts in zip(forest.trees, forest.segment_start, strict=True):
             if not tree.images:
                 continue
             size, end = tree.segments[0].tokens.size, starts[0] + tree.num_tokens
             sizes = _joined([features[key].sizes for key in tree.images])
             prompt = torch.from_numpy(tree.segments[0].tokens)
-            root = tree_positions(self._whole[0], prompt, self.image_token_id, sizes)  # [3, n]
+            root = tree_positions(self._whole[0], prompt, self.image_token_id, sizes)  # [axes, n]
             positions[:, starts[0] : starts[0] + size] = root
             positions[:, starts[0] + size : end] += int(root.max()) + 1 - size
         return positions

@@ -6,7 +6,6 @@ Pillow and numpy alone.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from transformers.utils import is_torchvision_available
 
 from helpers.family_parts import (
     CHAT,
@@ -26,11 +26,12 @@ from helpers.family_parts import (
     TOWER,
     USER_ASSISTANT,
     VICUNA,
-    VOCABULARY,
     Family,
     byte_tokenizer,
+    of_its_module,
     randomise,
 )
+from helpers.further_families import FURTHER, FURTHER_REFUSED, WITH_TORCHVISION
 from helpers.gemma_families import gemma3, gemma4, layers_of, paligemma
 
 
@@ -50,11 +51,6 @@ def write_family(name: str, directory: Path, seed: int = 1, likes: Sequence[str]
     if family.processor:
         (directory / "processor_config.json").write_text(json.dumps(family.processor))
     return family.model
-
-
-def of_its_module(kind: Any) -> Any:
-    """The class as its module has it: of the package's, transformers 5.17 says that some need torchvision, which they do not."""
-    return getattr(importlib.import_module(kind.__module__), kind.__name__)
 
 
 def _rope(*sections: int, **settings: Any) -> dict[str, Any]:
@@ -436,25 +432,6 @@ def deepseek_vl_hybrid() -> Family:
     return _deepseek(tf.DeepseekVLHybridForConditionalGeneration(config), images)
 
 
-def ovis2() -> Family:
-    config = tf.Ovis2Config(
-        text_config={**TEXT, "model_type": "qwen2"},
-        vision_config={**SQUARE, "vocab_size": 40, "hidden_stride": 2},
-        image_token_id=10,
-        visual_indicator_token_ids=[11, 12, 13, 14, 15],
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-    )
-    names = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<image>")
-    return Family(
-        tf.Ovis2ForConditionalGeneration(config),
-        of_its_module(tf.Ovis2ImageProcessorPil)(size=SIDES, crop_to_patches=True, max_patches=4),
-        {name: 10 + number for number, name in enumerate(names)},
-        "<image>",
-        processor={"image_seq_length": 16},
-    )
-
-
 def qianfan_ocr() -> Family:
     config = tf.QianfanOCRConfig(
         text_config={**TEXT, "model_type": "qwen3", "head_dim": 16},
@@ -563,11 +540,13 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "gemma2": partial(llava_of, "gemma2", head_dim=16, attn_logit_softcapping=2.0, **layers_of(12)),
     "llava_window": partial(llava_of, "mistral", sliding_window=12),
     "cohere2": partial(llava_of, "cohere2", **layers_of(12)),
+    **FURTHER,
+    **(WITH_TORCHVISION if is_torchvision_available() else {}),
 }
 SINKS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 1024}
 # Those that it does not run, and what of them the error names.
 REFUSED: dict[str, tuple[Callable[[], Family], str]] = {
-    "ovis2": (ovis2, "visual_indicator_features"),
     "sinks": (partial(llava_of, "gpt_oss", **SINKS), "logits that differ by"),
     "ernie4_5_vl_moe": (ernie4_5_vl_moe, "logits that differ by"),
+    **FURTHER_REFUSED,
 }

