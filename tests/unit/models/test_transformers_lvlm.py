@@ -167,8 +167,8 @@ def test_gradients_of_an_adapter_are_those_of_peft(
     assert gradients.keys() == expected.keys() and len(gradients) == len(lora_parameters(ours)) >= 2 * 4 * 4
     for key, gradient in gradients.items():
         assert gradient is not None and float(expected[key].abs().max()) > 0
-        # Sums over some hundred rows in another order; logits above are equal to 1e-5. Experts and recurrent states, which round at
-        # each token, come to 1.2e-4 at times.
+        # Sums over some hundred rows in another order; logits above are equal to 1e-5. Experts and recurrent states round at
+        # each token, which comes to 1.2e-4 at times.
         assert_close(gradient, expected[key], 4e-4 if name == "qwen3_5_moe" else 1e-4)
 
 
