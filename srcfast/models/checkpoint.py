@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from srcfast.data.jsonl import naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
+from srcfast.models.foreign_code import refuse_foreign_code
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.sharding import set_parameter
 from srcfast_kernels import NF4Weight, nf4_dequantize
@@ -56,6 +57,7 @@ def read_config(path: str | Path) -> Any:
         settings = parse_object(file.read_bytes())
     except (OSError, ValueError) as error:
         raise _error(file, None, "a model's config in JSON", error) from error
+    refuse_foreign_code(settings, file)
     _check_sizes(settings, "", file)
     for section in ("text_config", "vision_config"):
         _check_sizes(settings.get(section), f"{section}.", file)

@@ -50,6 +50,15 @@ def check_runs(config: Any, path: Path) -> None:
             found="weights that are quantised already",
             fix="choose the checkpoint of whole weights",
         )
+    if (
+        path / "adapter_config.json"
+    ).is_file():  # transformers would load the base that it names, from a hub or elsewhere
+        raise InputError(
+            file=path / "adapter_config.json",
+            expected="a base model's directory",
+            found="an adapter beside the base",
+            fix="move the adapter's files to another directory",
+        )
     if has_vision(config):
         return check_supported(config, model_class(config, path), file)
     if (
