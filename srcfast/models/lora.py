@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import READ, read_file, save_tensors
+from srcfast.models.peft_settings import COMPUTED, PeftSettings
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.quantized import NF4Linear, block_linears
 from srcfast.models.sharding import is_sharded
@@ -28,23 +31,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TOWERS = ("vision_tower", "vision_model", "vision_encoder", "visual.")  # in names of an image encoder's layers
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# PEFT's settings that change what an adapter computes, each with the one value that is supported.
-UNDERSTOOD: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": [],
-}
-# PEFT's numbers: field, types, the check, and its description.
-_NUMBERS: Sequence[tuple[str, tuple[type, ...], Callable[[Any], bool], str]] = (
-    ("r", (int,), lambda rank: 1 <= rank <= 4096, "a rank, a whole number from 1 to 4096"),
-    ("lora_alpha", (int, float), lambda alpha: 0 < alpha < 1e9, "a number above 0"),
-    ("lora_dropout", (int, float), lambda share: 0 <= share < 1, "a share from 0 to below 1"),
-)
 
 
 class LoRALinear(nn.Module):
@@ -57,7 +43,7 @@ class LoRALinear(nn.Module):
         self.base: Any = base
         self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device, dtype=dtype))
-        self.scaling = config.alpha / config.r
+        self.alpha, self.scaling = config.alpha, config.alpha / config.r
         self.dropout = config.dropout
         self.number = number
         self.active = True
@@ -156,8 +142,6 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
         InputError: no layer of that name, a rank below 1, or an adapter is there already.
     """
     check_no_adapter(model)
-    embedding = model.decoder.embed_tokens.weight
-    exact = torch.promote_types(embedding.dtype, torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
     linears = list(block_linears(model.decoder))
     unreadable = _unreadable_names(model.decoder)
@@ -168,16 +152,31 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     if missing := sorted(set(config.target_modules) - {*names}):
         expected = f"layers among {', '.join(names)}"
         raise InputError(field="target_modules", expected=expected, found=", ".join(missing))
-    for number, (parent, name, linear) in enumerate(linears):
-        if name not in config.target_modules:
+    for number, (name, linear) in enumerate(_named_linears(model.decoder).items()):
+        if name.rpartition(".")[2] not in config.target_modules:
             continue
-        adapted = LoRALinear(linear, config, embedding.device, exact, number)
+        adapted = _adapt(model, name, linear, config, number)
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
-        adapted.train(linear.training)
-        setattr(parent, name, adapted)
     model.lora_config = config
+
+
+def _named_linears(decoder: TransformerDecoder) -> dict[str, nn.Linear | NF4Linear]:
+    """Map names within the decoder to the linears of its blocks, in the order of `block_linears`."""
+    names = {module: name for name, module in decoder.named_modules()}
+    return {f"{names[parent]}.{name}": linear for parent, name, linear in block_linears(decoder)}
+
+
+def _adapt(model: HasDecoder, name: str, linear: nn.Linear | NF4Linear, config: LoRAConfig, number: int) -> LoRALinear:
+    """Put an adapter around the linear of this name within the decoder."""
+    embedding = model.decoder.embed_tokens.weight
+    exact = torch.promote_types(embedding.dtype, torch.float32)
+    adapted = LoRALinear(linear, config, embedding.device, exact, number)
+    adapted.train(linear.training)
+    parent, _, last = name.rpartition(".")
+    setattr(model.decoder.get_submodule(parent), last, adapted)
+    return adapted
 
 
 def _unreadable_names(decoder: TransformerDecoder) -> Collection[str]:
@@ -279,14 +278,22 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
     targets = "|".join(sorted(config.target_modules, key=lambda name: (*TARGETS, name).index(name)))
     scope = r".*\." if prefix == "model" else rf".*{prefix.rpartition('.')[2]}\..*"
+    pattern = rf"{scope}({targets})"
+    layers = adapters(model)
+    if any(
+        name not in layers for name in _named_linears(model.decoder) if name.rpartition(".")[2] in config.target_modules
+    ):
+        pattern = "|".join(re.escape(f"{prefix}.{name}") for name in layers)  # some layers alone, each by its name
+    rank, ranks = _common({name: len(layer.lora_A) for name, layer in layers.items()})
+    alpha, alphas = _common({name: layer.alpha for name, layer in layers.items()})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(model.path),
-        "r": config.r,
-        "lora_alpha": config.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": rf"{scope}({targets})",
+        "target_modules": pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -294,28 +301,46 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
         "use_dora": False,
         "use_rslora": False,
         "modules_to_save": None,
+        **({"rank_pattern": ranks} if ranks else {}),
+        **({"alpha_pattern": alphas} if alphas else {}),
     }
     write_json(directory / ADAPTER_CONFIG, settings)
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most frequent of layers' values, and the others' by a pattern of the layer's name."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {re.escape(name): value for name, value in values.items() if value != common}
 
 
 def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = True) -> None:
     """Read a PEFT LoRA adapter into a model that has none yet.
 
     Raises:
-        InputError: a file is missing or damaged, or the adapter does not fit the model; the tensor is named.
+        InputError: a file is missing or damaged, a setting is not computed, or the adapter does not fit the model; the tensor is
+            named.
     """
+    check_no_adapter(model)
     directory = Path(directory)
     file = directory / ADAPTER_WEIGHTS
     with _naming_files(directory):
-        settings = {"lora_dropout": 0} | parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
+        raw = parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
         tensors = dict(read_file(file))
-    _check_settings(settings, directory / ADAPTER_CONFIG)
+    settings = PeftSettings.read(raw, directory / ADAPTER_CONFIG)
     weights = _by_name_in_decoder(tensors, file)
-    targets = _target_modules(weights, {name for _, name, _ in block_linears(model.decoder)}, file)
-    alpha, dropout = float(settings["lora_alpha"]), float(settings["lora_dropout"])
-    add_lora(model, LoRAConfig(r=settings["r"], alpha=alpha, dropout=dropout, target_modules=targets))
+    linears = _named_linears(model.decoder)
+    kinds = _target_modules(weights, {name.rpartition(".")[2] for name in linears}, file)
+    targets = {name: f"{model.adapter_prefix}.{name}" for name in linears}  # their names in transformers' model
+    _check_layers({name for name, path in targets.items() if settings.targets(path)}, weights, file)
+    adapted = {name.rpartition(".")[0] for name in weights}
+    values: dict[str, Any] = {"dropout": float(settings.lora_dropout), "target_modules": kinds}
+    for number, (name, linear) in enumerate(linears.items()):
+        if name in adapted:
+            rank, alpha = settings.rank_and_alpha(targets[name])
+            _adapt(model, name, linear, LoRAConfig(r=rank, alpha=alpha, **values), number)
+    model.lora_config = LoRAConfig(r=settings.r, alpha=float(settings.lora_alpha), **values)
     parameters = _named_parameters(model)
-    _check_fit(parameters, weights, file)
+    _check_shapes(parameters, weights, file)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -332,17 +357,6 @@ def _naming_files(directory: Path) -> Iterator[None]:
             raise
         expected = f"an adapter: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         raise InputError(file=directory, expected=expected, found=error) from error
-
-
-def _check_settings(settings: Mapping[str, Any], file: Path) -> None:
-    """Raise InputError where PEFT would compute something else by these settings, or a number is out of bounds."""
-    for field, needed in UNDERSTOOD.items():
-        if (settings.get(field) or needed) != needed:
-            raise InputError(file=file, field=field, expected=str(needed), found=settings[field])
-    for field, types, fits, expected in _NUMBERS:
-        value = settings.get(field)
-        if type(value) not in types or not fits(value):
-            raise InputError(file=file, field=field, expected=expected, found=repr(value))
 
 
 def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -373,18 +387,24 @@ def _target_modules(weights: Mapping[str, Tensor], known: Collection[str], file:
     return tuple(sorted(targets))
 
 
-def _check_fit(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raise InputError where weights are not those of just these parameters' layers, or of other shapes."""
-    layers, stored = ({name.rpartition(".")[0] for name in names} for names in (parameters, weights))
-    fix = "this adapter belongs to another base"
-    if difference := sorted(layers ^ stored):
+FIX = "this adapter belongs to another base"
+
+
+def _check_layers(targets: Collection[str], weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raise InputError where weights are not those of just the layers that PEFT would adapt."""
+    stored = {name.rpartition(".")[0] for name in weights}
+    if difference := sorted({*targets} ^ stored):
         expected = "one adapter for each target layer of this model"
-        found = f"{len(stored)} adapted layers, the model has {len(layers)}"
-        raise InputError(file=file, field=difference[0], expected=expected, found=found, fix=fix)
+        found = f"{len(stored)} adapted layers, the settings choose {len(targets)} of the model's"
+        raise InputError(file=file, field=difference[0], expected=expected, found=found, fix=FIX)
+
+
+def _check_shapes(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raise InputError where weights have other shapes than these parameters."""
     for name, parameter in parameters.items():
         shape = list(weights[name].shape) if name in weights else "none"
         if shape != list(parameter.shape):
-            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, fix=fix)
+            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, fix=FIX)
 
 
 def adapter_hash(directory: str | Path) -> str:
@@ -394,6 +414,8 @@ def adapter_hash(directory: str | Path) -> str:
         settings = parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
         weights = regular(directory / ADAPTER_WEIGHTS).read_bytes()
     relevant = {key: settings.get(key) for key in ("r", "lora_alpha", "target_modules")}
+    # The others only where they are set, so that hashes stay what they were.
+    relevant |= {key: settings[key] for key in COMPUTED if key != "lora_dropout" and settings.get(key)}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
     digest.update(weights)
     return digest.hexdigest()

@@ -211,9 +211,6 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ("peft_type", "IA3"),
         ("bias", "all"),
         ("use_dora", True),
-        ("use_rslora", True),
-        ("alpha_pattern", {"q_proj": 64}),
-        ("rank_pattern", {"q_proj": 3}),
         ("modules_to_save", ["lm_head"]),
     ],
 )
