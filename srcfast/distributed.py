@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
+from srcfast.run.launch import read_launch
 
 Result = TypeVar("Result")
 
@@ -57,7 +58,9 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Return the number of ranks on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if dist.is_initialized() else 1
+    if not dist.is_initialized():
+        return 1
+    return read_launch(os.environ).local_world_size or world_size()
 
 
 def is_rank_zero() -> bool:
@@ -238,16 +241,20 @@ def process_group(timeout: timedelta = TIMEOUT, device: str = "cpu") -> Iterator
         device: the settings' `model.device`.
 
     Raises:
-        ConfigError: `device` names one GPU, or the node has fewer GPUs than ranks.
+        ConfigError: PyTorch can't use `device`, it names one GPU for several ranks, the node has fewer GPUs than ranks, or a
+            variable of torchrun's is wrong.
         SrcfastError: a collective of PyTorch's in the body has failed; missing ranks are named.
     """
     global _store, _timeout_after_start, _num_exchanges, _has_nccl, _nccl_connected
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
+    launch = read_launch(os.environ)
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
-        _take_gpu(device)
+        _check_gpu(device)
+    if launch.world_size == 1:
+        yield
+        return
+    if on_gpu:
+        _take_gpu(device, launch.local_rank)
     start_timeout = max(timeout, START_TIMEOUT)
     store, this_rank, num_ranks = next(dist.rendezvous("env://", timeout=start_timeout))
     store.set_timeout(start_timeout)
@@ -295,9 +302,22 @@ def _destroy_group() -> None:
         time.sleep(THREAD_EXIT)
 
 
-def _take_gpu(device: str) -> None:
+def _check_gpu(device: str) -> None:
+    """Raise ConfigError where PyTorch can't use a CUDA device."""
+    number, count = torch.device(device).index or 0, torch.cuda.device_count()
+    if number < count and torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        found, fix = f"PyTorch {torch.__version__}, which is built without CUDA", "install a build of PyTorch with CUDA"
+    elif count == 0:
+        found, fix = "no GPU that PyTorch sees", "see whether nvidia-smi lists one and CUDA_VISIBLE_DEVICES shows it"
+    else:
+        found, fix = f"{count} GPUs, numbered from 0", f"choose one from cuda:0 to cuda:{count - 1}"
+    raise ConfigError(f"model.device: expected a GPU for {device}, found {found}. Fix: {fix}, or set model.device=cpu")
+
+
+def _take_gpu(device: str, local_rank: int) -> None:
     """Make the GPU of the local rank the current one. Raises ConfigError, see `process_group`."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = torch.cuda.device_count()
     if torch.device(device).index is not None:
         raise ConfigError(

@@ -23,6 +23,7 @@ from srcfast import __version__
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
 from srcfast.memory.allocator import allocator_variables
 from srcfast.run import signals
+from srcfast.run.launch import read_launch
 
 if TYPE_CHECKING:
     from srcfast.cli.inputs import Source
@@ -35,28 +36,58 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         # torch reads these when it is imported, and `recorded` may import it.
         os.environ.update(allocator_variables(os.environ))
+        who = "srcfast"
         try:
+            if (launch := read_launch(os.environ)).by_torchrun:
+                who = f"srcfast rank {launch.rank}"
             with signals.listening(), report_disk_errors(), escape_warnings():
                 return recorded(super().invoke)(ctx)
         except (SrcfastError, Interrupted) as error:
-            who = f"srcfast rank {os.environ['RANK']}" if under_torchrun() else "srcfast"
             typer.echo(f"{who}: {printable(str(error))}", err=True)
             raise typer.Exit(exit_status(error)) from None
 
 
+ANOTHER_PATH = "name another path, or see to what is there"
+REPAIR = "repair the file system; the same command continues"
+# What helps against errors of reading and writing files.
+DISK_FIXES = {
+    errno.ENOSPC: "free disk space; the same command continues",
+    errno.EDQUOT: "free disk space, or have the quota raised; the same command continues",
+    errno.EROFS: "name a path on a file system that can be written; the same command continues",
+    errno.EIO: REPAIR,
+    errno.ENODEV: REPAIR,
+    errno.ENXIO: REPAIR,
+    errno.ESTALE: REPAIR,
+    errno.EFBIG: "see to `ulimit -f`, or take another file system: this one has no files so large; the same command continues",
+    errno.EMFILE: "raise `ulimit -n`; the same command continues",
+    errno.ENFILE: "close other programs' files; the same command continues",
+    **dict.fromkeys(
+        (
+            errno.EISDIR,
+            errno.ENOTDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ELOOP,
+            errno.EBUSY,
+        ),
+        ANOTHER_PATH,
+    ),
+}
+
+
 @contextmanager
 def report_disk_errors() -> Iterator[None]:
-    """Turn ENOSPC, EDQUOT and EROFS into a SrcfastError."""
+    """Turn errors of reading and writing files into a SrcfastError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in DISK_FIXES:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise SrcfastError(
-            f"{where}{error.strerror}. Finished work is saved. Fix: free disk space, or repair the file system; "
-            "the same command continues"
-        ) from error
+        fix = DISK_FIXES[error.errno]
+        raise SrcfastError(f"{where}{error.strerror}. Finished work is saved. Fix: {fix}") from error
 
 
 @contextmanager
@@ -79,7 +110,7 @@ def exit_status(error: SrcfastError | Interrupted) -> int:
 
 def under_torchrun() -> bool:
     """Return whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return read_launch(os.environ).by_torchrun
 
 
 def recorded(work: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from srcfast.data.jsonl import read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
+from srcfast.run.launch import read_launch
 from srcfast.run.lock import lock_directory
 from srcfast.stages.datasets import read_training_samples, training_sets
 
@@ -71,7 +72,7 @@ def complete_words(incomplete: str) -> list[str]:
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank 0 of torchrun, or torchrun has not started it; without importing torch."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return read_launch(os.environ).rank == 0
 
 
 def require_option(value: Path | None, option: str, what: str) -> Path:

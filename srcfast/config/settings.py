@@ -60,7 +60,7 @@ class ModelConfig(Section):
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: store the weights of the decoder's linear layers in 4 bits (NormalFloat, in blocks with scales). Takes a little more
     than a quarter of the memory of 16 bits; rounds the weights, and costs time to dequantise them"""
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")] = "cpu"
     """`cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the GPU of the rank"""
     vision_offload: bool = False
     """Hold the vision tower in host memory while no image is encoded. Saves its weights on the GPU; costs a copy to the GPU each

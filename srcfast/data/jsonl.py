@@ -157,8 +157,12 @@ def replacing(path: str | Path, durable: bool = True, temporary: Path | None = N
 
     `durable`: its bytes are on the disk before its name is, so that not even a power cut leaves half of it.
     `temporary`: where it is written until then, if not at `temporary_of(path)`.
+
+    Raises:
+        InputError: there is something else than a file, which would be replaced.
     """
     path = Path(path)
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or temporary_of(path)
     try:
@@ -174,6 +178,15 @@ def replacing(path: str | Path, durable: bool = True, temporary: Path | None = N
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise InputError where a path is a directory, a device, a pipe or a socket; a link is replaced, not its target."""
+    with suppress(OSError):  # none is there, or writing will name the error
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+            raise InputError(file=path, expected="a file to write, or nothing", found=kind, fix="name another file")
 
 
 def write_text(path: str | Path, text: str) -> None:

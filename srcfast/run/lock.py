@@ -63,10 +63,13 @@ def _lock(directory: Path) -> Any:
     file = directory / ".lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        opened = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (closed by the caller)
+        # Never through a link, which somebody may have planted: the holder's name is written into the file.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        opened = open(descriptor, "a+", encoding="utf-8")  # noqa: SIM115  (closed by the caller)
     except OSError as error:
+        found = f"{file.name}, which is a link" if file.is_symlink() else error.strerror or error
         raise SrcfastError(
-            f"{directory}: expected a directory that can be written, found {error.strerror or error}. "
+            f"{directory}: expected a directory that can be written, found {found}. "
             "Fix: name another output directory, or see to its permissions"
         ) from error
     try:

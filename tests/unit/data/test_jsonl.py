@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,30 @@ def test_a_flipped_bit_within_a_shard_is_found(tmp_path: Path) -> None:
         list(read_shards(tmp_path))
     (tmp_path / COMPLETE).write_text('{"rows": 9, "shards": 3}')  # a marker of before there were hashes
     assert len(list(read_shards(tmp_path))) == 9
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "socket"])
+def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    with socket.socket(socket.AF_UNIX) as bound:
+        {"directory": path.mkdir, "pipe": lambda: os.mkfifo(path), "socket": lambda: bound.bind(str(path))}[kind]()
+        before = path.lstat()
+        with pytest.raises(InputError, match=r"output.*a file to write.*name another file"):
+            write_text(path, "text")
+    assert path.lstat().st_mode == before.st_mode and path.lstat().st_ino == before.st_ino
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_is_not_replaced() -> None:
+    before = Path("/dev/full").lstat()
+    with pytest.raises(InputError, match="/dev/full.*a device"):
+        write_text("/dev/full", "text")
+    assert Path("/dev/full").lstat().st_rdev == before.st_rdev
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "output").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "output", "text")
+    assert (tmp_path / "target").read_text() == "precious"
+    assert not (tmp_path / "output").is_symlink() and (tmp_path / "output").read_text() == "text"
