@@ -188,10 +188,10 @@ INTERNVL_NAMED = {
 }
 
 
-def tiled_images() -> Any:
+def tiled_images(crop: bool = True) -> Any:
     """Up to four tiles and a thumbnail."""
     return tf.GotOcr2ImageProcessorPil(
-        size={"height": 32, "width": 32}, max_patches=4, min_patches=1, crop_to_patches=True
+        size={"height": 32, "width": 32}, max_patches=4, min_patches=1, crop_to_patches=crop
     )
 
 
@@ -206,7 +206,7 @@ def internvl(text: str = "qwen3") -> Family:
     )
     return Family(
         tf.InternVLForConditionalGeneration(config),
-        tiled_images(),
+        tiled_images(crop=False),  # as published: the processor sets it
         INTERNVL_TOKENS,
         "<IMG_CONTEXT>\n",
         processor={"image_seq_length": 16, "processor_class": "InternVLProcessor"},
