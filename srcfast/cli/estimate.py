@@ -193,7 +193,8 @@ def _summary(config: Config, model: ModelSizes, capacity: float, lengths: Length
         "optimizer_bytes": 4 * adapter + moments,
         "fixed_bytes": weights + 8 * adapter + moments,
         "activation_bytes_per_token": (activation_bytes(model, pair).peak - casts) / pair.tokens,
-        "kv_bytes_per_token": 2 * model.shapes.layers * model.shapes.key * model.dtype_bytes,
+        "kv_bytes_per_token": 2 * model.shapes.attention_layers * model.shapes.key * model.dtype_bytes,
+        "state_bytes_per_row": model.state_bytes,
         "memory": capacity if known else None,
         "largest_token_budget": largest_value(config, "dpo.token_budget", "dpo", memory=capacity, lengths=lengths)
         if known
@@ -218,6 +219,8 @@ def _print_model(config: Config, summary: dict[str, Any], capacity: float) -> No
         ("activations per token in training", show_bytes(summary["activation_bytes_per_token"])),
         ("keys and values per token in decoding", show_bytes(summary["kv_bytes_per_token"])),
     ]
+    if model_states := summary["state_bytes_per_row"]:
+        rows.append(("recurrent states per row in decoding", show_bytes(model_states)))
     if math.isfinite(capacity):
         rows.append(
             (f"largest token budget of DPO in {show_bytes(capacity)}", f"{summary['largest_token_budget']:,} tokens")

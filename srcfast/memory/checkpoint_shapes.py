@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +12,74 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from srcfast.memory.model_sizes import read_headers
 from srcfast.models.checkpoint import read_config
-from srcfast.models.lvlm import is_handwritten
+from srcfast.models.fused_modules import has_fused
+from srcfast.models.lvlm import is_handwritten, picks_handwritten
 from srcfast.models.pretrained import check_runs, has_vision, meta_model
 from srcfast.models.processor import typical_image_tokens
+from srcfast.models.quantized import plain_linears
 from srcfast.models.text_model import build_decoder
+from srcfast.models.transformers_decoder import text_model
 from srcfast.models.vision import bare_model
 
 
-def checkpoint_shapes(path: str | Path) -> tuple[dict[str, list[int]], Any, int | None]:
-    """Read the names and shapes of a checkpoint's tensors, vision included, its transformers config, and an image's positions.
+@dataclass(frozen=True)
+class CheckpointShapes:
+    """What `ModelSizes.of_tensors` counts from.
 
-    The positions are those of a typical image, where the processor decides them, as it does of all but LLaVA checkpoints.
+    Attributes:
+        tensors: shapes by name, vision included.
+        linears: names of the weights of the blocks' linears, where transformers' own layers run; None: hand-written ones do.
+        config: transformers'.
+        image_tokens: positions of a typical image, where the processor decides them, as it does of all but LLaVA checkpoints.
+        fused: whether transformers' own layers have the fused feed-forwards.
+    """
 
-    They come from the headers of its weight files, or from config.json where it has none. `ModelSizes.of_tensors` takes them.
+    tensors: dict[str, list[int]]
+    linears: frozenset[str] | None
+    config: Any
+    image_tokens: int | None = None
+    fused: bool = True
+
+
+def checkpoint_shapes(path: str | Path, backbone: str) -> CheckpointShapes:
+    """Read the shapes of a checkpoint: from the headers of its weight files, or from config.json where it has none.
+
+    Args:
+        path: directory of an LVLM, or of a text model.
+        backbone: the setting `model.backbone`; of a text model, auto.
 
     Raises:
         InputError: no config.json, or an architecture that srcfast does not run; a weight file that is damaged.
     """
-    config = read_config(path)
-    counted = _tensors_of_config(config, Path(path))
+    config, path = read_config(path), Path(path)
     stored = dict(read_headers(path))
-    # Weights that bitsandbytes quantised are stored as bytes and scales, whose shapes are not the weights'.
-    if stored and not any(name.endswith(".absmax") for name in stored):
-        counted = stored
-    general = has_vision(config) and not is_handwritten(config)
-    return counted, config, typical_image_tokens(path, config) if general else None
+    vision = has_vision(config)
+    if picks_handwritten(config, backbone) if vision else is_handwritten(config):
+        counted = _handwritten_tensors(config, path)
+        # Weights that bitsandbytes quantised are stored as bytes and scales, whose shapes are not the weights'.
+        whole = stored and not any(name.endswith(".absmax") for name in stored)
+        return CheckpointShapes(stored if whole else counted, None, config)
+    check_runs(config, path)
+    # By the model's own names, since those in files may be others, which transformers converts.
+    model = meta_model(AutoModelForImageTextToText if vision else AutoModelForCausalLM, path, config)
+    layers = text_model(model).layers
+    blocks = {id(linear.weight) for linear in plain_linears(layers)}
+    linears = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in blocks)
+    # Of LLaVA checkpoints whose text model the hand-written decoder has, config.json decides it.
+    tokens = typical_image_tokens(path, config) if vision and not is_handwritten(config) else None
+    return CheckpointShapes(_shapes(model), linears, config, tokens, has_fused(layers))
 
 
-def _tensors_of_config(config: Any, path: Path) -> dict[str, list[int]]:
+def _handwritten_tensors(config: Any, path: Path) -> dict[str, list[int]]:
     text = getattr(config, "text_config", config)
-    if not is_handwritten(config):
-        check_runs(config, path)
-        kind = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
-        return {name: list(tensor.shape) for name, tensor in meta_model(kind, path, config).named_parameters()}
     if text is not config:
         text.tie_word_embeddings = bool(config.tie_word_embeddings)
     modules: list[nn.Module] = [build_decoder(text, path, "meta", torch.float32)]
     if text is not config:
         with torch.device("meta"):
             modules.append(bare_model(config))
-    return {name: list(tensor.shape) for module in modules for name, tensor in module.named_parameters()}
+    return {name: shape for module in modules for name, shape in _shapes(module).items()}
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in module.named_parameters()}

@@ -68,7 +68,11 @@ def training_flops(
         adapter_parameters: number of the adapter's parameters (A); 0 for a base without an adapter.
     """
     linear = tokens * (4.0 * shapes.linear_weights + 6.0 * adapter_parameters)
-    return linear + 12.0 * shapes.query * shapes.layers * attended + 4.0 * shapes.hidden * shapes.vocabulary * head_rows
+    return (
+        linear
+        + 12.0 * shapes.query * shapes.attention_layers * attended
+        + 4.0 * shapes.hidden * shapes.vocabulary * head_rows
+    )
 
 
 def forward_flops(
@@ -76,7 +80,11 @@ def forward_flops(
 ) -> float:
     """Count the necessary FLOPs of a forward pass (prefill, references, judging); arguments as in `training_flops`."""
     linear = tokens * 2.0 * (shapes.linear_weights + adapter_parameters)
-    return linear + 4.0 * shapes.query * shapes.layers * attended + 2.0 * shapes.hidden * shapes.vocabulary * head_rows
+    return (
+        linear
+        + 4.0 * shapes.query * shapes.attention_layers * attended
+        + 2.0 * shapes.hidden * shapes.vocabulary * head_rows
+    )
 
 
 def decode_flops(shapes: Shapes, tokens: float, attended: float, adapter_parameters: float = 0) -> float:

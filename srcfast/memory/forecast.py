@@ -54,6 +54,7 @@ class Forecast:
         image_features: cached features of encoded images.
         activations: saved between forward and backward.
         keys_and_values: the cache of decoding, as it is allocated.
+        states: of recurrent layers in decoding.
         graphs: captured steps of decoding, and the pool of memory that they share.
         workspace: temporary memory at the peak.
         checkpoint_every: layers of a group whose activations are recomputed; 0 saves all activations.
@@ -68,6 +69,7 @@ class Forecast:
     image_features: float = 0.0
     activations: float = 0.0
     keys_and_values: float = 0.0
+    states: float = 0.0
     graphs: float = 0.0
     workspace: float = 0.0
     checkpoint_every: int = 0
@@ -205,9 +207,10 @@ def forecast_decoding(
     """
     shapes, on_gpu = model.shapes, model.device_type == "cuda"
     features, encoding = _image_bytes(model, memory, images, images_a_step)
-    graphs = graphs and on_gpu
+    graphs = graphs and on_gpu and not model.state_bytes  # recurrent layers decode without
     layout = Layout.of(samples, rows, prompt_tokens, new_tokens, on_gpu=on_gpu, spare=graphs)
-    position = 2.0 * shapes.layers * shapes.key * _cache_bytes(model)
+    position = 2.0 * shapes.attention_layers * shapes.key * _cache_bytes(model)
+    states = model.state_bytes * layout.slots * (1 + layout.width)  # of each prompt, and of each row
     step, captured = _step_bytes(model, layout), 0.0
     if graphs:
         count = len(row_buckets(samples * rows)) * len(position_buckets(layout.row_capacity))
@@ -218,7 +221,7 @@ def forecast_decoding(
     folds = model.dtype_bytes == 4 and not model.quantised and model.lora is not None and not model.gathered_bytes
     folded = 4.0 * shapes.linear_weights if folds else 0.0
     forecast = _inference(model, stage, features, folded + max(step, _forward_bytes(model, prefill), encoding, growing))
-    return replace(forecast, keys_and_values=position * layout.positions, graphs=captured)
+    return replace(forecast, keys_and_values=position * layout.positions, states=states, graphs=captured)
 
 
 def _cache_bytes(model: ModelSizes) -> int:
@@ -237,7 +240,10 @@ def _step_bytes(model: ModelSizes, layout: Layout) -> float:
     masks = 4 * rows * layout.row_capacity
     whole = shapes.hidden * shapes.intermediate * width if model.quantised else 0
     mlp = rows * width * (3 * shapes.intermediate + 3 * shapes.hidden) + whole
-    return float(masks + max(sampling, attention, mlp))
+    recurrent = shapes.layers - shapes.attention_layers
+    # A layer's states of the rows, what follows from them, and a product of the same size.
+    mixing = 3 * rows * model.state_bytes / recurrent if recurrent else 0
+    return float(masks + max(sampling, attention, mlp, mixing))
 
 
 def moment_bytes(optimizer: str, parameters: int, device_type: str, width: int = 4) -> float:
@@ -321,7 +327,7 @@ def _image_bytes(
     if model.vision is None or images == 0:
         return 0.0, 0.0
     count = math.inf if images is None else images
-    image = model.vision.image_tokens * model.shapes.hidden * model.dtype_bytes
+    image = model.vision.image_tokens * model.vision.vectors * model.shapes.hidden * model.dtype_bytes
     features = min(count * image, max(image_cache(memory), images_a_step * image))
     encoding = model.waiting_bytes + min(count, images_at_once(model, memory)) * _encoding_bytes(model)
     return features, encoding

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from torch import nn
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
+from srcfast.models.fused_modules import has_fused
+from srcfast.models.lora import has_stacked_experts, target_names
 from srcfast.models.protocols import HasDecoder
-from srcfast.models.recurrent import is_recurrent
+from srcfast.models.quantized import plain_linears
+from srcfast.models.recurrent import state_sizes, value_width
 from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, local_values
+from srcfast.models.supported import attention_layers
 from srcfast.units import show_bytes
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
 from srcfast_kernels.transfers import indexed
@@ -28,15 +32,20 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # allocator's fragmentation.
 USABLE = 0.9
 NF4_BLOCKSIZE = 64
-# Of layers of transformers' own, without and with recurrent ones: 1.24 to 1.31 was measured without (docs/models.md), 2.4 with.
-LAYER_FACTORS = {False: 1.4, True: 2.8}
+# Of transformers' own layers, by whether their feed-forwards are the fused ones: 1.17 to 1.31 was measured with (docs/models.md),
+# 1.8 to 2.1 without (Gemma 3, LFM2).
+LAYER_FACTORS = {True: 1.4, False: 2.2}
 HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
 _limit: int | None = None
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A decoder's sizes; `query` and `key` are heads times head size."""
+    """A decoder's sizes; `query` and `key` are heads times head size.
+
+    `kv_layers` counts the layers that have keys and values, `block_weights` the weights of all layers' linears, of experts
+    those that a token passes; None: those of Llama's layers.
+    """
 
     layers: int
     hidden: int
@@ -46,6 +55,20 @@ class Shapes:
     vocabulary: int
     head_dim: int = 128
     qk_norm: bool = False
+    kv_layers: int | None = None
+    block_weights: int | None = None
+
+    @property
+    def attention_layers(self) -> int:
+        """Count the layers that are attention: all but the recurrent ones."""
+        return self.layers if self.kv_layers is None else self.kv_layers
+
+    @property
+    def linear_weights(self) -> int:
+        """Count the weights of all layers' linears (q, k, v, o; gate, up, down), without embedding and head."""
+        if self.block_weights is not None:
+            return self.block_weights
+        return self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
 
     @property
     def heads(self) -> int:
@@ -54,11 +77,6 @@ class Shapes:
     @property
     def kv_heads(self) -> int:
         return self.key // self.head_dim
-
-    @property
-    def linear_weights(self) -> int:
-        """Count the weights of all layers' linears (q, k, v, o; gate, up, down), without embedding and head."""
-        return self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
@@ -89,13 +107,17 @@ class Shapes:
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """A vision tower's sizes, and the positions that an image takes in the decoder (of LLaVA-NeXT: their maximum)."""
+    """A vision tower's sizes, and the positions that an image takes in the decoder (of LLaVA-NeXT: their maximum).
+
+    A position has `vectors` embeddings: with deep-stack features, which later layers add, more than one.
+    """
 
     layers: int
     hidden: int
     intermediate: int
     patches: int
     image_tokens: int
+    vectors: int = 1
 
     @classmethod
     def of(cls, config: Any, image_tokens: int | None = None) -> VisionSizes | None:
@@ -138,12 +160,17 @@ class VisionSizes:
         shrink = first("spatial_merge_size", "scale_factor", "downsample_factor") or 1
         ratio = first("downsample_ratio", "pixel_shuffle_ratio")
         merged = round(1 / ratio**2) if ratio else shrink**2  # patches an embedding
+        sides = (first("image_size") or 0, first("patch_size") or 1)
+        size, patch = (side[0] if isinstance(side, list | tuple) else side for side in sides)
         return cls(
             layers=int(first("num_hidden_layers", "depth", "num_layers") or 1),
             hidden=hidden,
             intermediate=int(first("intermediate_size") or 4 * hidden),
-            patches=image_tokens * merged,
+            patches=max(
+                image_tokens * merged, (size // patch) ** 2
+            ),  # more where a resampler or a pool makes fewer of them
             image_tokens=image_tokens,
+            vectors=1 + len(first("deepstack_visual_indexes") or ()),
         )
 
 
@@ -165,15 +192,17 @@ class ModelSizes:
         shapes: the decoder's.
         device_type: "cuda" or "cpu", where the model runs.
         dtype_bytes: bytes of an activation or of a weight that is not quantised.
-        parameters: number of parameters by part: vision, projector, embedding, decoder, head.
+        parameters: number of parameters by part: vision, projector, embedding, decoder, experts, head.
         weight_bytes: frozen weights on the device, 4-bit codes included.
         quantisation_bytes: the scales of 4-bit weights.
         lora: the adapter.
         vision: the vision tower of an LVLM.
         waiting_bytes: weights that are on the device only while images are encoded.
         trained: number of the base's weights that are trained.
-        layer_factor: what a layer saves for backward, of what a hand-written one does; see LAYER_FACTORS.
+        layer_factor: what a layer saves for backward, of what a hand-written one does, a recurrent mixer left out.
         gathered_bytes: of sharded layers, the bytes that are gathered at once while they compute.
+        state_bytes: of recurrent layers, the states of one sequence.
+        mixer_values: of a recurrent layer, the width of its values.
     """
 
     shapes: Shapes
@@ -188,6 +217,8 @@ class ModelSizes:
     trained: int = 0
     layer_factor: float = 1.0
     gathered_bytes: float = 0.0
+    state_bytes: float = 0.0
+    mixer_values: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -229,8 +260,15 @@ class ModelSizes:
         embedding = decoder.embed_tokens.weight
         lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
         vision = getattr(model, "vision", None)
+        general: Any = None if decoder.plain_layers else decoder
+        if general is None:
+            shapes = Shapes.of(decoder.config)
+        else:
+            linears = sum(linear.in_features * linear.out_features for linear in plain_linears(general.layers))
+            names = [name for name, _ in general.named_parameters()]
+            shapes = _general_shapes(general.text_config, names, linears, parameters.get("experts", 0))
         return cls(
-            shapes=Shapes.of(decoder.config),
+            shapes=shapes,
             device_type=device_type or embedding.device.type,
             dtype_bytes=embedding.element_size(),
             parameters=parameters,
@@ -240,8 +278,10 @@ class ModelSizes:
             vision=None if vision is None else VisionSizes.of(vision.config, vision.typical_tokens),
             waiting_bytes=round(waiting),
             trained=trained,
-            layer_factor=1.0 if decoder.plain_layers else LAYER_FACTORS[decoder.has_states],
+            layer_factor=1.0 if general is None else LAYER_FACTORS[has_fused(general.layers)],
             gathered_bytes=gathered_bytes(decoder),
+            state_bytes=0.0 if general is None else _state_bytes(general.text_config, embedding.element_size()),
+            mixer_values=0 if general is None else value_width(general.text_config),
         )
 
     @classmethod
@@ -257,6 +297,8 @@ class ModelSizes:
         vision_offload: bool = False,
         ranks: int = 1,
         image_tokens: int | None = None,
+        linears: Collection[str] | None = None,
+        fused: bool = True,
     ) -> ModelSizes:
         """Count from a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
@@ -268,41 +310,79 @@ class ModelSizes:
             vision_offload: whether the vision tower's weights wait on the host between images; a CPU ignores it.
             ranks: number of ranks over which the decoder's layers are sharded.
             image_tokens: see `VisionSizes.of`.
+            linears: names of the weights of the blocks' linears, where transformers' own layers run; None: the hand-written
+                ones run.
+            fused: whether the feed-forwards of transformers' own layers are the fused ones.
         """
+        general = linears is not None
+        if linears is None:
+            linears = [name for name in tensors if part_of(name) == "decoder" and name.endswith("_proj.weight")]
+        stacked = has_stacked_experts(tensors)
+        targets = () if lora is None else target_names(lora, (name.split(".")[-2] for name in linears), stacked)
         parameters = dict.fromkeys(PARTS, 0)
-        weights = scales = waiting = linears = 0.0
+        weights = scales = waiting = layer_bytes = 0.0
         adapter = 0
         for name, shape in tensors.items():
-            count, part = math.prod(shape), part_of(name)
+            count, part, linear = math.prod(shape), part_of(name), name in linears
             parameters[part] += count
-            linear = part == "decoder" and name.endswith("_proj.weight")
             if linear and quantize == "nf4":
                 weights += math.ceil(count / 2) / ranks
                 scales += nf4_scale_bytes(count) / ranks
-                linears += math.ceil(count / 2) + nf4_scale_bytes(count)
+                layer_bytes += math.ceil(count / 2) + nf4_scale_bytes(count)
             elif linear:
                 weights += count * DTYPE_BYTES[dtype] / ranks
-                linears += count * DTYPE_BYTES[dtype]
+                layer_bytes += count * DTYPE_BYTES[dtype]
             elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
                 waiting += count * DTYPE_BYTES[dtype]
             else:
                 weights += count * DTYPE_BYTES[dtype]
-            if linear and lora is not None and name.split(".")[-2] in lora.target_modules:
+            if linear and lora is not None and name.split(".")[-2] in targets:
                 adapter += lora.r * sum(shape)
-        shapes = Shapes.of(config)
+        text, width = config.get_text_config() if general else None, DTYPE_BYTES[dtype]
+        if text is None:
+            shapes = Shapes.of(config)
+        else:
+            block_weights = sum(math.prod(tensors[name]) for name in linears)
+            shapes = _general_shapes(text, tensors, block_weights, parameters["experts"])
         return cls(
             shapes=shapes,
             device_type=device_type,
-            dtype_bytes=DTYPE_BYTES[dtype],
+            dtype_bytes=width,
             parameters={part: count for part, count in parameters.items() if count},
             weight_bytes=round(weights),
             quantisation_bytes=round(scales),
-            lora=None if lora is None else LoRASizes(lora.r, tuple(lora.target_modules), lora.dropout, adapter),
+            lora=None if lora is None else LoRASizes(lora.r, targets, lora.dropout, adapter),
             vision=VisionSizes.of(config, image_tokens),
-            layer_factor=1.0 if image_tokens is None else LAYER_FACTORS[is_recurrent(config)],
+            layer_factor=LAYER_FACTORS[fused] if general else 1.0,
             waiting_bytes=round(waiting),
-            gathered_bytes=GATHERED_LAYERS * linears / shapes.layers if ranks > 1 else 0.0,
+            gathered_bytes=GATHERED_LAYERS * layer_bytes / shapes.layers if ranks > 1 else 0.0,
+            state_bytes=0.0 if text is None else _state_bytes(text, width),
+            mixer_values=0 if text is None else value_width(text),
         )
+
+
+def _general_shapes(text_config: Any, parameters: Iterable[str], linears: int, experts: int) -> Shapes:
+    """Read the sizes of transformers' own layers.
+
+    Args:
+        parameters: names of the decoder's parameters.
+        linears: number of the weights of the blocks' linears.
+        experts: number of the experts' weights, of which a token passes a part.
+    """
+    chosen = getattr(text_config, "num_experts_per_tok", 0)
+    every = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None) or 1
+    return replace(
+        Shapes.of(text_config),
+        qk_norm=any(".q_norm." in name for name in parameters),
+        kv_layers=len(attention_layers(text_config)),
+        block_weights=linears + experts * chosen // every,
+    )
+
+
+def _state_bytes(text_config: Any, width: int) -> float:
+    """Count the bytes of a sequence's recurrent states; gated DeltaNet's own are in fp32."""
+    convolution, recurrent = state_sizes(text_config)
+    return float(width * convolution + 4 * recurrent)
 
 
 def whole_nf4(model: HasDecoder | nn.Module) -> Iterator[NF4Weight]:
@@ -312,7 +392,7 @@ def whole_nf4(model: HasDecoder | nn.Module) -> Iterator[NF4Weight]:
             yield weight
 
 
-PARTS = ("vision", "projector", "embedding", "decoder", "head")
+PARTS = ("vision", "projector", "embedding", "decoder", "experts", "head")
 
 
 def part_of(name: str) -> str:
@@ -323,6 +403,8 @@ def part_of(name: str) -> str:
         return "vision"
     if name.endswith("embed_tokens.weight"):
         return "embedding"
+    if ".experts." in name:
+        return "experts"
     return "head" if name.endswith("lm_head.weight") else "decoder"
 
 

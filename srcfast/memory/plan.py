@@ -21,7 +21,7 @@ from srcfast.data.batching import global_batch, num_steps
 from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.generation.decode import IMAGES_AHEAD, PREFILL_TOKENS
 from srcfast.memory.activations import ForestSizes
-from srcfast.memory.checkpoint_shapes import checkpoint_shapes
+from srcfast.memory.checkpoint_shapes import CheckpointShapes, checkpoint_shapes
 from srcfast.memory.forecast import (
     Forecast,
     forecast_decoding,
@@ -61,11 +61,13 @@ def device_memory(config: Config) -> float:
 def policy_sizes(config: Config) -> ModelSizes:
     """Return the sizes of the settings' LVLM, with a new adapter."""
     path = str(checkpoint_directory(config.model.path, "base"))
-    tensors, checkpoint_config, image_tokens = _shapes_of(path)
+    shapes = _shapes_of(path, config.model.backbone)
     return ModelSizes.of_tensors(
-        tensors,
-        checkpoint_config,
-        image_tokens=image_tokens,
+        shapes.tensors,
+        shapes.config,
+        image_tokens=shapes.image_tokens,
+        linears=shapes.linears,
+        fused=shapes.fused,
         dtype=config.model.dtype,
         device_type=torch.device(config.model.device).type,
         quantize=config.model.quantize,
@@ -88,20 +90,27 @@ def node_ranks(config: Config) -> int:
 def scorer_sizes(config: Config) -> ModelSizes:
     """Return the sizes of the settings' R-Scorer."""
     path = str(checkpoint_directory(config.scorer.path, "scorer"))
-    tensors, checkpoint_config, _ = _shapes_of(path)
-    device = torch.device(config.model.device).type
-    return ModelSizes.of_tensors(tensors, checkpoint_config, dtype=config.scorer.dtype, device_type=device)
+    shapes, device = _shapes_of(path, "auto"), torch.device(config.model.device).type
+    return ModelSizes.of_tensors(
+        shapes.tensors,
+        shapes.config,
+        linears=shapes.linears,
+        fused=shapes.fused,
+        dtype=config.scorer.dtype,
+        device_type=device,
+    )
 
 
-def _shapes_of(path: str) -> tuple[dict[str, list[int]], Any, int | None]:
+def _shapes_of(path: str, backbone: str) -> CheckpointShapes:
     """Read a checkpoint's shapes, again only when its files have changed."""
     files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("config.json"))
-    return _read_shapes(path, tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    stamp = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _read_shapes(path, backbone, stamp)
 
 
 @lru_cache(maxsize=8)
-def _read_shapes(path: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, list[int]], Any, int | None]:
-    return checkpoint_shapes(path)
+def _read_shapes(path: str, backbone: str, stamp: tuple[tuple[str, int, int], ...]) -> CheckpointShapes:
+    return checkpoint_shapes(path, backbone)
 
 
 def typical_tree(config: Config, stage: str, lengths: Lengths) -> Tree:

@@ -25,6 +25,11 @@ def fuse_modules(layers: nn.ModuleList) -> None:
             _fuse_swiglu(module)
 
 
+def has_fused(layers: nn.ModuleList) -> bool:
+    """Return whether a model's layers have feed-forwards that are replaced."""
+    return any(is_swiglu(module) for module in layers.modules())
+
+
 @contextmanager
 def ordinary_modules(layers: nn.ModuleList) -> Iterator[None]:
     """Run the body with transformers' own forward passes in place of all that were replaced."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,14 +144,8 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     check_no_adapter(model)
     generator = torch.Generator().manual_seed(config.seed)
     linears = list(block_linears(model.decoder))
-    unreadable = _unreadable_names(model.decoder)
-    names = dict.fromkeys(name for _, name, _ in linears if name not in unreadable)
-    if {*config.target_modules} == {*TARGETS} and not {*TARGETS} <= {*names}:
-        # The default means all linear layers, by whatever names a family has for them: fused ones, experts' projections.
-        config = config.replace(target_modules=tuple(names))
-    if missing := sorted(set(config.target_modules) - {*names}):
-        expected = f"layers among {', '.join(names)}"
-        raise InputError(field="target_modules", expected=expected, found=", ".join(missing))
+    stacked = has_stacked_experts(name for name, _ in model.decoder.named_parameters())
+    config = config.replace(target_modules=target_names(config, (name for _, name, _ in linears), stacked))
     for number, (name, linear) in enumerate(_named_linears(model.decoder).items()):
         if name.rpartition(".")[2] not in config.target_modules:
             continue
@@ -179,14 +173,28 @@ def _adapt(model: HasDecoder, name: str, linear: nn.Linear | NF4Linear, config: 
     return adapted
 
 
-def _unreadable_names(decoder: TransformerDecoder) -> Collection[str]:
-    """Return the names of linears whose adapters PEFT would apply to stacked experts instead, where the decoder has such.
+def target_names(config: LoRAConfig, linears: Iterable[str], stacked: bool) -> tuple[str, ...]:
+    """Return the names of the linears to adapt, of those that a decoder's blocks have.
 
-    PEFT 0.21 takes these names, in models with stacked experts, for adapters of transformers 4, which had a linear for each
-    expert; dense layers and shared experts of the same names get none.
+    The default means all of them, by whatever names a family has: fused ones, experts' projections. Where the decoder has
+    stacked experts, PEFT 0.21 takes the names of feed-forwards for adapters of transformers 4, which had a linear for each
+    expert; so dense layers and shared experts of these names get none.
+
+    Raises:
+        InputError: the blocks have no linear of a name.
     """
-    stacked = any(name.endswith("experts.gate_up_proj") for name, _ in decoder.named_parameters())
-    return ("gate_proj", "up_proj", "down_proj") if stacked else ()
+    names = dict.fromkeys(name for name in linears if not (stacked and name in ("gate_proj", "up_proj", "down_proj")))
+    if {*config.target_modules} == {*TARGETS} and not {*TARGETS} <= {*names}:
+        return tuple(names)
+    if missing := sorted(set(config.target_modules) - {*names}):
+        expected = f"layers among {', '.join(names)}"
+        raise InputError(field="target_modules", expected=expected, found=", ".join(missing))
+    return config.target_modules
+
+
+def has_stacked_experts(parameters: Iterable[str]) -> bool:
+    """Return whether parameters of these names are those of a decoder that stores its experts as one tensor."""
+    return any(name.endswith("experts.gate_up_proj") for name in parameters)
 
 
 def adapters(model: HasDecoder) -> dict[str, LoRALinear]:

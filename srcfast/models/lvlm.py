@@ -230,7 +230,7 @@ def load_lvlm(
         raise InputError(field="quantize", expected="None or nf4", found=quantize)
     path = checkpoint_directory(path, "base")
     config = read_config(path)
-    if backbone == "transformers" or (backbone == "auto" and not (has_vision(config) and is_handwritten(config))):
+    if not picks_handwritten(config, backbone):
         if shard and distributed.world_size() > 1:
             raise InputError(
                 field="distributed.shard",
@@ -252,6 +252,11 @@ def load_lvlm(
     model.eval()
     apply_lora(model, lora)
     return model
+
+
+def picks_handwritten(config: Any, backbone: str) -> bool:
+    """Return whether the hand-written decoder computes an LVLM of this config under the setting `model.backbone`."""
+    return backbone == "handwritten" or (backbone == "auto" and has_vision(config) and is_handwritten(config))
 
 
 def is_handwritten(config: Any) -> bool:

@@ -88,6 +88,13 @@ def quantize_loaded(decoder: TransformerDecoder, device: str | torch.device) -> 
             setattr(block, name, quantised)
 
 
+def plain_linears(blocks: nn.Module) -> Iterator[nn.Linear | NF4Linear]:
+    """Yield the linears of a decoder's blocks, those within adapters included."""
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear | NF4Linear):
+            yield module
+
+
 def block_linears(decoder: TransformerDecoder) -> Iterator[tuple[nn.Module, str, nn.Linear | NF4Linear]]:
     """Yield (parent, name, linear) of a decoder's blocks in one order, by which dropout numbers them and adapters are drawn."""
     for layer in decoder.layers:

@@ -112,9 +112,26 @@ def forest_mix(forest: Forest, on_root: Callable[[int, int, States], None] | Non
     return mix
 
 
-def is_recurrent(config: Any) -> bool:
-    """Return whether a config has recurrent layers."""
-    return not {*LAYERS}.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ())
+def value_width(text_config: Any) -> int:
+    """Return the width of the values of a text config's gated DeltaNet layers, over all heads; 0 without such layers."""
+    if "linear_attention" not in (getattr(text_config, "layer_types", None) or ()):
+        return 0
+    return int(text_config.linear_num_value_heads * text_config.linear_value_head_dim)
+
+
+def state_sizes(config: Any) -> tuple[int, int]:
+    """Count the numbers of a sequence's states over all recurrent layers of a config: of convolutions, and recurrent ones."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    convolution = recurrent = 0
+    if deltas := list(kinds).count("linear_attention"):
+        keys = text.linear_num_key_heads * text.linear_key_head_dim
+        values = text.linear_num_value_heads * text.linear_value_head_dim
+        convolution += deltas * (2 * keys + values) * (text.linear_conv_kernel_dim - 1)
+        recurrent += deltas * values * text.linear_key_head_dim
+    if short := list(kinds).count("conv"):
+        convolution += short * text.hidden_size * (text.conv_L_cache - 1)
+    return convolution, recurrent
 
 
 def mixers(layers: nn.Module) -> list[nn.Module]:

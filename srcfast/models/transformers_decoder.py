@@ -105,7 +105,8 @@ class TransformersDecoder(nn.Module):
         text = text_model(model)
         text.set_attn_implementation(ATTENTION)
         model.config.get_text_config()._attn_implementation = ATTENTION
-        self.config = BackboneShapes.of(model.config.get_text_config())
+        self.text_config = model.config.get_text_config()
+        self.config = BackboneShapes.of(self.text_config)
         for name, part in text.named_children():  # embed_tokens, layers, norm, rotary_emb, ...
             setattr(self, name, part)
         self.lm_head: nn.Module = model.get_output_embeddings()

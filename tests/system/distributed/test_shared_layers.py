@@ -234,10 +234,10 @@ def search(folder: Path) -> list[Any]:
             keep_in_step(model.decoder)
             texts.append([[(one.text, one.logprob) for one in group] for group in own])
         counted = ModelSizes.of(model)
-        tensors, config, _ = checkpoint_shapes(str(ASSETS))
+        shapes = checkpoint_shapes(str(ASSETS), "auto")
         quantized, ranks = quantize or "none", distributed.world_size()
         planned = ModelSizes.of_tensors(
-            tensors, config, dtype="bfloat16", device_type="cpu", quantize=quantized, ranks=ranks
+            shapes.tensors, shapes.config, dtype="bfloat16", device_type="cpu", quantize=quantized, ranks=ranks
         )
         sizes = [[one.weight_bytes, one.quantisation_bytes, one.gathered_bytes] for one in (counted, planned)]
         found.append([texts[0] == texts[1] != [], *sizes])
