@@ -9,14 +9,16 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from srcfast.errors import InputError
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 << 20
+ORIENTATION, QUARTER_TURNS = int(ExifTags.Base.Orientation), (5, 6, 7, 8)  # in Exif
 # Raster formats that Pillow decodes by itself: EPS, for one, is a program that it would hand to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -30,6 +32,37 @@ def load_image(root: Path, name: str) -> Image.Image:
     """
     file = resolve(root, name)
     return decode_image(_read(file), file)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of which only the header has been read: its size when upright, in pixels."""
+
+    root: Path
+    name: str
+    width: int
+    height: int
+
+    def load(self) -> Image.Image:
+        """Read and decode it, see `load_image`."""
+        return load_image(self.root, self.name)
+
+
+def image_file(root: Path, name: str) -> ImageFile:
+    """Read the upright size of an image below `root` from its header; of a PNG with metadata from the whole file.
+
+    Raises:
+        InputError: as `load_image`, but for pixels that are broken.
+    """
+    file = resolve(root, name)
+    data = _read(file)
+    with _opened(data, file) as image:
+        width, height = image.size
+        # Pillow decodes a PNG to look for its metadata, which may lie behind the pixels; a TIFF's size is the upright one.
+        has_metadata = image.format != "PNG" or any(mark in data for mark in (b"eXIf", b"exif", b"xmp"))
+        if has_metadata and image.format != "TIFF" and image.getexif().get(ORIENTATION) in QUARTER_TURNS:
+            width, height = height, width
+        return ImageFile(root, name, width, height)
 
 
 def check_image(root: Path, name: str) -> None:

@@ -23,6 +23,7 @@ from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, 
 from srcfast.models.decoder import Decoder, is_handwritten_text
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
+from srcfast.models.placeholders import Sized
 from srcfast.models.pretrained import has_vision
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.text_model import (
@@ -59,7 +60,7 @@ class LVLM(ChatModel):
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
 
-    def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
+    def encode_prompt(self, question: str, images: Sequence[Sized], sample_id: str | None = None) -> np.ndarray:
         """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length.
 
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srcfast.attention.forest_attention import Attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
+from srcfast.data.images import ImageFile
 from srcfast.models.head import Head
 
 
@@ -112,7 +113,9 @@ class VisionLanguageModel(HasDecoder, Protocol):
     end_token_id: int  # that ends a response in training
     end_tokens: frozenset[int]  # that end one in generation
 
-    def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
+    def encode_prompt(
+        self, question: str, images: Sequence[Image.Image | ImageFile], sample_id: str | None = None
+    ) -> np.ndarray:
         """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length."""
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
+from srcfast.data.images import ImageFile
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
+from srcfast.models.placeholders import ImageTexts, Sized
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor, placed_image
 from srcfast.models.quantized import quantize_loaded
@@ -76,7 +79,7 @@ class TransformersVision(FrozenVision):
         """Count the positions that the image takes in the decoder."""
         return image_tokens(self.processor, image, image_token_id(self.config))
 
-    @property
+    @cached_property
     def typical_tokens(self) -> int:
         """Return the positions that a typical image takes, for forecasts."""
         return self.num_tokens(Image.new("RGB", TYPICAL_IMAGE))
@@ -145,14 +148,17 @@ class TransformersLVLM(ChatModel):
         self.vision = TransformersVision(model, processor)
         self.image_token_id = image_token_id(model.config)
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.image_texts = ImageTexts(processor, self.image_token)
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
         self.end_token_id = self._turn_end()
         self.control_tokens = control_tokens(self.tokenizer, self.image_token)
         self.max_positions = self.decoder.config.max_positions
         self.adapter_prefix = _name_of(model, text_model(model))
 
-    def encode_prompt(self, question: str, images: Sequence[Image.Image], sample_id: str | None = None) -> np.ndarray:
-        """Tokenize the user's turn and the generation prompt into [n] by the processor, image placeholders at full length.
+    def encode_prompt(self, question: str, images: Sequence[Sized], sample_id: str | None = None) -> np.ndarray:
+        """Tokenize the user's turn and the generation prompt into [n] as the processor does, image placeholders at full length.
+
+        Of images the sizes are enough, where the processor makes the same of them (`ImageTexts`).
 
         Raises:
             InputError: the question holds a control token, the template shows no image, or the prompt leaves no room for a
@@ -160,13 +166,12 @@ class TransformersLVLM(ChatModel):
         """
         self.check_question(question, sample_id)
         try:
-            inputs = self.processor_inputs(question, images)
+            prompt = self._token_ids(question, images)
         except InputError:
             raise
         except Exception as error:  # of any class, for pixels, templates or placeholders that do not fit
             found, fix = f"{type(error).__name__}: {error}", "the checkpoint's processor and chat template must fit"
             raise prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
-        prompt = np.asarray(inputs["input_ids"][0], dtype=np.int64)
         if bool(images) != bool((prompt == self.image_token_id).any()):
             fix = "the checkpoint's chat template must show each image once"
             raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", "none", fix)
@@ -183,14 +188,24 @@ class TransformersLVLM(ChatModel):
 
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        text = self._chat_text(user_turn(content))
+        text = self._user_text(question, len(images))
         return self.processor(
             text=[text],
             images=[list(images)] if images else None,
             add_special_tokens=adds_bos(self.tokenizer, text),
             return_tensors="pt",
         )
+
+    def _token_ids(self, question: str, images: Sequence[Sized]) -> np.ndarray:
+        if len(images) <= self.image_texts.max_images:
+            return self.image_texts.token_ids(self._user_text(question, len(images)), images)
+        loaded = [image.load() if isinstance(image, ImageFile) else image for image in images]
+        return np.asarray(self.processor_inputs(question, loaded)["input_ids"][0], dtype=np.int64)
+
+    def _user_text(self, question: str, images: int) -> str:
+        """Render the user's turn and the generation prompt, with a placeholder for each image."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        return self._chat_text(user_turn(content))
 
     def _chat_text(self, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Render turns by the processor's chat template. Raises InputError where it fails."""

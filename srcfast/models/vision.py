@@ -20,6 +20,7 @@ from transformers import ImageProcessingMixin, LlavaModel, LlavaNextModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from srcfast.data.images import ImageFile
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import check_weight_count
 from srcfast_kernels.transfers import to_device
@@ -103,7 +104,7 @@ class Vision(FrozenVision):
         self.processor = load_image_processor(path)
         self.model = _checked_model(config, path)
 
-    def num_tokens(self, image: Image.Image) -> int:
+    def num_tokens(self, image: Image.Image | ImageFile) -> int:
         """Count the positions that the image takes in the decoder."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from srcfast.data.images import load_image, resolve
+from srcfast.data.images import image_file, load_image, resolve
 from srcfast.data.records import Preference, Sample
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.training.checkpoint import image_print
@@ -34,7 +34,7 @@ class PromptEncoder:
         """
         key = (text, image_keys(record))
         if key not in self.encoded:
-            images = [load_image(record.image_root, image) for image in record.images]
+            images = [image_file(record.image_root, image) for image in record.images]
             self.encoded[key] = self.model.encode_prompt(text, images, sample_id)
         return self.encoded[key]
 

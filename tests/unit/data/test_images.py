@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from srcfast.data import images
-from srcfast.data.images import check_image, from_base64, load_image
+from srcfast.data.images import check_image, from_base64, image_file, load_image
 from srcfast.errors import InputError
 
-LOADERS = (load_image, check_image)
+DECODERS = (load_image, check_image)
+LOADERS = (*DECODERS, image_file)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -40,6 +41,39 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned a quarter: to be shown turned back
     picture.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(load_image(tmp_path, "a.png")), np.rot90(np.asarray(picture), -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tiff", "webp", "jpg"])
+def test_the_size_that_a_header_says_is_the_upright_one(tmp_path: Path, ending: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(23, 17).save(tmp_path / f"a.{ending}", exif=exif)
+    found, loaded = image_file(tmp_path, f"a.{ending}"), load_image(tmp_path, f"a.{ending}")
+    assert (found.width, found.height) == loaded.size == ((17, 23) if orientation > 4 else (23, 17))
+    assert found.load().size == loaded.size
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "webp", "jpg", "bmp", "gif", "ppm"])
+def test_no_pixel_is_decoded_for_a_size(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(230, 170).save(file := tmp_path / f"a.{ending}")
+
+    def refuse(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    for kind in (ImageFile.ImageFile, Image.Image):
+        monkeypatch.setattr(kind, "load", refuse)
+    found = image_file(tmp_path, file.name)
+    assert (found.width, found.height) == (230, 170)
+
+
+def test_an_image_cut_off_behind_its_header_is_refused_when_it_is_decoded(tmp_path: Path) -> None:
+    noise(230, 170).save(whole := tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(whole.read_bytes()[:3000])
+    found = image_file(tmp_path, "b.jpg")
+    assert (found.width, found.height) == (230, 170)
+    with pytest.raises(InputError, match=r"b\.jpg"):
+        found.load()
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
@@ -79,7 +113,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, load, name: str) -> None:
         load(tmp_path, name)
 
 
-@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("load", DECODERS)
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "gif", "tiff"])
 def test_truncated_images_are_refused(tmp_path: Path, load, ending: str) -> None:
     data = io.BytesIO()
