@@ -197,7 +197,7 @@ class TransformersLVLM(ChatModel):
         )
 
     def _token_ids(self, question: str, images: Sequence[Sized]) -> np.ndarray:
-        if len(images) <= self.image_texts.max_images:
+        if 0 < len(images) <= self.image_texts.max_images:
             return self.image_texts.token_ids(self._user_text(question, len(images)), images)
         loaded = [image.load() if isinstance(image, ImageFile) else image for image in images]
         return np.asarray(self.processor_inputs(question, loaded)["input_ids"][0], dtype=np.int64)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
-from unittest import mock
 
 from helpers.published_configs import PUBLISHED, write_published
 from helpers.shapes_7b import write_configs
 from srcfast.config.load import load_config
 from srcfast.config.settings import Preset
-from srcfast.memory import checkpoint_shapes
 from srcfast.memory.advice import with_setting
 from srcfast.memory.forecast import recomputed_layers
 from srcfast.memory.plan import Lengths, forecast_stage, policy_sizes, typical_tree
@@ -27,17 +23,10 @@ TRAINING_HEAD = ("model", "parameters", "image tokens", "NF4", "16 bits", *PRESE
 DECODING_HEAD = ("model", *PRESETS)
 
 
-@contextmanager
-def sizes_alone() -> Iterator[None]:
-    """Count models that the general backbone refuses, too: their sizes are the same."""
-    with mock.patch.object(checkpoint_shapes, "check_runs", lambda config, path: None):
-        yield
-
-
 def tables() -> str:
     """Return both tables: of preference training, and of sampling candidates."""
     training, decoding = [], []
-    with tempfile.TemporaryDirectory() as folder, sizes_alone():
+    with tempfile.TemporaryDirectory() as folder:
         scorer = write_configs(Path(folder))[1]
         for name in PUBLISHED:
             paths = [f"model.path={write_published(name, Path(folder))}", f"scorer.path={scorer}"]

@@ -39,6 +39,8 @@ FAMILIES = (
     "internvl",
     "smolvlm",
     "glm4v",
+    "gemma3",
+    "gemma4",
     "llava_llama",
     "llava_next",
 )

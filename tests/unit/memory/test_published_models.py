@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.memory_table import BEGIN, END, PAGE, sizes_alone, tables
+from helpers.memory_table import BEGIN, END, PAGE, tables
 from helpers.published_configs import PUBLISHED, write_published
 
 from srcfast.config.load import load_config
@@ -24,8 +24,7 @@ IMAGE_TOKENS = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_has_the_parameters_and_image_tokens_that_are_stated(name: str, tmp_path: Path) -> None:
-    with sizes_alone():
-        found = policy_sizes(load_config(None, [f"model.path={write_published(name, tmp_path)}"]))
+    found = policy_sizes(load_config(None, [f"model.path={write_published(name, tmp_path)}"]))
     assert sum(found.parameters.values()) == pytest.approx(PUBLISHED[name], rel=0.002)
     assert found.vision is not None
     assert found.vision.image_tokens == next(count for start, count in IMAGE_TOKENS.items() if name.startswith(start))
