@@ -83,21 +83,41 @@ def check_runs(config: Any, path: Path) -> None:
     check_text_supported(config, file)
 
 
-def load_pretrained(kind: Any, path: Path, config: Any, dtype: torch.dtype) -> Any:
-    """Build a model by one of transformers' auto classes and read its weights, by transformers' own names. Raises InputError."""
+def load_pretrained(
+    kind: Any,
+    path: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
+) -> Any:
+    """Build a model by one of transformers' auto classes and read its weights, by transformers' own names.
+
+    Each is cast, put on the device and, in the language model's blocks, quantised (`nf4`) before the next is read. Buffers stay
+    on the host.
+
+    Raises:
+        InputError: transformers can't read it, or a tensor is missing, unexpected, misshaped or not finite.
+    """
+    from srcfast.models.streaming import Streaming  # takes a second, which commands that load nothing do not need
+
     check_weight_count([meta_model(kind, path, config)], path)
+    streaming = Streaming(path, device, quantize == "nf4")
     try:
-        model, report = kind.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, which is checked below; otherwise no tensor is named
-        )
-    except torch.OutOfMemoryError:
+        with streaming.reading(config) as options:
+            model, report = kind.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, which is checked below; otherwise no tensor is named
+                **options,
+            )
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # ValueError for an unknown type, OSError for a missing file, ...
         found = f"{type(error).__name__}: {error}"
@@ -107,7 +127,8 @@ def load_pretrained(kind: Any, path: Path, config: Any, dtype: torch.dtype) -> A
         if names := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
             raise InputError(file=path, field=names[0], expected=f"no {kind} tensors", found=f"{len(names)} {kind}")
     for name, parameter in model.named_parameters():
-        check_finite(parameter.detach(), path, name)
+        if name not in streaming.checked:
+            check_finite(parameter.detach(), path, name)
     return model
 
 

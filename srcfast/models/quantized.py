@@ -78,16 +78,6 @@ def quantize_linears(decoder: TransformerDecoder, flat: bool = False) -> None:
             setattr(block, name, NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, flat))
 
 
-def quantize_loaded(decoder: TransformerDecoder, device: str | torch.device) -> None:
-    """Quantise the linear layers of a decoder's blocks, whose weights are loaded, one by one on the device."""
-    for block, name, linear in block_linears(decoder):
-        if isinstance(linear, nn.Linear):
-            quantised = NF4Linear(linear.in_features, linear.out_features, bias=False)
-            quantised.bias = linear.bias
-            quantised.set_weight(linear.weight.detach().to(device))
-            setattr(block, name, quantised)
-
-
 def plain_linears(blocks: nn.Module) -> Iterator[nn.Linear | NF4Linear]:
     """Yield the linears of a decoder's blocks, those within adapters included."""
     for module in blocks.modules():

@@ -87,7 +87,7 @@ def _load_general(
 ) -> TextModel:
     """Read a causal language model of transformers that the hand-written decoder does not have. Raises InputError."""
     check_runs(config, path)
-    whole = load_pretrained(AutoModelForCausalLM, path, config, dtype)
+    whole = load_pretrained(AutoModelForCausalLM, path, config, dtype, device=device)
     tokenizer = load_tokenizer(path)
     with refusing_other_forms(path, config):
         decoder = TransformersDecoder(whole)

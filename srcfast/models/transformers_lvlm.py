@@ -25,7 +25,6 @@ from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.placeholders import ImageTexts, Sized
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor, placed_image
-from srcfast.models.quantized import quantize_loaded
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
@@ -295,12 +294,10 @@ def load_transformers_lvlm(
     model_class(config, path)  # also where a config names no tower: it has to be an LVLM
     check_runs(config, path)
     processor = load_processor(path, config.model_type)
-    model = load_pretrained(AutoModelForImageTextToText, path, config, dtype)
+    model = load_pretrained(AutoModelForImageTextToText, path, config, dtype, device=device, quantize=quantize)
     model.requires_grad_(False)
     with refusing_other_forms(path, config):
         lvlm = TransformersLVLM(model, processor, path)
-    if quantize == "nf4":
-        quantize_loaded(lvlm.decoder, device)
     lvlm.to(device)
     lvlm.eval()
     with refusing_other_forms(path, config):

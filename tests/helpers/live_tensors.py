@@ -23,7 +23,7 @@ class LiveTensors(TorchDispatchMode):
         given = {self._key(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and self._key(tensor) not in given:
+            if isinstance(tensor, Tensor) and not tensor.is_meta and self._key(tensor) not in given:
                 self._watch(tensor)
         return result
 

@@ -40,6 +40,7 @@ def change(file: Path, **settings: Any) -> None:
 LAYER = "layers.1.mlp.up_proj.weight"
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -51,14 +52,14 @@ LAYER = "layers.1.mlp.up_proj.weight"
     ids=["missing", "unexpected", "misshaped", "not finite"],
 )
 def test_a_tensor_that_does_not_fit_is_named(
-    edit: Callable[[dict[str, torch.Tensor], str], object], message: str, directory: Path
+    edit: Callable[[dict[str, torch.Tensor], str], object], message: str, quantize: str | None, directory: Path
 ) -> None:
     file = directory / "model.safetensors"
     tensors = load_file(file)
     edit(tensors, next(name for name in tensors if name.endswith(LAYER)))
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"(?s){message}"):
-        load_lvlm(directory)
+        load_lvlm(directory, quantize=quantize)
 
 
 def test_pickled_weights_are_not_read(directory: Path) -> None:

@@ -1,0 +1,142 @@
+"""Weights on their way from a checkpoint's files: cast, quantised and put on the device one by one.
+
+transformers reads, renames, merges and splits the tensors of the files. What it makes of them, a parameter at a time, it hands to
+quantisers (`HfQuantizer`); this one puts each where it stays. So the host holds what remains there and one parameter, beside the
+files' pages, which the system drops where it needs memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from srcfast.errors import InputError
+from srcfast.models.checkpoint import check_finite
+from srcfast.models.quantized import NF4Linear, plain_linears
+from srcfast.models.transformers_decoder import text_model
+from srcfast_kernels import NF4Weight, nf4_quantize
+
+METHOD = "srcfast"  # its name in transformers
+
+
+@register_quantization_config(METHOD)
+class Streaming(QuantizationConfigMixin):
+    """How a checkpoint's weights are read, and what was found of them.
+
+    Args:
+        path: of the checkpoint.
+        device: where the weights go.
+        nf4: whether the linears of the language model's blocks are quantised.
+
+    Attributes:
+        checked: names of the parameters that were seen to be finite.
+        error: what was raised first: transformers goes on, and words an error of its own.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device, nf4: bool) -> None:
+        self.quant_method: Any = METHOD
+        self.path, self.device, self.nf4 = path, torch.device(device), nf4
+        self.checked: set[str] = set()
+        self.error: Exception | None = None
+
+    @contextmanager
+    def reading(self, config: Any) -> Iterator[dict[str, Any]]:
+        """Yield `from_pretrained`'s arguments, raise what was raised while it read, and leave no trace in the model's config."""
+        needed = self.nf4 or self.device.type != "cpu"
+        try:
+            yield {"quantization_config": self} if needed else {}
+        except Exception as error:
+            raise self.error or error from None
+        finally:
+            if getattr(config, "quantization_config", None) is self:
+                del config.quantization_config
+        if self.error is not None:
+            raise self.error
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """Quantises the blocks' linears, and moves all other parameters of the model's dtype."""
+
+    is_serializable = is_trainable = False
+
+    def __init__(self, quantization_config: Streaming, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.settings = quantization_config
+        self.linears: set[str] = set()  # names of their weights
+        self.quantised: dict[str, NF4Weight] = {}
+        self.dtype: torch.dtype | None = None
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **options: Any) -> None:
+        self.dtype = dtype
+        if self.settings.nf4:
+            blocks = {id(linear.weight) for linear in plain_linears(text_model(model).layers)}
+            self.linears = {name for name, parameter in model.named_parameters() if id(parameter) in blocks}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        """Return whether a parameter passes through `convert`: others are of another dtype than the model's."""
+        return param_name in self.linears or model.get_parameter_or_buffer(param_name).dtype == self.dtype
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Place(self)
+
+    def place(self, model: Any, name: str, value: Tensor) -> Tensor:
+        """Check a weight and return it on its device; of one to quantise, its codes.
+
+        Raises:
+            InputError: it is not finite, or of another shape than the model's.
+        """
+        check_finite(value, self.settings.path, name)
+        self.settings.checked.add(name)
+        if (shape := model.get_parameter_or_buffer(name).shape) != value.shape:
+            expected, found = f"no mismatched tensors, shape {list(shape)}", list(value.shape)
+            raise InputError(file=self.settings.path, field=name, expected=expected, found=found)
+        value = value.to(self.settings.device)
+        if name not in self.linears:
+            return value
+        self.quantised[name] = nf4_quantize(value)
+        return self.quantised[name].packed
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
+        for name in self.linears:
+            module = name.rpartition(".")[0]
+            parent, _, last = module.rpartition(".")
+            linear = model.get_submodule(module)
+            small = NF4Linear(linear.in_features, linear.out_features, bias=False)
+            small.bias = linear.bias
+            if name in self.quantised:
+                small.set_quantized(self.quantised[name])
+            else:  # made beside one that is not quantised, or missing, which the report says
+                small.set_weight(linear.weight.detach().to(self.settings.device))
+            setattr(model.get_submodule(parent), last, small)
+        # From here on it is a model like any other.
+        del model.hf_quantizer, model.config.quantization_config, model.quantization_method
+        for part in model.modules():
+            if hasattr(part, "config"):
+                part.config._is_quantized = False
+        model.is_quantized = False
+
+
+class _Place(ConversionOps):
+    """What transformers calls with each parameter, or with several that it made of one tensor."""
+
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: Mapping[str, Any], model: Any = None, **options: Any) -> dict[str, nn.Parameter]:  # type: ignore[override]
+        values = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        try:
+            placed = {name: self.quantizer.place(model, name, value) for name, value in values.items()}
+        except Exception as error:
+            self.quantizer.settings.error = self.quantizer.settings.error or error
+            raise
+        return {name: nn.Parameter(value, requires_grad=False) for name, value in placed.items()}
