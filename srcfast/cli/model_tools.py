@@ -68,7 +68,7 @@ def inspect(config: Config, source: Source, index: int) -> None:
 
     show(f"sample {sample.id}", "bold")
     for name, image in zip(sample.images, images, strict=True):
-        tokens = model.vision.num_tokens(image)
+        tokens = model.vision.num_tokens(image, len(images))
         show(f"image {name}: {image.width} x {image.height} pixels, {tokens} tokens")
     image_tokens = int((prompt == model.image_token_id).sum())
     show(f"prompt: {len(prompt)} tokens, {image_tokens} of them image tokens; no loss")

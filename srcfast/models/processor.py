@@ -79,19 +79,19 @@ def _without_videos(kind: type[Any]) -> type[Any]:
 TYPICAL_IMAGE = (640, 480)  # width, height in pixels, by which forecasts count an image's positions
 
 
-def placed_image(processor: Any, image: Image.Image, **options: Any) -> Any:
-    """Return what a processor makes of an image and its placeholder alone."""
+def placed_image(processor: Any, image: Image.Image, count: int = 1, **options: Any) -> Any:
+    """Return what a processor makes of an image and its placeholder alone, or of so many of them."""
     placeholder = getattr(processor, "image_placeholder_token", None) or processor.image_token
     if hasattr(processor, "image_start_token") and hasattr(processor, "image_end_token"):
         placeholder = f"{processor.image_start_token}{placeholder}{processor.image_end_token}"
-    return processor(text=[placeholder], images=[[image]], add_special_tokens=False, **options)
+    return processor(text=[placeholder * count], images=[[image] * count], add_special_tokens=False, **options)
 
 
-def image_tokens(processor: Any, image: Image.Image, image_token_id: int) -> int:
-    """Count the positions that an image takes in a prompt."""
-    return int(
-        (np.asarray(placed_image(processor, image, return_tensors="pt")["input_ids"][0]) == image_token_id).sum()
-    )
+def image_tokens(processor: Any, image: Image.Image, image_token_id: int, num_images: int = 1) -> int:
+    """Count the positions that an image takes in a prompt of so many images."""
+    count = min(num_images, 2)  # a third changes nothing
+    inputs = placed_image(processor, image, count, return_tensors="pt")
+    return int((np.asarray(inputs["input_ids"][0]) == image_token_id).sum()) // count
 
 
 def typical_image_tokens(path: str | Path, config: Any) -> int:

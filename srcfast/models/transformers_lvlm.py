@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, t
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
 
+UNTILED = "untiled "  # before the names of an image's inputs in a prompt of several images
 OF_ALL = ("visual_indicator_features",)  # embeddings of Ovis 2's tokens around images
 NO_SIZE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -43,15 +44,21 @@ class EncodedImage:
         values: embeddings as the model's `get_image_features` returns them, [n, D] or [tiles, n, D]; deep-stack features, which
             later layers add, lie behind them along the last axis.
         sizes: the image's sizes as the processor states them, on the host.
+        untiled: the embeddings in a prompt of several images, where the processor cuts tiles of a prompt's only image alone.
     """
 
     values: Tensor
     sizes: dict[str, Tensor]
+    untiled: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of the embeddings."""
-        return self.values.nbytes
+        return self.values.nbytes + (0 if self.untiled is None else self.untiled.nbytes)
+
+    def among(self, num_images: int) -> EncodedImage:
+        """Return the image as it is encoded in a prompt of so many images."""
+        return self if num_images < 2 or self.untiled is None else replace(self, values=self.untiled)
 
 
 class TransformersVision(FrozenVision):
@@ -74,9 +81,9 @@ class TransformersVision(FrozenVision):
         self.in_list = self.deep_in_list = False
         self.of_all: dict[str, Any] = {}  # outputs that are the same for all images
 
-    def num_tokens(self, image: Image.Image) -> int:
-        """Count the positions that the image takes in the decoder."""
-        return image_tokens(self.processor, image, image_token_id(self.config))
+    def num_tokens(self, image: Image.Image, num_images: int = 1) -> int:
+        """Count the positions that the image takes in the decoder, in a prompt of so many images."""
+        return image_tokens(self.processor, image, image_token_id(self.config), num_images)
 
     @cached_property
     def typical_tokens(self) -> int:
@@ -85,13 +92,26 @@ class TransformersVision(FrozenVision):
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Process one image into tensors on the CPU: pixels, and their sizes."""
-        inputs = placed_image(self.processor, image, return_tensors="pt")
+        inputs = self._placed(image, 1)
+        if "batch_num_images" not in self.processor.image_processor.model_input_names:
+            return inputs
+        # LLaVA-OneVision's processor cuts no tiles where a prompt has several images: here, the same one twice.
+        return inputs | {f"{UNTILED}{name}": value[:1] for name, value in self._placed(image, 2).items()}
+
+    def _placed(self, image: Image.Image, count: int) -> dict[str, Tensor]:
+        """Return the tensors that the processor makes of so many copies of an image, without those of text."""
+        inputs = placed_image(self.processor, image, count, return_tensors="pt")
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in NO_SIZE}
 
     @torch.no_grad()
     def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[EncodedImage]:
         """Encode each prepared image."""
-        return [self._encode_one(inputs) for inputs in prepared]
+        images = []
+        for inputs in prepared:
+            image = self._encode_one({name: value for name, value in inputs.items() if not name.startswith(UNTILED)})
+            untiled = {name.removeprefix(UNTILED): inputs[name] for name in inputs if name.startswith(UNTILED)}
+            images.append(replace(image, untiled=self._encode_one(untiled).values) if untiled else image)
+        return images
 
     def _encode_one(self, inputs: Mapping[str, Tensor]) -> EncodedImage:
         parameter = next(self._whole[0].parameters())
@@ -223,7 +243,7 @@ class TransformersLVLM(ChatModel):
         """
         host = forest.host or forest
         inputs: dict[str, Any] = {}
-        images = [features[key] for key in forest.images]
+        images = [features[key].among(len(tree.images)) for tree in forest.trees for key in tree.images]
         if images:
             count = sum(image.values.numel() // image.values.shape[-1] for image in images)
             placeholders = int((host.token_ids == self.image_token_id).sum())

@@ -104,8 +104,8 @@ class Vision(FrozenVision):
         self.processor = load_image_processor(path)
         self.model = _checked_model(config, path)
 
-    def num_tokens(self, image: Image.Image | ImageFile) -> int:
-        """Count the positions that the image takes in the decoder."""
+    def num_tokens(self, image: Image.Image | ImageFile, num_images: int = 1) -> int:
+        """Count the positions that the image takes in the decoder, in a prompt of so many images, whatever their number."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         has_class_token = vision.model_type == "clip_vision_model"

@@ -24,7 +24,6 @@ from srcfast.models.lora import lora_parameters
 from srcfast.models.processor import load_processor
 
 LETTERS = (64, 320)  # ids of ordinary tokens, in every family
-ONE_IMAGE = ("llava_onevision",)  # its processor treats an image otherwise where there is a second one
 WORDS = ("what", "is it?", "which of the two", "colour", "Größe", "\n", "3.5", "left", "{ }")
 
 
@@ -64,8 +63,7 @@ class FamilyModels:
         return load_lvlm(self.path, **{"backbone": "transformers", **settings})
 
     def turns(self) -> list[Turn]:
-        two = ("second",) if self.name in ONE_IMAGE else ("second", "third")
-        turns = [Turn("", ("first",)), Turn("", two)]
+        turns = [Turn("", ("first",)), Turn("", ("second", "third"))]
         return (
             turns if self.name.startswith("paligemma") else [*turns, Turn("", ())]
         )  # which reads no prompts without images

@@ -15,6 +15,7 @@ from helpers.family_models import (
     ADAPTER,
     FamilyModels,
     RandomForest,
+    Turn,
     inputs_of,
     random_images,
     random_turns,
@@ -24,7 +25,7 @@ from helpers.family_models import (
 from helpers.small_checkpoints import assert_close
 from torch import Tensor
 
-from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.forest import Forest
 from srcfast.errors import InputError
 from srcfast.models import encoded_images, load_lvlm
 from srcfast.models.lora import adapters, lora_parameters, save_adapter
@@ -202,14 +203,21 @@ def test_sixteen_bits_round_and_nothing_else(
     assert 1e-5 < ratio < (0.1 if dtype == torch.bfloat16 else 0.05)
 
 
-def test_a_second_image_that_changes_the_first_is_refused(family: GetFamily, rng: np.random.Generator) -> None:
-    """LLaVA-OneVision cuts an image into tiles only where it is the only one; embeddings are stored by image."""
-    models, images = family("llava_onevision"), random_images(rng)
-    pair = [images["first"], images["second"]]
-    prompt = models.ours.encode_prompt("which one?", pair)
-    features = dict(zip(("first", "second"), models.ours.encode_images(pair), strict=True))
-    with pytest.raises(InputError, match=r"images.*image positions.*image embeddings"):
-        models.ours(Forest.of([Tree((Segment(prompt),), ("first", "second"))]), features)
+@torch.no_grad()
+def test_an_image_is_encoded_as_its_prompt_asks_for(family: GetFamily, rng: np.random.Generator) -> None:
+    """LLaVA-OneVision cuts an image into tiles only where it is the only one: here in one forest alone and beside another."""
+    forest = RandomForest(family("llava_onevision"), rng)
+    forest.turns = [
+        Turn("which one?", keys) for keys in (("first",), ("first", "second"), ("second", "first", "first"))
+    ]
+    forest.trees = [forest._tree(turn, rng) for turn in forest.turns]
+    forest.forest = Forest.of(forest.trees)
+    theirs = forest.their_logits()
+    assert difference(forest.our_logits(), forest, theirs) < ROUNDING
+    vision, image = forest.models.ours.vision, forest.images["first"]
+    assert vision.num_tokens(image) > vision.num_tokens(image, 2) == vision.num_tokens(image, 3) == 65
+    encoded = forest.models.ours.encode_images([image])[0]
+    assert encoded.nbytes == encoded.values.nbytes + encoded.untiled.nbytes
 
 
 @pytest.mark.parametrize(("name", "named"), [(name, named) for name, (_, named) in REFUSED.items()])
