@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LIKELIEST = 64  # tokens among which the CPU looks for a nucleus before it sorts the whole vocabulary
+LOWER_DIGITS = 2.0**24  # behind the digits that chose a token, a number in [0, 1) of float64 has as many again
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,52 @@ class Sampling:
     top_p: float = 1.0
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Sample as `sample_tokens`; also return the tokens' log-probabilities [R] under the logits at temperature 1."""
+def draw_tokens(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, excluded: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample as `sample_tokens`; also return the tokens' log-probabilities [R] under the logits at temperature 1.
+
+    Args:
+        logits: [R, V].
+        uniform: [R] numbers in [0, 1).
+        sampling: temperature and top_p.
+        excluded: a token that is never sampled, such as an image's placeholder; where it would be, another is drawn. The
+            log-probabilities are the model's, which gives it a share.
+    """
     temperature, top_p = sampling.temperature, sampling.top_p
     if temperature == 0.0:
-        best = logits.log_softmax(-1).max(-1)
+        logps = logits.log_softmax(-1)
+        best = (logps if excluded is None else logps.index_fill(-1, _index(excluded, logps), -torch.inf)).max(-1)
         return best.indices, best.values
+    scaled = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+    tokens = _draw_others(scaled, uniform, top_p, excluded)
     if temperature != 1.0:
-        tokens = sample_tokens(logits, uniform, temperature, top_p)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    probabilities = logits.softmax(-1)
+    return tokens, scaled.gather(-1, tokens[:, None])[:, 0].log()  # a sampled token's is not 0
+
+
+def _draw_others(probabilities: Tensor, uniform: Tensor, top_p: float, excluded: int | None) -> Tensor:
+    """Sample tokens [R] other than the excluded one."""
+    if excluded is None:
+        return _draw(probabilities, uniform, top_p)
+    if probabilities.is_cuda:  # where the host would have to wait to see whether it was drawn
+        return _draw(_without(probabilities, excluded), uniform, top_p)
     tokens = _draw(probabilities, uniform, top_p)
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()  # a sampled token's is not 0
+    hit = (tokens == excluded).nonzero()[:, 0]
+    if len(hit):  # rarely: in place of it another is drawn, by the number's lower digits
+        others = _without(probabilities[hit], excluded)
+        tokens[hit] = _draw(others, (uniform[hit] * LOWER_DIGITS).frac(), top_p)
+    return tokens
+
+
+def _without(probabilities: Tensor, token: int) -> Tensor:
+    """Return the probabilities [R, V] of all other tokens, which sum to 1."""
+    others = probabilities.index_fill(-1, _index(token, probabilities), 0.0)
+    return others / others.sum(-1, keepdim=True)
+
+
+def _index(token: int, like: Tensor) -> Tensor:
+    return torch.full((1,), token, dtype=torch.int64, device=like.device)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -39,6 +39,8 @@ class DecodingStep:
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(_next_logits, decoder)
         self.embed: Callable[[Tensor], Any] = decoder.embed
         self.cache, self.sampling = cache, sampling
+        # A placeholder in a response would stand for an image that is not there.
+        self.excluded: int | None = getattr(model, "image_token_id", None)
         self.pending = torch.zeros(cache.layout.rows, dtype=torch.int64, device=cache.device)  # sampled, not yet run
 
     def __call__(self, numbers: Tensor, count: int, used: int, longest: int, states: RowStates | None = None) -> Drawn:
@@ -54,8 +56,8 @@ class DecodingStep:
         return tokens, logprobs
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Drawn:
-        """Sample tokens [R] from logits [R, V] and one uniform number a row."""
-        return draw_tokens(logits, uniform, self.sampling)
+        """Sample tokens [R] from logits [R, V] and one uniform number a row; never an image's placeholder."""
+        return draw_tokens(logits, uniform, self.sampling, self.excluded)
 
 
 def step_numbers(

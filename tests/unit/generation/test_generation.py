@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from helpers.small_lvlm import SmallLVLM, load_image
 
-from srcfast.generation.generate import generate_greedy, sample_responses
+from srcfast.config.settings import CandidatesConfig
+from srcfast.generation.beam_search import sentence_beam_search
+from srcfast.generation.generate import Prompt, generate_greedy, sample_responses
 from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
 
 
@@ -165,3 +168,49 @@ def test_log_probabilities_are_at_temperature_one(temperature: float, top_p: flo
     assert torch.equal(tokens, sample_tokens(logits, uniform, temperature, top_p))
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
+def test_a_token_that_is_excluded_is_never_sampled_and_costs_the_others_nothing(
+    temperature: float, top_p: float
+) -> None:
+    logits = torch.randn(13, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2
+    excluded = int(logits.argmax())
+    draws = 20_000
+    rows = logits.expand(draws, -1)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    before, _ = draw_tokens(rows, uniform, Sampling(temperature, top_p))
+    tokens, logprobs = draw_tokens(rows, uniform, Sampling(temperature, top_p), excluded)
+    assert (before == excluded).any() and not (tokens == excluded).any()
+    assert torch.equal(tokens[before != excluded], before[before != excluded])
+    torch.testing.assert_close(logprobs, rows.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])  # the model's own
+    if temperature == 0.0:
+        others = logits.clone()
+        others[excluded] = -torch.inf
+        assert set(tokens.tolist()) == {int(others.argmax())}
+        return
+    kept = nucleus((logits / temperature).softmax(-1).tolist(), top_p)
+    masked = (logits / temperature).softmax(-1)
+    masked[excluded] = 0.0
+    again = nucleus((masked / masked.sum()).tolist(), top_p)
+    for token in range(13):
+        expected = 0.0 if token == excluded else kept[token] + kept[excluded] * again[token]
+        # a share of 20,000 random draws: four standard deviations are at most 4 * 0.5 / 141
+        assert abs(float((tokens == token).double().mean()) - expected) < 0.015
+
+
+def test_no_response_holds_an_image_s_placeholder(single: SmallLVLM) -> None:
+    """The token that begins the greedy response is declared the placeholder: greedily, sampled and searched, others are said."""
+    model = copy.copy(single.model)
+    prompts = [Prompt(model.encode_prompt("What is left of the red square?", []), (), "s")]
+    [said] = generate_greedy(model, prompts, single.features, 8, 1)
+    model.image_token_id = said.token_ids[0]
+    [other] = generate_greedy(model, prompts, single.features, 8, 1)
+    [sampled] = sample_responses(model, prompts, single.features, count=200, max_new_tokens=8, seed=3, slots=16)
+    settings = CandidatesConfig(num_candidates=4, max_new_tokens=24)
+    [[*searched]], _ = sentence_beam_search(model, prompts, single.features, settings, 5, slots=4)
+    before = sample_responses(single.model, prompts, single.features, count=200, max_new_tokens=8, seed=3, slots=16)
+    assert any(model.image_token_id in one.token_ids for one in before[0])  # it would have been said
+    responses = [other, *sampled, *searched]
+    assert len(responses) > 201 and not any(model.image_token_id in one.token_ids for one in responses)

@@ -50,19 +50,15 @@ class Asked:
 
     @torch.no_grad()
     def check(self, generated: Sequence[Sequence[Generated]], theirs: Any) -> None:
-        """Compare log-probabilities with those of transformers' ordinary pass, which can't have an image in a response."""
-        compared = 0
+        """Compare log-probabilities with those of transformers' ordinary pass."""
         for turn, rows in zip(self.turns, generated, strict=True):
             inputs = inputs_of(self.models.processor, turn, self.images)
             for row in rows:
-                if self.model.image_token_id in row.token_ids:
-                    continue
+                assert self.model.image_token_id not in row.token_ids
                 tokens = torch.tensor(row.token_ids)
                 logits = plain_logits(theirs, inputs, tokens)[inputs["input_ids"].shape[1] - 1 : -1]
                 expected = float(logits.log_softmax(-1).gather(1, tokens[:, None]).sum())
                 assert row.logprob == pytest.approx(expected, rel=1e-4, abs=1e-4)  # fp32, some dozen tokens
-                compared += 1
-        assert compared > sum(map(len, generated)) / 2
 
 
 GEMMAS = ("gemma3_capped", "gemma4", "gemma4_vision", "paligemma2")
@@ -82,7 +78,13 @@ def test_greedy_tokens_are_those_of_generate_under_peft_s_adapter(name: str, fam
     for turn, result in zip(asked.turns, results, strict=True):
         inputs = inputs_of(models.processor, turn, asked.images)
         with torch.no_grad():
-            whole = theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+            whole = theirs.generate(
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+                suppress_tokens=[asked.model.image_token_id],
+            )
         assert list(result.token_ids) == whole[0, inputs["input_ids"].shape[1] :].tolist()
     asked.check([[result] for result in results], theirs)
 
@@ -114,7 +116,7 @@ BEAMS = CandidatesConfig(
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "internvl_qwen2", "idefics3", "llava_onevision", *GEMMAS])
 def test_candidates_of_a_beam_search_have_the_log_probabilities_of_a_plain_pass(name: str, tmp_path: Path) -> None:
     models = FamilyModels(name, tmp_path, likes=("<|im_end|>", ".", "!"))
-    asked = Asked(models, models.ours, np.random.default_rng(6))  # of other prompts, too few sentences might end
+    asked = Asked(models, models.ours, np.random.default_rng(9))  # of other prompts, too few sentences might end
     candidates, _ = sentence_beam_search(asked.model, asked.prompts, asked.features, BEAMS, 0, slots=2)
     rows = [row for rows in candidates for row in rows]
     assert len(rows) >= 3 and max(len(row.token_ids) for row in rows) > 5 and all(row.finished for row in rows)
