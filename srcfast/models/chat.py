@@ -10,23 +10,95 @@ import numpy as np
 from torch import nn
 
 from srcfast.data.jsonl import parse_object
+from srcfast.data.turns import ASSISTANT, IMAGE_MARK, USER, Turn, count_marks, message_parts, messages_of
 from srcfast.errors import InputError
+
+_ANSWER = "The answer."
 
 
 class ChatModel(nn.Module):
     """What an LVLM does with text alone; a subclass sets the attributes and encodes prompts."""
 
     tokenizer: Any  # transformers'
+    image_token_id: int
+    image_token: str
     control_tokens: tuple[str, ...]  # that a question must not hold
-    end_token_id: int
+    end_tokens: frozenset[int]  # that end a response in generation
+    end_token_id: int  # that ends one in training
+    response_start: str  # what the chat template writes between the generation prompt and a response's text
     max_positions: int
 
-    def check_question(self, question: str, sample_id: str | None) -> None:
-        """Raise InputError where a question holds a control token."""
+    @property
+    def chat_template(self) -> str | None:
+        """The template by which turns become text; None: the tokenizer's."""
+        return None
+
+    def chat_text(
+        self, messages: Sequence[dict[str, Any]], sample_id: str | None = None, *, add_generation_prompt: bool = True
+    ) -> str:
+        """Render messages, and the generation prompt, by the chat template, in a sandbox. Raises InputError where it fails."""
+        template = self.chat_template
+        return chat_text(self.tokenizer, messages, template, sample_id, add_generation_prompt=add_generation_prompt)
+
+    def prompt_messages(
+        self, question: str, num_images: int, sample_id: str | None, turns: Sequence[Turn] = ()
+    ) -> list[dict[str, Any]]:
+        """Build the messages of a prompt in the form that the chat template takes.
+
+        Raises:
+            InputError: a text holds a control token; marks are neither none nor as many as the images, or outside of the user's
+                turns; or the template does not show each turn.
+        """
+        marks = count_marks([*turns, Turn(USER, question)])
+        if marks not in (0, num_images):
+            fix = f"give each image one {IMAGE_MARK}, and take others out of the text"
+            raise prompt_error(sample_id, "question", f"{num_images} image marks, or none", marks, fix)
+        if any(IMAGE_MARK in turn.text for turn in turns if turn.role != USER):
+            fix = f"take {IMAGE_MARK} out of the other turns"
+            raise prompt_error(sample_id, "turns", "images in the user's turns alone", IMAGE_MARK, fix)
+        messages = messages_of(turns, question, num_images)
+        for message in messages:
+            for part in message["content"]:
+                self._check_text(part.get("text", ""), sample_id)
+        return self._in_form_of_template(messages, sample_id) if turns else messages
+
+    def _check_text(self, text: str, sample_id: str | None) -> None:
+        """Raise InputError where a text holds a control token."""
         for token in self.control_tokens:
-            if token in question:
+            if token in text:
                 fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
-                raise prompt_error(sample_id, "question", f"text without {token}", question, fix)
+                raise prompt_error(sample_id, "question", f"text without {token}", text, fix)
+
+    def _in_form_of_template(self, messages: list[dict[str, Any]], sample_id: str | None) -> list[dict[str, Any]]:
+        """Return messages whose every text the chat template shows: as parts, or as strings where no image is.
+
+        Raises:
+            InputError: it shows neither, or fails.
+        """
+        error: InputError | None = None
+        for as_text in (False, True):
+            texts = [
+                f"Turn{number}Part{index}."
+                for number, message in enumerate(messages)
+                for index, part in enumerate(message["content"])
+                if part["type"] == "text"
+            ]
+            probe = iter(texts)
+            probed = [
+                {**m, "content": [p if p["type"] == "image" else {**p, "text": next(probe)} for p in m["content"]]}
+                for m in messages
+            ]
+            try:
+                shown = self.chat_text([_as_text(m) if as_text else m for m in probed], sample_id)
+            except InputError as failure:
+                error = error if as_text else failure
+                continue
+            if all(text in shown for text in texts) and "'type': 'text'" not in shown:
+                return [_as_text(message) if as_text else message for message in messages]
+        roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
+        fix = "leave out the turns that this checkpoint's template drops, or repair it"
+        expected = f"a template that shows each turn of {roles}"
+        raise error or prompt_error(sample_id, "chat_template", expected, "one that drops some", fix)
 
     def check_room(self, prompt: np.ndarray, sample_id: str | None) -> None:
         """Raise InputError where a prompt [n] leaves no position for a response."""
@@ -35,15 +107,62 @@ class ChatModel(nn.Module):
             fix = "leave this sample out: image tokens are never truncated"
             raise prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
 
+    def read_response_form(self) -> None:
+        """Read from the chat template how an assistant's turn begins and ends: `response_start` and `end_token_id`.
+
+        The end is the first special token behind the text, which then ends generation, too; the tokenizer's end token where the
+        template writes none.
+        """
+        self.response_start, self.end_token_id = "", int(self.tokenizer.eos_token_id)
+        said = [{"role": role, "content": message_parts(_ANSWER)} for role in (USER, ASSISTANT)]
+        try:
+            said = self._in_form_of_template(said, None)
+            prompt, whole = self.chat_text(said[:1]), self.chat_text(said, add_generation_prompt=False)
+        except InputError:  # a template of users' turns alone
+            return
+        head, _, behind = whole.rpartition(_ANSWER)
+        special = {self.tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
+        ends = (token for token in self._ids(behind) if token in self.end_tokens or token in special)
+        self.end_token_id = next(ends, self.end_token_id)
+        self.end_tokens |= {self.end_token_id}
+        if not head.startswith(prompt):
+            return
+        start, before, expected = head[len(prompt) :], self._ids(prompt), self._ids(head + _ANSWER)
+        # Some tokenizers put a space before any text; with those the template's must not be written again.
+        if [*before, *self.encode_response(_ANSWER)[:-1].tolist()] != expected:
+            self.response_start = start
+
     def encode_response(self, text: str) -> np.ndarray:
-        """Tokenize a response, then the end token, into [n]; no other special token is added."""
-        # Text of a data set never becomes a control token, least of all an image's placeholder.
+        """Tokenize a response as the chat template shows it in an assistant's turn, then the end token, into [n]."""
+        start = self.response_start
+        if start.strip():
+            return np.array([*self._ids(start), *self._text_ids(text), self.end_token_id])
+        return np.array([*self._text_ids(start + text), self.end_token_id])
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokenize a template's text, in which special tokens are what they are."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Tokenize text of a data set, which never becomes a control token, least of all an image's placeholder."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return np.array([*ids, self.end_token_id])
+        if self.image_token_id not in ids or self.image_token not in text:
+            return ids
+        # The tokenizer's file does not declare the placeholder special: no piece holds all of it.
+        first, rest = self.image_token[:1], self.image_token[1:]
+        pieces = text.split(self.image_token)
+        pieces = [rest * (index > 0) + piece + first * (index < len(pieces) - 1) for index, piece in enumerate(pieces)]
+        return [token for piece in pieces for token in self._text_ids(piece)]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Turn tokens into text, without special ones."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+        """Turn a response's tokens into text, without special ones and what the template writes before the text."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+        return text.removeprefix(self.response_start.strip()).strip()
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of the system or the assistant with a string for its part."""
+    return message if message["role"] == USER else {**message, "content": message["content"][0]["text"]}
 
 
 def prompt_error(sample_id: str | None, field: str, expected: str, found: object, fix: str) -> InputError:
@@ -79,29 +198,33 @@ def generation_ends(path: str | Path) -> frozenset[int]:
 
 def user_turn(content: Any) -> list[dict[str, Any]]:
     """Return a conversation of a single turn, the user's."""
-    return [{"role": "user", "content": content}]
+    return [{"role": USER, "content": content}]
 
 
 def chat_text(
     tokenizer: Any,
-    turns: Sequence[dict[str, Any]],
+    messages: Sequence[dict[str, Any]],
     chat_template: str | None = None,
+    sample_id: str | None = None,
     *,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Render turns, and the generation prompt, by `chat_template`, by default the tokenizer's, in a sandbox.
+    """Render messages, and the generation prompt, by `chat_template`, by default the tokenizer's, in a sandbox.
 
     Raises:
         InputError: the template fails, or accesses what transformers' sandbox forbids.
     """
     try:
         return tokenizer.apply_chat_template(
-            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
-        raise InputError(
-            field="chat_template",
-            expected="a template that shows a user's turn",
-            found=f"{type(error).__name__}: {error}",
-            fix="repair the checkpoint's chat template",
+        roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
+        fix = "" if roles == USER else ", or leave out the turns that it does not take"
+        raise prompt_error(
+            sample_id,
+            "chat_template",
+            f"a template that shows turns of {roles}",
+            f"{type(error).__name__}: {error}",
+            f"repair the checkpoint's chat template{fix}",
         ) from error

@@ -17,8 +17,9 @@ from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
+from srcfast.data.turns import Turn
 from srcfast.errors import InputError
-from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
+from srcfast.models.chat import ChatModel, adds_bos, control_tokens, generation_ends, prompt_error
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder, is_handwritten_text
 from srcfast.models.embedded import checkpoint_directory
@@ -38,8 +39,11 @@ from srcfast_kernels.transfers import to_device
 
 # LLaVA-1.5's own template, for checkpoints that come without one.
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:"
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -54,22 +58,36 @@ class LVLM(ChatModel):
         self.path = path
         self.image_token_id = int(vision.config.image_token_id)
         self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.end_token_id = int(tokenizer.eos_token_id)
-        self.end_tokens = frozenset({self.end_token_id, *generation_ends(path)})
+        self.end_tokens = frozenset({int(tokenizer.eos_token_id), *generation_ends(path)})
         self.control_tokens = control_tokens(tokenizer, self.image_token)
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
+        self.read_response_form()
 
-    def encode_prompt(self, question: str, images: Sequence[Sized], sample_id: str | None = None) -> np.ndarray:
-        """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length.
+    @property
+    def chat_template(self) -> str | None:
+        return None if self.tokenizer.chat_template else LLAVA_TEMPLATE
+
+    def encode_prompt(
+        self,
+        question: str,
+        images: Sequence[Sized],
+        sample_id: str | None = None,
+        turns: Sequence[Turn] = (),
+    ) -> np.ndarray:
+        """Tokenize a prompt's turns and the generation prompt into [n], each image's placeholder at its full length.
+
+        Args:
+            question: the last turn, a user's; see `srcfast.data.turns` for image marks.
+            images: of all turns, in order.
+            sample_id: named in errors.
+            turns: those before the question.
 
         Raises:
-            InputError: the question holds the image token or another control token, or the prompt leaves no room for a
-                response.
+            InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
+                room for a response.
         """
-        self.check_question(question, sample_id)
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        text = chat_text(self.tokenizer, user_turn(content), None if self.tokenizer.chat_template else LLAVA_TEMPLATE)
+        text = self.chat_text(self.prompt_messages(question, len(images), sample_id, turns), sample_id)
         ids = np.array(self.tokenizer(text, add_special_tokens=adds_bos(self.tokenizer, text)).input_ids)
         positions = np.flatnonzero(ids == self.image_token_id)
         if len(positions) != len(images):

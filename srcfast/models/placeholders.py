@@ -12,7 +12,7 @@ from PIL import Image
 
 from srcfast.data.images import ImageFile
 from srcfast.models.chat import adds_bos
-from srcfast.models.processor import placed_image
+from srcfast.models.processor import placed_image, placeholder
 
 Sized: TypeAlias = Image.Image | ImageFile
 # Width and height in pixels of images of which the processor's own expansions are compared: by count, and in whole prompts.
@@ -37,7 +37,7 @@ class ImageTexts:
 
     def __init__(self, processor: Any, image_token: str) -> None:
         self.processor, self.image_token = processor, image_token
-        self.placeholder = getattr(processor, "image_placeholder_token", None) or processor.image_token
+        self.placeholder = placeholder(processor)
         self._texts: dict[tuple[int, int], str] = {}
         self._runs = re.compile(f"(?:{re.escape(image_token)})+")
         # Of a processor that counts: what it writes before and behind the positions, and how many tokens it counts beside them.

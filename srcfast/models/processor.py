@@ -24,6 +24,8 @@ from srcfast.models.vision import load_image_processor
 # PaliGemma's processor adds the first token and the line break behind the question.
 TEMPLATES = {
     "paligemma": (
+        "{% if messages | length > 2 or messages[0].role != 'user' %}{{ raise_exception('it takes one question alone') }}"
+        "{% endif %}"
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content[0].text }}{{ eos_token }}{% else %}"
         "{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
         "{% endif %}{% endfor %}"
@@ -79,12 +81,17 @@ def _without_videos(kind: type[Any]) -> type[Any]:
 TYPICAL_IMAGE = (640, 480)  # width, height in pixels, by which forecasts count an image's positions
 
 
+def placeholder(processor: Any) -> str:
+    """Return the token that the chat template writes for an image, which the processor replaces."""
+    return getattr(processor, "image_placeholder_token", None) or processor.image_token
+
+
 def placed_image(processor: Any, image: Image.Image, count: int = 1, **options: Any) -> Any:
     """Return what a processor makes of an image and its placeholder alone, or of so many of them."""
-    placeholder = getattr(processor, "image_placeholder_token", None) or processor.image_token
+    text = placeholder(processor)
     if hasattr(processor, "image_start_token") and hasattr(processor, "image_end_token"):
-        placeholder = f"{processor.image_start_token}{placeholder}{processor.image_end_token}"
-    return processor(text=[placeholder * count], images=[[image] * count], add_special_tokens=False, **options)
+        text = f"{processor.image_start_token}{text}{processor.image_end_token}"
+    return processor(text=[text * count], images=[[image] * count], add_special_tokens=False, **options)
 
 
 def image_tokens(processor: Any, image: Image.Image, image_token_id: int, num_images: int = 1) -> int:

@@ -14,6 +14,7 @@ from srcfast.attention.forest_attention import Attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.images import ImageFile
+from srcfast.data.turns import Turn
 from srcfast.models.head import Head
 
 
@@ -114,9 +115,13 @@ class VisionLanguageModel(HasDecoder, Protocol):
     end_tokens: frozenset[int]  # that end one in generation
 
     def encode_prompt(
-        self, question: str, images: Sequence[Image.Image | ImageFile], sample_id: str | None = None
+        self,
+        question: str,
+        images: Sequence[Image.Image | ImageFile],
+        sample_id: str | None = None,
+        turns: Sequence[Turn] = (),
     ) -> np.ndarray:
-        """Tokenize the user's turn and the generation prompt into [n], each image's placeholder at its full length."""
+        """Tokenize a prompt's turns and the generation prompt into [n], each image's placeholder at its full length."""
         ...
 
     def encode_response(self, text: str) -> np.ndarray:

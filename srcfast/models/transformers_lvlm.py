@@ -19,8 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.data.images import ImageFile
+from srcfast.data.turns import Turn
 from srcfast.errors import InputError
-from srcfast.models.chat import ChatModel, adds_bos, chat_text, control_tokens, generation_ends, prompt_error, user_turn
+from srcfast.models.chat import ChatModel, adds_bos, control_tokens, generation_ends, prompt_error
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.placeholders import ImageTexts, Sized
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
@@ -169,45 +170,56 @@ class TransformersLVLM(ChatModel):
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.image_texts = ImageTexts(processor, self.image_token)
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
-        self.end_token_id = self._turn_end()
         self.control_tokens = control_tokens(self.tokenizer, self.image_token)
         self.max_positions = self.decoder.config.max_positions
         self.adapter_prefix = _name_of(model, text_model(model))
+        self.read_response_form()
 
-    def encode_prompt(self, question: str, images: Sequence[Sized], sample_id: str | None = None) -> np.ndarray:
-        """Tokenize the user's turn and the generation prompt into [n] as the processor does, image placeholders at full length.
+    @property
+    def chat_template(self) -> str | None:
+        return self.processor.chat_template
+
+    def encode_prompt(
+        self,
+        question: str,
+        images: Sequence[Sized],
+        sample_id: str | None = None,
+        turns: Sequence[Turn] = (),
+    ) -> np.ndarray:
+        """Tokenize a prompt's turns and the generation prompt into [n] as the processor does, image placeholders at full length.
 
         Of images the sizes are enough, where the processor makes the same of them (`ImageTexts`).
 
+        Args:
+            question: the last turn, a user's; see `srcfast.data.turns` for image marks.
+            images: of all turns, in order.
+            sample_id: named in errors.
+            turns: those before the question.
+
         Raises:
-            InputError: the question holds a control token, the template shows no image, or the prompt leaves no room for a
-                response.
+            InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
+                room for a response.
         """
-        self.check_question(question, sample_id)
+        text = self.chat_text(self.prompt_messages(question, len(images), sample_id, turns), sample_id)
+        if (shown := text.count(self.image_texts.placeholder)) != len(images):
+            fix = "the checkpoint's chat template must show each image once"
+            raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", shown, fix)
         try:
-            prompt = self._token_ids(question, images)
+            prompt = self._token_ids(text, images)
         except InputError:
             raise
         except Exception as error:  # of any class, for pixels, templates or placeholders that do not fit
             found, fix = f"{type(error).__name__}: {error}", "the checkpoint's processor and chat template must fit"
             raise prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
-        if bool(images) != bool((prompt == self.image_token_id).any()):
-            fix = "the checkpoint's chat template must show each image once"
-            raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", "none", fix)
         self.check_room(prompt, sample_id)
         return prompt
 
-    def _turn_end(self) -> int:
-        """Return the token that ends an assistant's turn in the chat template: the first behind it that ends generation."""
-        mark = "The answer."
-        said = [{"role": role, "content": [{"type": "text", "text": mark}]} for role in ("user", "assistant")]
-        behind = self._chat_text(said, add_generation_prompt=False).rpartition(mark)[2]
-        ids = self.tokenizer(behind, add_special_tokens=False).input_ids
-        return next((token for token in ids if token in self.end_tokens), int(self.tokenizer.eos_token_id))
-
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
-        text = self._user_text(question, len(images))
+        return self._processed(self.chat_text(self.prompt_messages(question, len(images), None)), images)
+
+    def _processed(self, text: str, images: Sequence[Image.Image]) -> Any:
+        """Return all that the processor makes of a rendered prompt and its images, as tensors."""
         return self.processor(
             text=[text],
             images=[list(images)] if images else None,
@@ -215,21 +227,12 @@ class TransformersLVLM(ChatModel):
             return_tensors="pt",
         )
 
-    def _token_ids(self, question: str, images: Sequence[Sized]) -> np.ndarray:
+    def _token_ids(self, text: str, images: Sequence[Sized]) -> np.ndarray:
+        """Tokenize a rendered prompt into [n], image placeholders at full length."""
         if 0 < len(images) <= self.image_texts.max_images:
-            return self.image_texts.token_ids(self._user_text(question, len(images)), images)
+            return self.image_texts.token_ids(text, images)
         loaded = [image.load() if isinstance(image, ImageFile) else image for image in images]
-        return np.asarray(self.processor_inputs(question, loaded)["input_ids"][0], dtype=np.int64)
-
-    def _user_text(self, question: str, images: int) -> str:
-        """Render the user's turn and the generation prompt, with a placeholder for each image."""
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        return self._chat_text(user_turn(content))
-
-    def _chat_text(self, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """Render turns by the processor's chat template. Raises InputError where it fails."""
-        template = self.processor.chat_template
-        return chat_text(self.tokenizer, turns, template, add_generation_prompt=add_generation_prompt)
+        return np.asarray(self._processed(text, loaded)["input_ids"][0], dtype=np.int64)
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         """Encode each image, without gradient."""

@@ -14,6 +14,7 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Preference
+from srcfast.data.turns import Turn
 from srcfast.models.decoder import Decoder, DecoderConfig
 from srcfast.models.lora import add_lora
 from srcfast.training.items import TrainingItem
@@ -50,8 +51,11 @@ class SmallModel(nn.Module):
             self.requires_grad_(False)
             add_lora(self, lora)
 
-    def encode_prompt(self, text: str, images: Sequence[Any], sample_id: str | None = None) -> np.ndarray:
-        return np.array([IMAGE] * TOKENS_PER_IMAGE * len(images) + letters(text) + [3])
+    def encode_prompt(
+        self, text: str, images: Sequence[Any], sample_id: str | None = None, turns: Sequence[Turn] = ()
+    ) -> np.ndarray:
+        before = "".join(f"{turn.role}: {turn.text}" for turn in turns)
+        return np.array([IMAGE] * TOKENS_PER_IMAGE * len(images) + letters(before + text) + [3])
 
     def encode_response(self, text: str) -> np.ndarray:
         return np.array([*letters(text), END])

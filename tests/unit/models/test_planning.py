@@ -80,4 +80,6 @@ def test_a_processor_that_counts_wrongly_is_found_out(family: GetFamily, monkeyp
         texts = ImageTexts(ours.processor, ours.image_token)
         image = Image.new("RGB", (61, 88))
         own = ours.processor_inputs("", [image])["input_ids"][0].tolist()
-        assert texts.token_ids(ours._user_text("", 1), [image]).tolist() == own  # by a blank image of this size
+        assert (
+            texts.token_ids(ours.chat_text(ours.prompt_messages("", 1, None)), [image]).tolist() == own
+        )  # by a blank image of this size

@@ -248,7 +248,7 @@ def test_requests_share_their_prompt_however_far_they_lie_apart(
 
 def test_a_request_that_does_not_fit_the_model_is_named_before_any_is_computed(folder: Callable[[str], Path]) -> None:
     stages, progress = Stages(folder("bad")), StageProgress("logprobs", 300, unit="responses", quiet=True)
-    requests = [*stages.requests, replace(stages.samples[0], id="request 7", question="Why <image>?")]
+    requests = [*stages.requests, replace(stages.samples[0], id="request 7", question="Why </s>?")]
     options: dict[str, Any] = {"features": stages.features, "token_budget": 3000}
     with pytest.raises(InputError, match="'request 7'"):
         logprobs_in_chunks(Chunks(stages.folder / "parts", dict, progress), stages.model, requests, **options)
