@@ -171,7 +171,9 @@ ScorerPath = Annotated[
 Data = Annotated[Path | None, typer.Option(help="file of records, used instead of the config's datasets")]
 Format = Annotated[
     str | None,
-    typer.Option(help="format of --data: jsonl, llava, vlmeval_tsv, trl, easy_vqa; default: by the file's ending"),
+    typer.Option(
+        help="format of --data: jsonl, llava, messages, vlmeval_tsv, trl, easy_vqa; default: by the file's ending"
+    ),
 ]
 ImageRoot = Annotated[
     Path | None, typer.Option(help="directory that image paths are relative to; default: the file's directory")
@@ -343,7 +345,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="file to read")],
     target: Annotated[Path, typer.Argument(help="file to write")],
     from_format: Annotated[
-        str | None, typer.Option("--from", help="format to read: jsonl, llava, trl, vlmeval_tsv")
+        str | None, typer.Option("--from", help="format to read: jsonl, llava, messages, trl, vlmeval_tsv")
     ] = None,
     to_format: Annotated[
         str | None, typer.Option("--to", help="format to write: jsonl, llava, trl, vlmeval_tsv")

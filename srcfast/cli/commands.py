@@ -198,7 +198,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
 
 @on_ranks("preferences")
 def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
-    """Write {logprob, tokens} for each line of {images, prompt, response}; a bad line stops the command.
+    """Write {logprob, tokens} for each line of {images, turns?, prompt, response}; a bad line stops the command.
 
     Finished chunks are stored in a directory beside `output` until `output` is written.
     """
@@ -209,7 +209,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
             f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
         )
     rows = [
-        Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root)
+        Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root, turns=row.turns)
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
     ]
     policy, directory = Policy(config, rows, adapter), output.with_name(f"{output.name}.checkpoint")

@@ -97,8 +97,8 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
     """
     if source.data is not None or source.format == "easy_vqa":
         format = source.format or ENDINGS.get("" if source.data is None else source.data.suffix.lower(), "jsonl")
-        if format not in ("jsonl", "llava", "vlmeval_tsv", "easy_vqa"):
-            raise ConfigError(f"--format: expected jsonl, llava, vlmeval_tsv or easy_vqa, found {format!r}")
+        if format not in ("jsonl", "llava", "messages", "vlmeval_tsv", "easy_vqa"):
+            raise ConfigError(f"--format: expected jsonl, llava, messages, vlmeval_tsv or easy_vqa, found {format!r}")
         values = {
             "name": source.data.stem if source.data else format,
             "format": format,
@@ -149,7 +149,7 @@ def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
-    """Read preferences from a file (JSON lines, or TRL's JSON) or from a directory of shards."""
+    """Read preferences from a file (JSON lines, TRL's JSON, messages) or from a directory of shards."""
     path = require_option(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():

@@ -60,7 +60,8 @@ def inspect(config: Config, source: Source, index: int) -> None:
     response = raps[0][1] if raps else sample.answer
     model = load_model(config, None)
     images = [load_image(sample.image_root, image) for image in sample.images]
-    prompt, target = model.encode_prompt(sample.question, images, sample.id), model.encode_response(response)
+    prompt = model.encode_prompt(sample.question, images, sample.id, sample.turns)
+    target = model.encode_response(response)
     console = Console(highlight=False, soft_wrap=True)
 
     def show(text: str, style: str = "") -> None:

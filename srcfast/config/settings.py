@@ -100,9 +100,9 @@ class DatasetConfig(Section):
 
     name: str = Field(min_length=1)
     """Name in results"""
-    format: Literal["world", "easy_vqa", "jsonl", "llava", "vlmeval_tsv"]
+    format: Literal["world", "easy_vqa", "jsonl", "llava", "messages", "vlmeval_tsv"]
     """`world`: samples of the embedded world; `easy_vqa`: that package's; `jsonl`: srcfast's JSON lines; `llava`: LLaVA's JSON;
-    `vlmeval_tsv`: VLMEvalKit's TSV"""
+    `messages`: JSON of chat messages; `vlmeval_tsv`: VLMEvalKit's TSV"""
     path: str | None = None
     """File to read; none for the formats world and easy_vqa"""
     image_root: str | None = None
@@ -125,7 +125,7 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.format in ("jsonl", "llava", "vlmeval_tsv") and not self.path:
+        if self.format in ("jsonl", "llava", "messages", "vlmeval_tsv") and not self.path:
             raise ValueError(f"the dataset {self.name!r} of format {self.format} needs a path")
         if self.format == "world" and not self.limit:
             raise ValueError(f"the dataset {self.name!r} of format world has no end: set its limit")

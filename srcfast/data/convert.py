@@ -1,4 +1,7 @@
-"""Convert records between formats: srcfast's, LLaVA's conversations, VLMEvalKit's tables, TRL's preferences."""
+"""Convert records between formats: srcfast's, LLaVA's conversations, VLMEvalKit's tables, TRL's preferences.
+
+Messages of chat models are read, too.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.jsonl import read_lines, replacing, write_jsonl
-from srcfast.data.readers import IMAGE_MARK, read_preferences, read_samples
+from srcfast.data.jsonl import replacing, write_jsonl
+from srcfast.data.readers import json_list_or_lines, read_preferences, read_samples
 from srcfast.data.records import Preference, Sample
+from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, message_parts
 from srcfast.data.vlmeval import OPTION_LETTERS, write_table, write_vlmeval_tsv
 from srcfast.errors import InputError
 
-SAMPLE_FORMATS = ("jsonl", "llava", "vlmeval_tsv")
-PREFERENCE_FORMATS = ("jsonl", "trl")
+SAMPLE_FORMATS = ("jsonl", "llava", "messages", "vlmeval_tsv")
+PREFERENCE_FORMATS = ("jsonl", "messages", "trl")
+SOURCES_ALONE = ("messages",)  # formats that are read and not written
 _TURN_KEYS = {"id", "image", "images", "conversations", "rationale", "facts"}
-_MESSAGE_KEYS = {"prompt", "chosen", "rejected", "images", "image"}
+_MESSAGE_KEYS = {"prompt", "chosen", "rejected", "images", "image", "turns"}
+_SPEAKERS = {SYSTEM: "system", USER: "human", ASSISTANT: "gpt"}
 
 
 def convert(
@@ -34,8 +40,8 @@ def convert(
 ) -> int:
     """Convert a file of records, write the target atomically, and return the number of records.
 
-    Samples can be jsonl, llava or vlmeval_tsv, preferences jsonl or trl. A jsonl source holds preferences if its first
-    record has `chosen` and `rejected`.
+    Samples can be jsonl, llava, messages or vlmeval_tsv, preferences jsonl, messages or trl; messages are only read. A source of
+    jsonl or messages holds preferences if its first record has `rejected` or `rejected_response`.
 
     Args:
         source: file to read.
@@ -56,7 +62,9 @@ def convert(
         expected = "another file than the source"
         raise InputError(file=target, field="target", expected=expected, found="the source itself")
     formats = {source_format, target_format}
-    preferences = "trl" in formats or (source_format == "jsonl" and _holds_preferences(source))
+    if target_format in SOURCES_ALONE:
+        raise InputError(file=target, field="format", expected="jsonl, llava, trl or vlmeval_tsv", found=target_format)
+    preferences = "trl" in formats or (source_format in ("jsonl", "messages") and _holds_preferences(source))
     if preferences and formats <= set(PREFERENCE_FORMATS):
         pairs = read_preferences(source, format=source_format, image_root=image_root, rejected=rejected)
         _check_not_empty(source, len(pairs), rejected)
@@ -64,7 +72,7 @@ def convert(
             return write_jsonl(target, (pair.to_json() for pair in pairs))
         return _write_list(target, (_trl_row(pair, lost) for pair in pairs))
     if preferences or not formats <= set(SAMPLE_FORMATS):
-        expected = f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among jsonl and trl"
+        expected = f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among {', '.join(PREFERENCE_FORMATS)}"
         found = f"{'preferences' if preferences else 'samples'} from {source_format} to {target_format}"
         raise InputError(file=source, field="format", expected=expected, found=found)
     image_output = image_output or target.with_name(f"{target.stem}_images")
@@ -82,9 +90,9 @@ def convert(
 
 
 def _holds_preferences(source: str | Path) -> bool:
-    """Return whether the first record of a jsonl file is a preference."""
-    first = next((row for _, row in read_lines(source) if isinstance(row, dict)), {})
-    return {"chosen", "rejected"} <= first.keys()
+    """Return whether the first record of a file is a preference."""
+    first = next((row for _, row in json_list_or_lines(source) if isinstance(row, dict)), {})
+    return "rejected" in first or "rejected_response" in first
 
 
 def _check_not_empty(source: str | Path, count: int, rejected: list[dict[str, Any]]) -> None:
@@ -107,14 +115,26 @@ def _llava_row(sample: Sample, lost: Counter[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"id": sample.id}
     if sample.images:
         row["image"] = sample.images[0] if len(sample.images) == 1 else list(sample.images)
-    prompt = "\n".join((*[IMAGE_MARK] * len(sample.images), sample.question))
-    row["conversations"] = [{"from": "human", "value": prompt}, {"from": "gpt", "value": sample.answer}]
+    row["conversations"] = [*_llava_turns(sample), {"from": "gpt", "value": sample.answer}]
     if sample.rationale is not None:
         row["rationale"] = sample.rationale
     if sample.facts:
         row["facts"] = list(sample.facts)
     lost.update(name for name in sample.extra if name in _TURN_KEYS)
     return row | {name: value for name, value in sample.extra.items() if name not in _TURN_KEYS}
+
+
+def _llava_turns(sample: Sample) -> list[dict[str, Any]]:
+    """Return the turns of a sample's prompt, with a mark for each image; earlier answers are no responses to train on."""
+    turns = [*sample.turns, Turn(USER, sample.question)]
+    unmarked = 0 if count_marks(turns) else len(sample.images)  # images before the first user turn's text
+    rows: list[dict[str, Any]] = []
+    for turn in turns:
+        lines = [IMAGE_MARK] * unmarked if turn.role == USER else []
+        row = {"from": _SPEAKERS[turn.role], "value": "\n".join((*lines, turn.text))}
+        rows.append(row | {"loss": False} if turn.role == ASSISTANT else row)
+        unmarked = 0 if lines else unmarked
+    return rows
 
 
 def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
@@ -125,10 +145,18 @@ def _trl_row(pair: Preference, lost: Counter[str]) -> dict[str, Any]:
     lost.update(list(nested))  # `datasets` needs one type a column, which nested fields that differ by row don't have
     return {
         "images": list(pair.images),
-        "prompt": [{"role": "user", "content": pair.prompt}],
+        "prompt": _trl_prompt(pair),
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
     } | {name: value for name, value in flat.items() if name not in nested}
+
+
+def _trl_prompt(pair: Preference) -> list[dict[str, Any]]:
+    """Return the messages of a pair's prompt: text, or parts where images stand between the words."""
+    turns = [*pair.turns, Turn(USER, pair.prompt)]
+    if not count_marks(turns):
+        return [turn.to_json() for turn in turns]
+    return [{"role": turn.role, "content": message_parts(turn.text)} for turn in turns]
 
 
 def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:

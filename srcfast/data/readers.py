@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from srcfast.data.conversations import llava_samples, message_preference, message_samples, trl_preference
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.images import check_image
 from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
-from srcfast.data.records import Fields, Preference, Record, Row, Sample, each_record
+from srcfast.data.records import Fields, Preference, Record, Row, Sample, each_record, settled_prompt
+from srcfast.data.turns import Turn
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
-
-IMAGE_MARK = "<image>"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LogprobRow:
     prompt: str
     response: str
     image_root: Path
+    turns: tuple[Turn, ...] = ()
 
 
 def read_samples(
@@ -42,7 +43,7 @@ def read_samples(
 
     Args:
         path: the file.
-        format: jsonl | llava | vlmeval_tsv.
+        format: jsonl | llava | messages | vlmeval_tsv.
         image_root: folder that image paths are relative to.
         check_images: decode every image once now, so that a broken one is rejected here, not hours later.
         image_output: where a TSV's base64 images are written (default: a folder beside the TSV).
@@ -53,11 +54,13 @@ def read_samples(
     if format == "jsonl":
         samples = each_record(_jsonl_sample, read_lines(path), path, image_root)
     elif format == "llava":
-        samples = each_record(_llava_samples, _json_items(path, "id"), path, image_root)
+        samples = each_record(llava_samples, _json_items(path, "id"), path, image_root)
+    elif format == "messages":
+        samples = each_record(message_samples, _json_items(path, "id"), path, image_root)
     elif format == "vlmeval_tsv":
         samples = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
     else:
-        raise InputError(file=path, field="format", expected="jsonl, llava or vlmeval_tsv", found=format)
+        raise InputError(file=path, field="format", expected="jsonl, llava, messages or vlmeval_tsv", found=format)
     return _keep_good(_with_unique_ids(samples, path), path, rejected, check_images and format != "vlmeval_tsv")
 
 
@@ -69,7 +72,9 @@ def read_preferences(
     rejected: list[dict[str, Any]],
     check_images: bool = True,
 ) -> list[Preference]:
-    """Read preference pairs: `jsonl` (ours) or `trl` (conversational rows or strings, as JSON lines or one JSON list).
+    """Read preference pairs: `jsonl` (ours), `trl` (conversational rows or strings) or `messages` (those of chat models).
+
+    The latter two are JSON lines or one JSON list.
 
     Raises:
         InputError: the file as a whole can't be read, or the format is unknown.
@@ -77,24 +82,27 @@ def read_preferences(
     if format == "jsonl":
         pairs = each_record(_preference, read_lines(path), path, image_root)
     elif format == "trl":
-        pairs = each_record(_trl_preference, _json_items(path, "sample_id"), path, image_root)
+        pairs = each_record(trl_preference, _json_items(path, "sample_id"), path, image_root)
+    elif format == "messages":
+        pairs = each_record(message_preference, _json_items(path, "sample_id"), path, image_root)
     else:
-        raise InputError(file=path, field="format", expected="jsonl or trl", found=format)
+        raise InputError(file=path, field="format", expected="jsonl, trl or messages", found=format)
     return _keep_good(pairs, path, rejected, check_images)
 
 
 def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
-    """Read `{images, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
+    """Read `{images, turns?, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
     rows = []
     errors: dict[str, InputError | None] = {}
     for line, row in read_jsonl(path):
         fields = Fields(row, path, line)
-        images, prompt, response = fields.images(), fields.text("prompt"), fields.text("response")
-        prompt = _without_marks(prompt, len(images), fields, "prompt")
+        images, turns = fields.images(), fields.turns()
+        prompt, response = fields.text("prompt"), fields.text("response")
+        turns, prompt = settled_prompt(fields, "prompt", turns, prompt, len(images))
         for image in images:
             if (error := _image_error(image_root, image, errors)) is not None:
                 raise _of_record(error, path, line, fields.sample_id)
-        rows.append(LogprobRow(images, prompt, response, image_root))
+        rows.append(LogprobRow(images, prompt, response, image_root, turns))
     return rows
 
 
@@ -174,30 +182,14 @@ def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | 
     )
 
 
-def _without_marks(text: str, num_images: int, fields: Fields, name: str) -> str:
-    """Remove a text's image marks. Raises InputError where they are neither none nor as many as the images."""
-    marks = text.count(IMAGE_MARK)
-    _check_marks(fields, marks, num_images)
-    unmarked = text.replace(IMAGE_MARK, "").strip() if marks else text
-    if not unmarked.strip():
-        raise fields.error(name, "text beside the image marks", text)
-    return unmarked
-
-
-def _check_marks(fields: Fields, marks: int, num_images: int) -> None:
-    """Raise InputError where image marks are neither none nor as many as the images."""
-    if marks not in (0, num_images):
-        expected = f"{marks} images, as many as are marked in the text"
-        raise fields.error("images", expected, num_images, f"give each image one {IMAGE_MARK}")
-
-
 def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
     """Yield the rows of a JSON list, each with the line it begins on, or of JSON lines; unnamed ones are called record-N."""
-    for number, (line, row) in enumerate(_json_list_or_lines(path), start=1):
+    for number, (line, row) in enumerate(json_list_or_lines(path), start=1):
         yield line, row if isinstance(row, InputError) else {id_key: f"record-{number}"} | row
 
 
-def _json_list_or_lines(path: str | Path) -> Iterator[Row]:
+def json_list_or_lines(path: str | Path) -> Iterator[Row]:
+    """Yield (line, row or its error) of a JSON list, or of JSON lines. Raises InputError where the file can't be read."""
     try:
         text = regular(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
@@ -268,81 +260,12 @@ def _skip_space(text: str, position: int) -> int:
 
 def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample]:
     sample = Sample.from_json(row, file=path, line=line, image_root=image_root)
-    question = _without_marks(sample.question, len(sample.images), Fields(row, path, line), "question")
-    return [replace(sample, question=question)]
+    fields = Fields(row, path, line)
+    turns, question = settled_prompt(fields, "question", sample.turns, sample.question, len(sample.images))
+    return [replace(sample, question=question, turns=turns)]
 
 
 def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
     pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
-    prompt = _without_marks(pair.prompt, len(pair.images), Fields(row, path, line), "prompt")
-    return [replace(pair, prompt=prompt)]
-
-
-# LLaVA conversations --------------------------------------------------------------------------------------------------
-
-
-def _llava_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
-    """Read a sample for each pair of turns; later turns of a conversation are questions of their own (`id-1`, ...)."""
-    fields = Fields(row, path, line)
-    name, images = fields.identifier("id"), fields.images()
-    turns = _take_turns(fields, len(images))
-    rationale, facts, extra = fields.optional_text("rationale"), fields.sentences("facts"), fields.rest()
-    samples: list[Sample | InputError] = []
-    for number, (question, answer) in enumerate(turns):
-        fields.sample_id = f"{name}-{number}" if number else name
-        if question and answer:
-            notes = (rationale, facts) if number == 0 else (None, ())
-            samples.append(Sample(fields.sample_id, images, question, answer, *notes, dict(extra), image_root))
-        else:
-            empty = "answer" if question else "question"
-            samples.append(fields.error(empty, f"a non-empty {empty} in turn {number}", "", "fill it in"))
-    return samples
-
-
-def _take_turns(fields: Fields, num_images: int) -> list[tuple[str, str]]:
-    """Take a conversation's questions and answers, without image marks. Raises InputError where one is no turn of theirs."""
-    turns = fields.take("conversations", "a list of turns")
-    expected = "pairs of turns {from: human, value} and {from: gpt, value}"
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise fields.error("conversations", expected, turns)
-    for turn, speakers in zip(turns, (("human", "user"), ("gpt", "assistant")) * (len(turns) // 2), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
-            raise fields.error("conversations", expected, turn)
-    _check_marks(fields, sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2]), num_images)
-    pairs = zip(turns[::2], turns[1::2], strict=True)
-    return [(first["value"].replace(IMAGE_MARK, "").strip(), second["value"].strip()) for first, second in pairs]
-
-
-# TRL's preferences ----------------------------------------------------------------------------------------------------
-
-
-def _trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
-    """Read a TRL row {images, prompt, chosen, rejected} of message lists or strings."""
-    fields = Fields(row, path, line)
-    num_images = len(Fields(row, path, line).images())
-    plain = dict(row)
-    for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        plain[name], marks = _message(fields, name, role)
-        if marks and name != "prompt":
-            raise fields.error(name, "a response of text", "an image part", "keep images in the prompt")
-        _check_marks(fields, marks, num_images)
-    return _preference(plain, path, line, image_root)
-
-
-def _message(fields: Fields, name: str, role: str) -> tuple[str, int]:
-    """Take the text of a string or of a single message, and how many images are marked by parts of it."""
-    expected = f"a string, or one message of role {role!r} with text"
-    value = fields.take(name, expected)
-    if isinstance(value, str):
-        return value, 0
-    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
-        raise fields.error(name, expected, value, "split several turns into rows of one turn")
-    content = value[0].get("content")
-    if isinstance(content, str):
-        return content, 0
-    if not isinstance(content, list) or any(not isinstance(part, dict) for part in content):
-        raise fields.error(name, expected, value)
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
-    if any(not isinstance(text, str) for text in texts):
-        raise fields.error(name, expected, value)
-    return " ".join(texts), sum(part.get("type") == "image" for part in content)
+    turns, prompt = settled_prompt(Fields(row, path, line), "prompt", pair.turns, pair.prompt, len(pair.images))
+    return [replace(pair, prompt=prompt, turns=turns)]

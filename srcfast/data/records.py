@@ -1,4 +1,7 @@
-"""The records that stages exchange, one JSON object a line: samples, candidates, preferences. Unknown keys are preserved."""
+"""The records that stages exchange, one JSON object a line: samples, candidates, preferences. Unknown keys are preserved.
+
+The prompt of a sample or a preference is its question, after the `turns` before it if it has some; see `srcfast.data.turns`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from srcfast.data.turns import (
+    ASSISTANT,
+    IMAGE_MARK,
+    SYSTEM,
+    USER,
+    Turn,
+    count_marks,
+    settle_marks,
+    tidy,
+    without_marks,
+)
 from srcfast.errors import InputError
 
 LOGPROB_ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
@@ -25,10 +39,11 @@ class Sample:
     facts: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
+    turns: tuple[Turn, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to `{id, images, question, answer, rationale?, facts?}` and the extra keys."""
-        return _to_json(self, optional=("rationale", "facts"))
+        """Convert to `{id, images, question, answer, rationale?, facts?, turns?}` and the extra keys."""
+        return _to_json(self, optional=("rationale", "facts", "turns"))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Sample:
@@ -37,6 +52,7 @@ class Sample:
         return cls(
             id=reader.identifier("id"),
             images=reader.images(),
+            turns=reader.turns(),
             question=reader.text("question"),
             answer=reader.answer("answer"),
             rationale=reader.optional_text("rationale"),
@@ -93,6 +109,7 @@ class Preference:
     reference_rejected_logprob: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
+    turns: tuple[Turn, ...] = ()
 
     @property
     def judge_confidence(self) -> float:
@@ -101,8 +118,8 @@ class Preference:
         return self.confidence if judged is None else float(judged)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to a record with all fields but `image_root`, and the extra keys."""
-        return _to_json(self)
+        """Convert to a record with all fields but `image_root` and empty `turns`, and the extra keys."""
+        return _to_json(self, optional=("turns",))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Preference:
@@ -116,7 +133,7 @@ class Preference:
             fix = "leave it out, or score the candidates again"
             raise reader.error("judge_confidence", "a number in [0, 1]", judged, fix)
         sample_id = reader.identifier("sample_id", default="" if line is None else f"line-{line}")
-        images, prompt = reader.images(), reader.text("prompt")
+        images, turns, prompt = reader.images(), reader.turns(), reader.text("prompt")
         chosen, rejected = reader.text("chosen"), reader.text("rejected")
         if chosen == rejected:
             raise reader.error("rejected", "a response other than the chosen one", rejected, "leave the pair out")
@@ -131,6 +148,7 @@ class Preference:
             reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
             extra=reader.rest(),
             image_root=image_root,
+            turns=turns,
         )
 
 
@@ -139,8 +157,23 @@ def _to_json(record: Sample | Candidate | Preference, optional: Sequence[str] = 
     row = {}
     for name, value in vars(record).items():  # in the order of the fields
         if name not in ("extra", "image_root") and not (name in optional and value in (None, ())):
-            row[name] = list(value) if isinstance(value, tuple) else value
+            row[name] = [turn.to_json() for turn in value] if name == "turns" else _listed(value)
     return row | record.extra
+
+
+def _listed(value: Any) -> Any:
+    """Return a tuple as a list, and any other value as it is."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def are_in_turn(roles: Sequence[str]) -> bool:
+    """Return whether these roles can stand before a question: of system one at most, first, then user and assistant in pairs."""
+    spoken = roles[1:] if roles[:1] == [SYSTEM] else roles
+    return spoken == [USER, ASSISTANT] * (len(spoken) // 2)
+
+
+# Names that other formats have for turns. Beside a question they would not be part of the prompt.
+_OTHER_TURNS = ("conversations", "history", "messages", "query", "system")
 
 
 class Fields:
@@ -267,9 +300,70 @@ class Fields:
             raise self.error("images", "an image path or a list of image paths", value)
         return tuple(value)
 
+    def turns(self) -> tuple[Turn, ...]:
+        """Take the turns before the question; empty if they are missing or null.
+
+        Raises:
+            InputError: they are not in turn, one has no text, or turns stand under another format's name.
+        """
+        other = next((name for name in _OTHER_TURNS if self.left.get(name)), None)
+        if other is not None:
+            fix = "write the turns before the question as 'turns', or choose the format messages or llava"
+            raise self.error(other, "turns under the name 'turns'", self.left[other], fix)
+        value = self.left.pop("turns", None)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(_is_turn(turn) for turn in value):
+            expected = f"a list of turns {{role, content}}, role one of {SYSTEM}, {USER}, {ASSISTANT}, content a text"
+            raise self.error("turns", expected, value)
+        if not are_in_turn([turn["role"] for turn in value]):
+            fix = "the question is the user's next turn; put it under its own name"
+            expected = f"{SYSTEM} first or not at all, then {USER} and {ASSISTANT} in pairs"
+            raise self.error("turns", expected, [turn["role"] for turn in value], fix)
+        return tuple(Turn(turn["role"], turn["content"]) for turn in value)
+
     def rest(self) -> dict[str, Any]:
         """Return the fields that were not taken."""
         return self.left
+
+
+def _is_turn(value: Any) -> bool:
+    """Return whether a value is a turn `{role, content}` with text, and nothing else."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"role", "content"}
+        and value["role"] in (SYSTEM, USER, ASSISTANT)
+        and isinstance(value["content"], str)
+        and bool(value["content"].strip())
+    )
+
+
+def settled_prompt(
+    fields: Fields, name: str, turns: Sequence[Turn], question: str, num_images: int
+) -> tuple[tuple[Turn, ...], str]:
+    """Return a prompt's earlier turns and its question as records hold them, see `settle_marks`.
+
+    Raises:
+        InputError: marks are neither none nor as many as the images, or outside of the user's turns, or the question is nothing
+            but marks.
+    """
+    if not turns and IMAGE_MARK not in question and question.strip():
+        return (), question
+    if any(IMAGE_MARK in turn.text for turn in turns if turn.role != USER):
+        raise fields.error("turns", "images in the user's turns alone", IMAGE_MARK, "keep images in the user's turns")
+    prompt = [Turn(turn.role, tidy(turn.text)) for turn in (*turns, Turn(USER, question))]
+    check_marks(fields, count_marks(prompt), num_images)
+    if not without_marks(question).strip():
+        raise fields.error(name, "text beside the image marks", question)
+    *before, last = settle_marks(prompt)
+    return tuple(before), last.text
+
+
+def check_marks(fields: Fields, marks: int, num_images: int) -> None:
+    """Raise InputError where image marks are neither none nor as many as the images."""
+    if marks not in (0, num_images):
+        expected = f"{marks} images, as many as are marked in the text"
+        raise fields.error("images", expected, num_images, f"give each image one {IMAGE_MARK}")
 
 
 Record = TypeVar("Record", Sample, Preference)

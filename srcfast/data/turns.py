@@ -16,7 +16,7 @@ SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 _LEADING_MARKS = re.compile(rf"(?:\s*{IMAGE_MARK})+\s*")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Turn:
     """A turn before the question: its role (system, user or assistant) and its text, with image marks in a user's turn."""
 
@@ -83,4 +83,5 @@ def settle_marks(turns: Sequence[Turn]) -> list[Turn]:
     if total and turns[first].text.startswith(default) and turns[first].text[len(default) :].strip():
         plain = Turn(USER, turns[first].text[len(default) :])
         return [plain if index == first else turn for index, turn in enumerate(turns)]
-    return [Turn(turn.role, tidy(turn.text)) for turn in turns]
+    # Unchanged turns are not copied: a long conversation's samples share them.
+    return [turn if (text := tidy(turn.text)) == turn.text else Turn(turn.role, text) for turn in turns]

@@ -17,12 +17,14 @@ from typing import Any
 
 from srcfast.data.images import from_base64, image_suffix, resolve
 from srcfast.data.jsonl import is_unicode, regular, replacing
-from srcfast.data.records import Fields, Row, Sample, each_record
+from srcfast.data.records import Fields, Row, Sample, each_record, settled_prompt
+from srcfast.data.turns import IMAGE_MARK
 from srcfast.errors import InputError
 
 REFERENCE_CHARACTERS = 64  # an image cell of at most so many is the index of the row that holds the image
 OPTION_LETTERS = string.ascii_uppercase
 QUESTION_KEY = "vlmeval_question"  # the question of the table, without the options
+_NUMBERED_MARK = re.compile(r"<image ([1-9]\d{0,3})>", re.ASCII)  # as in MMMU's tables
 _COLUMNS = ("index", "image", "question", "answer")
 
 
@@ -30,7 +32,8 @@ def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int
     """Yield (line, sample or its error), and write each image once into `image_output`.
 
     Columns: index, image, question, answer; optional: hint, A, B, ..., category, l2-category, split, rationale.
-    Options are appended to the question as in VLMEvalKit's multiple-choice prompt.
+    Options are appended to the question as in VLMEvalKit's multiple-choice prompt. Images stand where the texts have marks,
+    `<image>` for each in their order or `<image 1>` for the first, and before the text where they have none.
 
     Raises:
         InputError: the file can't be read, or a column is missing.
@@ -136,10 +139,32 @@ def _samples(
     options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}
     if "category" in extra:
         extra.setdefault("ability", extra["category"])
+    shown = [*([extra["hint"]] if options and "hint" in extra else []), question, *options.values()]
+    names, shown = _in_order(fields, names, shown)
+    question = shown[-1 - len(options)]
     if options:
-        extra |= {"options": options, QUESTION_KEY: question}
+        options = dict(zip(options, shown[len(shown) - len(options) :], strict=True))
+        extra |= {"options": options, QUESTION_KEY: question} | ({"hint": shown[0]} if "hint" in extra else {})
     prompt = _with_options(question, extra.get("hint"), options)
+    _, prompt = settled_prompt(fields, "question", (), prompt, len(names))
     return [Sample(index, tuple(names), prompt, answer, rationale, (), extra, image_root)]
+
+
+def _in_order(fields: Fields, names: list[str], texts: list[str]) -> tuple[list[str], list[str]]:
+    """Return a row's images in the order in which its texts name them as `<image 1>`, and the texts with marks there.
+
+    An image that is named twice occurs twice. Texts that name none by number are returned as they are.
+
+    Raises:
+        InputError: a number of no image, an image without its number, or marks without numbers beside others.
+    """
+    numbers = [int(number) for text in texts for number in _NUMBERED_MARK.findall(text)]
+    if not numbers:
+        return names, texts
+    if {*numbers} != {*range(1, len(names) + 1)} or any(IMAGE_MARK in text for text in texts):
+        expected = f"each of the row's {len(names)} images as <image 1>, <image 2>, ..., and no other mark"
+        raise fields.error("question", expected, sorted({*numbers}))
+    return [names[number - 1] for number in numbers], [_NUMBERED_MARK.sub(IMAGE_MARK, text) for text in texts]
 
 
 def _with_options(question: str, hint: str | None, options: Mapping[str, str]) -> str:
@@ -175,6 +200,9 @@ def _table_rows(samples: Iterable[Sample], lost: Counter[str]) -> Iterator[dict[
             raise InputError(
                 sample_id=sample.id, field="images", expected="an image, as each row has one", found="none"
             )
+        if sample.turns:
+            found, fix = f"{len(sample.turns)} turns before it", "convert to jsonl, or leave this sample out"
+            raise InputError(sample_id=sample.id, field="turns", expected="a question alone", found=found, fix=fix)
         image = first_rows.setdefault((sample.image_root, sample.images), sample.id)
         if image == sample.id or len(image) > REFERENCE_CHARACTERS:
             files = [resolve(sample.image_root, name) for name in sample.images]

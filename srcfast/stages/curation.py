@@ -319,6 +319,7 @@ def _preference(
         reference_rejected_logprob=None,
         extra=extra,
         image_root=sample.image_root,
+        turns=sample.turns,
     )
 
 

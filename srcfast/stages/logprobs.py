@@ -283,8 +283,13 @@ def logprobs_of(requests: Sequence[Sample], logprobs: ChunkFiles) -> list[dict[s
 
 
 def _order_by_prompt(requests: Sequence[Sample]) -> list[int]:
-    """Sort the requests' indices by images and question: each image, too, is then encoded in few chunks."""
-    return sorted(range(len(requests)), key=lambda index: (requests[index].images, requests[index].question))
+    """Sort the requests' indices by images and prompt: each image, too, is then encoded in few chunks."""
+
+    def prompt(index: int) -> tuple[Any, ...]:
+        request = requests[index]
+        return request.images, request.question, request.turns
+
+    return sorted(range(len(requests)), key=prompt)
 
 
 def logprob_chunks(

@@ -88,7 +88,13 @@ def _write(
         "places": sorted(range(len(batch)), key=lambda number: not kinds[number]),
         "preferences": [replace(pair, images=_below(pair, root)).to_json() for pair in pairs],
         "rationales": [
-            {"id": sample.id, "images": _below(sample, root), "question": sample.question, "response": response}
+            {
+                "id": sample.id,
+                "images": _below(sample, root),
+                "question": sample.question,
+                "response": response,
+                **({"turns": [turn.to_json() for turn in sample.turns]} if sample.turns else {}),
+            }
             for sample, response in raps
         ],
         "examples": [asdict(example) for example in examples],

@@ -10,32 +10,33 @@ from PIL import Image
 
 from srcfast.data.images import image_file, load_image, resolve
 from srcfast.data.records import Preference, Sample
+from srcfast.data.turns import Turn
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.training.checkpoint import image_print
 
 
 class PromptEncoder:
-    """Encode prompts of records, each distinct (text, images) once."""
+    """Encode prompts of records, each distinct (text, images, turns) once."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
-        self.encoded: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+        self.encoded: dict[tuple[str, tuple[str, ...], tuple[Turn, ...]], np.ndarray] = {}
 
     def __call__(self, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
         """Return the prompt's token ids, `[n]` int64: the chat template's generation prompt, image placeholders expanded.
 
         Args:
-            record: whose images the prompt shows.
-            text: the user's turn.
+            record: whose images and earlier turns the prompt shows.
+            text: the user's last turn.
             sample_id: named in errors.
 
         Raises:
             InputError: the prompt does not fit the model; it names the sample.
         """
-        key = (text, image_keys(record))
+        key = (text, image_keys(record), record.turns)
         if key not in self.encoded:
             images = [image_file(record.image_root, image) for image in record.images]
-            self.encoded[key] = self.model.encode_prompt(text, images, sample_id)
+            self.encoded[key] = self.model.encode_prompt(text, images, sample_id, record.turns)
         return self.encoded[key]
 
 

@@ -164,7 +164,11 @@ def _generated_logprobs(
     They are the pair's if the candidates answer the same prompt and are, token for token, the responses as training encodes
     them: decoding to text and back may give other tokens.
     """
-    if sample is None or (pair.prompt, tuple(pair.images)) != (sample.question, tuple(sample.images)):
+    if sample is None or (pair.prompt, tuple(pair.images), pair.turns) != (
+        sample.question,
+        tuple(sample.images),
+        sample.turns,
+    ):
         return None
     logprobs = []
     for name, text in (("chosen_id", pair.chosen), ("rejected_id", pair.rejected)):

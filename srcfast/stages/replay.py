@@ -173,7 +173,8 @@ def _loop(values: Any) -> TrainingConfig:
 def _rationale(row: dict[str, Any], file: Path, root: Path) -> RationalePair:
     """Read one rationale-answer pair; its images lie below `root`."""
     fields = Fields(row, file, None)
-    sample = Sample(fields.identifier("id"), fields.images(), fields.text("question"), "", image_root=root)
+    name, images, turns = fields.identifier("id"), fields.images(), fields.turns()
+    sample = Sample(name, images, fields.text("question"), "", image_root=root, turns=turns)
     return sample, fields.text("response")
 
 

@@ -54,9 +54,9 @@ evaluation: {max_new_tokens: 90, headroom_samples: 4, bootstrap_resamples: 100}
 class TaughtFamily:
     """A family's checkpoint that answers as a calibration needs it, questions about images, and runs by their names."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, in_conversations: bool = False) -> None:
         self.directory, self.base = directory, directory / "base"
-        self.questions = write_questions(directory / "data")
+        self.questions = write_questions(directory / "data", in_conversations=in_conversations)
         self.base.mkdir()
         write_taught_family(name, self.base, self.questions)
         self.processor = documented_processor(self.base, read_config(self.base).model_type)
@@ -84,8 +84,8 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(directory.glob("*.jsonl")) for _, row in read_jsonl(file)]
 
 
-def write_questions(directory: Path, count: int = 12) -> Path:
-    """Write samples with an image each; returns the file."""
+def write_questions(directory: Path, count: int = 12, in_conversations: bool = False) -> Path:
+    """Write samples with an image each, or about the second of two images after a system text and a turn; returns the file."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -93,15 +93,18 @@ def write_questions(directory: Path, count: int = 12) -> Path:
         random_image(rng, *SIZES[number % 3]).save(directory / f"{number}.png")
         answer = ("red", "blue")[number % 2]
         facts = ["It is a thing.", f"It is {answer}."]
-        rows.append(
-            {
-                "id": str(number),
-                "image": f"{number}.png",
-                "question": "what color is it?",
-                "answer": answer,
-                "facts": facts,
-            }
-        )
+        row = {
+            "id": str(number),
+            "image": f"{number}.png",
+            "question": "what color is it?",
+            "answer": answer,
+            "facts": facts,
+        }
+        if in_conversations:
+            texts = {"system": "be brief.", "user": "<image> is one.", "assistant": "yes."}
+            row["turns"] = [{"role": role, "content": text} for role, text in texts.items()]
+            row |= {"image": [f"{(number + 1) % count}.png", f"{number}.png"], "question": "what color is <image>?"}
+        rows.append(row)
     file = directory / "samples.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -114,13 +117,14 @@ def write_taught_family(name: str, directory: Path, questions: Path, steps: int 
     samples = read_samples(questions, format="jsonl", image_root=questions.parent, rejected=[])
     pairs, _ = build_raps(samples[:4], RationaleConfig().format)
     trees, images = [], {}
-    for number, (sample, response) in enumerate(pairs):
-        images[f"{number}"] = Image.open(questions.parent / f"{sample.id}.png").convert("RGB")
-        prompt = ours.encode_prompt(sample.question, [images[f"{number}"]])
+    for sample, response in pairs:
+        shown = {name: Image.open(questions.parent / name).convert("RGB") for name in sample.images}
+        images |= shown
+        prompt = ours.encode_prompt(sample.question, [*shown.values()], sample.id, sample.turns)
         # Both colours alike, so that candidates differ.
         texts = [response.replace("red", colour).replace("blue", colour) for colour in ("red", "blue")]
         answers = [Segment(ours.encode_response(text), 0) for text in texts]
-        trees.append(Tree((Segment(prompt), *answers), (f"{number}",)))
+        trees.append(Tree((Segment(prompt), *answers), sample.images))
     forest = Forest.of(trees)
     features = dict(zip(images, ours.encode_images(list(images.values())), strict=True))
     rows, targets = (torch.cat(parts) for parts in zip(*(forest.target_rows(n, [1, 2]) for n in range(4)), strict=True))

@@ -68,9 +68,11 @@ ODD: dict[str, Callable[[Path], None]] = {
 FILES: dict[str, Act] = {
     "samples": write_rejected("jsonl"),
     "conversations": write_rejected("llava"),
+    "messages": write_rejected("messages"),
     "a table": write_rejected("vlmeval_tsv"),
     "preferences": write_rejected("jsonl", read_preferences),
     "TRL preferences": write_rejected("trl", read_preferences),
+    "preferences as messages": write_rejected("messages", read_preferences),
     "teacher rationales": teacher,
     "log-probabilities asked for": lambda path: read_logprob_rows(path, path.parent),
     "predictions": read_aligned,

@@ -172,7 +172,7 @@ PAIR_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "an image that is not there": ({"images": ["none.png"]}, "no such file"),
 }
 TRL_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "two turns in the prompt": ({"prompt": [{"role": "user", "content": "a"}] * 2}, "split several turns"),
+    "two turns in the prompt": ({"prompt": [{"role": "user", "content": "a"}] * 2}, "end with a user's"),
     "a user who answers": ({"chosen": [{"role": "user", "content": "red"}]}, "'assistant'"),
     "no message": ({"chosen": []}, "one message"),
     "a message without content": ({"chosen": [{"role": "assistant"}]}, "'chosen'"),

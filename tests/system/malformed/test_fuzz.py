@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed_checkpoints import ADAPTER_CONFIG, ASSETS, CONFIG, SOUND, SOUND_ADAPTER, framed, lvlm
+from malformed_conversations import CHAT, HISTORY, NO, PROMPT, YES
 from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
 from malformed_runs import CARD, EVALUATED, HEADROOM, STEP, SUMMARY
@@ -122,11 +123,16 @@ def test_score_rows(folder: Path, row: dict[str, Any]) -> None:
         check_scores(row, "f", 3)
 
 
-WHOLE_LINES = b"\n".join(json.dumps(row).encode() for row in (SAMPLE, PAIR, TALK, CANDIDATE, ASKED, TAUGHT))
+WHOLE_CHATS = (CHAT, {"messages": [*HISTORY, *PROMPT], "chosen": YES, "rejected": NO})
+WHOLE_LINES = b"\n".join(
+    json.dumps(row).encode() for row in (SAMPLE, PAIR, TALK, *WHOLE_CHATS, CANDIDATE, ASKED, TAUGHT)
+)
 READERS: dict[str, tuple[Any, str]] = {
     "samples": (read_samples, "jsonl"),
     "llava": (read_samples, "llava"),
+    "messages": (read_samples, "messages"),
     "preferences": (read_preferences, "jsonl"),
+    "preferences as messages": (read_preferences, "messages"),
     "trl": (read_preferences, "trl"),
 }
 
@@ -135,7 +141,12 @@ READERS: dict[str, tuple[Any, str]] = {
 def test_readers_of_json(folder: Path, name: str, data: st.DataObject) -> None:
     read, format = READERS[name]
     message = st.fixed_dictionaries({}, optional={"role": LEAVES, "content": VALUES, "from": LEAVES, "value": LEAVES})
+    part = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image"]) | LEAVES, "text": LEAVES})
+    turn = st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": LEAVES | st.lists(part, max_size=3)}
+    )
     talks = {"conversations": st.lists(message, max_size=3), "chosen": st.lists(message, max_size=2)}
+    talks |= {"messages": st.lists(turn, max_size=4), "turns": st.lists(turn, max_size=3), "rejected_response": LEAVES}
     rows = st.lists(row_like(SAMPLE, PAIR, TALK) | st.fixed_dictionaries(talks), max_size=3)
     written = rows.map(lambda rows: json.dumps(rows).encode()) | rows.map(
         lambda rows: b"\n".join(json.dumps(row).encode() for row in rows)

@@ -152,7 +152,7 @@ def test_commands_run_among_bombs(
     assert not {file.name for file in (tmp_path / "merged").iterdir()} & set(NAMES), "none is carried on"
 
 
-@pytest.mark.parametrize("format", ["jsonl", "llava", "trl", "vlmeval_tsv"])
+@pytest.mark.parametrize("format", ["jsonl", "llava", "messages", "trl", "vlmeval_tsv"])
 @pytest.mark.parametrize("form", ["rows.pkl", "rows.npy", "rows.pt"])
 def test_a_reader_refuses_a_pickle_as_data(
     srcfast: Srcfast, tmp_path: Path, witness: Path, format: str, form: str

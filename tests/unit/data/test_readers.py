@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
+from srcfast.data.turns import Turn
 from srcfast.errors import InputError
 
 GOOD = {"id": "s", "image": "good.png", "question": "What color?", "answer": "red"}
@@ -227,13 +228,13 @@ def test_an_id_that_occurs_twice_on_one_line_is_rejected(tmp_path: Path, root: P
     assert_named(rejected[0], file, 1, "id")
 
 
-def test_later_turns_are_questions_of_their_own(tmp_path: Path, root: Path) -> None:
+def test_later_turns_are_questions_after_those_before(tmp_path: Path, root: Path) -> None:
     more = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "3"}]
     empty = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": ""}]
     row = {
         "id": 7,
         "image": "good.png",
-        "conversations": TURNS + empty + more,
+        "conversations": TURNS + more + empty + more,
         "rationale": "It is red.",
         "source": "x",
     }
@@ -242,10 +243,16 @@ def test_later_turns_are_questions_of_their_own(tmp_path: Path, root: Path) -> N
     file.write_text(json.dumps([row, unnamed, unnamed]))  # all on one line
     rejected: list[dict[str, Any]] = []
     samples = read_samples(file, format="llava", image_root=root, rejected=rejected)
-    assert [s.id for s in samples] == ["7", "7-2", "record-2", "record-3"]
+    assert [s.id for s in samples] == ["7", "7-1", "record-2", "record-3"]
     assert [s.rationale for s in samples[:2]] == ["It is red.", None]
     assert [s.extra for s in samples[:2]] == [{"source": "x"}] * 2
-    assert [(row["sample_id"], row["field"]) for row in rejected] == [("7-1", "answer")]
+    assert [s.turns for s in samples] == [(), (Turn("user", "What color?"), Turn("assistant", "red")), (), ()]
+    assert [(s.question, s.answer, s.images) for s in samples[:2]] == [
+        ("What color?", "red", ("good.png",)),
+        ("How many?", "3", ("good.png",)),
+    ]
+    # The answer that is missing would also be context of what follows.
+    assert [(row["sample_id"], row["field"]) for row in rejected] == [("7-2", "answer"), ("7-3", "answer")]
 
 
 def image_code(seed: int, size: tuple[int, int] = (6, 5)) -> str:
