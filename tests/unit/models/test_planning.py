@@ -20,8 +20,18 @@ from srcfast.models.processor import image_token_id, load_processor, placed_imag
 
 GetFamily = Callable[[str], FamilyModels]
 # Those whose processors count no positions by size: a blank image of each size is processed, or, of the last, each image.
-BLANK = ("smolvlm", "idefics3", "video_llava", "aya_vision", "deepseek_vl", "deepseek_vl_hybrid", "paddleocr_vl")
-PIXELS = ("idefics2", "paligemma", "paligemma2")
+BLANK = (
+    "smolvlm",
+    "idefics3",
+    "granite_docling",
+    "video_llava",
+    "aya_vision",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "paddleocr_vl",
+    "janus",
+)
+PIXELS = ("idefics2", "paligemma", "paligemma2", "ovis2", "hunyuan_vl")
 
 
 def files(directory: Path, rng: np.random.Generator, count: int) -> list[ImageFile]:
