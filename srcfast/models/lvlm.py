@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
@@ -250,14 +249,7 @@ def load_lvlm(
     path = checkpoint_directory(path, "base")
     config = read_config(path)
     if not picks_handwritten(config, backbone):
-        if shard and distributed.world_size() > 1:
-            raise InputError(
-                field="distributed.shard",
-                expected="false with the general backbone, whose layers are not sharded yet",
-                found="true",
-                fix="run without sharding, or in 4 bits (model.quantize=nf4)",
-            )
-        general = load_transformers_lvlm(path, config, quantize=quantize, dtype=dtype, device=device)
+        general = load_transformers_lvlm(path, config, quantize=quantize, dtype=dtype, device=device, shard=shard)
         apply_lora(general, lora)
         return general
     vision = Vision(config, path)

@@ -91,11 +91,12 @@ def load_pretrained(
     *,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    shard: bool = False,
 ) -> Any:
     """Build a model by one of transformers' auto classes and read its weights, by transformers' own names.
 
     Each is cast, put on the device and, in the language model's blocks, quantised (`nf4`) before the next is read. Buffers stay
-    on the host.
+    on the host. With `shard` all weights stay there, for `sharding.shard_layers`; they are quantised on the device.
 
     Raises:
         InputError: transformers can't read it, or a tensor is missing, unexpected, misshaped or not finite.
@@ -103,7 +104,7 @@ def load_pretrained(
     from srcfast.models.streaming import Streaming  # takes a second, which commands that load nothing do not need
 
     check_weight_count([meta_model(kind, path, config)], path)
-    streaming = Streaming(path, device, quantize == "nf4")
+    streaming = Streaming(path, device, quantize == "nf4", shard)
     try:
         with streaming.reading(config) as options:
             model, report = kind.from_pretrained(

@@ -30,7 +30,9 @@ GATHERED_LAYERS = 2  # gathered at once: the layer that computes and the next on
 
 
 def shard_layers(decoder: nn.Module, device: str | torch.device) -> None:
-    """Shard a decoder's layers over the ranks of this node, before their weights are set; with one rank do nothing.
+    """Shard a decoder's layers over the ranks of this node, before their weights are set or after; with one rank do nothing.
+
+    Weights that are set are moved to the device a layer at a time.
 
     Raises:
         ConfigError: nodes have different numbers of ranks.
@@ -141,7 +143,7 @@ def _empty_pass(decoder: TransformerDecoder) -> Tensor:
     decoder.idle = True
     try:
         with dropping(decoder, torch.zeros_like(forest.positions)):
-            return decoder(decoder.embed(forest.token_ids), forest.positions, forest_attend(forest))
+            return decoder(decoder.embed_forest(forest), forest.positions, forest_attend(forest))
     finally:
         decoder.idle = False
 

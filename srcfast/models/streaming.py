@@ -22,7 +22,6 @@ from srcfast.errors import InputError
 from srcfast.models.checkpoint import check_finite
 from srcfast.models.quantized import NF4Linear, plain_linears
 from srcfast.models.transformers_decoder import text_model
-from srcfast_kernels import NF4Weight, nf4_quantize
 
 METHOD = "srcfast"  # its name in transformers
 
@@ -35,15 +34,16 @@ class Streaming(QuantizationConfigMixin):
         path: of the checkpoint.
         device: where the weights go.
         nf4: whether the linears of the language model's blocks are quantised.
+        shard: whether the weights return to the host, those in 4 bits as rows that can be sharded.
 
     Attributes:
         checked: names of the parameters that were seen to be finite.
         error: what was raised first: transformers goes on, and words an error of its own.
     """
 
-    def __init__(self, path: Path, device: str | torch.device, nf4: bool) -> None:
+    def __init__(self, path: Path, device: str | torch.device, nf4: bool, shard: bool = False) -> None:
         self.quant_method: Any = METHOD
-        self.path, self.device, self.nf4 = path, torch.device(device), nf4
+        self.path, self.device, self.nf4, self.shard = path, torch.device(device), nf4, shard
         self.checked: set[str] = set()
         self.error: Exception | None = None
 
@@ -72,7 +72,7 @@ class _Quantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self.settings = quantization_config
         self.linears: set[str] = set()  # names of their weights
-        self.quantised: dict[str, NF4Weight] = {}
+        self.quantised: dict[str, NF4Linear] = {}
         self.dtype: torch.dtype | None = None
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **options: Any) -> None:
@@ -99,23 +99,29 @@ class _Quantizer(HfQuantizer):
         if (shape := model.get_parameter_or_buffer(name).shape) != value.shape:
             expected, found = f"no mismatched tensors, shape {list(shape)}", list(value.shape)
             raise InputError(file=self.settings.path, field=name, expected=expected, found=found)
-        value = value.to(self.settings.device)
         if name not in self.linears:
-            return value
-        self.quantised[name] = nf4_quantize(value)
-        return self.quantised[name].packed
+            return value if self.settings.shard else value.to(self.settings.device)
+        small = self.quantised[name] = self._quantise(model.get_submodule(name.rpartition(".")[0]), value)
+        if small.flat is not None:
+            return small.flat
+        assert small.weight is not None
+        return small.weight.packed
+
+    def _quantise(self, linear: Any, value: Tensor) -> NF4Linear:
+        """Return a linear's weight in 4 bits."""
+        small = NF4Linear(linear.in_features, linear.out_features, False, self.settings.shard)
+        small.set_weight(value.detach().to(self.settings.device))
+        return small
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         for name in self.linears:
             module = name.rpartition(".")[0]
             parent, _, last = module.rpartition(".")
             linear = model.get_submodule(module)
-            small = NF4Linear(linear.in_features, linear.out_features, bias=False)
+            # Not there: made beside one that is not quantised, or missing, which the report says.
+            small = self.quantised.get(name) or self._quantise(linear, linear.weight)
             small.bias = linear.bias
-            if name in self.quantised:
-                small.set_quantized(self.quantised[name])
-            else:  # made beside one that is not quantised, or missing, which the report says
-                small.set_weight(linear.weight.detach().to(self.settings.device))
+            self.settings.checked.add(f"{module}.flat")  # words of codes, which need not be numbers
             setattr(model.get_submodule(parent), last, small)
         # From here on it is a model like any other.
         del model.hf_quantizer, model.config.quantization_config, model.quantization_method

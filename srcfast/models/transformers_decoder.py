@@ -27,6 +27,7 @@ from srcfast.models.fused_modules import fuse_modules
 from srcfast.models.head import Head
 from srcfast.models.lora import LoRALinear
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
+from srcfast.models.sharding import is_sharded
 from srcfast.models.supported import attention_layers
 from srcfast.models.two_way import Ranges, TwoWay
 
@@ -255,6 +256,8 @@ class TransformersDecoder(nn.Module):
                 f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
             )
         hidden = output.last_hidden_state[0]  # [T, D]
+        if is_sharded(self):
+            hidden = hidden.clone()  # FSDP puts hooks on what a module returns, which a view may lose
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         return hidden if rows is None else hidden.index_select(0, rows)

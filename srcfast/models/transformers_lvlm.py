@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.data.images import ImageFile
@@ -28,6 +29,7 @@ from srcfast.models.pretrained import check_runs, load_pretrained, model_class, 
 from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor, placed_image
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
+from srcfast.models.sharding import shard_layers
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
@@ -307,8 +309,11 @@ def load_transformers_lvlm(
     quantize: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    shard: bool = False,
 ) -> TransformersLVLM:
     """Read any image-text-to-text checkpoint of transformers, from safetensors alone and without remote code, frozen.
+
+    With `shard` its layers are sharded over the ranks of this node; each rank reads all weights before it drops the others'.
 
     Raises:
         InputError: transformers can't build it, a tensor is missing, unexpected, misshaped or not finite, or the model is one
@@ -317,10 +322,14 @@ def load_transformers_lvlm(
     model_class(config, path)  # also where a config names no tower: it has to be an LVLM
     check_runs(config, path)
     processor = load_processor(path, config.model_type)
-    model = load_pretrained(AutoModelForImageTextToText, path, config, dtype, device=device, quantize=quantize)
+    shard = shard and distributed.world_size() > 1
+    reading: Any = {"device": device, "quantize": quantize, "shard": shard}
+    model = load_pretrained(AutoModelForImageTextToText, path, config, dtype, **reading)
     model.requires_grad_(False)
     with refusing_other_forms(path, config):
         lvlm = TransformersLVLM(model, processor, path)
+    if shard:
+        shard_layers(lvlm.decoder, device)
     lvlm.to(device)
     lvlm.eval()
     with refusing_other_forms(path, config):
