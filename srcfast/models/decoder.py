@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Norm, projections, optional norms of queries and keys, and rotary embedding; the caller's `attend` does the rest."""
+    """Projections, and norms of queries and keys where the model has them; see `run_attention`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -137,46 +138,15 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        cos: Tensor,
-        sin: Tensor,
-        layer: int,
-        attend: Attend,
-        rows: Tensor | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """Attend from x [T, D] into [T, D], or from its rows [M] alone into [M, D]. `keys` [T] are the decoder's dropout keys."""
-        if rows is None:
-            projected = project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm, keys=keys)
-            query_keys, query_angles = keys, (cos, sin)
-        else:
-            query_keys = None if keys is None else keys[rows]
-            queries = project(x[rows], self.q_proj, norm=norm, keys=query_keys)
-            projected = (*queries, *project(x, self.k_proj, self.v_proj, norm=norm, keys=keys))
-            query_angles = (cos[rows], sin[rows])
-        q, k, v = (
-            values.view(values.shape[0], -1, self.head_dim) for values in projected
-        )  # [M, H, d], [T, Hkv, d] twice
-        q, k = self.q_norm(q), self.k_norm(k)
-        attended = attend(layer, rope(q, *query_angles), rope(k, cos, sin), v).reshape(q.shape[0], -1)  # [M, H * d]
-        return project(attended, self.o_proj, keys=query_keys)[0]
-
 
 class MLP(nn.Module):
-    """Norm and SwiGLU feed-forward."""
+    """SwiGLU feed-forward; see `run_swiglu`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor, norm: RMSNorm, keys: Tensor | None = None) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm, keys=keys)  # [T, F] each
-        return project_swiglu(gate, up, self.down_proj, keys)
 
 
 class Layer(nn.Module):
@@ -199,11 +169,72 @@ class Layer(nn.Module):
         rows: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        attended = self.self_attn(x, self.input_layernorm, cos, sin, layer, attend, rows, keys)
-        if rows is not None:
-            x, keys = x[rows], None if keys is None else keys[rows]
-        x = x + attended
-        return x + self.mlp(x, self.post_attention_layernorm, keys)
+        return run_layer(self, x, cos, sin, partial(attend, layer), rows, keys)
+
+
+# What a layer computes, from any module with its parts by these names: transformers' layers of the same form have them, too.
+
+AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [M, H, d], k and v [T, Hkv, d] -> [M, H, d]
+
+
+def run_layer(
+    layer: Any,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: AttendLayer,
+    rows: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Run a pre-norm block from x [T, D] into [T, D], or its rows [M] alone into [M, D].
+
+    Args:
+        layer: has `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`; norms have `weight` and `eps`.
+        cos, sin: [T, d] each.
+        keys: [T], see `Decoder.dropout_keys`.
+    """
+    attended = run_attention(layer.self_attn, x, layer.input_layernorm, cos, sin, attend, rows, keys)
+    if rows is not None:
+        x, keys = x[rows], None if keys is None else keys[rows]
+    x = x + attended
+    return x + run_swiglu(layer.mlp, x, layer.post_attention_layernorm, keys)
+
+
+def run_attention(
+    attention: Any,
+    x: Tensor,
+    norm: nn.Module | None,
+    cos: Tensor,
+    sin: Tensor,
+    attend: AttendLayer,
+    rows: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Project, norm queries and keys where there are norms for them, rotate, attend and project, as `run_layer`."""
+    if rows is None:
+        projected = project(x, attention.q_proj, attention.k_proj, attention.v_proj, norm=norm, keys=keys)
+        query_keys, query_angles = keys, (cos, sin)
+    else:
+        query_keys = None if keys is None else keys[rows]
+        queries = project(x[rows], attention.q_proj, norm=norm, keys=query_keys)
+        projected = (*queries, *project(x, attention.k_proj, attention.v_proj, norm=norm, keys=keys))
+        query_angles = (cos[rows], sin[rows])
+    q, k, v = (
+        values.view(values.shape[0], -1, attention.head_dim) for values in projected
+    )  # [M, H, d], [T, Hkv, d] twice
+    if getattr(attention, "q_norm", None) is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    attended = attend(rope(q, *query_angles), rope(k, cos, sin), v).reshape(q.shape[0], -1)  # [M, H * d]
+    return project(attended, attention.o_proj, keys=query_keys)[0]
+
+
+def run_swiglu(mlp: Any, x: Tensor, norm: nn.Module | None, keys: Tensor | None = None) -> Tensor:
+    """Compute down(silu(gate(x)) * up(x)) of x [T, D], normed before where there is a norm; gate and up may be stacked."""
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = project(x, mlp.gate_up_proj, norm=norm, keys=keys)[0].chunk(2, dim=-1)
+    else:
+        gate, up = project(x, mlp.gate_proj, mlp.up_proj, norm=norm, keys=keys)  # [T, F] each
+    return project_swiglu(gate, up, mlp.down_proj, keys)
 
 
 class Decoder(nn.Module):
@@ -218,6 +249,7 @@ class Decoder(nn.Module):
 
     inverse_frequencies: Tensor
     plain_layers = True  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
+    is_handwritten = True
     has_states = False  # decoding continues nothing but keys and values
     idle = False  # within a pass that only keeps in step with other ranks
 

@@ -42,6 +42,7 @@ class TransformerDecoder(Protocol):
     dropout_keys: Tensor | None  # [T], set before a forward pass whose adapters drop
     checkpoint_layers: int  # layers a group whose activations the backward pass recomputes; 0: none are recomputed
     plain_layers: bool  # blocks of RMS norms, rotary attention and SwiGLU, as generation's CPU decoder runs them
+    is_handwritten: bool  # `Decoder`; else the general backbone's, which runs code of transformers around its layers
     has_states: bool  # whether decoding continues recurrent layers' states beside keys and values
     idle: bool  # it runs only to keep in step with ranks that have work
 

@@ -7,6 +7,7 @@ builds no mask. Everything else of a layer (norms, rotary positions, gates, expe
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,9 +24,8 @@ from srcfast.attention.forest_attention import Attend
 from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
-from srcfast.models.fused_modules import fuse_modules
+from srcfast.models.fused_modules import Rotary, fuse_modules, is_fused, is_ordinary
 from srcfast.models.head import Head
-from srcfast.models.lora import LoRALinear
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
 from srcfast.models.sharding import is_sharded
 from srcfast.models.supported import attention_layers
@@ -98,7 +98,9 @@ class TransformersDecoder(nn.Module):
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
-    plain_layers = False  # see `Decoder`
+    rotary_emb: nn.Module
+    plain_layers: bool  # see `Decoder`
+    is_handwritten = False
     idle = False  # within a pass that only keeps in step with other ranks
 
     def __init__(self, model: Any) -> None:
@@ -123,7 +125,6 @@ class TransformersDecoder(nn.Module):
                 found=f"{len(self.layers) - len(self.cache_index) - len(recurrent)} of another kind",
                 fix="choose a checkpoint of another family; see docs/models.md",
             )
-        fuse_modules(self.layers)
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
         for layer in self.layers:
             if mixers(layer):
@@ -137,6 +138,35 @@ class TransformersDecoder(nn.Module):
         self.dropout_keys: Tensor | None = None
         self._whole = [model]  # in a list: as a submodule its vision tower would be the decoder's, too
         self.num_axes = _num_axes(model)
+        blocks = fuse_modules(self.layers, self._sample_rotary())
+        # Features of the tower that the model adds behind its first layers, for all rows.
+        deep = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+        self.selects_rows = blocks[-1] is not None and len(deep) < len(
+            self.layers
+        )  # the last layer runs for them alone
+        self.plain_layers = all(
+            options is not None and is_ordinary(options, self.config.head_dim) for options in blocks
+        )
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """Compute cos and sin of positions [T], [T, d] each, of a model with plain layers."""
+        like = torch.empty(1, 1, 1, dtype=dtype, device=positions.device)
+        cos, sin = self.rotary_emb(like, self._by_axes(positions)[..., None, :])
+        return cos[0], sin[0]
+
+    def _sample_rotary(self) -> Rotary | None:
+        """Return cos and sin [1, n, d] of some positions; None where the layers get other ones."""
+        rotary = getattr(self, "rotary_emb", None)
+        if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+            return None
+        weight = self.embed_tokens.weight
+        positions = 7 * torch.arange(6, device=weight.device)
+        cos, sin = rotary(weight[:1][None], self._by_axes(positions)[..., None, :])
+        return (cos, sin) if cos.ndim == 3 else None
+
+    def _by_axes(self, positions: Tensor) -> Tensor:
+        """Return positions [T] or [axes, T] as the model takes them."""
+        return positions.expand(self.num_axes, -1) if self.num_axes and positions.ndim == 1 else positions
 
     def _prepare_training_pass(self) -> None:
         """Hand adapters their rows' dropout keys, and let the layers of all groups but the last save their inputs alone.
@@ -145,13 +175,16 @@ class TransformersDecoder(nn.Module):
         decoder saves one input; but the groups' sizes stand for how many layers are recomputed.
         """
         for module in self.layers.modules():
-            if isinstance(module, LoRALinear):
+            if hasattr(module, "row_keys"):
                 module.row_keys = self.dropout_keys
         count, every = len(self.layers), self.checkpoint_layers
         recomputed = count - (count % every or every) if every else 0
         for index, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = index < recomputed
-            layer._gradient_checkpointing_func = _CHECKPOINT
+            if is_fused(layer):
+                layer.recomputed = index < recomputed
+            else:
+                layer.gradient_checkpointing = index < recomputed
+                layer._gradient_checkpointing_func = _CHECKPOINT
 
     @property
     def cache_config(self) -> BackboneShapes:
@@ -229,9 +262,7 @@ class TransformersDecoder(nn.Module):
         """
         if self.training:  # only then do layers drop and recompute
             self._prepare_training_pass()
-        positions = positions if row.positions is None else row.positions
-        if self.num_axes and positions.ndim == 1:
-            positions = positions.expand(self.num_axes, -1)
+        positions = self._by_axes(positions if row.positions is None else row.positions)
         layers: set[int] = set()
 
         def record(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
@@ -248,6 +279,7 @@ class TransformersDecoder(nn.Module):
             use_cache=False,
             attend=record,
             **({"mix": row.mix} if self.has_states else {}),
+            **({"rows": rows} if self.selects_rows else {}),
             **row.inputs,
         )
         if len(layers) != len(self.cache_index):
@@ -255,12 +287,12 @@ class TransformersDecoder(nn.Module):
                 f"{type(self._whole[0]).__name__}: expected all {len(self.cache_index)} layers to attend through transformers' "
                 f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
             )
-        hidden = output.last_hidden_state[0]  # [T, D]
+        hidden = output.last_hidden_state[0]  # [T, D], or of rows alone
         if is_sharded(self):
             hidden = hidden.clone()  # FSDP puts hooks on what a module returns, which a view may lose
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        return hidden if rows is None else hidden.index_select(0, rows)
+        return hidden if rows is None or self.selects_rows else hidden.index_select(0, rows)
 
 
 def text_model(model: Any) -> Any:

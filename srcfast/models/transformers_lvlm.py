@@ -289,7 +289,8 @@ class TransformersLVLM(ChatModel):
         `features` holds each distinct image's embeddings by its key.
         """
         device_rows = None if rows is None else to_device(rows, forest.token_ids.device)
-        return self.decoder(self.embed(forest, features), forest.positions, forest_attend(forest), device_rows)
+        attend = forest_attend(forest, rows=rows)
+        return self.decoder(self.embed(forest, features), forest.positions, attend, device_rows)
 
 
 def _joined(sizes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
