@@ -257,7 +257,7 @@ class _Decoding:
         embeddings = self.model.embed(forest, self._encoded(prompts))
         if self.states is not None:
             embeddings = self.states.recording(embeddings, forest, slots)
-        hidden = self.step.forward(embeddings, forest.positions, record)
+        hidden = self.step.prefill(embeddings, forest.positions, record)
         self.tokens_run += forest.num_tokens
         logits = self.step.head(hidden[forest.cu_seqlens_q[1:].long() - 1])
         return logits, self.model.decoder.next_positions(forest, embeddings)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.attention.forest_attention import Attend
 from srcfast.generation.cpu_decoder import CPUDecoder, Forward
 from srcfast.generation.kv_cache import SlotCache
 from srcfast.generation.row_states import RowStates
@@ -37,7 +38,11 @@ class DecodingStep:
         fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
         self.forward: Forward = fast or decoder
         self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(_next_logits, decoder)
-        self.embed: Callable[[Tensor], Any] = decoder.embed
+        # Of prompts. Around the general backbone's layers, code of transformers puts images in.
+        self.prefill: Callable[[Any, Tensor, Attend], Tensor] = (
+            partial(fast.run_within, decoder) if fast and not decoder.is_handwritten else self.forward
+        )
+        self.embed: Callable[[Tensor], Any] = fast.embed if fast else decoder.embed
         self.cache, self.sampling = cache, sampling
         # A placeholder in a response would stand for an image that is not there.
         self.excluded: int | None = getattr(model, "image_token_id", None)
