@@ -136,8 +136,8 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     row = forest.tokens * shapes.hidden * width
     layer, last = (layer_bytes(model, forest.tokens, reads) for reads in (forest.inner, forest.last))
     largest = layer
-    handwritten = model.layer_factor == 1.0
-    if not handwritten:
+    plain, grouped = model.layer_factor == 1.0, model.recomputes_groups
+    if not plain:
         attention = model.layer_factor * layer
         mixers = count - shapes.attention_layers
         if mixers and model.mixer_values:
@@ -154,11 +154,11 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     every = checkpoint_every or count
     groups = math.ceil(count / every)
     tail = count - (groups - 1) * every  # layers of the last group, which is not recomputed
-    inputs = shared + (groups - 1) * row if handwritten else shared + (count - tail) * row
-    at_once = every if handwritten else 1  # layers that are recomputed together
+    inputs = shared + (groups - 1) * row if grouped else shared + (count - tail) * row
+    at_once = every if grouped else 1  # layers that are recomputed together
     recomputed = inputs + at_once * largest - row if groups > 1 else 0.0  # the first one's input is counted in `inputs`
     below = inputs + (tail - 1) * layer
-    if groups == 1 and count > 1 and handwritten:
+    if groups == 1 and count > 1 and plain:
         below -= _unsaved_bytes(model, forest)
     return SavedActivations(below + last + head, max(below, recomputed))
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from srcfast.memory.model_sizes import read_headers
 from srcfast.models.checkpoint import read_config
-from srcfast.models.fused_modules import has_fused
+from srcfast.models.fused_modules import Replaced, replaced_in
 from srcfast.models.lvlm import is_handwritten, picks_handwritten
 from srcfast.models.pretrained import check_runs, has_vision, meta_model
 from srcfast.models.processor import typical_image_tokens
@@ -31,14 +31,14 @@ class CheckpointShapes:
         linears: names of the weights of the blocks' linears, where transformers' own layers run; None: hand-written ones do.
         config: transformers'.
         image_tokens: positions of a typical image, where the processor decides them, as it does of all but LLaVA checkpoints.
-        fused: whether transformers' own layers have the fused feed-forwards.
+        replaced: what of transformers' own layers srcfast replaces.
     """
 
     tensors: dict[str, list[int]]
     linears: frozenset[str] | None
     config: Any
     image_tokens: int | None = None
-    fused: bool = True
+    replaced: Replaced = "nothing"
 
 
 def checkpoint_shapes(path: str | Path, backbone: str) -> CheckpointShapes:
@@ -67,7 +67,7 @@ def checkpoint_shapes(path: str | Path, backbone: str) -> CheckpointShapes:
     linears = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in blocks)
     # Of LLaVA checkpoints whose text model the hand-written decoder has, config.json decides it.
     tokens = typical_image_tokens(path, config) if vision and not is_handwritten(config) else None
-    return CheckpointShapes(_shapes(model), linears, config, tokens, has_fused(layers))
+    return CheckpointShapes(_shapes(model), linears, config, tokens, replaced_in(layers))
 
 
 def _handwritten_tensors(config: Any, path: Path) -> dict[str, list[int]]:

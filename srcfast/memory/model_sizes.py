@@ -16,7 +16,7 @@ from torch import nn
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import ConfigError, InputError
-from srcfast.models.fused_modules import has_fused
+from srcfast.models.fused_modules import Replaced, replaced_in
 from srcfast.models.lora import has_stacked_experts, target_names
 from srcfast.models.protocols import HasDecoder
 from srcfast.models.quantized import plain_linears
@@ -32,9 +32,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # allocator's fragmentation.
 USABLE = 0.9
 NF4_BLOCKSIZE = 64
-# Of transformers' own layers, by whether their feed-forwards are the fused ones: 1.17 to 1.31 was measured with (docs/models.md),
-# 1.8 to 2.1 without (Gemma 3, LFM2).
-LAYER_FACTORS = {True: 1.4, False: 2.2}
+# Of transformers' own layers, by what of them srcfast replaces (docs/models.md): 1.00 was measured of whole blocks, 1.2 to 1.6 of
+# feed-forwards, 1.8 to 2.1 of neither (Gemma 3, LFM2).
+LAYER_FACTORS: dict[Replaced, float] = {"blocks": 1.0, "feed-forwards": 1.6, "nothing": 2.2}
 HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
 _limit: int | None = None
 
@@ -200,6 +200,7 @@ class ModelSizes:
         waiting_bytes: weights that are on the device only while images are encoded.
         trained: number of the base's weights that are trained.
         layer_factor: what a layer saves for backward, of what a hand-written one does, a recurrent mixer left out.
+        recomputes_groups: whether the layers of a group are recomputed together, as the hand-written decoder's; else one by one.
         gathered_bytes: of sharded layers, the bytes that are gathered at once while they compute.
         state_bytes: of recurrent layers, the states of one sequence.
         mixer_values: of a recurrent layer, the width of its values.
@@ -216,6 +217,7 @@ class ModelSizes:
     waiting_bytes: float = 0.0
     trained: int = 0
     layer_factor: float = 1.0
+    recomputes_groups: bool = True
     gathered_bytes: float = 0.0
     state_bytes: float = 0.0
     mixer_values: int = 0
@@ -260,7 +262,7 @@ class ModelSizes:
         embedding = decoder.embed_tokens.weight
         lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
         vision = getattr(model, "vision", None)
-        general: Any = None if decoder.plain_layers else decoder
+        general: Any = None if decoder.is_handwritten else decoder
         if general is None:
             shapes = Shapes.of(decoder.config)
         else:
@@ -278,7 +280,8 @@ class ModelSizes:
             vision=None if vision is None else VisionSizes.of(vision.config, vision.typical_tokens),
             waiting_bytes=round(waiting),
             trained=trained,
-            layer_factor=1.0 if general is None else LAYER_FACTORS[has_fused(general.layers)],
+            layer_factor=1.0 if general is None else LAYER_FACTORS[replaced_in(general.layers)],
+            recomputes_groups=general is None,
             gathered_bytes=gathered_bytes(decoder),
             state_bytes=0.0 if general is None else _state_bytes(general.text_config, embedding.element_size()),
             mixer_values=0 if general is None else value_width(general.text_config),
@@ -298,7 +301,7 @@ class ModelSizes:
         ranks: int = 1,
         image_tokens: int | None = None,
         linears: Collection[str] | None = None,
-        fused: bool = True,
+        replaced: Replaced = "nothing",
     ) -> ModelSizes:
         """Count from a checkpoint's tensors (name -> shape, as Hugging Face names them) and its transformers config.
 
@@ -312,7 +315,7 @@ class ModelSizes:
             image_tokens: see `VisionSizes.of`.
             linears: names of the weights of the blocks' linears, where transformers' own layers run; None: the hand-written
                 ones run.
-            fused: whether the feed-forwards of transformers' own layers are the fused ones.
+            replaced: what of transformers' own layers srcfast replaces.
         """
         general = linears is not None
         if linears is None:
@@ -353,7 +356,8 @@ class ModelSizes:
             quantisation_bytes=round(scales),
             lora=None if lora is None else LoRASizes(lora.r, targets, lora.dropout, adapter),
             vision=VisionSizes.of(config, image_tokens),
-            layer_factor=LAYER_FACTORS[fused] if general else 1.0,
+            layer_factor=LAYER_FACTORS[replaced] if general else 1.0,
+            recomputes_groups=not general,
             waiting_bytes=round(waiting),
             gathered_bytes=GATHERED_LAYERS * layer_bytes / shapes.layers if ranks > 1 else 0.0,
             state_bytes=0.0 if text is None else _state_bytes(text, width),

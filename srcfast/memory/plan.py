@@ -67,7 +67,7 @@ def policy_sizes(config: Config) -> ModelSizes:
         shapes.config,
         image_tokens=shapes.image_tokens,
         linears=shapes.linears,
-        fused=shapes.fused,
+        replaced=shapes.replaced,
         dtype=config.model.dtype,
         device_type=torch.device(config.model.device).type,
         quantize=config.model.quantize,
@@ -95,7 +95,7 @@ def scorer_sizes(config: Config) -> ModelSizes:
         shapes.tensors,
         shapes.config,
         linears=shapes.linears,
-        fused=shapes.fused,
+        replaced=shapes.replaced,
         dtype=config.scorer.dtype,
         device_type=device,
     )

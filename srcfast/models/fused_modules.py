@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ IGNORED = {"attend", "dropout", "position_ids"}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 Options = Mapping[str, Any]
+Replaced = Literal["blocks", "feed-forwards", "nothing"]
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -74,9 +75,11 @@ def is_ordinary(options: Options, head_dim: int) -> bool:
     return not any(others) and (scaling is None or math.isclose(scaling, head_dim**-0.5))
 
 
-def has_fused(layers: nn.ModuleList) -> bool:
-    """Return whether a model's layers have feed-forwards that are replaced."""
-    return any(is_swiglu(module) for module in layers.modules())
+def replaced_in(layers: nn.ModuleList) -> Replaced:
+    """Return what `fuse_modules` replaces in layers, norms left out, as far as their parts tell: weights may take no memory."""
+    if all(_has_parts_of_block(layer) for layer in layers):
+        return "blocks"
+    return "feed-forwards" if any(_has_parts_of_swiglu(module) for module in layers.modules()) else "nothing"
 
 
 @contextmanager
@@ -95,15 +98,28 @@ def ordinary_modules(layers: nn.ModuleList) -> Iterator[None]:
 # What modules are -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def is_swiglu(module: Any) -> bool:
-    """Return whether a module is down(silu(gate(x)) * up(x)), gate and up apart or stacked, by its parts and random numbers."""
+def _has_parts_of_swiglu(module: Any) -> bool:
     parts = dict(module.named_children())
     linears = {name for name, part in parts.items() if isinstance(part, nn.Linear | NF4Linear)}
     activations = [type(part).__name__ for name, part in parts.items() if name not in linears]
-    if linears not in GATED or activations not in (["SiLU"], ["SiLUActivation"]):
+    return linears in GATED and activations in (["SiLU"], ["SiLUActivation"])
+
+
+def _has_parts_of_block(layer: Any) -> bool:
+    parts = dict(layer.named_children())
+    return (
+        parts.keys() == BLOCK
+        and PROJECTIONS <= {name for name, _ in parts["self_attn"].named_children()}
+        and _has_parts_of_swiglu(parts["mlp"])
+    )
+
+
+@torch.no_grad()
+def is_swiglu(module: Any) -> bool:
+    """Return whether a module is down(silu(gate(x)) * up(x)), gate and up apart or stacked, by its parts and random numbers."""
+    if not _has_parts_of_swiglu(module):
         return False
-    x = _random_rows(module.gate_up_proj if "gate_up_proj" in linears else module.gate_proj, 6)
+    x = _random_rows(module.gate_up_proj if hasattr(module, "gate_up_proj") else module.gate_proj, 6)
     return _is_close(run_swiglu(module, x, None), module(x))
 
 
