@@ -19,5 +19,8 @@ BENCHMARKS = (
 # Whole stages, in the order of a calibration.
 STAGES = ("rationale_step", "candidates", "judging", "dpo_step")
 
+# Stages of a model on the general backbone; on a CPU alone.
+GENERAL_STAGES = ("qwen3_vl_candidates", "qwen3_vl_dpo_step")
+
 # What no device has a part in.
 HOST = ("growth",)

@@ -20,9 +20,9 @@ from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.random_models import (
     LLAVA_7B,
     SMALL,
+    SMALL_QWEN3_VL,
     ModelShape,
     processor_of,
-    shape_of,
     write_model,
     write_records,
 )
@@ -38,6 +38,7 @@ SHAPES: dict[str, list[Shape]] = {
 }
 MODELS: dict[str, ModelShape] = {
     "5M": replace(SMALL, end_probability=1 / 40, stop_probability=1 / 12),
+    "Qwen3-VL 6M": replace(SMALL_QWEN3_VL, end_probability=1 / 40, stop_probability=1 / 12),
     "7B": replace(LLAVA_7B, end_probability=1 / 160, stop_probability=1 / 20),
 }
 ROUNDS = 3  # each with draws of its own; the first, of some prompts, warms up
@@ -137,11 +138,11 @@ def _srcfast(
 def transformers(shape: Shape, folder: Path, device: str, watch: Watch, *, at_once: int = 64) -> None:
     """`generate` on batches of `at_once` prompts, each with all of its candidates."""
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText
 
     samples = read_samples(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
-    processor = processor_of(shape_of(folder / "model"), tokenizer)
+    processor = processor_of(folder / "model", padding_side="left")
+    tokenizer = processor.tokenizer
     model = AutoModelForImageTextToText.from_pretrained(
         folder / "model", dtype=getattr(torch, shape["dtype"]), device_map=device
     ).eval()

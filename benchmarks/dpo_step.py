@@ -22,9 +22,9 @@ from srcfast_benchmarks.harness import Shape
 from srcfast_benchmarks.random_models import (
     LLAVA_7B,
     SMALL,
+    SMALL_QWEN3_VL,
     ModelShape,
     processor_of,
-    shape_of,
     write_model,
     write_records,
 )
@@ -49,9 +49,10 @@ SHAPES: dict[str, list[Shape]] = {
         for quantize in ("nf4", "none")
     ],
 }
-MODELS: dict[str, ModelShape] = {"5M": SMALL, "7B": LLAVA_7B}
-RESPONSES = {"5M": (9, 59), "7B": (127, 255)}  # words; a token each, and one for the end
-BUDGETS = {"5M": 16384, "7B": 8192}  # tokens of a forest
+MODELS: dict[str, ModelShape] = {"5M": SMALL, "Qwen3-VL 6M": SMALL_QWEN3_VL, "7B": LLAVA_7B}
+SHORT, LONG = (9, 59), (127, 255)
+RESPONSES = {"5M": SHORT, "Qwen3-VL 6M": SHORT, "7B": LONG}  # words; a token each, and one for the end
+BUDGETS = {"5M": 16384, "Qwen3-VL 6M": 16384, "7B": 8192}  # tokens of a forest
 GPU_MICRO_BATCH = 4  # of TRL: pairs that fit an 80 GB card
 
 
@@ -173,7 +174,7 @@ def trl_trainer(
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForImageTextToText, TrainerCallback
 
     class Laps(TrainerCallback):
         tokens = 0
@@ -222,7 +223,7 @@ def trl_trainer(
             **options,
         ),
         train_dataset=datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image())),
-        processing_class=processor_of(shape_of(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")),
+        processing_class=processor_of(folder / "model"),
         peft_config=LoraConfig(
             r=shape["r"],
             lora_alpha=2 * shape["r"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
@@ -26,10 +27,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from srcfast.data.jsonl import write_jsonl
 from srcfast.data.records import Preference, Sample
+from srcfast.models.processor import load_processor
 from srcfast.recipes.base_checkpoint import train_tokenizer
 
 CONSTANT = 1.0  # what the held dimension of the residual stream is, and
@@ -43,11 +48,19 @@ CHAT_TEMPLATE = (
     "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+# Qwen3-VL's own, by transformers' name in its config; taken from the unused tokens of the vocabulary.
+QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A LLaVA-1.5, or without `image_size` a Llama. `deviation` is that of the random weights."""
+    """A LLaVA-1.5, or without `image_size` a Llama, or a Qwen3-VL. `deviation` is that of the random weights."""
 
     hidden_size: int
     intermediate_size: int
@@ -63,10 +76,13 @@ class ModelShape:
     stop_probability: float = 0.0  # of a full stop, a token
     dtype: str = "float32"
     kv_heads: int = 0  # of keys and values; 0: as many as of queries
+    family: str = "llava"  # or qwen3_vl, which makes one position of four patches
 
 
 # 64 image tokens, five million parameters: what two cores can train.
 SMALL = ModelShape(256, 688, 4, 8, 2048, image_size=64, patch_size=8)
+# As Qwen3-VL-4B and 8B: four heads of queries to one of keys, features of three layers of the tower added to the first layers.
+SMALL_QWEN3_VL = ModelShape(256, 688, 4, 8, 2048, image_size=128, patch_size=8, kv_heads=2, family="qwen3_vl")
 SMALL_JUDGE = ModelShape(256, 688, 4, 8, 2048)
 LLAVA_7B = ModelShape(4096, 11008, 32, 32, 32064, 336, 14, 1024, 24, deviation=0.02, dtype="bfloat16")
 JUDGE_1B = ModelShape(2048, 5632, 22, 32, 32064, deviation=0.02, dtype="bfloat16")
@@ -80,7 +96,7 @@ def write_model(directory: Path, shape: ModelShape, device: str = "cpu", seed: i
     if done.is_file() and json.loads(done.read_text()) == asdict(shape):
         return directory
     torch.manual_seed(seed)
-    tokenizer = word_tokenizer(shape.vocabulary)
+    tokenizer = word_tokenizer(shape.vocabulary, tuple(QWEN_TOKENS.values()) if shape.family == "qwen3_vl" else ())
     model = build_model(shape, tokenizer, device)
     decoder = model.model.language_model if shape.image_size else model.model
     _hold_a_dimension(decoder, model, tokenizer, shape)
@@ -92,31 +108,39 @@ def write_model(directory: Path, shape: ModelShape, device: str = "cpu", seed: i
 
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, device: str) -> Any:
     """A model of transformers of this shape, with the weights that transformers starts from (none on the device "meta")."""
-    text = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads or shape.heads,
-        max_position_embeddings=4096,
-        initializer_range=shape.deviation,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
+    text: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads or shape.heads,
+        "max_position_embeddings": 4096,
+        "initializer_range": shape.deviation,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
     with torch.device(device):
+        if shape.family == "qwen3_vl":
+            return Qwen3VLForConditionalGeneration(_qwen3_vl(shape, text, tokenizer))
         if shape.image_size:
-            return LlavaForConditionalGeneration(_llava(shape, text, tokenizer))
-        return LlamaForCausalLM(text)
+            return LlavaForConditionalGeneration(_llava(shape, LlamaConfig(**text), tokenizer))
+        return LlamaForCausalLM(LlamaConfig(**text))
 
 
 def write_companions(directory: Path, shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the files of the tokenizer and of the image processor."""
-    if shape.image_size:
+    if shape.family == "qwen3_vl":
+        tokenizer.chat_template = QWEN_TEMPLATE
+        pixels = shape.image_size**2
+        Qwen2VLImageProcessorPil(
+            patch_size=shape.patch_size, merge_size=2, size={"shortest_edge": pixels, "longest_edge": pixels}
+        ).save_pretrained(directory)
+    elif shape.image_size:
         tokenizer.chat_template = CHAT_TEMPLATE
-        processor_of(shape, tokenizer).save_pretrained(directory)
+        _llava_processor(shape, tokenizer).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -125,8 +149,18 @@ def shape_of(directory: Path) -> ModelShape:
     return ModelShape(**json.loads((directory / "shape.json").read_text()))
 
 
-def processor_of(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """What transformers and TRL take texts and images through."""
+def processor_of(directory: Path, *, padding_side: str = "right") -> Any:
+    """The processor of a checkpoint that `write_model` wrote, which transformers and TRL take texts and images through."""
+    shape = shape_of(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=padding_side)
+    if shape.family != "qwen3_vl":
+        return _llava_processor(shape, tokenizer)
+    processor = load_processor(directory, shape.family)  # without its part for videos, which needs torchvision
+    processor.tokenizer = tokenizer
+    return processor
+
+
+def _llava_processor(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     size = {"height": shape.image_size, "width": shape.image_size}
     return LlavaProcessor(
         CLIPImageProcessorPil(size=size, crop_size=size, resample=3),
@@ -158,11 +192,43 @@ def _llava(shape: ModelShape, text: LlamaConfig, tokenizer: PreTrainedTokenizerF
     )
 
 
+def _qwen3_vl(shape: ModelShape, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    sections = shape.hidden_size // shape.heads // 2  # of time, height and width, which share out half of a head
+    width = height = sections // 3
+    return Qwen3VLConfig(
+        text_config=text
+        | {
+            "head_dim": shape.hidden_size // shape.heads,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [sections - height - width, height, width],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "hidden_size": shape.vision_hidden_size,
+            "intermediate_size": 4 * shape.vision_hidden_size,
+            "out_hidden_size": shape.hidden_size,
+            "depth": shape.vision_layers,
+            "num_heads": shape.vision_hidden_size // 64,
+            "patch_size": shape.patch_size,
+            "num_position_embeddings": (shape.image_size // shape.patch_size) ** 2,
+            "deepstack_visual_indexes": list(range(min(3, shape.vision_layers, shape.layers))),
+        },
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()},
+    )
+
+
 @torch.no_grad()
 def _hold_a_dimension(decoder: Any, model: Any, tokenizer: PreTrainedTokenizerFast, shape: ModelShape) -> None:
     """Dimension 0 is CONSTANT at every position and after every layer; the head's column there biases the logits."""
     decoder.embed_tokens.weight[:, 0] = CONSTANT
-    if shape.image_size:
+    if shape.family == "qwen3_vl":
+        visual = model.model.visual
+        for merger, value in ((visual.merger, CONSTANT), *((one, 0.0) for one in visual.deepstack_merger_list)):
+            merger.linear_fc2.weight[0], merger.linear_fc2.bias[0] = 0.0, value
+    elif shape.image_size:
         model.model.multi_modal_projector.linear_2.weight[0] = 0.0
         model.model.multi_modal_projector.linear_2.bias[0] = CONSTANT
     for layer in decoder.layers:
@@ -184,7 +250,8 @@ def bias_head(head: torch.Tensor, tokenizer: PreTrainedTokenizerFast, shape: Mod
         if chance:
             head[token, 1:] = 0.0
             head[token, 0] = (math.log(chance * shape.vocabulary) + spread) / GAIN
-    for token in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<image>")):
+    special = tokenizer.convert_tokens_to_ids(["<image>", *QWEN_TOKENS.values()])
+    for token in (tokenizer.pad_token_id, tokenizer.bos_token_id, *(token for token in special if token is not None)):
         head[token] = 0.0
         head[token, 0] = -30.0 / GAIN  # never written
 
@@ -193,13 +260,16 @@ def _stop(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer("a.", add_special_tokens=False).input_ids[-1]
 
 
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Words of two or three syllables, each a single token, to fill a vocabulary of this size."""
+def word_tokenizer(vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Words of two or three syllables, each a single token, to fill a vocabulary of this size, and further special tokens."""
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = sorted({"".join(rng.choice(syllables, rng.integers(2, 4))) for _ in range(2 * vocabulary)})
     grades = " 1 2 3 4 5" * vocabulary  # so often that each is a token: a judge's verdicts
-    tokenizer = train_tokenizer((f"{' '.join(rng.permutation(words))}.{grades}" for _ in range(3)), vocabulary - 8)
+    tokenizer = train_tokenizer(
+        (f"{' '.join(rng.permutation(words))}.{grades}" for _ in range(3)), vocabulary - 8 - len(special)
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     fill = vocabulary - len(tokenizer)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(fill)])
     return tokenizer

@@ -24,7 +24,7 @@ from srcfast.report.page import write_report
 from srcfast.run.lock import lock_directory
 from srcfast.stages.curation import curate as curate_pairs
 from srcfast.world.samples import world_samples
-from srcfast_benchmarks import BENCHMARKS, HOST, STAGES
+from srcfast_benchmarks import BENCHMARKS, GENERAL_STAGES, HOST, STAGES
 
 
 def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
@@ -100,14 +100,15 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
 
     Results go to `output`; by default to benchmarks/results of a source tree, else to `benchmarks` in the working directory.
     """
-    known = (*STAGES, *BENCHMARKS, *HOST)
+    known = (*STAGES, *GENERAL_STAGES, *BENCHMARKS, *HOST)
     if name is not None and name not in known:
         raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     output = output or (results if results.is_dir() else Path("benchmarks"))
-    options = ["--output", str(output)] + ([] if device is None else ["--device", device])
     failed = []
     for benchmark in (name,) if name else known:
+        on = "cpu" if benchmark in GENERAL_STAGES else device
+        options = ["--output", str(output)] + ([] if on is None else ["--device", on])
         if subprocess.run([sys.executable, "-m", f"srcfast_benchmarks.{benchmark}", *options]).returncode:
             failed.append(benchmark)
     if failed:

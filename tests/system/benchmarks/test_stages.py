@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from srcfast_benchmarks import STAGES, random_models, stage_harness
-from srcfast_benchmarks.random_models import SMALL, SMALL_JUDGE, ModelShape, words_of, write_model, write_records
+from srcfast_benchmarks import GENERAL_STAGES, STAGES, random_models, stage_harness
+from srcfast_benchmarks.random_models import (
+    SMALL,
+    SMALL_JUDGE,
+    SMALL_QWEN3_VL,
+    ModelShape,
+    words_of,
+    write_model,
+    write_records,
+)
 from srcfast_benchmarks.stage_harness import StageBenchmark, Watch
 
 FOLDER = Path(stage_harness.__file__).parent
@@ -33,24 +41,31 @@ def benchmark_of(name: str) -> StageBenchmark:
 
 
 def test_every_stage_is_listed_and_names_its_file() -> None:
-    files = {file.stem for file in FOLDER.glob("*.py") if "StageBenchmark(\n" in file.read_text(encoding="utf-8")}
+    files = {
+        file.stem
+        for file in FOLDER.glob("*.py")
+        if "\nBENCHMARK = StageBenchmark(\n" in file.read_text(encoding="utf-8")
+    }
     assert files == set(STAGES)
-    for name in STAGES:
+    assert {file.stem for file in FOLDER.glob("qwen3_vl_*.py")} == set(GENERAL_STAGES)
+    for name in (*STAGES, *GENERAL_STAGES):
         benchmark = benchmark_of(name)
-        assert benchmark.name == name and set(benchmark.shapes) == {"cpu", "cuda"}
+        assert benchmark.name == name and set(benchmark.shapes) == ({"cpu", "cuda"} if name in STAGES else {"cpu"})
         assert benchmark.headline in benchmark.implementations and benchmark.headline.startswith("srcfast")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, *GENERAL_STAGES])
 def test_all_ways_do_the_same_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and verdicts agree with the first implementation's; candidates can't, but as many are asked for."""
     pytest.importorskip("trl")
-    module = importlib.import_module(f"srcfast_benchmarks.{name}")
-    shared = importlib.import_module("srcfast_benchmarks.dpo_step") if name == "rationale_step" else module
-    small = replace(SMALL_JUDGE, **TINY) if name == "judging" else TINY_LVLM  # type: ignore[arg-type]
-    monkeypatch.setitem(shared.MODELS, "5M", small)
-    shape = {"model": "5M", "dtype": "float32", **SHAPES[name]}
+    stage = name.removeprefix("qwen3_vl_")
+    shared = importlib.import_module(f"srcfast_benchmarks.{'dpo_step' if name == 'rationale_step' else stage}")
+    tiny: dict[str, ModelShape] = {name: replace(SMALL_QWEN3_VL, **TINY, kv_heads=1) for name in GENERAL_STAGES}  # type: ignore[arg-type]
+    small = replace(SMALL_JUDGE, **TINY) if name == "judging" else tiny.get(name, TINY_LVLM)  # type: ignore[arg-type]
+    model = benchmark_of(name).shapes["cpu"][0]["model"]
+    monkeypatch.setitem(shared.MODELS, model, small)
+    shape = {"model": model, "dtype": "float32", **SHAPES[stage]}
     benchmark = benchmark_of(name)
     benchmark.prepare(shape, tmp_path, "cpu")
     found: dict[str, Watch] = {}
