@@ -10,7 +10,7 @@ from dataclasses import replace
 from srcfast_benchmarks import dpo_step
 from srcfast_benchmarks.stage_harness import main
 
-SHAPES = {"cpu": [shape | {"model": "Qwen3-VL 6M"} for shape in dpo_step.SHAPES["cpu"]]}
+SHAPES = {"cpu": [shape | {"model": "Qwen3-VL 6M", "steps": 8} for shape in dpo_step.SHAPES["cpu"]]}
 BENCHMARK = replace(dpo_step.BENCHMARK, name="qwen3_vl_dpo_step", shapes=SHAPES)
 
 if __name__ == "__main__":
