@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
-from srcfast.run.launch import read_launch
+from srcfast.launch import read_launch
 
 Result = TypeVar("Result")
 

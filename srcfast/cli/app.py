@@ -21,9 +21,9 @@ from typer.core import TyperGroup
 
 from srcfast import __version__
 from srcfast.errors import ConfigError, InputError, Interrupted, SrcfastError, printable
+from srcfast.launch import read_launch
 from srcfast.memory.allocator import allocator_variables
 from srcfast.run import signals
-from srcfast.run.launch import read_launch
 
 if TYPE_CHECKING:
     from srcfast.cli.inputs import Source

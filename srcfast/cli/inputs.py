@@ -19,7 +19,7 @@ from srcfast.data.jsonl import read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
-from srcfast.run.launch import read_launch
+from srcfast.launch import read_launch
 from srcfast.run.lock import lock_directory
 from srcfast.stages.datasets import read_training_samples, training_sets
 

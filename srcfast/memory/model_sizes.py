@@ -263,14 +263,8 @@ class ModelSizes:
         lora = LoRASizes(max(ranks), tuple(sorted(targets)), max(dropouts), adapter) if ranks else None
         vision = getattr(model, "vision", None)
         general: Any = None if decoder.is_handwritten else decoder
-        if general is None:
-            shapes = Shapes.of(decoder.config)
-        else:
-            linears = sum(linear.in_features * linear.out_features for linear in plain_linears(general.layers))
-            names = [name for name, _ in general.named_parameters()]
-            shapes = _general_shapes(general.text_config, names, linears, parameters.get("experts", 0))
         return cls(
-            shapes=shapes,
+            shapes=decoder_shapes(decoder),
             device_type=device_type or embedding.device.type,
             dtype_bytes=embedding.element_size(),
             parameters=parameters,
@@ -363,6 +357,16 @@ class ModelSizes:
             state_bytes=0.0 if text is None else _state_bytes(text, width),
             mixer_values=0 if text is None else value_width(text),
         )
+
+
+def decoder_shapes(decoder: Any) -> Shapes:
+    """Read the sizes of a decoder in memory."""
+    if decoder.is_handwritten:
+        return Shapes.of(decoder.config)
+    counts = {name: parameter.numel() for name, parameter in decoder.named_parameters() if ".lora_" not in name}
+    linears = sum(linear.in_features * linear.out_features for linear in plain_linears(decoder.layers))
+    experts = sum(count for name, count in counts.items() if part_of(name) == "experts")
+    return _general_shapes(decoder.text_config, counts, linears, experts)
 
 
 def _general_shapes(text_config: Any, parameters: Iterable[str], linears: int, experts: int) -> Shapes:

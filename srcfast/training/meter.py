@@ -10,7 +10,7 @@ import torch
 
 from srcfast.data.forest import Forest
 from srcfast.memory.flops import attended_in, peak_flops, training_flops
-from srcfast.memory.model_sizes import Shapes
+from srcfast.memory.model_sizes import decoder_shapes
 from srcfast.models.protocols import HasDecoder
 from srcfast.run.progress import peak_rss_bytes
 
@@ -39,8 +39,7 @@ class StepMeter:
         self.adapter_parameters = adapters + base // 3
         self.head_rows = head_rows
         self.device = weights[0][1].device
-        config = getattr(model.decoder, "config", None)
-        self.shapes = None if config is None else Shapes.of(config)
+        self.shapes = decoder_shapes(model.decoder) if hasattr(model.decoder, "config") else None
         with torch.random.fork_rng(
             [self.device] if self.device.type == "cuda" else []
         ):  # a measured rate draws random numbers

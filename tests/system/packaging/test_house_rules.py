@@ -15,6 +15,7 @@ FLOORS = (
     "errors",
     "srcfast_kernels",
     "units",
+    "launch",
     "distributed",
     "data",
     "config",
@@ -39,7 +40,7 @@ ALLOWED = {room: set(FLOORS[:floor]) for floor, room in enumerate(FLOORS)} | {
 # Rooms that need less than all that lies below them.
 ALLOWED |= {
     "srcfast_kernels": set(),
-    "distributed": {"errors"},
+    "distributed": {"errors", "launch"},
     "attention": {"errors", "srcfast_kernels", "data"},
     "world": {"errors", "data"},
     "__main__": {"cli"},

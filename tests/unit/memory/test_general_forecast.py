@@ -23,9 +23,10 @@ from srcfast.generation.decode import Prompt
 from srcfast.generation.generate import sample_responses
 from srcfast.generation.row_states import RowStates
 from srcfast.memory.activations import ForestSizes, activation_bytes
+from srcfast.memory.flops import forward_flops
 from srcfast.memory.forecast import forecast_training
 from srcfast.memory.measure import SavedTensors
-from srcfast.memory.model_sizes import LAYER_FACTORS, ModelSizes
+from srcfast.memory.model_sizes import LAYER_FACTORS, ModelSizes, decoder_shapes
 from srcfast.memory.plan import forecast_stage, policy_sizes
 from srcfast.models import load_lvlm
 from srcfast.models.lora import add_lora
@@ -161,3 +162,19 @@ def test_layers_of_published_models_save_and_peak_at_most_as_forecast(
         forecast = forecast_training(sizes, counts, checkpoint_every=every)
         # 0.72 to 1.02 measured. Where most is computed again, what a single layer takes for a moment shows, too.
         assert 0.6 < live.peak / (forecast.activations + forecast.workspace) < 1.2
+
+
+def test_work_is_counted_by_the_linears_that_are_there_and_the_layers_that_attend() -> None:
+    counts = {}
+    for name in ("Qwen2.5-VL-7B", "Qwen3.5-4B"):
+        model = ShrunkLVLM(name, torch.float32)
+        counts[name] = decoder_shapes(model.decoder)
+        linears = [part for part in model.decoder.layers.modules() if isinstance(part, torch.nn.Linear)]
+        assert counts[name].linear_weights == sum(linear.weight.numel() for linear in linears)
+    plain = counts["Qwen2.5-VL-7B"]
+    assert plain.linear_weights == replace(plain, block_weights=None).linear_weights  # q, k, v, o; gate, up, down
+    # Three of four layers are recurrent. Without tokens and rows of the head only attention's part is counted.
+    hybrid = counts["Qwen3.5-4B"]
+    assert (hybrid.layers, hybrid.attention_layers) == (8, 2)
+    attention = [forward_flops(shapes, 0, 100, 0) for shapes in (hybrid, replace(hybrid, kv_layers=None))]
+    assert 4 * attention[0] == attention[1] > 0

@@ -15,7 +15,7 @@ import torch
 from srcfast import distributed
 from srcfast.config.load import load_config
 from srcfast.errors import ConfigError
-from srcfast.run.launch import Launch, read_launch
+from srcfast.launch import Launch, read_launch
 
 TORCHRUN = {
     "RANK": "3",
