@@ -265,7 +265,10 @@ class TransformersDecoder(nn.Module):
         positions = self._by_axes(positions if row.positions is None else row.positions)
         layers: set[int] = set()
 
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+        # Without options, the CPU's decoder calls it: its layers have none.
+        def record(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+        ) -> Tensor:
             layers.add(layer)
             if self.two_way is not None:
                 options = self.two_way.options(row.two_way, window, softcap)
