@@ -20,10 +20,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from srcfast.models.decoder import AttendLayer, run_attention, run_layer, run_swiglu
+from srcfast.models.lora import LoRALinear
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import rms_norm
 
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+LINEARS = (nn.Linear, NF4Linear, LoRALinear)
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 OPTIONS = {"scaling", "sliding_window", "softcap"}  # that plain attention passes on beside queries, keys and values
@@ -100,7 +102,7 @@ def ordinary_modules(layers: nn.ModuleList) -> Iterator[None]:
 
 def _has_parts_of_swiglu(module: Any) -> bool:
     parts = dict(module.named_children())
-    linears = {name for name, part in parts.items() if isinstance(part, nn.Linear | NF4Linear)}
+    linears = {name for name, part in parts.items() if isinstance(part, LINEARS)}
     activations = [type(part).__name__ for name, part in parts.items() if name not in linears]
     return linears in GATED and activations in (["SiLU"], ["SiLUActivation"])
 
@@ -150,7 +152,7 @@ def plain_attention_options(attention: Any, rotary: Rotary) -> Options | None:
     norms = parts.keys() - PROJECTIONS
     if (
         not PROJECTIONS <= parts.keys()
-        or not all(isinstance(parts[name], nn.Linear | NF4Linear) for name in PROJECTIONS)
+        or not all(isinstance(parts[name], LINEARS) for name in PROJECTIONS)
         or norms not in (set(), {"q_norm", "k_norm"})
         or list(attention.parameters(recurse=False))
         or not hasattr(attention, "config")

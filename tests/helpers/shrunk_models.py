@@ -69,4 +69,4 @@ class ShrunkLVLM(nn.Module):
         self.decoder = TransformersDecoder(shrunk_model(name).to(dtype))
 
     def forward(self, forest: Forest, rows: torch.Tensor | None = None) -> torch.Tensor:
-        return self.decoder(self.decoder.embed_forest(forest), forest.positions, forest_attend(forest), rows)
+        return self.decoder(self.decoder.embed_forest(forest), forest.positions, forest_attend(forest, rows=rows), rows)

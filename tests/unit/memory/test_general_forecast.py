@@ -90,14 +90,16 @@ def test_a_config_says_the_same_as_the_loaded_model(name: str, quantize: str, di
 
 
 def test_the_setting_of_the_backbone_is_what_the_forecast_counts_with(directory: Any) -> None:
-    """LLaVA runs on both: transformers' layers save more, and a pass over them takes it."""
-    peaks, factors = {}, {}
+    """LLaVA runs on both: transformers' layers are recomputed one by one, and each saves its input."""
+    peaks, groups = {}, {}
     for backbone in ("auto", "handwritten", "transformers"):
         config = settings(directory("llava_llama"), f"model.backbone={backbone}")
         peaks[backbone] = forecast_stage(config, "dpo", memory=1 << 30).activations
-        factors[backbone] = policy_sizes(config).layer_factor
-    assert factors == {"auto": 1.0, "handwritten": 1.0, "transformers": LAYER_FACTORS[True]}
-    assert peaks["auto"] == peaks["handwritten"] < 0.8 * peaks["transformers"]
+        sizes = policy_sizes(config)
+        groups[backbone] = sizes.recomputes_groups
+        assert sizes.layer_factor == LAYER_FACTORS["blocks"] == 1.0
+    assert groups == {"auto": True, "handwritten": True, "transformers": False}
+    assert peaks["auto"] == peaks["handwritten"] <= peaks["transformers"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])

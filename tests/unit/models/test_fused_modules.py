@@ -22,8 +22,9 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.logit_rows import response_logit_rows
 from srcfast.generation.cpu_decoder import ROWS, CPUDecoder
 from srcfast.memory.activations import ForestSizes, activation_bytes
+from srcfast.memory.checkpoint_shapes import checkpoint_shapes
 from srcfast.memory.measure import SavedTensors
-from srcfast.memory.model_sizes import ModelSizes
+from srcfast.memory.model_sizes import LAYER_FACTORS, ModelSizes
 from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.fused_modules import is_fused, is_ordinary, mixing_attention, ordinary_modules
 from srcfast.models.lora import apply_lora, folded_lora, lora_parameters
@@ -42,7 +43,24 @@ OTHER_BLOCKS = {
     "glm_ocr",
     "aya_vision",
     "exaone4_5",
+    "gemma2",
+    "gemma3",
+    "gemma3_capped",
+    "gemma4",
+    "gemma4_vision",
+    "paligemma",
+    "paligemma2",
+    "cohere2",
+    "aria",
+    "hunyuan_vl",
+    "hyperclovax_vision_v2",
+    "qwen3_5_moe",
+    "cohere_compass",
+    "glmga",
+    "lfm3_vl",
+    "granite_docling",
 }
+WINDOWED = {"llava_window"}  # plain blocks, of which the CPU's decoder does not have the attention
 SIZES: dict[str, Any] = {
     "vocab_size": 90,
     "hidden_size": 32,
@@ -61,7 +79,8 @@ def test_plain_blocks_are_known_and_selected_rows_equal_those_of_the_whole(
     models = family(name)
     decoder = models.ours.decoder
     plain = name not in OTHER_BLOCKS
-    assert decoder.plain_layers == decoder.selects_rows == all(map(is_fused, decoder.layers)) == plain
+    assert decoder.selects_rows == all(map(is_fused, decoder.layers)) == plain
+    assert decoder.plain_layers == (plain and name not in WINDOWED)
     forest = RandomForest(models, rng)
     rows = torch.from_numpy(np.sort(rng.choice(forest.forest.num_tokens, 9, replace=False)))
     with torch.no_grad():
@@ -207,17 +226,21 @@ def test_what_is_saved_was_forecast(name: str, family: GetFamily, rng: np.random
 
 
 @pytest.mark.parametrize(
-    ("name", "plain"), [("qwen3_vl", True), ("qwen2_5_vl", True), ("glm_ocr", False), ("aya_vision", False)]
+    ("name", "replaced"),
+    [
+        ("qwen3_vl", "blocks"),
+        ("qwen2_5_vl", "blocks"),
+        ("glm_ocr", "feed-forwards"),
+        ("aya_vision", "feed-forwards"),
+        ("gemma3", "nothing"),
+    ],
 )
-def test_a_forecast_by_tensors_knows_plain_blocks(name: str, plain: bool, family: GetFamily) -> None:
+def test_a_forecast_by_a_config_knows_what_is_replaced(name: str, replaced: str, family: GetFamily) -> None:
     models = family(name)
-    tensors = {key: tuple(value.shape) for key, value in models.theirs.state_dict().items()}
-    options = {"dtype": "float32", "device_type": "cpu", "image_tokens": 16}
-    found = ModelSizes.of_tensors(tensors, models.theirs.config, **options)
-    expected = ModelSizes.of(models.ours)
-    assert (found.layer_factor == 1.0) == plain and not found.recomputes_groups
-    assert (found.layer_factor, found.shapes.qk_norm) == (expected.layer_factor, expected.shapes.qk_norm)
-    assert found.shapes.qk_norm == (name == "qwen3_vl")
+    assert checkpoint_shapes(models.path, "transformers").replaced == replaced
+    sizes = ModelSizes.of(models.ours)
+    assert sizes.layer_factor == LAYER_FACTORS[replaced] and not sizes.recomputes_groups
+    assert sizes.shapes.qk_norm == (name in ("qwen3_vl", "gemma3"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -245,7 +268,7 @@ def test_recomputed_layers_have_the_same_gradients(
             assert_close(gradient, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OTHER_BLOCKS])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OTHER_BLOCKS | WINDOWED])
 def test_the_cpu_s_decoder_runs_plain_blocks(name: str, family: GetFamily, rng: np.random.Generator) -> None:
     model = family(name).load(lora=ADAPTER)
     randomise_adapter(model, 6)
