@@ -32,6 +32,7 @@ from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
 from srcfast.generation.step import step_numbers
+from srcfast.models.experts import has_experts_in_4_bits
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels.transfers import to_device
@@ -138,7 +139,7 @@ def decode(
     if not tasks:
         return 0
     sharded = is_sharded(model.decoder)
-    graphs = graphs and not sharded and not model.decoder.has_states
+    graphs = graphs and not (sharded or model.decoder.has_states or has_experts_in_4_bits(model.decoder))
     on_gpu = model.decoder.head_weight.is_cuda
     longest = max(len(task.prompt.token_ids) for task in tasks)
     layout = Layout.of(min(slots, len(tasks)), width, longest, limit, on_gpu=on_gpu, spare=graphs and on_gpu)

@@ -24,7 +24,7 @@ from srcfast.models.recurrent import state_sizes, value_width
 from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, local_values
 from srcfast.models.supported import attention_layers
 from srcfast.units import show_bytes
-from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight, nf4_flat_size
 from srcfast_kernels.transfers import indexed
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -241,11 +241,11 @@ class ModelSizes:
                 dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
                 if name.endswith("lora_A"):
                     ranks.add(len(parameter))
-            elif name.endswith(".flat"):  # codes and scales of a sharded 4-bit weight
-                linear: Any = model.get_submodule(name.rpartition(".")[0])
-                count = linear.in_features * linear.out_features
+            elif name.endswith(".flat"):  # codes and scales of a sharded 4-bit weight, or of experts
+                quantised: Any = model.get_submodule(name.rpartition(".")[0])
+                count = quantised.num_weights
                 fraction = local_values(parameter).nbytes / parameter.nbytes  # of this rank
-                parameters["decoder"] = parameters.get("decoder", 0) + count
+                parameters[part_of(name)] = parameters.get(part_of(name), 0) + count
                 weights += fraction * math.ceil(count / 2)
                 scales += fraction * (parameter.nbytes - math.ceil(count / 2))
             else:
@@ -322,11 +322,15 @@ class ModelSizes:
         for name, shape in tensors.items():
             count, part, linear = math.prod(shape), part_of(name), name in linears
             parameters[part] += count
-            if linear and quantize == "nf4":
+            stacked_experts = part == "experts" and name.endswith(EXPERTS)
+            if (linear or stacked_experts) and quantize == "nf4":
+                scale_bytes = nf4_scale_bytes(count)
+                if stacked_experts:  # each expert's matrix is a row of its own
+                    scale_bytes = shape[0] * 4 * nf4_flat_size(count // shape[0]) - math.ceil(count / 2)
                 weights += math.ceil(count / 2) / ranks
-                scales += nf4_scale_bytes(count) / ranks
-                layer_bytes += math.ceil(count / 2) + nf4_scale_bytes(count)
-            elif linear:
+                scales += scale_bytes / ranks
+                layer_bytes += math.ceil(count / 2) + scale_bytes
+            elif linear or stacked_experts:
                 weights += count * DTYPE_BYTES[dtype] / ranks
                 layer_bytes += count * DTYPE_BYTES[dtype]
             elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
@@ -401,6 +405,7 @@ def whole_nf4(model: HasDecoder | nn.Module) -> Iterator[NF4Weight]:
 
 
 PARTS = ("vision", "projector", "embedding", "decoder", "experts", "head")
+EXPERTS = ("gate_up_proj", "down_proj")  # how names of experts that are quantised end
 
 
 def part_of(name: str) -> str:

@@ -194,7 +194,8 @@ def target_names(config: LoRAConfig, linears: Iterable[str], stacked: bool) -> t
 
 def has_stacked_experts(parameters: Iterable[str]) -> bool:
     """Return whether parameters of these names are those of a decoder that stores its experts as one tensor."""
-    return any(name.endswith("experts.gate_up_proj") for name in parameters)
+    # In 4 bits a parameter's name is followed by that of its codes.
+    return any(name.removesuffix(".flat").endswith("experts.gate_up_proj") for name in parameters)
 
 
 def adapters(model: HasDecoder) -> dict[str, LoRALinear]:

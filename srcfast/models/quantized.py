@@ -33,6 +33,11 @@ class NF4Linear(nn.Module):
         self.flat = None if codes is None else nn.Parameter(codes, requires_grad=False)
 
     @property
+    def num_weights(self) -> int:
+        """Return the number of weights."""
+        return self.out_features * self.in_features
+
+    @property
     def weight(self) -> NF4Weight | None:
         if self.flat is None:
             return self._weight

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import check_finite
+from srcfast.models.experts import NF4Experts, expert_parameters, replace_experts
 from srcfast.models.quantized import NF4Linear, plain_linears
 from srcfast.models.transformers_decoder import text_model
 
@@ -72,18 +73,25 @@ class _Quantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self.settings = quantization_config
         self.linears: set[str] = set()  # names of their weights
+        self.experts: set[str] = set()  # names of parameters of several experts
         self.quantised: dict[str, NF4Linear] = {}
+        self.quantised_experts: dict[str, NF4Experts] = {}
         self.dtype: torch.dtype | None = None
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **options: Any) -> None:
         self.dtype = dtype
         if self.settings.nf4:
-            blocks = {id(linear.weight) for linear in plain_linears(text_model(model).layers)}
+            layers = text_model(model).layers
+            blocks = {id(linear.weight) for linear in plain_linears(layers)}
+            experts = {id(getattr(module, name)) for module, name in expert_parameters(layers)}
             self.linears = {name for name, parameter in model.named_parameters() if id(parameter) in blocks}
+            self.experts = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Return whether a parameter passes through `convert`: others are of another dtype than the model's."""
-        return param_name in self.linears or model.get_parameter_or_buffer(param_name).dtype == self.dtype
+        return (
+            param_name in self.linears | self.experts or model.get_parameter_or_buffer(param_name).dtype == self.dtype
+        )
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Place(self)
@@ -99,6 +107,9 @@ class _Quantizer(HfQuantizer):
         if (shape := model.get_parameter_or_buffer(name).shape) != value.shape:
             expected, found = f"no mismatched tensors, shape {list(shape)}", list(value.shape)
             raise InputError(file=self.settings.path, field=name, expected=expected, found=found)
+        if name in self.experts:
+            self.quantised_experts[name] = self._quantise_experts(value)
+            return self.quantised_experts[name].flat
         if name not in self.linears:
             return value if self.settings.shard else value.to(self.settings.device)
         small = self.quantised[name] = self._quantise(model.get_submodule(name.rpartition(".")[0]), value)
@@ -113,7 +124,18 @@ class _Quantizer(HfQuantizer):
         small.set_weight(value.detach().to(self.settings.device))
         return small
 
+    def _quantise_experts(self, value: Tensor) -> NF4Experts:
+        """Return experts' weights in 4 bits."""
+        small = NF4Experts(value, self.settings.device)
+        return small.to("cpu") if self.settings.shard else small
+
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
+        for name in self.experts:
+            module, _, last = name.rpartition(".")
+            parent = model.get_submodule(module)
+            small = self.quantised_experts.get(name) or self._quantise_experts(getattr(parent, last))
+            replace_experts(parent, last, small)
+            self.settings.checked.add(f"{name}.flat")
         for name in self.linears:
             module = name.rpartition(".")[0]
             parent, _, last = module.rpartition(".")

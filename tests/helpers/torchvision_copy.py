@@ -1,4 +1,4 @@
-"""Run pytest beside a copy of torchvision: python -m helpers.torchvision_copy COPY ARGUMENTS
+"""Run a module beside a copy of torchvision: python -m helpers.torchvision_copy COPY MODULE ARGUMENTS
 
 The copy is made by `pip install --no-deps --target COPY torchvision`, so that it replaces no torch. Built for another torch or
 CUDA, its library of operators does not load, and its import ends where it describes them; resizing needs none of them.
@@ -6,11 +6,11 @@ CUDA, its library of operators does not load, and its import ends where it descr
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 # By torch's minor version, which torchvision's follows by 15.
@@ -25,8 +25,8 @@ def install(directory: Path) -> str | None:
     return None if result.returncode == 0 else result.stderr.strip()[-300:]
 
 
-def main() -> int:
-    copy, *arguments = sys.argv[1:]
+def main() -> None:
+    copy, module, *arguments = sys.argv[1:]
     sys.path.append(copy)
     library = torch.library.Library("torchvision", "FRAGMENT")
     try:
@@ -34,8 +34,9 @@ def main() -> int:
     except OSError:
         for name in DESCRIBED:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return int(pytest.main(arguments))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,6 +15,7 @@ from helpers.shrunk_models import shrunk_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from srcfast.models.experts import NF4Experts
 from srcfast.models.pretrained import load_pretrained
 from srcfast.models.quantized import NF4Linear
 from srcfast_kernels import nf4_quantize
@@ -42,8 +43,17 @@ def test_codes_and_other_weights_are_those_of_the_whole_model(name: str, dtype: 
         assert linear.bias is None or torch.equal(found[key].bias, linear.bias)
     quantised = {f"decoder.layers.{key}.weight" for key in expected}
     ours, theirs = dict(small.named_parameters()), dict(whole.named_parameters())
-    assert ours.keys() == theirs.keys() - quantised
-    assert all(torch.equal(value, theirs[key]) and value.dtype == theirs[key].dtype for key, value in ours.items())
+    experts = {
+        f"decoder.layers.{key}" for key, part in small.decoder.layers.named_modules() if isinstance(part, NF4Experts)
+    }
+    assert len(experts) == 2 * len(list({key.rpartition(".")[0] for key in experts}))
+    assert ours.keys() == (theirs.keys() - quantised - experts) | {f"{key}.flat" for key in experts}
+    for key in experts:
+        for number, matrix in enumerate(theirs[key]):
+            found_weight = small.get_submodule(key)[number].weight
+            assert torch.equal(found_weight.packed, nf4_quantize(matrix).packed) and found_weight.dtype == dtype
+    same = ours.keys() & theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in same)
     config = small.decoder._whole[0].config
     assert not hasattr(config, "quantization_config") and not getattr(config, "_is_quantized", False)
 

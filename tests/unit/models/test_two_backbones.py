@@ -17,8 +17,10 @@ from torch import Tensor
 from srcfast.data.forest import Forest
 from srcfast.models import LVLM
 from srcfast.models.dropout_keys import dropout_keys, dropping
+from srcfast.models.experts import expert_parameters
 from srcfast.models.lora import apply_lora, lora_parameters, save_adapter
 from srcfast.models.quantized import NF4Linear
+from srcfast.models.transformers_decoder import text_model
 from srcfast.models.transformers_lvlm import TransformersLVLM
 from srcfast_kernels import nf4_dequantize, nf4_quantize
 
@@ -85,6 +87,17 @@ def test_a_setting_picks_the_backbone(backbone: str, kind: type, family: GetFami
     assert isinstance(family("internvl").load(backbone="auto"), TransformersLVLM)
 
 
+@torch.no_grad()
+def round_to_four_bits(layers: torch.nn.Module) -> None:
+    """Replace the weights of linears and experts by what is left of them in 4 bits."""
+    for part in layers.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.weight.copy_(nf4_dequantize(nf4_quantize(part.weight)))
+    for part, name in expert_parameters(layers):
+        for matrix in getattr(part, name):
+            matrix.copy_(nf4_dequantize(nf4_quantize(matrix)))
+
+
 @pytest.mark.parametrize("name", VARIED)
 def test_a_model_in_four_bits_equals_one_of_the_dequantised_weights(
     name: str, family: GetFamily, rng: np.random.Generator
@@ -103,8 +116,7 @@ def test_a_model_in_four_bits_equals_one_of_the_dequantised_weights(
     forest = RandomForest(models, rng)
     with torch.no_grad():
         plain = forest.their_logits(theirs)
-        for part in linears.values():
-            part.weight.copy_(nf4_dequantize(nf4_quantize(part.weight)))
+        round_to_four_bits(text_model(theirs).layers)
         packed, dequantised = forest.our_logits(small), forest.their_logits(theirs)
     scale = max(float(logits.abs().max()) for logits in dequantised)
     for (_, path, _), logits in zip(forest.paths(), dequantised, strict=True):
@@ -123,14 +135,46 @@ def test_gradients_in_four_bits_are_those_of_the_dequantised_weights(
     for quantize in ("nf4", None):
         model = models.load(quantize=quantize)
         if quantize is None:
-            with torch.no_grad():
-                for part in model.decoder.layers.modules():
-                    if isinstance(part, torch.nn.Linear):
-                        part.weight.copy_(nf4_dequantize(nf4_quantize(part.weight)))
+            round_to_four_bits(model.decoder.layers)
         _adapt(model)
         weighted_sum(model(forest.forest, forest.features(model)), 4).backward()
         results.append(gradients(model))
     assert_all_close(*results)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"])
+def test_experts_in_four_bits_are_those_of_the_dequantised_weights(
+    name: str, family: GetFamily, rng: np.random.Generator
+) -> None:
+    models = family(name)
+    forest = RandomForest(models, rng)
+    whole, dequantised, small = (models.load(quantize=quantize) for quantize in (None, None, "nf4"))
+    with torch.no_grad():
+        round_to_four_bits(dequantised.decoder.layers)
+        experts = list(expert_parameters(dequantised.decoder.layers))
+        expected = forest.our_logits(dequantised)
+        assert_close(forest.our_logits(small), expected, ROUNDING)
+        assert float((forest.our_logits(whole) - expected).abs().max()) > 20 * ROUNDING * float(expected.abs().max())
+    assert len(experts) >= 2 * 3 and not list(expert_parameters(small.decoder.layers))
+    results, saved = [], []
+    for model in (small, dequantised):
+        _adapt(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: (saved.append(one), one)[1], lambda one: one):
+            loss = weighted_sum(model(forest.forest, forest.features(model)), 4)
+        found = any(_is_among(one, matrix) for one in saved for matrix in getattr(*experts[0]))
+        assert found == (model is dequantised)  # in 4 bits no expert's whole matrix is stored for backward
+        saved.clear()
+        loss.backward()
+        results.append(gradients(model))
+    assert_all_close(*results)
+
+
+def _is_among(saved: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether a tensor is a matrix, transposed or not, or holds it among others."""
+    if saved.dtype != matrix.dtype or saved.ndim < 2:
+        return False
+    rows = saved.reshape(-1, *saved.shape[-2:])
+    return any(torch.equal(row, one) for row in rows for one in (matrix, matrix.T))
 
 
 def _adapt(model: Any, dropout: float = 0.0) -> None:

@@ -35,7 +35,7 @@ def test_families_that_need_torchvision_pass_the_tests_of_the_others(tmp_path: P
         for name in WITH_TORCHVISION
         if f"def {case}(" in file.read_text(encoding="utf-8")
     ]
-    command = [sys.executable, "-m", "helpers.torchvision_copy", str(tmp_path / "copy"), "-rA", *cases]
+    command = [sys.executable, "-m", "helpers.torchvision_copy", str(tmp_path / "copy"), "pytest", "-rA", *cases]
     path = os.pathsep.join([str(TESTS.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
