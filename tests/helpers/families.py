@@ -31,7 +31,7 @@ from helpers.family_parts import (
     of_its_module,
     randomise,
 )
-from helpers.further_families import FURTHER, FURTHER_REFUSED, WITH_TORCHVISION
+from helpers.further_families import FURTHER, FURTHER_REFUSED, NO_GEMMA4, WITH_TORCHVISION
 from helpers.gemma_families import gemma3, gemma4, layers_of, paligemma
 
 
@@ -533,8 +533,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "qianfan_ocr": qianfan_ocr,
     "gemma3": gemma3,
     "gemma3_capped": partial(gemma3, final_logit_softcapping=8.0, attn_logit_softcapping=2.0),
-    "gemma4": partial(gemma4, two_way=False),
-    "gemma4_vision": partial(gemma4, two_way=True),
+    **({} if NO_GEMMA4 else {"gemma4": partial(gemma4, two_way=False), "gemma4_vision": partial(gemma4, two_way=True)}),
     "paligemma": paligemma,
     "paligemma2": partial(paligemma, "gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=8.0, **layers_of()),
     "gemma2": partial(llava_of, "gemma2", head_dim=16, attn_logit_softcapping=2.0, **layers_of(12)),

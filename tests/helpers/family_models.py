@@ -56,6 +56,8 @@ class FamilyModels:
     def __init__(self, name: str, directory: Path, likes: Sequence[str] = ()) -> None:
         self.name, self.path = name, directory
         self.theirs = write_family(name, directory, likes=likes)
+        if getattr(self.theirs.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            self.theirs.set_attn_implementation("eager")  # the "sdpa" of transformers 5.17 leaves soft caps out
         self.ours: Any = self.load()
         self.processor = documented_processor(directory, self.theirs.config.model_type)
 

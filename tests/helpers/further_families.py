@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers as tf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 from helpers.family_parts import DYNAMIC, SQUARE, TEXT, TOWER, VOCABULARY, Family, of_its_module
 
@@ -363,6 +364,8 @@ def granite4_vision() -> Family:
 
 
 VERSION = tuple(map(int, tf.__version__.split(".")[:2]))
+# Gemma 4's processor imports torchvision in 5.17 and 5.18, in 5.21 no more.
+NO_GEMMA4 = VERSION < (5, 21) and not is_torchvision_available()
 HAS_HUNYUAN = VERSION >= (5, 18)  # the check at loading refuses it before
 # By model type, so that a version of transformers without a type leaves it out.
 FURTHER: dict[str, Callable[[], Family]] = {
@@ -421,5 +424,6 @@ UNTESTED = {
     "diffusion_gemma": NOT_MADE,
     "muse_glimmer": NOT_MADE,
     "muse_spark": NOT_MADE,
+    **({"gemma4": "its processor needs torchvision in this version of transformers"} if NO_GEMMA4 else {}),
     **({} if HAS_HUNYUAN else {"hunyuan_vl": "refused when it is loaded, by this version of transformers"}),
 }

@@ -94,6 +94,7 @@ def random_forest(rng: np.random.Generator) -> Forest:
 @torch.no_grad()
 def test_each_path_has_the_logits_of_transformers(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     theirs = write(name, MODELS[name], tmp_path)
+    theirs.set_attn_implementation("eager")  # the "sdpa" of transformers 5.17 leaves soft caps out
     ours = load_text_model(tmp_path)
     assert isinstance(ours.decoder, TransformersDecoder)
     forest = random_forest(rng)

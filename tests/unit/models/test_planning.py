@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.families import FAMILIES
 from helpers.family_models import FamilyModels
+from helpers.further_families import VERSION
 from helpers.published_configs import write_published
 from PIL import Image
 from transformers import AutoConfig
@@ -51,6 +52,8 @@ def files(directory: Path, rng: np.random.Generator, count: int) -> list[ImageFi
 def test_prompts_by_size_are_those_of_the_processor_by_pixels(
     name: str, family: GetFamily, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if VERSION < (5, 18) and name in ("janus", "ovis2"):
+        pytest.skip("the processors of this version of transformers say no positions by size for Janus and Ovis 2")
     ours, images = family(name).ours, files(tmp_path, rng, 6)
     turns = [images[:1], images[1:2], images[2:3], images[3:4], images[4:6]]
     own = [ours.processor_inputs("what?", [image.load() for image in turn])["input_ids"][0].tolist() for turn in turns]
