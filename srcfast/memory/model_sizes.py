@@ -369,7 +369,11 @@ def decoder_shapes(decoder: Any) -> Shapes:
         return Shapes.of(decoder.config)
     counts = {name: parameter.numel() for name, parameter in decoder.named_parameters() if ".lora_" not in name}
     linears = sum(linear.in_features * linear.out_features for linear in plain_linears(decoder.layers))
-    experts = sum(count for name, count in counts.items() if part_of(name) == "experts")
+    experts = sum(
+        decoder.get_submodule(name.rpartition(".")[0]).num_weights if name.endswith(".flat") else count
+        for name, count in counts.items()
+        if part_of(name) == "experts"
+    )
     return _general_shapes(decoder.text_config, counts, linears, experts)
 
 
