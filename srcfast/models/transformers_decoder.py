@@ -24,7 +24,7 @@ from srcfast.attention.forest_attention import Attend
 from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
-from srcfast.models.fused_modules import Rotary, fuse_modules, is_fused, is_ordinary
+from srcfast.models.fused_modules import Rotary, fuse_modules, is_ordinary
 from srcfast.models.head import Head
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
 from srcfast.models.sharding import is_sharded
@@ -180,7 +180,7 @@ class TransformersDecoder(nn.Module):
         count, every = len(self.layers), self.checkpoint_layers
         recomputed = count - (count % every or every) if every else 0
         for index, layer in enumerate(self.layers):
-            if is_fused(layer):
+            if hasattr(layer, "recomputed"):  # a plain block that is run by `fused_modules`
                 layer.recomputed = index < recomputed
             else:
                 layer.gradient_checkpointing = index < recomputed

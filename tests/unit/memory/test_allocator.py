@@ -36,7 +36,16 @@ print(*set_then, *([] if read is None else [read()]), sep="\\n")
     [
         ({}, "expandable_segments:True"),
         # One of torchrun's ranks, where torch is imported before the command's own imports.
-        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}, "expandable_segments:True"),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "none",
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1",
+            },
+            "expandable_segments:True",
+        ),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
     ],
