@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := kernels/srcfast_kernels/_native.so
 
-.PHONY: demo test simulated fault fuzz lint clean
+.PHONY: demo test simulated fault fuzz oldest lint clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
@@ -28,6 +28,13 @@ fault: $(NATIVE)
 fuzz: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/system/malformed
 
+# The tests of models on the oldest transformers of the pin in setup.py, in a folder of its own.
+OLDEST := 5.17.0
+oldest: $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest transformers==$(OLDEST)
+	PYTHONPATH=.oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/unit/models \
+		-m "not gpu and not simulated and not fault and not fuzz"
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,4 +53,4 @@ $(NATIVE): $(STAMP) $(wildcard csrc/*)
 	-$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 clean:
-	rm -rf $(NATIVE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .oldest $(NATIVE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -286,10 +286,10 @@ def through_all(stages: dict[str, dict[str, Any]]) -> list[float]:
 
 
 def performance() -> str:
-    """The README's section between its two marks: a line for each stage on each device that was measured."""
+    """The README's section between its two marks: a line for each stage of the LLaVA on each device that was measured."""
     parts: list[str] = []
     for device in ("cuda", "cpu"):
-        stages = stage_results(device)
+        stages = {name: result for name, result in stage_results(device).items() if name in STAGES}
         if not stages:
             continue
         parts += [

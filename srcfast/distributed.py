@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
-from srcfast.launch import read_launch
+from srcfast.launch import read_launch, whole_number
 
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ def local_world_size() -> int:
     """Return the number of ranks on this node."""
     if not dist.is_initialized():
         return 1
-    return read_launch(os.environ).local_world_size or world_size()
+    return whole_number(os.environ, "LOCAL_WORLD_SIZE", world_size(), 1, world_size())
 
 
 def is_rank_zero() -> bool:

@@ -16,13 +16,11 @@ class Launch:
 
     Attributes:
         by_torchrun: whether torchrun has started it.
-        local_world_size: processes on this node; None: not stated.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int | None = None
     by_torchrun: bool = False
 
 
@@ -32,10 +30,10 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     Raises:
         ConfigError: one is no whole number, or out of bounds, or is missing beside the others.
     """
-    world_size = _number(environment, "WORLD_SIZE", 1, 1, 1 << 20)
-    rank = _number(environment, "RANK", 0, 0, world_size - 1)
-    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size, 1, world_size)
-    local_rank = _number(environment, "LOCAL_RANK", 0, 0, local_world_size - 1)
+    world_size = whole_number(environment, "WORLD_SIZE", 1, 1, 1 << 20)
+    rank = whole_number(environment, "RANK", 0, 0, world_size - 1)
+    local_world_size = whole_number(environment, "LOCAL_WORLD_SIZE", world_size, 1, world_size)
+    local_rank = whole_number(environment, "LOCAL_RANK", 0, 0, local_world_size - 1)
     by_torchrun = "TORCHELASTIC_RUN_ID" in environment
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not environment.get(name)]
@@ -43,13 +41,12 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         cause = "TORCHELASTIC_RUN_ID" if by_torchrun else f"WORLD_SIZE={world_size}"
         raise ConfigError(f"{cause}: expected {', '.join(needed)} beside it, found no {', '.join(missing)}. Fix: {FIX}")
     if world_size > 1:
-        _number(environment, "MASTER_PORT", 0, 0, (1 << 16) - 1)
-    stated = local_world_size if "LOCAL_WORLD_SIZE" in environment else None
-    return Launch(rank, world_size, local_rank, stated, by_torchrun)
+        whole_number(environment, "MASTER_PORT", 0, 0, (1 << 16) - 1)
+    return Launch(rank, world_size, local_rank, by_torchrun)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
-    """Read a whole number. Raises ConfigError where it is none, or out of bounds."""
+def whole_number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+    """Read a variable, or its default. Raises ConfigError where it is no whole number, or out of bounds."""
     text = environment.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise ConfigError(f"{name}: expected a whole number from {least} to {most}, found {text!r}. Fix: {FIX}")

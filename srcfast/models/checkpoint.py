@@ -71,6 +71,8 @@ def _check_sizes(settings: object, prefix: str, file: Path) -> None:
     """Check sizes before memory is allocated by them; a missing one has its default. Raises InputError naming the field."""
     if not isinstance(settings, dict):
         return
+    if (window := settings.get("sliding_window")) not in (None, False) and (type(window) is not int or window < 1):
+        raise _error(file, f"{prefix}sliding_window", "a whole number above 0, or null", repr(window))
     for field, limit in LARGEST.items():
         value = settings.get(field, limit)
         derived = value is None and field in ("num_key_value_heads", "head_dim")

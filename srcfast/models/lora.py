@@ -411,9 +411,13 @@ def _check_layers(targets: Collection[str], weights: Mapping[str, Tensor], file:
 def _check_shapes(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
     """Raise InputError where weights have other shapes than these parameters."""
     for name, parameter in parameters.items():
-        shape = list(weights[name].shape) if name in weights else "none"
+        shape = list(weights[name].shape) if name in weights else None
         if shape != list(parameter.shape):
-            raise InputError(file=file, field=name, expected=f"shape {list(parameter.shape)}", found=shape, fix=FIX)
+            rank = 0 if name.endswith("lora_A") else 1
+            other_rank = shape is not None and len(shape) == 2 and shape[1 - rank] == parameter.shape[1 - rank]
+            fix = "r and rank_pattern in adapter_config.json do not fit these weights" if other_rank else FIX
+            expected = f"shape {list(parameter.shape)}"
+            raise InputError(file=file, field=name, expected=expected, found=shape or "none", fix=fix)
 
 
 def adapter_hash(directory: str | Path) -> str:

@@ -98,7 +98,7 @@ def _check(
     packed = (hidden @ ours.decoder.head_weight.T).float()  # [T, V]
     with _ordinary_layers(ours.decoder, model):
         expected = [(path, ordinary(forest.token_ids[path]).float()) for path in forest.paths()]  # [n, V] each
-    squares = sum(float(logits.square().sum()) for _, logits in expected)
+    squares = sum(float(logits.square().sum()) for _, logits in expected) or 1.0  # of a model without weights
     # Whether a class applies what its config names is seen from its logits.
     scales, caps = [1.0, *logit_scales(model.config)], [None, *logit_caps(model.config)]
     ratios = {}

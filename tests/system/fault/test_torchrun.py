@@ -15,6 +15,7 @@ from helpers.small_run import SETTINGS, STAGES, finished_stages
 
 from srcfast import distributed
 from srcfast.errors import ConfigError
+from srcfast.launch import read_launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -101,10 +102,9 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_node(monkeypatch: pytest.Monke
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name, value in {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16"}.items():
-        monkeypatch.setenv(name, value)
-    distributed._take_gpu("cuda")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": "8"}
+    launch = read_launch({"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", **where})
+    distributed._take_gpu("cuda", launch.local_rank)
     assert taken == [3]
-    monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(ConfigError, match=r"at most as many ranks on a node as it has GPUs \(8\).*--nproc-per-node=8"):
-        distributed._take_gpu("cuda")
+        distributed._take_gpu("cuda", 8)

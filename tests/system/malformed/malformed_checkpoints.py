@@ -316,7 +316,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "rotary settings that are text": ({"rope_scaling": "linear"}, "config"),
     "an unknown rotary type": ({"rope_scaling": {"rope_type": "mine", "factor": 2.0}}, "config"),
     "an epsilon in words": ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-    "a window": ({"model_type": "mistral", "sliding_window": 8}, "sliding_window"),
+    "a window": ({"model_type": "mistral", "sliding_window": -8}, "sliding_window"),
 }
 INDEXES: dict[str, Any] = {
     "empty": "",
@@ -356,7 +356,7 @@ VISION: dict[str, tuple[dict[str, Any], str]] = {
     "an image token below 0": ({"image_token_id": -1}, "image_token_id"),
     "an image token in words": ({"image_token_id": "<image>"}, "image_token_id"),
     "no such choice of features": ({"vision_feature_select_strategy": "mine"}, "config"),
-    "a decoder that is not run": ({"text_config.model_type": "gemma2"}, "soft cap"),
+    "a decoder of other tensors": ({"text_config.model_type": "gemma2"}, "post_feedforward_layernorm"),
     "a decoder's size of null": ({"text_config.hidden_size": None}, "text_config.hidden_size"),
 }
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

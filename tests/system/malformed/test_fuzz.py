@@ -355,7 +355,7 @@ def _decoder() -> Any:
     from srcfast.models.decoder import Decoder, DecoderConfig
 
     module = torch.nn.Module()
-    module.decoder = Decoder(DecoderConfig.from_huggingface(LlamaConfig(**CONFIG)))
+    module.decoder, module.adapter_prefix = Decoder(DecoderConfig.from_huggingface(LlamaConfig(**CONFIG))), "model"
     return module
 
 

@@ -29,8 +29,8 @@ TORCHRUN = {
 
 
 def test_without_torchrun_a_process_is_alone() -> None:
-    assert read_launch({"PATH": "/bin"}) == Launch(0, 1, 0, None, False)
-    assert read_launch(TORCHRUN) == Launch(3, 4, 1, 2, True)
+    assert read_launch({"PATH": "/bin"}) == Launch(0, 1, 0, False)
+    assert read_launch(TORCHRUN) == Launch(3, 4, 1, True)
 
 
 @pytest.mark.parametrize(
