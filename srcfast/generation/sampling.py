@@ -47,20 +47,32 @@ def _draw_others(probabilities: Tensor, uniform: Tensor, top_p: float, excluded:
     """Sample tokens [R] other than the excluded one."""
     if excluded is None:
         return _draw(probabilities, uniform, top_p)
-    if probabilities.is_cuda:  # where the host would have to wait to see whether it was drawn
-        return _draw(_without(probabilities, excluded), uniform, top_p)
+    if probabilities.is_cuda:
+        return _draw_twice(probabilities, uniform, top_p, excluded)
     tokens = _draw(probabilities, uniform, top_p)
     hit = (tokens == excluded).nonzero()[:, 0]
     if len(hit):  # rarely: in place of it another is drawn, by the number's lower digits
-        others = _without(probabilities[hit], excluded)
+        others = probabilities[hit].index_fill(-1, _index(excluded, probabilities), 0.0)
+        others /= others.sum(-1, keepdim=True)
         tokens[hit] = _draw(others, (uniform[hit] * LOWER_DIGITS).frac(), top_p)
     return tokens
 
 
-def _without(probabilities: Tensor, token: int) -> Tensor:
-    """Return the probabilities [R, V] of all other tokens, which sum to 1."""
-    others = probabilities.index_fill(-1, _index(token, probabilities), 0.0)
-    return others / others.sum(-1, keepdim=True)
+def _draw_twice(probabilities: Tensor, uniform: Tensor, top_p: float, excluded: int) -> Tensor:
+    """Sample as `_draw_others` where the host would have to wait to see whether the excluded token was drawn."""
+    if top_p == 1.0:
+        ordered, order = probabilities, torch.arange(probabilities.shape[-1], device=probabilities.device)
+    else:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    order = order.expand_as(ordered)
+    others = ordered.masked_fill(order == excluded, 0.0)
+    others = others / others.sum(-1, keepdim=True)
+    first, second = (
+        _inverse_cdf(weights, numbers) if top_p == 1.0 else _nucleus(weights, numbers, top_p)
+        for weights, numbers in ((ordered, uniform), (others, (uniform * LOWER_DIGITS).frac()))
+    )
+    tokens, again = (order.gather(-1, picked[:, None])[:, 0] for picked in (first, second))
+    return torch.where(tokens == excluded, again, tokens)
 
 
 def _index(token: int, like: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def _load_general(
     whole = load_pretrained(AutoModelForCausalLM, path, config, dtype, device=device)
     tokenizer = load_tokenizer(path)
     with refusing_other_forms(path, config):
+        whole.to(device)  # buffers, too: weights are there
         decoder = TransformersDecoder(whole)
         model = TextModel(decoder, tokenizer, path).to(device)
         model.requires_grad_(False)

@@ -327,6 +327,8 @@ def load_transformers_lvlm(
     reading: Any = {"device": device, "quantize": quantize, "shard": shard}
     model = load_pretrained(AutoModelForImageTextToText, path, config, dtype, **reading)
     model.requires_grad_(False)
+    if not shard:
+        model.to(device)  # buffers, too: weights are there
     with refusing_other_forms(path, config):
         lvlm = TransformersLVLM(model, processor, path)
     if shard:

@@ -36,13 +36,14 @@ def exactness(forest: RandomForest) -> float:
 
 
 def same_tokens(models: FamilyModels, forest: RandomForest, limit: int = 12) -> bool:
-    """Whether greedy decoding gives `generate`'s tokens for each prompt."""
+    """Whether greedy decoding gives `generate`'s tokens for each prompt; neither writes an image's placeholder."""
     features = forest.features()
     prompts, expected = [], []
     for number, (turn, tree) in enumerate(zip(forest.turns, forest.trees, strict=True)):
         prompts.append(Prompt(tree.segments[0].tokens, turn.images, str(number)))
         inputs = inputs_of(models.processor, turn, forest.images)
         options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": 0}
+        options["suppress_tokens"] = [models.ours.image_token_id]
         with torch.no_grad():
             output = models.theirs.generate(**inputs, **options, eos_token_id=sorted(models.ours.end_tokens))
         expected.append(output[0, inputs["input_ids"].shape[1] :].tolist())
