@@ -16,7 +16,7 @@ test: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not simulated and not fault and not fuzz"
 	SIMULATED_CUDA=2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "(gpu or simulated) and not long"
 
-# The simulated device's long forms: each preset on two devices.
+# The simulated device's long forms: each preset on two devices, a calibration of each family in whole weights and in 4 bits.
 simulated: $(NATIVE)
 	SIMULATED_CUDA=2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "simulated and long"
 

@@ -223,7 +223,8 @@ class TransformersDecoder(nn.Module):
     @torch.no_grad()
     def observe_layers(self) -> None:
         """Run one token to see the shapes of each layer's keys and values, and which layers share them, for decoding's cache."""
-        stored: list[Tensor] = []  # they stay alive, so that equal addresses mean shared keys
+        # They stay alive, and a single token's heads are contiguous as they are: so equal addresses mean shared keys.
+        stored: list[Tensor] = []
         cache_index = {}
 
         def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = CAUSAL, /) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.families import FAMILIES
 from helpers.taught_family import TaughtFamily, rows
 
 pytestmark = pytest.mark.simulated
@@ -17,15 +18,17 @@ def losses(run: Path) -> np.ndarray:
     return np.array([line["loss"] for line in lines if "loss" in line])
 
 
+CASES = [
+    ("qwen3_vl", "nf4"),
+    ("internvl", "none"),
+    ("gemma4_vision", "nf4"),  # a window, two-way images, soft-capped logits, heads of two sizes
+]
+ALL = [(name, quantize) for name in FAMILIES for quantize in ("nf4", "none")]
+
+
 @pytest.mark.parametrize(
     ("name", "quantize"),
-    [
-        ("qwen3_vl", "nf4"),
-        ("internvl", "none"),
-        ("gemma4_vision", "nf4"),  # a window, two-way images, soft-capped logits, heads of two sizes
-        pytest.param("qwen3_vl", "none", marks=pytest.mark.long),
-        pytest.param("internvl", "nf4", marks=pytest.mark.long),
-    ],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in CASES)],
 )
 def test_a_calibration_on_a_device_is_that_of_the_cpu(name: str, quantize: str, tmp_path: Path) -> None:
     taught = TaughtFamily(name, tmp_path)
