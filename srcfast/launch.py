@@ -12,7 +12,7 @@ FIX = "start srcfast by torchrun, or unset the variable"
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place among those that torchrun has started; without torchrun the only one.
+    """A process's rank among those that torchrun has started; without torchrun the only one.
 
     Attributes:
         by_torchrun: whether torchrun has started it.

@@ -226,7 +226,7 @@ def _flash_attn(
             plan.max_seqlen_q,
             plan.max_seqlen_k,
             causal=causal,
-            window_size=(-1 if options.window is None else options.window - 1, -1),
+            window_size=(options.left, -1),
             softcap=options.softcap or 0.0,
             # PyTorch's and xformers' calls check this themselves.
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -261,7 +261,7 @@ def _torch_varlen(
             plan.max_seqlen_q,
             plan.max_seqlen_k,
             # Both sides are counted from the bottom right; 0 on the right is causal.
-            window_size=(-1 if options.window is None else options.window - 1, 0 if causal else -1),
+            window_size=(options.left, 0 if causal else -1),
             **gqa,
         )
         assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are requested

@@ -31,6 +31,11 @@ class AttentionOptions:
         return replace(self, window=None) if self.window and self.window >= forest.max_seqlen_k else self
 
     @property
+    def left(self) -> int:
+        """Return how many tokens before itself a query sees, -1 for all, as variable-length calls take it."""
+        return -1 if self.window is None else self.window - 1
+
+    @property
     def longest_range(self) -> int:
         """Return the number of rows of the longest two-way range, 0 without any."""
         return max((end - start for start, end in self.two_way), default=0)

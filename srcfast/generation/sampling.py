@@ -34,7 +34,9 @@ def draw_tokens(
     temperature, top_p = sampling.temperature, sampling.top_p
     if temperature == 0.0:
         logps = logits.log_softmax(-1)
-        best = (logps if excluded is None else logps.index_fill(-1, _index(excluded, logps), -torch.inf)).max(-1)
+        if excluded is not None:
+            logps[:, excluded] = -torch.inf
+        best = logps.max(-1)
         return best.indices, best.values
     scaled = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
     tokens = _draw_others(scaled, uniform, top_p, excluded)
@@ -52,7 +54,8 @@ def _draw_others(probabilities: Tensor, uniform: Tensor, top_p: float, excluded:
     tokens = _draw(probabilities, uniform, top_p)
     hit = (tokens == excluded).nonzero()[:, 0]
     if len(hit):  # rarely: in place of it another is drawn, by the number's lower digits
-        others = probabilities[hit].index_fill(-1, _index(excluded, probabilities), 0.0)
+        others = probabilities[hit]  # a copy
+        others[:, excluded] = 0.0
         others /= others.sum(-1, keepdim=True)
         tokens[hit] = _draw(others, (uniform[hit] * LOWER_DIGITS).frac(), top_p)
     return tokens
@@ -73,10 +76,6 @@ def _draw_twice(probabilities: Tensor, uniform: Tensor, top_p: float, excluded: 
     )
     tokens, again = (order.gather(-1, picked[:, None])[:, 0] for picked in (first, second))
     return torch.where(tokens == excluded, again, tokens)
-
-
-def _index(token: int, like: Tensor) -> Tensor:
-    return torch.full((1,), token, dtype=torch.int64, device=like.device)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -107,6 +107,13 @@ class ChatModel(nn.Module):
             fix = "leave this sample out: image tokens are never truncated"
             raise prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
 
+    def read_tokens(self, path: Path) -> None:
+        """Set what the tokenizer, `generation_config.json` and the chat template say of tokens, but for `image_token_id`."""
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
+        self.control_tokens = control_tokens(self.tokenizer, self.image_token)
+        self.read_response_form()
+
     def read_response_form(self) -> None:
         """Read from the chat template how an assistant's turn begins and ends: `response_start` and `end_token_id`.
 

@@ -18,7 +18,7 @@ from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.turns import Turn
 from srcfast.errors import InputError
-from srcfast.models.chat import ChatModel, adds_bos, control_tokens, generation_ends, prompt_error
+from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
 from srcfast.models.decoder import Decoder, is_handwritten_text
 from srcfast.models.embedded import checkpoint_directory
@@ -56,12 +56,9 @@ class LVLM(ChatModel):
         self.tokenizer = tokenizer
         self.path = path
         self.image_token_id = int(vision.config.image_token_id)
-        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.end_tokens = frozenset({int(tokenizer.eos_token_id), *generation_ends(path)})
-        self.control_tokens = control_tokens(tokenizer, self.image_token)
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
-        self.read_response_form()
+        self.read_tokens(path)
 
     @property
     def chat_template(self) -> str | None:

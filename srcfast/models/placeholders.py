@@ -12,7 +12,7 @@ from PIL import Image
 
 from srcfast.data.images import ImageFile
 from srcfast.models.chat import adds_bos
-from srcfast.models.processor import placed_image, placeholder
+from srcfast.models.processor import image_inputs, placeholder
 
 Sized: TypeAlias = Image.Image | ImageFile
 # Width and height in pixels of images of which the processor's own expansions are compared: by count, and in whole prompts.
@@ -70,7 +70,7 @@ class ImageTexts:
         return self._texts[size]
 
     def _processed(self, size: tuple[int, int]) -> str:
-        inputs = placed_image(self.processor, Image.new("RGB", size), return_text_replacement_offsets=True)
+        inputs = image_inputs(self.processor, Image.new("RGB", size), return_text_replacement_offsets=True)
         ((replaced,),) = inputs["text_replacement_offsets"]
         return str(replaced["replacement"])
 

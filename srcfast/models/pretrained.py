@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import check_finite, check_weight_count
-from srcfast.models.supported import check_supported, check_text_supported
+from srcfast.models.supported import ANOTHER_FAMILY, check_supported, check_text_supported
 
 
 def model_class(config: Any, path: Path) -> Any:
@@ -70,7 +70,7 @@ def check_runs(config: Any, path: Path) -> None:
             field="vision_config",
             expected="an LVLM whose config names its vision tower",
             found=f"{config.model_type}, whose config names none",
-            fix="choose a checkpoint of another family; see docs/models.md",
+            fix=ANOTHER_FAMILY,
         )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
@@ -158,5 +158,5 @@ def refusing_other_forms(path: Path, config: Any) -> Iterator[None]:
             field="model_type",
             expected="a model that takes attention and encoded images as most of transformers' do",
             found=f"{config.model_type}: {type(error).__name__}: {error}",
-            fix="choose a checkpoint of another family; see docs/models.md",
+            fix=ANOTHER_FAMILY,
         ) from error

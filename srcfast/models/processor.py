@@ -86,7 +86,7 @@ def placeholder(processor: Any) -> str:
     return getattr(processor, "image_placeholder_token", None) or processor.image_token
 
 
-def placed_image(processor: Any, image: Image.Image, count: int = 1, **options: Any) -> Any:
+def image_inputs(processor: Any, image: Image.Image, count: int = 1, **options: Any) -> Any:
     """Return what a processor makes of an image and its placeholder alone, or of so many of them."""
     text = placeholder(processor)
     if hasattr(processor, "image_start_token") and hasattr(processor, "image_end_token"):
@@ -97,7 +97,7 @@ def placed_image(processor: Any, image: Image.Image, count: int = 1, **options: 
 def image_tokens(processor: Any, image: Image.Image, image_token_id: int, num_images: int = 1) -> int:
     """Count the positions that an image takes in a prompt of so many images."""
     count = min(num_images, 2)  # a third changes nothing
-    inputs = placed_image(processor, image, count, return_tensors="pt")
+    inputs = image_inputs(processor, image, count, return_tensors="pt")
     return int((np.asarray(inputs["input_ids"][0]) == image_token_id).sum()) // count
 
 

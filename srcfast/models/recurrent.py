@@ -126,7 +126,7 @@ def state_sizes(config: Any) -> tuple[int, int]:
     convolution = recurrent = 0
     if deltas := list(kinds).count("linear_attention"):
         keys = text.linear_num_key_heads * text.linear_key_head_dim
-        values = text.linear_num_value_heads * text.linear_value_head_dim
+        values = value_width(text)
         convolution += deltas * (2 * keys + values) * (text.linear_conv_kernel_dim - 1)
         recurrent += deltas * values * text.linear_key_head_dim
     if short := list(kinds).count("conv"):

@@ -103,8 +103,7 @@ class Scorer(nn.Module):
 
     def verdict_logits(self, slots: Tensor) -> Tensor:
         """Compute logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
-        head = self.verdict_head
-        return head.capped(slots.float() @ head.weight.float().T)
+        return self.text_model.decoder.head.logits(slots, self.verdict_token_ids)
 
     @torch.no_grad()
     def win_and_verdict(self, slots: Tensor) -> Tensor:

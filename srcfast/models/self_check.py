@@ -22,7 +22,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError
 from srcfast.models.fused_modules import ordinary_modules
 from srcfast.models.head import Head
-from srcfast.models.supported import logit_caps, logit_scales
+from srcfast.models.supported import ANOTHER_FAMILY, logit_caps, logit_scales
 from srcfast.models.transformers_decoder import ATTENTION, text_model
 from srcfast.models.two_way import two_way_of
 
@@ -114,7 +114,7 @@ def _check(
             field="model_type",
             expected="logits on the packed forest as in transformers' ordinary pass, but for rounding",
             found=f"{model.config.model_type}: logits that differ by {ratio:.2g} of their size",
-            fix="choose a checkpoint of another family; see docs/models.md",
+            fix=ANOTHER_FAMILY,
         )
 
 

@@ -94,9 +94,9 @@ class _Quantizer(HfQuantizer):
         )
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Place(self)
+        return _Convert(self)
 
-    def place(self, model: Any, name: str, value: Tensor) -> Tensor:
+    def store(self, model: Any, name: str, value: Tensor) -> Tensor:
         """Check a weight and return it on its device; of one to quantise, its codes.
 
         Raises:
@@ -153,7 +153,7 @@ class _Quantizer(HfQuantizer):
         model.is_quantized = False
 
 
-class _Place(ConversionOps):
+class _Convert(ConversionOps):
     """What transformers calls with each parameter, or with several that it made of one tensor."""
 
     def __init__(self, quantizer: _Quantizer) -> None:
@@ -163,8 +163,8 @@ class _Place(ConversionOps):
     def convert(self, input_dict: Mapping[str, Any], model: Any = None, **options: Any) -> dict[str, nn.Parameter]:  # type: ignore[override]
         values = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         try:
-            placed = {name: self.quantizer.place(model, name, value) for name, value in values.items()}
+            stored = {name: self.quantizer.store(model, name, value) for name, value in values.items()}
         except Exception as error:
             self.quantizer.settings.error = self.quantizer.settings.error or error
             raise
-        return {name: nn.Parameter(value, requires_grad=False) for name, value in placed.items()}
+        return {name: nn.Parameter(value, requires_grad=False) for name, value in stored.items()}

@@ -12,6 +12,7 @@ from srcfast.errors import InputError
 from srcfast.models.encoded_images import takes_encoded_images
 from srcfast.models.recurrent import LAYERS
 
+ANOTHER_FAMILY = "choose a checkpoint of another family; see docs/models.md"  # the fix where a model is not run
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 # Of a text config: fields that are set where attention or the head does what the forest does not do yet, and what that is.
 FEATURES = {
@@ -48,7 +49,7 @@ def _refuse(obstacles: Iterator[tuple[str, str, str]], config: Any, path: Any) -
             field=field,
             expected="a model whose layers are causal attention over all that is before",
             found=f"{config.model_type}: {found}, which needs {needed}",
-            fix="choose a checkpoint of another family; see docs/models.md",
+            fix=ANOTHER_FAMILY,
         )
 
 

@@ -92,7 +92,7 @@ def _load_general(
     with refusing_other_forms(path, config):
         whole.to(device)  # buffers, too: weights are there
         decoder = TransformersDecoder(whole)
-        model = TextModel(decoder, tokenizer, path).to(device)
+        model = TextModel(decoder, tokenizer, path)
         model.requires_grad_(False)
         model.eval()
         decoder.observe_layers()

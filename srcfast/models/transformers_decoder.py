@@ -28,7 +28,7 @@ from srcfast.models.fused_modules import Rotary, fuse_modules, is_ordinary
 from srcfast.models.head import Head
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
 from srcfast.models.sharding import is_sharded
-from srcfast.models.supported import attention_layers
+from srcfast.models.supported import ANOTHER_FAMILY, attention_layers
 from srcfast.models.two_way import Ranges, TwoWay
 
 ATTENTION = "srcfast_forest"  # its name in transformers
@@ -123,7 +123,7 @@ class TransformersDecoder(nn.Module):
                 field="text_config.layer_types",
                 expected="layers of attention, gated DeltaNet or short convolutions",
                 found=f"{len(self.layers) - len(self.cache_index) - len(recurrent)} of another kind",
-                fix="choose a checkpoint of another family; see docs/models.md",
+                fix=ANOTHER_FAMILY,
             )
         self.has_states = bool(recurrent)  # whether decoding continues states beside keys and values
         for layer in self.layers:
@@ -289,7 +289,7 @@ class TransformersDecoder(nn.Module):
         if len(layers) != len(self.cache_index):
             raise SrcfastError(
                 f"{type(self._whole[0]).__name__}: expected all {len(self.cache_index)} layers to attend through transformers' "
-                f"AttentionInterface, found {len(layers)}. Fix: choose a checkpoint of another family; see docs/models.md"
+                f"AttentionInterface, found {len(layers)}. Fix: {ANOTHER_FAMILY}"
             )
         hidden = output.last_hidden_state[0]  # [T, D], or of rows alone
         if is_sharded(self):

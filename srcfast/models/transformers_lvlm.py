@@ -22,14 +22,15 @@ from srcfast.data.forest import Forest
 from srcfast.data.images import ImageFile
 from srcfast.data.turns import Turn
 from srcfast.errors import InputError
-from srcfast.models.chat import ChatModel, adds_bos, control_tokens, generation_ends, prompt_error
+from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.placeholders import ImageTexts, Sized
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
-from srcfast.models.processor import TYPICAL_IMAGE, image_token_id, image_tokens, load_processor, placed_image
+from srcfast.models.processor import TYPICAL_IMAGE, image_inputs, image_token_id, image_tokens, load_processor
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
 from srcfast.models.sharding import shard_layers
+from srcfast.models.supported import ANOTHER_FAMILY
 from srcfast.models.transformers_decoder import TokenRow, TransformersDecoder, text_model, tree_positions
 from srcfast.models.vision import FrozenVision
 from srcfast_kernels.transfers import to_device
@@ -95,15 +96,15 @@ class TransformersVision(FrozenVision):
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Process one image into tensors on the CPU: pixels, and their sizes."""
-        inputs = self._placed(image, 1)
+        inputs = self._image_inputs(image, 1)
         if "batch_num_images" not in self.processor.image_processor.model_input_names:
             return inputs
         # LLaVA-OneVision's processor cuts no tiles where a prompt has several images: here, the same one twice.
-        return inputs | {f"{UNTILED}{name}": value[:1] for name, value in self._placed(image, 2).items()}
+        return inputs | {f"{UNTILED}{name}": value[:1] for name, value in self._image_inputs(image, 2).items()}
 
-    def _placed(self, image: Image.Image, count: int) -> dict[str, Tensor]:
+    def _image_inputs(self, image: Image.Image, count: int) -> dict[str, Tensor]:
         """Return the tensors that the processor makes of so many copies of an image, without those of text."""
-        inputs = placed_image(self.processor, image, count, return_tensors="pt")
+        inputs = image_inputs(self.processor, image, count, return_tensors="pt")
         return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in NO_SIZE}
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class TransformersVision(FrozenVision):
                 field="model_type",
                 expected="a model that puts an image's embeddings among those of tokens",
                 found=f"{self.config.model_type}: deep-stack features alone",
-                fix="choose a checkpoint of another family; see docs/models.md",
+                fix=ANOTHER_FAMILY,
             )
         self.in_list = not isinstance(values, Tensor)
         if not isinstance(values, Tensor):
@@ -169,13 +170,10 @@ class TransformersLVLM(ChatModel):
         self.processor, self.tokenizer, self.path = processor, processor.tokenizer, path
         self.vision = TransformersVision(model, processor)
         self.image_token_id = image_token_id(model.config)
-        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.image_texts = ImageTexts(processor, self.image_token)
-        self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
-        self.control_tokens = control_tokens(self.tokenizer, self.image_token)
         self.max_positions = self.decoder.config.max_positions
         self.adapter_prefix = _name_of(model, text_model(model))
-        self.read_response_form()
+        self.read_tokens(path)
+        self.image_texts = ImageTexts(processor, self.image_token)
 
     @property
     def chat_template(self) -> str | None:
@@ -333,7 +331,7 @@ def load_transformers_lvlm(
         lvlm = TransformersLVLM(model, processor, path)
     if shard:
         shard_layers(lvlm.decoder, device)
-    lvlm.to(device)
+        lvlm.to(device)
     lvlm.eval()
     with refusing_other_forms(path, config):
         lvlm.decoder.observe_layers()

@@ -19,6 +19,7 @@ from torch import Tensor
 from srcfast.attention.options import AttentionOptions
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
+from srcfast.models.supported import ANOTHER_FAMILY
 
 Ranges = tuple[tuple[int, int], ...]
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -106,7 +107,7 @@ def two_way_of(model: Any, prompt: np.ndarray, inputs: Any, image_token_id: int,
         field="model_type",
         expected="attention that is causal, or two-way within an image or a prompt",
         found=f"{config.model_type}: masks of another form",
-        fix="choose a checkpoint of another family; see docs/models.md",
+        fix=ANOTHER_FAMILY,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from srcfast.data.images import ImageFile, image_file
 from srcfast.models.placeholders import ImageTexts
-from srcfast.models.processor import image_token_id, load_processor, placed_image
+from srcfast.models.processor import image_inputs, image_token_id, load_processor
 
 GetFamily = Callable[[str], FamilyModels]
 # Those of whose images nothing is processed, since the processor counts positions by size; of some others a blank image is.
@@ -79,7 +79,7 @@ def test_published_processors_count_what_they_write(name: str, tmp_path: Path, r
     assert texts.max_images == math.inf
     for size in ((640, 480), (1024, 768), (5, 900), *np.exp(rng.uniform(np.log(20), np.log(1200), (5, 2))).astype(int)):
         image = Image.new("RGB", tuple(map(int, size)))
-        own = placed_image(processor, image)["input_ids"][0]
+        own = image_inputs(processor, image)["input_ids"][0]
         assert texts.token_ids(texts.placeholder, [image]).tolist() == np.asarray(own).tolist()
 
 
