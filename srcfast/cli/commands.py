@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -49,6 +49,7 @@ from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import with_references
 from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
 from srcfast.stages.scoring import scores_in_chunks
+from srcfast.stages.stage_inputs import COMMAND, InputRecord
 from srcfast.stages.stage_run import sampling_stage, training_stage
 
 
@@ -116,10 +117,10 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     samples = read_all(config, source, "calibration", output)
     if config.candidates.samples:
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
-    policy = Policy(config, samples, adapter)
-    with sampling_stage("candidates", config, output, len(samples), ("candidates",)) as stage:
+    policy, made_of = Policy(config, samples, adapter), InputRecord(output, {COMMAND: samples})
+    with sampling_stage("candidates", config, output, len(samples), ("candidates",), made_of) as stage:
         files = search_candidates(stage, policy, samples, config.seed)
-        distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
+        distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
 
 
 @on_ranks("scores")
@@ -128,14 +129,22 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     output = require_option(output, "--output", "a folder for the scores")
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     samples = read_all(config, source, "calibration", output)
+    made_of = InputRecord(output, {COMMAND: samples})
+    distributed.run_on_rank_zero(lambda: made_of.check_made_of(directory))
     scorer = load_scorer_for(config)
-    with sampling_stage("score", config, output, len(samples), ("scorer",)) as stage:
+    with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
         chunks = stage.chunks(scorer=partial(model_hash, scorer.text_model.path))
         files = scores_in_chunks(chunks, scorer, samples, lambda: read_candidates(directory), config.scorer, adaptive)
-        distributed.run_on_rank_zero(lambda: write_shards(output, files.rows()))
+        distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
         if adaptive is not None:
             report = replace(adaptive, counts=files.counts()).report()
             distributed.run_on_rank_zero(lambda: write_json(output / "adaptive.json", report))
+
+
+def write_outputs(made_of: InputRecord, rows: Iterable[dict[str, Any]]) -> None:
+    """Write shards, and before them which records they are made of."""
+    made_of.write()
+    write_shards(made_of.directory, rows)
 
 
 @on_ranks("dpo")
@@ -150,6 +159,8 @@ def dpo(
             f"found {config.dpo.rehearsal_weight}. Fix: leave it out, or use `srcfast calibrate`"
         )
     pairs = read_preference_file(config, source, output)
+    if source.data is not None and source.data.is_dir():
+        distributed.run_on_rank_zero(partial(InputRecord(output, {COMMAND: pairs}).check_made_of, source.data))
     policy = Policy(config, pairs)
     if adapter is None:
         policy.fresh()
@@ -176,7 +187,8 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         config, [sample for evaluation_set in evaluation_sets for sample in evaluation_set.samples], adapter
     )
     total = sum(len(evaluation_set.samples) for evaluation_set in evaluation_sets)
-    with sampling_stage("evaluate", config, output, total, ("evaluation",)) as stage:
+    made_of = InputRecord(output, {dataset.label: dataset.samples for dataset in evaluation_sets})
+    with sampling_stage("evaluate", config, output, total, ("evaluation",), made_of) as stage:
         entries = []
         for evaluation_set in evaluation_sets:
             name = evaluation_set.label

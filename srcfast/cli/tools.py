@@ -23,6 +23,7 @@ from srcfast.errors import ConfigError, SrcfastError, printable
 from srcfast.report.page import write_report
 from srcfast.run.lock import lock_directory
 from srcfast.stages.curation import curate as curate_pairs
+from srcfast.stages.stage_inputs import COMMAND, JUDGED, InputRecord
 from srcfast.world.samples import world_samples
 from srcfast_benchmarks import BENCHMARKS, GENERAL_STAGES, HOST, STAGES
 
@@ -86,8 +87,13 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
         return
     samples = inputs.read_all(config, source, "calibration", output)
     with lock_directory(output):
+        made_of = InputRecord(output, {COMMAND: samples})
+        made_of.check_made_of(directory)
+        if scores is not None:
+            made_of.check_made_of(scores, JUDGED)
         rows = iter(()) if scores is None else read_scores(scores)
         pairs, funnel = curate_pairs(samples, read_candidates(directory), rows, config.curation, config.seed)
+        made_of.write()
         # The images' absolute directory is stored with each pair: the shards may be read from another working directory.
         write_shards(output, (pair.to_json() | {"image_root": str(pair.image_root.resolve())} for pair in pairs))
         write_json(output / "funnel.json", funnel)

@@ -149,7 +149,15 @@ class RunDirectory:
         return sorted(file for file in directories.get(kind, self.path / stage).glob("*") if file.is_file())
 
     def check_files(self, stage: str, entry: Mapping[str, Any]) -> None:
-        """Raise InputError if a file that a finished stage wrote is missing or was changed since."""
+        """Raise InputError if a file that a finished stage wrote, or its metrics, are missing or were changed since."""
+        recorded = entry.get("metrics")  # of a training; runs of older releases have none
+        if recorded is not None and recorded != (metrics := self._metrics_of(stage)):
+            raise InputError(
+                file=self.metrics_file,
+                expected=f"the {recorded['rows']} rows that stage {stage!r} wrote",
+                found=f"{metrics['rows']} rows" + (", others" if metrics["rows"] == recorded["rows"] else ""),
+                fix=self._fix(stage),
+            )
         for name, expected in entry.get("files", {}).items():
             file = self.path / name
             actual = file_hash(file) if file.is_file() else "no file"
@@ -158,9 +166,17 @@ class RunDirectory:
                     file=file,
                     expected=f"what stage {stage!r} wrote, of SHA-256 {expected}",
                     found=actual,
-                    fix=f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: "
-                    "that is done again",
+                    fix=self._fix(stage),
                 )
+
+    def _fix(self, stage: str) -> str:
+        return f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: that is done again"
+
+    def _metrics_of(self, stage: str) -> dict[str, Any]:
+        """Count and hash the rows of a stage in `metrics.jsonl`."""
+        lines = read_lines(self.metrics_file) if self.metrics_file.is_file() else ()
+        rows = [row for _, row in lines if not isinstance(row, InputError) and row.get("stage") == stage]
+        return {"rows": len(rows), "sha256": json_hash(rows)}
 
     def stage_done(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest's entry if the stage finished with these settings, None if it did not finish.
@@ -212,6 +228,7 @@ class RunDirectory:
             "tokens": tokens,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
+            **({"metrics": metrics} if (metrics := self._metrics_of(name))["rows"] else {}),
             "files": {str(file.relative_to(self.path)): file_hash(file) for file in self.written_by(name)},
         }
         entries[name] = entry | {"sha256": _entry_hash(name, as_json(entry))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from torch import nn
 
 from srcfast import distributed
 from srcfast.config.settings import Config
-from srcfast.data.jsonl import write_jsonl
+from srcfast.data.jsonl import file_hash, json_hash, write_jsonl
 from srcfast.data.records import Sample
 from srcfast.memory.measure import measured
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.memory.plan import forecast_stage
 from srcfast.models.checkpoint import model_hash
+from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.scorer import Scorer
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
@@ -32,9 +33,21 @@ from srcfast.stages.datasets import (
 )
 from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
+from srcfast.stages.stage_inputs import FIELDS, JUDGED, PROMPT, InputRecord, StageInputs
 from srcfast.stages.stage_run import StageRun
 
 Work = Callable[[StageRun], dict[str, Any]]  # does a stage's work and returns what the manifest records of it
+RATIONALE, CALIBRATION = (
+    "data.train, use rationale",
+    "data.train, use calibration",
+)  # names of the training sets' inputs
+# The fields of the round's samples that a kind of stage reads.
+READS: Mapping[str, Sequence[str]] = {
+    "candidates": PROMPT,
+    "scores": JUDGED,
+    "preferences": (*PROMPT, "answer"),
+    "dpo": PROMPT,
+}
 
 
 class CalibrationRun:
@@ -71,6 +84,9 @@ class CalibrationRun:
         self.samples = {sample.id: sample for sample in self.calibration_samples}
         self.num_samples = len({(s.id, s.image_root, s.images) for group in groups for s in group})
         self.artifacts = RunArtifacts(self.directory, self.samples)
+        sets = {_evaluation(dataset): dataset.samples for dataset in self.evaluation_sets}
+        sets |= {RATIONALE: self.rationale_samples, CALIBRATION: self.calibration_samples}
+        self.inputs = InputRecord(self.directory.path, sets)
         self.policy = Policy(config, [sample for group in groups for sample in group])
         self.scorer: Scorer | None = None
 
@@ -106,10 +122,11 @@ class CalibrationRun:
 
         Raises:
             ConfigError: the stage was finished with other settings.
+            InputError: it was finished with other samples, images, models or files of earlier stages.
         """
         resolved, directory = self.config.identity(), self.directory
         settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
-        if distributed.run_on_rank_zero(lambda: directory.stage_done(name, settings) is not None):
+        if distributed.run_on_rank_zero(lambda: self._is_finished(name, settings)):
             remove_chunks(directory.checkpoint(name))
             return
         kind = name.rpartition("/")[2]
@@ -130,6 +147,7 @@ class CalibrationRun:
                 profile_dir=directory.path / "profile" / name,
                 profile=self.profile,
                 forecast=forecast if adapted else replace(forecast, adapter=0.0),
+                inputs=lambda: self.inputs.of(self._inputs_of(name)),
             )
             entry = work(stage)
             distributed.barrier_with_heartbeat()  # rank 0 removes nothing that another rank still reads
@@ -138,11 +156,60 @@ class CalibrationRun:
         self.scorer = None
         self.policy.end_stage()
         entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process alone: a run that was continued had others before
-        distributed.run_on_rank_zero(
-            lambda: directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
-        )
+
+        def finish() -> None:
+            entry["inputs"] = self.inputs.of(self._inputs_of(name))
+            directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
+
+        distributed.run_on_rank_zero(finish)
         remove_chunks(directory.checkpoint(name))
         distributed.end_startup_timeout()
+
+    def _is_finished(self, name: str, settings: dict[str, Any]) -> bool:
+        """Return whether the manifest lists a stage; before the first that it does not list, write `inputs.jsonl`."""
+        entry = self.directory.stage_done(name, settings)
+        if entry is None:
+            self.inputs.write()
+            return False
+        self.inputs.check(name, entry.get("inputs", {}), self._inputs_of(name))
+        return True
+
+    def _inputs_of(self, name: str) -> StageInputs:
+        """Return what a stage reads: samples with the fields that count, earlier stages' files, models."""
+        of, _, kind = name.rpartition("/")
+        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+        before = (
+            "rationale" if number == 1 else f"iteration-{number - 1}/dpo"
+        )  # trained the adapter that a round begins with
+        earlier = {
+            "evaluation": {"base": [], "rationale": ["rationale"]}.get(of, [f"{of}/dpo"]),
+            "candidates": [before],
+            "headroom": [before],
+            "scores": [f"{of}/candidates"],
+            "preferences": [before, f"{of}/candidates", f"{of}/scores"],
+            "dpo": [before, f"{of}/preferences"],
+        }
+        samples: dict[str, tuple[Sequence[Sample], Sequence[str]]] = {}
+        if kind in ("evaluation", "headroom"):
+            samples = {_evaluation(dataset): (dataset.samples, FIELDS) for dataset in self.evaluation_sets}
+        elif kind in READS:
+            samples = {CALIBRATION: (self.samples_of(number), READS[kind])}
+        hashes: dict[str, Callable[[], str]] = {}
+        if kind == "rationale" or (kind == "dpo" and self.config.dpo.rehearsal_weight):
+            samples[RATIONALE] = (self.rationale_samples, FIELDS)
+            if (teacher := self.config.rationale.teacher) is not None:
+                hashes["rationale.teacher"] = partial(file_hash, teacher)
+        if kind != "scores":
+            hashes["model.path"] = partial(model_hash, checkpoint_directory(self.config.model.path, "base"))
+        if kind in ("scores", "headroom"):
+            hashes["scorer.path"] = partial(model_hash, checkpoint_directory(self.config.scorer.path, "scorer"))
+        for stage in earlier.get(kind, []):
+            hashes[f"files of {stage}"] = partial(self._hash_of_files, stage)
+        return StageInputs(samples, hashes)
+
+    def _hash_of_files(self, stage: str) -> str:
+        """Hash the hashes of the files that a finished stage has written."""
+        return json_hash(self.directory.manifest().get(stage, {}).get("files"))
 
     def load_scorer(self) -> tuple[Scorer, Callable[[], str]]:
         """Load the R-Scorer for the rest of the stage; return it and a function that computes its hash.
@@ -171,3 +238,8 @@ class CalibrationRun:
     def _parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the models in memory."""
         return [parameter for model in self._models() for parameter in model.parameters()]
+
+
+def _evaluation(dataset: EvaluationSet) -> str:
+    """Name an evaluation set among the inputs."""
+    return f"data.evaluation, {dataset.label}"

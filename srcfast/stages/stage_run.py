@@ -28,6 +28,7 @@ from srcfast.run.directory import StageMetrics
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress, peak_rss_bytes, track
 from srcfast.stages.nonfinite import dump_nonfinite_batch
+from srcfast.stages.stage_inputs import InputRecord
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Metrics, TrainingItem
 from srcfast.training.profiler import StepProfiler
@@ -57,6 +58,7 @@ class StageRun:
         profile_dir: where steps are profiled to.
         profile: the steps to profile.
         forecast: of the memory; a training replaces the typical one by that of its items.
+        inputs: returns hashes of what the stage reads, by name; called on rank 0.
         history: the training's metrics, step by step.
         result: what a command's `summary.json` says beside the training's figures.
     """
@@ -71,6 +73,7 @@ class StageRun:
     profile_dir: Path
     profile: range | None = None
     forecast: Forecast | None = None
+    inputs: Callable[[], Mapping[str, str]] = dict
     history: list[Metrics] = field(default_factory=list)
     result: dict[str, Any] | None = None
 
@@ -84,7 +87,11 @@ class StageRun:
         """
 
         def values() -> dict[str, Any]:
-            return {**self.settings, **{key: value() for key, value in depends_on.items()}}
+            return {
+                **self.settings,
+                "inputs": dict(self.inputs()),
+                **{key: value() for key, value in depends_on.items()},
+            }
 
         return Chunks(self.checkpoint_dir / name, values, self.progress)
 
@@ -186,6 +193,7 @@ def command_stage(
     sections: Sequence[str],
     models: Callable[[], Sequence[nn.Module]],
     profile: range | None = None,
+    inputs: Callable[[], Mapping[str, str]] = dict,
 ) -> Iterator[CommandStage]:
     """Run one stage as a command, alone in its output directory; the same command continues one that was stopped.
 
@@ -200,6 +208,7 @@ def command_stage(
         sections: settings that the result depends on, beside seed and model.
         models: returns the models in memory, whose memory is measured.
         profile: steps of a training to profile.
+        inputs: see `StageRun`.
     """
     resolved = config.identity()
     with exclusive_lock(output), ExitStack() as timing:
@@ -216,6 +225,7 @@ def command_stage(
             metrics=StageMetrics(output / "metrics.jsonl"),
             profile_dir=output / "profile",
             profile=profile,
+            inputs=inputs,
             measurement=measurement,
             timing=timing,
         )
@@ -227,10 +237,10 @@ def command_stage(
 
 
 def sampling_stage(
-    name: str, config: Config, output: Path, total: int, sections: Sequence[str]
+    name: str, config: Config, output: Path, total: int, sections: Sequence[str], made_of: InputRecord
 ) -> AbstractContextManager[CommandStage]:
-    """Open the stage of a command that runs a model over samples."""
-    return command_stage(name, config, output, total, sections=sections, models=list)
+    """Open the stage of a command that runs a model over the samples of `made_of`."""
+    return command_stage(name, config, output, total, sections=sections, models=list, inputs=made_of.all)
 
 
 def training_stage(
