@@ -25,6 +25,7 @@ from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.candidates import diversity, search_candidates
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
+from srcfast.stages.fitting import pair_fits
 from srcfast.stages.headroom import measure_headroom
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import stage_references
@@ -150,10 +151,11 @@ def curate(run: CalibrationRun, iteration: int) -> None:
 
     def work(stage: StageRun) -> dict[str, Any]:
         candidates, scores = artifacts.candidates(iteration), artifacts.scores(iteration)
-        pairs, funnel = curation.curate(samples, candidates, scores, run.config.curation, seed)
-        curation.check_pairs_left(pairs, funnel)
         # The reference is the policy that the round starts from, whose candidates these are.
-        run.policy.use(run.directory.adapter(iteration - 1))
+        policy = run.policy.use(run.directory.adapter(iteration - 1))
+        fits = partial(pair_fits, policy, run.config.dpo.token_budget)
+        pairs, funnel = curation.curate(samples, candidates, scores, run.config.curation, seed, fits)
+        curation.check_pairs_left(pairs, funnel)
         generated: Any = artifacts.candidates(iteration) if run.config.dpo.reuse_generation_logprobs else {}
         pairs, report = stage_references(stage, run.policy, pairs, run.samples, generated, seed + iteration)
         stage.progress.advance(len(samples))

@@ -43,6 +43,7 @@ from srcfast.stages.candidates import search_candidates
 from srcfast.stages.datasets import draw, read_evaluation_sets
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
+from srcfast.stages.fitting import check_judged, check_lesson, check_pair, check_prompt, check_response, split_fitting
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
@@ -94,9 +95,11 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on rationale-answer pairs, and save it in `output`."""
     output = require_option(output, "--output", "a folder for the adapter")
-    samples = read_all(config, source, "rationale", output)
+    with rejected_records(output) as rejected:
+        samples = read_all(config, source, "rationale", rejected)
+        policy = Policy(config, samples)
+        samples = split_fitting(samples, check_lesson(policy.model, config), config, rejected)
     pairs, dropped = rationale_pairs(config, samples)
-    policy = Policy(config, [sample for sample, _ in pairs])
     loop = config.rationale.seeded(config.seed, config.deterministic)
     steps = num_steps(len(pairs), loop)
     with training_stage("rationale", config, output, steps, lambda: [policy.model], profile) as stage:
@@ -114,10 +117,13 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of each sample, and write them into shards in `output`."""
     output = require_option(output, "--output", "a folder for the candidates")
-    samples = read_all(config, source, "calibration", output)
+    with rejected_records(output) as rejected:
+        samples = read_all(config, source, "calibration", rejected)
+        policy = Policy(config, samples, adapter)
+        samples = split_fitting(samples, check_prompt(policy.model), config, rejected)
     if config.candidates.samples:
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
-    policy, made_of = Policy(config, samples, adapter), InputRecord(output, {COMMAND: samples})
+    made_of = InputRecord(output, {COMMAND: samples})
     with sampling_stage("candidates", config, output, len(samples), ("candidates",), made_of) as stage:
         files = search_candidates(stage, policy, samples, config.seed)
         distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
@@ -128,10 +134,11 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     """Score candidates, and write the scores into shards in `output`."""
     output = require_option(output, "--output", "a folder for the scores")
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
-    samples = read_all(config, source, "calibration", output)
+    with rejected_records(output) as rejected:
+        samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
+        samples = split_fitting(samples, check_judged(scorer, config), config, rejected)
     made_of = InputRecord(output, {COMMAND: samples})
     distributed.run_on_rank_zero(lambda: made_of.check_made_of(directory))
-    scorer = load_scorer_for(config)
     with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
         chunks = stage.chunks(scorer=partial(model_hash, scorer.text_model.path))
         files = scores_in_chunks(chunks, scorer, samples, lambda: read_candidates(directory), config.scorer, adaptive)
@@ -158,10 +165,12 @@ def dpo(
             "dpo.rehearsal_weight: expected 0, since this command is given no rationale-answer pairs to rehearse, "
             f"found {config.dpo.rehearsal_weight}. Fix: leave it out, or use `srcfast calibrate`"
         )
-    pairs = read_preference_file(config, source, output)
+    with rejected_records(output) as rejected:
+        pairs = read_preference_file(config, source, rejected)
+        policy = Policy(config, pairs)
+        pairs = split_fitting(pairs, check_pair(policy.model, config.dpo.token_budget), config, rejected)
     if source.data is not None and source.data.is_dir():
         distributed.run_on_rank_zero(partial(InputRecord(output, {COMMAND: pairs}).check_made_of, source.data))
-    policy = Policy(config, pairs)
     if adapter is None:
         policy.fresh()
     else:
@@ -183,9 +192,11 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         evaluation_sets = read_evaluation_sets(
             datasets(config, source, "evaluation"), config, Path(config.output) / "images", rejected
         )
-    policy = Policy(
-        config, [sample for evaluation_set in evaluation_sets for sample in evaluation_set.samples], adapter
-    )
+        policy = Policy(config, [sample for each in evaluation_sets for sample in each.samples], adapter)
+        check = check_prompt(policy.model)
+        evaluation_sets = [
+            replace(each, samples=split_fitting(each.samples, check, config, rejected)) for each in evaluation_sets
+        ]
     total = sum(len(evaluation_set.samples) for evaluation_set in evaluation_sets)
     made_of = InputRecord(output, {dataset.label: dataset.samples for dataset in evaluation_sets})
     with sampling_stage("evaluate", config, output, total, ("evaluation",), made_of) as stage:
@@ -225,6 +236,8 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
     ]
     policy, directory = Policy(config, rows, adapter), output.with_name(f"{output.name}.checkpoint")
+    check = check_response(policy.model, config.dpo.token_budget)
+    distributed.run_on_rank_zero(lambda: [check(row) for row in rows])
     with exclusive_lock(directory), track("logprob", len(rows), "responses", config.quiet) as progress:
         files = logprobs_in_chunks(
             logprob_chunks(config, policy, rows, directory, progress),
@@ -241,7 +254,8 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = require_option(output, "--output", "a folder for the R-Scorer")
-    samples = read_all(config, source, "rationale", output)
+    with rejected_records(output) as rejected:
+        samples = read_all(config, source, "rationale", rejected)
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
     model, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)

@@ -116,14 +116,13 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
     return config.data.evaluation
 
 
-def read_all(config: Config, source: Source, use: str, output: Path) -> list[Sample]:
-    """Read the samples of all datasets for a use, "rationale" or "calibration"; write bad records as `rejected_records` does.
+def read_all(config: Config, source: Source, use: str, rejected: list[dict[str, Any]]) -> list[Sample]:
+    """Read the samples of all datasets for a use, "rationale" or "calibration"; append bad records to `rejected`.
 
     Raises:
         InputError: two samples share an id, or too many records were rejected, or none is good.
     """
-    with rejected_records(output) as rejected:
-        return read_training_samples(datasets(config, source, use), config, Path(config.output) / "images", rejected)
+    return read_training_samples(datasets(config, source, use), config, Path(config.output) / "images", rejected)
 
 
 @contextmanager
@@ -148,8 +147,8 @@ def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
                     file.unlink()
 
 
-def read_preference_file(config: Config, source: Source, output: Path) -> list[Preference]:
-    """Read preferences from a file (JSON lines, TRL's JSON, messages) or from a directory of shards."""
+def read_preference_file(config: Config, source: Source, rejected: list[dict[str, Any]]) -> list[Preference]:
+    """Read preferences from a file (JSON lines, TRL's JSON, messages) or shards; append bad ones to `rejected`."""
     path = require_option(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
     if path.is_dir():
@@ -163,11 +162,10 @@ def read_preference_file(config: Config, source: Source, output: Path) -> list[P
             for file, line, row in read_shards(path)
         ]
     format = source.format or ("trl" if path.suffix == ".json" else "jsonl")
-    with rejected_records(output) as rejected:
-        preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
-        check_rejected(rejected, len(rejected) + len(preferences), config.max_rejected)
-        if not preferences:
-            raise InputError(file=path, expected="at least one pair", found="none", fix="name data that holds some")
+    preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
+    check_rejected(rejected, len(rejected) + len(preferences), config.max_rejected)
+    if not preferences:
+        raise InputError(file=path, expected="at least one pair", found="none", fix="name data that holds some")
     return preferences
 
 

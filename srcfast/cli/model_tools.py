@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from srcfast.attention.forest_attention import available_backends
-from srcfast.cli.inputs import Source, read_all, require_option
+from srcfast.cli.inputs import Source, read_all, rejected_records, require_option
 from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
@@ -52,7 +52,8 @@ def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
 
 def inspect(config: Config, source: Source, index: int) -> None:
     """Print one sample decoded: the prompt, which has no loss, dimmed; the response, which has, in green."""
-    samples = read_all(config, source, "rationale", Path(config.output))
+    with rejected_records(Path(config.output)) as rejected:
+        samples = read_all(config, source, "rationale", rejected)
     if index >= len(samples):
         raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
     sample, teacher = samples[index], config.rationale.teacher

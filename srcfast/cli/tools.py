@@ -85,7 +85,8 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
         scores = require_option(scores, "--scores", "the folder that `srcfast score` wrote")
     if not is_rank_zero():
         return
-    samples = inputs.read_all(config, source, "calibration", output)
+    with inputs.rejected_records(output) as rejected:
+        samples = inputs.read_all(config, source, "calibration", rejected)
     with lock_directory(output):
         made_of = InputRecord(output, {COMMAND: samples})
         made_of.check_made_of(directory)

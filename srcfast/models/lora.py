@@ -143,9 +143,7 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
     """
     check_no_adapter(model)
     generator = torch.Generator().manual_seed(config.seed)
-    linears = list(block_linears(model.decoder))
-    stacked = has_stacked_experts(name for name, _ in model.decoder.named_parameters())
-    config = config.replace(target_modules=target_names(config, (name for _, name, _ in linears), stacked))
+    config = config.replace(target_modules=check_targets(model, config))
     for number, (name, linear) in enumerate(_named_linears(model.decoder).items()):
         if name.rpartition(".")[2] not in config.target_modules:
             continue
@@ -154,6 +152,13 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
     model.lora_config = config
+
+
+def check_targets(model: HasDecoder, config: LoRAConfig) -> tuple[str, ...]:
+    """Return the names of the layers that an adapter of these settings is of. Raises InputError where there is none."""
+    linears = (name for _, name, _ in block_linears(model.decoder))
+    stacked = has_stacked_experts(name for name, _ in model.decoder.named_parameters())
+    return target_names(config, linears, stacked)
 
 
 def _named_linears(decoder: TransformerDecoder) -> dict[str, nn.Linear | NF4Linear]:

@@ -15,10 +15,12 @@ from srcfast.config.settings import Config
 from srcfast.data.jsonl import file_hash, json_hash, write_jsonl
 from srcfast.data.records import Sample
 from srcfast.memory.measure import measured
+from srcfast.memory.model_sizes import release_unused
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.memory.plan import forecast_stage
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.embedded import checkpoint_directory
+from srcfast.models.lora import check_targets
 from srcfast.models.scorer import Scorer
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
@@ -31,6 +33,7 @@ from srcfast.stages.datasets import (
     read_training_samples,
     training_sets,
 )
+from srcfast.stages.fitting import check_judged, check_lesson, check_prompt, split_fitting
 from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_inputs import FIELDS, JUDGED, PROMPT, InputRecord, StageInputs
@@ -73,13 +76,14 @@ class CalibrationRun:
         self.rationale_samples = read_training_samples(training_sets(config, "rationale"), config, images, rejected)
         self.calibration_samples = read_training_samples(training_sets(config, "calibration"), config, images, rejected)
         self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)
+        self._check_judged(rejected)
+        # A model's images are those of all records, as they were before some were set aside.
+        groups = [self.rationale_samples, self.calibration_samples, *(each.samples for each in self.evaluation_sets)]
+        self.policy = Policy(config, [sample for group in groups for sample in group])
+        check_targets(self.policy.model, config.lora)
+        self._set_aside(rejected)
         distributed.run_on_rank_zero(lambda: write_jsonl(self.directory.rejected_file, rejected))
         self.num_rejected = len(rejected)
-        groups = (
-            self.rationale_samples,
-            self.calibration_samples,
-            *(dataset.samples for dataset in self.evaluation_sets),
-        )
         # By id those that pairs are made of alone: another set may use the same ids.
         self.samples = {sample.id: sample for sample in self.calibration_samples}
         self.num_samples = len({(s.id, s.image_root, s.images) for group in groups for s in group})
@@ -87,8 +91,26 @@ class CalibrationRun:
         sets = {_evaluation(dataset): dataset.samples for dataset in self.evaluation_sets}
         sets |= {RATIONALE: self.rationale_samples, CALIBRATION: self.calibration_samples}
         self.inputs = InputRecord(self.directory.path, sets)
-        self.policy = Policy(config, [sample for group in groups for sample in group])
         self.scorer: Scorer | None = None
+
+    def _check_judged(self, rejected: list[dict[str, Any]]) -> None:
+        """Read the R-Scorer, which no stage needs before training, and set samples aside that it has no room for."""
+        scorer = load_scorer_for(self.config)
+        check = check_judged(scorer, self.config)
+        self.calibration_samples = split_fitting(self.calibration_samples, check, self.config, rejected, "references")
+        del scorer, check
+        release_unused(self.config.model.device)
+
+    def _set_aside(self, rejected: list[dict[str, Any]]) -> None:
+        """Set samples aside of which the model can't take the prompt, or stage 1 the response."""
+        config, model = self.config, self.policy.model
+        of_prompt, of_lesson = check_prompt(model), check_lesson(model, config)
+        self.rationale_samples = split_fitting(self.rationale_samples, of_lesson, config, rejected, "rationales")
+        self.calibration_samples = split_fitting(self.calibration_samples, of_prompt, config, rejected, "prompts")
+        self.evaluation_sets = [
+            replace(each, samples=split_fitting(each.samples, of_prompt, config, rejected, each.label))
+            for each in self.evaluation_sets
+        ]
 
     def _write_config(self) -> None:
         """Write the settings, unless a stage was finished with others: then the files of that run stay."""

@@ -14,7 +14,7 @@ S as `scores`, u as `confidence`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -49,6 +49,7 @@ REASONS = (
     "confidence",
     "rating",
     "length",
+    "does_not_fit",
 )
 
 
@@ -73,6 +74,7 @@ def curate(
     score_rows: Iterable[Mapping[str, Any]],
     settings: CurationConfig,
     seed: int = 0,
+    fits: Callable[[Preference], bool] = lambda pair: True,
 ) -> tuple[list[Preference], dict[str, Any]]:
     """Choose preference pairs and count what was dropped and why.
 
@@ -83,6 +85,7 @@ def curate(
             Samples without a row can't be paired by score and are dropped as "not_scored" (the baselines don't need rows).
         settings: thresholds, pairing, weighting.
         seed: with the sample's id it decides the baselines' draws; a sample's pair depends on nothing else.
+        fits: whether a training has room for a pair; others are dropped as "does_not_fit".
 
     Returns:
         The preferences, and the funnel: counts of samples and of pairs in order, `dropped` by reason, and the
@@ -100,7 +103,11 @@ def curate(
         _check_row(sample, sample_candidates, row, settings)
         if row is not None:
             statistics.add(row, sample_candidates)
-        preferences += _sample_pairs(sample, sample_candidates, row, settings, seed, funnel)
+        for pair in _sample_pairs(sample, sample_candidates, row, settings, seed, funnel):
+            if fits(pair):
+                preferences.append(pair)
+            else:
+                funnel.dropped["does_not_fit"] += 1
     funnel.passed["kept"] = len(preferences)
     return preferences, funnel.to_json() | _pair_statistics(preferences) | statistics.result()
 

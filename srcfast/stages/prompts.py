@@ -35,9 +35,14 @@ class PromptEncoder:
         """
         key = (text, image_keys(record), record.turns)
         if key not in self.encoded:
-            images = [image_file(record.image_root, image) for image in record.images]
-            self.encoded[key] = self.model.encode_prompt(text, images, sample_id, record.turns)
+            self.encoded[key] = encode_prompt(self.model, record, text, sample_id)
         return self.encoded[key]
+
+
+def encode_prompt(model: VisionLanguageModel, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
+    """Encode a record's prompt `[n]` without a cache, see `PromptEncoder`."""
+    images = [image_file(record.image_root, image) for image in record.images]
+    return model.encode_prompt(text, images, sample_id, record.turns)
 
 
 def image_keys(record: Sample | Preference) -> tuple[str, ...]:

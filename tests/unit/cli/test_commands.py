@@ -344,7 +344,7 @@ def test_curated_pairs_are_read_with_another_image_root_once_their_own_is_gone(t
     write_shards(tmp_path / "pairs", [row | {"image_root": str(old)}])
 
     def root_given(root: Path | None) -> Path:
-        (pair,) = read_preference_file(Config(), Source(tmp_path / "pairs", None, root), tmp_path)
+        (pair,) = read_preference_file(Config(), Source(tmp_path / "pairs", None, root), [])
         return pair.image_root
 
     assert root_given(None) == root_given(tmp_path) == old
@@ -362,10 +362,10 @@ def test_one_image_root_stands_for_no_more_than_one_that_is_gone(tmp_path: Path)
     source = Source(tmp_path / "pairs", None, new)
     write_shards(source.data or Path(), [row | {"image_root": str(root)} for root in (old, other)])
     with pytest.raises(InputError, match="line 1.*image_root") as found:
-        read_preference_file(Config(), source, tmp_path)
+        read_preference_file(Config(), source, [])
     assert f"{old}, {other}" in str(found.value)
     write_shards(source.data or Path(), [row | {"image_root": str(old)}] * 2)
-    assert [pair.image_root for pair in read_preference_file(Config(), source, tmp_path)] == [new, new]
+    assert [pair.image_root for pair in read_preference_file(Config(), source, [])] == [new, new]
 
 
 def test_convert_sets_bad_records_aside(srcfast: Srcfast, image_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Encode every record once before anything is trained, and set aside what the models can't take.
+
+A record that holds a control token, or leaves no room, would otherwise end a run in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from srcfast import distributed
+from srcfast.config.settings import Config
+from srcfast.data.readers import check_rejected
+from srcfast.data.records import Preference, Record, Sample
+from srcfast.errors import InputError
+from srcfast.models.protocols import VisionLanguageModel
+from srcfast.models.scorer import Scorer
+from srcfast.run.progress import track
+from srcfast.stages.pair_trees import preference_tree
+from srcfast.stages.prompts import encode_prompt
+from srcfast.stages.rationale import build_raps, read_teacher
+from srcfast.stages.scoring import sample_reference
+
+Check = Callable[[Any], None]  # raises InputError for a record that doesn't fit
+
+
+def split_fitting(
+    records: Sequence[Record], check: Check, config: Config, rejected: list[dict[str, Any]], name: str = "data"
+) -> list[Record]:
+    """Return the records that fit; append a row about each of the others to `rejected`. Rank 0 encodes for all ranks.
+
+    Raises:
+        InputError: none fits, or more than `max_rejected` do not.
+    """
+
+    def errors() -> dict[str, dict[str, Any]]:
+        rows = {}
+        with track(f"check {name}", len(records), quiet=config.quiet) as progress:
+            for index, record in enumerate(records):
+                try:
+                    check(record)
+                except InputError as error:
+                    rows[str(index)] = error.as_record()
+                progress.advance()
+        return rows
+
+    rows = distributed.run_on_rank_zero(errors)
+    listed = [row["reason"] for row in rejected]  # a sample of both uses is checked twice
+    rejected += [row for row in rows.values() if row["reason"] not in listed]
+    check_rejected(list(rows.values()), len(records), config.max_rejected)
+    return [record for index, record in enumerate(records) if str(index) not in rows]
+
+
+def check_prompt(model: VisionLanguageModel) -> Check:
+    """Return a check that a sample's prompt can be encoded and leaves room for a response."""
+
+    def check(sample: Sample) -> None:
+        encode_prompt(model, sample, sample.question, sample.id)
+
+    return check
+
+
+def check_lesson(model: VisionLanguageModel, config: Config) -> Check:
+    """Return a check that a sample's prompt and, if it has one, its rationale and answer fit into stage 1's forests."""
+    section = config.rationale
+    teacher = None if section.teacher is None else read_teacher(section.teacher)
+
+    def check(sample: Sample) -> None:
+        prompt = encode_prompt(model, sample, sample.question, sample.id)
+        for _, response in build_raps([sample], section.format, teacher)[0]:
+            tokens = len(prompt) + len(model.encode_response(response))
+            _check_tokens(sample.id, "rationale", tokens, "rationale.token_budget", section.token_budget)
+
+    return check
+
+
+def check_response(model: VisionLanguageModel, token_budget: int) -> Check:
+    """Return a check that a sample's prompt and its answer, as a response, have at most `token_budget` tokens."""
+
+    def check(sample: Sample) -> None:
+        tokens = len(encode_prompt(model, sample, sample.question, sample.id)) + len(
+            model.encode_response(sample.answer)
+        )
+        _check_tokens(sample.id, "response", tokens, "dpo.token_budget", token_budget)
+
+    return check
+
+
+def check_judged(scorer: Scorer, config: Config) -> Check:
+    """Return a check that the R-Scorer can read a sample's reference beside two candidates of full length."""
+
+    def check(sample: Sample) -> None:
+        tree = scorer.judge_tree(sample_reference(sample), ["", ""], [(0, 1)], key=sample.id).tree
+        tokens = tree.num_tokens + 2 * config.candidates.max_new_tokens
+        _check_tokens(sample.id, "facts", tokens, "scorer.token_budget", config.scorer.token_budget)
+
+    return check
+
+
+def check_pair(model: VisionLanguageModel, token_budget: int) -> Check:
+    """Return a check that a preference pair makes a tree of at most `token_budget` tokens."""
+
+    def check(pair: Preference) -> None:
+        prompt = encode_prompt(model, pair, pair.prompt, pair.sample_id)
+        responses = model.encode_response(pair.chosen), model.encode_response(pair.rejected)
+        tree = preference_tree(prompt, *responses, key=pair.sample_id)
+        _check_tokens(pair.sample_id, "chosen", tree.num_tokens, "dpo.token_budget", token_budget)
+
+    return check
+
+
+def pair_fits(model: VisionLanguageModel, token_budget: int, pair: Preference) -> bool:
+    """Return whether `check_pair` takes a pair."""
+    try:
+        check_pair(model, token_budget)(pair)
+    except InputError:
+        return False
+    return True
+
+
+def _check_tokens(sample_id: str, field: str, tokens: int, setting: str, limit: int) -> None:
+    if tokens > limit:
+        expected, fix = f"at most {setting} = {limit} tokens", f"raise {setting}, or leave this sample out"
+        raise InputError(sample_id=sample_id, field=field, expected=expected, found=f"{tokens} tokens", fix=fix)
