@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from srcfast.data.jsonl import naming, parse_object, regular, remove_temporary, temporary_of
+from srcfast.data.jsonl import file_hash, json_hash, naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
 from srcfast.models.foreign_code import refuse_foreign_code
 from srcfast.models.quantized import NF4Linear
@@ -338,6 +338,18 @@ def model_hash(path: str | Path) -> str:
     """Hash a checkpoint's config and weights (SHA-256): the same content has the same hash in any directory."""
     files = [Path(path) / "config.json", *weight_files(path)]
     return _digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def companions(path: str | Path) -> list[Path]:
+    """List a checkpoint's config, tokenizer, processor and template files: JSON, Jinja and text but the weights' index."""
+    endings = (".json", ".jinja", ".txt", ".model")
+    files = (file for file in sorted(Path(path).iterdir()) if file.suffix in endings and "safetensors" not in file.name)
+    return [file for file in files if file.is_file()]
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """Hash a checkpoint's weights and companions: whatever of it decides results."""
+    return f"{model_hash(path)} {json_hash({file.name: file_hash(file) for file in companions(path)})}"
 
 
 @lru_cache(maxsize=64)

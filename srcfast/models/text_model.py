@@ -20,6 +20,7 @@ from srcfast.errors import InputError
 from srcfast.models.checkpoint import (
     WEIGHTS,
     check_weight_count,
+    companions,
     fill,
     read_config,
     read_tensors,
@@ -209,7 +210,6 @@ def load_tokenizer(path: str | Path) -> Any:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config, tokenizer, processor and template files: everything in JSON, Jinja or text but the weights' index."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        companion = file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name
-        if file.is_file() and companion and file.resolve() != (target / file.name).resolve():
+    for file in companions(source):
+        if file.resolve() != (target / file.name).resolve():
             shutil.copyfile(file, target / file.name)

@@ -18,7 +18,7 @@ from srcfast.memory.measure import measured
 from srcfast.memory.model_sizes import release_unused
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.memory.plan import forecast_stage
-from srcfast.models.checkpoint import model_hash
+from srcfast.models.checkpoint import checkpoint_hash, model_hash
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import check_targets
 from srcfast.models.scorer import Scorer
@@ -222,9 +222,9 @@ class CalibrationRun:
             if (teacher := self.config.rationale.teacher) is not None:
                 hashes["rationale.teacher"] = partial(file_hash, teacher)
         if kind != "scores":
-            hashes["model.path"] = partial(model_hash, checkpoint_directory(self.config.model.path, "base"))
+            hashes["model.path"] = partial(checkpoint_hash, checkpoint_directory(self.config.model.path, "base"))
         if kind in ("scores", "headroom"):
-            hashes["scorer.path"] = partial(model_hash, checkpoint_directory(self.config.scorer.path, "scorer"))
+            hashes["scorer.path"] = partial(checkpoint_hash, checkpoint_directory(self.config.scorer.path, "scorer"))
         for stage in earlier.get(kind, []):
             hashes[f"files of {stage}"] = partial(self._hash_of_files, stage)
         return StageInputs(samples, hashes)

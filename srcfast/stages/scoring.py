@@ -74,7 +74,7 @@ def score_candidates(
         The rows of `scored_rows`.
 
     Raises:
-        InputError: a tree doesn't fit into the token budget; the sample is named.
+        InputError: a single comparison doesn't fit into the token budget; the sample is named.
     """
     rows = list(scored_rows(scorer, samples, candidates, token_budget, mode, progress, adaptive))
     if output is not None:
@@ -101,7 +101,7 @@ def scored_rows(
         verdicts: what these rates are shares of. A pair that was not compared has q = 1/2 and u = 0.
 
     Raises:
-        InputError: a tree doesn't fit into the token budget; the sample is named.
+        InputError: a single comparison doesn't fit into the token budget; the sample is named.
     """
     if mode not in ("pairwise", "independent"):
         raise ConfigError(f"scoring.mode: expected pairwise or independent, found {mode!r}")
@@ -202,11 +202,28 @@ def _compare(
     token_budget: int,
 ) -> tuple[Comparisons, int]:
     """Compare the ordered pairs of each sample, given by its index; return the comparisons and the number of tokens run."""
-    trees = [_tree(scorer, samples[index], texts[index], sample_pairs) for index, sample_pairs in pairs.items()]
+    of_sample = {
+        index: _trees(scorer, samples[index], texts[index], sorted(of_index), token_budget)
+        for index, of_index in pairs.items()
+    }
+    trees = [tree for group in of_sample.values() for tree in group]
     slots, tokens = slot_hidden(scorer, trees, token_budget)  # [M, D]
     first = np.concatenate([tree.first for tree in trees])
     second = np.concatenate([tree.second for tree in trees])
-    return Comparisons(slots, first, second, np.repeat(list(pairs), [len(tree.slots) for tree in trees])), tokens
+    counts = [sum(len(tree.slots) for tree in group) for group in of_sample.values()]
+    return Comparisons(slots, first, second, np.repeat(list(pairs), counts)), tokens
+
+
+def _trees(
+    scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[tuple[int, int]], token_budget: int
+) -> list[JudgeTree]:
+    """Tokenise one sample's comparisons, in ascending order, as one tree; as several where one is larger than the budget."""
+    tree = _tree(scorer, sample, texts, pairs)
+    fits = tree.tree.num_tokens <= token_budget or share_prefixes(tree.tree)[0].num_tokens <= token_budget
+    if fits or len(pairs) == 1:
+        return [tree]
+    halves = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    return [tree for half in halves for tree in _trees(scorer, sample, texts, half, token_budget)]
 
 
 def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> JudgeTree:
