@@ -11,6 +11,7 @@ from srcfast.config.yaml import read_yaml
 from srcfast.data.jsonl import parse_json, parse_object, regular
 from srcfast.errors import InputError
 from srcfast.report.shapes import Card, Settings, Step, Summary, check_shape
+from srcfast.run.metric_rows import check_metrics
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def read_run(path: Path) -> RunFiles:
             found="no such file",
             fix="name the directory of a run that has been evaluated",
         )
+    manifest = path / "manifest.json"
+    for stage, entry in (_json(manifest, dict[str, dict[str, Any]]) if manifest.is_file() else {}).items():
+        check_metrics(path / "metrics.jsonl", stage, entry)
     gallery = path / "gallery.json"
     environment = path / "environment.json"
     config = path / "config.yaml"

@@ -25,6 +25,7 @@ from srcfast.data.jsonl import (
 )
 from srcfast.errors import ConfigError, InputError
 from srcfast.run.environment import environment
+from srcfast.run.metric_rows import check_metrics, metrics_of, way_out
 
 # The last part of a stage's name; an iteration or a model may precede it, as in "iteration-1/dpo".
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation", "headroom")
@@ -150,14 +151,7 @@ class RunDirectory:
 
     def check_files(self, stage: str, entry: Mapping[str, Any]) -> None:
         """Raise InputError if a file that a finished stage wrote, or its metrics, are missing or were changed since."""
-        recorded = entry.get("metrics")  # of a training; runs of older releases have none
-        if recorded is not None and recorded != (metrics := self._metrics_of(stage)):
-            raise InputError(
-                file=self.metrics_file,
-                expected=f"the {recorded['rows']} rows that stage {stage!r} wrote",
-                found=f"{metrics['rows']} rows" + (", others" if metrics["rows"] == recorded["rows"] else ""),
-                fix=self._fix(stage),
-            )
+        check_metrics(self.metrics_file, stage, entry)
         for name, expected in entry.get("files", {}).items():
             file = self.path / name
             actual = file_hash(file) if file.is_file() else "no file"
@@ -166,17 +160,8 @@ class RunDirectory:
                     file=file,
                     expected=f"what stage {stage!r} wrote, of SHA-256 {expected}",
                     found=actual,
-                    fix=self._fix(stage),
+                    fix=way_out(stage),
                 )
-
-    def _fix(self, stage: str) -> str:
-        return f"put it back as it was, or remove {stage!r} and what comes after it from {self.manifest_file}: that is done again"
-
-    def _metrics_of(self, stage: str) -> dict[str, Any]:
-        """Count and hash the rows of a stage in `metrics.jsonl`."""
-        lines = read_lines(self.metrics_file) if self.metrics_file.is_file() else ()
-        rows = [row for _, row in lines if not isinstance(row, InputError) and row.get("stage") == stage]
-        return {"rows": len(rows), "sha256": json_hash(rows)}
 
     def stage_done(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest's entry if the stage finished with these settings, None if it did not finish.
@@ -228,7 +213,7 @@ class RunDirectory:
             "tokens": tokens,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
-            **({"metrics": metrics} if (metrics := self._metrics_of(name))["rows"] else {}),
+            **({"metrics": metrics} if (metrics := metrics_of(self.metrics_file, name))["rows"] else {}),
             "files": {str(file.relative_to(self.path)): file_hash(file) for file in self.written_by(name)},
         }
         entries[name] = entry | {"sha256": _entry_hash(name, as_json(entry))}
