@@ -1,0 +1,168 @@
+"""Every record is encoded once before training; what the models can't take is set aside then, and the run goes on without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from helpers.made_rows import write_rows
+
+from srcfast.calibrate import calibrate
+from srcfast.config.settings import Config
+from srcfast.data.records import Preference
+from srcfast.errors import InputError
+from srcfast.models import load_lvlm
+from srcfast.stages import calibration_run
+from srcfast.stages.fitting import pair_fits
+from srcfast.world.samples import world_samples
+
+Srcfast = Callable[..., Result]
+Row = dict[str, Any]
+
+# Fields of a sample of each training set that no model takes, and words of the reason.
+UNFIT: dict[str, tuple[str, Row, str]] = {
+    "a control token in the question": ("lessons", {"question": "What is </s> this?"}, "</s>"),
+    "a control token in an earlier turn": (
+        "questions",
+        {"turns": [{"role": "user", "content": "</s>?"}, {"role": "assistant", "content": "Yes."}]},
+        "</s>",
+    ),
+    "a question without end": ("questions", {"question": "Is it red or blue? " * 800}, "prompt tokens"),
+    "a rationale without end": (
+        "lessons",
+        {"rationale": " ".join(f"Circle {n} is red." for n in range(400))},
+        "rationale.token_budget",
+    ),
+    "facts without end": ("questions", {"facts": [f"Circle {n} is red." for n in range(2000)]}, "scorer.token_budget"),
+    "a held-out question without end": ("held-out", {"question": "Is it red or blue? " * 800}, "prompt tokens"),
+}
+
+
+def settings(folder: Path) -> Config:
+    def of(name: str, **more: Any) -> Row:
+        return {"name": name, "format": "jsonl", "path": str(folder / f"{name}.jsonl")} | more
+
+    values = {
+        "name": "run",
+        "output": str(folder),
+        "quiet": True,
+        "iterations": 1,
+        "data": {
+            "train": [of("lessons", use=["rationale"]), of("questions", use=["calibration"])],
+            "evaluation": [of("held-out", split="test")],
+        },
+        "rationale": {"token_budget": 1200},
+    }
+    return Config.model_validate(values)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("lessons", "questions", "held-out")):
+        samples = world_samples("train", 3, seed, image_dir=tmp_path / "pictures")
+        rows = [sample.to_json() | {"images": [f"pictures/{image}" for image in sample.images]} for sample in samples]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def spoil(folder: Path, case: str, number: int = 1) -> str:
+    """Give a sample of a set the fields of a case; return its id."""
+    name, fields, _ = UNFIT[case]
+    file = folder / f"{name}.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows[number] |= fields
+    write_rows(file, rows)
+    return rows[number]["id"]
+
+
+class StopHere(Exception):
+    """Raised in place of the first stage."""
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_sample_that_does_not_fit_is_set_aside_before_the_first_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    bad = spoil(folder, case)
+    left: list[str] = []
+
+    def stop(run: calibration_run.CalibrationRun, *_: Any, **__: Any) -> None:
+        sets = (run.rationale_samples, run.calibration_samples, *(each.samples for each in run.evaluation_sets))
+        left.extend(sample.id for samples in sets for sample in samples)
+        raise StopHere
+
+    monkeypatch.setattr(calibration_run.CalibrationRun, "stage", stop)
+    with pytest.raises(StopHere):
+        calibrate(settings(folder))
+    (row,) = (json.loads(line) for line in (folder / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["sample_id"] == bad and UNFIT[case][2] in row["reason"] and "Fix:" in row["reason"]
+    assert bad not in left and len(left) == 8
+
+
+def test_a_set_of_which_nothing_fits_ends_the_run_by_name(folder: Path) -> None:
+    for number in range(3):
+        spoil(folder, "a question without end", number)
+    with pytest.raises(InputError, match="bad records of 3") as error:
+        calibrate(settings(folder))
+    assert "fewer than" in str(error.value)
+    assert not (folder / "run" / "manifest.json").exists()
+
+
+def test_more_than_max_rejected_end_the_run(folder: Path) -> None:
+    spoil(folder, "a question without end")
+    with pytest.raises(InputError, match="max_rejected = 0"):
+        calibrate(settings(folder).replace(max_rejected=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scorer": {"path": "nowhere"}}, "nowhere"),
+        ({"lora": {"target_modules": ["q_proj", "wq"]}}, "found wq"),
+        ({"rationale": {"teacher": "nowhere.jsonl"}}, "nowhere.jsonl"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(folder: Path, changes: Row, words: str) -> None:
+    config = Config.model_validate(settings(folder).model_dump() | changes)
+    with pytest.raises(InputError) as error:
+        calibrate(config)
+    assert words in str(error.value) and not (folder / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "case"), [("rationale", "a rationale without end"), ("candidates", "a question without end")]
+)
+def test_a_command_sets_it_aside_too(srcfast: Srcfast, folder: Path, command: str, case: str) -> None:
+    bad, data = spoil(folder, case), UNFIT[case][0]
+    words = [command, "--data", folder / f"{data}.jsonl", "--output", folder / "output", "--quiet"]
+    words += ["token_budget=1200", "epochs=1"] if command == "rationale" else ["num_candidates=2", "max_new_tokens=8"]
+    result = srcfast(*words)
+    assert result.exit_code == 0, result.output
+    (row,) = (
+        json.loads(line) for line in (folder / "output" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    assert row["sample_id"] == bad and UNFIT[case][2] in row["reason"]
+
+
+def test_log_probabilities_are_of_all_rows_or_of_none(srcfast: Srcfast, tmp_path: Path) -> None:
+    """The output has a row for each line, so a line that does not fit ends the command, before anything is computed."""
+    rows = [{"prompt": "What is it?", "response": "A circle. " * count} for count in (1, 3000)]
+    data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "logprobs.jsonl"
+    result = srcfast("logprob", "--data", data, "--output", output, "token_budget=2000")
+    assert result.exit_code == 2 and "request 2" in result.output and "token_budget" in result.output
+    assert not output.exists() and not (tmp_path / "logprobs.jsonl.checkpoint").exists()
+
+
+def test_pairs_fit_up_to_the_token_budget_and_differ_in_tokens() -> None:
+    model = load_lvlm("embedded")
+    pair = Preference("p", (), "What is it?", "It is a red circle.", "It is a blue square.")
+    prompt = model.encode_prompt("What is it?", [])
+    chosen, rejected = (model.encode_response(text) for text in (pair.chosen, pair.rejected))
+    shared = next(n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    tokens = len(prompt) + len(chosen) + len(rejected) - shared  # what both begin with is in the tree once
+    assert pair_fits(model, tokens, pair) and not pair_fits(model, tokens - 1, pair)
+    assert not pair_fits(model, 10_000, Preference("p", (), "What is it?", "A circle.", "A circle."))
