@@ -80,9 +80,11 @@ def generate_candidates(
         generated, _ = sentence_beam_search(
             model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs, memory=memory
         )
+    # A response that ends before its first word is none to compare with others.
+    worded = ([one for one in responses if model.decode(one.token_ids)] for responses in generated)
     return [
         [_candidate(model, sample, number, response) for number, response in enumerate(responses)]
-        for sample, responses in zip(samples, generated, strict=True)
+        for sample, responses in zip(samples, worded, strict=True)
     ]
 
 

@@ -15,8 +15,9 @@ from srcfast.config.settings import CandidatesConfig
 from srcfast.data.records import Candidate, Sample
 from srcfast.generation.beam_search import Beam, Search, _diverse, bigram_overlap, sentence_beam_search
 from srcfast.generation.decode import Prompt, Start, Written
-from srcfast.generation.generate import generate_greedy
+from srcfast.generation.generate import Generated, generate_greedy
 from srcfast.generation.sentences import sentence_ended
+from srcfast.stages import candidates as candidate_stage
 from srcfast.stages.candidates import diversity, generate_candidates
 
 SETTINGS = CandidatesConfig(
@@ -265,6 +266,21 @@ def test_the_stage_keeps_the_samples_order_whatever_the_batches(exact: SmallLVLM
             assert candidate.id == f"{sample.id}#{number}" and candidate.sample_id == sample.id
             assert candidate.text == exact.model.decode(candidate.token_ids)
     assert torch.is_grad_enabled()
+
+
+def test_a_response_without_a_word_is_no_candidate(
+    exact: SmallLVLM, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from srcfast.models import ImageFeatures
+
+    model, (sample, *_) = exact.model, samples
+    written = [(), tuple(model.encode_response("Red.").tolist()), (model.end_token_id,)]
+    responses = [Generated(tokens, -1.0, True) for tokens in written]
+    monkeypatch.setattr(candidate_stage, "sentence_beam_search", lambda *_, **__: ([responses], None))
+    (group,) = generate_candidates(
+        model, [sample], SETTINGS, features=ImageFeatures(model, load_image), seed=0, batch_size=1
+    )
+    assert [(one.id, one.text) for one in group] == [(f"{sample.id}#0", "Red.")]
 
 
 def candidate(text: str, answer: str, tokens: tuple[int, ...]) -> Candidate:
