@@ -1,0 +1,78 @@
+"""Preference training by settings in combination, against one in plain PyTorch: losses, norms, rates, and the weights at the end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.plain_training import (
+    LOOP,
+    STEADY,
+    adapted,
+    check_training,
+    name_of,
+    pairwise_cases,
+    plain_training,
+    preference_losses,
+    raps,
+    response_logprob,
+)
+from helpers.small_model import SmallModel, random_preferences
+
+from srcfast.config.settings import DPOConfig
+from srcfast.data.records import Preference
+from srcfast.stages.dpo import train_preference
+from srcfast.training import loop
+
+PREFERENCE = LOOP | {
+    "weighted": (True, False),
+    "loss": (("sigmoid", 0.0), ("sigmoid", 0.15), ("sigmoid", "confidence"), ("ipo", 0.0), ("hinge", 0.0)),
+    "beta": (0.1, 0.7),
+    "sft_weight": (0.0, 0.6),
+    "rehearsal": (0, 4),
+}
+
+
+def pairs_of(model: SmallModel, count: int, seed: int) -> list[Preference]:
+    """Pairs with the model's own log-probabilities as reference, and the R-Scorer's confidence beside the weight."""
+    rng = np.random.default_rng(seed)
+    made = []
+    with torch.no_grad():
+        for pair in random_preferences(count, seed):
+            chosen, rejected = (response_logprob(model, pair.prompt, t)[0].item() for t in (pair.chosen, pair.rejected))
+            extra = {"judge_confidence": float(rng.uniform(0.1, 1.0)), "reference_hash": "abc"}
+            made.append(
+                replace(pair, reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra)
+            )
+    return made
+
+
+@pytest.mark.parametrize("case", pairwise_cases(PREFERENCE, seed=1), ids=name_of)
+def test_preference_training_is_the_plain_one(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dict(case)
+    late, weighted, rehearsal = (case.pop(name) for name in ("late", "weighted", "rehearsal"))
+    loss_type, label_smoothing = case.pop("loss")
+    monkeypatch.setattr(loop, "reads_late", lambda device: late)
+    settings = DPOConfig(
+        **STEADY,
+        **case,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        rehearsal_weight=0.8 if rehearsal else 0.0,
+    ).seeded(5)
+    model, plain = adapted(2), adapted(2)
+    pairs, rehearsed = pairs_of(plain, 7, seed=3), raps(rehearsal, seed=4)
+    history = train_preference(
+        model,
+        pairs,
+        settings,
+        weighting="confidence" if weighted else "none",
+        expected_reference_hash="abc",
+        rehearsal=rehearsed,
+    )
+    losses = preference_losses(plain, pairs, rehearsed, settings, weighted)
+    expected = plain_training(plain, len(pairs) + len(rehearsed), settings, losses)
+    check_training(model, plain, history, expected)
