@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import simulated_cuda
 import torch
+from helpers.seeds import VARIABLE, run_seed, seed_everything
 from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,16 @@ def _kernels_by_subject(request: pytest.FixtureRequest) -> Iterator[None]:
         if simulated_cuda.is_active() and kernels:
             patch.setenv("SRCFAST_KERNELS", "auto")
         yield
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: {VARIABLE}={run_seed()}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed all random draws of a test, those of its fixtures included."""
+    seed_everything(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 from helpers.made_rows import WORDS
+from helpers.seeds import fresh_rng
 from helpers.small_scorer import small_tokenizer, write_text_model
 from PIL import Image
 from typer.testing import CliRunner
@@ -81,4 +82,4 @@ def scorer_directory(tmp_path_factory):
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    return np.random.default_rng()
+    return fresh_rng()

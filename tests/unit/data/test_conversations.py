@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 from srcfast.data.convert import convert
@@ -23,7 +24,7 @@ SYSTEM = Turn("system", "Be brief.")
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for name in IMAGES:
-        Image.fromarray(np.random.default_rng().integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(tmp_path / name)
+        Image.fromarray(fresh_rng().integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(tmp_path / name)
     return tmp_path
 
 
@@ -377,7 +378,7 @@ def test_samples_of_a_conversation_share_their_turns(root: Path) -> None:
 
 def test_marks_and_images_always_match(root: Path) -> None:
     """Random conversations: each sample shows as many images as are marked up to its question, in their order."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     for _ in range(40):
         length, images, turns = int(rng.integers(1, 5)), [], []
         for number in range(length):

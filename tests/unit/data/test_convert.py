@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 from srcfast.data.convert import convert, letters_of, write_predictions_tsv
@@ -23,7 +24,7 @@ NESTED = {"scene": {"objects": [1, {"a": None}]}, "tags": ["x"]}
 def root(tmp_path: Path) -> Path:
     for name in ("a.png", "below/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng().integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(tmp_path / name)
+        Image.fromarray(fresh_rng().integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(tmp_path / name)
     return tmp_path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from PIL import Image, ImageFile, PngImagePlugin
 
 from srcfast.data import images
@@ -19,7 +20,7 @@ LOADERS = (*DECODERS, image_file)
 
 
 def noise(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng().integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = fresh_rng().integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -77,7 +78,7 @@ def test_an_image_cut_off_behind_its_header_is_refused_when_it_is_decoded(tmp_pa
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
-    values = np.random.default_rng().integers(0, 65536, (7, 11), dtype=np.uint16)
+    values = fresh_rng().integers(0, 65536, (7, 11), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(load_image(tmp_path, "a.png"))[..., 0], values // 256)
 

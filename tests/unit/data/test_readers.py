@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
@@ -117,7 +118,7 @@ BAD_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
-    picture = Image.fromarray(np.random.default_rng().integers(0, 256, (11, 13, 3), dtype=np.uint8))
+    picture = Image.fromarray(fresh_rng().integers(0, 256, (11, 13, 3), dtype=np.uint8))
     picture.save(folder / "good.png")
     picture.save(tmp_path / "outside.png")
     os.symlink(tmp_path / "outside.png", folder / "link.png")

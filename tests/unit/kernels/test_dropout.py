@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers.seeds import fresh_rng
 from torch import Tensor
 
 from srcfast.data.forest import Forest, Segment, Tree
@@ -23,7 +24,7 @@ FARTHEST = 7.5
 
 
 def fresh() -> np.random.Generator:
-    return np.random.default_rng()
+    return fresh_rng()
 
 
 def random_keys(count: int) -> Tensor:

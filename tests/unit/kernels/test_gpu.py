@@ -59,7 +59,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def seed() -> int:
-    return random.SystemRandom().randrange(1 << 30)
+    return random.randrange(1 << 30)
 
 
 class Draw:

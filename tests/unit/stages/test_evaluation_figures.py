@@ -37,13 +37,6 @@ def respond(samples: list[Sample], rng: np.random.Generator) -> Callable[[Sample
     return response
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def summary(predictions: list[Prediction]) -> dict[str, Any]:
     counts = Counts()
     assert list(counts.counted(iter(predictions))) == predictions

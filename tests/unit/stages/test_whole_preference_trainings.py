@@ -1,4 +1,4 @@
-"""Preference training by settings in combination, against one in plain PyTorch: losses, norms, rates, and the weights at the end."""
+"""Preference training by settings in combination against one in plain PyTorch: losses, norms, rates, weights at the end."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from helpers.seeds import fresh_rng
 from helpers.small_model import SmallModel, response_items
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
@@ -35,7 +35,7 @@ def trained(seed: int = SETTINGS.seed, **settings: object) -> torch.Tensor:
 
 def test_a_tree_s_keys_are_its_own_whatever_is_packed_with_it() -> None:
     trees = [item.tree for item in response_items(12)]
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     seed, step = int(rng.integers(2**32)), int(rng.integers(1000))
     alone = [dropout_keys(Forest.of([tree]), seed, step, [place]) for place, tree in enumerate(trees)]
     assert [len(keys) for keys in alone] == [tree.num_tokens for tree in trees]
