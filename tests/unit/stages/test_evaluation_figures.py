@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -108,3 +109,131 @@ def test_what_is_recovered_is_a_share_of_the_gap() -> None:
         "next_pass_at_1": 0.5,
         "recovered": None,
     }
+
+
+# By literal values: what counts as right, and where the intervals end --------------------------------------------------
+
+RIGHT = [
+    ("red", "<see> It is red. </see> <answer> red </answer>", "red", True),
+    ("red", "Answer: Red.", "Red.", True),
+    ("2", "Answer: two", "two", True),
+    ("red", "Answer: the red", "the red", True),
+    ("red", "Answer: dark red", "dark red", False),
+    ("dark red", "Answer: red", "red", False),
+    ("no", "Answer: not one", "not one", False),
+    ("yes", "yesterday", "yesterday", False),
+    ("red", "I see it and it is clearly red there", None, False),  # more words than a bare answer has
+    ("red", "<answer> red", None, False),
+    (".", "no idea what that may be at all", None, False),  # a gold answer of which nothing is left
+    ("", "<see> It is red. </see>", None, False),
+]
+
+
+@pytest.mark.parametrize(("gold", "text", "answer", "right"), RIGHT)
+def test_a_response_is_right_only_if_its_parsed_answer_is_the_whole_gold_answer(
+    gold: str, text: str, answer: str | None, right: bool
+) -> None:
+    prediction = predict(Sample("s", (), "What?", gold), text)
+    assert (prediction.answer, prediction.right) == (answer, right)
+
+
+def test_the_counts_of_unparsed_and_right_responses_are_literal_ones() -> None:
+    entry = summary([predict(Sample(str(k), (), "What?", gold), text) for k, (gold, text, *_) in enumerate(RIGHT)])
+    assert (entry["n"], entry["unparsed"], entry["accuracy"]) == (12, 4, 4 / 12)
+
+
+def binomial_quantile(n: int, share: float, level: float) -> int:
+    """The smallest number of hits whose cumulative probability is at least `level`."""
+    cumulative, hits = 0.0, -1
+    while cumulative < level:
+        hits += 1
+        cumulative += math.comb(n, hits) * share**hits * (1 - share) ** (n - hits)
+    return hits
+
+
+@pytest.mark.parametrize(("n", "hits"), [(400, 100), (250, 225), (90, 3)])
+def test_an_interval_holds_the_middle_95_percent_of_the_resampled_shares(n: int, hits: int) -> None:
+    """A resample's hits are binomial. With 20,000 its quantiles are at most a hit away; those of 90 % are further."""
+    values = np.zeros(n)
+    values[:hits] = 1.0
+    low, high = bootstrap_interval(values, 20_000, seed=1)
+    assert low * n == pytest.approx(binomial_quantile(n, hits / n, 0.025), abs=1.0)
+    assert high * n == pytest.approx(binomial_quantile(n, hits / n, 0.975), abs=1.0)
+    counts = Counts()
+    for k in range(n):
+        counts.add(predict(Sample(str(k), (), "What?", "red"), "red" if k < hits else "blue"))
+    entry = summarise(counts, model="m", dataset="d", split="s", resamples=20_000, seed=1)
+    assert entry["accuracy"] == hits / n and entry["accuracy_ci95"] == [low, high]
+
+
+def test_an_interval_of_few_resamples_is_interpolated_between_their_sorted_means() -> None:
+    values, seed = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 0.25, 0.25]), 8
+    rng = np.random.default_rng(seed)
+    drawn = [rng.multinomial(7, [2 / 7, 2 / 7, 3 / 7]) for _ in range(30)]  # how often 0, 1/4 and 1 are drawn
+    means = sorted((0.25 * quarters + ones) / 7 for _, quarters, ones in drawn)
+    ends = []
+    for level in (0.025, 0.975):
+        whole, part = divmod(level * 29, 1)
+        ends.append((1 - part) * means[int(whole)] + part * means[int(whole) + 1])
+    assert bootstrap_interval(values, 30, seed) == pytest.approx(ends, abs=1e-12)
+
+
+def test_figures_of_rationales_are_shares_of_the_verified_samples_alone(samples: list[Sample]) -> None:
+    """Of 8 samples 5 can be verified: literal shares."""
+    texts = {sample.id: text for sample, text in build_raps(samples, "tagged")[0]}
+    wrong_rationale = "<see> There is a red circle. There is no object. </see> <answer> {} </answer>"
+    verified = [texts[sample.id] for sample in samples[:3]] + [wrong_rationale.format(s.answer) for s in samples[3:5]]
+    made = [predict(sample, text) for sample, text in zip(samples, verified, strict=False)]
+    made += [predict(replace(sample, extra={}), texts[sample.id]) for sample in samples[5:8]]
+    entry = summary(made)
+    assert entry["n"] == 8 and entry["accuracy"] == 1.0
+    assert entry["alignment"] == entry["rationale_accuracy"] == 3 / 5
+    assert entry["right_answer_wrong_rationale"] == 2 / 5
+    assert entry["cases"] == {
+        "both_right": 3,
+        "right_answer_wrong_rationale": 2,
+        "right_rationale_wrong_answer": 0,
+        "both_wrong": 0,
+    }
+
+
+def test_headroom_of_literal_candidates(samples: list[Sample]) -> None:
+    """A win probability of 1/2 agrees with nobody; of equal scores the first counts; a sample without a row has no pick."""
+    texts = {sample.id: text for sample, text in build_raps(samples, "tagged")[0]}
+    bad = "<see> There is a red circle. There is no object. </see> <answer> red </answer>"
+    groups = {  # (good?, score) of each candidate
+        0: [(True, 0.9), (False, 0.2)],
+        1: [(False, 0.5), (True, 0.5)],
+        2: [(True, 0.3), (False, 0.7), (False, 0.3)],
+        3: [(False, 0.4)],
+        4: [(True, 0.6)],  # without a row
+    }
+    wins = {
+        0: [[0.5, 0.8], [0.2, 0.5]],  # agrees
+        1: [[0.5, 0.5], [0.5, 0.5]],  # neutral
+        2: [[0.5, 0.1, 0.51], [0.9, 0.5, 0.5], [0.49, 0.5, 0.5]],  # disagrees, agrees
+        3: [[0.5]],
+    }
+    chosen = samples[:6]
+    candidates = {
+        chosen[k].id: [
+            Candidate(f"{k}/{i}", chosen[k].id, texts[chosen[k].id] if good else bad, "", "", -1.0)
+            for i, (good, _) in enumerate(group)
+        ]
+        for k, group in groups.items()
+    }
+    assert [aligned(chosen[k], candidates[chosen[k].id][0].text) for k in groups] == [True, False, True, False, True]
+    rows = [
+        {"sample_id": chosen[k].id, "scores": [score for _, score in groups[k]], "win_probability": wins[k]}
+        for k in wins
+    ]
+    entry = measure_headroom(chosen, [True, False, False, False, True, False], candidates, rows)
+    assert entry == {
+        "n": 6,
+        "n_candidates": 9 / 6,
+        "pass_at_1": 2 / 6,
+        "pass_at_n": 4 / 6,
+        "best_of_n": 1 / 6,
+        "scorer_oracle_agreement": 2 / 4,
+    }
+    assert measure_headroom(chosen, [False] * 6, candidates, rows[3:])["scorer_oracle_agreement"] is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,20 @@ import pytest
 import torch
 from helpers.small_model import SmallModel, path_logprob, random_preferences
 
-from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
+from srcfast.config.settings import Config, DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.records import Sample
-from srcfast.errors import InputError, SrcfastError
+from srcfast.errors import ConfigError, InputError, SrcfastError
 from srcfast.models.head import Head
 from srcfast.stages.dpo import PairMeta, pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import check_logprobs, reference_logprobs, response_logprobs
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree, preference_trees
 from srcfast.stages.rationale import rationale_trees
-from srcfast.training.items import TrainingItem
+from srcfast.stages.reference_checks import check_reference_hash
+from srcfast.stages.references import with_references
+from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.items import Objective, TrainingItem
+from srcfast.training.loop import train
 from srcfast_kernels import weighted_dpo, weighted_dpo_loss
 from srcfast_kernels.backends import use_backend
 
@@ -380,3 +386,34 @@ def test_the_greatest_log_probability_of_a_step_is_watched() -> None:
     first = trained(model, pairs, SETTINGS)[0]
     stored = [value for pair in pairs for value in (pair.reference_chosen_logprob, pair.reference_rejected_logprob)]
     assert first["max_logprob"] == pytest.approx(max(stored), rel=1e-6)
+
+
+@pytest.mark.parametrize("changed", [field.name for field in fields(PairMeta)])
+def test_a_stopped_training_does_not_go_on_with_another_confidence_or_reference(changed: str, tmp_path: Path) -> None:
+    def run(change: float) -> None:
+        model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+        items = preference_items(model, referenced(model, 3))
+        value = getattr(items[1].meta, changed) + change
+        items[1] = replace(items[1], meta=replace(items[1].meta, **{changed: value}))
+        checkpoints = TrainingCheckpoints(tmp_path, {}, minutes=0, steps=1)
+        objective = Objective(preference_loss(DPOConfig()), pair_denominator)
+        train(model, items, objective=objective, settings=SETTINGS, checkpoints=checkpoints)
+
+    run(0.0)
+    run(0.0)  # the same goes on
+    with pytest.raises(ConfigError, match="this checkpoint is of a training with items"):
+        run(-0.01)
+
+
+def test_a_log_probability_of_nought_is_one_and_not_a_missing_one(tmp_path: Path) -> None:
+    """A response of certain tokens has log-probability 0: it is stored, compared and trained with as any other."""
+    (pair,) = random_preferences(1)
+    stored = replace(
+        pair, reference_chosen_logprob=0.0, reference_rejected_logprob=0.0, extra={"reference_hash": "abc"}
+    )
+    check_reference_hash(stored, "abc")
+    (item,) = preference_items(SmallModel(), [stored])
+    assert (item.meta.reference_chosen_logprob, item.meta.reference_rejected_logprob) == (0.0, 0.0)
+    policy = SimpleNamespace(hash=lambda: "abc", model=SmallModel(), features=None)
+    pairs, computed = with_references(Config(quiet=True), policy, [stored], tmp_path)
+    assert computed == 0 and pairs == [stored]
