@@ -276,7 +276,7 @@ def token_dpo_kernel(
         slope = 2.0 * excess
     else:
         loss = tl.maximum(1.0 - delta, 0.0)
-        slope = tl.where(delta < 1.0, -BETA, 0.0).to(ACC)
+        slope = -BETA * tl.where(delta < 1.0, 1.0, 0.0).to(ACC)
     tl.store(chosen_logps_ptr + pair, policy_chosen)
     tl.store(rejected_logps_ptr + pair, policy_rejected)
     tl.store(chosen_rewards_ptr + pair, BETA * chosen)

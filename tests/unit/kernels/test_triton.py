@@ -395,3 +395,40 @@ def test_a_verdict_that_is_not_a_number_is_seen_and_not_taken_for_a_missing_one(
     values = torch.tensor([1.0, 0.5, 0.0], dtype=dtype, device=DEVICE)
     output = pairwise_verdict(hidden, random(3, 12, dtype=dtype, seed=2), first, second, 3, verdict_values=values)
     assert output.scores.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 11])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_more_pairs_than_a_block_of_losses_add_up_by_hand(
+    count: int, loss_type: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 4: the last program sums the losses of up to three of them. One pair after the other, written out."""
+    monkeypatch.setattr(sys.modules["srcfast_kernels.weighted_dpo"], "BLOCK", 4)
+    lengths = torch.randint(1, 11, (3 * count,), generator=torch.Generator().manual_seed(count))
+    ids = torch.arange(3 * count).repeat_interleave(lengths)
+    hidden, weight = random(len(ids), 6, dtype=torch.float64, seed=1), random(11, 6, dtype=torch.float64, seed=2)
+    targets = torch.randint(11, (len(ids),), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    reference = random(2, count, dtype=torch.float64, seed=4) - 15
+    confidence = random(count, dtype=torch.float64, seed=5).sigmoid()
+    beta, epsilon = 0.3, 0.1 if loss_type == "sigmoid" else 0.0
+    hidden.requires_grad_()
+    output = linear_weighted_dpo(
+        hidden, weight, targets, ids.to(DEVICE), *reference, confidence,
+        beta=beta, loss_type=loss_type, label_smoothing=epsilon,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(output.loss, hidden)
+
+    logps = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for pair in range(count):
+        chosen, rejected, shared = (logps[ids == own].sum() for own in (2 * pair, 2 * pair + 1, 2 * count + pair))
+        ratio = (chosen + shared - reference[0, pair]) - (rejected + shared - reference[1, pair])
+        loss = {
+            "sigmoid": -(1 - epsilon) * (beta * ratio).sigmoid().log() - epsilon * (-beta * ratio).sigmoid().log(),
+            "ipo": (ratio - 1 / (2 * beta)) ** 2,
+            "hinge": (1 - beta * ratio).clamp(min=0.0),
+        }[loss_type]
+        total = total + confidence[pair] * loss
+    total = total / confidence.sum()
+    close(output.loss, total)
+    close(gradient, torch.autograd.grad(total, hidden)[0])
