@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from srcfast.config.settings import CandidatesConfig
 from srcfast.data.records import Candidate, Sample
 from srcfast.generation.beam_search import Beam, Search, _diverse, bigram_overlap, sentence_beam_search
 from srcfast.generation.decode import Prompt, Start, Written
-from srcfast.generation.generate import Generated, generate_greedy
+from srcfast.generation.generate import Generated, generate_greedy, random_of
 from srcfast.generation.sentences import sentence_ended
 from srcfast.stages import candidates as candidate_stage
 from srcfast.stages.candidates import diversity, generate_candidates
@@ -293,3 +294,73 @@ def test_diversity_by_hand() -> None:
     assert measured["distinct_texts"] == pytest.approx(2 / 3) == measured["distinct_answers"]
     assert measured["bigram_overlap"] == pytest.approx((1 / 3 + 0 + 0) / 3)
     assert diversity([[own[0]]]) == {}
+
+
+def texts_of(beams: list[Beam]) -> list[str]:
+    return ["".join(map(chr, one.tokens)) for one in beams]
+
+
+def test_a_beam_pays_for_its_largest_overlap_with_any_that_is_selected() -> None:
+    """The third one overlaps with the first, not with the second, which is selected last."""
+    beams = [beam("abcdef", -6.0), beam("uvwxyz", -6.6), beam("abcdeg", -7.2), beam("klmnop", -9.0)]
+    settings = CandidatesConfig(diversity=1.0, length_penalty=1.0)
+    # In nats a token: -1.0; -1.1; -1.2 - 4/6; -1.5
+    assert texts_of(_diverse(beams, 3, settings)) == ["abcdef", "uvwxyz", "klmnop"]
+    assert texts_of(_diverse(beams, 3, settings.replace(diversity=0.3))) == ["abcdef", "uvwxyz", "abcdeg"]
+    assert texts_of(_diverse(beams[:1], 3, settings)) == ["abcdef"]
+
+
+def test_of_equal_beams_the_one_of_smaller_tokens_goes_first() -> None:
+    beams = [beam("xy", -1.0), beam("ab", -1.0), beam("mn", -1.0)]
+    for given in (beams, beams[::-1]):
+        assert texts_of(_diverse(given, 2, CandidatesConfig(diversity=0.5))) == ["ab", "mn"]
+
+
+@pytest.mark.parametrize(("penalty", "score"), [(0.0, -6.0), (0.5, -3.0), (1.0, -1.5), (2.0, -0.375)])
+def test_a_score_is_the_log_probability_over_a_power_of_the_length(penalty: float, score: float) -> None:
+    assert beam("abcd", -6.0).score(CandidatesConfig(length_penalty=penalty)) == pytest.approx(score, rel=1e-12)
+    assert beam("", -6.0).score(CandidatesConfig(length_penalty=penalty)) == -6.0
+
+
+class FixedRows:
+    """A search whose rows are given: each call of `ended` takes what they wrote."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = SETTINGS.replace(num_beams=2, proposals=1, diversity=0.0, **settings)
+        self.task = Search(Prompt(np.array([1]), (), "a"), self.settings, 0, {0})
+
+    def ended(self, *rows: tuple[tuple[int, ...], float]) -> Start | None:
+        return self.task.ended([Written(tokens, logprob) for tokens, logprob in rows])
+
+
+def test_sentences_are_continued_up_to_their_number_and_tokens_up_to_theirs() -> None:
+    search = FixedRows(max_sentences=2, max_new_tokens=5, max_sentence_tokens=9)
+    first = search.task.begin()
+    assert first.limits == [5, 5] and first.draws.shape == (2, 9) and first.parents == ()
+    second = search.ended(((7, 8), -1.0), ((7, 9, 8), -1.2))
+    assert second is not None
+    assert [beam.tokens for beam in search.task.parents] == [(7, 9, 8), (7, 8)] and second.limits == [2, 3]
+    assert search.ended(((8, 0), -1.0), ((8, 8), -1.0)) is None  # two sentences are all
+    assert [beam.tokens for beam in search.task.finished] == [(7, 9, 8, 8, 0)]
+    # What two sentences have in common across their border counts as an overlap.
+    assert search.task.live[0].bigrams == {(7, 8), (8, 8)} and search.task.live[0].logprob == -2.0
+    search = FixedRows(max_sentences=9, max_new_tokens=3)
+    search.task.begin()
+    assert search.ended(((7, 8, 9), -1.0), ((7, 8), -1.0)) is not None
+    assert [beam.tokens for beam in search.task.live] == [(7, 8)]  # the other has no token left
+
+
+def test_a_beam_is_continued_by_about_as_many_rows_as_any_other() -> None:
+    search = FixedRows()
+    search.task.live = [beam("a", -1.0), beam("b", -2.0)]
+    search.task.settings = SETTINGS.replace(num_beams=3, proposals=2)
+    start = search.task._next_sentence()
+    assert texts_of(search.task.parents) == ["a", "a", "a", "b", "b", "b"] and len(start.limits) == 6
+
+
+def test_a_sample_s_numbers_follow_from_seed_and_key() -> None:
+    """The bytes of what a run has drawn: a continued run must draw the same."""
+    digest = hashlib.sha256(b"5/sample").digest()
+    expected = np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32)).random(3)
+    assert random_of(5, "sample").random(3).tolist() == expected.tolist()
+    assert len({float(random_of(seed, key).random()) for seed in (0, 1) for key in ("a", "b")}) == 4

@@ -214,3 +214,23 @@ def test_no_response_holds_an_image_s_placeholder(single: SmallLVLM) -> None:
     assert any(model.image_token_id in one.token_ids for one in before[0])  # it would have been said
     responses = [other, *sampled, *searched]
     assert len(responses) > 201 and not any(model.image_token_id in one.token_ids for one in responses)
+
+
+@pytest.mark.parametrize("vocabulary", [8, 128])  # one that is sorted whole, one of which the likeliest are taken first
+@pytest.mark.parametrize(("top_p", "size"), [(0.125, 1), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7)])
+def test_a_nucleus_ends_with_the_token_whose_mass_reaches_it_exactly(vocabulary: int, top_p: float, size: int) -> None:
+    """Eight tokens of 1/8 each, without rounding: at a boundary the next token is left out, and of equal ones the first count."""
+    logits = torch.full((vocabulary,), -torch.inf, dtype=torch.float64)
+    logits[:8] = 0.0
+    uniform = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    picked = sample_tokens(logits.expand(64, -1), uniform, 1.0, top_p)
+    counted = picked.bincount(minlength=8).double() / 64
+    assert (counted > 0).sum() == size
+    assert counted[counted > 0].max() - counted[counted > 0].min() <= 1 / 64  # evenly spaced draws, equal shares
+
+
+def test_a_number_at_the_border_of_two_tokens_is_the_later_one_s() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
+    uniform = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 0.9999], dtype=torch.float64)
+    logits = logits - logits.logsumexp(0)
+    assert sample_tokens(logits.expand(6, -1), uniform, 1.0, 1.0).tolist() == [0, 0, 1, 1, 2, 2]

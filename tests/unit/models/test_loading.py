@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from srcfast.config.settings import LoRAConfig
 from srcfast.errors import InputError
 from srcfast.models import load_lvlm, load_text_model
+from srcfast.models.checkpoint import model_hash
 from srcfast.models.lora import add_lora, lora_parameters, merge_lora, save_adapter
 from srcfast.models.lvlm import save_lvlm
 from srcfast.models.text_model import save_text_model
@@ -143,3 +147,18 @@ def test_any_resolution_packs_as_transformers_does(sizes: list[tuple[int, int]],
     response = random_tokens(rng, 5)
     logits = lvlm_logits(ours, "Which is red?", images, response)
     assert_close(logits, oracle_logits(theirs, ours, "Which is red?", images, response))
+
+
+def test_the_hash_of_a_model_is_of_its_config_and_its_weights_whatever_its_directory(tmp_path: Path) -> None:
+    write_text_model(tmp_path / "one", text_config())
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    whole = model_hash(tmp_path / "one")
+    content = (tmp_path / "one" / "config.json").read_bytes() + (tmp_path / "one" / "model.safetensors").read_bytes()
+    assert whole == hashlib.sha256(content).hexdigest() == model_hash(tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert model_hash(tmp_path / "copy") != whole
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + 1e-3}, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    assert model_hash(tmp_path / "one") != whole
