@@ -1,10 +1,13 @@
 """Curation: which pair is chosen, what is dropped and why, and the rates of the funnel."""
 
 import itertools
+import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.plain_training import pairwise_cases
 from pydantic import ValidationError
 
 from srcfast.config.settings import CurationConfig
@@ -228,3 +231,115 @@ def test_scores_of_other_candidates_are_refused():
 def test_settings_out_of_bounds_are_refused_by_name(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         CurationConfig(**wrong)
+
+
+def test_disjoint_pairs_leave_the_middle_one_of_an_odd_number_out():
+    own = [candidate(i) for i in range(5)]
+    settings = LOOSE.replace(pairs_per_sample=9, pair_choice="disjoint")
+    pairs, funnel = run(own, [row(own, [0.5, 0.9, 0.1, 0.7, 0.3])], settings)
+    assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == [("s/1", "s/2"), ("s/3", "s/4")]
+    assert funnel["pairs_proposed"] == 2 and not any(funnel["dropped"].values())
+
+
+@pytest.mark.parametrize("choice", ["best_against_worst", "disjoint"])
+def test_of_equal_scores_the_earlier_candidate_ranks_first(choice):
+    own = [candidate(i) for i in range(4)]
+    settings = LOOSE.replace(pairs_per_sample=2, pair_choice=choice)
+    pairs, _ = run(own, [row(own, [0.5, 0.5, 0.5, 0.5])], settings)
+    second = {"best_against_worst": ("s/0", "s/2"), "disjoint": ("s/1", "s/2")}[choice]
+    assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == [("s/0", "s/3"), second]
+
+
+def test_draws_of_the_baselines_are_those_of_seed_and_sample():
+    """Literal: `random.Random("SEED/ID")`, so that a stopped run and one of other samples draw the same."""
+    settings = LOOSE.replace(pairing="random", pairs_per_sample=2)
+    drawn = set()
+    for name in ("a", "b", "c", "d"):
+        own = [candidate(i, sample_id=name) for i in range(5)]
+        pairs, _ = curate([sample(name)], {name: own}, [], settings, 3)
+        order = random.Random(f"3/{name}").sample(range(5), 5)
+        expected = [(f"{name}/{order[0]}", f"{name}/{order[1]}"), (f"{name}/{order[2]}", f"{name}/{order[3]}")]
+        assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == expected
+        drawn.add(tuple(order))
+    assert len(drawn) == 4
+    settings = LOOSE.replace(pairing="answer", pairs_per_sample=2)
+    own = [candidate(0, "red"), candidate(1, "blue"), candidate(2, "red"), candidate(3, "green")]
+    pairs, _ = run(own, [], settings, 7)
+    expected = random.Random("7/s").sample([(0, 1), (0, 3), (2, 1), (2, 3)], 2)
+    assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == [
+        (f"s/{a}", f"s/{b}") for a, b in expected
+    ]
+
+
+MODES = pairwise_cases(
+    {
+        "pairing": ("score", "random", "answer"),
+        "weighting": ("confidence", "none"),
+        "pair_choice": ("best_against_worst", "disjoint"),
+        "pairs_per_sample": (1, 2, 9),
+        "min_margin": (0.0, 0.25),
+        "min_confidence": (0.0, 0.5),
+        "min_rating": (0.0, 0.5),
+        "max_length_ratio": (1.5, 100.0),
+    },
+    seed=3,
+)
+
+
+@pytest.mark.parametrize("case", MODES, ids=lambda case: "-".join(map(str, case.values())))
+def test_modes_in_combination_are_those_of_a_plain_loop(case):
+    """Scores, confidences and ratings of eighths, so that many lie on a threshold."""
+    rng = np.random.default_rng(11)
+    samples, candidates, rows = [], {}, []
+    for number in range(30):
+        name = f"s{number}"
+        own = [
+            candidate(i, str(rng.choice(["red", "blue"])), tokens=int(rng.integers(4, 13)), sample_id=name)
+            for i in range(rng.integers(2, 6))
+        ]
+        n = len(own)
+        confidence = rng.integers(0, 9, (n, n)) / 8
+        alone = (rng.integers(0, 9, n) / 8).tolist()
+        rows.append(row(own, (rng.integers(0, 9, n) / 8).tolist(), np.maximum(confidence, confidence.T), alone=alone))
+        samples.append(sample(name))
+        candidates[name] = own
+    pairs, funnel = curate(samples, candidates, rows, CurationConfig(**case), 5)
+    expected = []
+    dropped = Counter()
+    for one, scored in zip(samples, rows, strict=True):
+        own, scores = candidates[one.id], scored["scores"]
+        draws = random.Random(f"5/{one.id}")
+        ranked = sorted(range(len(own)), key=lambda i: (-scores[i], i))
+        if case["pairing"] == "random":
+            order = draws.sample(range(len(own)), len(own))
+            proposed = [(order[k], order[k + 1]) for k in range(0, len(own) - 1, 2)]
+        elif case["pairing"] == "answer":
+            right = [i for i in range(len(own)) if own[i].answer == "red"]
+            wrong = [i for i in range(len(own)) if own[i].answer == "blue"]
+            crossed = [(i, j) for i in right for j in wrong]
+            proposed = draws.sample(crossed, min(case["pairs_per_sample"], len(crossed)))
+            dropped["same_correctness"] += not crossed
+        elif case["pair_choice"] == "disjoint":
+            proposed = [(ranked[k], ranked[-1 - k]) for k in range(len(own) // 2)]
+        else:
+            proposed = [(ranked[0], ranked[-1 - k]) for k in range(len(own) - 1)]
+        for i, j in proposed[: case["pairs_per_sample"]]:
+            sure = scored["confidence"][i][j]
+            lengths = sorted((len(own[i].token_ids), len(own[j].token_ids)))
+            reasons = []
+            if case["pairing"] == "score":
+                reasons += ["margin"] * (scores[i] - scores[j] < case["min_margin"])
+                reasons += ["confidence"] * (sure < case["min_confidence"] or sure == 0)
+                reasons += ["rating"] * (scored["alone"][i] < case["min_rating"])
+            reasons += ["length"] * (lengths[1] > case["max_length_ratio"] * lengths[0])
+            if reasons:
+                dropped[reasons[0]] += 1
+                continue
+            weighted = case["pairing"] == "score" and case["weighting"] == "confidence"
+            expected.append((own[i].id, own[j].id, sure if weighted else 1.0, sure))
+    found = [(p.extra["chosen_id"], p.extra["rejected_id"], p.confidence, p.judge_confidence) for p in pairs]
+    assert found == expected
+    assert {reason: count for reason, count in funnel["dropped"].items() if count} == +dropped
+    assert funnel["kept"] == len(expected) and funnel["pairs_proposed"] == len(expected) + sum(
+        count for reason, count in dropped.items() if reason != "same_correctness"
+    )

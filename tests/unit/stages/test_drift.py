@@ -17,7 +17,7 @@ from srcfast.errors import SrcfastError
 from srcfast.models import ImageFeatures
 from srcfast.models.lvlm import LVLM, load_lvlm
 from srcfast.stages.dpo import train_preference
-from srcfast.stages.drift import ROUNDOFF, drift, drift_of, rounding_bound
+from srcfast.stages.drift import ROUNDOFF, Drift, drift, drift_of, rounding_bound
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.reference_checks import check_references
@@ -178,3 +178,29 @@ def with_reference_of(pair: Preference, other: Preference) -> Preference:
         reference_chosen_logprob=other.reference_chosen_logprob,
         reference_rejected_logprob=other.reference_rejected_logprob,
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "responses", "bound"),
+    [
+        (torch.float32, 1, 2.0**-20 * 64 * 4),
+        (torch.float32, 9, 2.0**-20 * 64 * 2),
+        (torch.bfloat16, 36, 2.0**-9 * 64 * 1.5),
+        (torch.float16, 100, 2.0**-12 * 64 * 1.3),
+        (torch.float64, 4, 2.0**-36 * 64 * 2.5),
+    ],
+)
+def test_the_bound_is_a_multiple_of_the_roundoff_that_falls_with_the_root_of_the_number(
+    dtype: torch.dtype, responses: int, bound: float
+) -> None:
+    assert rounding_bound(dtype, responses) == pytest.approx(bound, rel=1e-12)
+    assert Drift(bound, bound, responses, dtype).is_rounding
+    assert not Drift(bound * 1.0001, bound, responses, dtype).is_rounding
+    one = rounding_bound(dtype, 1)
+    assert Drift(0.0, one, responses, dtype).is_rounding and not Drift(0.0, one * 1.0001, responses, dtype).is_rounding
+
+
+def test_drifts_are_summarised_by_their_root_mean_square_and_their_greatest() -> None:
+    assert drift(-3.0, -3.5, 4) == drift(-3.5, -3.0, 4) == 0.25
+    assert drift_of([3.0, 4.0, 0.0, 0.0], torch.float32) == Drift(2.5, 4.0, 4, torch.float32)
+    assert drift_of([], torch.float32) is None

@@ -417,3 +417,51 @@ def test_a_log_probability_of_nought_is_one_and_not_a_missing_one(tmp_path: Path
     policy = SimpleNamespace(hash=lambda: "abc", model=SmallModel(), features=None)
     pairs, computed = with_references(Config(quiet=True), policy, [stored], tmp_path)
     assert computed == 0 and pairs == [stored]
+
+
+def test_a_step_s_metrics_by_hand() -> None:
+    """Shared beginnings, a margin of exactly 0, lengths that differ, a rehearsed response between the pairs."""
+    rng = np.random.default_rng(9)
+    settings = DPOConfig(beta=0.5, sft_weight=0.0, rehearsal_weight=0.5)
+    trees = []
+    for shared, chosen, rejected in ((3, 2, 6), (0, 4, 1), (2, 1, 3)):
+        both = rng.integers(4, 40, shared)
+        ends = [np.append(both, rng.permutation(36)[:count] + 4) for count in (chosen, rejected)]
+        trees.append(preference_tree(rng.integers(4, 40, 6), *ends))
+    trees.insert(1, Tree((Segment(rng.integers(4, 40, 5)), Segment(rng.integers(4, 40, 4), 0))))
+    lengths = [(5, 9), (4, 1), (3, 5)]
+    forest, model = Forest.of(trees), SmallModel(seed=3)
+    hidden = model(forest).detach()
+    chosen, rejected = (side.tolist() for side in pair_logprobs(hidden, forest, model.decoder.head))
+    policy = [(chosen[tree], rejected[tree]) for tree in (0, 2, 3)]
+    # The second pair's reference is the policy: its margin is 0 without rounding, and is no pair that is ranked right.
+    reference = [(policy[0][0] - 0.4, policy[0][1] + 0.3), policy[1], (policy[2][0] + 0.9, policy[2][1] + 0.1)]
+    metas = [PairMeta(weight, 0.5, *both) for weight, both in zip((0.2, 0.9, 0.4), reference, strict=True)]
+    items = [TrainingItem(tree) for tree in trees]
+    for tree, meta in zip((0, 2, 3), metas, strict=True):
+        items[tree] = TrainingItem(trees[tree], meta)
+    loss, metrics = preference_loss(settings)(hidden, forest, model.decoder.head, items, pair_denominator(items))
+    rewards = [[0.5 * (p - r) for p, r in zip(*both, strict=True)] for both in zip(policy, reference, strict=True)]
+    margins = [one - other for one, other in rewards]
+    assert margins[0] == pytest.approx(0.35) and margins[1] == 0.0 and margins[2] == pytest.approx(-0.4)
+    drifts = [
+        (p - r) / math.sqrt(n)
+        for sides in zip(policy, reference, lengths, strict=True)
+        for p, r, n in zip(*sides, strict=True)
+    ]
+    rehearsed_loss = -chosen[1] / 4
+    expected = {
+        "margin": sum(margins) / 3,
+        "reward_accuracy": 1 / 3,
+        "chosen_reward": sum(one for one, _ in rewards) / 3,
+        "rejected_reward": sum(other for _, other in rewards) / 3,
+        "chosen_logprob": sum(one for one, _ in policy) / 3,
+        "rejected_logprob": sum(other for _, other in policy) / 3,
+        "rehearsal_loss": rehearsed_loss,
+        "mean_square_drift": sum(z * z for z in drifts) / 6,
+        "max_drift": max(abs(z) for z in drifts),
+        "max_logprob": max(value for both in policy for value in both),
+    }
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    terms = [meta.weight * math.log1p(math.exp(-margin)) for meta, margin in zip(metas, margins, strict=True)]
+    assert loss.item() == pytest.approx(sum(terms) / 1.5 + 0.5 * rehearsed_loss, rel=1e-10)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from helpers.plain_training import check_training, plain_training, raps
 from helpers.seeds import fresh_rng
-from helpers.small_model import SmallModel, response_items
+from helpers.small_model import SmallModel, path_logprob, response_items
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.models.dropout_keys import dropout_keys, dropping, drops
 from srcfast.models.lora import adapters, lora_parameters
-from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.stages.rationale import rationale_loss, rationale_trees, response_tokens
 from srcfast.training.items import Objective
 from srcfast.training.loop import train
 
@@ -124,3 +126,49 @@ def test_without_dropout_no_keys_are_made() -> None:
     without.tower = torch.nn.Module()
     without.tower.dropout = 0.1  # as vision towers have it, which are never trained
     assert not drops(without)
+
+
+def plain_keys(seed: int, step: int, position: int, rows: int) -> torch.Tensor:
+    """SplitMix64 (Steele, Lea, Flood, 2014) of Python's whole numbers: the first `rows` from a tree's seed."""
+    mask = (1 << 64) - 1
+    state = int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0])
+    keys = []
+    for _ in range(rows):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        keys.append(z - (1 << 64) if z >> 63 else z)
+    return torch.tensor(keys, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("cut", [{}, {"micro_batch_size": 1, "gradient_accumulation_steps": 6}])
+def test_training_with_dropout_is_a_plain_one_whose_keys_are_written_out(cut: dict[str, int]) -> None:
+    """The steps' keys follow from seed, step and position in the global batch, whatever the forests."""
+    settings = TrainingConfig(
+        epochs=2, micro_batch_size=3, gradient_accumulation_steps=2, learning_rate=0.01, activation_checkpointing=0,
+        max_grad_norm=0.5,
+    ).seeded(8)  # fmt: skip
+    models, rows = [], raps(7, seed=2)
+    for _ in range(2):
+        model = SmallModel(seed=4, lora=LoRAConfig(r=3, alpha=12.0, dropout=0.3))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        models.append(model.train())
+    model, plain = models
+    steps = iter(range(100))
+
+    def loss_of(batch: list[int]) -> torch.Tensor:
+        step, total, count = next(steps), torch.zeros((), dtype=torch.float64), 0
+        for position, index in enumerate(batch):
+            sample, response = rows[index]
+            prompt, tokens = plain.encode_prompt(sample.question, []), plain.encode_response(response)
+            plain.decoder.dropout_keys = plain_keys(8, step, position, len(prompt) + len(tokens))
+            total, count = total - path_logprob(plain, prompt, tokens), count + len(tokens)
+        return total / count
+
+    objective = Objective(rationale_loss, response_tokens)
+    history = train(model, rationale_trees(model, rows), objective=objective, settings=settings.replace(**cut))
+    check_training(model, plain, history, plain_training(plain, len(rows), settings, loss_of))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from srcfast.stages.rationale import rationale_loss, response_tokens
 from srcfast.training import loop as training
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
+from srcfast.training.meter import StepMeter
+from srcfast.training.step import StepNumbers
 
 SETTINGS = TrainingConfig(
     micro_batch_size=8,
@@ -364,3 +367,79 @@ def test_a_decoder_of_unknown_shapes_has_no_mfu() -> None:
     model.forward = lambda forest: model.embedding(forest.token_ids)
     history = train(model, response_items(8), objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
     assert history[0]["mfu"] is None and history[0]["tokens_per_second"] > 0
+
+
+def test_of_several_forests_metrics_add_up_and_the_largest_counts_of_those_named_max() -> None:
+    def watched(hidden, forest, head, items, denominator):
+        loss, _ = rationale_loss(hidden, forest, head, items, denominator)
+        sizes = torch.tensor([float(item.tree.num_tokens) for item in items], dtype=torch.float64)
+        return loss, {"sum_tokens": sizes.sum(), "max_tokens": sizes.max()}
+
+    items = response_items(8)
+    settings = SETTINGS.replace(micro_batch_size=3, gradient_accumulation_steps=2)
+    history = train(SmallModel(), items, objective=Objective(watched, response_tokens), settings=settings)
+    sizes = [item.tree.num_tokens for item in items]
+    for step, row in enumerate(history):
+        batch = [sizes[index] for index in global_batch(8, step, settings)]
+        assert row["forests"] == -(-len(batch) // 3)
+        assert (row["sum_tokens"], row["max_tokens"]) == (sum(batch), max(batch))
+    assert history[0]["forests"] == 2
+
+
+def test_the_denominator_is_that_of_the_whole_batch_on_a_rank_that_runs_a_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One process that stands for rank 0 of 2: it runs half of each batch, and divides by all of it."""
+    monkeypatch.setattr(training.distributed, "rank", lambda: 0)
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "check_same_start", lambda weights, trees: None)
+    given, run = [], []
+
+    def denominator(batch: list[TrainingItem]) -> int:
+        given.append([item.tree.key for item in batch])
+        return response_tokens(batch)
+
+    def loss(hidden, forest, head, items, total):
+        run.append([item.tree.key for item in items])
+        return rationale_loss(hidden, forest, head, items, total)
+
+    items = response_items(8)
+    monkeypatch.setattr("srcfast.training.step.StepNumbers.of", classmethod(one_rank(StepNumbers.of)))
+    train(SmallModel(), items, objective=Objective(loss, denominator), settings=SETTINGS)
+    expected = [items[index].tree.key for index in global_batch(8, 0, SETTINGS)]
+    assert given == [expected]
+    assert 0 < len(run[0]) < 8 and set(run[0]) < set(expected)
+
+
+def one_rank(of: Any) -> Any:
+    """`StepNumbers.of` of one process: without the other ranks' numbers."""
+
+    def alone(cls: Any, *arguments: Any) -> StepNumbers:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.distributed, "world_size", lambda: 1)
+            return of(*arguments)
+
+    return alone
+
+
+def test_flops_of_a_base_that_is_trained_are_six_a_weight_and_token() -> None:
+    model = SmallModel()
+    forest = Forest.of([item.tree for item in response_items(4)])
+    meter = StepMeter(model, lambda forest: 17)
+    shapes = model.decoder.config
+    weights = sum(
+        parameter.numel() for name, parameter in model.decoder.layers.named_parameters() if parameter.dim() == 2
+    )
+    norms = sum(
+        parameter.numel() for name, parameter in model.decoder.layers.named_parameters() if parameter.dim() == 1
+    )
+    attended = sum(
+        position + 1 for item in response_items(4) for position in range(item.tree.num_tokens)
+    )  # of each token all before it and itself
+    expected = 6 * forest.num_tokens * weights + 12 * 2 * 24 * attended + 4 * 24 * shapes.vocab_size * 17
+    # The weights of norms count with the others, and a third of them is rounded down.
+    assert meter._flops([forest]) == pytest.approx(expected, abs=6 * forest.num_tokens * (norms / 3 + 1))
+    meter.rate, meter._last = 1e9, time.perf_counter() - 2.0
+    measured = meter.measure({"tokens": 50}, [forest])
+    assert measured["tokens_per_second"] == pytest.approx(25.0, rel=0.1)  # the clock's
+    assert measured["mfu"] == pytest.approx(meter._flops([forest]) / 2e9, rel=0.1)

@@ -16,11 +16,19 @@ from helpers.small_model import SmallModel, response_items
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.batching import num_steps
+from srcfast.data.forest import Segment, Tree
 from srcfast.data.jsonl import file_hash
 from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.run import signals
 from srcfast.stages.rationale import rationale_loss, response_tokens
-from srcfast.training.checkpoint import BEFORE, TrainingCheckpoints, identity_of
+from srcfast.training.checkpoint import (
+    BEFORE,
+    SavedTraining,
+    TrainingCheckpoints,
+    identity_of,
+    load_training,
+    save_training,
+)
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
@@ -33,6 +41,7 @@ SETTINGS = TrainingConfig(
     learning_rate=0.01,
     activation_checkpointing=0,
 ).seeded(3)
+NEUTRAL = ("loader_workers", "activation_checkpointing", "deterministic")
 STEPS = num_steps(5, SETTINGS)
 MEASURED = ("tokens_per_second", "mfu", "peak_memory_bytes")  # of the clock and the machine
 OnStep = Callable[[dict[str, Any]], None]
@@ -240,3 +249,71 @@ def test_a_checkpoint_of_the_first_release_goes_on(tmp_path: Path) -> None:
     steps: list[int] = []
     trained(tmp_path, on_step=lambda metrics: steps.append(metrics["step"]))
     assert steps == [2, 3]
+
+
+def whole_identity(**changes: Any) -> dict[str, Any]:
+    """The identity of a small training, a part of it changed."""
+    parts: dict[str, Any] = {
+        "prompt": [5, 6, 7],
+        "first": [8, 9],
+        "second": [10],
+        "parent": 0,
+        "images": (),
+        "key": "sample",
+        "meta": {"weight": 0.5, "reference": -3.25},
+        "settings": {"beta": 0.1},
+        "loop": SETTINGS.loop(),
+        "weights": torch.arange(6.0),
+    } | changes
+    segments = (
+        Segment(np.array(parts["prompt"])),
+        Segment(np.array(parts["first"]), 0),
+        Segment(np.array(parts["second"]), parts["parent"]),
+    )
+    item = TrainingItem(Tree(segments, parts["images"], parts["key"]), parts["meta"])
+    return identity_of(parts["settings"], parts["loop"], [item], parts["weights"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": [5, 6, 4]},
+        {"prompt": [5, 6], "first": [7, 8, 9]},  # the same tokens, cut elsewhere
+        {"parent": 1},  # the same segments in another tree
+        {"second": [11]},
+        {"images": ("a.png",)},
+        {"key": "other"},
+        {"meta": {"weight": 0.25, "reference": -3.25}},
+        {"meta": {"weight": 0.5, "reference": -3.5}},
+        {"meta": None},
+        {"settings": {"beta": 0.2}},
+        {"loop": SETTINGS.replace(learning_rate=0.02).loop()},
+        {"loop": SETTINGS.seeded(4).loop()},
+        {"weights": torch.arange(6.0) * 1.000001},
+    ],
+    ids=str,
+)
+def test_whatever_the_numbers_depend_on_is_part_of_what_names_a_training(change: dict[str, Any]) -> None:
+    names = ("stage", "loop", "items", "starting weights")
+    before, after = whole_identity(), whole_identity(**change)
+    assert before == whole_identity()
+    assert [name for name in names if before[name] != after[name]] == [
+        {"settings": "stage", "loop": "loop", "weights": "starting weights"}.get(next(iter(change)), "items")
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS.loop() if name not in NEUTRAL])
+def test_each_setting_that_changes_numbers_refuses_the_checkpoint_of_another(name: str, tmp_path: Path) -> None:
+    identity = {key: value for key, value in whole_identity().items() if key != BEFORE}
+    save_training(tmp_path, SavedTraining(1, torch.zeros(2), {}, [{}], identity, 0.0))
+    loop = {"loop": identity["loop"] | {name: 0.123}}
+    with pytest.raises(ConfigError, match=f"loop.{name} = "):
+        load_training(tmp_path, identity | loop)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_each_setting_that_changes_no_number_may_change(name: str, tmp_path: Path) -> None:
+    identity = {key: value for key, value in whole_identity().items() if key != BEFORE}
+    save_training(tmp_path, SavedTraining(1, torch.zeros(2), {}, [{}], identity, 0.0))
+    loaded = load_training(tmp_path, identity | {"loop": identity["loop"] | {name: 0.123}})
+    assert loaded is not None and loaded.step == 1
