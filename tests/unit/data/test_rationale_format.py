@@ -188,6 +188,12 @@ def test_sentences_end_where_readers_end_them(text: str, sentences: list[str]) -
         ("theatre", "theatre"),
         ("someone", "someone"),
         ("yes!", "yes"),
+        ("an apple", "apple"),
+        ("a the an apple", "apple"),  # all articles in front, and none behind
+        ("apple an", "apple an"),
+        ("the a", "a"),
+        ("zero", "0"),
+        ("a dozen", "dozen"),
     ],
 )
 def test_answers_are_normalised(text: str, normal: str) -> None:
@@ -218,3 +224,16 @@ def test_answers_that_mean_the_same_are_equal(one: str, other: str) -> None:
 
 def test_a_lone_article_is_an_answer() -> None:
     assert normalise_answer("A") == "a" and normalise_answer("no") != normalise_answer("yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("one two three four five", "one two three four five"),  # as many words as a bare answer may have
+        ("one two three four five six", None),
+        ("red\nblue", None),
+        ("Answer: one two three four five six", "one two three four five six"),
+    ],
+)
+def test_a_bare_answer_has_up_to_five_words(text: str, answer: str | None) -> None:
+    assert parse_response(text).answer == answer

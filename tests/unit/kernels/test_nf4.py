@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from srcfast_kernels import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from srcfast_kernels import NF4Weight, native, nf4_dequantize, nf4_linear, nf4_quantize
+from srcfast_kernels.backends import use_backend
 from srcfast_kernels.nf4 import CODES, nf4_from_state_dict, nf4_state_dict
 from srcfast_kernels.nf4_linear import nf4_linear_reference
 
@@ -189,3 +190,44 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         nf4_quantize(torch.zeros(4), blocksize=63)
     with pytest.raises(ValueError, match="at least one value"):
         nf4_quantize(torch.zeros(0, 4))
+
+
+def by_definition(weight: Tensor, blocksize: int) -> tuple[list[int], list[float]]:
+    """Bytes and scales, one value after the other: the nearest code of two as near the lower one, the earlier value first."""
+    values = weight.float().flatten().tolist()
+    codes = torch.tensor(CODES)
+    scales, nibbles = [], []
+    for start in range(0, len(values), blocksize):
+        block = torch.tensor(values[start : start + blocksize])
+        scales.append(float(block.abs().max()))
+        scaled = block * (1.0 / torch.tensor(scales[-1]))
+        nibbles += [int((one - codes).abs().argmin()) for one in scaled]
+    nibbles += [7] * (len(nibbles) % 2)  # the code of 0 fills the last byte
+    return [high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True)], scales
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 127, 3 * 64 + 5])
+@pytest.mark.parametrize("path", ["torch", "native", "triton"])
+def test_each_backend_writes_the_bytes_of_the_definition(
+    count: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "native" and not native.available():
+        pytest.skip("no native library")
+    weight = random_weight(1, count, seed=count)
+    with use_backend("triton" if path == "triton" else "torch"):
+        if path == "torch":
+            monkeypatch.setattr("srcfast_kernels.nf4._is_native", lambda tensor, backend: False)
+        plain = nf4_quantize(weight, double_quant=False)
+        packed, scales = by_definition(weight, 64)
+        assert plain.packed.tolist() == packed and plain.absmax.tolist() == scales
+        expected = [
+            CODES[nibble] * scales[index // 64]
+            for index, nibble in enumerate([part for byte in packed for part in (byte >> 4, byte & 15)][:count])
+        ]
+        torch.testing.assert_close(nf4_dequantize(plain), torch.tensor([expected]), rtol=1e-6, atol=1e-7)
+        twice = nf4_quantize(weight)
+        assert twice.offset is not None and twice.offset.item() == pytest.approx(sum(scales) / len(scales), rel=1e-6)
+        # The scales in 8 bits: of a magnitude near 1, an error of at most 1 % of the largest distance from their mean.
+        furthest = max(abs(scale - twice.offset.item()) for scale in scales)
+        error = (nf4_dequantize(twice) - nf4_dequantize(plain)).abs().max()
+        assert float(error) <= 0.01 * furthest + 1e-6

@@ -109,3 +109,20 @@ def test_what_cannot_be_corrupted_is_refused_by_name(kind):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(InputError, match="counterfactual, insufficient, unreasonable"):
         corrupt(SEE, THINK, ANSWER, "rude", random.Random(0), VOCABULARY)
+
+
+def test_a_swapped_sentence_is_none_that_is_there_already():
+    """Of two sentences that one swap makes equal, no corruption has the same sentence twice."""
+    see = ("There is a red circle.", "There is a blue circle.")
+    results = {r[0] for r in many("counterfactual", count=400, see=see, think=("So it is.",), answer="7")}
+    assert len(results) > 5
+    assert all(len(set(seen)) == len(seen) for seen in results)
+
+
+def test_omitting_draws_among_all_sentences_where_the_conclusion_needs_none():
+    left_out = {
+        next(s for s in SEE if s not in see)
+        for see, think, _ in many("insufficient", think=("So it is.",), answer="yes")
+        if think
+    }
+    assert left_out == set(SEE)

@@ -1,0 +1,50 @@
+"""States of recurrent layers by row: whom a row continues, and where a sample's states are after it has moved."""
+
+from __future__ import annotations
+
+import torch
+
+from srcfast.generation.row_states import RowStates
+
+
+def filled(slots: int, width: int) -> RowStates:
+    """Prompt s has the state 100 + s, row r the state r; the second layer's are negative and of another shape."""
+    states = RowStates(slots, width)
+    for key, shape, sign in (((0, "conv"), (2,), 1.0), ((3, "recurrent"), (2, 3), -1.0)):
+        states.prompts[key] = sign * (100.0 + torch.arange(slots).view(-1, *[1] * len(shape)).expand(-1, *shape))
+        states.rows[key] = sign * torch.arange(slots * width).view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
+        states.rows[key] = states.rows[key].float()
+    return states
+
+
+def values(states: RowStates) -> list[float]:
+    first, second = states.rows[0, "conv"], states.rows[3, "recurrent"]
+    assert torch.equal(first[:, 0], first[:, 1]) and torch.equal(-second[:, 0, 0], first[:, 0])
+    assert torch.equal(second.flatten(1).amax(1), second.flatten(1).amin(1))
+    return first[:, 0].tolist()
+
+
+def test_a_row_continues_its_slot_s_prompt_or_its_parent() -> None:
+    states = filled(3, 2)
+    states.start(1, [2, 3], [None, None])
+    assert values(states) == [0, 1, 101, 101, 4, 5]
+    states.start(2, [4, 5], [5, 4])  # both are read before one is written
+    assert values(states) == [0, 1, 101, 101, 5, 4]
+    states.start(2, [5], [None])
+    assert values(states) == [0, 1, 101, 101, 5, 102]
+    states.start(0, [0, 1], [1, 1])
+    assert values(states) == [1, 1, 101, 101, 5, 102]
+
+
+def test_a_sample_that_moves_takes_its_rows_and_its_prompt_along() -> None:
+    states = filled(3, 2)
+    states.move(2, 0)
+    assert values(states) == [4, 5, 2, 3, 4, 5]
+    states.start(0, [0], [None])
+    assert values(states) == [102, 5, 2, 3, 4, 5]
+
+
+def test_without_recurrent_layers_nothing_is_stored() -> None:
+    states = RowStates(2, 2)
+    states.start(0, [0, 1], [None, None])
+    assert not states.rows and not states.prompts
