@@ -20,6 +20,7 @@ from helpers.small_checkpoints import (
     write_lvlm,
     write_text_model,
 )
+from helpers.small_training import SmallModel, random_trees
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -281,3 +282,93 @@ def test_an_adapter_on_half_precision_weights_is_not_folded(pair: Pair) -> None:
     model = pair.load(lora=CONFIG, dtype=torch.bfloat16)
     with folded_lora(model):
         assert all(layer.active for layer in adapters(model).values())
+
+
+# By hand, on a small decoder --------------------------------------------------------------------------------------------
+
+
+def small(dtype: torch.dtype = torch.float64, **lora: Any) -> SmallModel:
+    torch.manual_seed(0)
+    model = SmallModel({"num_layers": 2}, LoRAConfig(**({"r": 4, "alpha": 6.0} | lora)).seeded(7), dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_merged_weight_is_the_sum_rounded_once(dtype: torch.dtype) -> None:
+    """W + alpha / r B A in fp32 at least, whatever the type of the base."""
+    model = small(dtype)
+    layers = adapters(model)
+    exact = torch.promote_types(dtype, torch.float32)
+    expected = {}
+    for name, layer in layers.items():
+        change = 6.0 / 4 * (layer.lora_B.detach().to(exact) @ layer.lora_A.detach().to(exact))
+        expected[name] = (layer.base.weight.detach().to(exact) + change).to(dtype)
+    assert merge_lora(model) == len(expected) == 14
+    for name, weight in expected.items():
+        assert torch.equal(model.decoder.get_submodule(name).weight, weight)
+    assert not adapters(model)
+
+
+def test_a_folded_weight_is_that_sum_and_is_as_before_behind() -> None:
+    model = small()
+    before = {name: layer.base.weight.detach().clone() for name, layer in adapters(model).items()}
+    with folded_lora(model):
+        for name, layer in adapters(model).items():
+            change = 1.5 * (layer.lora_B.detach() @ layer.lora_A.detach())
+            torch.testing.assert_close(layer.base.weight.detach(), before[name] + change, rtol=1e-12, atol=1e-12)
+            assert not layer.active
+    for name, layer in adapters(model).items():
+        assert torch.equal(layer.base.weight, before[name]) and layer.active
+
+
+def test_new_matrices_are_uniform_within_the_inverse_root_of_their_input() -> None:
+    """PEFT draws A by `kaiming_uniform_(a=sqrt(5))`: within 1 / sqrt(in); B is 0. Each layer has other numbers."""
+    torch.manual_seed(0)
+    model = SmallModel({}, LoRAConfig(r=16, alpha=1.0).seeded(7))
+    drawn = []
+    for layer in adapters(model).values():
+        bound = layer.base.in_features**-0.5
+        assert not layer.lora_B.any()
+        assert 0.97 * bound < float(layer.lora_A.abs().max()) <= bound
+        assert float(layer.lora_A.std()) == pytest.approx(bound / 3**0.5, rel=0.1)  # of a thousand numbers and more
+        drawn.append(float(layer.lora_A[0, 0] / bound))
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_the_written_settings_are_those_of_the_adapter(tmp_path: Path) -> None:
+    write_text_model(tmp_path / "base", text_config())
+    model = load_text_model(
+        tmp_path / "base", lora=LoRAConfig(r=5, alpha=7.5, dropout=0.25, target_modules=("v_proj", "q_proj"))
+    )
+    save_adapter(model, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "r": 5,
+        "lora_alpha": 7.5,
+        "lora_dropout": 0.25,
+        "bias": "none",
+        "use_rslora": False,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["target_modules"].endswith("(q_proj|v_proj)")
+    assert "rank_pattern" not in settings and "alpha_pattern" not in settings
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_with_dropout_selected_rows_are_those_of_all_rows(every: int) -> None:
+    """Of the last layer's rows each has its own key, wherever it lies among those that are computed."""
+    model = small(dropout=0.4).train()
+    model.decoder.checkpoint_layers = every
+    forest = Forest.of(random_trees(np.random.default_rng(5), 3, 12, 6, 2))
+    keys = dropout_keys(forest, 1, 2, [0, 1, 2])
+    rows = torch.tensor([2, 5, 11, forest.num_tokens - 2, forest.num_tokens - 1])
+    with dropping(model.decoder, keys):
+        whole, selected = model(forest), model(forest, rows)
+    torch.testing.assert_close(selected, whole[rows], rtol=1e-10, atol=1e-12)
+    with dropping(model.decoder, keys.flip(0)):
+        assert not torch.allclose(model(forest), whole)
