@@ -204,3 +204,18 @@ def check_training(model: SmallModel, plain: SmallModel, history: list[dict[str,
     # The lower of the two bounds of the norm is exceeded by much, and by a factor that varies; the upper one never is.
     assert 4 * 0.02 < max(expected.norms) < 1e3 and len({round(norm, 3) for norm in expected.norms}) > 1
     torch.testing.assert_close(trained_weights(model), trained_weights(plain), **SAME)
+
+
+def plain_keys(seed: int, step: int, position: int, rows: int, state: int | None = None) -> Tensor:
+    """The first numbers of SplitMix64 (Steele, Lea, Flood, 2014) from a tree's seed, or a state: keys of dropout, [rows]."""
+    mask = (1 << 64) - 1
+    if state is None:
+        state = int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0])
+    keys = []
+    for _ in range(rows):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        keys.append(z - (1 << 64) if z >> 63 else z)
+    return torch.tensor(keys, dtype=torch.int64)

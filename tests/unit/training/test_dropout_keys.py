@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from helpers.plain_training import check_training, plain_training, raps
+from helpers.plain_training import check_training, plain_keys, plain_training, raps
 from helpers.seeds import fresh_rng
 from helpers.small_model import SmallModel, path_logprob, response_items
 
@@ -126,20 +125,6 @@ def test_without_dropout_no_keys_are_made() -> None:
     without.tower = torch.nn.Module()
     without.tower.dropout = 0.1  # as vision towers have it, which are never trained
     assert not drops(without)
-
-
-def plain_keys(seed: int, step: int, position: int, rows: int) -> torch.Tensor:
-    """SplitMix64 (Steele, Lea, Flood, 2014) of Python's whole numbers: the first `rows` from a tree's seed."""
-    mask = (1 << 64) - 1
-    state = int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0])
-    keys = []
-    for _ in range(rows):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
-        z ^= z >> 31
-        keys.append(z - (1 << 64) if z >> 63 else z)
-    return torch.tensor(keys, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("cut", [{}, {"micro_batch_size": 1, "gradient_accumulation_steps": 6}])
