@@ -222,6 +222,8 @@ def read_vocabulary(path: str | None) -> dict[str, Sequence[str]]:
         classes = read_yaml(Path(path), {})
     except ConfigError as error:
         raise ConfigError(f"scorer_training.vocabulary: {error}") from error
-    if not classes or not all(isinstance(words, list) and len(words) > 1 for words in classes.values()):
-        raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}")
+    lists = [words for words in classes.values() if isinstance(words, list) and len(words) > 1]
+    if not classes or len(lists) < len(classes) or any(type(word) not in (str, int) for word in sum(lists, [])):
+        fix = "Fix: quote words such as 'true' and '1.50'"
+        raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}. {fix}")
     return {str(name): tuple(str(word) for word in words) for name, words in classes.items()}

@@ -180,7 +180,8 @@ def _explain(error: Any, sources: Mapping[str, str]) -> str:
         expected = "a group of settings (key: value)"
     if bounds and field is not None:
         expected = f"{'a whole number' if field.annotation is int else 'a number'} {bounds}"
-    return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}"
+    fix = ". Fix: quote it" if error["type"] == "string_type" else ""
+    return f"{where}{dotted}: expected {expected}, found {shorten(repr(error['input']))}{fix}"
 
 
 def _find_field(dotted: str) -> FieldInfo | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from srcfast.config.settings import Config
+from srcfast.config.yaml import dump_yaml
 
 
 def annotated_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -31,7 +30,7 @@ def _lines(values: Mapping[str, Any], sources: Mapping[str, str], prefix: str = 
             yield f"{indent}{key}:", ""
             yield from _lines(value, sources, f"{dotted}.")
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+            text = dump_yaml(value, default_flow_style=True, width=10**9)
             yield f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}", sources.get(dotted, "default")
 
 

@@ -1,7 +1,8 @@
-"""Read YAML of settings: plain values alone, no key twice, and a bounded number of values by aliases."""
+"""Read and write YAML of settings: YAML 1.2's plain values alone, no key twice, a bounded number of values by aliases."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,40 @@ from srcfast.data.jsonl import regular
 from srcfast.errors import ConfigError
 
 MAX_NODES = 10_000  # values that a file's aliases may add to those that are written out
+# Tags of plain scalars by YAML 1.2's core schema, and `<<`: pattern and first characters. PyYAML's are of YAML 1.1, which reads
+# 010 as 8, 1:30 as 90, `no` as false, 1e-5 as text, and 2001-01-01 as a date.
+_CORE_SCHEMA = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either version of YAML reads as something else."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+def dump_yaml(value: Any, **options: Any) -> str:
+    """Write plain values, so that `read_yaml` and other readers of YAML read them back; options are PyYAML's."""
+    return yaml.dump(value, Dumper=_Dumper, allow_unicode=True, **options)
 
 
 def read_yaml(path: Path, locations: dict[str, str]) -> dict[str, Any]:
@@ -40,12 +75,13 @@ def parse_yaml(text: str, where: str, on_node: Callable[[yaml.Node | None], None
             aliases.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if _aliases_exceed_limit(node):
             expected = f"expected at most {MAX_NODES:,} values by aliases"
             raise ConfigError(f"{where}: {expected}, found more. Fix: leave aliases out")
         on_node(node)
-        return yaml.safe_load(text)
+        return None if node is None else loader.construct_document(node)
     except ConfigError:
         raise
     except RecursionError as error:

@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from srcfast import distributed
+from srcfast.config.yaml import dump_yaml
 from srcfast.data.jsonl import (
     as_json,
     file_hash,
@@ -107,7 +106,7 @@ class RunDirectory:
 
     def write_config(self, config: Any) -> None:
         """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(config.model_dump(mode="json"), sort_keys=False)
         write_text(self.config_file, text)
         write_json(self.environment_file, environment())
 
