@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from srcfast.errors import InputError
@@ -19,6 +20,7 @@ from srcfast.errors import InputError
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 << 20
 ORIENTATION, QUARTER_TURNS = int(ExifTags.Base.Orientation), (5, 6, 7, 8)  # in Exif
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, LOWEST, HIGHEST = 258, 262, 339, 340, 341  # tags of TIFF
 # Raster formats that Pillow decodes by itself: EPS, for one, is a program that it would hand to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -28,7 +30,7 @@ def load_image(root: Path, name: str) -> Image.Image:
 
     Raises:
         InputError: it is missing, outside of `root` (`..`, absolute paths and symbolic links included), no image,
-            broken or truncated, animated, or larger than the limits.
+            broken or truncated, animated, larger than the limits, or has wide values of an unknown range.
     """
     file = resolve(root, name)
     return decode_image(_read(file), file)
@@ -68,22 +70,22 @@ def image_file(root: Path, name: str) -> ImageFile:
 def check_image(root: Path, name: str) -> None:
     """Raise what `load_image` would raise, at a fraction of its cost (a JPEG is decoded at an eighth of its size)."""
     file = resolve(root, name)
-    with _opened(_read(file), file) as image:
+    data = _read(file)
+    with _opened(data, file) as image:
         image.draft("L", (image.width // 8 or 1, image.height // 8 or 1))
-        image.load()
+        _upright_rgb(image, data, file)
 
 
 def decode_image(data: bytes, name: str | Path) -> Image.Image:
     """Decode bytes to an upright RGB image; errors name `name`. Raises InputError as `load_image` does."""
     with _opened(data, name) as image:
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _upright_rgb(image, data, name)
 
 
 def image_suffix(data: bytes, name: str | Path) -> str:
     """Return the file ending of image bytes that decode, such as ".png". Raises InputError as `load_image` does."""
     with _opened(data, name) as image:
-        image.load()
+        _upright_rgb(image, data, name)
         return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}.get(image.format or "", f".{image.format}".lower())
 
 
@@ -148,10 +150,50 @@ def _opened(data: bytes, name: str | Path) -> Iterator[Image.Image]:
         raise _error(name, f"a whole image ({', '.join(FORMATS)})", found, "replace the file") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would cut off at 255 instead of scaling
-        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
-    return image.convert("RGB")
+def _upright_rgb(image: Image.Image, data: bytes, name: str | Path) -> Image.Image:
+    """Decode an image to upright RGB, on white where it is transparent, as transformers' processors do.
+
+    Raises:
+        InputError: its values have more than 8 bits, and nothing says which of them is white: it might come out black.
+    """
+    image.load()
+    upright, tags = ImageOps.exif_transpose(image), getattr(image, "tag_v2", {})
+    is_png, is_wide = image.format == "PNG", image.mode[0] in "IF"
+    bits = data[24] if is_png else max(tags.get(BITS, (8,)))
+    is_signed = image.mode == "F" or not {2, 3}.isdisjoint(tags.get(SAMPLE_FORMAT, ()))  # or floating-point
+    if is_wide or is_signed or bits > 8:
+        # Of several channels Pillow has the upper 8 bits alone.
+        values = np.asarray(upright, np.float64) if is_wide else np.asarray(upright.convert("RGB")) * 256.0
+        low, high, peak = 0.0, float(1 << bits if 8 < bits < 16 else 1 << 16) - 1, values.max()
+        is_known = not is_signed and bits <= 16
+        if is_wide and HIGHEST in tags:
+            low, high, is_known = float(min(tags.get(LOWEST, (0,)))), float(max(tags[HIGHEST])), True
+        elif image.mode == "F":  # as Pillow reads it, unless it were nearly black, as from 0 to 1
+            high, is_known = 255.0, peak >= 16
+        elif is_known and peak < 1 << 12 <= high and image.format != "PPM":  # Pillow scales a PPM by its maximum
+            significant = _significant_bits(data) if is_png else 0
+            is_known = significant == 16 or (is_wide and (significant > 0 or peak == 0))
+            # Shifted up, as PNG has it, or left as they were?
+            if is_known and peak < 1 << significant and (values % (1 << 16 - significant)).any():
+                high = float(1 << significant) - 1
+        if not (is_known and 0 < high - low < np.inf and low <= values.min() and peak <= high):
+            expected = "values of 8 bits, or of a range that the file says (sBIT in PNG, SMaxSampleValue in TIFF)"
+            fix = "save it in 8 bits, its values scaled to 0 to 255"
+            raise _error(name, expected, f"values from {values.min():g} to {peak:g} in Pillow's mode {image.mode}", fix)
+        if is_wide:
+            scaled = np.minimum((values - low) * (256 / (high - low + (image.mode != "F"))), 255).astype(np.uint8)
+            return Image.fromarray(255 - scaled if tags.get(PHOTOMETRIC) == 0 else scaled).convert("RGB")
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+def _significant_bits(data: bytes) -> int:
+    """Return how many bits of the first channel count by a PNG's chunk sBIT; 0 without one."""
+    start = 33  # behind the header
+    while (name := data[start + 4 : start + 8]) not in (b"sBIT", b"IDAT", b""):
+        start += 12 + int.from_bytes(data[start : start + 4])
+    return data[start + 8] if name == b"sBIT" else 0
 
 
 def _error(file: str | Path, expected: str, found: object, fix: str) -> InputError:

@@ -96,6 +96,12 @@ def both(path: Path) -> None:
         load_image(path.parent, path.name)
 
 
+def _floats() -> bytes:
+    buffer = io.BytesIO()
+    picture("F").point(lambda value: value / 255).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no file": (missing("a.png"), "no such file"),
     "a folder": (folder_of("a.png"), "a folder"),
@@ -125,6 +131,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         file_of(picture_bytes("BMP")[:30] + struct.pack("<I", 77) + picture_bytes("BMP")[34:], "a.bmp"),
         "a whole image",
     ),
+    "a PNG of 16 bits whose values have 8": (
+        file_of(png(2, 2, b"\0\0\x80\0\xff\0\0\1\0\2", depth=16, color=0), "a.png"),
+        "values of 8 bits",
+    ),
+    "a PNG of 16 bits and color whose values have 12": (
+        file_of(png(1, 1, b"\0\x0f\xff\x08\0\0\0", depth=16, color=2), "a.png"),
+        "values of 8 bits",
+    ),
+    "a TIFF of whole numbers in 32 bits": (file_of(picture_bytes("TIFF", "I"), "a.tif"), "values of 8 bits"),
+    "a TIFF of floats from 0 to 1": (file_of(_floats(), "a.tif"), "values of 8 bits"),
     "a TIFF whose directory lies outside": (file_of(b"II*\0" + struct.pack("<I", 2**31), "a.tif"), "a whole image"),
 }
 
