@@ -106,7 +106,9 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
             "image_root": source.image_root and str(source.image_root),
             "split": "test" if use == "evaluation" else "train",
         }
-        return (DatasetConfig.model_validate(values),)
+        key = "data.evaluation" if use == "evaluation" else "data.train"
+        data = load_config(None, [f"{key}={json.dumps([values])}"]).data
+        return data.evaluation or data.train
     if use != "evaluation":
         return training_sets(config, use)
     if not config.data.evaluation:

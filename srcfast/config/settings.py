@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from srcfast.data.file_names import as_stored, check_file_name
 from srcfast.units import parse_bytes
 
 Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
@@ -44,6 +45,8 @@ class Section(BaseModel):
             return {}  # a heading with nothing under it
         if isinstance(value, bool) and annotation is not bool:  # pydantic would read true as 1
             raise ValueError(f"expected no true or false here, found {str(value).lower()}")
+        if isinstance(value, str) and "\0" in value:  # no path has one
+            raise ValueError(f"expected text without a NUL, found {value!r}")
         return value
 
 
@@ -142,13 +145,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        seen = set()
+        owners: dict[str, str] = {}
         for dataset in self.evaluation:
-            if "/" in dataset.name or "/" in dataset.split:
-                raise ValueError(f"evaluation: expected names without '/', which name files, found {dataset.label!r}")
-            if dataset.label in seen:
-                raise ValueError(f"evaluation has two datasets whose files are named {dataset.label!r} (name-split)")
-            seen.add(dataset.label)
+            label = check_file_name(f"{check_file_name(dataset.name)}-{dataset.split}")
+            for name in (label, f"{label}-scores"):  # the latter while the headroom is measured
+                if other := owners.get(as_stored(name)):
+                    files = f"{label!r} (name-split){'' if other == label else f', or {other!r}, which is one to some disks'}"
+                    raise ValueError(f"evaluation has two datasets whose files are named {files}. Fix: rename one")
+            owners |= {as_stored(name): label for name in (label, f"{label}-scores")}
         return self
 
 
@@ -447,6 +451,11 @@ class Config(Section):
                 f"max_rejected: expected a whole number or a share of at most 1, found {self.max_rejected}"
             )
         return self
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return check_file_name(value)
 
     @field_validator("memory")
     @classmethod

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.records import Fields, Preference, Sample, are_in_turn, check_marks
+from srcfast.data.records import Fields, MadeUpId, Preference, Sample, are_in_turn, check_marks
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, settle_marks, tidy, without_marks
 from srcfast.errors import InputError
 
@@ -106,7 +106,7 @@ def _samples(
     rationale, facts, extra = fields.optional_text("rationale"), fields.sentences("facts"), fields.rest()
     samples: list[Sample | InputError] = []
     for number, end in enumerate(ends):
-        fields.sample_id = f"{name}-{number}" if number else name
+        fields.sample_id = MadeUpId(f"{name}-{number}") if number else name
         try:
             before, question, shown = _prompt_before(fields, turns, end, images)
         except InputError as error:

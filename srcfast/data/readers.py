@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from srcfast.data.conversations import llava_samples, message_preference, messag
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.images import check_image
 from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
-from srcfast.data.records import Fields, Preference, Record, Row, Sample, each_record, settled_prompt
+from srcfast.data.records import Fields, MadeUpId, Preference, Record, Row, Sample, each_record, settled_prompt
 from srcfast.data.turns import Turn
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
@@ -58,10 +59,12 @@ def read_samples(
     elif format == "messages":
         samples = each_record(message_samples, _json_items(path, "id"), path, image_root)
     elif format == "vlmeval_tsv":
-        samples = read_vlmeval_tsv(path, image_output or Path(path).with_suffix(".images"))
+        samples = read_vlmeval_tsv(path, image_output or Path(f"{path}.images"))
     else:
         raise InputError(file=path, field="format", expected="jsonl, llava, messages or vlmeval_tsv", found=format)
-    return _keep_good(_with_unique_ids(samples, path), path, rejected, check_images and format != "vlmeval_tsv")
+    return _keep_good(
+        _with_unique_ids(_settled_ids(samples), path), path, rejected, check_images and format != "vlmeval_tsv"
+    )
 
 
 def read_preferences(
@@ -87,7 +90,7 @@ def read_preferences(
         pairs = each_record(message_preference, _json_items(path, "sample_id"), path, image_root)
     else:
         raise InputError(file=path, field="format", expected="jsonl, trl or messages", found=format)
-    return _keep_good(pairs, path, rejected, check_images)
+    return _keep_good(_settled_ids(pairs), path, rejected, check_images)
 
 
 def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
@@ -119,6 +122,22 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
 
 
 # What all formats share -----------------------------------------------------------------------------------------------
+
+
+def _settled_ids(records: Iterable[tuple[int, Record | InputError]]) -> Iterator[tuple[int, Record | InputError]]:
+    """Rename each record whose id was made up where another has that id in the file: -2, -3, ... is added."""
+    read = list(records)
+    names: list[str | None] = [_id_of(record) for _, record in read]
+    taken, in_file = {*names}, {name for name in names if not isinstance(name, MadeUpId)}
+    for (line, record), name in zip(read, names, strict=True):
+        if isinstance(name, MadeUpId) and name in in_file and not isinstance(record, InputError):
+            free: Any = next(new for number in count(2) if (new := f"{name}-{number}") not in taken)
+            record = replace(record, **{"id" if isinstance(record, Sample) else "sample_id": free})
+        yield line, record
+
+
+def _id_of(record: Sample | Preference | InputError) -> str | None:
+    return record.id if isinstance(record, Sample) else record.sample_id
 
 
 def _with_unique_ids(
@@ -157,8 +176,7 @@ def _keep_good(
         if error is None:
             good.append(record)
         else:
-            sample_id = record.id if isinstance(record, Sample) else record.sample_id
-            rejected.append(_of_record(error, path, line, sample_id).as_record())
+            rejected.append(_of_record(error, path, line, _id_of(record)).as_record())
     return good
 
 
@@ -185,7 +203,7 @@ def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | 
 def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
     """Yield the rows of a JSON list, each with the line it begins on, or of JSON lines; unnamed ones are called record-N."""
     for number, (line, row) in enumerate(json_list_or_lines(path), start=1):
-        yield line, row if isinstance(row, InputError) else {id_key: f"record-{number}"} | row
+        yield line, row if isinstance(row, InputError) else {id_key: MadeUpId(f"record-{number}")} | row
 
 
 def json_list_or_lines(path: str | Path) -> Iterator[Row]:

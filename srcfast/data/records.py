@@ -27,6 +27,10 @@ from srcfast.errors import InputError
 LOGPROB_ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
 
 
+class MadeUpId(str):
+    """An id that a reader has given a record; it makes way for the same id in the file."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A question about images. `images` are paths relative to `image_root`; `facts` are true sentences about the images."""
@@ -218,10 +222,10 @@ class Fields:
     def identifier(self, name: str, default: str | None = None) -> str:
         """Take an id, a non-empty string or an integer, as a string. Raises InputError."""
         if default and name not in self.left:
-            return default
-        return str(
-            self.take(name, "an id (string or integer)", lambda value: type(value) in (str, int) and value != "")
-        )
+            return MadeUpId(default)
+        kinds = (str, int, MadeUpId)
+        value = self.take(name, "an id (string or integer)", lambda value: type(value) in kinds and value != "")
+        return value if isinstance(value, str) else str(value)
 
     def text(self, name: str) -> str:
         """Take a string that is not blank. Raises InputError."""

@@ -112,10 +112,15 @@ def _write_images(cell: str, index: str, source: str, image_output: Path) -> lis
             stem = re.sub(r"[^\w.-]", "_", index, flags=re.ASCII)[:100].lstrip(".")
             if stem != index:  # two indexes must not share a name
                 stem += "-" + hashlib.sha256(index.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            name = f"{stem}{f'-{number}' if number else ''}{image_suffix(data, source)}"
-            with replacing(image_output / name) as file:
-                file.write(data)
-            names.append(name)
+            name, suffix = f"{stem}{f'-{number}' if number else ''}", image_suffix(data, source)
+            if (
+                file := image_output / f"{name}{suffix}"
+            ).is_file() and file.read_bytes() != data:  # of another index or table
+                file = image_output / f"{name}-{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
+            if not file.is_file():
+                with replacing(file) as opened:
+                    opened.write(data)
+            names.append(file.name)
     except InputError as error:
         return error
     return names

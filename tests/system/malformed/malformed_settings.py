@@ -61,6 +61,23 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "data: {evaluation: [{name: a, format: easy_vqa}, {name: a, format: easy_vqa}]}",
         "two datasets whose files are named",
     ),
+    "two evaluation sets that differ in case": (
+        "data: {evaluation: [{name: a, format: easy_vqa}, {name: A, format: easy_vqa}]}",
+        "one to some disks",
+    ),
+    "an evaluation set that leads elsewhere": (
+        "data: {evaluation: [{name: ../../up/x, format: easy_vqa}]}",
+        "they name files",
+    ),
+    "an evaluation set of an absolute name": ("data: {evaluation: [{name: /x, format: easy_vqa}]}", "they name files"),
+    "an evaluation set of 300 letters": (
+        f"data: {{evaluation: [{{name: {'a' * 300}, format: easy_vqa}}]}}",
+        "they name files",
+    ),
+    "a run of a device's name": ("name: nul", "they name files"),
+    "a run of 300 letters": (f"name: {'a' * 300}", "they name files"),
+    "a NUL in a path": ('output: "a\\0b"', "without a NUL"),
+    "a NUL in a dataset's path": ('data: {train: [{name: a, format: jsonl, path: "a\\0b"}]}', "without a NUL"),
     "a stage that a dataset can't take part in": (
         "data: {train: [{name: a, format: easy_vqa, use: [training]}]}",
         "data.train.0.use",

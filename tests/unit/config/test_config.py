@@ -283,12 +283,40 @@ def test_overrides_of_one_section_are_merged_and_the_last_of_one_setting_wins() 
     assert (nested.candidates.temperature, nested.candidates.num_beams) == (0.5, 2)
 
 
+@pytest.mark.parametrize("name", ["a.", "nul", "Com1.x", "a" * 201])
+def test_a_run_whose_directory_no_system_would_have_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected names without '/'.*they name files"):
+        load_config(None, [f"name={name}"])
+
+
+@pytest.mark.parametrize("key", ["output", "model.path", "scorer.path", "memory"])
+def test_a_nul_in_any_text_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected text without a NUL, found 'a\\x00b'"):
+        load_config(None, [rf'{key}="a\0b"'])
+
+
+def test_training_sets_and_sets_beside_each_other_may_have_any_names() -> None:
+    train = "data.train=[{name: a/b, format: jsonl, path: x}, {name: a/b, format: jsonl, path: y}]"
+    sets = "data.evaluation=[{name: a, split: b, format: jsonl, path: x}, {name: a, split: c, format: jsonl, path: x}]"
+    assert [dataset.label for dataset in load_config(None, [train, sets]).data.evaluation] == ["a-b", "a-c"]
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
         ((("a-b", "c"), ("a", "b-c")), "two datasets whose files are named 'a-b-c'"),
         ((("a/b", "c"),), "expected names without '/'"),
         ((("a", "../c"),), "expected names without '/'"),
+        (((f"a{'b' * 300}", "c"),), "at most 200 bytes"),
+        ((('".."', "c"),), "expected names without '/'"),
+        ((("nul", "c"),), "none of a device"),
+        ((("a", '"c."'),), "dots or spaces at an end"),
+        (((r'"a\0b"', "c"),), "without a NUL"),
+        (((r'"a\e[2Jb"', "c"),), "control characters"),
+        ((("Dev", "c"), ("dev", "C")), "named 'dev-C' .name-split., or 'Dev-c', which is one to some disks"),
+        ((("caf\u00e9", "c"), ("cafe\u0301", "c")), "which is one to some disks"),
+        ((("a", "test"), ("a", "test-scores")), "two datasets whose files are named 'a-test-scores'"),
+        ((("a", "test-scores"), ("a", "test")), "two datasets whose files are named 'a-test'"),
     ],
 )
 def test_evaluation_sets_whose_files_would_be_others_are_refused(
