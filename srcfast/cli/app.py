@@ -428,11 +428,17 @@ def replay(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")],
+    image_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="directory whose images may be shown, too; may be given several times"),
+    ] = None,
+) -> None:
     """Write a run's page again."""
     from srcfast.cli import tools
 
-    tools.report(run)
+    tools.report(run, image_root or ())
 
 
 @app.command()

@@ -123,9 +123,12 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
     print(f"results and plots: {output}")
 
 
-def report(run: Path) -> None:
-    """Write the page of a run directory, and print its path."""
-    print(write_report(run))
+def report(run: Path, image_roots: Sequence[Path]) -> None:
+    """Write the page of a run directory, and print its path, and how to have images shown that are not."""
+    page = write_report(run, image_roots)
+    print(page)
+    if count := page.read_text(encoding="utf-8").count("image not available: gone"):
+        print(f"images that are gone, broken or outside of {run}: {count}. Fix: --image-root DIR shows those below DIR")
 
 
 def world(output: Path | None, split: str, count: int, seed: int) -> None:

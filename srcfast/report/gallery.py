@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from srcfast.data.images import load_image, resolve
+from srcfast.data.images import load_image
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
@@ -52,9 +52,15 @@ class Card:
     others: list[Candidate]
 
 
-def cards(run: RunFiles) -> list[Card]:
-    """Build one card for each entry of the gallery, at most MAX_CARDS."""
-    return [_card(shapes.Card.model_validate(entry), run.path) for entry in run.gallery[:MAX_CARDS]]
+def cards(run: RunFiles, image_roots: Iterable[Path] | None = None) -> list[Card]:
+    """Build one card for each entry of the gallery, at most MAX_CARDS.
+
+    Args:
+        run: the run's files.
+        image_roots: directories whose images are shown beside those in the run's: the gallery may name any file; None: all.
+    """
+    roots = [Path("/")] if image_roots is None else [run.path, *image_roots]
+    return [_card(shapes.Card.model_validate(entry), run.path, roots) for entry in run.gallery[:MAX_CARDS]]
 
 
 def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None]:
@@ -79,26 +85,21 @@ def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None
     return {"image": str(image), "image_from_run": from_run}
 
 
-def _picture(entry: shapes.Card, run: Path) -> Picture | None:
-    """Embed an entry's image: `image` if that file exists, else `image_from_run`."""
-    if not entry.image:
-        return None
-    file = run / entry.image
-    try:
-        resolve(file.parent, file.name)
-    except InputError:
-        file = run / (entry.image_from_run or entry.image)
-    return embedded_image(file)
+def _picture(entry: shapes.Card, run: Path, roots: Sequence[Path]) -> Picture | None:
+    """Embed an entry's image: `image` if that file is there and below a root, else `image_from_run`."""
+    names = [name for name in (entry.image, entry.image_from_run) if entry.image and name]
+    pictures = (embedded_image(run / name, root) for name in names for root in roots)
+    return next((picture for picture in pictures if picture is not None), None)
 
 
-def _card(entry: shapes.Card, run: Path) -> Card:
+def _card(entry: shapes.Card, run: Path, roots: Sequence[Path]) -> Card:
     marks = {entry.chosen: "chosen", entry.rejected: "rejected"}
     candidates = [_candidate(candidate, marks.get(index, "")) for index, candidate in enumerate(entry.candidates)]
     pair = [candidate for candidate in candidates if candidate.mark]
     others = [candidate for candidate in candidates if not candidate.mark]
     return Card(
         entry,
-        _picture(entry, run),
+        _picture(entry, run, roots),
         pair=sorted(pair, key=lambda candidate: candidate.mark != "chosen"),
         others=sorted(others, key=lambda candidate: -candidate.entry.score),
     )
@@ -114,10 +115,10 @@ def _candidate(entry: shapes.Candidate, mark: str) -> Candidate:
     return Candidate(entry, mark, parsed.answer, with_verdicts(parsed.perception), with_verdicts(parsed.reasoning))
 
 
-def embedded_image(path: Path) -> Picture | None:
-    """Read an image, scale it down to MAX_PIXELS, and encode it as a `data:` URI. Returns None if it can't be read."""
+def embedded_image(path: Path, root: Path = Path("/")) -> Picture | None:
+    """Read an image below `root`, scale it down to MAX_PIXELS, and encode it as a `data:` URI; None if it can't be read."""
     try:
-        picture = load_image(path.parent, path.name)
+        picture = load_image(root, str(path.absolute()))
     except InputError:
         return None
     picture.thumbnail((MAX_PIXELS, MAX_PIXELS))

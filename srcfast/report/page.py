@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ PICTURES = {
 }
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, image_roots: Iterable[Path] = ()) -> Path:
     """Render `report/index.html` of a run directory from the files that exist, and return its path.
 
-    Without matplotlib the page has no plots and says so.
+    Images are shown that lie in the run's directory or in `image_roots`. Without matplotlib the page has no plots and says so.
 
     Raises:
         InputError: `summary.json` is missing, or a file is damaged.
@@ -37,13 +37,13 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     output = run_dir / "report" / "index.html"
     with plots.page_style():
-        html = render(read_run(run_dir))
+        html = render(read_run(run_dir), image_roots)
     write_text(output, html)
     return output
 
 
-def render(run: RunFiles) -> str:
-    """Render the page's HTML."""
+def render(run: RunFiles, image_roots: Iterable[Path] | None = None) -> str:
+    """Render the page's HTML; see `cards` for `image_roots`."""
     return (
         templates()
         .get_template("page.html")
@@ -61,7 +61,7 @@ def render(run: RunFiles) -> str:
             rates=sections.rates(run),
             timings=sections.timings(run),
             settings=flatten(run.config),
-            cards=cards(run),
+            cards=cards(run, image_roots),
         )
     )
 

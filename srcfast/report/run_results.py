@@ -55,7 +55,7 @@ def write_summary(run: CalibrationRun) -> None:
         "seconds": sum(stage["seconds"] for stage in manifest.values()),
     }
     write_json(run.directory.summary_file, summary)
-    write_report(run.directory.path)
+    write_report(run.directory.path, {sample.image_root for sample in run.samples.values()})
 
 
 def _of_stages(manifest: Mapping[str, Mapping[str, Any]], kind: str, key: str) -> dict[str, Any]:
