@@ -17,6 +17,7 @@ from srcfast import calibrate as calibration
 from srcfast import distributed
 from srcfast.cli.inputs import (
     Source,
+    check_output,
     datasets,
     read_all,
     read_candidates,
@@ -81,6 +82,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
     Args:
         profile: steps to profile of each training stage.
     """
+    check_output(config, config.run_path, option="output and name")
     with on_all_ranks(config) as local:
         page = calibration.calibrate(local, profile)
         if not distributed.is_rank_zero():
@@ -95,6 +97,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on rationale-answer pairs, and save it in `output`."""
     output = require_option(output, "--output", "a folder for the adapter")
+    check_output(config, output, source.data)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
         policy = Policy(config, samples)
@@ -117,6 +120,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of each sample, and write them into shards in `output`."""
     output = require_option(output, "--output", "a folder for the candidates")
+    check_output(config, output, source.data, adapter)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "calibration", rejected)
         policy = Policy(config, samples, adapter)
@@ -133,6 +137,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Score candidates, and write the scores into shards in `output`."""
     output = require_option(output, "--output", "a folder for the scores")
+    check_output(config, output, source.data, candidates)
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     with rejected_records(output) as rejected:
         samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
@@ -159,12 +164,13 @@ def dpo(
     config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
 ) -> None:
     """Train `adapter`, or a new one, on preference pairs, and save it in `output`."""
-    output = require_option(output, "--output", "a folder for the adapter")
     if config.dpo.rehearsal_weight:
         raise ConfigError(
             "dpo.rehearsal_weight: expected 0, since this command is given no rationale-answer pairs to rehearse, "
             f"found {config.dpo.rehearsal_weight}. Fix: leave it out, or use `srcfast calibrate`"
         )
+    output = require_option(output, "--output", "a folder for the adapter")
+    check_output(config, output, source.data, adapter)
     with rejected_records(output) as rejected:
         pairs = read_preference_file(config, source, rejected)
         policy = Policy(config, pairs)
@@ -188,6 +194,7 @@ def dpo(
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Answer each evaluation dataset greedily, and write `predictions/` and `summary.json` in `output`."""
     output = require_option(output, "--output", "a folder for predictions and summary")
+    check_output(config, output, source.data, adapter)
     with rejected_records(output) as rejected:
         evaluation_sets = read_evaluation_sets(
             datasets(config, source, "evaluation"), config, Path(config.output) / "images", rejected
@@ -231,6 +238,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
         raise ConfigError(
             f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
         )
+    check_output(config, output, path, adapter, is_file=True)
     rows = [
         Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root, turns=row.turns)
         for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
@@ -254,6 +262,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = require_option(output, "--output", "a folder for the R-Scorer")
+    check_output(config, output, source.data)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
     words = read_vocabulary(config.scorer_training.vocabulary)

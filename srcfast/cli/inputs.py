@@ -15,7 +15,7 @@ from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder, samples_in_order
-from srcfast.data.jsonl import read_shards, write_jsonl
+from srcfast.data.jsonl import check_writable, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
@@ -80,6 +80,30 @@ def require_option(value: Path | None, option: str, what: str) -> Path:
     if value is None:
         raise ConfigError(f"{option}: expected {what}, found nothing. Fix: name it")
     return value
+
+
+def check_output(
+    config: Config | None, output: Path, *inputs: str | Path | None, option: str = "--output", is_file: bool = False
+) -> None:
+    """Check an output before any work is done for it.
+
+    Raises:
+        ConfigError: it is one of the inputs or of those that the settings name, holds one or lies in one: it might replace it.
+        OSError: it can't be written.
+    """
+    if config is not None:
+        files = [dataset.path for dataset in (*config.data.train, *config.data.evaluation)]
+        files += [config.model.path, config.scorer.path, config.rationale.teacher, config.scorer_training.vocabulary]
+        inputs = (*inputs, *files)
+    here = Path(os.path.realpath(output))
+    for path in inputs:
+        there = Path(os.path.realpath(path or "embedded"))
+        if path not in (None, "embedded") and (here.is_relative_to(there) or there.is_relative_to(here)):
+            raise ConfigError(
+                f"{option}: expected a path apart from the inputs, found {output}, which is {path}, holds it or lies in it. "
+                "Fix: name another"
+            )
+    check_writable(output, is_file=is_file)
 
 
 def steps(profile: str | None) -> range | None:

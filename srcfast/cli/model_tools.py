@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from srcfast.attention.forest_attention import available_backends
-from srcfast.cli.inputs import Source, read_all, rejected_records, require_option
+from srcfast.cli.inputs import Source, check_output, read_all, rejected_records, require_option
 from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
@@ -38,13 +38,12 @@ from srcfast_kernels.optional import import_failure
 
 def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
     """Merge an adapter into its base and write the checkpoint."""
-    output = require_option(output, "--output", "a folder for the checkpoint")
     adapter = require_option(adapter, "--adapter", "the adapter to merge")
+    output = require_option(output, "--output", "a folder for the checkpoint")
+    check_output(config, output, adapter)
     if config.model.quantize != "none":
         raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
     model = load_model(config, adapter)
-    if output.resolve() == Path(model.path).resolve():
-        raise ConfigError(f"--output: expected a folder other than the base's, found {output}")
     count = merge_lora(model)
     save_lvlm(model, output)
     print(f"{output}: {count} matrices merged")

@@ -44,6 +44,8 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     """Convert records, and write the bad ones with their errors to `rejected.jsonl` beside the target."""
     source_format = _format_of(from_format, source, "--from")
     target_format = _format_of(to_format, target, "--to")
+    for output in (target, rejected_file := target.with_name("rejected.jsonl")):
+        inputs.check_output(None, output, source, option="target", is_file=True)
     lost: Counter[str] = Counter()
     rejected: list[dict[str, Any]] = []
     try:
@@ -58,7 +60,7 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         )
     finally:  # where no record is good, too
         if rejected:
-            write_jsonl(target.parent / "rejected.jsonl", rejected)
+            write_jsonl(rejected_file, rejected)
     print(f"{target}: {count} records, {len(rejected)} rejected")
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
@@ -83,6 +85,7 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
     directory = require_option(candidates, "--candidates", "the folder that `srcfast candidates` wrote")
     if config.curation.pairing == "score":
         scores = require_option(scores, "--scores", "the folder that `srcfast score` wrote")
+    inputs.check_output(config, output, source.data, candidates, scores)
     if not is_rank_zero():
         return
     with inputs.rejected_records(output) as rejected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -187,6 +188,22 @@ def _check_replaceable(path: Path) -> None:
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
             raise InputError(file=path, expected="a file to write, or nothing", found=kind, fix="name another file")
+
+
+def check_writable(path: Path, *, is_file: bool = False) -> None:
+    """Raise what writing a folder, or a file, would raise, before there is anything to write; nothing is left there."""
+    folder = path.parent if is_file else path
+    with naming(path):
+        if is_file:
+            _check_replaceable(path)
+        with suppress(FileNotFoundError):
+            os.stat(path)
+        folder = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        longest = max(path.relative_to(folder).parts, key=lambda part: len(os.fsencode(part)), default="probe")
+        with open(temporary_of(folder / longest), "xb") as probe:
+            os.unlink(probe.name)
 
 
 def write_text(path: str | Path, text: str) -> None:

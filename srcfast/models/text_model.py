@@ -15,7 +15,7 @@ from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
-from srcfast.data.jsonl import parse_object
+from srcfast.data.jsonl import parse_object, replacing
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import (
     WEIGHTS,
@@ -212,4 +212,5 @@ def copy_companions(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in companions(source):
         if file.resolve() != (target / file.name).resolve():
-            shutil.copyfile(file, target / file.name)
+            with replacing(target / file.name) as copy, open(file, "rb") as opened:
+                shutil.copyfileobj(opened, copy)

@@ -12,6 +12,7 @@ from srcfast import distributed
 from srcfast.config.yaml import dump_yaml
 from srcfast.data.jsonl import (
     as_json,
+    check_writable,
     file_hash,
     flatten,
     json_hash,
@@ -105,7 +106,19 @@ class RunDirectory:
         return self.path / "checkpoint" / (f"evaluation/{of}" if kind == "evaluation" else stage)
 
     def write_config(self, config: Any) -> None:
-        """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`."""
+        """Write the resolved settings (a pydantic model) as `config.yaml`, and `environment.json`.
+
+        Raises what writing the other files of a run would raise, hours later, where something else lies in their way.
+        """
+        for name in (
+            "checkpoint",
+            "predictions",
+            "rationale/adapter",
+            *(f"iteration-{k}" for k in range(1, config.iterations + 1)),
+        ):
+            check_writable(self.path / name)
+        for file in (self.manifest_file, self.metrics_file, self.summary_file, self.rejected_file, self.report_file):
+            check_writable(file, is_file=True)
         text = dump_yaml(config.model_dump(mode="json"), sort_keys=False)
         write_text(self.config_file, text)
         write_json(self.environment_file, environment())

@@ -9,6 +9,7 @@ a CPU it is each operator's time without the operators it calls, and "host" is t
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections import defaultdict
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from srcfast.data.jsonl import naming, write_json, write_text
 from srcfast.errors import ConfigError
 
 SHOWN = 12  # operations in the table
@@ -111,16 +113,20 @@ class StepProfiler:
             torch.cuda.synchronize()
         profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(self.folder / "trace.json"))
-        events = json.loads((self.folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+        with naming(file := self.folder / "trace.json"):
+            profile.export_chrome_trace(str(file))
+            try:
+                events = json.loads(file.read_bytes())["traceEvents"]
+            except (FileNotFoundError, ValueError) as error:  # all that is heard of a disk that is full
+                raise OSError(errno.EIO, "could not be written whole", str(file)) from error
         if torch.cuda.is_available():
             memory: Any = torch.cuda.memory._snapshot()
             torch.cuda.memory._record_memory_history(enabled=None)
         else:
             memory = {"allocations": allocations(events)}
-        (self.folder / "memory.json").write_text(json.dumps(memory, default=str), encoding="utf-8")
+        write_text(self.folder / "memory.json", json.dumps(memory, default=str))
         self.summary = summarise(events, self._done)
-        (self.folder / "summary.json").write_text(json.dumps(asdict(self.summary), indent=2), encoding="utf-8")
+        write_json(self.folder / "summary.json", asdict(self.summary))
 
 
 def allocations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
