@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from srcfast.config.settings import Config
 from srcfast.data.images import load_image
 from srcfast.errors import ConfigError, SrcfastError, printable
 from srcfast.memory.plan import policy_sizes
-from srcfast.models.checkpoint import read_config
+from srcfast.models.checkpoint import read_config, stored_dtypes
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import merge_lora
-from srcfast.models.lvlm import LVLM, is_handwritten, save_lvlm
+from srcfast.models.lvlm import LVLM, is_handwritten, restore_dtypes, save_lvlm
 from srcfast.models.pretrained import check_runs
 from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
@@ -37,15 +38,21 @@ from srcfast_kernels.optional import import_failure
 
 
 def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
-    """Merge an adapter into its base and write the checkpoint."""
+    """Merge an adapter into its base and write the checkpoint, in the base's types unless the settings have a dtype."""
     adapter = require_option(adapter, "--adapter", "the adapter to merge")
     output = require_option(output, "--output", "a folder for the checkpoint")
     check_output(config, output, adapter)
     if config.model.quantize != "none":
         raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
+    dtypes = stored_dtypes(checkpoint_directory(config.model.path, "base"))
+    if as_stored := "dtype" not in config.model.model_fields_set:
+        widest = str(reduce(torch.promote_types, dtypes.values() or [torch.float32])).removeprefix("torch.")
+        config = config.replace(model=config.model.replace(dtype=widest))
     model = load_model(config, adapter)
     count = merge_lora(model)
     save_lvlm(model, output)
+    if as_stored and len({*dtypes.values()}) > 1:
+        restore_dtypes(output, dtypes)
     print(f"{output}: {count} matrices merged")
 
 

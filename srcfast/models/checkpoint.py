@@ -150,6 +150,17 @@ def stored_weights(path: str | Path, parts: Sequence[str] = ("",)) -> int:
     return count
 
 
+def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """Return the types of a checkpoint's weights in 16 or 32 bits by name. Raises InputError as `read_file` does."""
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    dtypes: dict[str, torch.dtype] = {}
+    for file in weight_files(path):
+        with _opened(file) as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        dtypes |= {name: known[kind] for name, kind in kinds.items() if kind in known and ".weight." not in name}
+    return dtypes
+
+
 def check_weight_count(modules: Iterable[nn.Module], path: str | Path, parts: Sequence[str] = ("",)) -> None:
     """Raise InputError where modules would take memory for more than twice the weights that the files hold."""
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
@@ -317,7 +328,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     written = temporary / file.name
     remove_temporary(temporary)  # else a link planted there would be followed
     try:
-        with naming(file):
+        with naming_tensors(file):
             temporary.mkdir()
             values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(values, written, metadata={"format": "pt"})
@@ -326,12 +337,20 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             with open(written, "rb") as opened:
                 os.fsync(opened.fileno())
             os.replace(written, file)
-    except SafetensorError as error:
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming_tensors(path: Path) -> Iterator[None]:
+    """Do what `naming` does, and turn safetensors' own error of the disk into the OSError that it was."""
+    with naming(path):
+        try:
+            yield
+        except SafetensorError as error:
+            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def model_hash(path: str | Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import json
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +17,11 @@ from torch import Tensor
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
+from srcfast.data.jsonl import parse_object, write_json
 from srcfast.data.turns import Turn
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, prompt_error
-from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_tensors, save_tensors
+from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_file, read_tensors, save_tensors, weight_files
 from srcfast.models.decoder import Decoder, is_handwritten_text
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import apply_lora, check_no_adapter
@@ -296,9 +298,35 @@ def save_lvlm(model: AnyLVLM, directory: str | Path, dtype: torch.dtype | None =
     directory = Path(directory)
     if isinstance(model, TransformersLVLM):
         model.decoder.save(directory, dtype)
-        return copy_companions(model.path, directory)
+        return _copy_companions(model, directory, dtype)
     tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
     for name, tensor in model.decoder.state_dict().items():
         tensors[name if name.startswith("lm_head") else f"model.language_model.{name}"] = tensor
     save_tensors(directory / WEIGHTS, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+    _copy_companions(model, directory, dtype)
+
+
+def _copy_companions(model: AnyLVLM, directory: Path, dtype: torch.dtype | None) -> None:
     copy_companions(model.path, directory)
+    _settle_config(directory / "config.json", dtype or next(model.parameters()).dtype)
+
+
+def _settle_config(file: Path, dtype: torch.dtype) -> None:
+    """Make a config say in which type the weights are written, and that they are not quantised."""
+
+    def settle(values: dict[str, Any]) -> dict[str, Any]:
+        said = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if values.get(key)}
+        return {key: value for key, value in (values | said).items() if key != "quantization_config"}
+
+    text = file.read_bytes()
+    if (config := json.loads(text, object_hook=settle)) != parse_object(text):
+        write_json(file, config)
+
+
+def restore_dtypes(directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write the weights of `save_lvlm` once more, each in its type among a base's `stored_dtypes`."""
+    of = {_part_of(name): dtype for name, dtype in dtypes.items()}  # the names may be those of another layout
+    for file in weight_files(directory):
+        tensors = dict(read_file(file))
+        save_tensors(file, {name: tensor.to(of.get(_part_of(name), tensor.dtype)) for name, tensor in tensors.items()})
+    _settle_config(directory / "config.json", Counter(dtypes.values()).most_common(1)[0][0])

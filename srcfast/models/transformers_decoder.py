@@ -24,6 +24,7 @@ from srcfast.attention.forest_attention import Attend
 from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
+from srcfast.models.checkpoint import naming_tensors
 from srcfast.models.fused_modules import Rotary, fuse_modules, is_ordinary
 from srcfast.models.head import Head
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
@@ -250,7 +251,8 @@ class TransformersDecoder(nn.Module):
         """Write the whole model's weights as transformers does, in `dtype`, by default the model's."""
         model = self._whole[0]
         weights = None if dtype is None else {name: value.to(dtype) for name, value in model.state_dict().items()}
-        model.save_pretrained(directory, state_dict=weights)
+        with naming_tensors(directory):
+            model.save_pretrained(directory, state_dict=weights)
 
     def forward(self, row: TokenRow, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Compute hidden states [T, D] after the final norm, or those of `rows` [M] alone: [M, D].
