@@ -6,6 +6,7 @@ import re
 
 from srcfast.errors import ConfigError
 
+MOST = 1024**5  # bytes
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
@@ -21,8 +22,8 @@ def parse_bytes(text: str, setting: str = "--memory") -> int:
         raise ConfigError(f"{setting}: expected a size such as 12GiB, found {text!r}")
     unit = match[2].lower()
     size = int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
-    if size < 1:
-        raise ConfigError(f"{setting}: expected a size above 0, found {text!r}")
+    if not 1 <= size <= MOST:
+        raise ConfigError(f"{setting}: expected a size above 0 and of at most 1024 TiB, found {text!r}")
     return size
 
 

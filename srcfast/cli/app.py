@@ -313,7 +313,7 @@ def estimate(
     memory: Annotated[str | None, typer.Option(help="memory to fit into, such as 12GiB; default: the device's")] = None,
     flops: Annotated[
         float | None,
-        typer.Option(min=1, help="floating-point operations a second that the run reaches, such as 400e12"),
+        typer.Option(min=1, max=1e19, help="floating-point operations a second that the run reaches, such as 400e12"),
     ] = None,
     mfu: Annotated[
         float,
@@ -321,8 +321,10 @@ def estimate(
             min=0.01, max=1, help="share of the device's peak rate that the run reaches, unless --flops is given"
         ),
     ] = 0.4,
-    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of a typical prompt, without its image")] = 64,
-    response_tokens: Annotated[int, typer.Option(min=1, help="tokens of a typical response")] = 192,
+    text_tokens: Annotated[
+        int, typer.Option(min=1, max=1 << 24, help="text tokens of a typical prompt, without its image")
+    ] = 64,
+    response_tokens: Annotated[int, typer.Option(min=1, max=1 << 24, help="tokens of a typical response")] = 192,
     json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, and advise what to change; reads config.json and file headers alone."""
@@ -336,7 +338,7 @@ def estimate(
 def inspect(
     config: Config,
     source: Source,
-    index: Annotated[int, typer.Option(min=0, help="index of the sample, from 0")] = 0,
+    index: Annotated[int, typer.Option(min=0, max=10**9, help="index of the sample, from 0")] = 0,
 ) -> None:
     """Print one sample as the model sees it: decoded tokens, their number, the loss mask in colours."""
     from srcfast.cli import model_tools
@@ -449,8 +451,8 @@ def report(
 def world(
     output: Output = None,
     split: Annotated[str, typer.Option(help="train, validation, test, generalisation, base or scorer")] = "train",
-    samples: Annotated[int, typer.Option(min=1, help="number of samples")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the draw")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=10**9, help="number of samples")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the draw")] = 0,
 ) -> None:
     """Write samples of the embedded world: SPLIT.jsonl, and the images in images/."""
     from srcfast.cli import tools

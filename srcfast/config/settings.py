@@ -18,6 +18,12 @@ Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
+# Upper bounds, well above what any run takes: a larger number is a mistake, and would end in an overflow, a list that no memory
+# holds, or a loop that never ends. Fields with other bounds state them.
+MOST = 10**9  # of samples, records, steps
+MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
+MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
+
 YOUNGER = (("model", "backbone"),)  # than version 0.1, whose runs and checkpoints still continue
 
 
@@ -80,7 +86,7 @@ class ScorerConfig(Section):
     mode: Literal["pairwise", "independent"] = "pairwise"
     """`pairwise`: compare all ordered pairs of a sample's candidates; `independent`: rate each candidate alone, cheaper, a
     baseline"""
-    token_budget: int = Field(16384, ge=64)
+    token_budget: int = Field(16384, ge=64, le=MOST_TOKENS)
     """Maximum number of tokens in one forward pass. Bounds the memory; scores don't depend on it. A sample whose comparisons
     don't fit is an error"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -112,9 +118,9 @@ class DatasetConfig(Section):
     """Directory that the records' image paths are relative to; default: the file's directory"""
     split: str = "train"
     """Split of the formats world and easy_vqa; for a file a label in results"""
-    limit: int = Field(0, ge=0)
+    limit: int = Field(0, ge=0, le=MOST)
     """Number of samples to draw; 0 = all. The format world has no end and needs a number above 0"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of this draw"""
     check_images: bool = True
     """Decode every image at the start, so that a broken one is reported before anything runs. Costs one reading of all images"""
@@ -178,7 +184,7 @@ class LoRAConfig(Seeded):
 
     r: int = Field(64, ge=1, le=4096)
     """Rank. The adapter's memory grows in proportion"""
-    alpha: float = Field(128.0, gt=0)
+    alpha: float = Field(128.0, gt=0, le=1e6)
     """The adapter's output is scaled by alpha / r"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which a value of the adapter's input is dropped in training; 0 = none"""
@@ -194,30 +200,30 @@ class TrainingConfig(Seeded):
 
     _deterministic: bool = PrivateAttr(False)
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, le=100_000)
     """Passes over the items, each in another random order"""
-    micro_batch_size: int = Field(8, ge=1)
+    micro_batch_size: int = Field(8, ge=1, le=1 << 16)
     """Maximum number of items (trees) in one forest, that is, in one forward and backward pass. An update has micro_batch_size *
     gradient_accumulation_steps items over all ranks, packed into few forests"""
-    gradient_accumulation_steps: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(4, ge=1, le=1 << 16)
     """An update has this many times micro_batch_size items; memory doesn't depend on it"""
-    token_budget: int = Field(16384, ge=16)
+    token_budget: int = Field(16384, ge=16, le=MOST_TOKENS)
     """Maximum number of tokens in one forest. Bounds the memory of activations; an update's gradient depends on it by rounding
     alone. An item that doesn't fit is an error"""
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate"""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of the steps for linear warm-up; a cosine follows. 0 = no warm-up"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     """AdamW's decoupled weight decay, of matrices alone; 0 = none"""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12)
     """Global norm to which gradients are clipped"""
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end of the cosine, as a share of the peak"""
     optimizer: OptimizerName = "adamw"
     """`adamw`: PyTorch's; the others are bitsandbytes': with 8 bits a moment, and paged ones with moments in memory that the GPU
     shares with the host. They save memory; the host waits for the GPU at every update"""
-    activation_checkpointing: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    activation_checkpointing: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     """Layers of a group whose activations are recomputed in the backward pass instead of stored; 0 = none; `auto`: recompute as
     few layers as fit into the device's memory. Saves memory; costs another forward pass of them"""
     loader_workers: int = Field(0, ge=0, le=64)
@@ -251,7 +257,7 @@ class RationaleConfig(TrainingConfig):
 
     format: Literal["tagged", "plain"] = "tagged"
     """`tagged`: mark visual perception in the response by tags; `plain`: no tags"""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(0, ge=0, le=MOST)
     """Number of samples to draw; 0 = all"""
     teacher: str | None = None
     """JSON lines {id, rationale, answer?} of a teacher model, used in place of the samples' rationales; default: none"""
@@ -260,7 +266,7 @@ class RationaleConfig(TrainingConfig):
 class CandidatesConfig(Section):
     """Stage 2: sentence-level beam search for candidates."""
 
-    samples: int = Field(0, ge=0)
+    samples: int = Field(0, ge=0, le=MOST)
     """Samples to draw in each iteration; 0 = all"""
     num_candidates: int = Field(8, ge=2, le=256)
     """Maximum number of candidates of a sample (N); they differ in their text"""
@@ -273,18 +279,18 @@ class CandidatesConfig(Section):
     """Sampling temperature; log-probabilities are always the model's at temperature 1"""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus sampling: probability mass of the tokens sampled from; 1 = all tokens"""
-    max_sentences: int = Field(16, ge=1)
+    max_sentences: int = Field(16, ge=1, le=10_000)
     """Maximum number of sentences of a response"""
-    max_sentence_tokens: int = Field(64, ge=1)
+    max_sentence_tokens: int = Field(64, ge=1, le=MOST_NEW_TOKENS)
     """Maximum number of tokens of a sentence"""
-    max_new_tokens: int = Field(384, ge=1)
+    max_new_tokens: int = Field(384, ge=1, le=MOST_NEW_TOKENS)
     """Maximum number of tokens of a response. Memory for keys and values grows in proportion"""
-    length_penalty: float = Field(1.0, ge=0)
+    length_penalty: float = Field(1.0, ge=0, le=10)
     """A beam's score is its summed log-probability over tokens ** length_penalty: 1 = mean, 0 = sum"""
-    diversity: float = Field(0.5, ge=0)
+    diversity: float = Field(0.5, ge=0, le=1000)
     """What a full overlap of token bigrams with a better beam takes off a beam's score, in nats a token (with length_penalty 1);
     0 = nothing"""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=1 << 16)
     """Samples searched at once. Memory for keys and values grows in proportion"""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU"""
@@ -298,7 +304,7 @@ class CandidatesConfig(Section):
 class CurationConfig(Section):
     """Stage 4a: choose preference pairs among the scored candidates, and drop those below the thresholds."""
 
-    pairs_per_sample: int = Field(1, ge=1)
+    pairs_per_sample: int = Field(1, ge=1, le=256 * 255 // 2)
     """Maximum number of pairs of a sample"""
     pair_choice: Literal["best_against_worst", "disjoint"] = "best_against_worst"
     """With several pairs a sample, by rank of the scores: `best_against_worst`: the best against the worst, then against the
@@ -310,7 +316,7 @@ class CurationConfig(Section):
     min_rating: float = Field(0.0, ge=0, le=1)
     """Minimum rating that the R-Scorer gives the chosen candidate alone, in [0, 1]: the best of several bad candidates is bad;
     0 = no minimum"""
-    max_length_ratio: float = Field(2.0, ge=1)
+    max_length_ratio: float = Field(2.0, ge=1, le=MOST_NEW_TOKENS)
     """Maximum ratio of the longer to the shorter response, in tokens"""
     weighting: Literal["confidence", "none"] = "confidence"
     """Weight c of a pair in the loss: `confidence`: its confidence u; `none`: 1 for every pair"""
@@ -324,7 +330,7 @@ class DPOConfig(TrainingConfig):
 
     learning_rate: float = Field(1e-5, gt=0, le=1)
     """Peak learning rate"""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, le=1e38)
     """Strength of the bond to the reference: the larger, the less the policy departs from it"""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Loss of a pair's reward margin Delta: `sigmoid`: -log sigmoid (DPO); `ipo`: squared distance from the target margin (IPO);
@@ -332,9 +338,9 @@ class DPOConfig(TrainingConfig):
     label_smoothing: float | Literal["confidence"] = 0.0
     """Probability that a pair's labels are swapped, in [0, 0.5), for loss_type sigmoid alone; `confidence`: (1 - c) / 2, c the
     pair's confidence; 0 = none"""
-    sft_weight: float = Field(0.1, ge=0)
+    sft_weight: float = Field(0.1, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none"""
-    rehearsal_weight: float = Field(0.0, ge=0)
+    rehearsal_weight: float = Field(0.0, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of stage 1's rationale-answer pairs, which are then mixed with the preference
     pairs, so that a round takes longer; 0 = none. `srcfast calibrate` alone"""
     reuse_generation_logprobs: bool = True
@@ -368,15 +374,15 @@ class ScorerTrainingConfig(TrainingConfig):
 class EvaluationConfig(Section):
     """Evaluation: greedy answers, their intervals, and the headroom that sampling shows."""
 
-    max_new_tokens: int = Field(384, ge=1)
+    max_new_tokens: int = Field(384, ge=1, le=MOST_NEW_TOKENS)
     """Maximum number of tokens of a response"""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=1 << 16)
     """Samples decoded at once. Memory for keys and values grows in proportion"""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs, which takes memory for their workspace; no effect on a CPU"""
     bootstrap_resamples: int = Field(1000, ge=100, le=100_000)
     """Bootstrap resamples behind each 95 % interval"""
-    headroom_samples: int = Field(500, ge=0)
+    headroom_samples: int = Field(500, ge=0, le=MOST)
     """Maximum number of samples of each evaluation dataset for pass@N and best-of-N, which need candidates and scores; 0 = not
     measured. Only samples that the embedded world's oracle can verify count"""
 
@@ -384,16 +390,16 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """When to checkpoint a training stage; whichever limit is reached first. A stop signal always saves."""
 
-    minutes: float = Field(10.0, ge=0)
+    minutes: float = Field(10.0, ge=0, le=365 * 24 * 60)
     """Minutes between two checkpoints; 0 = no limit by time"""
-    steps: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0, le=MOST)
     """Steps between two checkpoints; 0 = no limit by steps"""
 
 
 class DistributedConfig(Section):
     """Several processes, as torchrun starts them."""
 
-    timeout_seconds: int = Field(600, ge=1)
+    timeout_seconds: int = Field(600, ge=1, le=7 * 24 * 3600)
     """Maximum time, in seconds, that a rank waits for another; then the run ends with an error. Holds from the end of the first
     step or stage; before it, while models are read, half an hour"""
     shard: bool = False
@@ -418,12 +424,12 @@ class Config(Section):
     on a CPU, where this always holds"""
     iterations: int = Field(1, ge=0, le=100)
     """Rounds of candidates, scores, curation and DPO (K); 0 = stage 1 and evaluation alone"""
-    max_rejected: int | float = Field(1000, ge=0)
+    max_rejected: int | float = Field(1000, ge=0, le=MOST)
     """Maximum number of bad records before the run stops, or, with a decimal point, their maximum share, in [0, 1]; 0 = the first
     bad record stops the run"""
     quiet: bool = False
     """Show no progress and no tables"""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 = PyTorch's default"""
     preset: Preset | None = None
     """Settings for a 7B LVLM on a GPU of this memory (srcfast/config/presets). A setting in a file or on the command line wins

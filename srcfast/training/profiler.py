@@ -55,7 +55,7 @@ class ProfileSummary:
 
 def parse_steps(text: str) -> range:
     """Parse a range of steps: `3:6` is steps 3, 4 and 5, counted from 0. Raises ConfigError if it is empty or malformed."""
-    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise ConfigError(f"--profile: expected the first step and the one after the last, such as 3:6, found {text!r}")
     return range(int(match[1]), int(match[2]))
