@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from srcfast.data.jsonl import parse_object
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, USER, Turn, count_marks, message_parts, messages_of
 from srcfast.errors import InputError
+from srcfast.models.config_bounds import ENDS
+from srcfast.models.templates import render
 
 _ANSWER = "The answer."
 
@@ -22,11 +24,17 @@ class ChatModel(nn.Module):
     tokenizer: Any  # transformers'
     image_token_id: int
     image_token: str
-    control_tokens: tuple[str, ...]  # that a question must not hold
+    control_tokens: tuple[str, ...]  # that no text of a data set may spell: see `check_text`
     end_tokens: frozenset[int]  # that end a response in generation
     end_token_id: int  # that ends one in training
     response_start: str  # what the chat template writes between the generation prompt and a response's text
     max_positions: int
+    decoder: Any
+
+    @property
+    def image_placeholder(self) -> str:
+        """What the chat template writes for an image."""
+        return self.image_token
 
     @property
     def chat_template(self) -> str | None:
@@ -59,15 +67,34 @@ class ChatModel(nn.Module):
         messages = messages_of(turns, question, num_images)
         for message in messages:
             for part in message["content"]:
-                self._check_text(part.get("text", ""), sample_id)
-        return self._in_form_of_template(messages, sample_id) if turns else messages
+                self.check_text(part.get("text", ""), sample_id)
+        return self._in_form_of_template(messages, sample_id)
 
-    def _check_text(self, text: str, sample_id: str | None) -> None:
-        """Raise InputError where a text holds a control token."""
+    def prompt_text(self, question: str, num_images: int, sample_id: str | None, turns: Sequence[Turn] = ()) -> str:
+        """Render a prompt's turns and the generation prompt, each text of them as it is but for white space at its ends.
+
+        Raises:
+            InputError: as `prompt_messages`; or the template changes a text, or leaves it out.
+        """
+        messages = self.prompt_messages(question, num_images, sample_id, turns)
+        shown, start = self.chat_text(messages, sample_id), 0
+        for message in messages:
+            content = message["content"]
+            for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
+                if (start := shown.find(text.strip(), start)) < 0:
+                    fix = "take out of the text what the checkpoint's template acts on, or leave the sample out"
+                    raise prompt_error(
+                        sample_id, "chat_template", "a template that shows this text as it is", text, fix
+                    )
+                start += len(text.strip())
+        return shown
+
+    def check_text(self, text: str, sample_id: str | None = None, field: str = "question") -> None:
+        """Raise InputError where a text, of a prompt or a response, spells a control token of the tokenizer or the processor."""
         for token in self.control_tokens:
             if token in text:
                 fix = "name images under 'images' only, and leave out the tokenizer's control tokens"
-                raise prompt_error(sample_id, "question", f"text without {token}", text, fix)
+                raise prompt_error(sample_id, field, f"text without {token}", text, fix)
 
     def _in_form_of_template(self, messages: list[dict[str, Any]], sample_id: str | None) -> list[dict[str, Any]]:
         """Return messages whose every text the chat template shows: as parts, or as strings where no image is.
@@ -76,43 +103,70 @@ class ChatModel(nn.Module):
             InputError: it shows neither, or fails.
         """
         error: InputError | None = None
+        shape = tuple((m["role"], *(part["type"] for part in m["content"])) for m in messages)
+        key = (self.chat_template or str(self.tokenizer.chat_template), shape)
         for as_text in (False, True):
-            texts = [
-                f"Turn{number}Part{index}."
-                for number, message in enumerate(messages)
-                for index, part in enumerate(message["content"])
-                if part["type"] == "text"
+            # Quotes, a line break and the like, which a template that writes a list or JSON would escape.
+            probes = [
+                [
+                    part if part["type"] == "image" else {**part, "text": f'Turn{n}Part{i}: "2 < 3 & 4"\n\\ it\'s.'}
+                    for i, part in enumerate(m["content"])
+                ]
+                for n, m in enumerate(messages)
             ]
-            probe = iter(texts)
-            probed = [
-                {**m, "content": [p if p["type"] == "image" else {**p, "text": next(probe)} for p in m["content"]]}
-                for m in messages
-            ]
-            try:
-                shown = self.chat_text([_as_text(m) if as_text else m for m in probed], sample_id)
-            except InputError as failure:
-                error = error if as_text else failure
-                continue
-            if all(text in shown for text in texts) and "'type': 'text'" not in shown:
-                return [_as_text(message) if as_text else message for message in messages]
+            if key not in self.forms:
+                probed = [{**m, "content": content} for m, content in zip(messages, probes, strict=True)]
+                try:
+                    shown = self.chat_text([_as_text(m) if as_text else m for m in probed], sample_id)
+                except InputError as failure:
+                    error = error if as_text else failure
+                    continue
+                if not _shows(shown, probes, self.image_placeholder):
+                    continue
+                self.forms[key] = as_text
+            return [_as_text(message) if self.forms[key] else message for message in messages]
         roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
         fix = "leave out the turns that this checkpoint's template drops, or repair it"
         expected = f"a template that shows each turn of {roles}"
-        raise error or prompt_error(sample_id, "chat_template", expected, "one that drops some", fix)
+        raise error or prompt_error(sample_id, "chat_template", expected, "one that drops some or changes them", fix)
 
-    def check_room(self, prompt: np.ndarray, sample_id: str | None) -> None:
-        """Raise InputError where a prompt [n] leaves no position for a response."""
+    def check_room(self, prompt: np.ndarray, sample_id: str | None, response: np.ndarray | None = None) -> None:
+        """Check a prompt [n], and a response [m] to it, if there is one.
+
+        Raises:
+            InputError: the prompt leaves no position for a response, or this one none for its last token; or the embedding lacks
+                a token, other than the images' placeholder.
+        """
+        ids = prompt if response is None else np.concatenate([prompt, response])
+        if (largest := int(ids.max(initial=0, where=ids != self.image_token_id))) >= self.decoder.config.vocab_size:
+            expected, fix = (
+                f"tokens below {self.decoder.config.vocab_size}, of the model's embedding",
+                "repair the tokenizer",
+            )
+            raise prompt_error(sample_id, "tokenizer", expected, largest, fix)
+        if response is not None and len(ids) > self.max_positions:
+            expected, found = f"at most {self.max_positions} tokens of prompt and response, images included", len(ids)
+            raise prompt_error(
+                sample_id, "response", expected, f"{found} tokens", "leave this sample out, or shorten it"
+            )
         if len(prompt) >= self.max_positions:
             expected = f"fewer than {self.max_positions} prompt tokens, images included"
             fix = "leave this sample out: image tokens are never truncated"
             raise prompt_error(sample_id, "question", expected, f"{len(prompt)} tokens", fix)
 
-    def read_tokens(self, path: Path) -> None:
-        """Set what the tokenizer, `generation_config.json` and the chat template say of tokens, but for `image_token_id`."""
+    def read_tokens(self, path: Path, config: Any, processor: Any = None) -> None:
+        """Set what tokenizer, processor, `generation_config.json` and chat template say of tokens, but for `image_token_id`.
+
+        Raises:
+            InputError: the embedding lacks the token that ends a response.
+        """
+        self.forms: dict[Any, bool] = {}
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_tokens = frozenset({int(self.tokenizer.eos_token_id), *generation_ends(path)})
-        self.control_tokens = control_tokens(self.tokenizer, self.image_token)
+        self.control_tokens = control_tokens(self.tokenizer, self.image_token, config, processor)
+        self.control_ids = {*self.tokenizer.convert_tokens_to_ids(list(self.control_tokens))}
         self.read_response_form()
+        self.check_room(np.array([self.end_token_id]), None)
 
     def read_response_form(self) -> None:
         """Read from the chat template how an assistant's turn begins and ends: `response_start` and `end_token_id`.
@@ -153,11 +207,14 @@ class ChatModel(nn.Module):
     def _text_ids(self, text: str) -> list[int]:
         """Tokenize text of a data set, which never becomes a control token, least of all an image's placeholder."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if self.image_token_id not in ids or self.image_token not in text:
+        if not self.control_ids.intersection(ids):
             return ids
-        # The tokenizer's file does not declare the placeholder special: no piece holds all of it.
-        first, rest = self.image_token[:1], self.image_token[1:]
-        pieces = text.split(self.image_token)
+        spelled = next((token for token in self.control_tokens if token in text), None)
+        if spelled is None:  # such as the unknown token, of an unknown character
+            return ids
+        # The tokenizer's file does not declare the token special: no piece holds all of it.
+        first, rest = spelled[:1], spelled[1:]
+        pieces = text.split(spelled)
         pieces = [rest * (index > 0) + piece + first * (index < len(pieces) - 1) for index, piece in enumerate(pieces)]
         return [token for piece in pieces for token in self._text_ids(piece)]
 
@@ -165,6 +222,27 @@ class ChatModel(nn.Module):
         """Turn a response's tokens into text, without special ones and what the template writes before the text."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
         return text.removeprefix(self.response_start.strip()).strip()
+
+
+def _shows(text: str, contents: Sequence[Sequence[Mapping[str, str]]], placeholder: str) -> bool:
+    """Return whether a text shows each part of text once, in order, and and images in their turns, between its texts."""
+    counts = [sum(part["type"] == "image" for part in content) for content in contents]
+    end = 0
+    for number, content in enumerate(contents):
+        between = None  # images since the turn's last text
+        for part in content:
+            if part["type"] == "image":
+                between = None if between is None else between + 1
+                continue
+            start = text.find(part["text"], end)
+            before = text.count(placeholder, 0, start) - sum(counts[:number])
+            moved = counts.count(0) < len(counts) - 1 and not 0 <= before <= counts[number]
+            if start < 0 or moved or text.count(part["text"]) > 1:
+                return False
+            if between is not None and text.count(placeholder, end, start) != between:
+                return False
+            end, between = start + len(part["text"]), 0
+    return True
 
 
 def _as_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -182,10 +260,22 @@ def adds_bos(tokenizer: Any, text: str) -> bool:
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def control_tokens(tokenizer: Any, image_token: str) -> tuple[str, ...]:
-    """List the tokens that text must not hold: those that the tokenizer names, and others that its file declares special."""
+def control_tokens(tokenizer: Any, image_token: str, config: Any, processor: Any = None) -> tuple[str, ...]:
+    """List the tokens that no text may spell, whether the tokenizer's file declares them special or not.
+
+    They are those that tokenizer, processor and config name (of images, videos, sounds, padding, ends), those that are declared
+    special, and added ones that the embedding lacks.
+    """
+    added = {int(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     declared = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared)))
+    numbers = [number for name, number in vars(config).items() if name.endswith((*ENDS,)) and isinstance(number, int)]
+    beyond = [number for number in added if number >= config.get_text_config().vocab_size]
+    named = [added[number] for number in (*numbers, *beyond) if number in added]
+    for owner in (tokenizer, processor) if processor is not None else (tokenizer,):
+        named += [
+            name for key, name in vars(owner).items() if key.endswith("_token") and isinstance(name, str) and name
+        ]
+    return tuple(dict.fromkeys((image_token, *tokenizer.all_special_tokens, *declared, *named)))
 
 
 def generation_ends(path: str | Path) -> frozenset[int]:
@@ -222,9 +312,9 @@ def chat_text(
         InputError: the template fails, or accesses what transformers' sandbox forbids.
     """
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        template = tokenizer.get_chat_template(chat_template)
+        template = template["default"] if isinstance(template, dict) else template
+        return render(template, messages, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
     except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
         roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
         fix = "" if roles == USER else ", or leave out the turns that it does not take"

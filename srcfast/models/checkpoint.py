@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,25 +24,12 @@ from transformers import AutoConfig
 
 from srcfast.data.jsonl import file_hash, json_hash, naming, parse_object, regular, remove_temporary, temporary_of
 from srcfast.errors import InputError
-from srcfast.models.foreign_code import refuse_foreign_code
+from srcfast.models.config_bounds import check_files
 from srcfast.models.quantized import NF4Linear
 from srcfast.models.sharding import set_parameter
 from srcfast_kernels import NF4Weight, nf4_dequantize
 from srcfast_kernels.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, nf4_from_state_dict
 
-# Well above the sizes of any model that srcfast runs: a config with a larger one is damaged.
-LARGEST = {
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 18,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "head_dim": 4096,
-    "vocab_size": 1 << 22,
-    "max_position_embeddings": 1 << 28,
-    "image_size": 1 << 14,
-    "patch_size": 1 << 14,
-}
 WEIGHTS = "model.safetensors"
 READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantised weights, or none
 INDEX = "model.safetensors.index.json"
@@ -49,36 +37,24 @@ MISFIT = "the checkpoint does not fit its config.json"
 
 
 def read_config(path: str | Path) -> Any:
-    """Read the transformers config of a checkpoint directory. Raises InputError where there is none, or a size is absurd."""
+    """Read the transformers config of a checkpoint directory.
+
+    Raises:
+        InputError: there is none, or a field of it, or of the tokenizer's and the processor's files, is out of bounds.
+    """
     file = Path(path) / "config.json"
     if not os.path.isfile(file):
         raise _error(path, None, "a model directory with config.json", "none", "name the directory")
+    check_files(Path(path))
     try:
-        settings = parse_object(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _error(file, None, "a model's config in JSON", error) from error
-    refuse_foreign_code(settings, file)
-    _check_sizes(settings, "", file)
-    for section in ("text_config", "vision_config"):
-        _check_sizes(settings.get(section), f"{section}.", file)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its checks raise TypeError, KeyError, classes of their own, ...
         raise _error(file, None, "a config that transformers knows", f"{type(error).__name__}: {error}") from error
-
-
-def _check_sizes(settings: object, prefix: str, file: Path) -> None:
-    """Check sizes before memory is allocated by them; a missing one has its default. Raises InputError naming the field."""
-    if not isinstance(settings, dict):
-        return
-    if (window := settings.get("sliding_window")) not in (None, False) and (type(window) is not int or window < 1):
-        raise _error(file, f"{prefix}sliding_window", "a whole number above 0, or null", repr(window))
-    for field, limit in LARGEST.items():
-        value = settings.get(field, limit)
-        derived = value is None and field in ("num_key_value_heads", "head_dim")
-        sides = value if field in ("image_size", "patch_size") and isinstance(value, list) and value else [value]
-        if not derived and any(type(side) is not int or not 1 <= side <= limit for side in sides):
-            raise _error(file, prefix + field, f"a whole number from 1 to {limit:,}", repr(value))
+    layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    chosen = getattr(config, "vision_feature_layer", None)  # 0: the embeddings, before the first layer
+    if layers is not None and not all(-layers - 1 <= one <= layers for one in np.atleast_1d(chosen or [])):
+        raise _error(file, "vision_feature_layer", f"layers from {-layers - 1} to {layers}", chosen)
+    return config
 
 
 def weight_files(path: str | Path) -> list[Path]:

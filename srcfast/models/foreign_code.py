@@ -5,11 +5,8 @@ srcfast passes `trust_remote_code=False` everywhere, which keeps `auto_map` from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-from srcfast.errors import InputError
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
@@ -51,26 +48,12 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backbone": (_is_local_name, "a name of timm, none of a hub"),
     "architecture": (_is_local_name, "a name of timm, none of a hub"),
     "custom_generate": (_is_off, "none: it is code of a hub"),
+    "custom_pipelines": (_is_off, "none: they are code"),
+    "audio_tokenizer": (_is_off, "none: it is fetched from a hub"),
+    "checkpoint_path": (_is_off, "none: timm unpickles it"),
+    "pretrained": (_is_off, "false: weights are fetched from a hub"),
+    **dict.fromkeys(
+        ("vocab_file", "merges_file", "tokenizer_file", "spm_file"), (_is_local_name, "a name in this directory")
+    ),
 }
-
-
-def refuse_foreign_code(settings: dict[str, Any], file: Path) -> None:
-    """Raise InputError where a config's settings would make transformers fetch or import something."""
-    for name, key, value in _fields(settings, ""):
-        fits, expected = BOUNDS[key]
-        if not fits(value):
-            fix = "remove the field, if you trust the rest of the checkpoint"
-            raise InputError(file=file, field=name, expected=expected, found=repr(value)[:200], fix=fix)
-
-
-def _fields(settings: Any, prefix: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield (name with its sections, key, value) of the fields that have bounds, at any depth."""
-    if isinstance(settings, list):
-        for number, value in enumerate(settings):
-            yield from _fields(value, f"{prefix}{number}.")
-    elif isinstance(settings, dict):
-        for key, value in settings.items():
-            if key in BOUNDS:
-                yield prefix + key, key, value
-            else:
-                yield from _fields(value, f"{prefix}{key}.")
+FOREIGN_FILES = ("audio_tokenizer_config.json",)  # which names a model that is fetched

@@ -38,7 +38,7 @@ from srcfast.models.transformers_lvlm import TransformersLVLM, load_transformers
 from srcfast.models.vision import FAMILIES, Vision
 from srcfast_kernels.transfers import to_device
 
-# LLaVA-1.5's own template, for checkpoints that come without one.
+# LLaVA-1.5's own template, for its checkpoints that come without one.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
     "{% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
@@ -60,7 +60,7 @@ class LVLM(ChatModel):
         self.image_token_id = int(vision.config.image_token_id)
         self.max_positions = decoder.config.max_positions
         self.adapter_prefix = "model.language_model"  # of its layers' names in transformers
-        self.read_tokens(path)
+        self.read_tokens(path, vision.config)
 
     @property
     def chat_template(self) -> str | None:
@@ -85,7 +85,7 @@ class LVLM(ChatModel):
             InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
                 room for a response.
         """
-        text = self.chat_text(self.prompt_messages(question, len(images), sample_id, turns), sample_id)
+        text = self.prompt_text(question, len(images), sample_id, turns)
         ids = np.array(self.tokenizer(text, add_special_tokens=adds_bos(self.tokenizer, text)).input_ids)
         positions = np.flatnonzero(ids == self.image_token_id)
         if len(positions) != len(images):
@@ -257,7 +257,11 @@ def load_lvlm(
     vision = vision.to(device=device, dtype=dtype)
     tensors = ((*_part_of(name), tensor) for name, tensor in read_tensors(path))
     fill({"language": decoder, "sight": vision.model}, decoder_tensors(decoder, tensors, path), path)
-    model = LVLM(decoder, vision, load_tokenizer(path), path).to(device)
+    tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template and (config.model_type, config.text_config.model_type) != ("llava", "llama"):
+        expected, fix = f"a template of {config.model_type}", "write chat_template.jinja beside the checkpoint"
+        raise InputError(file=path, field="chat_template", expected=expected, found="none", fix=fix)
+    model = LVLM(decoder, vision, tokenizer, path).to(device)
     model.requires_grad_(False)
     model.eval()
     apply_lora(model, lora)

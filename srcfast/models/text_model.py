@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
-from srcfast.data.jsonl import parse_object, replacing
+from srcfast.data.jsonl import replacing
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import (
     WEIGHTS,
@@ -187,7 +187,11 @@ def decoder_tensors(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load the checkpoint's tokenizer, without remote code, with the chat template of either file. Raises InputError."""
+    """Load the checkpoint's tokenizer, without remote code, with the chat template that transformers' processors read first.
+
+    Raises:
+        InputError: a file is missing or damaged, or the tokenizer names no end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that it can't read
@@ -196,14 +200,12 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         expected = "a tokenizer with an end token"
         raise InputError(file=path, field="eos_token", expected=expected, found="none", fix="name it")
-    # Processors of transformers 4 wrote it there; the tokenizer may have the text model's template, which shows no image.
-    file = Path(path) / "chat_template.json"
-    if file.is_file() and not (Path(path) / "chat_template.jinja").is_file():
-        try:
-            tokenizer.chat_template = parse_object(file.read_bytes())["chat_template"]
-        except (OSError, ValueError, KeyError) as error:
-            expected, found = "a template, in JSON", repr(error)
-            raise InputError(file=file, field="chat_template", expected=expected, found=found) from error
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(path)
+    except Exception as error:  # of any class, for files of other fields, or that contradict each other
+        expected, found = "one template, in JSON or Jinja", f"{type(error).__name__}: {error}"
+        raise InputError(file=path, field="chat_template", expected=expected, found=found) from error
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
     return tokenizer
 
 

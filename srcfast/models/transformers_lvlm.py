@@ -26,7 +26,14 @@ from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
 from srcfast.models.placeholders import ImageTexts, Sized
 from srcfast.models.pretrained import check_runs, load_pretrained, model_class, refusing_other_forms
-from srcfast.models.processor import TYPICAL_IMAGE, image_inputs, image_token_id, image_tokens, load_processor
+from srcfast.models.processor import (
+    TYPICAL_IMAGE,
+    image_inputs,
+    image_token_id,
+    image_tokens,
+    load_processor,
+    placeholder,
+)
 from srcfast.models.recurrent import forest_mix
 from srcfast.models.self_check import check_lvlm
 from srcfast.models.sharding import shard_layers
@@ -172,8 +179,12 @@ class TransformersLVLM(ChatModel):
         self.image_token_id = image_token_id(model.config)
         self.max_positions = self.decoder.config.max_positions
         self.adapter_prefix = _name_of(model, text_model(model))
-        self.read_tokens(path)
+        self.read_tokens(path, model.config, processor)
         self.image_texts = ImageTexts(processor, self.image_token)
+
+    @property
+    def image_placeholder(self) -> str:
+        return placeholder(self.processor)
 
     @property
     def chat_template(self) -> str | None:
@@ -200,7 +211,7 @@ class TransformersLVLM(ChatModel):
             InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
                 room for a response.
         """
-        text = self.chat_text(self.prompt_messages(question, len(images), sample_id, turns), sample_id)
+        text = self.prompt_text(question, len(images), sample_id, turns)
         if (shown := text.count(self.image_texts.placeholder)) != len(images):
             fix = "the checkpoint's chat template must show each image once"
             raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", shown, fix)
@@ -216,7 +227,7 @@ class TransformersLVLM(ChatModel):
 
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
-        return self._processed(self.chat_text(self.prompt_messages(question, len(images), None)), images)
+        return self._processed(self.prompt_text(question, len(images), None), images)
 
     def _processed(self, text: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a rendered prompt and its images, as tensors."""

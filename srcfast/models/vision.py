@@ -23,6 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from srcfast.data.images import ImageFile
 from srcfast.errors import InputError
 from srcfast.models.checkpoint import check_weight_count
+from srcfast.models.config_bounds import SIDE
 from srcfast_kernels.transfers import to_device
 
 SIGHT = ("vision_tower.", "multi_modal_projector.", "image_newline")  # in names of tensors
@@ -100,9 +101,13 @@ class Vision(FrozenVision):
     def __init__(self, config: Any, path: str | Path) -> None:
         super().__init__()
         _check_config(config, path)
-        self.config = config
+        self.config, self.path = config, Path(path)
         self.processor = load_image_processor(path)
         self.model = _checked_model(config, path)
+        shape = list(self.prepare(Image.new("RGB", (96, 64)))["pixel_values"].shape[-3:])
+        if shape != (expected := [3, *[int(config.vision_config.image_size)] * 2]):
+            fix = "let crop_size and size be the image_size of config.json's vision_config"
+            raise InputError(file=path, field="crop_size", expected=f"images of shape {expected}", found=shape, fix=fix)
 
     def num_tokens(self, image: Image.Image | ImageFile, num_images: int = 1) -> int:
         """Count the positions that the image takes in the decoder, in a prompt of so many images, whatever their number."""
@@ -121,7 +126,8 @@ class Vision(FrozenVision):
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Process one image into tensors on the CPU: pixel_values, and for LLaVA-NeXT image_sizes."""
-        inputs = self.processor(images=[image], return_tensors="pt")
+        with naming_processor(self.path):
+            inputs = self.processor(images=[image], return_tensors="pt")
         return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
 
     def forward(self, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -187,6 +193,18 @@ def bare_model(config: Any) -> nn.Module:
     return model
 
 
+@contextmanager
+def naming_processor(path: Path) -> Iterator[None]:
+    """Turn an error of any class that an image processor raises into an InputError that names its file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        found, file = f"{type(error).__name__}: {error}", path / "preprocessor_config.json"
+        raise InputError(file=file, expected="settings by which images are processed", found=found) from error
+
+
 def load_image_processor(path: str | Path) -> Any:
     """Load the checkpoint's image processor, in the backend that needs Pillow and numpy alone. Raises InputError."""
     try:
@@ -194,9 +212,14 @@ def load_image_processor(path: str | Path) -> Any:
         name = str(settings.get("image_processor_type")).removesuffix("Fast")
         for kind in (name, f"{name}Pil"):
             _export(kind)
-        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        sides = [side for side in dict(processor.size or {}).values() if side is not None]
     except Exception as error:  # TypeError, KeyError, ... for a file of other fields
         raise InputError(file=path, expected="an image processor's preprocessor_config.json", found=error) from error
+    if not hasattr(type(processor), "merge_size"):  # families that merge patches state areas in place of sides
+        for side in (side for side in sides if not SIDE[0](side)):
+            raise InputError(file=path, field="size", expected=f"{SIDE[1]}, of each side in pixels", found=side)
+    return processor
 
 
 def _export(name: str) -> None:

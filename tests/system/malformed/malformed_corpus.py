@@ -6,6 +6,7 @@ import malformed_checkpoints
 import malformed_conversations
 import malformed_images
 import malformed_places
+import malformed_processors
 import malformed_records
 import malformed_runs
 import malformed_settings
@@ -17,6 +18,7 @@ CORPUS: list[Case] = [
     *malformed_images.cases(),
     *malformed_settings.cases(),
     *malformed_checkpoints.cases(),
+    *malformed_processors.cases(),
     *malformed_runs.cases(),
     *malformed_places.cases(),
 ]
