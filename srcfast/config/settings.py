@@ -184,7 +184,7 @@ class LoRAConfig(Seeded):
 
     r: int = Field(64, ge=1, le=4096)
     """Rank. The adapter's memory grows in proportion"""
-    alpha: float = Field(128.0, gt=0, le=1e6)
+    alpha: float = Field(128.0, gt=0, le=1e12)
     """The adapter's output is scaled by alpha / r"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which a value of the adapter's input is dropped in training; 0 = none"""

@@ -33,6 +33,7 @@ from srcfast.generation.sampling import Sampling
 from srcfast.generation.sentences import SentenceEnds
 from srcfast.generation.step import step_numbers
 from srcfast.models.experts import has_experts_in_4_bits
+from srcfast.models.head import check_numbers
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import is_sharded
 from srcfast_kernels.transfers import to_device
@@ -323,7 +324,10 @@ class _Decoding:
         rows, tokens = step.rows[current], step.tokens.numpy()[current]
         number = self.num_read[rows]
         self.tokens[rows, number] = tokens
-        self.logprobs[rows, number] = step.logprobs.numpy()[current]
+        self.logprobs[rows, number] = logprobs = step.logprobs.numpy()[current]
+        if not np.isfinite(logprobs).all():
+            keys = [self._slot(row // self.width).task.prompt.key for row in rows]
+            check_numbers(self.model, logprobs, keys)
         self.num_read[rows] = number = number + 1
         self.tokens_run += len(rows)
         ended = self.is_end[tokens] | (number >= self.limits[rows])

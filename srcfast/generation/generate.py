@@ -24,16 +24,21 @@ class Generated:
     finished: bool  # it ends with the end token
 
 
+def most_tokens(model: VisionLanguageModel, prompt: Prompt, wanted: int) -> int:
+    """Return how many tokens a response to a prompt may have: as many as wanted, or as the model has positions for."""
+    return min(wanted, model.max_positions - len(prompt.token_ids))
+
+
 class _Responses:
     """A `Task` that writes some responses to one prompt side by side."""
 
-    def __init__(self, prompt: Prompt, draws: np.ndarray) -> None:
+    def __init__(self, model: VisionLanguageModel, prompt: Prompt, draws: np.ndarray) -> None:
         self.prompt, self.draws = prompt, draws  # [responses, max_new_tokens]
+        self.limit = most_tokens(model, prompt, draws.shape[1])
         self.written: Sequence[Written] = ()
 
     def begin(self) -> Start:
-        count, limit = self.draws.shape
-        return Start((), self.draws, [limit] * count)
+        return Start((), self.draws, [self.limit] * len(self.draws))
 
     def ended(self, rows: Sequence[Written]) -> None:
         self.written = rows
@@ -57,7 +62,7 @@ def generate_greedy(
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
     """
-    tasks = [_Responses(prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
+    tasks = [_Responses(model, prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
     _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs, memory)
     return [_generated(model, task)[0] for task in tasks]
 
@@ -86,7 +91,9 @@ def sample_responses(
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
     """
-    tasks = [_Responses(prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts]
+    tasks = [
+        _Responses(model, prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts
+    ]
     _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs, memory)
     return [_generated(model, task) for task in tasks]
 

@@ -29,6 +29,7 @@ class ChatModel(nn.Module):
     end_token_id: int  # that ends one in training
     response_start: str  # what the chat template writes between the generation prompt and a response's text
     max_positions: int
+    adapter_path: Path | None = None
     decoder: Any
 
     @property
@@ -104,7 +105,7 @@ class ChatModel(nn.Module):
         """
         error: InputError | None = None
         shape = tuple((m["role"], *(part["type"] for part in m["content"])) for m in messages)
-        key = (self.chat_template or str(self.tokenizer.chat_template), shape)
+        key = (str(self.chat_template or self.tokenizer.chat_template), shape)
         for as_text in (False, True):
             # Quotes, a line break and the like, which a template that writes a list or JSON would escape.
             probes = [
@@ -130,7 +131,9 @@ class ChatModel(nn.Module):
         expected = f"a template that shows each turn of {roles}"
         raise error or prompt_error(sample_id, "chat_template", expected, "one that drops some or changes them", fix)
 
-    def check_room(self, prompt: np.ndarray, sample_id: str | None, response: np.ndarray | None = None) -> None:
+    def check_room(
+        self, prompt: np.ndarray, sample_id: str | None, response: np.ndarray | None = None, field: str = "response"
+    ) -> None:
         """Check a prompt [n], and a response [m] to it, if there is one.
 
         Raises:
@@ -146,9 +149,7 @@ class ChatModel(nn.Module):
             raise prompt_error(sample_id, "tokenizer", expected, largest, fix)
         if response is not None and len(ids) > self.max_positions:
             expected, found = f"at most {self.max_positions} tokens of prompt and response, images included", len(ids)
-            raise prompt_error(
-                sample_id, "response", expected, f"{found} tokens", "leave this sample out, or shorten it"
-            )
+            raise prompt_error(sample_id, field, expected, f"{found} tokens", "leave this sample out, or shorten it")
         if len(prompt) >= self.max_positions:
             expected = f"fewer than {self.max_positions} prompt tokens, images included"
             fix = "leave this sample out: image tokens are never truncated"
@@ -199,6 +200,17 @@ class ChatModel(nn.Module):
         if start.strip():
             return np.array([*self._ids(start), *self._text_ids(text), self.end_token_id])
         return np.array([*self._text_ids(start + text), self.end_token_id])
+
+    def response_tokens(self, prompt: np.ndarray, text: str, sample_id: str, field: str) -> np.ndarray:
+        """Tokenize a response of a data set to a prompt [n] as `encode_response` does, into [m].
+
+        Raises:
+            InputError: it spells a control token, or the model has no position for its end; the sample and field are named.
+        """
+        self.check_text(text, sample_id, field)
+        response = self.encode_response(text)
+        self.check_room(prompt, sample_id, response, field)
+        return response
 
     def _ids(self, text: str) -> list[int]:
         """Tokenize a template's text, in which special tokens are what they are."""
@@ -313,7 +325,6 @@ def chat_text(
     """
     try:
         template = tokenizer.get_chat_template(chat_template)
-        template = template["default"] if isinstance(template, dict) else template
         return render(template, messages, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
     except Exception as error:  # templates raise SecurityError, UndefinedError, TypeError, ...
         roles = " and ".join(dict.fromkeys(message["role"] for message in messages))

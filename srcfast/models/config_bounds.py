@@ -146,3 +146,14 @@ def _contradictions(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str
     for name, value in ((name, settings.get(name)) for name in names):
         if isinstance(size, int) and isinstance(value, int) and value >= size:
             yield prefix + name, value, f"a token of the vocabulary, below {size}"
+
+
+def position_limit(config: Any) -> int:
+    """Return how many positions a text config's model has, scaled ones included; where it names none, a bound on all."""
+    most = getattr(config, "max_position_embeddings", None) or 1 << 28
+    scaling = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    kind = scaling.get("rope_type", scaling.get("type"))
+    original = scaling.get("original_max_position_embeddings") or most
+    if kind in ("dynamic", "longrope"):  # beyond these, all angles depend on the longest row of a pass
+        return int(original)
+    return max(most, int(original * scaling.get("factor", 1))) if kind in ("linear", "yarn") else most

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from srcfast.attention.forest_attention import Attend
 from srcfast.data.forest import Forest
 from srcfast.errors import InputError
+from srcfast.models.config_bounds import position_limit
 from srcfast.models.head import Head
 from srcfast.models.lora import project, project_swiglu
 from srcfast_kernels import rms_norm, rope
@@ -105,7 +106,7 @@ class DecoderConfig:
             output_bias=kind != "qwen2" and attention_bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=kind == "qwen3",
-            max_positions=config.max_position_embeddings,
+            max_positions=position_limit(config),
         )
 
 

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from srcfast.errors import InputError
 from srcfast_kernels import head_logits, linear_logprob
+
+if TYPE_CHECKING:
+    from srcfast.models.protocols import HasDecoder
+
+
+def check_numbers(model: HasDecoder, numbers: np.ndarray, keys: Sequence[object], field: str = "logits") -> None:
+    """Raise InputError where one of a model's numbers [n], on the host, is not finite.
+
+    The error names the model, its adapter, and by `keys` [n] the sample.
+    """
+    if not (finite := np.isfinite(numbers)).all():
+        dtype = str(model.decoder.head_weight.dtype).removeprefix("torch.")
+        adapter = "" if model.adapter_path is None else f" with the adapter {model.adapter_path}"
+        raise InputError(
+            file=model.path,
+            sample_id=str(keys[int(np.flatnonzero(~finite)[0])]),
+            field=field,
+            expected="finite numbers",
+            found=f"{numbers[~finite][0]}, computed in {dtype}{adapter}",
+            fix="see whether the weights are sound and not scaled, or set a dtype of a larger range than float16's",
+        )
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
-    model.lora_config = config
+    model.adapter_path, model.lora_config = None, config
 
 
 def check_targets(model: HasDecoder, config: LoRAConfig) -> tuple[str, ...]:
@@ -352,6 +352,7 @@ def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = Tru
         if name in adapted:
             rank, alpha = settings.rank_and_alpha(targets[name])
             _adapt(model, name, linear, LoRAConfig(r=rank, alpha=alpha, **values), number)
+    model.adapter_path = directory
     model.lora_config = LoRAConfig(r=settings.r, alpha=float(settings.lora_alpha), **values)
     parameters = _named_parameters(model)
     _check_shapes(parameters, weights, file)

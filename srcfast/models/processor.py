@@ -53,6 +53,8 @@ def load_processor(path: str | Path, model_type: str) -> Any:
         raise InputError(file=path, expected=f"the files of a {name}", found=found) from error
     if isinstance(processor, tuple):
         processor = processor[0]
+    if isinstance(processor.chat_template, dict):  # of several, by name
+        processor.chat_template = processor.chat_template.get("default")
     if not processor.chat_template:
         processor.chat_template = tokenizer.chat_template or TEMPLATES.get(model_type)
     return processor

@@ -91,6 +91,7 @@ class HasDecoder(Protocol):
 
     path: Path  # of the base's checkpoint
     adapter_prefix: str  # of its layers' names in transformers
+    adapter_path: Path | None  # of the saved adapter that it has
     lora_config: LoRAConfig  # once it has an adapter
     training: bool
 
@@ -114,6 +115,7 @@ class VisionLanguageModel(HasDecoder, Protocol):
     image_token_id: int
     end_token_id: int  # that ends a response in training
     end_tokens: frozenset[int]  # that end one in generation
+    max_positions: int  # of a prompt and its response
 
     def encode_prompt(
         self,
@@ -127,6 +129,10 @@ class VisionLanguageModel(HasDecoder, Protocol):
 
     def encode_response(self, text: str) -> np.ndarray:
         """Tokenize a response, then the end token, into [n]."""
+        ...
+
+    def response_tokens(self, prompt: np.ndarray, text: str, sample_id: str, field: str) -> np.ndarray:
+        """Tokenize a response as `encode_response` does. Raises InputError where it spells a control token or is too long."""
         ...
 
     def decode(self, token_ids: Iterable[int]) -> str:

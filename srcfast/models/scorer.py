@@ -112,16 +112,6 @@ class Scorer(nn.Module):
         wins = logits.double().softmax(-1) @ self.verdict_values.double()
         return torch.stack([wins, self.verdict_values[logits.argmax(-1)].double()])
 
-    def check_wins(self, wins: np.ndarray) -> None:
-        """Raise InputError where a p [M] is not finite: the model overflowed its dtype."""
-        if not np.isfinite(wins).all():
-            raise InputError(
-                field="verdicts",
-                expected="finite numbers from the R-Scorer",
-                found=f"others, computed in {str(self.verdict_head.weight.dtype).removeprefix('torch.')}",
-                fix="set scorer.dtype to bfloat16 or float32, which hold larger numbers than float16",
-            )
-
     def judge_tree(
         self,
         reference: str,
@@ -167,6 +157,9 @@ class Scorer(nn.Module):
             tokenizer = self.text_model.tokenizer
             encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
+            if (size := len(self.text_model.decoder.head_weight)) <= tokens.max(initial=0):
+                expected, fix = f"text of tokens below {size}, of the R-Scorer's embedding", "repair its tokenizer"
+                raise InputError(file=self.text_model.path, field="text", expected=expected, found=text, fix=fix)
             self._encoded[text] = tokens
         return tokens
 

@@ -39,6 +39,8 @@ from srcfast_kernels.transfers import to_device
 class TextModel(nn.Module):
     """A causal language model with its tokenizer: hand-written for Llama, Mistral, Qwen2 and Qwen3, else transformers' own."""
 
+    adapter_path: Path | None = None
+
     def __init__(self, decoder: Decoder | TransformersDecoder, tokenizer: Any, path: Path) -> None:
         super().__init__()
         self.decoder = decoder

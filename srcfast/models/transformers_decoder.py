@@ -25,6 +25,7 @@ from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import naming_tensors
+from srcfast.models.config_bounds import position_limit
 from srcfast.models.fused_modules import Rotary, fuse_modules, is_ordinary
 from srcfast.models.head import Head
 from srcfast.models.recurrent import Mix, forest_mix, mix_by_caller, mixers
@@ -85,7 +86,7 @@ class BackboneShapes:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-            max_positions=config.max_position_embeddings,
+            max_positions=position_limit(config),
         )
 
 

@@ -68,7 +68,7 @@ def check_lesson(model: VisionLanguageModel, config: Config) -> Check:
     def check(sample: Sample) -> None:
         prompt = encode_prompt(model, sample, sample.question, sample.id)
         for _, response in build_raps([sample], section.format, teacher)[0]:
-            tokens = len(prompt) + len(model.encode_response(response))
+            tokens = len(prompt) + len(model.response_tokens(prompt, response, sample.id, "rationale"))
             _check_tokens(sample.id, "rationale", tokens, "rationale.token_budget", section.token_budget)
 
     return check
@@ -78,9 +78,8 @@ def check_response(model: VisionLanguageModel, token_budget: int) -> Check:
     """Return a check that a sample's prompt and its answer, as a response, have at most `token_budget` tokens."""
 
     def check(sample: Sample) -> None:
-        tokens = len(encode_prompt(model, sample, sample.question, sample.id)) + len(
-            model.encode_response(sample.answer)
-        )
+        prompt = encode_prompt(model, sample, sample.question, sample.id)
+        tokens = len(prompt) + len(model.response_tokens(prompt, sample.answer, sample.id, "response"))
         _check_tokens(sample.id, "response", tokens, "dpo.token_budget", token_budget)
 
     return check
@@ -102,8 +101,9 @@ def check_pair(model: VisionLanguageModel, token_budget: int) -> Check:
 
     def check(pair: Preference) -> None:
         prompt = encode_prompt(model, pair, pair.prompt, pair.sample_id)
-        responses = model.encode_response(pair.chosen), model.encode_response(pair.rejected)
-        tree = preference_tree(prompt, *responses, key=pair.sample_id)
+        chosen = model.response_tokens(prompt, pair.chosen, pair.sample_id, "chosen")
+        rejected = model.response_tokens(prompt, pair.rejected, pair.sample_id, "rejected")
+        tree = preference_tree(prompt, chosen, rejected, key=pair.sample_id)
         _check_tokens(pair.sample_id, "chosen", tree.num_tokens, "dpo.token_budget", token_budget)
 
     return check

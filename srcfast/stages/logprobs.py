@@ -19,6 +19,7 @@ from srcfast.data.jsonl import json_hash
 from srcfast.data.logit_rows import response_logit_rows, row_positions, supports_row_selection
 from srcfast.data.records import LOGPROB_ROUNDING, Preference, Sample
 from srcfast.errors import SrcfastError
+from srcfast.models.head import check_numbers
 from srcfast.models.lvlm import ImageFeatures
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import in_step_with
@@ -62,6 +63,7 @@ def reference_logprobs(
         return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
 
     for forest, logprobs in _run_forests(model, trees, sums, token_budget, features, on_forest):
+        check_numbers(model, logprobs.sum(0).numpy(), [tree.key for tree in forest.trees])
         for index, (chosen, rejected) in zip(forest.indices, logprobs.T.tolist(), strict=True):
             results[index] = with_reference(preferences[index], chosen, rejected, reference_hash)
     return results
@@ -81,6 +83,7 @@ def response_logprobs(
     token_budget: int,
     features: Features | None = None,
     on_forest: Callable[[Forest], None] | None = None,
+    keys: Sequence[str] | None = None,
 ) -> list[tuple[float, int]]:
     """Compute the summed log-probability, in nats, and the number of tokens of each response after its prompt.
 
@@ -88,16 +91,18 @@ def response_logprobs(
         items: (prompt token ids, image keys, response token ids with the end token). Responses to the same
             prompt share it.
         token_budget: maximum of tokens in a forest.
+        keys: names of the items in errors; default: their numbers.
 
     Returns:
         (log-probability, tokens) in the order of `items`.
     """
+    keys = keys or [f"number {index}" for index in range(len(items))]
     groups = _tree_members(items, token_budget)
     trees = []
     for members in groups:
         prompt, images, _ = items[members[0]]
         leaves = (Segment(items[index][2], 0) for index in members)
-        trees.append(Tree((Segment(prompt), *leaves), images, key=f"number {members[0]}"))
+        trees.append(Tree((Segment(prompt), *leaves), images, key=keys[members[0]]))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(items)
 
     def sums(forest: Forest, hidden: Tensor) -> Tensor:
@@ -118,6 +123,7 @@ def response_logprobs(
 
     for forest, totals in _run_forests(model, trees, sums, token_budget, features, on_forest):
         order = [index for tree_index in forest.indices for index in groups[tree_index]]
+        check_numbers(model, totals.numpy(), [keys[index] for index in order])
         for index, total in zip(order, totals.tolist(), strict=True):
             results[index] = (total, len(items[index][2]))
     return results
@@ -249,7 +255,8 @@ def logprobs_in_chunks(
     """
     encode_prompt = PromptEncoder(model)
     for request in requests:
-        encode_prompt(request, request.question, request.id)
+        prompt = encode_prompt(request, request.question, request.id)
+        model.response_tokens(prompt, request.answer, request.id, "response")
 
     def work(chunk: Sequence[Sample]) -> ChunkResult:
         features.clear()
@@ -266,6 +273,7 @@ def logprobs_in_chunks(
             items,
             token_budget=token_budget,
             features=features,
+            keys=[request.id for request in chunk],
             on_forest=lambda forest: chunks.progress.advance(
                 sum(len(tree.segments) - 1 for tree in forest.trees), tokens=forest.num_tokens
             ),

@@ -78,6 +78,7 @@ class Policy:
 
         distributed.run_on_rank_zero(write)
         self.adapter, self._unsaved = directory, False
+        self.model.adapter_path = directory
         self.model.zero_grad(set_to_none=True)
 
     def offload(self) -> None:
@@ -107,6 +108,7 @@ class Policy:
 
 def remove_adapter(model: AnyLVLM) -> None:
     """Replace each adapted layer by its base layer; the weights are those before the adapter."""
+    model.adapter_path = None
     for name, layer in adapters(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.decoder.get_submodule(parent), last, layer.base)

@@ -25,7 +25,7 @@ from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
-from srcfast.models.head import Head
+from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
 from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
@@ -278,7 +278,8 @@ def evaluate_scorer(
     wins, verdicts = (
         fetch(scorer.win_and_verdict(slot_hidden(scorer, trees, token_budget)[0])).wait().numpy()
     )  # [M] each
-    scorer.check_wins(wins)
+    keys = [tree.tree.key for tree in trees for _ in tree.slots]
+    check_numbers(scorer.text_model, wins, keys, "verdicts")
     values = scorer.verdict_values.tolist()
     hits = np.zeros((len(examples), 2))  # right verdicts and verdicts of each example
     by_fault: dict[str, list[bool]] = defaultdict(list)

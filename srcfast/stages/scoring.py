@@ -27,6 +27,7 @@ from srcfast.data.jsonl import write_shards
 from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import Candidate, Sample
 from srcfast.errors import ConfigError
+from srcfast.models.head import check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
 from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.adaptive_pairs import AdaptivePairs, ordered
@@ -172,17 +173,19 @@ class Comparisons:
         slots: hidden states at the verdict slots, [M, D].
         first, second: indices of the candidates in the sample's distinct texts, [M] int64; second -1: first alone.
         sample: index of the sample in the block, [M] int64.
+        keys: ids of the samples, [M].
     """
 
     slots: Tensor
     first: np.ndarray
     second: np.ndarray
     sample: np.ndarray
+    keys: np.ndarray
 
     def select(self, mask: np.ndarray) -> Comparisons:
         """Return those that the mask [M] is true for."""
         slots = self.slots.index_select(0, to_device(np.flatnonzero(mask), self.slots.device))
-        return Comparisons(slots, self.first[mask], self.second[mask], self.sample[mask])
+        return Comparisons(slots, self.first[mask], self.second[mask], self.sample[mask], self.keys[mask])
 
     def concatenate(self, others: Comparisons) -> Comparisons:
         """Return these and then the others."""
@@ -191,6 +194,7 @@ class Comparisons:
             np.concatenate([self.first, others.first]),
             np.concatenate([self.second, others.second]),
             np.concatenate([self.sample, others.sample]),
+            np.concatenate([self.keys, others.keys]),
         )
 
 
@@ -211,7 +215,8 @@ def _compare(
     first = np.concatenate([tree.first for tree in trees])
     second = np.concatenate([tree.second for tree in trees])
     counts = [sum(len(tree.slots) for tree in group) for group in of_sample.values()]
-    return Comparisons(slots, first, second, np.repeat(list(pairs), counts)), tokens
+    sample = np.repeat(list(pairs), counts)
+    return Comparisons(slots, first, second, sample, np.array([one.id for one in samples])[sample]), tokens
 
 
 def _trees(
@@ -254,7 +259,7 @@ def _in_two_rounds(
     comparisons, tokens = _compare(scorer, samples, texts, first_pairs, token_budget)
     # The host waits here: which pairs come next depends on the ratings.
     p, _ = fetch(scorer.win_and_verdict(comparisons.slots)).wait().numpy()  # [M]
-    scorer.check_wins(p)
+    check_numbers(scorer.text_model, p, comparisons.keys.tolist(), "verdicts")
     rated = comparisons.second == ALONE  # [M]
     chosen = {index: adaptive.pairs(p[rated & (comparisons.sample == index)]) for index in short}
     if second_round:
@@ -333,7 +338,7 @@ def _by_sample(
     first, second = comparisons.first, comparisons.second
     pair = second != ALONE  # [M]
     p, verdict = verdicts_of_slots  # [M] each
-    scorer.check_wins(p)
+    check_numbers(scorer.text_model, p, comparisons.keys.tolist(), "verdicts")
     results = []
     for sample, n in enumerate(sizes):
         in_sample = comparisons.sample == sample  # [M]
@@ -376,7 +381,7 @@ def _rated(
     scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int], p: np.ndarray, verdict: np.ndarray
 ) -> list[dict[str, Any]]:
     """Return S_i = p_i, q_ij = (1 + S_i - S_j) / 2 and u_ij = |S_i - S_j| of each sample from p and verdict, [M] each."""
-    scorer.check_wins(p)
+    check_numbers(scorer.text_model, p, comparisons.keys.tolist(), "verdicts")
     results = []
     for sample in range(len(sizes)):
         in_sample = comparisons.sample == sample  # [M]
