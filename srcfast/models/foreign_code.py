@@ -29,6 +29,10 @@ def _is_local_name(value: Any) -> bool:
     return not isinstance(value, str) or not {*"/:"} & {*value}
 
 
+def _is_offline(value: Any) -> bool:
+    return not str(value).startswith(("OneFormer", "Pix2Struct"))
+
+
 # By field, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "_attn_implementation": (
@@ -49,6 +53,8 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architecture": (_is_local_name, "a name of timm, none of a hub"),
     "custom_generate": (_is_off, "none: it is code of a hub"),
     "custom_pipelines": (_is_off, "none: they are code"),
+    "image_processor_type": (_is_offline, "another class: these fetch fonts or classes from a hub"),
+    "repo_path": (_is_off, "none: its files are fetched from a hub"),
     "audio_tokenizer": (_is_off, "none: it is fetched from a hub"),
     "checkpoint_path": (_is_off, "none: timm unpickles it"),
     "pretrained": (_is_off, "false: weights are fetched from a hub"),
