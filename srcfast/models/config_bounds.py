@@ -11,18 +11,11 @@ from srcfast.errors import InputError
 from srcfast.models.foreign_code import BOUNDS as FOREIGN
 from srcfast.models.foreign_code import FOREIGN_FILES
 
-FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "generation_config.json",
+FILES = tuple(
+    f"{name}.json"
+    for name in ("config preprocessor_config processor_config tokenizer_config generation_config".split())
 )
-OTHER_MEDIA = (
-    "video_processor",
-    "feature_extractor",
-    "audio_processor",
-)  # sections of processors that srcfast never builds
+OTHER_MEDIA = ("video_processor", "feature_extractor", "audio_processor")  # sections of processors that are never built
 MOST_BYTES = 1 << 26  # of such a file; a tokenizer_config.json of many added tokens has a few millions
 Bound = tuple[Callable[[Any], bool], str]  # whether a value is within bounds, and what is expected
 ANYTHING: Bound = (lambda value: True, "")
@@ -54,11 +47,10 @@ def or_none(kind: Bound) -> Bound:
     return lambda value: value is None or kind[0](value), f"{kind[1]}, or null"
 
 
-# Well above the values of any published model: a file with others is damaged, or made to exhaust memory.
-SIDE, AREA = whole(1, 1 << 12), whole(1, 1 << 26)  # pixels: as floats, an image of such sides takes 200 MB
-PATCH, COUNT, POSITIVE, TOKEN = whole(1, 1 << 14), whole(1, 1 << 16), number(1e-9, 1e9), whole(0, 1 << 22)
-EPSILON = number(1e-20, 1)  # a smaller one rounds to 0 in 32 bits, and below 0 the root is none
-TABLE: dict[str, Bound] = {
+# Well above the values of any published model: a file with others is damaged, or made to exhaust memory. An image of the longest
+# sides takes 200 MB as floats; a smaller epsilon rounds to 0 in 32 bits; the deviation divides, and images have three channels.
+SIDE, AREA, PATCH, COUNT = whole(1, 1 << 12), whole(1, 1 << 26), whole(1, 1 << 14), whole(1, 1 << 16)
+FIELDS: dict[str, Bound] = {
     "hidden_size": COUNT,
     "intermediate_size": one_or(whole(1, 1 << 18)),
     "num_hidden_layers": whole(1, 1024),
@@ -68,32 +60,27 @@ TABLE: dict[str, Bound] = {
     "vocab_size": whole(1, 1 << 22),
     "max_position_embeddings": whole(1, 1 << 28),
     "sliding_window": (lambda value: value is False or or_none(whole(1, 1 << 28))[0](value), "a whole number above 0, or null"),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILON),
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), or_none(number(1, 1e15))),
+    "rms_norm_eps layer_norm_eps norm_eps layer_norm_epsilon norm_epsilon": number(1e-20, 1),
+    "rope_theta rope_local_base_freq": or_none(number(1, 1e11)),
     "factor": or_none(number(1e-3, 1e4)),  # of rotary positions
     "partial_rotary_factor": or_none(number(1e-3, 1)),
-    **dict.fromkeys(("logits_scaling", "logit_scale", "embedding_multiplier", "residual_multiplier"), or_none(POSITIVE)),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "attention_multiplier"), or_none(POSITIVE)),
+    "logits_scaling logit_scale embedding_multiplier residual_multiplier attention_multiplier": or_none(number(1e-9, 1e9)),
+    "final_logit_softcapping attn_logit_softcapping": or_none(number(1e-9, 1e9)),
     "vision_feature_layer": or_none(one_or(whole(-1024, 1024))),
-    # Of processors. A mean and a deviation for each of three channels: images are read as RGB; the deviation divides.
     "image_mean": or_none(one_or(number(-1e3, 1e3), 3)),
     "image_std": or_none(one_or(number(1e-3, 1e3), 3)),
     "rescale_factor": or_none(number(1e-6, 1e3)),
     "resample": or_none(whole(0, 5)),  # Pillow has six
-    **dict.fromkeys(("image_size", "patch_size"), or_none(one_or(PATCH))),
-    **dict.fromkeys(("crop_size", "pad_size", "max_image_size", "min_image_size", "tile_size"), or_none(one_or(SIDE))),
-    **dict.fromkeys(("image_grid_pinpoints", "split_resolutions"), or_none(one_or(SIDE))),
-    **dict.fromkeys(("size", "min_pixels", "max_pixels"), or_none(one_or(AREA))),  # `vision.check_sides` bounds sides
-    **dict.fromkeys(("merge_size", "spatial_merge_size", "temporal_patch_size"), or_none(whole(1, 64))),
-    **dict.fromkeys(("max_patches", "min_patches", "max_image_tiles", "max_num_tiles"), or_none(COUNT)),
-    **dict.fromkeys(("image_seq_length", "image_seq_len", "num_additional_image_tokens"), or_none(whole(0, 1 << 16))),
-    **FOREIGN,
+    "image_size patch_size": or_none(one_or(PATCH)),
+    "crop_size pad_size max_image_size min_image_size tile_size image_grid_pinpoints split_resolutions": or_none(one_or(SIDE)),
+    "size min_pixels max_pixels": or_none(one_or(AREA)),  # `vision.load_image_processor` bounds sides
+    "merge_size spatial_merge_size temporal_patch_size": or_none(whole(1, 64)),
+    "max_patches min_patches max_image_tiles max_num_tiles": or_none(COUNT),
+    "image_seq_length image_seq_len num_additional_image_tokens": or_none(whole(0, 1 << 16)),
 }  # fmt: skip
-ENDS: dict[str, Bound] = {  # of names of fields
-    "pad_token_id": or_none(one_or(whole(-1, 1 << 22))),  # -1: none
-    "_token_id": or_none(one_or(TOKEN)),
-    "_token_index": or_none(one_or(TOKEN)),
-}
+TABLE = {name: bound for names, bound in FIELDS.items() for name in names.split()} | FOREIGN
+TOKEN, PADDING = or_none(one_or(whole(0, 1 << 22))), or_none(one_or(whole(-1, 1 << 22)))  # -1: none
+ENDS = {"pad_token_id": PADDING, "_token_id": TOKEN, "_token_index": TOKEN}  # of fields' names
 
 
 def check_files(path: Path) -> None:
@@ -119,10 +106,8 @@ def check_files(path: Path) -> None:
 
 def _misfits(settings: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Yield (name with its sections, value, what is expected) of the fields that are out of bounds, at any depth."""
-    pairs = (
-        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
-    )
-    for key, value in pairs:
+    entries = dict(enumerate(settings)) if isinstance(settings, list) else settings
+    for key, value in entries.items() if isinstance(entries, dict) else ():
         name = str(key)
         ending = next((bound for end, bound in ENDS.items() if name.endswith(end)), ANYTHING)
         fits, expected = TABLE.get(name, FLAG if name.startswith("do_") else ending)
