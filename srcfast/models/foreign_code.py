@@ -30,7 +30,7 @@ def _is_local_name(value: Any) -> bool:
 
 
 def _is_offline(value: Any) -> bool:
-    return not str(value).startswith(("OneFormer", "Pix2Struct"))
+    return _is_local_name(value) and not str(value).startswith(("OneFormer", "Pix2Struct"))
 
 
 # By field, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
