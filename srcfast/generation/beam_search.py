@@ -33,9 +33,8 @@ class Beam:
 class Search:
     """One sample's search, a `Task` for `decode`."""
 
-    def __init__(self, model: VisionLanguageModel, prompt: Prompt, settings: CandidatesConfig, seed: int) -> None:
-        self.prompt, self.settings, self.end_tokens = prompt, settings, model.end_tokens
-        self.max_new_tokens = most_tokens(model, prompt, settings.max_new_tokens)
+    def __init__(self, prompt: Prompt, settings: CandidatesConfig, seed: int, end_tokens: Container[int]) -> None:
+        self.prompt, self.settings, self.end_tokens = prompt, settings, end_tokens
         self.random = random_of(seed, prompt.key)
         self.live = [Beam()]
         self.finished: list[Beam] = []
@@ -63,7 +62,7 @@ class Search:
         return Start(
             parents=() if is_first else [beam.row for beam in self.parents],
             draws=self.random.random((self.settings.width, self.settings.max_sentence_tokens)),
-            limits=[self.max_new_tokens - len(beam.tokens) for beam in self.parents],
+            limits=[self.settings.max_new_tokens - len(beam.tokens) for beam in self.parents],
             by_sentence=True,
         )
 
@@ -94,7 +93,11 @@ def sentence_beam_search(
         Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
         of tokens run.
     """
-    searches = [Search(model, prompt, settings, seed) for prompt in prompts]
+    searches = []
+    for prompt in prompts:
+        most = most_tokens(model, prompt, settings.max_new_tokens)
+        limited = settings if most == settings.max_new_tokens else settings.replace(max_new_tokens=most)
+        searches.append(Search(prompt, limited, seed, model.end_tokens))
     order = sorted(
         searches, key=lambda search: len(search.prompt.token_ids)
     )  # similar lengths together need less padding
@@ -127,7 +130,7 @@ def _select(search: Search, children: Sequence[Beam], end_tokens: Container[int]
         if child.tokens[-1] in end_tokens:
             if child.tokens not in known:
                 search.finished.append(child)
-        elif len(child.tokens) < search.max_new_tokens:
+        elif len(child.tokens) < settings.max_new_tokens:
             live.append(child)
     search.live = _diverse(live, settings.num_beams, settings)
 

@@ -32,9 +32,9 @@ def most_tokens(model: VisionLanguageModel, prompt: Prompt, wanted: int) -> int:
 class _Responses:
     """A `Task` that writes some responses to one prompt side by side."""
 
-    def __init__(self, model: VisionLanguageModel, prompt: Prompt, draws: np.ndarray) -> None:
+    def __init__(self, prompt: Prompt, draws: np.ndarray, limit: int | None = None) -> None:
         self.prompt, self.draws = prompt, draws  # [responses, max_new_tokens]
-        self.limit = most_tokens(model, prompt, draws.shape[1])
+        self.limit = draws.shape[1] if limit is None else limit
         self.written: Sequence[Written] = ()
 
     def begin(self) -> Start:
@@ -62,7 +62,10 @@ def generate_greedy(
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: as for `decode`.
     """
-    tasks = [_Responses(model, prompt, np.zeros((1, max_new_tokens))) for prompt in prompts]
+    tasks = [
+        _Responses(prompt, np.zeros((1, max_new_tokens)), most_tokens(model, prompt, max_new_tokens))
+        for prompt in prompts
+    ]
     _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs, memory)
     return [_generated(model, task)[0] for task in tasks]
 
@@ -92,7 +95,12 @@ def sample_responses(
         memory: as for `decode`.
     """
     tasks = [
-        _Responses(model, prompt, random_of(seed, prompt.key).random((count, max_new_tokens))) for prompt in prompts
+        _Responses(
+            prompt,
+            random_of(seed, prompt.key).random((count, max_new_tokens)),
+            most_tokens(model, prompt, max_new_tokens),
+        )
+        for prompt in prompts
     ]
     _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs, memory)
     return [_generated(model, task) for task in tasks]

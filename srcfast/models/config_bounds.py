@@ -66,6 +66,9 @@ FIELDS: dict[str, Bound] = {
     "partial_rotary_factor": or_none(number(1e-3, 1)),
     "logits_scaling logit_scale embedding_multiplier residual_multiplier attention_multiplier": or_none(number(1e-9, 1e9)),
     "final_logit_softcapping attn_logit_softcapping": or_none(number(1e-9, 1e9)),
+    "return_dict": (lambda value: value is None or value is True, "true"),
+    "torchscript": (lambda value: not value, "false"),  # it makes models return tuples
+    "model_max_length": or_none(number(1, 1e31)),  # 1e30 where transformers knows none
     "vision_feature_layer": or_none(one_or(whole(-1024, 1024))),
     "image_mean": or_none(one_or(number(-1e3, 1e3), 3)),
     "image_std": or_none(one_or(number(1e-3, 1e3), 3)),

@@ -29,8 +29,16 @@ def _is_local_name(value: Any) -> bool:
     return not isinstance(value, str) or not {*"/:"} & {*value}
 
 
-def _is_offline(value: Any) -> bool:
-    return _is_local_name(value) and not str(value).startswith(("OneFormer", "Pix2Struct"))
+def _is_class_of(*parts: str) -> Callable[[Any], bool]:
+    """Return whether a value names a class of one of these kinds, or none; transformers would call `from_pretrained` of any."""
+    return lambda value: (
+        value is None
+        or (
+            str(value).isidentifier()
+            and any(part in value for part in parts)
+            and not value.startswith(("OneFormer", "Pix2Struct", "Auto"))
+        )
+    )
 
 
 # By field, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
@@ -53,7 +61,13 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architecture": (_is_local_name, "a name of timm, none of a hub"),
     "custom_generate": (_is_off, "none: it is code of a hub"),
     "custom_pipelines": (_is_off, "none: they are code"),
-    "image_processor_type": (_is_offline, "another class: these fetch fonts or classes from a hub"),
+    "image_processor_type": (
+        _is_class_of("ImageProcessor"),
+        "an image processor's class, and one that fetches nothing",
+    ),
+    "feature_extractor_type": (_is_class_of("FeatureExtractor", "ImageProcessor"), "a feature extractor's class"),
+    "tokenizer_class": (_is_class_of("Tokenizer", "Backend"), "a tokenizer's class"),
+    "processor_class": (_is_class_of("Processor"), "a processor's class"),
     "repo_path": (_is_off, "none: its files are fetched from a hub"),
     "audio_tokenizer": (_is_off, "none: it is fetched from a hub"),
     "checkpoint_path": (_is_off, "none: timm unpickles it"),

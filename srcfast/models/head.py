@@ -31,7 +31,7 @@ def check_numbers(model: HasDecoder, numbers: np.ndarray, keys: Sequence[object]
             field=field,
             expected="finite numbers",
             found=f"{numbers[~finite][0]}, computed in {dtype}{adapter}",
-            fix="see whether the weights are sound and not scaled, or set a dtype of a larger range than float16's",
+            fix="see whether weights are scaled, or set model.dtype or scorer.dtype to one of a larger range than float16's",
         )
 
 

@@ -275,11 +275,11 @@ def _frame(tokenizer: Any, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize what is before and after the user's turn in the tokenizer's chat template."""
     mark = "\u0001"
     text = chat_text(tokenizer, user_turn(mark))
-    before, separator, after = text.partition(mark)
-    if not separator:
+    before, _, after = text.partition(mark)
+    if text.count(mark) != 1:
         raise InputError(
             field="chat_template",
-            expected="a template that shows the user's turn",
+            expected="a template that shows the user's turn once",
             found=text,
             fix="repair tokenizer_config.json's chat_template, or remove it",
         )

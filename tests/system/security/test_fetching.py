@@ -135,6 +135,33 @@ def test_a_field_that_reaches_out_is_refused_in_every_file_and_section(
     assert not nothing_is_fetched
 
 
+OTHER_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "PreTrainedModel", "Pix2StructImageProcessor")
+
+
+@pytest.mark.parametrize("name", [*OTHER_CLASSES, "os.path", 3, ["A"]])
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("preprocessor_config.json", "image_processor_type"),
+        ("preprocessor_config.json", "feature_extractor_type"),
+        ("processor_config.json", "processor_class"),
+        ("tokenizer_config.json", "tokenizer_class"),
+    ],
+)
+def test_no_other_class_is_loaded_in_place_of_a_processor_or_a_tokenizer(
+    file: str, field: str, name: Any, tmp_path: Path, nothing_is_fetched: list[Any]
+) -> None:
+    """AutoModel, for one, would read the base that an adapter's config names beside it, from a hub."""
+    base = Path(shutil.copytree(ASSETS / "base", tmp_path / "base"))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY}
+    (base / "adapter_config.json").write_text(json.dumps(adapter))
+    sound = json.loads((base / file).read_text()) if (base / file).is_file() else {}
+    (base / file).write_text(json.dumps(sound | {field: name}))
+    with pytest.raises(InputError, match=rf"{re.escape(file)}, field '{field}': expected a"):
+        load_lvlm(base)
+    assert not nothing_is_fetched
+
+
 @pytest.mark.parametrize("file", FOREIGN_FILES)
 def test_a_file_that_reaches_out_is_refused(file: str, tmp_path: Path, nothing_is_fetched: list[Any]) -> None:
     for source, load in (("base", load_lvlm), ("scorer", load_scorer)):

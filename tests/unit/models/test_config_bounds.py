@@ -29,7 +29,7 @@ def test_published_checkpoints_are_within_bounds(name: str, tmp_path: Path) -> N
 def test_what_no_model_has_is_refused_by_file_and_field(field: str, tmp_path: Path) -> None:
     for file in FILES:
         for section in ((), ("text_config",), ("image_processor",), ("a", "b")):
-            for value in ODD:
+            for value in (one for one in ODD if field != "model_max_length" or one not in (10**12, 1e30)):
                 settings: dict[str, Any] = {}
                 inner = settings
                 for name in section:
