@@ -137,6 +137,7 @@ def report(run: Path, image_roots: Sequence[Path]) -> None:
 def world(output: Path | None, split: str, count: int, seed: int) -> None:
     """Write samples of the embedded world as JSON lines, and their images to `images/`."""
     output = require_option(output, "--output", "a folder for the samples")
+    inputs.check_output(None, output)
     samples = world_samples(split, count, seed, image_dir=output / "images")
     file = output / f"{split}.jsonl"
     write_jsonl(file, (replace(s, images=tuple(f"images/{name}" for name in s.images)).to_json() for s in samples))
