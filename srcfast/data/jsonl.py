@@ -147,7 +147,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno and (error.filename is None or is_temporary(Path(error.filename))):
+        name = Path(str(error.filename))
+        if error.errno and (error.filename is None or any(map(is_temporary, (name, *name.parents)))):
             error.filename = str(path)
         raise
 

@@ -190,3 +190,17 @@ def test_a_file_larger_than_the_limit_is_named(command: str, tmp_path: Path) -> 
     assert "Traceback" not in done.stderr and ".tmp" not in done.stderr
     written = {path for path in (tmp_path / "out").rglob("*") if path.is_file()} - before
     assert all(path.stat().st_size < 2048 for path in written) and not [p for p in written if p.name.endswith(".tmp")]
+
+
+def test_an_error_of_the_last_rename_names_the_file_and_not_a_temporary_one(tmp_path: Path) -> None:
+    import torch
+
+    from srcfast.cli.app import report_disk_errors
+    from srcfast.errors import SrcfastError
+    from srcfast.models.checkpoint import save_tensors
+
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(SrcfastError) as caught, report_disk_errors():
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert str(caught.value).startswith(f"{tmp_path / 'a.safetensors'}: {os.strerror(errno.EISDIR)}. Finished")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
