@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import Result
 
 from srcfast.data.jsonl import write_shards
@@ -69,3 +70,28 @@ def test_two_training_sets_that_share_an_id_are_refused(srcfast: Srcfast, image_
     words = [f"data.train=[{', '.join(sets)}]", f"output={tmp_path / 'runs'}"]
     result = srcfast("candidates", "--output", tmp_path / "out", "--quiet", *words)
     assert result.exit_code == 2 and "an id that no other" in result.output, result.output
+
+
+@pytest.mark.parametrize("name", ["nul.jsonl", "a..jsonl", "a\nb.jsonl", f"{'a' * 220}.jsonl", ".jsonl"])
+def test_a_file_of_data_that_is_to_name_predictions_must_have_a_name_for_them(
+    srcfast: Srcfast, image_root: Path, tmp_path: Path, name: str
+) -> None:
+    """Its name without the ending is that of the evaluation set; where nothing is named by it, any is taken."""
+    rows = [{"id": "a", "images": ["a.png"], "question": "What?", "answer": "red"}, {"id": "b"}]
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    options = [
+        "--model",
+        "no-such",
+        "--data",
+        tmp_path / name,
+        "--image-root",
+        image_root,
+        "--output",
+        tmp_path / "out",
+    ]
+    result = srcfast("evaluate", *options)
+    assert result.exit_code == 2 and "they name files" in result.output, result.output
+    assert not (tmp_path / "out").exists()
+    result = srcfast("candidates", *options)
+    assert result.exit_code == 2 and "no-such" in result.output, result.output
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["sample_id"] == "b"
