@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from helpers.plain_scoring import contenders, plain_row
 from helpers.plain_training import name_of, pairwise_cases
 
 from srcfast.config.settings import ScorerConfig
+from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Sample
 from srcfast.models import scorer as scorer_module
 from srcfast.models.scorer import Scorer, load_scorer, reference_text
+from srcfast.run.chunks import Chunks
+from srcfast.run.progress import StageProgress
 from srcfast.stages import scoring
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.scoring import score_candidates
+from srcfast.stages.scoring import score_candidates, scores_in_chunks
 
 CASES = pairwise_cases(
     {
@@ -122,3 +127,36 @@ def test_the_agreement_of_two_rounds_is_measured_by_the_tournament_s_scores() ->
         "worst_shortfall": (0.3 - 0.1) / 2,
     }
     assert report == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("changed", ["text", "id", "order", "nothing"])
+def test_chunks_of_other_candidates_are_scored_again(changed: str, scorers: dict[str, Scorer], tmp_path: Path) -> None:
+    samples, groups = world("answer")
+
+    def score(of: dict[str, list[Candidate]]) -> tuple[list[dict[str, Any]], int]:
+        progress, run = StageProgress("scores", 6, quiet=True), []
+        with pytest.MonkeyPatch.context() as patch:
+            rows_of = scoring.scored_rows
+            patch.setattr(scoring, "scored_rows", lambda *given: run.append(1) or rows_of(*given))
+            files = scores_in_chunks(
+                Chunks(tmp_path, dict, progress),
+                scorers["choice"],
+                samples,
+                lambda: InOrder(of.items()),
+                ScorerConfig(),
+            )
+        return list(files.rows()), len(run)
+
+    before, first = score(groups)
+    other = {name: list(group) for name, group in groups.items()}
+    if changed == "text":
+        other["s3"][1] = replace(other["s3"][1], text="So it is gold")
+    elif changed == "id":
+        other["s3"][1] = replace(other["s3"][1], id="another")
+    elif changed == "order":
+        other["s3"] = other["s3"][::-1]
+    context = nullcontext() if changed == "nothing" else pytest.warns(RuntimeWarning, match="one of others")
+    with context:
+        after, again = score(other)
+    assert (first, again) == (1, int(changed != "nothing"))
+    assert (after == before) == (changed == "nothing")
