@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := kernels/srcfast_kernels/_native.so
 
-.PHONY: demo test simulated fault fuzz oldest lint clean
+.PHONY: demo test simulated fault fuzz mutants oldest lint clean
 
 demo: $(NATIVE)
 	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
@@ -27,6 +27,10 @@ fault: $(NATIVE)
 # Each parser is given thousands of malformed inputs; `make test` gives it a hundred.
 fuzz: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/system/malformed
+
+# Small faults put into a copy of the source, one after the other; each must fail its tests. `make mutants PART=3/10`: a tenth.
+mutants: $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run_mutants.py $(if $(PART),--part $(PART))
 
 # The tests of models on the oldest transformers of the pin in setup.py, in a folder of its own.
 OLDEST := 5.17.0
