@@ -415,7 +415,7 @@ def largest_fitting(fits: Callable[[int], bool], limit: int = 1 << 24) -> int:
     """Find the largest number from 1 to `limit` for which `fits` holds, by bisection; 0 if it does not hold for 1."""
     low, high = 0, 1
     while high <= limit and fits(high):
-        low, high = high, 2 * high
+        low, high = high, min(2 * high, limit + 1)
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
