@@ -265,9 +265,10 @@ def test_the_fullest_forest_respects_both_limits(rng: np.random.Generator, budge
         assert len(chosen) == most or all(sizes[i] > room for i in left)
 
 
-@pytest.mark.parametrize("answer", [0, 1, 2, 37, 4096])
-def test_the_most_that_fits_is_found_by_halving(answer: int) -> None:
-    assert largest_fitting(lambda value: value <= answer, 1 << 13) == answer
+@pytest.mark.parametrize("limit", [1, 3, 256, 300, 1 << 13])
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 37, 255, 256, 257, 300, 4096, (1 << 13) - 1, 1 << 13, 10_000])
+def test_the_most_that_fits_is_found_by_halving_and_never_exceeds_the_limit(answer: int, limit: int) -> None:
+    assert largest_fitting(lambda value: value <= answer, limit) == min(answer, limit)
 
 
 def test_fewer_images_are_encoded_at_once_where_there_is_little_memory() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from helpers.rank_processes import run_ranks, values_of, wait_until_ended
 
 from srcfast import distributed
 from srcfast.errors import Interrupted
-from srcfast.run.chunks import remove_chunks
+from srcfast.run.chunks import ChunkResult, Chunks, remove_chunks, run_chunks
+from srcfast.run.progress import StageProgress
 from srcfast.run.signals import listening
 
 
@@ -136,3 +139,34 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert "no more" in found[1]["error"]
     again = CountedWork(tmp_path / "parts")
     assert merged(again(), tmp_path / "shards") == undisturbed(tmp_path)
+
+
+def test_items_of_one_id_and_other_content_are_done_again(tmp_path: Path) -> None:
+    """And only the chunk that holds the changed item."""
+
+    @dataclass(frozen=True)
+    class Item:
+        id: int
+        text: str = "as it was"
+
+        def to_json(self) -> dict[str, Any]:
+            return {"id": self.id, "text": self.text}
+
+    def run(items: list[Item]) -> list[list[int]]:
+        given: list[list[int]] = []
+
+        def work(chunk: Sequence[Item]) -> ChunkResult:
+            given.append([item.id for item in chunk])
+            return [{"id": item.id, "text": item.text} for item in chunk], {"items": len(chunk)}
+
+        chunks = Chunks(tmp_path, lambda: {"seed": 1}, StageProgress("items", 5, quiet=True))
+        files = run_chunks(chunks, items, 2, work)
+        assert list(files.rows()) == [item.to_json() for item in items]
+        assert files.counts() == {"items": 5}
+        return given
+
+    items = [Item(number) for number in range(5)]
+    assert run(items) == [[0, 1], [2, 3], [4]]
+    assert run(items) == []
+    with pytest.warns(RuntimeWarning, match="00001.jsonl: expected a chunk of these samples"):
+        assert run([*items[:3], Item(3, "changed"), items[4]]) == [[2, 3]]

@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.plain_training import raps, response_logprob
 from helpers.small_model import END, IMAGE, TOKENS_PER_IMAGE, SmallModel, image_embedding
 from PIL import Image
 
 from srcfast.config.settings import TrainingConfig
+from srcfast.data.forest import Forest
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import TeacherRationale, build_raps, fine_tune_rationale, rationale_trees, read_teacher
+from srcfast.stages.rationale import (
+    TeacherRationale,
+    build_raps,
+    fine_tune_rationale,
+    rationale_loss,
+    rationale_trees,
+    read_teacher,
+    response_tokens,
+)
 from srcfast.training.checkpoint import identity_of
 
 
@@ -150,3 +160,22 @@ def test_a_training_s_images_are_known_by_name_and_contents_wherever_they_lie(tm
     assert identity(tmp_path / "one", name="b.png") != first  # the same contents under another name
     assert identity(tmp_path / "one", id="2") != first
     assert identity(tmp_path / "one", facts=("It is blue",)) != first
+
+
+def test_forests_of_a_batch_add_up_to_the_mean_over_all_its_tokens() -> None:
+    """The mean of means would weigh the tokens of a short response more."""
+    model, rows = SmallModel(seed=1), raps(5, seed=6)
+    items = rationale_trees(model, rows)
+    total = response_tokens(items)
+    losses, counted, greatest = [], 0.0, []
+    for part in (items[:1], items[1:]):
+        forest = Forest.of([item.tree for item in part])
+        loss, metrics = rationale_loss(model(forest), forest, model.decoder.head, part, total)
+        losses.append(loss.item())
+        counted += metrics["response_tokens"].item()
+        greatest.append(metrics["max_logprob"].item())
+    found = [response_logprob(model, sample.question, response) for sample, response in rows]
+    assert total == counted == sum(tokens for _, tokens in found)
+    assert len({tokens for _, tokens in found}) > 1
+    assert sum(losses) == pytest.approx(-sum(logprob.item() for logprob, _ in found) / total, rel=1e-10)
+    assert max(greatest) < 0.0
