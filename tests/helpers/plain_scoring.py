@@ -16,8 +16,8 @@ VALUES = {"choice": (1.0, 0.5, 0.0), "graded": (1.0, 0.75, 0.5, 0.25, 0.0)}
 
 
 @torch.no_grad()
-def plain_verdict(scorer: Scorer, reference: str, first: str, second: str | None) -> tuple[float, float]:
-    """p of the first against the second, or of the first alone, and the value of the likeliest verdict."""
+def plain_shares(scorer: Scorer, reference: str, first: str, second: str | None) -> np.ndarray:
+    """The probability of each verdict on the first against the second, or on the first alone."""
     texts = (reference, f"First: {first}\n", f"Second: {'none' if second is None else second}\nBetter:")
     tokenizer = scorer.text_model.tokenizer
     ids = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]
@@ -26,8 +26,13 @@ def plain_verdict(scorer: Scorer, reference: str, first: str, second: str | None
     weight = scorer.text_model.decoder.head_weight.double()
     logits = [float(weight[token] @ hidden) for token in scorer.verdict_token_ids.tolist()]
     shares = np.exp(np.array(logits) - max(logits))
-    values = VALUES[scorer.verdict_form]
-    return float(shares @ np.array(values) / shares.sum()), values[int(np.argmax(logits))]
+    return shares / shares.sum()
+
+
+def plain_verdict(scorer: Scorer, reference: str, first: str, second: str | None) -> tuple[float, float]:
+    """p of the first against the second, or of the first alone, and the value of the likeliest verdict."""
+    shares, values = plain_shares(scorer, reference, first, second), VALUES[scorer.verdict_form]
+    return float(shares @ np.array(values)), values[int(np.argmax(shares))]
 
 
 def contenders(ratings: Sequence[float], margin: float, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +344,56 @@ def test_modes_in_combination_are_those_of_a_plain_loop(case):
     assert funnel["kept"] == len(expected) and funnel["pairs_proposed"] == len(expected) + sum(
         count for reason, count in dropped.items() if reason != "same_correctness"
     )
+
+
+def test_shares_of_pairs_by_correctness_and_their_mean_confidence_are_literal():
+    kinds = [
+        ("red", "blue"),
+        ("red", "blue"),
+        ("red", "blue"),
+        ("red", "red"),
+        ("blue", "blue"),
+        ("blue", "red"),
+        ("blue", "red"),
+    ]
+    samples, candidates, rows = [], {}, []
+    for number, answers in enumerate(kinds):
+        name = f"s{number}"
+        own = [candidate(k, answer, sample_id=name) for k, answer in enumerate(answers)]
+        rows.append(row(own, [0.9, 0.1], (number + 1) / 8))
+        samples.append(sample(name))
+        candidates[name] = own
+    _, funnel = curate(samples, candidates, rows, LOOSE, 0)
+    assert funnel["pair_correctness"] == pytest.approx(
+        {"right_over_wrong": 3 / 7, "right_over_right": 1 / 7, "wrong_over_wrong": 1 / 7, "wrong_over_right": 2 / 7}
+    )
+    assert funnel["mean_kept_confidence"] == pytest.approx(4 / 8)
+    kept = [{"confidence": 1.0}, {"confidence": 0.125}, {"confidence": 0.125}]
+    _, funnel = curate(
+        samples[:3],
+        candidates,
+        [row(candidates[f"s{k}"], [0.9, 0.1], one["confidence"]) for k, one in enumerate(kept)],
+        LOOSE,
+    )
+    assert funnel["mean_kept_confidence"] == pytest.approx(1.25 / 3)  # a mean, no median
+
+
+def test_what_was_not_compared_is_no_measurement():
+    """Of four candidates' six pairs one was compared: its confidence is the mean, and the histogram's only one."""
+    own = [candidate(i) for i in range(4)]
+    confidence = np.zeros((4, 4))
+    confidence[0, 3] = confidence[3, 0] = 0.8
+    rows = [row(own, [0.9, 0.5, 0.5, 0.1], confidence, pairs=1, verdicts=2)]
+    _, funnel = run(own, rows)
+    assert funnel["mean_confidence"] == pytest.approx(0.8)
+    assert funnel["confidence_histogram"]["counts"] == [0] * 16 + [1] + [0] * 3
+    assert sum(funnel["score_histogram"]["counts"]) == 4
+
+
+def test_lengths_are_of_tokens_and_of_words_where_there_are_none():
+    own = [candidate(0, text="<see> A b c. </see> <answer> red </answer>", tokens=10), candidate(1, tokens=21)]
+    settings = LOOSE.replace(max_length_ratio=2.0)
+    assert run(own, [row(own, [0.9, 0.1])], settings)[1]["dropped"]["length"] == 1
+    own = [replace(one, token_ids=()) for one in own]  # 8 words against 13
+    assert run(own, [row(own, [0.9, 0.1])], settings)[1]["dropped"]["length"] == 0
+    assert run(own, [row(own, [0.9, 0.1])], settings.replace(max_length_ratio=1.5))[1]["dropped"]["length"] == 1

@@ -237,3 +237,44 @@ def test_headroom_of_literal_candidates(samples: list[Sample]) -> None:
         "scorer_oracle_agreement": 2 / 4,
     }
     assert measure_headroom(chosen, [False] * 6, candidates, rows[3:])["scorer_oracle_agreement"] is None
+
+
+def test_figures_by_ability_and_by_kind_of_claim_are_counted_one_by_one(samples: list[Sample]) -> None:
+    """Of each ability some samples can't be verified; some rationales see right and reason wrong."""
+    texts = {sample.id: text for sample, text in build_raps(samples, "tagged")[0]}
+    made = []
+    for number, sample in enumerate(samples):
+        text = texts[sample.id]
+        if number % 4 == 1:
+            text = (
+                text.replace("<answer>", "<think> There are 9 circles. </think> <answer>")
+                if "<think>" not in text
+                else (text.replace("</think>", "There are 9 circles. </think>"))
+            )
+        elif number % 4 == 2:
+            text = text.replace("<see>", "<see> There is a large teal star.")
+        if number % 5 == 0:
+            sample = replace(sample, extra={"ability": sample.extra["ability"]})
+        made.append(predict(sample, text))
+    entry = summary(made)
+    judged = [one.judgement for one in made if one.judgement is not None]
+    figures = {"perception_accuracy": "perception_right", "reasoning_accuracy": "reasoning_right"}
+    shares = {name: sum(getattr(one, field) for one in judged) / len(judged) for name, field in figures.items()}
+    assert {name: entry[name] for name in figures} == pytest.approx(shares)
+    assert abs(shares["perception_accuracy"] - shares["reasoning_accuracy"]) > 0.01
+    for ability, group in entry["by_ability"].items():
+        own = [one for one in made if one.sample.extra["ability"] == ability]
+        aligned_of = [one.judgement.aligned for one in own if one.judgement is not None]
+        assert 0 < len(aligned_of) < len(own) == group["n"]
+        assert group["accuracy"] == pytest.approx(sum(one.right for one in own) / len(own))
+        assert group["alignment"] == pytest.approx(sum(aligned_of) / len(aligned_of))
+    assert len(entry["by_ability"]) == 6
+
+
+def test_headroom_is_measured_on_the_first_samples_that_have_a_scene_and_a_program(samples: list[Sample]) -> None:
+    def without(sample: Sample, name: str) -> Sample:
+        return replace(sample, extra={key: value for key, value in sample.extra.items() if key != name})
+
+    mixed = [without(samples[0], "program"), samples[1], without(samples[2], "scene"), *samples[3:6]]
+    assert headroom_samples(mixed, 3) == [samples[1], samples[3], samples[4]]
+    assert headroom_samples(mixed, 9) == [samples[1], *samples[3:6]]

@@ -465,3 +465,42 @@ def test_a_step_s_metrics_by_hand() -> None:
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-10, abs=1e-12)
     terms = [meta.weight * math.log1p(math.exp(-margin)) for meta, margin in zip(metas, margins, strict=True)]
     assert loss.item() == pytest.approx(sum(terms) / 1.5 + 0.5 * rehearsed_loss, rel=1e-10)
+
+
+@pytest.mark.parametrize(("roundoffs", "passes"), [(3.0, True), (3.5, False)])
+def test_the_first_step_is_bounded_by_the_number_of_its_responses(roundoffs: float, passes: bool) -> None:
+    """Two responses may differ by 64 (1 + 3 / sqrt(2)) = 64 x 3.12 roundoffs a root token, one by 64 x 4."""
+    model = SmallModel()
+    (pair,) = referenced(model, 1)
+    z = roundoffs * 64 * 2.0**-36
+    lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
+    moved = replace(
+        pair,
+        reference_chosen_logprob=pair.reference_chosen_logprob - z * math.sqrt(lengths[0]),
+        reference_rejected_logprob=pair.reference_rejected_logprob - z * math.sqrt(lengths[1]),
+    )
+    if passes:
+        assert len(trained(model, [moved], SETTINGS)) == 1
+    else:
+        with pytest.raises(SrcfastError, match="before the first update"):
+            trained(model, [moved], SETTINGS)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.1e-3, 5.0])
+@pytest.mark.parametrize("field", ["reference_chosen_logprob", "reference_rejected_logprob"])
+def test_a_reference_that_is_no_log_probability_is_refused(field: str, value: float) -> None:
+    (pair,) = random_preferences(1)
+    stored = replace(
+        pair, reference_chosen_logprob=-1.0, reference_rejected_logprob=-1.0, extra={"reference_hash": "a"}
+    )
+    check_reference_hash(stored, "a")
+    check_reference_hash(replace(stored, **{field: 0.9e-3}), "a")  # rounding
+    with pytest.raises(InputError, match=f"{field}.*at most 0"):
+        check_reference_hash(replace(stored, **{field: value}), "a")
+
+
+def test_a_step_s_greatest_log_probability_may_round_above_0() -> None:
+    check_logprobs({"step": 0, "max_logprob": 0.9e-3})
+    check_logprobs({"step": 0})
+    with pytest.raises(SrcfastError, match="found 0.0011"):
+        check_logprobs({"step": 0, "max_logprob": 1.1e-3})

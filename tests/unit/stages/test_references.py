@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.small_lvlm import IMAGES, SmallLVLM, load_image
+from helpers.small_model import SmallModel
 
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.turns import Turn
 from srcfast.models import ImageFeatures
 from srcfast.stages.candidates import prompts_of
 from srcfast.stages.drift import rounding_bound
-from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.logprobs import reference_logprobs, with_reference
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.references import RECHECKED, reuse_candidate_logprobs
 
@@ -159,3 +162,100 @@ def test_another_prompt_or_no_candidate_is_computed(round_: Round) -> None:
     assert (report.eligible, report.rechecked, report.reused) == (0, 0, 0)
     assert report.disagreement is report.tolerance is report.worst is None
     assert [values(pair) for pair in found] == [values(pair) for pair in round_.exact(round_.pairs)]
+
+
+# By literal numbers, without a model -------------------------------------------------------------------------------------
+
+
+class Reused:
+    """Candidates whose log-probability is off by `offs` roundoffs a root token from the exact one, -2 a token."""
+
+    def __init__(self, offs: Sequence[float]) -> None:
+        self.model = SmallModel(dtype=torch.float32)
+        self.offs, self.pairs, self.candidates, self.samples = list(offs), [], {}, {}
+        self.asked: list[list[str]] = []
+        for number, off in enumerate(offs):
+            name = f"s{number}"
+            texts = ("a" * (number % 5 + 3), "b" * (number % 3 + 8))
+            own = []
+            for side, text in enumerate(texts):
+                tokens = tuple(self.model.encode_response(text).tolist())
+                z = (off if side == 0 else 0.0) * 2.0**-20
+                logprob = -2.0 * len(tokens) + z * len(tokens) ** 0.5
+                own.append(Candidate(f"{name}#{side}", name, text, "", "", logprob, tokens))
+            self.candidates[name] = own
+            self.samples[name] = Sample(name, (), "Why?", "3")
+            extra = {"chosen_id": f"{name}#0", "rejected_id": f"{name}#1"}
+            self.pairs.append(Preference(name, (), "Why?", *texts, extra=extra))
+
+    def exact(self, model: Any, pairs: Sequence[Preference], *, reference_hash: str, **_: Any) -> list[Preference]:
+        self.asked.append([pair.sample_id for pair in pairs])
+        return [
+            with_reference(
+                pair, *(-2.0 * len(model.encode_response(t)) for t in (pair.chosen, pair.rejected)), reference_hash
+            )
+            for pair in pairs
+        ]
+
+    def reuse(self, **options: Any) -> tuple[list[Preference], Any]:
+        return reuse_candidate_logprobs(
+            self.model, self.pairs, self.samples, self.candidates, logprobs=self.exact, seed=4, **(OPTIONS | options)
+        )
+
+
+@pytest.mark.parametrize(("count", "rechecked"), [(3, 3), (16, 16), (40, 16), (500, 25)])
+def test_as_many_pairs_are_rechecked_as_the_seed_draws(count: int, rechecked: int) -> None:
+    round_ = Reused([1.0] * count)
+    pairs, report = round_.reuse()
+    drawn = Random("references/4").sample(range(count), rechecked)
+    assert round_.asked == [[f"s{number}" for number in sorted(drawn)]]
+    assert (report.pairs, report.eligible, report.rechecked, report.reused) == (
+        count,
+        count,
+        rechecked,
+        count - rechecked,
+    )
+    # Of each pair's two responses one is off by a roundoff.
+    assert report.disagreement == pytest.approx(2.0**-20 / 2**0.5, rel=1e-6)
+    assert report.worst == pytest.approx(2.0**-20, rel=1e-6)
+    assert report.tolerance == pytest.approx(2.0**-20 * 64 * (1 + 3 / (2 * rechecked) ** 0.5))
+    for number, pair in enumerate(pairs):
+        own = round_.candidates[pair.sample_id]
+        exact = -2.0 * len(own[0].token_ids)
+        assert pair.reference_chosen_logprob == (exact if number in drawn else own[0].logprob)
+        assert pair.reference_rejected_logprob == -2.0 * len(own[1].token_ids)
+        assert pair.extra["reference_hash"] == "abc"
+
+
+@pytest.mark.parametrize(("off", "agrees"), [(250.0, True), (260.0, False)])
+def test_one_response_that_differs_by_more_than_rounding_has_all_computed(off: float, agrees: bool) -> None:
+    """The bound of one is 64 x 4 = 256 roundoffs."""
+    drawn = Random("references/4").sample(range(20), 16)
+    round_ = Reused([off if number == drawn[7] else 0.0 for number in range(20)])
+    _, report = round_.reuse()
+    left = sorted(set(range(20)) - set(drawn))
+    assert report.reused == (4 if agrees else 0)
+    assert round_.asked[1:] == ([] if agrees else [[f"s{number}" for number in left]])
+    assert report.worst == pytest.approx(off * 2.0**-20, rel=1e-5)
+
+
+@pytest.mark.parametrize("other", ["tokens", "prompt", "images", "turns", "candidate", "sample"])
+def test_what_is_not_the_pair_s_own_response_is_computed(other: str) -> None:
+    round_ = Reused([0.0] * 20)
+    name = "s5"
+    if other == "tokens":
+        round_.candidates[name][1] = replace(round_.candidates[name][1], token_ids=(1, 2))
+    elif other == "candidate":
+        del round_.candidates[name][1]
+    elif other == "sample":
+        del round_.samples[name]
+    else:
+        change = {
+            "prompt": {"question": "Who?"},
+            "images": {"images": ("a.png",)},
+            "turns": {"turns": (Turn("user", "x"),)},
+        }
+        round_.samples[name] = replace(round_.samples[name], **change[other])
+    pairs, report = round_.reuse()
+    assert (report.eligible, report.rechecked) == (19, 16) and name in round_.asked[0] and len(round_.asked[0]) == 17
+    assert pairs[5].reference_rejected_logprob == -2.0 * len(round_.model.encode_response(pairs[5].rejected))

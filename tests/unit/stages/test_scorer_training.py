@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.plain_scoring import VALUES, plain_shares, plain_verdict
 from helpers.small_scorer import small_tokenizer, write_text_model
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
@@ -187,3 +188,97 @@ def test_the_first_loss_is_the_mean_over_all_slots_whatever_the_cut(scorer_direc
         losses.append(train_scorer(scorer, examples, settings)[0]["loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # fp32: the order of summation differs
     assert np.isfinite(losses[0])
+
+
+# Against comparisons that are each run as a text of its own ---------------------------------------------------------------
+
+
+def right_verdict(example, first, second, form):
+    """The index of the verdict that is right: by the lead in faults, or by whether there are any."""
+    own = example.variants[first].faults
+    last = len(VALUES[form]) - 1
+    if second == ALONE:
+        return last if own else 0
+    lead = example.variants[second].faults - own
+    if form == "choice":
+        return 0 if lead > 0 else 2 if lead < 0 else 1
+    return {0: 2, 1: 1, -1: 3}.get(lead, 0 if lead > 0 else 4)
+
+
+def graded_examples():
+    """Faults from 0 to 3, two of them equal, and pairs that are compared in one order alone."""
+    variants = tuple(
+        Variant(f"So it is {word}", faults, kind)
+        for word, faults, kind in (("red", 0, "none"), ("blue", 1, "counterfactual"), ("green gold", 3, "insufficient"))
+    )
+    more = (*variants, Variant("It is", 1, "unreasonable"))
+    sample = Sample("a", (), "Which?", "red")
+    whole = scorer_example(sample, more)
+    one_way = ScorerExample("b", "Answer: blue\n", variants, ((0, 1), (1, 2), (2, 1), (2, ALONE)))
+    return [whole, one_way]
+
+
+@pytest.mark.parametrize("form", ["choice", "graded"])
+def test_figures_of_a_scorer_are_those_of_comparisons_one_by_one(scorer_directory, form):
+    scorer, examples = load_scorer(scorer_directory, verdict_form=form).eval(), graded_examples()
+    values = VALUES[form]
+    sides, by_fault, alone, hits, preferred, flips = {}, {}, [], [], [], []
+    for example in examples:
+        for first, second in example.pairs:
+            texts = [example.variants[first].text, None if second == ALONE else example.variants[second].text]
+            p, verdict = plain_verdict(scorer, example.reference, *texts)
+            target = values[right_verdict(example, first, second, form)]
+            right = (verdict > 0.5) - (verdict < 0.5) == (target > 0.5) - (target < 0.5)
+            if second == ALONE:
+                alone.append(right)
+                continue
+            hits.append(right)
+            own, other = (example.variants[k] for k in (first, second))
+            name = "tie" if own.faults == other.faults else "bad_or_worse" if own.faults and other.faults else ""
+            by_fault.setdefault(name or (own.kind if own.faults else other.kind), []).append(right)
+            sides[example.key, first, second] = p, verdict, target
+    for (key, i, j), (p, verdict, target) in sides.items():
+        if i < j and (key, j, i) in sides:
+            back, back_verdict, _ = sides[key, j, i]
+            flips.append((verdict > 0.5) == (back_verdict > 0.5) and 0.5 not in (verdict, back_verdict))
+            if target != 0.5:
+                preferred.append(((p + 1 - back) / 2 > 0.5) == (target > 0.5))
+    assert len(hits) == 15 and len(preferred) == 6 and len(flips) == 7
+    found = evaluate_scorer(scorer, examples, token_budget=10_000, seed=3)
+    expected = {
+        "accuracy": np.mean(hits),
+        "alone_accuracy": np.mean(alone),
+        "preference_accuracy": np.mean(preferred),
+        "order_flip_rate": np.mean(flips),
+        "n": 15,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert found["by_fault"] == pytest.approx({name: np.mean(rights) for name, rights in by_fault.items()})
+    # Resampled by example, whose shares are of 12 and of 3 verdicts.
+    shares = (sum(hits[:12]), 12), (sum(hits[12:]), 3)
+    picks = np.random.default_rng(3).integers(0, 2, (1000, 2))
+    resampled = [sum(shares[k][0] for k in pick) / sum(shares[k][1] for k in pick) for pick in picks.tolist()]
+    assert found["ci95"] == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
+
+
+@pytest.mark.parametrize("form", ["choice", "graded"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_the_loss_is_the_mean_over_all_slots_of_a_batch(scorer_directory, form, micro_batch):
+    scorer, examples = load_scorer(scorer_directory, verdict_form=form), graded_examples()
+    losses, hits = [], []
+    for example in examples:
+        for first, second in example.pairs:
+            texts = [example.variants[first].text, None if second == ALONE else example.variants[second].text]
+            shares = plain_shares(scorer, example.reference, *texts)
+            target = right_verdict(example, first, second, form)
+            assert target_verdict(example, first, second, len(VALUES[form])) == target
+            losses.append(-np.log(shares[target]))
+            hits.append(int(np.argmax(shares)) == target)
+    settings = TrainingConfig(
+        micro_batch_size=micro_batch, gradient_accumulation_steps=2 // micro_batch, learning_rate=1e-3,
+        activation_checkpointing=0,
+    ).seeded(1)  # fmt: skip
+    (step,) = train_scorer(scorer, examples, settings)
+    assert step["forests"] == 2 // micro_batch
+    assert step["loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # fp32
+    assert step["accuracy"] == pytest.approx(np.mean(hits), abs=1e-6)
