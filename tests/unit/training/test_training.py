@@ -443,3 +443,60 @@ def test_flops_of_a_base_that_is_trained_are_six_a_weight_and_token() -> None:
     measured = meter.measure({"tokens": 50}, [forest])
     assert measured["tokens_per_second"] == pytest.approx(25.0, rel=0.1)  # the clock's
     assert measured["mfu"] == pytest.approx(meter._flops([forest]) / 2e9, rel=0.1)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_step_that_is_run_again_gives_the_numbers_of_the_step_and_changes_no_weight(step: int) -> None:
+    """With dropout, whose masks follow from the step's number; the weights are those before it."""
+    settings = SETTINGS.replace(micro_batch_size=2, gradient_accumulation_steps=3, epochs=2)
+    lora = LoRAConfig(r=3, alpha=12.0, dropout=0.4)
+    model, items = SmallModel(lora=lora), response_items(12)
+    before: list[torch.Tensor] = []
+
+    def remember(metrics: dict) -> None:
+        if metrics["step"] == step:
+            before.extend(p.detach().clone() for p in model.parameters() if p.requires_grad)
+
+    objective = Objective(rationale_loss, response_tokens)
+    history = train(model, items, objective=objective, settings=settings, before_update=remember)
+    again = SmallModel(lora=lora)
+    weights = [p for p in again.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for weight, value in zip(weights, before, strict=True):
+            weight.copy_(value)
+    batch = [items[index] for index in global_batch(12, step, settings)]
+    metrics = training.rerun_step(again, batch, step, objective=objective, settings=settings)
+    for name in ("loss", "grad_norm", "max_logprob", "response_tokens"):
+        assert metrics[name] == pytest.approx(history[step][name], rel=1e-10), name
+    other = training.rerun_step(again, batch, step + 1, objective=objective, settings=settings)
+    assert (other["loss"] != pytest.approx(metrics["loss"], rel=1e-6)) == (step > 0)  # at first B is 0
+    assert all(torch.equal(now, then) for now, then in zip(weights, before, strict=True))
+
+
+def test_a_rank_s_dropout_follows_the_positions_in_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 2 runs some items of each batch, under the keys that one rank alone would give them."""
+    asked: list[tuple[int, int, list[int]]] = []
+    keys = training.step_keys
+
+    def recorded(seed: int, step: int, positions: Any) -> Any:
+        asked.append((seed, step, list(positions)))
+        return keys(seed, step, positions)
+
+    monkeypatch.setattr(training, "step_keys", recorded)
+    monkeypatch.setattr(training.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "check_same_start", lambda weights, trees: None)
+    monkeypatch.setattr("srcfast.training.step.StepNumbers.of", classmethod(one_rank(StepNumbers.of)))
+    items = response_items(16)
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0, dropout=0.4))
+    train(model, items, objective=Objective(rationale_loss, response_tokens), settings=SETTINGS)
+    sizes = [item.tree.num_tokens for item in items]
+    for step, (seed, number, positions) in enumerate(asked):
+        batch = global_batch(16, step, SETTINGS)
+        shares: list[list[int]] = [[], []]
+        for position in sorted(range(8), key=lambda position: (-sizes[batch[position]], position)):
+            totals = [sum(sizes[batch[index]] for index in share) for share in shares]
+            shares[totals.index(min(totals))].append(position)
+        assert (seed, number, positions) == (3, step, sorted(shares[1]))
+        assert positions != list(range(len(positions)))
+    assert len(asked) == 2

@@ -31,6 +31,7 @@ from srcfast.training.checkpoint import (
 )
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
+from srcfast.training.optimizer import AdamW
 
 # 5 items in batches of 4: an epoch's last batch is smaller, and each batch of 4 is run as two forests.
 SETTINGS = TrainingConfig(
@@ -317,3 +318,53 @@ def test_each_setting_that_changes_no_number_may_change(name: str, tmp_path: Pat
     save_training(tmp_path, SavedTraining(1, torch.zeros(2), {}, [{}], identity, 0.0))
     loaded = load_training(tmp_path, identity | {"loop": identity["loop"] | {name: 0.123}})
     assert loaded is not None and loaded.step == 1
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps", "passed", "step", "saves"),
+    [
+        (10.0, 0, 599.0, 7, False),
+        (10.0, 0, 600.0, 7, True),
+        (0.5, 0, 29.0, 7, False),
+        (0.5, 0, 31.0, 7, True),
+        (0, 0, 1e9, 7, False),  # 0: never by time
+        (0, 3, 0.0, 3, True),
+        (0, 3, 0.0, 4, False),
+        (0, 3, 0.0, 6, True),
+        (10.0, 3, 1.0, 4, False),
+        (10.0, 3, 601.0, 4, True),
+    ],
+)
+def test_a_checkpoint_is_due_by_minutes_or_by_steps(
+    minutes: float, steps: int, passed: float, step: int, saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("srcfast.training.checkpoint.time.monotonic", lambda: clock[0])
+    checkpoints = TrainingCheckpoints(tmp_path, {}, minutes, steps)
+    checkpoints._last = clock[0]
+    clock[0] += passed
+    assert checkpoints.due(step) == (0, saves)
+
+
+def test_seconds_add_up_over_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 seconds, a pause of hours, 25 seconds more: 65 in the last checkpoint."""
+    clock = [1000.0]
+    monkeypatch.setattr("srcfast.training.checkpoint.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("srcfast.training.checkpoint.weights_hash", lambda *weights: "as it began")
+    known: list[tuple[int, float]] = []
+    optimizer = AdamW(SmallModel(lora=LoRAConfig(r=3, alpha=12.0)).decoder.layers[0].self_attn.q_proj.parameters())
+    for seconds, step in ((40.0, 1), (25.0, 2), (5.0, 3)):
+        clock[0] += 10_000.0
+        checkpoints = TrainingCheckpoints(
+            tmp_path, {}, on_continue=lambda history, spent: known.append((len(history), spent))
+        )
+        checkpoints._began = clock[0]
+        begun, history = checkpoints.begin(optimizer, SETTINGS.loop(), response_items(1))
+        assert begun == step - 1
+        clock[0] += seconds
+        checkpoints.save(step, optimizer, [*history, {"step": step - 1}])
+    assert [json.loads((tmp_path / f"step-0000000{k}" / "state.json").read_text())["seconds"] for k in (2, 3)] == [
+        65,
+        70,
+    ]
+    assert known == [(1, 40.0), (2, 65.0)]
