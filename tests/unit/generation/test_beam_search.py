@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from srcfast.config.settings import CandidatesConfig
 from srcfast.data.records import Candidate, Sample
-from srcfast.generation.beam_search import Beam, Search, _diverse, bigram_overlap, sentence_beam_search
+from srcfast.generation.beam_search import Beam, Search, _choose, _diverse, bigram_overlap, sentence_beam_search
 from srcfast.generation.decode import Prompt, Start, Written
 from srcfast.generation.generate import Generated, generate_greedy, random_of
 from srcfast.generation.sentences import sentence_ended
@@ -364,3 +365,24 @@ def test_a_sample_s_numbers_follow_from_seed_and_key() -> None:
     expected = np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32)).random(3)
     assert random_of(5, "sample").random(3).tolist() == expected.tolist()
     assert len({float(random_of(seed, key).random()) for seed in (0, 1) for key in ("a", "b")}) == 4
+
+
+def test_of_candidates_of_one_text_the_best_by_score_counts() -> None:
+    """The longer one has the lower sum and the higher mean."""
+    search = FixedRows()
+    search.task.finished = [beam("abcd", -4.0), beam("abcdef", -4.5), beam("xy", -3.0)]
+    model: Any = SimpleNamespace(decode=lambda tokens: "x" if tokens[0] == ord("x") else "one text")
+    chosen = _choose(model, search.task, search.settings)
+    assert [(len(one.token_ids), one.logprob, one.finished) for one in chosen] == [(6, -4.5, True), (2, -3.0, True)]
+    chosen = _choose(model, search.task, search.settings.replace(length_penalty=0.0))
+    assert [(len(one.token_ids), one.logprob) for one in chosen] == [(2, -3.0), (4, -4.0)]
+
+
+def test_a_response_is_finished_once() -> None:
+    search = FixedRows()
+    search.task.begin()
+    search.ended(((7, 0), -1.0), ((7, 0), -1.0))
+    assert [one.tokens for one in search.task.finished] == [(7, 0)]
+    search.task.parents = [Beam(), Beam((7,), -0.5)]
+    search.ended(((7, 0), -1.0), ((0,), -0.5))
+    assert [one.tokens for one in search.task.finished] == [(7, 0)]
