@@ -127,6 +127,9 @@ class Scorer(nn.Module):
             pairs: (first, second) indices into texts, second -1 for a candidate rated alone; default: all ordered
                 pairs.
             key: the tree's key, which errors name: the sample's id.
+
+        Raises:
+            InputError: two candidates need more positions than the model has, or a text has tokens that its embedding lacks.
         """
         pairs = sorted(all_pairs(len(texts)) if pairs is None else pairs)
         root = np.concatenate([self.opening, self.encode(reference)])
@@ -143,6 +146,10 @@ class Scorer(nn.Module):
             if len(self.closing):
                 tokens = np.concatenate([tokens, self.closing])
             segments.append(Segment(tokens, node_of[first]))
+            length = sum(segments[number].tokens.size for number in (0, node_of[first], -1))
+            if length > (most := self.text_model.decoder.config.max_positions):
+                expected, fix = f"at most {most} tokens, the R-Scorer's positions", "shorten candidates, or take another"
+                raise InputError(sample_id=key, field="candidates", expected=expected, found=f"{length} tokens", fix=fix)
         order = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         tree = Tree(tuple(segments), key=key)
         return JudgeTree(tree, order[:, 0], order[:, 1], slots)

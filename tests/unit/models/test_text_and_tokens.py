@@ -149,6 +149,16 @@ def test_a_response_beyond_the_last_position_is_refused_and_none_is_generated(ba
     assert runs[0] == runs[1] and runs[0][0] == [[]]
 
 
+def test_candidates_beyond_the_r_scorer_s_positions_are_refused_by_name(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(ASSETS / "scorer", tmp_path / "scorer"))
+    change_json(directory / "config.json", lambda it: it.update(max_position_embeddings=60))
+    scorer = load_scorer(directory)
+    short = scorer.judge_tree("Q\n", ["a", "b"], key="s-7").tree  # root, two firsts, a second under each
+    assert max(short.segments[0].tokens.size + 2 * one.tokens.size for one in short.segments[1:]) <= 60
+    with pytest.raises(InputError, match=r"sample 's-7', field 'candidates': expected at most 60 tokens"):
+        scorer.judge_tree("Q\n", ["a", "red " * 60], key="s-7")
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
