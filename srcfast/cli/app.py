@@ -61,23 +61,9 @@ DISK_FIXES = {
     errno.EFBIG: "see to `ulimit -f`, or take another file system: this one has no files so large; the same command continues",
     errno.EMFILE: "raise `ulimit -n`; the same command continues",
     errno.ENFILE: "close other programs' files; the same command continues",
-    **dict.fromkeys(
-        (
-            errno.EISDIR,
-            errno.ENOTDIR,
-            errno.EEXIST,
-            errno.ENAMETOOLONG,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ELOOP,
-            errno.EBUSY,
-            errno.ENOTEMPTY,
-            errno.EXDEV,
-            errno.ETXTBSY,
-            errno.EOPNOTSUPP,
-        ),
-        ANOTHER_PATH,
-    ),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), ANOTHER_PATH),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY, errno.EXDEV), ANOTHER_PATH),
+    **dict.fromkeys((errno.ETXTBSY, errno.EOPNOTSUPP), ANOTHER_PATH),
 }
 
 

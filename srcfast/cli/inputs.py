@@ -15,7 +15,7 @@ from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.in_order import InOrder, samples_in_order
-from srcfast.data.jsonl import check_writable, read_shards, write_jsonl
+from srcfast.data.jsonl import COMPLETE, check_writable, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
@@ -23,6 +23,9 @@ from srcfast.launch import read_launch
 from srcfast.run.lock import lock_directory
 from srcfast.stages.datasets import read_training_samples, training_sets
 
+# Files that commands write in their --output.
+FILES = (COMPLETE, "00000.jsonl", "inputs.jsonl", "metrics.jsonl", "rejected.jsonl", "summary.json")
+MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
 
@@ -104,6 +107,10 @@ def check_output(
                 "Fix: name another"
             )
     check_writable(output, is_file=is_file)
+    if not is_file:
+        check_writable(output / "checkpoint")
+        for name in (*FILES, *MODEL_FILES):
+            check_writable(output / name, is_file=True)
 
 
 def steps(profile: str | None) -> range | None:

@@ -115,6 +115,7 @@ def bench(name: str | None, device: str | None, output: Path | None) -> None:
         raise ConfigError(f"benchmark: expected one of {', '.join(known)}, found {name!r}")
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     output = output or (results if results.is_dir() else Path("benchmarks"))
+    inputs.check_output(None, output)
     failed = []
     for benchmark in (name,) if name else known:
         on = "cpu" if benchmark in GENERAL_STAGES else device

@@ -30,15 +30,13 @@ _CORE_SCHEMA = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
-
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a text that either version of YAML reads as something else."""
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_BASES = {"0o": 8, "0x": 16}
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, _BASES.get(node.value[:2], 10)))
 for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))

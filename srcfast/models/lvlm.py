@@ -302,15 +302,11 @@ def save_lvlm(model: AnyLVLM, directory: str | Path, dtype: torch.dtype | None =
     directory = Path(directory)
     if isinstance(model, TransformersLVLM):
         model.decoder.save(directory, dtype)
-        return _copy_companions(model, directory, dtype)
-    tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
-    for name, tensor in model.decoder.state_dict().items():
-        tensors[name if name.startswith("lm_head") else f"model.language_model.{name}"] = tensor
-    save_tensors(directory / WEIGHTS, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
-    _copy_companions(model, directory, dtype)
-
-
-def _copy_companions(model: AnyLVLM, directory: Path, dtype: torch.dtype | None) -> None:
+    else:
+        tensors = {f"model.{name}": tensor for name, tensor in model.vision.model.state_dict().items()}
+        for name, tensor in model.decoder.state_dict().items():
+            tensors[name if name.startswith("lm_head") else f"model.language_model.{name}"] = tensor
+        save_tensors(directory / WEIGHTS, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
     copy_companions(model.path, directory)
     _settle_config(directory / "config.json", dtype or next(model.parameters()).dtype)
 

@@ -110,13 +110,9 @@ class RunDirectory:
 
         Raises what writing the other files of a run would raise, hours later, where something else lies in their way.
         """
-        for name in (
-            "checkpoint",
-            "predictions",
-            "rationale/adapter",
-            *(f"iteration-{k}" for k in range(1, config.iterations + 1)),
-        ):
-            check_writable(self.path / name)
+        rounds = [self.iteration(number) for number in range(1, config.iterations + 1)]
+        for folder in (self.path / "checkpoint", self.path / "predictions", self.rationale_adapter, *rounds):
+            check_writable(folder)
         for file in (self.manifest_file, self.metrics_file, self.summary_file, self.rejected_file, self.report_file):
             check_writable(file, is_file=True)
         text = dump_yaml(config.model_dump(mode="json"), sort_keys=False)

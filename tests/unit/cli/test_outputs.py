@@ -198,3 +198,33 @@ def test_what_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
         check_writable(path)
         check_writable(path / "file", is_file=True)
     assert all_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("dpo", "adapter_model.safetensors"), ("rationale", "metrics.jsonl"), ("candidates", "COMPLETE")]
+    + [
+        ("merge", "model.safetensors"),
+        ("evaluate", "summary.json"),
+        ("score", "00000.jsonl"),
+        ("scorer", "config.json"),
+    ],
+)
+def test_a_folder_in_the_way_of_a_command_s_file_is_named_before_anything_is_read(
+    srcfast: Srcfast, tmp_path: Path, command: str, name: str
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    done = srcfast(*words_of(command, tmp_path / "elsewhere", tmp_path / "out"))
+    assert done.exit_code == 2 and f"{name}: expected a file to write, or nothing, found a directory" in done.output
+    assert "no-such" not in done.output
+
+
+@pytest.mark.parametrize("command", ["dpo", "rationale", "scorer", "candidates"])
+def test_a_file_in_the_way_of_a_command_s_checkpoints_is_named_before_anything_is_read(
+    srcfast: Srcfast, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint").write_text("precious")
+    done = srcfast(*words_of(command, tmp_path / "elsewhere", tmp_path / "out"))
+    assert done.exit_code == 1 and f"{tmp_path / 'out' / 'checkpoint'}: {os.strerror(errno.ENOTDIR)}" in done.output
+    assert "no-such" not in done.output
