@@ -110,9 +110,15 @@ class RunDirectory:
 
         Raises what writing the other files of a run would raise, hours later, where something else lies in their way.
         """
-        rounds = [self.iteration(number) for number in range(1, config.iterations + 1)]
-        for folder in (self.path / "checkpoint", self.path / "predictions", self.rationale_adapter, *rounds):
-            check_writable(folder)
+        rounds = [f"iteration-{number}" for number in range(1, config.iterations + 1)]
+        folders = [f"{name}/{kind}" for name in rounds for kind in ("candidates", "scores", "preferences", "adapter")]
+        folders += [
+            "checkpoint",
+            "rationale/adapter",
+            *(f"predictions/{name}" for name in ("base", "rationale", *rounds)),
+        ]
+        for name in folders:
+            check_writable(self.path / name)
         for file in (self.manifest_file, self.metrics_file, self.summary_file, self.rejected_file, self.report_file):
             check_writable(file, is_file=True)
         text = dump_yaml(config.model_dump(mode="json"), sort_keys=False)

@@ -171,13 +171,24 @@ def test_a_place_that_takes_no_file_is_named_by_the_output(
         assert done.exit_code == 1 and f"{output}: {os.strerror(number)}" in done.output, done.output
 
 
-@pytest.mark.parametrize(
-    "name", ["predictions", "checkpoint", "rationale", "iteration-1", "report", "rationale/adapter"]
-)
+WAYS_OF_A_RUN = [
+    "predictions",
+    "predictions/base",
+    "checkpoint",
+    "rationale",
+    "rationale/adapter",
+    "iteration-1",
+    "report",
+]
+WAYS_OF_A_RUN += ["iteration-1/candidates", "iteration-2/adapter", "predictions/iteration-2"]
+
+
+@pytest.mark.parametrize("name", WAYS_OF_A_RUN)
 def test_a_file_in_a_run_s_way_is_named_before_the_first_stage(srcfast: Srcfast, tmp_path: Path, name: str) -> None:
     (tmp_path / "runs" / "a" / name).parent.mkdir(parents=True)
     (tmp_path / "runs" / "a" / name).write_text("precious")
-    done = srcfast("calibrate", f"output={tmp_path / 'runs'}", "name=a", "model.path=no-such", "quiet=true")
+    words = ["calibrate", f"output={tmp_path / 'runs'}", "name=a", "iterations=2", "model.path=no-such", "quiet=true"]
+    done = srcfast(*words)
     assert done.exit_code == 1 and os.strerror(errno.ENOTDIR) in done.output, done.output
     assert str(tmp_path / "runs" / "a" / name) in done.output.replace("\n", "") and "no-such" not in done.output
 
