@@ -37,6 +37,9 @@ class _Dumper(yaml.SafeDumper):
 
 _BASES = {"0o": 8, "0x": 16}
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, _BASES.get(node.value[:2], 10)))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float", lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+)
 for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))

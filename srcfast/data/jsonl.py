@@ -203,8 +203,10 @@ def check_writable(path: Path, *, is_file: bool = False) -> None:
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         longest = max(path.relative_to(folder).parts, key=lambda part: len(os.fsencode(part)), default="probe")
-        with open(temporary_of(folder / longest), "xb") as probe:
-            os.unlink(probe.name)
+        probe = temporary_of(folder / longest)
+        remove_temporary(probe)
+        with open(probe, "xb"):
+            probe.unlink(missing_ok=True)  # a process that locks the folder removes what is temporary
 
 
 def write_text(path: str | Path, text: str) -> None:

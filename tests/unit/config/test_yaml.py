@@ -61,6 +61,10 @@ SCALARS = {
     "Null": None,
     "=": "=",
     "12GiB": "12GiB",
+    ".inf": float("inf"),
+    "-.INF": -float("inf"),
+    "!!int 010": 10,
+    "!!float 1": 1.0,
 }
 
 
@@ -102,7 +106,17 @@ def test_a_scalar_of_another_type_than_its_setting_s_is_refused_by_line(tmp_path
 
 
 def test_what_is_written_is_read_back_by_both_versions_of_yaml() -> None:
-    values = [*SCALARS, *SCALARS.values(), "é", "", "# x", "a: b", 1e-5, 1e22, -7]
+    values = [
+        *SCALARS,
+        *SCALARS.values(),
+        "é",
+        "",
+        "# x",
+        "a: b",
+        1e-5,
+        1e22,
+        -7,
+    ]
     text = dump_yaml(values)
     assert parse_yaml(text, "file", lambda node: None) == values
     assert yaml.safe_load(text) == values
