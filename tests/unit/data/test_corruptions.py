@@ -126,3 +126,19 @@ def test_omitting_draws_among_all_sentences_where_the_conclusion_needs_none():
         if think
     }
     assert left_out == set(SEE)
+
+
+def test_an_object_is_invented_from_a_sentence_of_several_attributes_and_stands_anywhere():
+    """ "There is a thing." has no attribute, "It is red." one: neither is copied."""
+    see = ("There is a red circle.", "It is red.", "There is a thing.")
+    places, invented = set(), set()
+    for seen, think, answer in many("counterfactual", count=600, see=see, think=("So it is.",), answer="7"):
+        if len(seen) == 4:
+            (new,) = [sentence for sentence in seen if sentence not in see]
+            assert tuple(sentence for sentence in seen if sentence != new) == see
+            assert (think, answer) == (("So it is.",), "7")
+            places.add(seen.index(new))
+            invented.add(new)
+    assert places == {0, 1, 2, 3}
+    assert len(invented) > 3 and all(new.startswith("There is a ") for new in invented)
+    assert not any("red" in new or "circle" in new for new in invented)  # all attributes are others

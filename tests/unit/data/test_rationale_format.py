@@ -237,3 +237,38 @@ def test_a_lone_article_is_an_answer() -> None:
 )
 def test_a_bare_answer_has_up_to_five_words(text: str, answer: str | None) -> None:
     assert parse_response(text).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("1. It is red. 2. It is small.", ["1. It is red.", "2. It is small."]),
+        ("(10) It is red. (11) It is small.", ["(10) It is red.", "(11) It is small."]),
+        ("It is red.\n100. It is small.", ["It is red.", "100. It is small."]),
+        ("a) It is red. B. It is small.", ["a) It is red.", "B. It is small."]),
+        ("It has 10. It is red.", ["It has 10.", "It is red."]),
+        ('He said "no." Then he left!', ['He said "no."', "Then he left!"]),
+        ("Dr. No is, e.g. here. Yes", ["Dr. No is, e.g. here.", "Yes"]),
+    ],
+)
+def test_markers_of_lists_begin_a_sentence_and_end_none(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("It is red. Answer: red", "red"),
+        ("It is red. Answer: red Answer: blue", None),
+        ("It is red. **Answer:** red", "red"),
+        ("It is red. Answer: red\nblue", None),
+        ("It is red. Answer:", None),
+        ("<see> a. </see> <answer> b </answer> c", None),
+        ("<see> a. </see> b <answer> c </answer>", None),
+        ("<see> a. </see> <answer> </answer>", None),
+        ("<think> a. </think> <answer> b </answer>", None),
+        ("<see> a. </see> <think> b. </think> <answer> c </answer>", "c"),
+    ],
+)
+def test_a_response_has_one_answer_at_its_end(text: str, answer: str | None) -> None:
+    assert parse_response(text).answer == answer

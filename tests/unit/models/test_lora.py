@@ -372,3 +372,17 @@ def test_with_dropout_selected_rows_are_those_of_all_rows(every: int) -> None:
     torch.testing.assert_close(selected, whole[rows], rtol=1e-10, atol=1e-12)
     with dropping(model.decoder, keys.flip(0)):
         assert not torch.allclose(model(forest), whole)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("both", True), ("lora_A", False), ("lora_B", False)])
+def test_an_adapter_changes_a_model_where_both_of_its_matrices_are_there(kind: str, changes: bool) -> None:
+    model = small()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if kind != "both" and name.endswith(kind):
+                parameter.zero_()
+    if changes:
+        check_adapter_changes(model, "adapter")
+    else:
+        with pytest.raises(InputError, match="an adapter that changes the model"):
+            check_adapter_changes(model, "adapter")

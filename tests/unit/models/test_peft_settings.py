@@ -208,3 +208,50 @@ def test_targets_are_those_of_peft(rng: Any) -> None:
                     options,
                     module,
                 )
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "adapted"),
+    [
+        ({"target_modules": ["q_proj"]}, "model.layers.0.self_attn.q_proj", True),
+        ({"target_modules": ["proj"]}, "model.layers.0.self_attn.q_proj", False),  # a name's end is a whole part of it
+        ({"target_modules": ["self_attn.q_proj"]}, "model.layers.0.self_attn.q_proj", True),
+        ({"target_modules": ["attn.q_proj"]}, "model.layers.0.self_attn.q_proj", False),
+        ({"target_modules": "all-linear"}, "model.layers.0.mlp.up_proj", True),
+        ({"target_modules": r".*\.mlp\..*"}, "model.layers.0.mlp.up_proj", True),
+        ({"target_modules": r"mlp\..*"}, "model.layers.0.mlp.up_proj", False),  # a pattern is of the whole name
+        ({"target_modules": ["up_proj"], "exclude_modules": ["mlp.up_proj"]}, "model.layers.0.mlp.up_proj", False),
+        ({"target_modules": ["up_proj"], "exclude_modules": ["lp.up_proj"]}, "model.layers.0.mlp.up_proj", True),
+        ({"target_modules": ["up_proj"], "layers_to_transform": 1}, "model.layers.0.mlp.up_proj", False),
+        ({"target_modules": ["up_proj"], "layers_to_transform": [0, 2]}, "model.layers.0.mlp.up_proj", True),
+        ({"target_modules": ["up_proj"], "layers_to_transform": []}, "model.layers.5.mlp.up_proj", True),
+    ],
+)
+def test_names_are_adapted_as_peft_says(settings: dict[str, Any], name: str, adapted: bool) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=4, **settings)
+    ours = PeftSettings(r=2, lora_alpha=4, **settings)
+    assert ours.targets(name) == adapted
+    if settings["target_modules"] != "all-linear":  # which PEFT replaces by names first
+        assert bool(peft.tuners.tuners_utils.check_target_module_exists(config, name)) == adapted
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "scaling"),
+    [
+        ({}, 4, 8 / 4),
+        ({"use_rslora": True}, 4, 8 / 4**0.5),
+        ({"rank_pattern": {"q_proj": 16}}, 16, 8 / 16),
+        ({"rank_pattern": {"proj": 16}}, 4, 8 / 4),
+        ({"rank_pattern": {"q_proj": 16}, "use_rslora": True}, 16, 8 / 16**0.5),
+        ({"alpha_pattern": {"self_attn.q_proj": 2}}, 4, 2 / 4),
+        (
+            {"rank_pattern": {r".*\.0\..*": 2, "q_proj": 16}, "alpha_pattern": {"layers.1.self_attn.q_proj": 2}},
+            2,
+            8 / 2,
+        ),
+    ],
+)
+def test_a_layer_s_rank_and_scaling_follow_its_patterns(settings: dict[str, Any], rank: int, scaling: float) -> None:
+    ours = PeftSettings(r=4, lora_alpha=8, target_modules=["q_proj"], **settings)
+    found, alpha = ours.rank_and_alpha("model.layers.0.self_attn.q_proj")
+    assert found == rank and alpha / found == pytest.approx(scaling)

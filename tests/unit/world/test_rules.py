@@ -270,3 +270,12 @@ def test_what_a_rationale_must_name_comes_in_the_question_s_order() -> None:
     assert relevant({"op": "count_side", "side": "top"}, ROW) == [ROW[0], ROW[1]]
     assert relevant({"op": "beyond_all", "relation": "above", "of": {"shape": "star"}}, ROW) == [ROW[2], ROW[0]]
     assert relevant({"op": "query_same", "same": "color", "of": {"shape": "star"}}, ROW) == [ROW[2], ROW[0]]
+
+
+def test_in_an_image_of_one_object_all_claims_are_about_it() -> None:
+    single = Scene((Object("circle", "red", "large", "center"),), "plain")
+    several = Scene((*single.objects, Object("star", "blue", "small", "top")), "plain")
+    see, program = "There is a red circle. There is a large object.", {"op": "count", "of": {"size": "large"}}
+    assert judged(see, "1", program, "1", single).aligned
+    # Of several, the large object may be another than the circle, whose size is open.
+    assert not judged(see, "1", program, "1", several).leads_to_answer
