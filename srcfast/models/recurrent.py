@@ -59,9 +59,7 @@ class States:
         """Return the stored inputs and `x` [B, channels, n], and store the last ones."""
         whole = x if self.conv is None else torch.cat((self.conv, x), dim=-1)
         length = conv_kernel_size - 1
-        self.conv = (
-            F.pad(whole, (max(0, length - whole.shape[-1]), 0))[..., whole.shape[-1] - length :] if length else None
-        )
+        self.conv = F.pad(whole, (max(0, length - whole.shape[-1]), 0))[..., -length:] if length else None
         return whole
 
     def update_recurrent_state(self, state: Tensor, layer: int, **options: Any) -> Tensor:
