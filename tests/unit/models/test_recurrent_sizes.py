@@ -54,10 +54,10 @@ def test_a_convolution_s_state_is_its_last_inputs_however_they_came(kernel: int)
             whole = states.update_conv_state(part, 0, kernel)
             assert torch.equal(whole[..., -size:], part)
             start += size
-        if kernel == 1:
-            assert states.conv is None
-        else:
-            assert states.conv is not None and torch.equal(states.conv, x[..., 6 - kernel + 1 :])
+            if kernel > 1:  # zeros stand for what was before the first token
+                before = torch.cat((torch.zeros(1, 2, kernel), x[..., :start]), dim=-1)
+                assert states.conv is not None and torch.equal(states.conv, before[..., -(kernel - 1) :])
+        assert (states.conv is None) == (kernel == 1)
     first = States()
     first.update_conv_state(x[..., :1], 0, 4)
     assert first.conv is not None and first.conv.tolist() == [[[0.0, 0.0, 1.0], [0.0, 0.0, 7.0]]]
