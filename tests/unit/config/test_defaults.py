@@ -1,6 +1,6 @@
 """Every default, literally: a changed one changes what runs compute that say nothing of it, and belongs in the changelog."""
 
-from srcfast.config.settings import Config
+from srcfast.config.settings import CandidatesConfig, Config, DatasetConfig, DPOConfig, LoRAConfig
 from srcfast.data.jsonl import flatten
 
 DEFAULTS = {
@@ -120,3 +120,33 @@ DEFAULTS = {
 def test_each_default_is_the_one_that_is_documented() -> None:
     found = flatten(Config().model_dump(mode="json"))
     assert {name: found.get(name, "none") for name in DEFAULTS} == DEFAULTS
+
+
+def test_what_settings_imply_is_literal() -> None:
+    training = DPOConfig(micro_batch_size=3, gradient_accumulation_steps=5).seeded(7, True)
+    assert (training.global_batch_size, training.seed, training.deterministic) == (15, 7, True)
+    assert CandidatesConfig(num_beams=4, proposals=3).width == 12
+    changed = training.replace(epochs=4)
+    assert (changed.epochs, changed.seed, changed.deterministic, changed.global_batch_size) == (4, 7, True, 15)
+    assert LoRAConfig(r=2).seeded(9).replace(alpha=3.0).seed == 9
+    assert DatasetConfig(name="a", format="world", split="test", limit=1).label == "a-test"
+
+
+def test_the_loop_s_settings_are_those_of_every_training_with_seed_and_determinism() -> None:
+    loop = DPOConfig(beta=0.3, epochs=2).seeded(5, True).loop()
+    assert loop == {
+        "epochs": 2,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "token_budget": 16384,
+        "learning_rate": DPOConfig().learning_rate,
+        "warmup_ratio": DPOConfig().warmup_ratio,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "min_learning_rate_ratio": 0.0,
+        "optimizer": "adamw",
+        "activation_checkpointing": "auto",
+        "loader_workers": 0,
+        "seed": 5,
+        "deterministic": True,
+    }
