@@ -148,8 +148,13 @@ class Scorer(nn.Module):
             segments.append(Segment(tokens, node_of[first]))
             length = sum(segments[number].tokens.size for number in (0, node_of[first], -1))
             if length > (most := self.text_model.decoder.config.max_positions):
-                expected, fix = f"at most {most} tokens, the R-Scorer's positions", "shorten candidates, or take another"
-                raise InputError(sample_id=key, field="candidates", expected=expected, found=f"{length} tokens", fix=fix)
+                expected, fix = (
+                    f"at most {most} tokens, the R-Scorer's positions",
+                    "shorten candidates, or take another",
+                )
+                raise InputError(
+                    sample_id=key, field="candidates", expected=expected, found=f"{length} tokens", fix=fix
+                )
         order = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         tree = Tree(tuple(segments), key=key)
         return JudgeTree(tree, order[:, 0], order[:, 1], slots)

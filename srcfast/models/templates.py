@@ -42,7 +42,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.begin()
         self.globals = {name: value for name, value in like.globals.items() if name != "lipsum"}
         self.filters = {name: self._counted(name, f) for name, f in like.filters.items() if name in FILTERS}
-        self.finalize = self.written
+        self.finalize = lambda value: (self.count(value), value)[1]  # type: ignore[func-returns-value]
 
     def begin(self) -> None:
         """Start to count a rendering."""
@@ -63,19 +63,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             )
         if self.left < 0 or time.process_time() > self.end:
             raise SecurityError(f"more than {MOST_VALUES:,} characters, or {SECONDS:g} seconds")
-
-    def written(self, value: Any) -> Any:
-        """Return a value that is written out, counted."""
-        self.count(value)
-        return value
-
-    def step(self, characters: int) -> None:
-        """Count a pass of a loop or macro, which writes so many characters of the template itself."""
-        self.left -= characters
-
-    def join(self, *values: Any) -> str:
-        """Put values together, as `~` does; `call` counts them."""
-        return "".join(map(str, values))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         is_number = [isinstance(value, int | float) for value in (left, right)]
@@ -135,22 +122,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return counted
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Parse a template, with a call of `step` in each loop and macro, and one of `join` for each `~`."""
-        tree: nodes.Template = _CallForConcat().visit(super()._parse(source, name, filename))
+        """Parse a template, with a call of `count` in each loop and macro, and the filter `join` for each `~`."""
+        tree: nodes.Template = _FilterForConcat().visit(super()._parse(source, name, filename))
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-            written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-            node.body.insert(0, nodes.ExprStmt(_call("step", [nodes.Const(written)]), lineno=node.lineno))  # type: ignore[attr-defined]
+            written = nodes.Const("".join(data.data for data in node.find_all(nodes.TemplateData)))
+            counted = nodes.Call(nodes.EnvironmentAttribute("count"), [written], [], None, None)
+            node.body.insert(0, nodes.ExprStmt(counted, lineno=node.lineno))  # type: ignore[attr-defined]
         return tree.set_environment(self)  # type: ignore[return-value]
 
 
-def _call(method: str, args: list[Any]) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
-
-
-class _CallForConcat(NodeTransformer):
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:  # noqa: N802
+class _FilterForConcat(NodeTransformer):
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call("join", node.nodes).set_lineno(node.lineno)  # type: ignore[return-value]
+        return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None).set_lineno(node.lineno)
 
 
 @lru_cache(maxsize=16)

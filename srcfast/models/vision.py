@@ -126,8 +126,11 @@ class Vision(FrozenVision):
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Process one image into tensors on the CPU: pixel_values, and for LLaVA-NeXT image_sizes."""
-        with naming_processor(self.path):
+        try:
             inputs = self.processor(images=[image], return_tensors="pt")
+        except Exception as error:  # of any class, for settings that do not fit each other
+            expected, found = "settings by which images are processed", f"{type(error).__name__}: {error}"
+            raise InputError(file=self.path / "preprocessor_config.json", expected=expected, found=found) from error
         return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
 
     def forward(self, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -191,18 +194,6 @@ def bare_model(config: Any) -> nn.Module:
     model = FAMILIES[config.model_type](bare)
     del model.language_model
     return model
-
-
-@contextmanager
-def naming_processor(path: Path) -> Iterator[None]:
-    """Turn an error of any class that an image processor raises into an InputError that names its file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        found, file = f"{type(error).__name__}: {error}", path / "preprocessor_config.json"
-        raise InputError(file=file, expected="settings by which images are processed", found=found) from error
 
 
 def load_image_processor(path: str | Path) -> Any:
