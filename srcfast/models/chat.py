@@ -106,26 +106,26 @@ class ChatModel(nn.Module):
         error: InputError | None = None
         shape = tuple((m["role"], *(part["type"] for part in m["content"])) for m in messages)
         key = (str(self.chat_template or self.tokenizer.chat_template), shape)
-        for as_text in (False, True):
-            # Quotes, a line break and the like, which a template that writes a list or JSON would escape.
-            probes = [
-                [
-                    part if part["type"] == "image" else {**part, "text": f'Turn{n}Part{i}: "2 < 3 & 4"\n\\ it\'s.'}
-                    for i, part in enumerate(m["content"])
-                ]
-                for n, m in enumerate(messages)
-            ]
-            if key not in self.forms:
-                probed = [{**m, "content": content} for m, content in zip(messages, probes, strict=True)]
-                try:
-                    shown = self.chat_text([_as_text(m) if as_text else m for m in probed], sample_id)
-                except InputError as failure:
-                    error = error if as_text else failure
-                    continue
-                if not _shows(shown, probes, self.image_placeholder):
-                    continue
-                self.forms[key] = as_text
+        if key in self.forms:
             return [_as_text(message) if self.forms[key] else message for message in messages]
+        # Quotes, a line break and the like, which a template that writes a list or JSON would escape.
+        probes = [
+            [
+                part if part["type"] == "image" else {**part, "text": f'Turn{n}Part{i}: "2 < 3 & 4"\n\\ it\'s.'}
+                for i, part in enumerate(m["content"])
+            ]
+            for n, m in enumerate(messages)
+        ]
+        probed = [{**m, "content": content} for m, content in zip(messages, probes, strict=True)]
+        for as_text in (False, True):
+            try:
+                shown = self.chat_text([_as_text(m) if as_text else m for m in probed], sample_id)
+            except InputError as failure:
+                error = error if as_text else failure
+                continue
+            if _shows(shown, probes, self.image_placeholder):
+                self.forms[key] = as_text
+                return self._in_form_of_template(messages, sample_id)
         roles = " and ".join(dict.fromkeys(message["role"] for message in messages))
         fix = "leave out the turns that this checkpoint's template drops, or repair it"
         expected = f"a template that shows each turn of {roles}"
