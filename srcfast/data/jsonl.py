@@ -274,6 +274,15 @@ def file_hash(file: str | Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def image_print(file: str | Path, name: str) -> str:
+    """Return an image's name and SHA-256, which don't depend on its directory. Raises InputError if it can't be read."""
+    try:
+        return f"{name} {file_hash(file)}"
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(file=file, field="images", expected="a readable file", found=reason) from error
+
+
 def is_complete(directory: str | Path) -> bool:
     """Return whether `write_shards` finished here."""
     return os.path.isfile(Path(directory) / COMPLETE)  # False for a path that is none, where pathlib raises OSError

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from srcfast.data.images import image_file, load_image, resolve
+from srcfast.data.jsonl import image_print
 from srcfast.data.records import Preference, Sample
 from srcfast.data.turns import Turn
-from srcfast.models.protocols import VisionLanguageModel
-from srcfast.training.checkpoint import image_print
+
+if TYPE_CHECKING:  # `srcfast curate` reads prints of images without PyTorch
+    from srcfast.models.protocols import VisionLanguageModel
 
 
 class PromptEncoder:

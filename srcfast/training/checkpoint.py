@@ -36,13 +36,14 @@ from srcfast.data.jsonl import (
     as_json,
     file_hash,
     flatten,
+    image_print,
     parse_object,
     regular,
     replacing,
     temporary_of,
     write_json,
 )
-from srcfast.errors import ConfigError, InputError, SrcfastError
+from srcfast.errors import ConfigError, SrcfastError
 from srcfast.run import signals
 from srcfast.training.items import TrainingItem
 from srcfast.training.optimizer import AdamW
@@ -236,15 +237,6 @@ def named_values(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
     raise TypeError(f"a training item's meta: expected numbers, text, tensors or dataclasses of these, found {value!r}")
-
-
-def image_print(file: str | Path, name: str) -> str:
-    """Return an image's name and SHA-256, which don't depend on its directory. Raises InputError if it can't be read."""
-    try:
-        return f"{name} {file_hash(file)}"
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(file=file, field="images", expected="a readable file", found=reason) from error
 
 
 def weights_hash(*weights: Tensor) -> str:
