@@ -32,6 +32,7 @@ from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.meter import StepMeter
 from srcfast.training.step import StepNumbers
+from srcfast_kernels.transfers import Fetched
 
 SETTINGS = TrainingConfig(
     micro_batch_size=8,
@@ -500,3 +501,39 @@ def test_a_rank_s_dropout_follows_the_positions_in_the_global_batch(monkeypatch:
         assert (seed, number, positions) == (3, step, sorted(shares[1]))
         assert positions != list(range(len(positions)))
     assert len(asked) == 2
+
+
+def test_numbers_of_two_ranks_add_up_and_maxima_are_the_larger_ones() -> None:
+    """Rank 0 has two forests, rank 1 one; a metric that a rank lacks counts for nothing, not for 0."""
+    shared = [
+        {"tokens": 30, "wasted_tokens": 2, "forests": 2, "names": ["margin", "max_drift"]},
+        {"tokens": 12, "wasted_tokens": 5, "forests": 1, "names": ["max_drift", "rehearsal_loss", "max_logprob"]},
+    ]
+    names = ["margin", "max_drift", "rehearsal_loss", "max_logprob"]
+    values = [0.25, 0.5, 3.0]  # rank 0's losses, the norm
+    values += [0.75, 0.125, 0.5, 0.0, 0.0]  # rank 0's loss and metrics
+    values += [0.5, 0.0, 0.25, 2.0, -1.5]
+    forests = [Forest.of([item.tree]) for item in response_items(2)]
+    numbers = StepNumbers(
+        step=4,
+        forests=forests,
+        shared=shared,
+        names=names,
+        norm=torch.tensor(3.0),
+        finite=torch.tensor(True),
+        values=Fetched(torch.tensor(values, dtype=torch.float64), None),
+        learning_rate=0.01,
+    )
+    assert numbers.read() == {
+        "step": 4,
+        "loss": 1.25,
+        "grad_norm": 3.0,
+        "tokens": 42,
+        "wasted_tokens": 7,
+        "forests": 3,
+        "learning_rate": 0.01,
+        "margin": 0.125,
+        "max_drift": 0.5,
+        "rehearsal_loss": 2.0,
+        "max_logprob": -1.5,
+    }
