@@ -231,3 +231,19 @@ def test_each_backend_writes_the_bytes_of_the_definition(
         furthest = max(abs(scale - twice.offset.item()) for scale in scales)
         error = (nf4_dequantize(twice) - nf4_dequantize(plain)).abs().max()
         assert float(error) <= 0.01 * furthest + 1e-6
+
+
+@pytest.mark.parametrize("path", ["torch", "native", "triton"])
+def test_of_two_codes_as_near_each_backend_takes_the_lower_one(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "native" and not native.available():
+        pytest.skip("no native library")
+    codes = torch.tensor(CODES)
+    middles = (codes[:-1] + codes[1:]) / 2.0
+    above = torch.nextafter(middles, torch.full_like(middles, 2.0))
+    weight = torch.cat([middles, above, torch.tensor([1.0, -1.0])])[None]  # of magnitude 1 at most: nothing is scaled
+    with use_backend("triton" if path == "triton" else "torch"):
+        if path == "torch":
+            monkeypatch.setattr("srcfast_kernels.nf4._is_native", lambda tensor, backend: False)
+        packed = nf4_quantize(weight, double_quant=False).packed.tolist()
+    nibbles = [part for byte in packed for part in (byte >> 4, byte & 15)]
+    assert nibbles == [*range(15), *range(1, 16), 15, 0]
