@@ -87,11 +87,18 @@ def check_response(model: VisionLanguageModel, token_budget: int) -> Check:
 
 def check_judged(scorer: Scorer, config: Config) -> Check:
     """Return a check that the R-Scorer can read a sample's reference beside two candidates of full length."""
+    positions = scorer.text_model.decoder.config.max_positions
 
     def check(sample: Sample) -> None:
         tree = scorer.judge_tree(sample_reference(sample), ["", ""], [(0, 1)], key=sample.id).tree
         tokens = tree.num_tokens + 2 * config.candidates.max_new_tokens
         _check_tokens(sample.id, "facts", tokens, "scorer.token_budget", config.scorer.token_budget)
+        if tokens > positions:
+            expected, fix = (
+                f"at most the R-Scorer's {positions} positions",
+                "take another scorer, or leave this sample out",
+            )
+            raise InputError(sample_id=sample.id, field="facts", expected=expected, found=f"{tokens} tokens", fix=fix)
 
     return check
 

@@ -31,14 +31,14 @@ UNFIT: dict[str, tuple[str, Row, str]] = {
         {"turns": [{"role": "user", "content": "</s>?"}, {"role": "assistant", "content": "Yes."}]},
         "</s>",
     ),
-    "a question without end": ("questions", {"question": "Is it red or blue? " * 800}, "prompt tokens"),
+    "a question without end": ("questions", {"question": "Is it red or blue? " * 800}, "2048"),
     "a rationale without end": (
         "lessons",
-        {"rationale": " ".join(f"Circle {n} is red." for n in range(400))},
+        {"rationale": " ".join(f"Circle {n} is red." for n in range(140))},
         "rationale.token_budget",
     ),
-    "facts without end": ("questions", {"facts": [f"Circle {n} is red." for n in range(2000)]}, "scorer.token_budget"),
-    "a held-out question without end": ("held-out", {"question": "Is it red or blue? " * 800}, "prompt tokens"),
+    "facts without end": ("questions", {"facts": [f"Circle {n} is red." for n in range(100)]}, "scorer.token_budget"),
+    "a held-out question without end": ("held-out", {"question": "Is it red or blue? " * 800}, "2048"),
 }
 
 
@@ -56,6 +56,7 @@ def settings(folder: Path) -> Config:
             "evaluation": [of("held-out", split="test")],
         },
         "rationale": {"token_budget": 1200},
+        "scorer": {"token_budget": 1200},
     }
     return Config.model_validate(values)
 
@@ -108,7 +109,7 @@ def test_a_set_of_which_nothing_fits_ends_the_run_by_name(folder: Path) -> None:
         spoil(folder, "a question without end", number)
     with pytest.raises(InputError, match="bad records of 3") as error:
         calibrate(settings(folder))
-    assert "fewer than" in str(error.value)
+    assert "2048" in str(error.value)
     assert not (folder / "run" / "manifest.json").exists()
 
 
@@ -150,9 +151,9 @@ def test_a_command_sets_it_aside_too(srcfast: Srcfast, folder: Path, command: st
 
 def test_log_probabilities_are_of_all_rows_or_of_none(srcfast: Srcfast, tmp_path: Path) -> None:
     """The output has a row for each line, so a line that does not fit ends the command, before anything is computed."""
-    rows = [{"prompt": "What is it?", "response": "A circle. " * count} for count in (1, 3000)]
+    rows = [{"prompt": "What is it?", "response": "A circle. " * count} for count in (1, 200)]
     data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "logprobs.jsonl"
-    result = srcfast("logprob", "--data", data, "--output", output, "token_budget=2000")
+    result = srcfast("logprob", "--data", data, "--output", output, "token_budget=600")
     assert result.exit_code == 2 and "request 2" in result.output and "token_budget" in result.output
     assert not output.exists() and not (tmp_path / "logprobs.jsonl.checkpoint").exists()
 
