@@ -9,7 +9,7 @@ from setuptools.command.build_ext import build_ext
 
 EXTRAS = {
     "report": ["matplotlib>=3.8"],
-    "data": ["easy-vqa>=1.0"],
+    "data": ["easy-vqa>=1.0", "pyarrow>=15"],  # 14.0.1 is the first whose files hold no pickles to open
     # Without flash-attn, which is always built from source, and xformers, which has a wheel for x86 alone: their builds import
     # torch, which build isolation hides, and end the whole installation. docs/forest.md says how to add them.
     "gpu": ["bitsandbytes>=0.50"],
@@ -27,6 +27,8 @@ EXTRAS = {
         "bitsandbytes>=0.50",
         "num2words>=0.5",
         "easy-vqa>=1.0",
+        "pyarrow>=15",
+        "datasets>=3",  # writes the files that are read
         "matplotlib>=3.8",
         "setuptools>=77",  # a test builds the wheel
     ],

@@ -158,11 +158,14 @@ Adapter = Annotated[Path | None, typer.Option(help="directory of a LoRA adapter 
 ScorerPath = Annotated[
     str | None, typer.Option("--scorer", help="R-Scorer checkpoint directory, or 'embedded' (scorer.path)")
 ]
-Data = Annotated[Path | None, typer.Option(help="file of records, used instead of the config's datasets")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(help="file of records, or a quoted glob, used instead of the config's datasets; may be given again"),
+]
 Format = Annotated[
     str | None,
     typer.Option(
-        help="format of --data: jsonl, llava, messages, vlmeval_tsv, trl, easy_vqa; default: by the file's ending"
+        help="format of --data: jsonl, llava, messages, alpaca, vlmeval_tsv, trl, rlhf_v, easy_vqa; default: by the first records"
     ),
 ]
 ImageRoot = Annotated[
@@ -180,14 +183,27 @@ Profile = Annotated[
     ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="print JSON")]
-SOURCE = {"data": Data, "format": Format, "image_root": ImageRoot}  # the options of a Source
+FollowLinks = Annotated[
+    bool | None,
+    typer.Option("--follow-links", help="let symbolic links lead out of the image root", show_default=False),
+]
+DuplicateIds = Annotated[
+    str | None, typer.Option(help="a sample whose id has occurred: reject it (the default), or rename it and warn")
+]
+SOURCE = {  # the options of a Source
+    "data": Data,
+    "format": Format,
+    "image_root": ImageRoot,
+    "follow_links": FollowLinks,
+    "duplicate_ids": DuplicateIds,
+}
 
 
 def settings_command(section: str | None, **of_settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function of settings as a command of its name; its parameters but `config` and `source` are options.
 
-    On the command line the settings are words and the options of `of_settings`, and the source is --data, --format and
-    --image-root. The settings are read before the function is called, so that errors in them are immediate: what imports torch is
+    On the command line the settings are words and the options of `of_settings`, and the source is the options of `SOURCE`.
+    The settings are read before the function is called, so that errors in them are immediate: what imports torch is
     imported within it.
 
     Args:
@@ -204,7 +220,9 @@ def settings_command(section: str | None, **of_settings: Any) -> Callable[[Calla
 
             config = inputs.settings(words, section, **{name: options.pop(name) for name in of_settings})
             if source:
-                options["source"] = inputs.Source(**{name: options.pop(name) for name in source})
+                first, *more = options.pop("data") or [None]
+                rest = {name: options.pop(name) for name in source if name != "data"}
+                options["source"] = inputs.Source(data=first, more=tuple(more), **rest)
             command(config, **options)
 
         shared = {"words": Words} | of_settings | source
@@ -285,7 +303,11 @@ def evaluate(config: Config, source: Source, adapter: Adapter = None, output: Ou
 
 @settings_command("dpo", model=Model, quiet=Quiet)
 def logprob(
-    config: Config, adapter: Adapter = None, data: Data = None, image_root: ImageRoot = None, output: Output = None
+    config: Config,
+    adapter: Adapter = None,
+    data: Annotated[Path | None, typer.Option(help="lines of {images, turns?, prompt, response}")] = None,
+    image_root: ImageRoot = None,
+    output: Output = None,
 ) -> None:
     """Compute log-probabilities: reads lines of {images, prompt, response}, writes {logprob, tokens} in the same order."""
     from srcfast.cli import commands, inputs
@@ -337,14 +359,18 @@ def convert(
     source: Annotated[Path, typer.Argument(help="file to read")],
     target: Annotated[Path, typer.Argument(help="file to write")],
     from_format: Annotated[
-        str | None, typer.Option("--from", help="format to read: jsonl, llava, messages, trl, vlmeval_tsv")
+        str | None,
+        typer.Option(
+            "--from",
+            help="format to read: jsonl, llava, messages, alpaca, trl, rlhf_v, vlmeval_tsv; default: by the first records",
+        ),
     ] = None,
     to_format: Annotated[
         str | None, typer.Option("--to", help="format to write: jsonl, llava, trl, vlmeval_tsv")
     ] = None,
     image_root: ImageRoot = None,
 ) -> None:
-    """Convert records among JSON lines, LLaVA JSON, TRL preference JSON and VLMEvalKit TSV."""
+    """Convert records of any format to JSON lines, LLaVA JSON, TRL preference JSON or VLMEvalKit TSV."""
     from srcfast.cli import tools
 
     tools.convert(source, target, from_format, to_format, image_root)

@@ -97,7 +97,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
 def rationale(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train an adapter on rationale-answer pairs, and save it in `output`."""
     output = require_option(output, "--output", "a folder for the adapter")
-    check_output(config, output, source.data)
+    check_output(config, output, source.paths)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
         policy = Policy(config, samples)
@@ -120,7 +120,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
 def candidates(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Search candidates of each sample, and write them into shards in `output`."""
     output = require_option(output, "--output", "a folder for the candidates")
-    check_output(config, output, source.data, adapter)
+    check_output(config, output, source.paths, adapter)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "calibration", rejected)
         policy = Policy(config, samples, adapter)
@@ -137,7 +137,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Score candidates, and write the scores into shards in `output`."""
     output = require_option(output, "--output", "a folder for the scores")
-    check_output(config, output, source.data, candidates)
+    check_output(config, output, source.paths, candidates)
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     with rejected_records(output) as rejected:
         samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
@@ -170,7 +170,7 @@ def dpo(
             f"found {config.dpo.rehearsal_weight}. Fix: leave it out, or use `srcfast calibrate`"
         )
     output = require_option(output, "--output", "a folder for the adapter")
-    check_output(config, output, source.data, adapter)
+    check_output(config, output, source.paths, adapter)
     with rejected_records(output) as rejected:
         pairs = read_preference_file(config, source, rejected)
         policy = Policy(config, pairs)
@@ -194,7 +194,7 @@ def dpo(
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Answer each evaluation dataset greedily, and write `predictions/` and `summary.json` in `output`."""
     output = require_option(output, "--output", "a folder for predictions and summary")
-    check_output(config, output, source.data, adapter)
+    check_output(config, output, source.paths, adapter)
     with rejected_records(output) as rejected:
         evaluation_sets = read_evaluation_sets(
             datasets(config, source, "evaluation"), config, Path(config.output) / "images", rejected
@@ -262,7 +262,7 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = require_option(output, "--output", "a folder for the R-Scorer")
-    check_output(config, output, source.data)
+    check_output(config, output, source.paths)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
     words = read_vocabulary(config.scorer_training.vocabulary)

@@ -14,9 +14,10 @@ from typing import Any
 from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
+from srcfast.data.containers import is_table
 from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import COMPLETE, check_writable, read_shards, write_jsonl
-from srcfast.data.readers import check_rejected, read_preferences
+from srcfast.data.readers import SAMPLES, check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.launch import read_launch
@@ -26,16 +27,24 @@ from srcfast.stages.datasets import read_training_samples, training_sets
 # Files that commands write in their --output.
 FILES = (COMPLETE, "00000.jsonl", "inputs.jsonl", "metrics.jsonl", "rejected.jsonl", "summary.json")
 MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
-ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """The data options of a command: --data, --format and --image-root."""
+    """The data options of a command: --data, --format, --image-root, --follow-links and --duplicate-ids."""
 
     data: Path | None
     format: str | None
     image_root: Path | None
+    follow_links: bool | None = None
+    duplicate_ids: str | None = None
+    more: tuple[Path, ...] = ()
+    """Further paths of --data"""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths of --data."""
+        return () if self.data is None else tuple(map(str, (self.data, *self.more)))
 
 
 def settings(
@@ -86,7 +95,11 @@ def require_option(value: Path | None, option: str, what: str) -> Path:
 
 
 def check_output(
-    config: Config | None, output: Path, *inputs: str | Path | None, option: str = "--output", is_file: bool = False
+    config: Config | None,
+    output: Path,
+    *inputs: str | Path | Sequence[str | Path] | None,
+    option: str = "--output",
+    is_file: bool = False,
 ) -> None:
     """Check an output before any work is done for it.
 
@@ -95,13 +108,13 @@ def check_output(
         OSError: it can't be written.
     """
     if config is not None:
-        files = [dataset.path for dataset in (*config.data.train, *config.data.evaluation)]
-        files += [config.model.path, config.scorer.path, config.rationale.teacher, config.scorer_training.vocabulary]
-        inputs = (*inputs, *files)
+        models = (config.model.path, config.scorer.path, config.rationale.teacher, config.scorer_training.vocabulary)
+        inputs = (*inputs, *models, *(dataset.path for dataset in (*config.data.train, *config.data.evaluation)))
     here = Path(os.path.realpath(output))
-    for path in inputs:
-        there = Path(os.path.realpath(path or "embedded"))
-        if path not in (None, "embedded") and (here.is_relative_to(there) or there.is_relative_to(here)):
+    names = [str(name) for path in inputs for name in ([path] if isinstance(path, str | Path) else path or ())]
+    for path in (path for name in names if name != "embedded" for path in glob.glob(name) or [name]):
+        there = Path(os.path.realpath(path))
+        if here.is_relative_to(there) or there.is_relative_to(here):
             raise ConfigError(
                 f"{option}: expected a path apart from the inputs, found {output}, which is {path}, holds it or lies in it. "
                 "Fix: name another"
@@ -127,15 +140,20 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
         ConfigError: there is no dataset, or the format is unknown.
     """
     if source.data is not None or source.format == "easy_vqa":
-        format = source.format or ENDINGS.get("" if source.data is None else source.data.suffix.lower(), "jsonl")
-        if format not in ("jsonl", "llava", "messages", "vlmeval_tsv", "easy_vqa"):
-            raise ConfigError(f"--format: expected jsonl, llava, messages, vlmeval_tsv or easy_vqa, found {format!r}")
+        format = source.format or "auto"
+        if format not in (*SAMPLES, "auto", "vlmeval_tsv", "easy_vqa"):
+            known = ", ".join((*SAMPLES, "vlmeval_tsv"))
+            raise ConfigError(f"--format: expected auto, {known} or easy_vqa, found {format!r}")
+        if (duplicate_ids := source.duplicate_ids or "reject") not in ("reject", "rename"):
+            raise ConfigError(f"--duplicate-ids: expected reject or rename, found {duplicate_ids!r}")
         values = {
-            "name": source.data.stem if source.data else format,
+            "name": source.data.stem.translate(dict.fromkeys(map(ord, "*?[]"))) or "data" if source.data else format,
             "format": format,
-            "path": source.data and str(source.data),
+            "path": source.paths or None,
             "image_root": source.image_root and str(source.image_root),
             "split": "test" if use == "evaluation" else "train",
+            "follow_links": bool(source.follow_links),
+            "duplicate_ids": duplicate_ids,
         }
         key = "data.evaluation" if use == "evaluation" else "data.train"
         data = load_config(None, [f"{key}={json.dumps([values])}"]).data
@@ -181,10 +199,10 @@ def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def read_preference_file(config: Config, source: Source, rejected: list[dict[str, Any]]) -> list[Preference]:
-    """Read preferences from a file (JSON lines, TRL's JSON, messages) or shards; append bad ones to `rejected`."""
-    path = require_option(source.data, "--data", "a file of preferences, or the folder that `srcfast curate` wrote")
+    """Read preferences from files of any format, or from a directory of shards; append bad ones to `rejected`."""
+    path = require_option(source.data, "--data", "preferences, or the folder that `srcfast curate` wrote")
     root = source.image_root or path.parent
-    if path.is_dir():
+    if path.is_dir() and not source.more and not is_table(path):
         recorded: set[str] = set()  # only needed if --image-root may replace a directory that is missing
         if source.image_root is not None:
             recorded = {str(row["image_root"]) for *_, row in read_shards(path) if "image_root" in row}
@@ -194,8 +212,13 @@ def read_preference_file(config: Config, source: Source, rejected: list[dict[str
             )
             for file, line, row in read_shards(path)
         ]
-    format = source.format or ("trl" if path.suffix == ".json" else "jsonl")
-    preferences = read_preferences(path, format=format, image_root=root, rejected=rejected)
+    preferences = read_preferences(
+        source.paths,
+        format=source.format or "auto",
+        image_root=source.image_root,
+        rejected=rejected,
+        follow_links=bool(source.follow_links),
+    )
     check_rejected(rejected, len(rejected) + len(preferences), config.max_rejected)
     if not preferences:
         raise InputError(file=path, expected="at least one pair", found="none", fix="name data that holds some")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.cli import inputs
-from srcfast.cli.inputs import ENDINGS, Source, is_rank_zero, read_candidates, require_option
+from srcfast.cli.inputs import Source, is_rank_zero, read_candidates, require_option
 from srcfast.config.load import load_with_sources
 from srcfast.config.settings import Config
 from srcfast.config.show import annotated_yaml, json_schema
@@ -26,6 +26,8 @@ from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.stage_inputs import COMMAND, JUDGED, InputRecord
 from srcfast.world.samples import world_samples
 from srcfast_benchmarks import BENCHMARKS, GENERAL_STAGES, HOST, STAGES
+
+ENDINGS = {".jsonl": "jsonl", ".json": "llava", ".tsv": "vlmeval_tsv"}  # of what `convert` writes
 
 
 def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
@@ -42,8 +44,8 @@ def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
 
 def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
     """Convert records, and write the bad ones with their errors to `rejected.jsonl` beside the target."""
-    source_format = _format_of(from_format, source, "--from")
-    target_format = _format_of(to_format, target, "--to")
+    if (target_format := to_format or ENDINGS.get(target.suffix.lower())) is None:
+        raise ConfigError(f"--to: expected a format, which {target.name!r} doesn't tell. Fix: name it")
     for output in (target, rejected_file := target.with_name("rejected.jsonl")):
         inputs.check_output(None, output, source, option="target", is_file=True)
     lost: Counter[str] = Counter()
@@ -52,9 +54,9 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         count = convert_records(
             source,
             target,
-            source_format=source_format,
+            source_format=from_format or "auto",
             target_format=target_format,
-            image_root=root or source.parent,
+            image_root=root,
             rejected=rejected,
             lost=lost,
         )
@@ -67,25 +69,13 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
         print(f"fields that {target_format} can't carry and that were left out: {printable(names)}")
 
 
-def _format_of(named: str | None, path: Path, option: str) -> str:
-    """Return the named format, else the one that the file's ending stands for.
-
-    Raises:
-        ConfigError: none is named, and the ending stands for none.
-    """
-    format = named or ENDINGS.get(path.suffix.lower())
-    if format is None:
-        raise ConfigError(f"{option}: expected a format, which {path.name!r} doesn't tell. Fix: name it")
-    return format
-
-
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
     """Choose preference pairs, and write them into shards and `funnel.json` in `output`, on rank 0 alone."""
     output = require_option(output, "--output", "a folder for the preferences")
     directory = require_option(candidates, "--candidates", "the folder that `srcfast candidates` wrote")
     if config.curation.pairing == "score":
         scores = require_option(scores, "--scores", "the folder that `srcfast score` wrote")
-    inputs.check_output(config, output, source.data, candidates, scores)
+    inputs.check_output(config, output, source.paths, candidates, scores)
     if not is_rank_zero():
         return
     with inputs.rejected_records(output) as rejected:

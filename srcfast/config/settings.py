@@ -25,6 +25,7 @@ MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
 MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
 
 YOUNGER = (("model", "backbone"),)  # than version 0.1, whose runs and checkpoints still continue
+YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids")
 
 
 class Section(BaseModel):
@@ -109,13 +110,17 @@ class DatasetConfig(Section):
 
     name: str = Field(min_length=1)
     """Name in results"""
-    format: Literal["world", "easy_vqa", "jsonl", "llava", "messages", "vlmeval_tsv"]
-    """`world`: samples of the embedded world; `easy_vqa`: that package's; `jsonl`: srcfast's JSON lines; `llava`: LLaVA's JSON;
-    `messages`: JSON of chat messages; `vlmeval_tsv`: VLMEvalKit's TSV"""
-    path: str | None = None
-    """File to read; none for the formats world and easy_vqa"""
-    image_root: str | None = None
-    """Directory that the records' image paths are relative to; default: the file's directory"""
+    format: Literal["auto", "world", "easy_vqa", "jsonl", "llava", "messages", "alpaca", "vlmeval_tsv"] = "auto"
+    """`auto`: determined by the first records; `world`: samples of the embedded world; `easy_vqa`: that package's; `jsonl`:
+    srcfast's records; `llava`: LLaVA's; `messages`: chat messages; `alpaca`: LLaMA-Factory's; `vlmeval_tsv`: VLMEvalKit's TSV"""
+    path: str | tuple[str, ...] | None = None
+    """File to read, a glob, or a list of these; none for the formats world and easy_vqa"""
+    image_root: str | tuple[str, ...] | None = None
+    """Directory that the records' image paths are relative to, or a list of such, asked in turn; default: the file's directory"""
+    follow_links: bool = False
+    """Let symbolic links lead out of the image root"""
+    duplicate_ids: Literal["reject", "rename"] = "reject"
+    """A sample whose id has occurred in the dataset: `reject` it, or `rename` it (`id-2`) and warn"""
     split: str = "train"
     """Split of the formats world and easy_vqa; for a file a label in results"""
     limit: int = Field(0, ge=0, le=MOST)
@@ -134,7 +139,7 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.format in ("jsonl", "llava", "messages", "vlmeval_tsv") and not self.path:
+        if self.format not in ("world", "easy_vqa") and not self.path:
             raise ValueError(f"the dataset {self.name!r} of format {self.format} needs a path")
         if self.format == "world" and not self.limit:
             raise ValueError(f"the dataset {self.name!r} of format world has no end: set its limit")
@@ -479,6 +484,10 @@ class Config(Section):
         for section, name in YOUNGER:
             if values[section][name] == getattr(type(getattr(self, section))(), name):
                 del values[section][name]
+        for dataset in (*values["data"]["train"], *values["data"]["evaluation"]):
+            for name in YOUNGER_OF_DATASETS:
+                if dataset[name] == DatasetConfig.model_fields[name].default:
+                    del dataset[name]
         return values
 
     @property

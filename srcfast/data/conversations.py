@@ -1,4 +1,7 @@
-"""Conversations in the formats of other projects: LLaVA's, messages of chat models, ms-swift's queries, TRL's preferences."""
+"""Conversations in the formats of other projects: LLaVA's, messages of chat models, ms-swift's queries, TRL's preferences.
+
+And LLaMA-Factory's instructions, and the rows of RLHF-V and RLAIF-V.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.records import Fields, MadeUpId, Preference, Sample, are_in_turn, check_marks
+from srcfast.data.jsonl import parse_object
+from srcfast.data.records import OTHER_IMAGES, UNUSABLE, Fields, MadeUpId, Preference, Sample, are_in_turn, check_marks
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, settle_marks, tidy, without_marks
 from srcfast.errors import InputError
 
 _ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
-# What a prompt of text and images would lose.
-_UNUSABLE = ("audio", "audios", "rejected_images", "rejected_messages", "tools", "video", "videos")
-_UNUSABLE_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
+# What a prompt would lose of a turn or a part of one, and what it takes of a part beside its type.
+_UNUSABLE_IN_TURN = (
+    "function_call",
+    "reasoning_content",
+    "thinking",
+    "tool_calls",
+    *UNUSABLE,
+    "image",
+    "images",
+    *OTHER_IMAGES,
+)
+_PATHS_OF_PART = ("image", "path", "url", "image_url")
 _LLAVA = "pairs of turns {from: human, value} and {from: gpt, value}"
 _MESSAGES = "pairs of messages {role: user, content} and {role: assistant, content}, after one of the system at most"
 _PROMPT = (
@@ -54,6 +67,35 @@ def message_samples(row: dict[str, Any], path: str | Path, line: int, image_root
     if "query" in fields.left and "messages" not in fields.left:
         return _samples(fields, _query_turns(fields), _MESSAGES, image_root)
     return _samples(fields, _spoken_turns(fields, "messages", _MESSAGES), _MESSAGES, image_root)
+
+
+def alpaca_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+    """Read the samples of LLaMA-Factory's `{instruction, input, output, history, system, images}`, one of each answer."""
+    fields = Fields(row, path, line)
+    spoken = [*_instruction_turns(fields), SpokenTurn(Turn(ASSISTANT, fields.text("output")))]
+    return _samples(fields, _with_system(fields, spoken), _MESSAGES, image_root)
+
+
+def alpaca_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+    """Read a pair of LLaMA-Factory's `{instruction, input, chosen, rejected, history, system, images}`."""
+    fields = Fields(row, path, line)
+    return _preference(fields, "instruction", _with_system(fields, _instruction_turns(fields)), image_root)
+
+
+def rlhf_v_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+    """Read a pair of RLAIF-V's `{image, question, chosen, rejected, idx}`, or of RLHF-V's, whose texts are JSON in `text`."""
+    fields = Fields(row, path, line)
+    if "question" not in row:
+        text, expected = fields.take("text", "a text"), "JSON of {question, chosen, rejected}"
+        try:
+            fields.left |= text if isinstance(text, dict) else parse_object(text)
+        except (ValueError, AttributeError) as error:
+            raise fields.error("text", expected, text) from error
+    if fields.left.get("idx") is not None:
+        fields.left["sample_id"] = fields.left.pop("idx")
+    if not fields.left.get("image") and fields.left.get("image_path"):
+        fields.left["image"] = fields.left.pop("image_path")
+    return _preference(fields, "question", [_string_turn(USER, fields.text("question"))], image_root)
 
 
 def trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
@@ -103,6 +145,7 @@ def _samples(
     ends = [index for index, item in enumerate(spoken) if item.turn.role == ASSISTANT and item.is_response]
     if not ends:
         raise fields.error("messages", "a turn of the assistant to train on", "none", "leave the record out")
+    fields.check_no_other_turns()
     rationale, facts, extra = fields.optional_text("rationale"), fields.sentences("facts"), fields.rest()
     samples: list[Sample | InputError] = []
     for number, end in enumerate(ends):
@@ -147,12 +190,24 @@ def _spoken_turns(fields: Fields, name: str, expected: str) -> list[SpokenTurn]:
     turns = fields.take(name, expected)
     if not isinstance(turns, list) or not turns:
         raise fields.error(name, expected, turns)
-    spoken = [_stripped(turn) for turn in _read_turns(fields, name, turns, expected)]
-    return _with_system(fields, spoken)
+    return _with_system(fields, _read_turns(fields, name, turns, expected))
 
 
 def _query_turns(fields: Fields) -> list[SpokenTurn]:
     """Take the turns of ms-swift's `{system, history, query, response}`, of which `response` alone is a response to train on."""
+    spoken = _history_turns(fields, is_response=False)
+    spoken += [_string_turn(USER, fields.text("query")), SpokenTurn(Turn(ASSISTANT, fields.text("response")))]
+    return _with_system(fields, spoken)
+
+
+def _instruction_turns(fields: Fields) -> list[SpokenTurn]:
+    """Take the turns before LLaMA-Factory's response: `history`, whose answers are trained on, too, `instruction` and `input`."""
+    spoken, more = _history_turns(fields, is_response=True), fields.optional_text("input")
+    return [*spoken, _string_turn(USER, "\n".join((fields.text("instruction"), *([more] if more else []))))]
+
+
+def _history_turns(fields: Fields, is_response: bool) -> list[SpokenTurn]:
+    """Take the turns of the field `history`. Raises InputError where it is no list of pairs of text."""
     history = fields.left.pop("history", None) or []
     expected = "a list of pairs [query, response] of text"
     if not isinstance(history, list) or any(
@@ -160,16 +215,15 @@ def _query_turns(fields: Fields) -> list[SpokenTurn]:
         for pair in history
     ):
         raise fields.error("history", expected, history)
-    pairs = [*((query, response, False) for query, response in history)]
-    pairs.append((fields.text("query"), fields.text("response"), True))
     spoken = []
-    for query, response, is_response in pairs:
+    for query, response in history:
         spoken += [_string_turn(USER, query), SpokenTurn(Turn(ASSISTANT, response), (), is_response)]
-    return _with_system(fields, [_stripped(turn) for turn in spoken])
+    return spoken
 
 
 def _with_system(fields: Fields, spoken: list[SpokenTurn]) -> list[SpokenTurn]:
-    """Put the field `system`, where it has a text, before the turns. Raises InputError where they have such a turn."""
+    """Put the field `system`, where it has a text, before the stripped turns. Raises InputError where they have such a turn."""
+    spoken = [_stripped(turn) for turn in spoken]
     system = (fields.optional_text("system") or "").strip()
     if system and spoken and spoken[0].turn.role == SYSTEM:
         raise fields.error("system", "one text of the system", "one beside that of the turns", "leave one of them out")
@@ -289,11 +343,14 @@ def _read_parts(error: partial[InputError], parts: list[Any], expected: str) -> 
     images: list[str | None] = []
     for part in parts:
         kind = part.get("type")
-        if kind in ("image", "image_url"):
+        known = ("text",) if kind == "text" else (*_PATHS_OF_PART, "detail")
+        if kind not in ("text", "image", "image_url"):
+            raise error("parts of type 'text' or 'image'", part, "leave this record out: other parts are not supported")
+        if other := next((key for key in part if part[key] is not None and key not in ("type", *known)), None):
+            raise error(f"a part of type {kind!r} with {' or '.join(known)}", part, f"leave {other!r} out of it")
+        if kind != "text":
             texts.append(IMAGE_MARK)
             images.append(_path_of(error, part))
-        elif kind != "text":
-            raise error("parts of type 'text' or 'image'", part, "leave this record out: other parts are not supported")
         elif not isinstance(part.get("text"), str):
             raise error(expected, part)
         else:
@@ -306,7 +363,7 @@ def _read_parts(error: partial[InputError], parts: list[Any], expected: str) -> 
 
 def _path_of(error: partial[InputError], part: dict[str, Any]) -> str | None:
     """Return the path that an image part names, None where it names none. Raises InputError for anything but a path."""
-    named = [part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
+    named = [part[key] for key in _PATHS_OF_PART if part.get(key) is not None]
     paths = [value.get("url") if isinstance(value, dict) else value for value in named]
     if not paths:
         return None
@@ -322,13 +379,8 @@ def _images(fields: Fields, spoken: Sequence[SpokenTurn]) -> tuple[str, ...]:
     """Take a record's images: its field's, or those that the turns' image parts name.
 
     Raises:
-        InputError: marks are neither none nor as many as the images, parts and field name different ones, or the record has
-            what a prompt of text and images would lose.
+        InputError: marks are neither none nor as many as the images, or parts and field name different ones.
     """
-    lost = next((name for name in _UNUSABLE if fields.left.get(name)), None)
-    if lost is not None:
-        fix = "leave this record out, or what is not supported out of it"
-        raise fields.error(lost, "text and images alone", fields.left[lost], fix)
     images, marks = fields.images(), [image for item in spoken for image in item.images]
     named = tuple(image for image in marks if image is not None)
     if named and len(named) < len(marks):

@@ -1,27 +1,24 @@
-"""Convert records between formats: srcfast's, LLaVA's conversations, VLMEvalKit's tables, TRL's preferences.
-
-Messages of chat models are read, too.
-"""
+"""Convert records of any format that is read to srcfast's, LLaVA's conversations, VLMEvalKit's tables or TRL's preferences."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from srcfast.data.jsonl import replacing, write_jsonl
-from srcfast.data.readers import json_list_or_lines, read_preferences, read_samples
-from srcfast.data.records import Preference, Sample
+from srcfast.data.readers import PREFERENCES, SAMPLES, holds_preferences, read_preferences, read_samples
+from srcfast.data.records import Preference, Record, Sample
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, message_parts
 from srcfast.data.vlmeval import OPTION_LETTERS, write_table, write_vlmeval_tsv
 from srcfast.errors import InputError
 
-SAMPLE_FORMATS = ("jsonl", "llava", "messages", "vlmeval_tsv")
-PREFERENCE_FORMATS = ("jsonl", "messages", "trl")
-SOURCES_ALONE = ("messages",)  # formats that are read and not written
+SAMPLE_FORMATS = ("auto", *SAMPLES, "vlmeval_tsv")
+PREFERENCE_FORMATS = ("auto", *PREFERENCES)
+TARGETS = ("jsonl", "llava", "trl", "vlmeval_tsv")  # formats that are written, too
 _TURN_KEYS = {"id", "image", "images", "conversations", "rationale", "facts"}
 _MESSAGE_KEYS = {"prompt", "chosen", "rejected", "images", "image", "turns"}
 _SPEAKERS = {SYSTEM: "system", USER: "human", ASSISTANT: "gpt"}
@@ -33,23 +30,23 @@ def convert(
     *,
     source_format: str,
     target_format: str,
-    image_root: Path,
+    image_root: Path | None = None,
     rejected: list[dict[str, Any]],
     image_output: Path | None = None,
     lost: Counter[str] | None = None,
 ) -> int:
     """Convert a file of records, write the target atomically, and return the number of records.
 
-    Samples can be jsonl, llava, messages or vlmeval_tsv, preferences jsonl, messages or trl; messages are only read. A source of
-    jsonl or messages holds preferences if its first record has `rejected` or `rejected_response`.
+    Samples are written as jsonl, llava or vlmeval_tsv, preferences as jsonl or trl. Which of them a source has, its first records
+    tell where its format does not.
 
     Args:
         source: file to read.
         target: file to write.
         source_format, target_format: of SAMPLE_FORMATS or PREFERENCE_FORMATS.
-        image_root: directory that the source's image paths are relative to; the target's are relative to it, too.
+        image_root: directory that the source's image paths are relative to (default: its own); the target's are, too.
         rejected: rows about bad records are appended to it.
-        image_output: where a table's images are written. The target's paths are relative to the target's directory if
+        image_output: where images within the source are written. The target's paths are relative to the target's directory if
             that contains `image_output`, else to `image_output`. Default: `<target's name>_images` beside the target.
         lost: counts, by name, the fields that the target format can't hold.
 
@@ -62,37 +59,27 @@ def convert(
         expected = "another file than the source"
         raise InputError(file=target, field="target", expected=expected, found="the source itself")
     formats = {source_format, target_format}
-    if target_format in SOURCES_ALONE:
-        raise InputError(file=target, field="format", expected="jsonl, llava, trl or vlmeval_tsv", found=target_format)
-    preferences = "trl" in formats or (source_format in ("jsonl", "messages") and _holds_preferences(source))
-    if preferences and formats <= set(PREFERENCE_FORMATS):
-        pairs = read_preferences(source, format=source_format, image_root=image_root, rejected=rejected)
-        _check_not_empty(source, len(pairs), rejected)
-        if target_format == "jsonl":
-            return write_jsonl(target, (pair.to_json() for pair in pairs))
-        return _write_list(target, (_trl_row(pair, lost) for pair in pairs))
-    if preferences or not formats <= set(SAMPLE_FORMATS):
+    if target_format not in TARGETS:
+        raise InputError(file=target, field="format", expected=", ".join(TARGETS), found=target_format)
+    only_samples, only_preferences = {"llava", "vlmeval_tsv"}, {"trl", "rlhf_v"}
+    preferences = source_format not in only_samples and (
+        bool(formats & only_preferences) or holds_preferences(Path(source))
+    )
+    if not formats <= set(PREFERENCE_FORMATS if preferences else SAMPLE_FORMATS):
         expected = f"samples among {', '.join(SAMPLE_FORMATS)}, or preferences among {', '.join(PREFERENCE_FORMATS)}"
         found = f"{'preferences' if preferences else 'samples'} from {source_format} to {target_format}"
         raise InputError(file=source, field="format", expected=expected, found=found)
-    image_output = image_output or target.with_name(f"{target.stem}_images")
-    samples = read_samples(
-        source, format=source_format, image_root=image_root, rejected=rejected, image_output=image_output
-    )
-    _check_not_empty(source, len(samples), rejected)
+    read: Callable[..., list[Any]] = read_preferences if preferences else read_samples
+    output = image_output or target.with_name(f"{target.stem}_images")
+    records = read(source, format=source_format, image_root=image_root, rejected=rejected, image_output=output)
+    _check_not_empty(source, len(records), rejected)
     if target_format == "vlmeval_tsv":
-        return write_vlmeval_tsv(target, samples, lost)
-    if source_format == "vlmeval_tsv":
-        samples = [_relative_to(sample, target.parent) for sample in samples]
+        return write_vlmeval_tsv(target, records, lost)
+    records = [_relative_to(record, target.parent) if record.image_root == output else record for record in records]
     if target_format == "jsonl":
-        return write_jsonl(target, (sample.to_json() for sample in samples))
-    return _write_list(target, (_llava_row(sample, lost) for sample in samples))
-
-
-def _holds_preferences(source: str | Path) -> bool:
-    """Return whether the first record of a file is a preference."""
-    first = next((row for _, row in json_list_or_lines(source) if isinstance(row, dict)), {})
-    return "rejected" in first or "rejected_response" in first
+        return write_jsonl(target, (record.to_json() for record in records))
+    to_row: Callable[..., dict[str, Any]] = _trl_row if preferences else _llava_row
+    return _write_list(target, (to_row(record, lost) for record in records))
 
 
 def _check_not_empty(source: str | Path, count: int, rejected: list[dict[str, Any]]) -> None:
@@ -102,8 +89,8 @@ def _check_not_empty(source: str | Path, count: int, rejected: list[dict[str, An
         raise InputError(file=source, expected="at least one good record", found=found)
 
 
-def _relative_to(sample: Sample, folder: Path) -> Sample:
-    """Make a sample's image paths relative to `folder` if its image root is below that; else return it unchanged."""
+def _relative_to(sample: Record, folder: Path) -> Record:
+    """Make a record's image paths relative to `folder` if its image root is below that; else return it unchanged."""
     root, folder = sample.image_root.resolve(), folder.resolve()
     if not root.is_relative_to(folder):
         return sample

@@ -7,7 +7,7 @@ import binascii
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +89,17 @@ def image_suffix(data: bytes, name: str | Path) -> str:
         return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}.get(image.format or "", f".{image.format}".lower())
 
 
-def resolve(root: Path, name: str) -> Path:
-    """Resolve the file `name` below `root`. Raises InputError where it is missing or lies outside."""
+def resolve(root: Path, name: str, follow_links: bool = False) -> Path:
+    """Resolve the file `name` below `root`; with `follow_links` links may lead out of it.
+
+    Raises:
+        InputError: it is missing or lies outside.
+    """
     base = Path(root).resolve()
     try:
         file = (base / name).resolve()
-        inside, exists = file.is_relative_to(base), file.is_file()
+        inside = (Path(os.path.normpath(base / name)) if follow_links else file).is_relative_to(base)
+        exists = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, a loop of links
         raise _error(repr(name), f"an image file below {base}", error, "correct the path") from error
     if not inside:
@@ -103,6 +108,34 @@ def resolve(root: Path, name: str) -> Path:
         found = "a folder" if file.is_dir() else "no such file"
         raise _error(file, "an image file", found, "correct the path, or set the image root")
     return file
+
+
+def locate(roots: Sequence[Path], names: Sequence[str], follow_links: bool) -> tuple[Path, tuple[str, ...]]:
+    """Find each image below the first root that has it, and return the innermost root of all these files, and their paths there.
+
+    Where they lie below several, or links lead out of theirs, return the folder that the files share, and their paths there.
+
+    Raises:
+        InputError: there are several roots, or links are followed, and an image is below no root.
+    """
+    if not names or (len(roots) == 1 and not follow_links):
+        return roots[0], tuple(names)
+    files = [_below_any(roots, name, follow_links) for name in names]
+    shared = Path(os.path.commonpath([file.parent for file in files]))
+    inside = [root for root in roots if shared.is_relative_to(root.resolve())]
+    root = max(inside, key=lambda root: len(root.resolve().parts), default=shared)
+    return root, tuple(str(file.relative_to(root.resolve())) for file in files)
+
+
+def _below_any(roots: Sequence[Path], name: str, follow_links: bool) -> Path:
+    """Resolve an image below the first of these roots that has it. Raises the first root's InputError where none has."""
+    errors = []
+    for root in roots:
+        try:
+            return resolve(root, name, follow_links)
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def from_base64(text: str, name: str) -> bytes:

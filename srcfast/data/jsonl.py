@@ -12,10 +12,12 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
+from srcfast.data.opening import MAX_TEXT, open_text, regular
 from srcfast.errors import InputError
 
 COMPLETE = "COMPLETE"  # marker of a finished directory of shards, written last
@@ -74,19 +76,6 @@ def is_unicode(text: str, value: Any) -> bool:
     return True
 
 
-def regular(path: str | Path) -> Path:
-    """Return the path if reading it comes to an end, as it may not with a pipe or a device.
-
-    Raises:
-        OSError: nothing is there, or a pipe, socket or device. A folder passes: opening it fails at once.
-        ValueError: a NUL in the path.
-    """
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError("a pipe, socket or device: write it into a file first")
-    return Path(path)
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (1-based line, object), without blank lines. Raises InputError at a malformed line."""
     for line, row in read_lines(path):
@@ -97,16 +86,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """Like `read_jsonl`, but a malformed line is yielded as its InputError, so that the reader can go on."""
-    try:
-        file = open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        found = (isinstance(error, OSError) and error.strerror) or error
-        raise InputError(file=path, expected="a readable file", found=found) from error
-    with file:
-        for line, text in enumerate(file, start=1):
-            text = text.strip()
-            if text:
-                yield line, _parse_line(path, line, text)
+    with open_text(path) as file:
+        yield from lines_of(file, path)
+
+
+def lines_of(file: TextIO, path: str | Path) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yield what `read_lines` does of a file that is open. Raises InputError at a line that is too long to be held."""
+    for line, text in enumerate(iter(partial(file.readline, MAX_TEXT), ""), start=1):
+        if len(text) == MAX_TEXT:
+            expected, found = f"lines of less than {MAX_TEXT >> 20} Mi characters", f"{text[:100]!r}..."
+            raise InputError(file=path, line=line, expected=expected, found=found)
+        if text := text.strip():
+            yield line, _parse_line(path, line, text)
 
 
 def _parse_line(path: str | Path, line: int, text: str) -> dict[str, Any] | InputError:
@@ -270,7 +261,7 @@ def json_hash(value: Any) -> str:
 
 def file_hash(file: str | Path) -> str:
     """Hash a file's bytes (SHA-256)."""
-    with open(file, "rb") as opened:
+    with open(regular(file), "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.conversations import llava_samples, message_preference, message_samples, trl_preference
+from srcfast.data.containers import files_of, is_table, read_rows
+from srcfast.data.conversations import (
+    alpaca_preference,
+    alpaca_samples,
+    llava_samples,
+    message_preference,
+    message_samples,
+    rlhf_v_preference,
+    trl_preference,
+)
 from srcfast.data.gc_pauses import pause_full_collections
-from srcfast.data.images import check_image
-from srcfast.data.jsonl import DECODER, PLAIN_DECODER, is_unicode, read_jsonl, read_lines, regular
-from srcfast.data.records import Fields, MadeUpId, Preference, Record, Row, Sample, each_record, settled_prompt
+from srcfast.data.images import check_image, locate
+from srcfast.data.jsonl import read_jsonl
+from srcfast.data.opening import open_text
+from srcfast.data.records import Fields, MadeUpId, Preference, Row, Sample, each_record, settled_prompt
+from srcfast.data.templates import check_untemplated
 from srcfast.data.turns import Turn
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
+
+Paths = str | Path | Sequence[str | Path]  # a file, a glob, or a list of these
+Found = tuple[Path, int, Sample | Preference | InputError]  # file, line, and what stands there
+_FIRST = 100  # rows that the format is determined by
 
 
 @dataclass(frozen=True)
@@ -31,81 +46,96 @@ class LogprobRow:
     turns: tuple[Turn, ...] = ()
 
 
+@dataclass(frozen=True)
+class Format:
+    """A format of rows.
+
+    Attributes:
+        read: reads the records of a row.
+        needs: groups of keys of which a row has one.
+        id_key: the key that names a record; rows without it are called record-N.
+        is_text: whether the values of the needed keys are texts.
+    """
+
+    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Any]]
+    needs: tuple[tuple[str, ...], ...]
+    id_key: str | None = None
+    is_text: bool = False
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has what the format needs."""
+        return any(
+            all(isinstance(row.get(key), str) if self.is_text else row.get(key) is not None for key in keys)
+            for keys in self.needs
+        )
+
+
 def read_samples(
-    path: str | Path,
+    path: Paths,
     *,
-    format: str,
-    image_root: Path,
+    format: str = "auto",
+    image_root: Path | Sequence[Path] | None = None,
     rejected: list[dict[str, Any]],
     check_images: bool = True,
     image_output: Path | None = None,
+    follow_links: bool = False,
+    duplicate_ids: str = "reject",
 ) -> list[Sample]:
     """Read samples; a row for `rejected.jsonl` about each bad record is appended to `rejected`.
 
     Args:
-        path: the file.
-        format: jsonl | llava | messages | vlmeval_tsv.
-        image_root: folder that image paths are relative to.
+        path: a file, a glob, or a list of these.
+        format: auto (determined by the first rows), one of SAMPLES, or vlmeval_tsv.
+        image_root: folder, or folders, that image paths are relative to; default: the file's.
         check_images: decode every image once now, so that a broken one is rejected here, not hours later.
-        image_output: where a TSV's base64 images are written (default: a folder beside the TSV).
+        image_output: where images within the file are written (default: a folder beside it).
+        follow_links: let symbolic links lead out of the image roots.
+        duplicate_ids: `reject` a sample whose id has occurred, or `rename` it and warn.
 
     Raises:
-        InputError: the file as a whole can't be read, or the format is unknown.
+        InputError: a file as a whole can't be read, or the format is unknown.
     """
-    if format == "jsonl":
-        samples = each_record(_jsonl_sample, read_lines(path), path, image_root)
-    elif format == "llava":
-        samples = each_record(llava_samples, _json_items(path, "id"), path, image_root)
-    elif format == "messages":
-        samples = each_record(message_samples, _json_items(path, "id"), path, image_root)
-    elif format == "vlmeval_tsv":
-        samples = read_vlmeval_tsv(path, image_output or Path(f"{path}.images"))
-    else:
-        raise InputError(file=path, field="format", expected="jsonl, llava, messages or vlmeval_tsv", found=format)
-    return _keep_good(
-        _with_unique_ids(_settled_ids(samples), path), path, rejected, check_images and format != "vlmeval_tsv"
-    )
+    found = _read_records(path, SAMPLES, format, image_root, image_output, follow_links)
+    return _good(_with_settled_ids(found, duplicate_ids), rejected, check_images)
 
 
 def read_preferences(
-    path: str | Path,
+    path: Paths,
     *,
-    format: str,
-    image_root: Path,
+    format: str = "auto",
+    image_root: Path | Sequence[Path] | None = None,
     rejected: list[dict[str, Any]],
     check_images: bool = True,
+    image_output: Path | None = None,
+    follow_links: bool = False,
 ) -> list[Preference]:
-    """Read preference pairs: `jsonl` (ours), `trl` (conversational rows or strings) or `messages` (those of chat models).
-
-    The latter two are JSON lines or one JSON list.
+    """Read preference pairs as `read_samples` does samples; `format` is auto or one of PREFERENCES.
 
     Raises:
-        InputError: the file as a whole can't be read, or the format is unknown.
+        InputError: a file as a whole can't be read, or the format is unknown.
     """
-    if format == "jsonl":
-        pairs = each_record(_preference, read_lines(path), path, image_root)
-    elif format == "trl":
-        pairs = each_record(trl_preference, _json_items(path, "sample_id"), path, image_root)
-    elif format == "messages":
-        pairs = each_record(message_preference, _json_items(path, "sample_id"), path, image_root)
-    else:
-        raise InputError(file=path, field="format", expected="jsonl, trl or messages", found=format)
-    return _keep_good(_settled_ids(pairs), path, rejected, check_images)
+    found = _read_records(path, PREFERENCES, format, image_root, image_output, follow_links)
+    return _good(_with_settled_ids(found, "keep"), rejected, check_images)
 
 
 def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
     """Read `{images, turns?, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
     rows = []
-    errors: dict[str, InputError | None] = {}
+    errors: dict[tuple[Path, str], InputError | None] = {}
     for line, row in read_jsonl(path):
         fields = Fields(row, path, line)
         images, turns = fields.images(), fields.turns()
         prompt, response = fields.text("prompt"), fields.text("response")
         turns, prompt = settled_prompt(fields, "prompt", turns, prompt, len(images))
+        asked = LogprobRow(images, prompt, response, image_root, turns)
+        try:
+            check_untemplated(asked)
+        except InputError as error:
+            raise _of_record(error, path, line, asked) from error
         for image in images:
-            if (error := _image_error(image_root, image, errors)) is not None:
-                raise _of_record(error, path, line, fields.sample_id)
-        rows.append(LogprobRow(images, prompt, response, image_root, turns))
+            if (broken := _image_error(image_root, image, errors)) is not None:
+                raise _of_record(broken, path, line, asked)
+        rows.append(asked)
     return rows
 
 
@@ -124,50 +154,100 @@ def check_rejected(rejected: Sequence[dict[str, Any]], total: int, max_rejected:
 # What all formats share -----------------------------------------------------------------------------------------------
 
 
-def _settled_ids(records: Iterable[tuple[int, Record | InputError]]) -> Iterator[tuple[int, Record | InputError]]:
-    """Rename each record whose id was made up where another has that id in the file: -2, -3, ... is added."""
+def _read_records(
+    path: Paths,
+    formats: Mapping[str, Format],
+    format: str,
+    image_root: Path | Sequence[Path] | None,
+    image_output: Path | None,
+    follow_links: bool,
+) -> Iterator[Found]:
+    """Yield the records of all files, their images located."""
+    files, names, numbers = files_of(path), [*formats, *(["vlmeval_tsv"] if formats is SAMPLES else [])], count(1)
+    format = find_format(files[0], formats) if format == "auto" else format
+    if format not in names:
+        expected = f"auto, {', '.join(names)}"
+        raise InputError(file=files[0], field="format", expected=expected, found=format)
+    for file in files:
+        roots = [image_root] if isinstance(image_root, Path) else [*(image_root or [file.parent])]
+        output = image_output or file.with_name(f"{file.name}.images")
+        if format == "vlmeval_tsv":
+            records: Iterator[tuple[int, Any]] = read_vlmeval_tsv(file, output, roots[0])
+        else:
+            rows = _named(read_rows(file, output), formats[format].id_key, numbers)
+            records = each_record(formats[format].read, rows, file, roots[0])
+            roots += [output] if is_table(file) else []
+        for line, record in records:
+            try:
+                if not isinstance(record, InputError):
+                    check_untemplated(record)
+                    if record.image_root != output:  # the images of a table's cells are there
+                        root, images = locate(roots, record.images, follow_links)
+                        record = replace(record, image_root=root, images=images)
+            except InputError as error:
+                record = _of_record(error, file, line, record)
+            yield file, line, record
+
+
+def _named(rows: Iterable[Row], id_key: str | None, numbers: Iterator[int]) -> Iterator[Row]:
+    """Yield the rows; those without the key get record-N, where there is such a key."""
+    for (line, row), number in zip(rows, numbers, strict=False):
+        yield (
+            line,
+            row if id_key is None or isinstance(row, InputError) else {id_key: MadeUpId(f"record-{number}")} | row,
+        )
+
+
+def _with_settled_ids(records: Iterable[Found], duplicates: str) -> Iterator[Found]:
+    """Keep, reject or rename records whose ids occur twice, and rename those whose ids were made up where another has that id.
+
+    To an id -2, -3, ... is added.
+    """
     read = list(records)
-    names: list[str | None] = [_id_of(record) for _, record in read]
+    names = [_id_of(record) for *_, record in read]
     taken, in_file = {*names}, {name for name in names if not isinstance(name, MadeUpId)}
-    for (line, record), name in zip(read, names, strict=True):
-        if isinstance(name, MadeUpId) and name in in_file and not isinstance(record, InputError):
-            free: Any = next(new for number in count(2) if (new := f"{name}-{number}") not in taken)
-            record = replace(record, **{"id" if isinstance(record, Sample) else "sample_id": free})
-        yield line, record
+    places: dict[str | None, tuple[Path, int]] = {}
+    numbers: Counter[str | None] = Counter()
+    renamed: list[str] = []
+    for (file, line, record), name in zip(read, names, strict=True):
+        if not isinstance(record, InputError):
+            is_twice = duplicates != "keep" and name in places
+            if (isinstance(name, MadeUpId) and name in in_file) or (is_twice and duplicates == "rename"):
+                free: Any = name
+                while free in taken:
+                    numbers[name] += 1
+                    free = f"{name}-{numbers[name] + 1}"
+                taken.add(free)
+                renamed += [f"{name!r} of {file}, line {line}: {free!r}"] if is_twice else []
+                record = replace(record, **{"id" if isinstance(record, Sample) else "sample_id": free})
+            elif is_twice:
+                of_file, of_line = places[name]
+                found = f"that of line {of_line}" + ("" if of_file == file else f" of {of_file}")
+                expected, fix = (
+                    "an id that occurs once",
+                    "give each sample an id of its own, or set duplicate_ids: rename",
+                )
+                record = InputError(
+                    file=file, line=line, sample_id=name, field="id", expected=expected, found=found, fix=fix
+                )
+            else:
+                places[name] = file, line
+        yield file, line, record
+    if renamed:
+        shown = "; ".join(renamed[:3]) + ("; ..." if len(renamed) > 3 else "")
+        warnings.warn(f"{len(renamed)} ids had occurred before and were renamed: {shown}", stacklevel=2)
 
 
 def _id_of(record: Sample | Preference | InputError) -> str | None:
     return record.id if isinstance(record, Sample) else record.sample_id
 
 
-def _with_unique_ids(
-    samples: Iterable[tuple[int, Sample | InputError]], path: str | Path
-) -> Iterator[tuple[int, Sample | InputError]]:
-    """Replace each sample whose id has occurred by an error."""
-    lines: dict[str, int] = {}
-    for line, sample in samples:
-        if isinstance(sample, Sample) and sample.id in lines:
-            expected, found = "an id that occurs once", f"that of line {lines[sample.id]}"
-            fix = "give each sample an id of its own"
-            sample = InputError(
-                file=path, line=line, sample_id=sample.id, field="id", expected=expected, found=found, fix=fix
-            )
-        elif isinstance(sample, Sample):
-            lines[sample.id] = line
-        yield line, sample
-
-
 @pause_full_collections()
-def _keep_good(
-    records: Iterable[tuple[int, Record | InputError]],
-    path: str | Path,
-    rejected: list[dict[str, Any]],
-    check_images: bool,
-) -> list[Record]:
+def _good(records: Iterable[Found], rejected: list[dict[str, Any]], check_images: bool) -> list[Any]:
     """List the good records, each image decoded once; the others' errors go to `rejected`."""
-    good: list[Record] = []
-    errors: dict[str, InputError | None] = {}
-    for line, record in records:
+    good = []
+    errors: dict[tuple[Path, str], InputError | None] = {}
+    for file, line, record in records:
         if isinstance(record, InputError):
             rejected.append(record.as_record())
             continue
@@ -176,104 +256,39 @@ def _keep_good(
         if error is None:
             good.append(record)
         else:
-            rejected.append(_of_record(error, path, line, _id_of(record)).as_record())
+            rejected.append(_of_record(error, file, line, record).as_record())
     return good
 
 
-def _image_error(root: Path, image: str, errors: dict[str, InputError | None]) -> InputError | None:
+def _image_error(root: Path, image: str, errors: dict[tuple[Path, str], InputError | None]) -> InputError | None:
     """Return what is wrong with an image below `root`, None if nothing is; `errors` remembers it."""
-    if image not in errors:
-        errors[image] = None
+    key = root, image
+    if key not in errors:
+        errors[key] = None
         try:
             check_image(root, image)
         except InputError as error:
             error.__cause__ = error.__context__ = None  # their traces would keep the file's bytes in memory
-            errors[image] = error.with_traceback(None)
-    return errors[image]
+            errors[key] = error.with_traceback(None)
+    return errors[key]
 
 
-def _of_record(error: InputError, path: str | Path, line: int, sample_id: str | None) -> InputError:
-    """Turn an image's error into one of the record that names the image."""
-    expected, found = error.expected, f"{error.found} ({error.file})"
+def _of_record(error: InputError, file: str | Path, line: int, record: Sample | Preference | LogprobRow) -> InputError:
+    """Turn an error about a record's text or image into one that names the record's place."""
+    sample_id = getattr(record, "id", None) or getattr(record, "sample_id", None)
+    found = error.found if error.file is None else f"{error.found} ({error.file})"
     return InputError(
-        file=path, line=line, sample_id=sample_id, field="image", expected=expected, found=found, fix=error.fix
+        file=file,
+        line=line,
+        sample_id=sample_id,
+        field=error.field,
+        expected=error.expected,
+        found=found,
+        fix=error.fix,
     )
 
 
-def _json_items(path: str | Path, id_key: str) -> Iterator[Row]:
-    """Yield the rows of a JSON list, each with the line it begins on, or of JSON lines; unnamed ones are called record-N."""
-    for number, (line, row) in enumerate(json_list_or_lines(path), start=1):
-        yield line, row if isinstance(row, InputError) else {id_key: MadeUpId(f"record-{number}")} | row
-
-
-def json_list_or_lines(path: str | Path) -> Iterator[Row]:
-    """Yield (line, row or its error) of a JSON list, or of JSON lines. Raises InputError where the file can't be read."""
-    try:
-        text = regular(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise InputError(file=path, expected="a readable file in UTF-8", found=error) from error
-    start = _skip_space(text, 0)
-    return _list_items(text, start + 1, path) if text[start : start + 1] == "[" else read_lines(path)
-
-
-def _list_items(text: str, start: int, path: str | Path) -> Iterator[Row]:
-    """Yield the rows of a JSON list that is opened before `start`. Raises InputError where the list itself is malformed."""
-    position, line, counted = _skip_space(text, start), 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            row, end = _read_item(text, position, path, line)
-        except (ValueError, RecursionError) as error:
-            line = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise InputError(file=path, line=line, expected="a JSON list of records", found=error) from error
-        yield line, row
-        position = _next_item(text, end, path)
-    if (rest := _skip_space(text, position + 1)) < len(text):
-        expected, found = "nothing after the list", repr(text[rest : rest + 40])
-        raise InputError(file=path, line=_line_at(text, rest), expected=expected, found=found)
-
-
-def _read_item(text: str, start: int, path: str | Path, line: int) -> tuple[dict[str, Any] | InputError, int]:
-    """Read the record of a list that begins at `start`, or what is wrong with it; and where it ends.
-
-    Raises:
-        ValueError, RecursionError: no JSON, so that its end is unknown.
-    """
-    try:
-        row, end = DECODER.raw_decode(text, start)
-        if isinstance(row, dict) and is_unicode(text[start:end], row):
-            return row, end
-        found = "half of a surrogate pair" if isinstance(row, dict) else repr(row)
-    except ValueError as error:
-        end = PLAIN_DECODER.raw_decode(text, start)[1]
-        found = f"{error}: {text[start : min(end, start + 200)]!r}"
-    expected = "one JSON object in UTF-8"
-    return InputError(file=path, line=line, field="record", expected=expected, found=found), end
-
-
-def _next_item(text: str, end: int, path: str | Path) -> int:
-    """Return where the item behind the one that ends here begins, or the list's "]". Raises InputError for anything else."""
-    position = _skip_space(text, end)
-    if text[position : position + 1] == ",":
-        return _skip_space(text, position + 1)
-    if text[position : position + 1] != "]":
-        expected = "',' or ']' in a JSON list of records"
-        found = repr(text[position : position + 20]) if position < len(text) else "the end of the file"
-        raise InputError(file=path, line=_line_at(text, position), expected=expected, found=found)
-    return position
-
-
-def _line_at(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-# JSON lines -----------------------------------------------------------------------------------------------------------
+# Formats --------------------------------------------------------------------------------------------------------------
 
 
 def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample]:
@@ -287,3 +302,69 @@ def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Pa
     pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
     turns, prompt = settled_prompt(Fields(row, path, line), "prompt", pair.turns, pair.prompt, len(pair.images))
     return [replace(pair, prompt=prompt, turns=turns)]
+
+
+# What rows can be, in the order in which that is asked.
+SAMPLES = {
+    "llava": Format(llava_samples, (("conversations",),), "id"),
+    "messages": Format(message_samples, (("messages",), ("query", "response")), "id"),
+    "alpaca": Format(alpaca_samples, (("instruction", "output"),), "id"),
+    "jsonl": Format(_jsonl_sample, (("question", "answer"),)),
+}
+_RANKED = (("messages", "rejected"), ("conversations", "rejected"), ("messages", "rejected_response"))
+_RLHF_V = (("question", "chosen", "rejected"), ("text", "image"), ("text", "image_path"))
+PREFERENCES = {
+    "messages": Format(message_preference, _RANKED, "sample_id"),
+    "alpaca": Format(alpaca_preference, (("instruction", "chosen", "rejected"),), "sample_id"),
+    "rlhf_v": Format(rlhf_v_preference, _RLHF_V, "sample_id"),
+    "jsonl": Format(_preference, (("prompt", "chosen", "rejected"),), is_text=True),
+    "trl": Format(trl_preference, (("chosen", "rejected"),), "sample_id"),
+}
+
+
+def holds_preferences(path: Path) -> bool:
+    """Return whether the first records of a file are preferences. Raises InputError where the file can't be read."""
+    return any(_is_preference(row) for row in _first_rows(path) if isinstance(row, dict))
+
+
+def find_format(path: Path, formats: Mapping[str, Format]) -> str:
+    """Determine the format of a file, one of `formats` or vlmeval_tsv, by its first rows.
+
+    Raises:
+        InputError: it is none of these; the text has the keys that were seen, and what each format needs.
+    """
+    if formats is SAMPLES and not is_table(path):
+        with open_text(path) as file:
+            header = file.readline(1 << 16)
+        if "\t" in header and header.lstrip()[:1] not in ("[", "{"):
+            return "vlmeval_tsv"
+    rows = _first_rows(path)
+    objects = [row for row in rows if isinstance(row, dict)]
+    together = {key: value for row in objects for key, value in row.items()}  # each may lack something
+    fitting = (
+        name
+        for row in (*objects, together)
+        if formats is PREFERENCES or not _is_preference(row)
+        for name, format in formats.items()
+        if format.fits(row)
+    )
+    if (name := next(fitting, None)) is not None:
+        return name
+    needs = "; ".join(
+        f"{name} ({' or '.join(' and '.join(keys) for keys in format.needs)})" for name, format in formats.items()
+    )
+    reasons = [f"no JSON in line {row.line} ({row.found})" for row in rows if isinstance(row, InputError)]
+    found = f"the keys {', '.join(together)}" if together else reasons[0] if reasons else "no record"
+    if formats is SAMPLES and any(map(_is_preference, objects)):
+        found += ", as preferences have them, which `srcfast dpo` reads"
+    expected = f"{'samples' if formats is SAMPLES else 'preferences'} as one of the formats has them: {needs}"
+    raise InputError(file=path, field="format", expected=expected, found=found, fix="rename the keys")
+
+
+def _first_rows(path: Path) -> list[dict[str, Any] | InputError]:
+    return [row for _, row in islice(read_rows(path, None), _FIRST)]
+
+
+def _is_preference(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has two responses, of which one is rejected."""
+    return "rejected" in row or "rejected_response" in row or PREFERENCES["rlhf_v"].fits(row)

@@ -176,8 +176,20 @@ def are_in_turn(roles: Sequence[str]) -> bool:
     return spoken == [USER, ASSISTANT] * (len(spoken) // 2)
 
 
-# Names that other formats have for turns. Beside a question they would not be part of the prompt.
-_OTHER_TURNS = ("conversations", "history", "messages", "query", "system")
+# Names that other formats have for turns and images: under these they would not be part of the prompt.
+_OTHER_TURNS = ("conversations", "history", "messages", "query", "system", "system_message", "system_prompt")
+OTHER_IMAGES = ("image_file", "image_files", "image_path", "image_paths", "image_url", "image_urls", "img", "img_path")
+# What a prompt of text and images would lose.
+UNUSABLE = (
+    "audio",
+    "audios",
+    "chat_template_kwargs",
+    "rejected_images",
+    "rejected_messages",
+    "tools",
+    "video",
+    "videos",
+)
 
 
 class Fields:
@@ -294,7 +306,19 @@ class Fields:
         return self.number(name)
 
     def images(self) -> tuple[str, ...]:
-        """Take the image paths of `image` or `images`; empty if both are missing or null. Raises InputError."""
+        """Take the image paths of `image` or `images`; empty if both are missing or null.
+
+        Raises:
+            InputError: they are no paths, or stand under another name, or the record has what a prompt would lose.
+        """
+        if lost := next((name for name in UNUSABLE if self.left.get(name)), None):
+            fix = "leave this record out, or what is not supported out of it"
+            raise self.error(lost, "text and images alone", self.left[lost], fix)
+        if not (self.left.get("image") or self.left.get("images")):
+            if other := next((name for name in OTHER_IMAGES if self.left.get(name)), None):
+                raise self.error(
+                    other, "images under the name 'image' or 'images'", self.left[other], "rename the field"
+                )
         image, images = self.left.pop("image", None), self.left.pop("images", None)
         if image is not None and images is not None:
             raise self.error("images", "either 'image' or 'images'", "both")
@@ -310,10 +334,7 @@ class Fields:
         Raises:
             InputError: they are not in turn, one has no text, or turns stand under another format's name.
         """
-        other = next((name for name in _OTHER_TURNS if self.left.get(name)), None)
-        if other is not None:
-            fix = "write the turns before the question as 'turns', or choose the format messages or llava"
-            raise self.error(other, "turns under the name 'turns'", self.left[other], fix)
+        self.check_no_other_turns()
         value = self.left.pop("turns", None)
         if value is None:
             return ()
@@ -325,6 +346,12 @@ class Fields:
             expected = f"{SYSTEM} first or not at all, then {USER} and {ASSISTANT} in pairs"
             raise self.error("turns", expected, [turn["role"] for turn in value], fix)
         return tuple(Turn(turn["role"], turn["content"]) for turn in value)
+
+    def check_no_other_turns(self) -> None:
+        """Raise InputError where turns stand under a name that this format does not have."""
+        if other := next((name for name in _OTHER_TURNS if self.left.get(name)), None):
+            fix = "write the turns before the question as 'turns', or choose the format messages or llava"
+            raise self.error(other, "turns under the name 'turns'", self.left[other], fix)
 
     def rest(self) -> dict[str, Any]:
         """Return the fields that were not taken."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.images import from_base64, image_suffix, resolve
-from srcfast.data.jsonl import is_unicode, regular, replacing
+from srcfast.data.jsonl import is_unicode, replacing
+from srcfast.data.opening import open_text
 from srcfast.data.records import Fields, Row, Sample, each_record, settled_prompt
 from srcfast.data.turns import IMAGE_MARK
 from srcfast.errors import InputError
@@ -28,10 +29,13 @@ _NUMBERED_MARK = re.compile(r"<image ([1-9]\d{0,3})>", re.ASCII)  # as in MMMU's
 _COLUMNS = ("index", "image", "question", "answer")
 
 
-def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int, Sample | InputError]]:
+def read_vlmeval_tsv(
+    path: str | Path, image_output: Path, image_root: Path
+) -> Iterator[tuple[int, Sample | InputError]]:
     """Yield (line, sample or its error), and write each image once into `image_output`.
 
-    Columns: index, image, question, answer; optional: hint, A, B, ..., category, l2-category, split, rationale.
+    Columns: index, image (or image_path, below `image_root`), question, answer; optional: hint, A, B, ..., category,
+    l2-category, split, rationale.
     Options are appended to the question as in VLMEvalKit's multiple-choice prompt. Images stand where the texts have marks,
     `<image>` for each in their order or `<image 1>` for the first, and before the text where they have none.
 
@@ -40,17 +44,17 @@ def read_vlmeval_tsv(path: str | Path, image_output: Path) -> Iterator[tuple[int
     """
     images: dict[str, list[str] | InputError] = {}
     for line, row in _rows(path):  # all images first: a row may refer to the image of a later one
-        cell = "" if isinstance(row, InputError) else row["image"].strip()
+        cell = "" if isinstance(row, InputError) else row.get("image", "").strip()
         if not isinstance(row, InputError) and len(cell) > REFERENCE_CHARACTERS and row["index"] not in images:
             images[row["index"]] = _write_images(cell, row["index"], f"{path}, line {line}", image_output)
-    yield from each_record(partial(_samples, images=images), _rows(path), path, image_output)
+    yield from each_record(partial(_samples, images=images, image_output=image_output), _rows(path), path, image_root)
 
 
 def _rows(path: str | Path) -> Iterator[Row]:
     """Yield (line, cells by column, or the row's error). Raises InputError if the file or its header is malformed."""
     csv.field_size_limit(sys.maxsize)
     try:
-        with open(regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with open_text(path, "a readable table", newline="") as file:
             reread: deque[str] = deque()  # lines to read once more
             row_lines: list[str] = []  # of the row that is being read
 
@@ -62,8 +66,9 @@ def _rows(path: str | Path) -> Iterator[Row]:
             reader = csv.reader(lines(), delimiter="\t", strict=True)
             header = next(reader, [])
             names = ", ".join(header)
-            if not set(_COLUMNS) <= set(header) or len(set(header)) < len(header) or not is_unicode(names, header):
-                expected = f"columns {', '.join(_COLUMNS)}, each once, in UTF-8"
+            needed = {name for name in _COLUMNS if name != "image" or "image_path" not in header}
+            if not needed <= set(header) or len(set(header)) < len(header) or not is_unicode(names, header):
+                expected = f"columns {', '.join(_COLUMNS)} (or image_path), each once, in UTF-8"
                 raise InputError(file=path, line=1, field="header", expected=expected, found=ascii(names[:200]))
             line = 1
             while True:
@@ -127,14 +132,24 @@ def _write_images(cell: str, index: str, source: str, image_output: Path) -> lis
 
 
 def _samples(
-    row: dict[str, str], path: str | Path, line: int, image_root: Path, *, images: Mapping[str, list[str] | InputError]
+    row: dict[str, str],
+    path: str | Path,
+    line: int,
+    image_root: Path,
+    *,
+    images: Mapping[str, list[str] | InputError],
+    image_output: Path,
 ) -> list[Sample]:
     """Read the sample of a row."""
     fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
     fields.sample_id = row["index"] or None
-    index, cell = fields.identifier("index"), fields.text("image")
-    is_base64 = len(cell.strip()) > REFERENCE_CHARACTERS
-    names = images.get(index) if is_base64 else images.get(cell, images.get(cell.strip()))
+    index = fields.identifier("index")
+    if "image" in row:
+        cell, image_root = fields.text("image"), image_output
+        is_base64 = len(cell.strip()) > REFERENCE_CHARACTERS
+        names = images.get(index) if is_base64 else images.get(cell, images.get(cell.strip()))
+    else:
+        names = _paths(fields.text("image_path"))
     if names is None:
         raise fields.error("image", "base64, or the index of a row that has it", cell)
     if isinstance(names, InputError):
@@ -153,6 +168,11 @@ def _samples(
     prompt = _with_options(question, extra.get("hint"), options)
     _, prompt = settled_prompt(fields, "question", (), prompt, len(names))
     return [Sample(index, tuple(names), prompt, answer, rationale, (), extra, image_root)]
+
+
+def _paths(cell: str) -> list[str]:
+    """Return the paths of a cell: one, or a list of them as Python or JSON write it."""
+    return re.findall(r"[\"']([^\"']+)[\"']", cell) if re.fullmatch(r"\s*\[.*\]\s*", cell) else [cell]
 
 
 def _in_order(fields: Fields, names: list[str], texts: list[str]) -> tuple[list[str], list[str]]:

@@ -36,10 +36,15 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
         return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
-    path = Path(dataset.path or "")
-    root = path.parent if dataset.image_root is None else Path(dataset.image_root)
+    roots = [dataset.image_root] if isinstance(dataset.image_root, str) else dataset.image_root
     samples = read_samples(
-        path, format=dataset.format, image_root=root, rejected=rejected, check_images=dataset.check_images
+        dataset.path or "",
+        format=dataset.format,
+        image_root=None if roots is None else [Path(root) for root in roots],
+        rejected=rejected,
+        check_images=dataset.check_images,
+        follow_links=dataset.follow_links,
+        duplicate_ids=dataset.duplicate_ids,
     )
     if 0 < dataset.limit < len(samples):
         samples = random.Random(f"{dataset.name}/{dataset.seed}").sample(samples, dataset.limit)
@@ -99,7 +104,7 @@ def read_evaluation_sets(
 def _no_samples(dataset: DatasetConfig, field: str) -> InputError:
     """Return the error of a dataset without a good sample."""
     return InputError(
-        file=dataset.path,
+        file=None if dataset.path is None else str(dataset.path),
         field=field,
         expected=f"at least one sample in {dataset.name!r}",
         found="none",

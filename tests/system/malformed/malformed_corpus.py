@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import malformed_checkpoints
+import malformed_containers
 import malformed_conversations
 import malformed_images
 import malformed_places
@@ -15,6 +16,7 @@ from malformed_case import Case
 CORPUS: list[Case] = [
     *malformed_records.cases(),
     *malformed_conversations.cases(),
+    *malformed_containers.cases(),
     *malformed_images.cases(),
     *malformed_settings.cases(),
     *malformed_checkpoints.cases(),

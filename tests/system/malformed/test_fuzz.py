@@ -6,6 +6,7 @@ Each target has some hundred examples, the same in each run; `make fuzz` takes t
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import warnings
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed_checkpoints import ADAPTER_CONFIG, ASSETS, CONFIG, SOUND, SOUND_ADAPTER, framed, lvlm
+from malformed_containers import parquet, stream, zstandard
 from malformed_conversations import CHAT, HISTORY, NO, PROMPT, YES
 from malformed_images import ENDINGS, picture_bytes
 from malformed_records import ASKED, CANDIDATE, PAIR, SAMPLE, SCORES, TALK, TAUGHT
@@ -175,6 +177,26 @@ def test_reader_of_tables(folder: Path, whole: bytes) -> None:
         samples = read_samples(folder / "rows.tsv", format="vlmeval_tsv", image_root=folder, rejected=rejected)
         write_jsonl(folder / "rejected.jsonl", rejected)
         write_jsonl(folder / "samples.jsonl", (sample.to_json() for sample in samples))
+
+
+CONTAINERS = (
+    parquet(SAMPLE | {"image": {"bytes": picture_bytes("PNG"), "path": "a"}}, SAMPLE | {"image": None}),
+    parquet(CHAT),
+    stream(SAMPLE, SAMPLE),
+    gzip.compress(WHOLE_LINES),
+    zstandard(WHOLE_LINES),
+)
+
+
+@fuzz(changed_bytes(*CONTAINERS))
+def test_readers_of_containers(folder: Path, whole: bytes) -> None:
+    (folder / "rows").write_bytes(whole)
+    rejected: list[dict[str, Any]] = []
+    for read in (read_samples, read_preferences):
+        with suppress(SrcfastError):
+            records = read(folder / "rows", rejected=rejected)
+            write_jsonl(folder / "records.jsonl", (record.to_json() for record in records))
+        write_jsonl(folder / "rejected.jsonl", rejected)
 
 
 @fuzz(changed_bytes(b'{"rows": 1, "shards": 1}') | st.binary(), changed_bytes(WHOLE_LINES))
