@@ -16,8 +16,8 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import as_json, flatten, json_hash, read_shards, write_shards
 from srcfast.data.logit_rows import response_logit_rows, row_positions
-from srcfast.data.records import Candidate, Preference
-from srcfast.data.stage_rows import read_aligned, read_scores
+from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
 from srcfast.errors import InputError
 
 # prompt 10 11 12 -> {20 21 -> {30, 31 32}, 40}; then a tree of 50 51 -> 60
@@ -241,3 +241,13 @@ def test_an_implicit_prompt_is_what_both_conversations_begin_with(
         return
     [pair] = trl_preference(dict(row), "f", 1, Path("."))
     assert (pair.prompt, len(pair.turns), (pair.chosen, pair.rejected)) == (prompt, turns, responses)
+
+
+def test_pairs_are_read_with_the_images_roots_of_their_samples(tmp_path: Path) -> None:
+    samples = {name: Sample(name, ("x.png",), "Why?", "a", image_root=tmp_path / f"of {name}") for name in ("a", "b")}
+    rows = [PAIR | {"sample_id": name, "images": ["x.png"]} for name in ("b", "a")]
+    write_shards(tmp_path / "pairs", rows)
+    read = read_pairs(tmp_path / "pairs", samples)
+    assert [(pair.sample_id, pair.image_root) for pair in read] == [(n, tmp_path / f"of {n}") for n in ("b", "a")]
+    with pytest.raises(InputError, match="line 1, field 'sample_id': expected a sample of this run"):
+        read_pairs(tmp_path / "pairs", {"a": samples["a"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srcfast_kernels import linear_logprob
+from srcfast_kernels.backends import use_backend
 from srcfast_kernels.linear_logprob import linear_logprob_reference
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -181,3 +183,26 @@ def test_bf16_logits_keep_fp32_s_precision() -> None:
     exact = linear_logprob_reference(hidden.double(), weight.double(), targets)
     # Sums of 512 fp32 products of about 1: a few units of 2^-24 times their number's root; a bf16 logit would err by 0.03.
     torch.testing.assert_close(linear_logprob(hidden, weight, targets).double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 0, 3])
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_the_target_that_doesn_t_count_is_the_one_that_is_named(ignored: int, backend: Any) -> None:
+    """One row after the other in plain Python; a token of the vocabulary may be the one that doesn't count."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([1, 3, 0, 4, 3, 2])
+    if ignored < 0:
+        targets[[0, 4]] = ignored
+    with use_backend(backend):
+        logps = linear_logprob(hidden, weight, targets, ignore_index=ignored)
+        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    for row, target in enumerate(targets.tolist()):
+        logits = [float(hidden[row].detach() @ weight[token]) for token in range(5)]
+        shares = [math.exp(one) / sum(math.exp(other) for other in logits) for one in logits]
+        counts = target != ignored
+        assert logps[row].item() == pytest.approx(math.log(shares[target]) if counts else 0.0, abs=1e-12)
+        slope = [(token == target) - share for token, share in enumerate(shares)]
+        expected = [sum(s * float(weight[t, d]) for t, s in enumerate(slope)) if counts else 0.0 for d in range(4)]
+        assert gradient[row].tolist() == pytest.approx(expected, abs=1e-12)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from srcfast_kernels import NF4Weight, native, nf4_dequantize, nf4_linear, nf4_quantize
 from srcfast_kernels.backends import use_backend
-from srcfast_kernels.nf4 import CODES, nf4_from_state_dict, nf4_state_dict
+from srcfast_kernels.nf4 import (
+    CODES,
+    nf4_flat,
+    nf4_flat_size,
+    nf4_from_flat,
+    nf4_from_state_dict,
+    nf4_state_dict,
+)
 from srcfast_kernels.nf4_linear import nf4_linear_reference
 
 DIGESTS = ["ecde248929b320e4", "b57cf65dd55e52d9", "10c893293e7ba42f", "23b5e8cb38f43941", "454226db18de5da5"]
@@ -247,3 +254,28 @@ def test_of_two_codes_as_near_each_backend_takes_the_lower_one(path: str, monkey
         packed = nf4_quantize(weight, double_quant=False).packed.tolist()
     nibbles = [part for byte in packed for part in (byte >> 4, byte & 15)]
     assert nibbles == [*range(15), *range(1, 16), 15, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"),
+    [
+        (1, (16, 16, 16, 16)),  # a byte of codes, one of scales, one nested scale, the offset
+        (33, (32, 16, 16, 16)),
+        (64 * 17, (544, 32, 16, 16)),
+        (64 * 256 * 5 + 1, (40_976, 1296, 32, 16)),
+    ],
+)
+def test_a_flat_row_s_parts_begin_at_multiples_of_16_bytes(count: int, parts: tuple[int, ...]) -> None:
+    assert nf4_flat_size(count) == sum(parts) // 4
+    whole = nf4_quantize(random_weight(1, count, seed=1))
+    flat = nf4_flat(whole)
+    assert flat.nbytes == sum(parts)
+    raw = flat.view(torch.uint8)
+    starts = [sum(parts[:number]) for number in range(4)]
+    assert raw[: len(whole.packed)].tolist() == whole.packed.tolist()
+    assert raw[starts[1] : starts[1] + len(whole.absmax)].tolist() == whole.absmax.tolist()
+    assert whole.nested_absmax is not None and whole.offset is not None
+    assert flat[starts[2] // 4 :][: len(whole.nested_absmax)].tolist() == whole.nested_absmax.tolist()
+    assert flat[starts[3] // 4] == whole.offset
+    again = nf4_from_flat(flat, whole.shape, whole.dtype)
+    assert torch.equal(nf4_dequantize(again), nf4_dequantize(whole))
