@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from srcfast.data.rationale_format import parse_response
+from srcfast.world.claims import draw_claims
 from srcfast.world.oracle import claimed_world, is_true, parse_claim, verify
 from srcfast.world.programs import evaluate, extreme_object, implied_absent, matches, relevant
+from srcfast.world.rationales import perception_questions
+from srcfast.world.samples import world_samples
 from srcfast.world.scenes import HELD_OUT, Object, Scene, sample_scenes, scene_digest, split_of
 
 UPPER = (("base", 48), ("train", 72), ("scorer", 82), ("validation", 90), ("test", 100))
@@ -279,3 +285,37 @@ def test_in_an_image_of_one_object_all_claims_are_about_it() -> None:
     assert judged(see, "1", program, "1", single).aligned
     # Of several, the large object may be another than the circle, whose size is open.
     assert not judged(see, "1", program, "1", several).leads_to_answer
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("split", "seed", "samples", "claims", "questions"),
+    [
+        ("train", 0, "6253d0986d8f8552", "500d9f8c5fca557f", "c92becc84514437e"),
+        ("validation", 3, "53fe9283bb32247a", "456049d1c54948f4", "cee784fdc08ee7be"),
+        ("generalisation", 7, "1bbbe1d82f65f208", "2c0da0c5662fc571", "5aedf52cec18a444"),
+    ],
+)
+def test_what_a_seed_draws_stays_what_it_was(
+    split: str, seed: int, samples: str, claims: str, questions: str, tmp_path: Path
+) -> None:
+    """Runs name their samples by split, number and seed: other samples under these names would be a silent change."""
+    drawn = world_samples(split, 40, seed, image_dir=tmp_path)
+    assert digest([sample.to_json() for sample in drawn]) == samples
+    scenes, rng = sample_scenes(split, 20, seed), random.Random("claims")
+    assert digest([sorted(draw_claims(scene, rng, 4).items()) for scene in scenes]) == claims
+    assert digest([perception_questions(scene, rng, 3) for scene in scenes]) == questions
+
+
+def test_what_can_t_be_checked_is_not_wrong() -> None:
+    """easy-VQA's scenes leave colours open: a rationale that names one is right if nothing known speaks against it."""
+    program = {"op": "query", "attribute": "shape", "of": {}}
+    found = judged("There is a red circle.", "circle", program, "circle", UNKNOWN)
+    assert found.claims == (("There is a red circle.", "perception", "unverifiable"),)
+    assert found.perception_right and found.rationale_right and found.aligned
+    wrong = judged("There is a blue circle.", "circle", program, "circle", UNKNOWN)
+    assert not wrong.perception_right and not wrong.rationale_right and wrong.answer_right
+    assert not judged("", "circle", program, "circle", UNKNOWN).perception_right  # nothing is claimed
