@@ -264,3 +264,12 @@ def test_what_was_recomputed_can_t_be_measured_on_a_cpu() -> None:
     assert measurement.record(recomputed, [])["measured_bytes"] is None
     measurement = Measurement("cuda", peak=70, reserved=80, saved=30)
     assert measurement.record(recomputed, []) == {"forecast_bytes": 49, "measured_bytes": 70, "reserved_bytes": 80}
+
+
+def test_a_cpu_s_masks_and_index_maps_are_counted_and_scale_with_the_trees() -> None:
+    """Two blocks of 3 queries and 4 keys, and five of 1 and 2: masks in fp32, int64 for each query and key."""
+    reads = AttentionReads(11, 20, ((2, 3, 4), (5, 1, 2)))
+    assert reads.plan_bytes == 2 * (4 * 12 + 8 * 7) + 5 * (4 * 2 + 8 * 3)
+    assert reads.times(3) == AttentionReads(33, 60, ((6, 3, 4), (15, 1, 2)))
+    assert FOREST.times(2).tokens == 2 * T and FOREST.times(2).last.queries == 2 * M
+    assert FOREST.times(2).attended == 1400 and FOREST.times(0.5).head_rows == H / 2
