@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from srcfast.attention.forest_attention import _takes, flash_takes
 from srcfast.attention.options import CAUSAL, AttentionOptions
 from srcfast.attention.query_blocks import query_blocks
 from srcfast.attention.varlen_plan import varlen_plan
@@ -84,3 +88,22 @@ def test_a_variable_length_plan_joins_what_follows_its_parent() -> None:
     rows = varlen_plan(FOREST, torch.tensor([4, 7, 8]))
     assert rows.cu_seqlens_q.tolist() == [0, 1, 2, 3] and rows.cu_seqlens_k.tolist() == [0, 5, 12, 16]
     assert (rows.max_seqlen_q, rows.max_seqlen_k) == (1, 7)
+
+
+@pytest.mark.parametrize(("rows", "takes"), [(3, True), (4, True), (5, False)])
+def test_a_range_as_long_as_the_window_fits_a_call(rows: int, takes: bool) -> None:
+    options = AttentionOptions(window=4, two_way=((0, rows),), beyond_window=True)
+    assert _takes("flash_attn", None, options) == _takes("torch_varlen", None, options) == takes
+    assert _takes("blocks", None, options) and not _takes("xformers", None, options)
+
+
+@pytest.mark.parametrize(
+    ("size", "capability", "takes"),
+    [(256, (8, 0), True), (264, (9, 0), False), (100, (9, 0), False), (256, (7, 5), False), (208, (8, 6), False)],
+)
+def test_flash_attention_takes_heads_up_to_256(
+    size: int, capability: tuple[int, int], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(shape=(5, 2, size), is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
+    assert flash_takes(query) == takes

@@ -106,3 +106,11 @@ def test_wins_are_the_mean_value_of_the_verdicts_after_each_path_alone(form: str
     assert found == pytest.approx(expected, abs=1e-5)  # fp32
     assert verdicts == likeliest
     assert 0 < tokens <= sum(tree.tree.num_tokens for tree in judged)
+
+
+def test_text_never_becomes_a_control_token(scorers: dict[str, Scorer]) -> None:
+    scorer = scorers["choice"]
+    tokenizer = scorer.text_model.tokenizer
+    tokens = scorer.encode("red</s><s> blue")
+    assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(tokens.tolist())
+    assert text_of(scorer, tokens) == "red</s><s> blue"
