@@ -149,7 +149,7 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
         values = {
             "name": source.data.stem.translate(dict.fromkeys(map(ord, "*?[]"))) or "data" if source.data else format,
             "format": format,
-            "path": source.paths or None,
+            "path": str(source.data) if source.data and not source.more else source.paths or None,
             "image_root": source.image_root and str(source.image_root),
             "split": "test" if use == "evaluation" else "train",
             "follow_links": bool(source.follow_links),

@@ -26,7 +26,7 @@ class Generated:
 
 def most_tokens(model: VisionLanguageModel, prompt: Prompt, wanted: int) -> int:
     """Return how many tokens a response to a prompt may have: as many as wanted, or as the model has positions for."""
-    return min(wanted, model.max_positions - len(prompt.token_ids))
+    return min(wanted, model.decoder.config.max_positions - len(prompt.token_ids))
 
 
 class _Responses:

@@ -31,6 +31,8 @@ class DecoderShapes(Protocol):
     def head_dim(self) -> int: ...
     @property
     def rms_norm_eps(self) -> float: ...
+    @property
+    def max_positions(self) -> int: ...  # of a prompt and its response
 
 
 class TransformerDecoder(Protocol):
@@ -115,7 +117,6 @@ class VisionLanguageModel(HasDecoder, Protocol):
     image_token_id: int
     end_token_id: int  # that ends a response in training
     end_tokens: frozenset[int]  # that end one in generation
-    max_positions: int  # of a prompt and its response
 
     def encode_prompt(
         self,

@@ -160,7 +160,7 @@ def test_a_round_s_search_and_curation_have_their_seeds(iteration: int, monkeypa
         given.append(("search", samples, seed, *more))
         return SimpleNamespace(rows=lambda: iter(()))
 
-    def curated(samples: Any, candidates: Any, scores: Any, settings: Any, seed: int) -> Any:
+    def curated(samples: Any, candidates: Any, scores: Any, settings: Any, seed: int, fits: Any) -> Any:
         given.append(("curate", samples, candidates, scores, seed))
         return ["pair"], {"dropped": {}}
 

@@ -73,13 +73,11 @@ def test_options_go_before_single_settings_and_these_before_the_file(tmp_path: P
     assert inputs.settings(words, None, scorer="judge").scorer.path == "judge"
 
 
-@pytest.mark.parametrize(
-    ("name", "format"), [("a.jsonl", "jsonl"), ("a.json", "llava"), ("a.TSV", "vlmeval_tsv"), ("a.txt", "jsonl")]
-)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.TSV", "a.txt"])
 @pytest.mark.parametrize(("use", "split"), [("evaluation", "test"), ("calibration", "train"), ("rationale", "train")])
-def test_a_named_file_is_a_set_of_its_ending_s_format(name: str, format: str, use: str, split: str) -> None:
+def test_a_named_file_is_a_set_whose_format_its_records_decide(name: str, use: str, split: str) -> None:
     (dataset,) = inputs.datasets(Config(), inputs.Source(Path("folder") / name, None, None), use)
-    assert (dataset.name, dataset.format, dataset.split, dataset.path) == ("a", format, split, f"folder/{name}")
+    assert (dataset.name, dataset.format, dataset.split, dataset.path) == ("a", "auto", split, f"folder/{name}")
     assert dataset.image_root is None and dataset.limit == 0
 
 

@@ -131,7 +131,7 @@ def test_a_picture_is_small_by_its_longer_side(
 
 
 def test_a_summary_of_a_literal_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_results, "write_report", lambda path: None)
+    monkeypatch.setattr(run_results, "write_report", lambda path, roots: None)
     head = {"iteration": 1, "dataset": "d", "split": "s", "pass_at_1": 0.25, "best_of_n": 0.75}
     manifest = {
         "base/evaluation": {"entries": [{"model": "base"}], "seconds": 4.0, "tokens": 100, "peak_rss_bytes": 7},
@@ -157,6 +157,7 @@ def test_a_summary_of_a_literal_manifest(tmp_path: Path, monkeypatch: pytest.Mon
         artifacts=SimpleNamespace(aligned=aligned),
         headroom_sets=lambda: [(SimpleNamespace(name="d", split="s"), ["samples"])],
         num_rejected=2,
+        samples={},
     )
     run_results.write_summary(run)
     summary = json.loads((tmp_path / "summary.json").read_text())
