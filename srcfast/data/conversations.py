@@ -43,12 +43,12 @@ class SpokenTurn:
 
     Attributes:
         turn: role and text.
-        images: of each image in the text, the path that stands there; None where there is only a mark.
+        images: of each image in the text, the path that stands there, or its index among the record's; None where neither does.
         is_response: whether an assistant's turn is a response to train on, and not only context.
     """
 
     turn: Turn
-    images: tuple[str | None, ...] = ()
+    images: tuple[str | int | None, ...] = ()
     is_response: bool = True
 
 
@@ -337,13 +337,15 @@ def _is_response(error: partial[InputError], role: str, value: dict[str, Any]) -
     return bool(known[0])
 
 
-def _read_parts(error: partial[InputError], parts: list[Any], expected: str) -> tuple[str, tuple[str | None, ...]]:
-    """Join the parts of a message to its text, marks for the images; return also the images' paths."""
+def _read_parts(
+    error: partial[InputError], parts: list[Any], expected: str
+) -> tuple[str, tuple[str | int | None, ...]]:
+    """Join the parts of a message to its text, marks for the images; return also the images' paths or indices."""
     texts: list[str] = []
-    images: list[str | None] = []
+    images: list[str | int | None] = []
     for part in parts:
         kind = part.get("type")
-        known = ("text",) if kind == "text" else (*_PATHS_OF_PART, "detail")
+        known = ("text",) if kind == "text" else (*_PATHS_OF_PART, "index", "detail")
         if kind not in ("text", "image", "image_url"):
             raise error("parts of type 'text' or 'image'", part, "leave this record out: other parts are not supported")
         if other := next((key for key in part if part[key] is not None and key not in ("type", *known)), None):
@@ -361,15 +363,20 @@ def _read_parts(error: partial[InputError], parts: list[Any], expected: str) -> 
     return "".join(texts), tuple(images) or (None,) * marks
 
 
-def _path_of(error: partial[InputError], part: dict[str, Any]) -> str | None:
-    """Return the path that an image part names, None where it names none. Raises InputError for anything but a path."""
+def _path_of(error: partial[InputError], part: dict[str, Any]) -> str | int | None:
+    """Return the path, or else the index among the record's images, of an image part; None where it has neither.
+
+    Raises:
+        InputError: it has several, or anything else.
+    """
     named = [part[key] for key in _PATHS_OF_PART if part.get(key) is not None]
     paths = [value.get("url") if isinstance(value, dict) else value for value in named]
-    if not paths:
-        return None
-    path = paths[0]
+    index = part.get("index")  # as `datasets` of TRL have it
+    if not paths and (index is None or type(index) is int):
+        return index
+    path = paths[0] if index is None else None
     if len(paths) > 1 or not isinstance(path, str) or not path:
-        raise error("an image part with one path, or none", part)
+        raise error("an image part with one path or index, or none", part)
     if "://" in path or path.startswith("data:"):
         raise error("a path below the image root", path[:100], "write the image into a file, and name it")
     return path
@@ -382,7 +389,9 @@ def _images(fields: Fields, spoken: Sequence[SpokenTurn]) -> tuple[str, ...]:
         InputError: marks are neither none nor as many as the images, or parts and field name different ones.
     """
     images, marks = fields.images(), [image for item in spoken for image in item.images]
-    named = tuple(image for image in marks if image is not None)
+    if beyond := [mark for mark in marks if isinstance(mark, int) and not 0 <= mark < len(images)]:
+        raise fields.error("images", f"indices of {len(images)} images in the parts", beyond)
+    named = tuple(images[image] if isinstance(image, int) else image for image in marks if image is not None)
     if named and len(named) < len(marks):
         raise fields.error("images", "a path in each image part or in none", f"{len(named)} in {len(marks)}")
     if named and images not in ((), named):

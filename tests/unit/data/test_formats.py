@@ -170,6 +170,26 @@ def test_rlaif_v_as_it_is_published_parquet_with_pictures_inside(tmp_path: Path)
     assert [(pair.image_root / pair.images[0]).read_bytes() for pair in pairs] == [row["image"] for row in rows]
 
 
+def test_parts_may_name_images_by_index_as_trl_s_data_sets_do(root: Path) -> None:
+    """As in HuggingFaceH4/llava-instruct-mix-vsft, whose parts have all keys, those of another type null."""
+    text = {"index": None, "type": "text"}
+
+    def row(*indices: Any) -> dict[str, Any]:
+        parts = [text | {"text": "What?"}, *({"index": index, "text": None, "type": "image"} for index in indices)]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [text | {"text": "That."}]}]
+        return {"images": ["1.png", "2.png"][: len(indices)], "messages": messages}
+
+    (root / "2.png").write_bytes(picture(2))
+    rejected: Rows = []
+    rows = [row(0), row(0, 1), row(1, 0), row(0, 2), row(-1), row(True), row("0")]
+    samples = read_samples(write(root, rows), rejected=rejected)
+    assert [s.images for s in samples] == [("1.png",), ("1.png", "2.png")]
+    assert [(bad["line"], bad["field"]) for bad in rejected] == [
+        *((line, "images") for line in (3, 4, 5)),
+        *((line, "messages") for line in (6, 7)),
+    ]
+
+
 def test_the_format_is_that_of_the_first_row_that_has_one(root: Path) -> None:
     rows = [{"comment": "mine"}, SAMPLES["LLaVA"][1], SAMPLES["ours"][1] | {"id": "t"}]
     rejected: Rows = []
