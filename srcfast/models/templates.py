@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 MOST_CHARACTERS = 1 << 20  # of a template
 MOST_VALUES = 1 << 24  # characters and elements of all values that a rendering makes, in a hundred megabytes at most
-SECONDS = 2.0  # of the process's time, checked in each pass of a loop and each call
+SECONDS = 2.0  # of the thread's time on a processor, checked in each pass of a loop and each call
 # Of texts, lists and mappings, the methods whose results are no longer than they and their arguments together.
 METHODS = frozenset(
     "capitalize count endswith find get index isalnum isalpha isdecimal isdigit isnumeric isspace istitle isupper islower items"
@@ -46,7 +46,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def begin(self) -> None:
         """Start to count a rendering."""
-        self.left, self.end = MOST_VALUES, time.process_time() + SECONDS
+        self.left, self.end = MOST_VALUES, time.thread_time() + SECONDS
 
     def count(self, *values: Any, times: int = 1) -> None:
         """Count the characters and elements of values, at any depth. Raises SecurityError beyond the bounds."""
@@ -61,7 +61,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 if isinstance(value, list | tuple)
                 else []
             )
-        if self.left < 0 or time.process_time() > self.end:
+        if self.left < 0 or time.thread_time() > self.end:
             raise SecurityError(f"more than {MOST_VALUES:,} characters, or {SECONDS:g} seconds")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from srcfast.data.turns import Turn
 from srcfast.errors import InputError
-from srcfast.models import load_lvlm
+from srcfast.models import load_lvlm, templates
 from srcfast.models.scorer import load_scorer
 from srcfast.models.templates import SECONDS, render
 
@@ -77,6 +79,15 @@ def test_a_template_ends_in_bounded_time_and_memory(kind: str) -> None:
     assert type(error.value) not in (KeyboardInterrupt, SystemExit)
     assert time.process_time() - start < SECONDS + 4  # a pass of a loop, and what the processor does beside it
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss < 500_000  # KiB
+
+
+def test_the_time_of_other_threads_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    start = time.process_time()
+    busy = Thread(target=lambda: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 1_000_000))  # without the interpreter's lock
+    busy.start()
+    assert render("{{ wait() }}{% for a in [1] %}done{% endfor %}", MESSAGES, wait=busy.join) == "Nonedone"
+    assert time.process_time() - start > 0.1
 
 
 def test_one_that_never_ends_is_refused_by_name_in_both_models(tmp_path: Path) -> None:
