@@ -13,7 +13,7 @@ from typing import Any
 
 from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
-from srcfast.config.yaml import read_yaml
+from srcfast.config.yaml import dump_yaml, read_yaml
 from srcfast.data.containers import is_table
 from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import COMPLETE, check_writable, read_shards, write_jsonl
@@ -156,7 +156,7 @@ def datasets(config: Config, source: Source, use: str) -> tuple[DatasetConfig, .
             "duplicate_ids": duplicate_ids,
         }
         key = "data.evaluation" if use == "evaluation" else "data.train"
-        data = load_config(None, [f"{key}={json.dumps([values])}"]).data
+        data = load_config(None, [f"{key}={dump_yaml([values], default_flow_style=True, width=10**9)}"]).data
         return data.evaluation or data.train
     if use != "evaluation":
         return training_sets(config, use)

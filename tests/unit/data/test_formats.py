@@ -483,3 +483,10 @@ def test_data_of_the_command_line_may_be_several_files_or_a_glob(root: Path) -> 
         datasets(Config(), Source(files[0], None, None, duplicate_ids="drop"), "rationale")
     with pytest.raises(ConfigError, match="in.out.*holds it or lies in it"):
         check_output(None, root / "0.rows" / "in.out", (root / "*.rows",), is_file=True)
+
+
+@pytest.mark.parametrize("name", ["\U0001f600", "a\x7fb", "a\u2028b", "a 'b' \"c\", d: e #f\\g", "é" * 200])
+def test_data_of_the_command_line_may_have_any_name(root: Path, name: str) -> None:
+    file = str(root / name)
+    [dataset] = datasets(Config(), Source(Path(file), None, Path(file)), "rationale")
+    assert (dataset.name, dataset.path, dataset.image_root) == (name, (file,), file)
