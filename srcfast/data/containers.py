@@ -111,15 +111,18 @@ def _saved_files(folder: Path) -> list[Path]:
 def _table_rows(path: Path, files: Sequence[Path], kind: str, image_output: Path | None) -> Iterator[Row]:
     """Yield the rows of tables as those of one, a few at a time."""
     number, arrow = 0, require_pyarrow(path, kind)
-    try:
-        for file in files:
-            for batch in _batches(arrow, file, kind):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield number, _table_row(batch, index, path, number, image_output)
-    except (OSError, ValueError, TypeError, arrow.ArrowException) as error:
-        expected, fix = f"{kind} that is whole", "fetch or write it again"
-        raise InputError(file=path, line=number + 1, expected=expected, found=error, fix=fix) from error
+    batches = (batch for file in files for batch in _batches(arrow, file, kind))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError, TypeError, arrow.ArrowException) as error:
+            expected, fix = f"{kind} that is whole", "fetch or write it again"
+            raise InputError(file=path, line=number + 1, expected=expected, found=error, fix=fix) from error
+        if batch is None:
+            return
+        for index in range(batch.num_rows):  # an image that can't be written raises OSError: the table is whole
+            number += 1
+            yield number, _table_row(batch, index, path, number, image_output)
 
 
 def _batches(arrow: Any, file: Path, kind: str) -> Iterator[Any]:
@@ -153,7 +156,7 @@ def _table_row(
         }
     except InputError as error:
         expected, found, fix = error.expected, error.found, error.fix
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, LookupError, NotImplementedError) as error:  # of pyarrow's, too
         expected, found, fix = "values that JSON can hold", str(error), None
     return InputError(file=path, line=number, field="record", expected=expected, found=found, fix=fix)
 

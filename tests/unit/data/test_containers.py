@@ -366,3 +366,11 @@ def test_ids_that_occur_twice_are_renamed_where_that_is_set(tmp_path: Path) -> N
     [warning] = found  # a-2 is an id of the file
     text = str(warning.message)
     assert "2 ids" in text and f"'a' of {tmp_path / 'rows.jsonl'}, line 2: 'a-3'" in text
+
+
+def test_an_image_that_can_not_be_written_is_not_a_damaged_table(tmp_path: Path) -> None:
+    row = {"id": "a", "image": {"bytes": picture(1), "path": None}, "question": "What?", "answer": "red"}
+    arrow.parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    (tmp_path / "rows.parquet.images").write_text("in the way")
+    with pytest.raises(FileExistsError, match=r"rows\.parquet\.images"):
+        read_samples(tmp_path / "rows.parquet", rejected=[])
