@@ -144,4 +144,4 @@ def position_limit(config: Any) -> int:
     original = scaling.get("original_max_position_embeddings") or most
     if kind in ("dynamic", "longrope"):  # beyond these, all angles depend on the longest row of a pass
         return int(original)
-    return max(most, int(original * scaling.get("factor", 1))) if kind in ("linear", "yarn") else most
+    return max(most, int(original * (scaling.get("factor") or 1))) if kind in ("linear", "yarn") else most

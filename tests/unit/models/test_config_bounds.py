@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.published_configs import CONFIGS
 
 from srcfast.errors import InputError
-from srcfast.models.config_bounds import FILES, TABLE, check_files
+from srcfast.models.config_bounds import FILES, TABLE, check_files, position_limit
 from srcfast.models.foreign_code import BOUNDS
 
 ODD: tuple[Any, ...] = (-(10**12), 10**12, 1e30, -1e30, "words", {"a": -5e12}, [[-5e12]])
@@ -61,3 +62,9 @@ def test_a_file_is_read_to_a_bound(tmp_path: Path) -> None:
         file.truncate(1 << 30)  # without a byte on the disk
     with pytest.raises(InputError, match=r"tokenizer_config.json: expected .*found 1,073,741,824 bytes"):
         check_files(tmp_path)
+
+
+def test_a_rotary_factor_of_null_is_none() -> None:
+    rotary = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}
+    assert position_limit(SimpleNamespace(max_position_embeddings=32, rope_parameters=rotary)) == 64
+    assert position_limit(SimpleNamespace(max_position_embeddings=32, rope_parameters=rotary | {"factor": 4.0})) == 256
