@@ -14,10 +14,11 @@ def check_metrics(file: Path, stage: str, entry: Mapping[str, Any]) -> None:
     """Raise InputError if the rows of a finished training in `metrics.jsonl` are no longer those that it wrote."""
     recorded = entry.get("metrics")  # runs of older releases have none
     if recorded is not None and recorded != (metrics := metrics_of(file, stage)):
+        rows = recorded.get("rows", "recorded") if isinstance(recorded, dict) else "recorded"  # of a foreign manifest
         raise InputError(
             file=file,
-            expected=f"the {recorded['rows']} rows that stage {stage!r} wrote",
-            found=f"{metrics['rows']} rows" + (", others" if metrics["rows"] == recorded["rows"] else ""),
+            expected=f"the {rows} rows that stage {stage!r} wrote",
+            found=f"{metrics['rows']} rows" + (", others" if metrics["rows"] == rows else ""),
             fix=way_out(stage),
         )
 
