@@ -45,7 +45,7 @@ def split_fitting(
         return rows
 
     rows = distributed.run_on_rank_zero(errors)
-    listed = [row["reason"] for row in rejected]  # a sample of both uses is checked twice
+    listed = {row["reason"] for row in rejected}  # a sample of both uses is checked twice
     rejected += [row for row in rows.values() if row["reason"] not in listed]
     check_rejected(list(rows.values()), len(records), config.max_rejected)
     return [record for index, record in enumerate(records) if str(index) not in rows]
