@@ -237,7 +237,7 @@ class ChatModel(nn.Module):
 
 
 def _shows(text: str, contents: Sequence[Sequence[Mapping[str, str]]], placeholder: str) -> bool:
-    """Return whether a text shows each part of text once, in order, and and images in their turns, between its texts."""
+    """Return whether a text shows each part of text once, in order, and images in their turns, between its texts."""
     counts = [sum(part["type"] == "image" for part in content) for content in contents]
     end = 0
     for number, content in enumerate(contents):
