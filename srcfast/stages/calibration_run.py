@@ -76,7 +76,8 @@ class CalibrationRun:
         self.rationale_samples = read_training_samples(training_sets(config, "rationale"), config, images, rejected)
         self.calibration_samples = read_training_samples(training_sets(config, "calibration"), config, images, rejected)
         self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)
-        self._check_judged(rejected)
+        if config.iterations:
+            self._check_judged(rejected)
         # A model's images are those of all records, as they were before some were set aside.
         groups = [self.rationale_samples, self.calibration_samples, *(each.samples for each in self.evaluation_sets)]
         self.policy = Policy(config, [sample for group in groups for sample in group])

@@ -134,6 +134,18 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first(folder: Pat
     assert words in str(error.value) and not (folder / "run" / "manifest.json").exists()
 
 
+def test_without_rounds_no_r_scorer_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(run: calibration_run.CalibrationRun, *_: Any, **__: Any) -> None:
+        raise StopHere
+
+    spoil(folder, "facts without end")
+    monkeypatch.setattr(calibration_run.CalibrationRun, "stage", stop)
+    config = Config.model_validate(settings(folder).model_dump() | {"iterations": 0, "scorer": {"path": "nowhere"}})
+    with pytest.raises(StopHere):
+        calibrate(config)
+    assert (folder / "run" / "rejected.jsonl").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("command", "case"), [("rationale", "a rationale without end"), ("candidates", "a question without end")]
 )
