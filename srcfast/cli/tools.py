@@ -45,7 +45,9 @@ def config(words: Sequence[str] | None, as_json: bool, schema: bool) -> None:
 def convert(source: Path, target: Path, from_format: str | None, to_format: str | None, root: Path | None) -> None:
     """Convert records, and write the bad ones with their errors to `rejected.jsonl` beside the target."""
     if (target_format := to_format or ENDINGS.get(target.suffix.lower())) is None:
-        raise ConfigError(f"--to: expected a format, which {target.name!r} doesn't tell. Fix: name it")
+        raise ConfigError(
+            f"--to: expected a format, found none, nor an ending that stands for one ({target.name}). Fix: name it"
+        )
     for output in (target, rejected_file := target.with_name("rejected.jsonl")):
         inputs.check_output(None, output, source, option="target", is_file=True)
     lost: Counter[str] = Counter()

@@ -116,7 +116,7 @@ class DatasetConfig(Section):
     path: str | tuple[str, ...] | None = None
     """File to read, a glob, or a list of these; none for the formats world and easy_vqa"""
     image_root: str | tuple[str, ...] | None = None
-    """Directory that the records' image paths are relative to, or a list of such, asked in turn; default: the file's directory"""
+    """Directory that the records' image paths are relative to, or a list: the first that has an image; default: the file's"""
     follow_links: bool = False
     """Let symbolic links lead out of the image root"""
     duplicate_ids: Literal["reject", "rename"] = "reject"
