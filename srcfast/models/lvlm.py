@@ -315,7 +315,8 @@ def _settle_config(file: Path, dtype: torch.dtype) -> None:
     """Make a config say in which type the weights are written, and that they are not quantised."""
 
     def settle(values: dict[str, Any]) -> dict[str, Any]:
-        said = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if values.get(key)}
+        types = [key for key in ("dtype", "torch_dtype") if values.get(key) and isinstance(values[key], str)]
+        said = dict.fromkeys(types, str(dtype).removeprefix("torch."))  # transformers.js has a mapping there
         return {key: value for key, value in (values | said).items() if key != "quantization_config"}
 
     text = file.read_bytes()

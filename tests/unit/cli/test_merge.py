@@ -153,6 +153,17 @@ def test_a_config_that_says_another_type_than_the_weights_is_put_right(srcfast: 
     assert said(tmp_path / "out") == {"float16"}
 
 
+def test_the_types_of_another_program_s_section_stay(srcfast: Srcfast, tmp_path: Path) -> None:
+    """As SmolVLM's config has them."""
+    write_base(tmp_path / "base", "llava", lambda name, tensor: tensor.to(torch.bfloat16), "bfloat16")
+    others = {"dtype": {"decoder_model_merged": "q4"}}
+    say(tmp_path / "base", "bfloat16", **{"transformers.js_config": others})
+    write_adapter(tmp_path / "base", tmp_path / "adapter")
+    merged(srcfast, tmp_path / "base", tmp_path / "out", "model.dtype=float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["transformers.js_config"]) == ("float32", others)
+
+
 def test_a_base_in_4_bits_becomes_whole_and_no_longer_says_that_it_is_quantised(
     srcfast: Srcfast, tmp_path: Path
 ) -> None:
