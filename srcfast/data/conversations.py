@@ -249,6 +249,8 @@ def _split_prompt(chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
 
 def _preference(fields: Fields, name: str, spoken: Sequence[SpokenTurn], image_root: Path) -> list[Preference]:
     """Build the pair of a prompt's turns and the two responses among the fields."""
+    if name != "prompt" and fields.left.get("prompt"):
+        raise fields.error("prompt", f"the prompt once, as {name!r}", fields.left["prompt"], "leave one of them out")
     responses = {which: _response(fields, which) for which in ("chosen", "rejected")}
     images, turns = _images(fields, spoken), [item.turn for item in spoken]
     roles = [turn.role for turn in turns]

@@ -316,8 +316,8 @@ _RLHF_V = (("question", "chosen", "rejected"), ("text", "image"), ("text", "imag
 PREFERENCES = {
     "messages": Format(message_preference, _RANKED, "sample_id"),
     "alpaca": Format(alpaca_preference, (("instruction", "chosen", "rejected"),), "sample_id"),
-    "rlhf_v": Format(rlhf_v_preference, _RLHF_V, "sample_id"),
     "jsonl": Format(_preference, (("prompt", "chosen", "rejected"),), is_text=True),
+    "rlhf_v": Format(rlhf_v_preference, _RLHF_V, "sample_id"),
     "trl": Format(trl_preference, (("chosen", "rejected"),), "sample_id"),
 }
 

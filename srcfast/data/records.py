@@ -157,12 +157,13 @@ class Preference:
 
 
 def _to_json(record: Sample | Candidate | Preference, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Convert a record's fields but `image_root`, without `optional` ones that it has not, and its extra keys."""
-    row = {}
+    """Convert a record's fields but `image_root`, without `optional` ones that it has not, and extra keys of other names."""
+    row: dict[str, Any] = {}
     for name, value in vars(record).items():  # in the order of the fields
         if name not in ("extra", "image_root") and not (name in optional and value in (None, ())):
             row[name] = [turn.to_json() for turn in value] if name == "turns" else _listed(value)
-    return row | record.extra
+    names = vars(record).keys() - {"image_root"}  # another format's row may have a field of such a name
+    return row | {name: value for name, value in record.extra.items() if name not in names}
 
 
 def _listed(value: Any) -> Any:

@@ -170,6 +170,27 @@ def test_rlaif_v_as_it_is_published_parquet_with_pictures_inside(tmp_path: Path)
     assert [(pair.image_root / pair.images[0]).read_bytes() for pair in pairs] == [row["image"] for row in rows]
 
 
+def test_a_prompt_beside_a_question_is_the_prompt_or_refused(root: Path) -> None:
+    ours = {"sample_id": "1", "prompt": "What?", "question": "Which?", **PAIR_TEXTS}
+    rejected: Rows = []
+    [pair] = read_preferences(write(root, [ours]), rejected=rejected)
+    assert (pair.prompt, pair.extra, rejected) == ("What?", {"question": "Which?"}, [])
+    for name in ("question", "instruction", "messages"):
+        other = PAIR_TEXTS | {name: [ASKED] if name == "messages" else "Which?", "prompt": [ASKED], "images": ["1.png"]}
+        assert read_preferences(write(root, [other]), rejected=rejected) == []
+    assert [bad["field"] for bad in rejected] == ["prompt"] * 3
+
+
+def test_fields_beside_a_conversation_do_not_replace_it(root: Path) -> None:
+    row = {"id": "a", "question": "Which?", "answer": "No.", "turns": 2, "kind": "x", "conversations": [HUMAN, GPT]}
+    write(root, [row | {"image": "1.png"}])
+    convert(root / "rows.any", root / "ours.jsonl", source_format="auto", target_format="jsonl", rejected=[])
+    [written] = map(json.loads, (root / "ours.jsonl").read_text().splitlines())
+    assert (written["question"], written["answer"], written["kind"]) == ("What?", "That.", "x")
+    [sample] = read_samples(root / "ours.jsonl", rejected=[])
+    assert (sample.question, sample.answer, sample.turns) == ("What?", "That.", ())
+
+
 def test_parts_may_name_images_by_index_as_trl_s_data_sets_do(root: Path) -> None:
     """As in HuggingFaceH4/llava-instruct-mix-vsft, whose parts have all keys, those of another type null."""
     text = {"index": None, "type": "text"}
