@@ -510,4 +510,4 @@ def test_data_of_the_command_line_may_be_several_files_or_a_glob(root: Path) -> 
 def test_data_of_the_command_line_may_have_any_name(root: Path, name: str) -> None:
     file = str(root / name)
     [dataset] = datasets(Config(), Source(Path(file), None, Path(file)), "rationale")
-    assert (dataset.name, dataset.path, dataset.image_root) == (name, (file,), file)
+    assert (dataset.name, dataset.path, dataset.image_root) == (name, file, file)
