@@ -54,6 +54,13 @@ def read_config(path: str | Path) -> Any:
     chosen = getattr(config, "vision_feature_layer", None)  # 0: the embeddings, before the first layer
     if layers is not None and not all(-layers - 1 <= one <= layers for one in np.atleast_1d(chosen or [])):
         raise _error(file, "vision_feature_layer", f"layers from {-layers - 1} to {layers}", chosen)
+    if config.model_type in ("llava", "llava_next"):  # whose images and patches are squares
+        for name in ("image_size", "patch_size"):
+            if type(side := getattr(config.vision_config, name, 1)) is not int:
+                raise _error(file, f"vision_config.{name}", "a whole number", repr(side))
+        grid = getattr(config, "image_grid_pinpoints", [(1, 1)])
+        if not grid or any(not isinstance(size, list | tuple) or len(size) != 2 for size in grid):
+            raise _error(file, "image_grid_pinpoints", "pairs of height and width", repr(grid))
     return config
 
 

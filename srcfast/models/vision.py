@@ -160,8 +160,6 @@ def _settings(config: Any) -> Iterator[tuple[str, bool, str, object]]:
     yield "image_token_id", in_vocabulary, "a token of the vocabulary", repr(token)
     yield "vision_feature_select_strategy", strategy in ("default", "full"), "default or full", repr(strategy)
     patch, image = config.vision_config.patch_size, config.vision_config.image_size
-    for name, side in (("image_size", image), ("patch_size", patch)):
-        yield f"vision_config.{name}", type(side) is int, "a whole number", repr(side)
     yield "vision_config.patch_size", patch <= image, f"at most image_size, {image}", patch
 
 

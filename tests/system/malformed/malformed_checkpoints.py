@@ -343,6 +343,10 @@ VISION: dict[str, tuple[dict[str, Any], str]] = {
     "an image's side of null": ({"vision_config.image_size": None}, "vision_config.image_size"),
     "an image's sides as a list": ({"vision_config.image_size": [72, 72]}, "vision_config.image_size"),
     "a patch's sides as a list": ({"vision_config.patch_size": [12, 12]}, "vision_config.patch_size"),
+    "tiles of one side": (
+        {"model_type": "llava_next", "image_grid_pinpoints": [[72]]},
+        "config.json, field 'image_grid_pinpoints'",
+    ),
     "a patch of no pixel": ({"vision_config.patch_size": 0}, "vision_config.patch_size"),
     "a patch larger than the image": ({"vision_config.patch_size": 4096}, "vision_config.patch_size"),
     "an image larger than its weights": ({"vision_config.image_size": 8192}, "its files hold"),
