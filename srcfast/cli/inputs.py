@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from srcfast.stages.datasets import read_training_samples, training_sets
 # Files that commands write in their --output.
 FILES = (COMPLETE, "00000.jsonl", "inputs.jsonl", "metrics.jsonl", "rejected.jsonl", "summary.json")
 MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
+# What commands and runs write in their output: its other files and folders stay as they are.
+WRITTEN = re.compile(
+    "|".join(map(re.escape, (*FILES, *MODEL_FILES, "config.yaml")))
+    + r"|\d{5}\.jsonl|(manifest|environment|gallery)\.json|iteration-\d+|checkpoint|predictions|profile|rationale|report"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def check_output(
     """Check an output before any work is done for it.
 
     Raises:
-        ConfigError: it is one of the inputs or of those that the settings name, holds one or lies in one: it might replace it.
+        ConfigError: it is one of the inputs or of those that the settings name, or would replace one or a part of one.
         OSError: it can't be written.
     """
     if config is not None:
@@ -113,17 +119,24 @@ def check_output(
     here = Path(os.path.realpath(output))
     names = [str(name) for path in inputs for name in ([path] if isinstance(path, str | Path) else path or ())]
     for path in (path for name in names if name != "embedded" for path in glob.glob(name) or [name]):
-        there = Path(os.path.realpath(path))
-        if here.is_relative_to(there) or there.is_relative_to(here):
+        if relation := _relation(here, Path(os.path.realpath(path)), is_file):
             raise ConfigError(
-                f"{option}: expected a path apart from the inputs, found {output}, which is {path}, holds it or lies in it. "
-                "Fix: name another"
+                f"{option}: expected a path apart from the inputs, found {output}, which {relation} {path}. Fix: name another"
             )
     check_writable(output, is_file=is_file)
     if not is_file:
         check_writable(output / "checkpoint")
         for name in (*FILES, *MODEL_FILES):
             check_writable(output / name, is_file=True)
+
+
+def _relation(output: Path, path: Path, is_file: bool) -> str:
+    """Return how writing an output would replace an input, or a part of it; empty: it would not."""
+    if output == path:
+        return "is"
+    if path in output.parents:
+        return "is a file of" if is_file and output.exists() else ""
+    return "writes to" if output in path.parents and WRITTEN.fullmatch(path.relative_to(output).parts[0]) else ""
 
 
 def steps(profile: str | None) -> range | None:

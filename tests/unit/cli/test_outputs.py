@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from srcfast.cli.inputs import check_output
 from srcfast.data import jsonl
 from srcfast.data.jsonl import check_writable
+from srcfast.errors import ConfigError
 
 Srcfast = Callable[..., Result]
 # command -> its options that name inputs, and settings that do
@@ -43,22 +45,21 @@ def all_files(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("relation", ["is", "lies in", "holds", "is by a link", "is by another name"])
+@pytest.mark.parametrize("relation", ["is", "writes to", "is by a link", "is by another name"])
 @pytest.mark.parametrize(("command", "option"), CASES)
 def test_an_output_among_the_inputs_is_refused(
     srcfast: Srcfast, tmp_path: Path, command: str, option: str, relation: str
 ) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "precious").write_text("precious")
-    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    (tmp_path / "a" / "predictions").mkdir(parents=True)
+    (tmp_path / "a" / "predictions" / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "predictions")
     there, output = {
-        "is": ("a/b", "a/b"),
-        "lies in": ("a", "a/b/new"),
-        "holds": ("a/b", "a"),
-        "is by a link": ("a/b", "link"),
-        "is by another name": ("a/b", "a/../a/b/."),
+        "is": ("a/predictions", "a/predictions"),
+        "writes to": ("a/predictions", "a"),
+        "is by a link": ("a/predictions", "link"),
+        "is by another name": ("a/predictions", "a/../a/predictions/."),
     }[relation]
-    if command == "logprob" and relation != "lies in":
+    if command == "logprob":
         (tmp_path / "link").unlink()
         there, output = "data.jsonl", "data.jsonl"
     before = all_files(tmp_path)
@@ -70,6 +71,29 @@ def test_an_output_among_the_inputs_is_refused(
     )
     assert str(tmp_path / there) in done.output and "no-such" not in done.output.replace(f"no-such-{option}", "")
     assert all_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("there", "output"),
+    [
+        ("work/train.jsonl", "work"),
+        ("runs/x/adapter", "runs/x"),
+        ("runs/x", "runs/x/evaluation"),
+        ("runs/x/00000.json", "runs/x"),
+        ("runs/xy", "runs/x"),
+    ],
+)
+def test_an_output_beside_an_input_or_in_its_folder_replaces_nothing(tmp_path: Path, there: str, output: str) -> None:
+    (tmp_path / there).mkdir(parents=True)
+    check_output(None, tmp_path / output, tmp_path / there)
+
+
+def test_a_file_of_an_input_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    check_output(None, tmp_path / "base" / "logprobs.jsonl", tmp_path / "base", is_file=True)
+    with pytest.raises(ConfigError, match="which is a file of"):
+        check_output(None, tmp_path / "base" / "config.json", tmp_path / "base", is_file=True)
 
 
 @pytest.mark.parametrize(("target", "refused"), [("a.jsonl", True), ("b/../a.jsonl", True), ("b.jsonl", False)])
@@ -90,9 +114,9 @@ def test_convert_does_not_replace_its_source_by_what_it_rejects(srcfast: Srcfast
     assert all_files(tmp_path) == before
 
 
-@pytest.mark.parametrize("where", ["is", "lies in", "holds"])
+@pytest.mark.parametrize("where", ["is", "writes to"])
 def test_a_run_is_apart_from_what_its_settings_name(srcfast: Srcfast, tmp_path: Path, where: str) -> None:
-    path = {"is": "runs/a", "lies in": "runs", "holds": "runs/a/data"}[where]
+    path = {"is": "runs/a", "writes to": "runs/a/iteration-2/adapter"}[where]
     (tmp_path / path).mkdir(parents=True)
     dataset = f"{{name: d, format: jsonl, path: {tmp_path / path}}}"
     for words in ([f"model.path={tmp_path / path}"], [f"data.train=[{dataset}]"], [f"data.evaluation=[{dataset}]"]):
