@@ -27,28 +27,26 @@ Check = Callable[[Any], None]  # raises InputError for a record that doesn't fit
 def split_fitting(
     records: Sequence[Record], check: Check, config: Config, rejected: list[dict[str, Any]], name: str = "data"
 ) -> list[Record]:
-    """Return the records that fit; append a row about each of the others to `rejected`. Rank 0 encodes for all ranks.
+    """Return the records that fit; append a row about each of the others to `rejected`. The ranks share the work.
 
     Raises:
         InputError: none fits, or more than `max_rejected` do not.
     """
 
-    def errors() -> dict[str, dict[str, Any]]:
-        rows = {}
-        with track(f"check {name}", len(records), quiet=config.quiet) as progress:
-            for index, record in enumerate(records):
-                try:
-                    check(record)
-                except InputError as error:
-                    rows[str(index)] = error.as_record()
-                progress.advance()
-        return rows
-
-    rows = distributed.run_on_rank_zero(errors)
+    shared, mine = range(distributed.rank(), len(records), distributed.world_size()), {}
+    with track(f"check {name}", len(shared), quiet=config.quiet) as progress:
+        for index in shared:
+            try:
+                check(records[index])
+            except InputError as error:
+                mine[str(index)] = error.as_record()
+            progress.advance()
+    of_ranks = {int(index): row for part in distributed.gather(mine) for index, row in part.items()}
+    rows = {index: of_ranks[index] for index in sorted(of_ranks)}
     listed = {row["reason"] for row in rejected}  # a sample of both uses is checked twice
     rejected += [row for row in rows.values() if row["reason"] not in listed]
     check_rejected(list(rows.values()), len(records), config.max_rejected)
-    return [record for index, record in enumerate(records) if str(index) not in rows]
+    return [record for index, record in enumerate(records) if index not in rows]
 
 
 def check_prompt(model: VisionLanguageModel) -> Check:
@@ -120,7 +118,9 @@ def pair_fits(model: VisionLanguageModel, token_budget: int, pair: Preference) -
     """Return whether `check_pair` takes a pair."""
     try:
         check_pair(model, token_budget)(pair)
-    except InputError:
+    except InputError as error:
+        if error.field not in ("chosen", "rejected"):  # such as an image that is gone
+            raise
         return False
     return True
 

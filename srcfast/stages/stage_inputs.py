@@ -91,6 +91,7 @@ class InputRecord:
     def __init__(self, directory: Path, sets: Mapping[str, Sequence[Sample | Preference]]) -> None:
         self.directory, self.sets = directory, sets
         self._prints: dict[str, Prints] = {}
+        self._written = False
 
     def prints(self, name: str) -> Prints:
         """Return the hashes of a set's records."""
@@ -111,13 +112,16 @@ class InputRecord:
         return result | {name: value() for name, value in inputs.hashes.items()}
 
     def write(self) -> None:
-        """Write `inputs.jsonl`; in a run once all finished stages were compared with it."""
+        """Write `inputs.jsonl`, if this process has not; in a run once all finished stages were compared with it."""
+        if self._written:
+            return
         rows = (
             {"set": name, "id": key} | dict(zip(FIELDS, hashes, strict=False))
             for name in self.sets
             for key, hashes in self.prints(name).items()
         )
         write_jsonl(self.directory / FILE, rows)
+        self._written = True
 
     def check(self, stage: str, recorded: Mapping[str, str], inputs: StageInputs) -> None:
         """Raise InputError where a finished stage's inputs are no longer those that are recorded; it names what has changed."""
