@@ -193,8 +193,9 @@ def check_writable(path: Path, *, is_file: bool = False) -> None:
         folder = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-        longest = max(path.relative_to(folder).parts, key=lambda part: len(os.fsencode(part)), default="probe")
-        probe = temporary_of(folder / longest)
+        # As long as the longest name to come, and none of them: no file of a run is begun here.
+        lengths = [len(os.fsencode(part)) for part in path.relative_to(folder).parts]
+        probe = temporary_of(folder / ("p" * max(lengths, default=1)))
         remove_temporary(probe)
         with open(probe, "xb"):
             probe.unlink(missing_ok=True)  # a process that locks the folder removes what is temporary

@@ -164,7 +164,7 @@ class RunDirectory:
         return sorted(file for file in directories.get(kind, self.path / stage).glob("*") if file.is_file())
 
     def check_files(self, stage: str, entry: Mapping[str, Any]) -> None:
-        """Raise InputError if a file that a finished stage wrote, or its metrics, are missing or were changed since."""
+        """Raise InputError if a file that a finished stage wrote is missing or was changed since; warn of changed metrics."""
         check_metrics(self.metrics_file, stage, entry)
         for name, expected in entry.get("files", {}).items():
             file = self.path / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from srcfast.errors import InputError
 
 
 def check_metrics(file: Path, stage: str, entry: Mapping[str, Any]) -> None:
-    """Raise InputError if the rows of a finished training in `metrics.jsonl` are no longer those that it wrote."""
+    """Warn where the rows of a finished training are no longer those that it wrote: no result depends on them, but curves do."""
     recorded = entry.get("metrics")  # runs of older releases have none
     if recorded is not None and recorded != (metrics := metrics_of(file, stage)):
         rows = recorded.get("rows", "recorded") if isinstance(recorded, dict) else "recorded"  # of a foreign manifest
-        raise InputError(
-            file=file,
-            expected=f"the {rows} rows that stage {stage!r} wrote",
-            found=f"{metrics['rows']} rows" + (", others" if metrics["rows"] == rows else ""),
-            fix=way_out(stage),
+        found = f"{metrics['rows']} rows" + (", others" if metrics["rows"] == rows else "")
+        warnings.warn(
+            f"{file}: expected the {rows} rows that stage {stage!r} wrote, found {found}; its curves are incomplete. "
+            f"Fix: {way_out(stage)}",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 

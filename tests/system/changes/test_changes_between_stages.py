@@ -338,15 +338,6 @@ CASES = [
         json_of("scorer/tokenizer_config.json", lambda values: values.update(note=1)),
         ("scorer.path",),
     ),
-    Case("metrics cut", "rationale", cut_metrics(3), ("metrics.jsonl", "rows that stage")),
-    Case("metrics cut, late", f"{FIRST}/dpo", cut_metrics(-1), ("metrics.jsonl", f"{FIRST}/dpo")),
-    Case("metrics removed", f"{FIRST}/evaluation", remove("run/metrics.jsonl"), ("metrics.jsonl", "found 0 rows")),
-    Case(
-        "a metric changed",
-        "rationale",
-        text_of("run/metrics.jsonl", '"step": 0', '"step": 7'),
-        ("metrics.jsonl", "others"),
-    ),
     Case(
         "an adapter's settings",
         "rationale",
@@ -399,8 +390,33 @@ CASES = [
 ]
 
 
+# No result depends on metrics, so the run goes on, with a warning.
+METRICS = [
+    Case("metrics cut", "rationale", cut_metrics(3), ("metrics.jsonl", "rows that stage")),
+    Case("metrics cut, late", f"{FIRST}/dpo", cut_metrics(-1), ("metrics.jsonl", f"{FIRST}/dpo")),
+    Case("metrics removed", f"{FIRST}/evaluation", remove("run/metrics.jsonl"), ("metrics.jsonl", "found 0 rows")),
+    Case(
+        "a metric changed",
+        "rationale",
+        text_of("run/metrics.jsonl", '"step": 0', '"step": 7'),
+        ("metrics.jsonl", "others"),
+    ),
+]
+
+
 def test_there_are_sixty_changes() -> None:
-    assert len({case.name + case.after for case in CASES}) == len(CASES) >= 60
+    assert len({case.name + case.after for case in (*CASES, *METRICS)}) == len(CASES) + len(METRICS) >= 60
+
+
+@pytest.mark.parametrize("case", METRICS, ids=lambda case: f"{case.name} after {case.after}")
+def test_changed_metrics_are_named_and_the_run_goes_on(truth: tuple[Path, Path], case: Case) -> None:
+    folder = put_back(truth, case.after)
+    case.change(folder)
+    with pytest.warns(RuntimeWarning, match="rows that stage") as warnings:
+        calibrate(settings(folder))
+    text = " ".join(str(warning.message) for warning in warnings)
+    assert all(word in text for word in case.words) and "Fix: " in text, text
+    assert [*json.loads((folder / "run" / "manifest.json").read_text(encoding="utf-8"))] == [*STAGES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} after {case.after}")
