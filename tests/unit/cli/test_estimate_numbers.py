@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +104,13 @@ def test_a_summary_s_bytes_add_up() -> None:
     assert (summary["adapter_parameters"], summary["adapter_bytes"], summary["optimizer_bytes"]) == (a, 4 * a, 12 * a)
     assert summary["fixed_bytes"] == summary["weight_bytes"] + 16 * a
     assert summary["kv_bytes_per_token"] == 2 * s.layers * s.key * 4
+
+
+def test_keys_and_values_are_those_of_layers_with_attention() -> None:
+    model = policy_sizes(Config())
+    hybrid = replace(model, shapes=replace(model.shapes, kv_layers=1))
+    summary = _summary(Config(), hybrid, math.inf, Lengths())
+    assert model.shapes.layers > 1 and summary["kv_bytes_per_token"] == 2 * model.shapes.key * 4
 
 
 # A calibration's story ------------------------------------------------------------------------------------------------

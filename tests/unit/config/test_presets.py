@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.shapes_7b import write_configs
 
-from srcfast.config.load import PRESETS, load_config
+from srcfast.config.load import PRESETS, load_config, load_with_sources
 from srcfast.config.settings import Config, Preset
 from srcfast.errors import ConfigError
 from srcfast.memory.advice import largest_value
@@ -107,3 +107,13 @@ def test_a_preset_says_nothing_of_data_or_method() -> None:
         assert not {"path", "beta", "learning_rate", "epochs"} & {
             key for part in tree.values() if isinstance(part, dict) for key in part
         }
+
+
+def test_a_setting_comes_from_where_it_was_set_last_and_others_from_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: 24GiB\ndpo:\n  micro_batch_size: 2\n")
+    _, sources = load_with_sources(file, ["candidates.num_beams=4"])
+    assert sources["dpo.micro_batch_size"] == f"{file}, line 3"
+    assert sources["candidates.num_beams"] == "override 'candidates.num_beams=4'"
+    assert sources["dpo.token_budget"] == sources["candidates.batch_size"] == "preset 24GiB"
+    assert "dpo.beta" not in sources

@@ -62,6 +62,15 @@ def test_a_finished_stage_whose_files_or_entry_changed_is_named(tmp_path: Path) 
         run.manifest()
 
 
+def test_an_entry_holds_under_its_own_name_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.finish_stage("iteration-1/scores", {"seed": 3}, seconds=1.0)
+    renamed = run.manifest_file.read_text().replace("iteration-1/scores", "iteration-2/scores")
+    run.manifest_file.write_text(renamed)
+    with pytest.raises(InputError, match="field 'iteration-2/scores': expected the entry as it was written"):
+        run.stage_done("iteration-2/scores", {"seed": 3})
+
+
 def test_settings_and_surroundings_are_written(tmp_path: Path) -> None:
     run, config = RunDirectory(tmp_path), load_config(None, ["seed=5"])
     run.write_config(config)

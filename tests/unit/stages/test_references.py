@@ -259,3 +259,13 @@ def test_what_is_not_the_pair_s_own_response_is_computed(other: str) -> None:
     pairs, report = round_.reuse()
     assert (report.eligible, report.rechecked) == (19, 16) and name in round_.asked[0] and len(round_.asked[0]) == 17
     assert pairs[5].reference_rejected_logprob == -2.0 * len(round_.model.encode_response(pairs[5].rejected))
+
+
+def test_the_rechecked_share_is_that_of_the_eligible_pairs() -> None:
+    round_ = Reused([0.0] * 600)
+    for number in range(500, 600):
+        del round_.samples[f"s{number}"]
+    _, report = round_.reuse()
+    assert (report.pairs, report.eligible, report.rechecked, report.reused) == (600, 500, 25, 475)
+    drawn = Random("references/4").sample(range(500), 25)
+    assert round_.asked == [[f"s{number}" for number in sorted([*drawn, *range(500, 600)])]]
