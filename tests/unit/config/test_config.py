@@ -325,3 +325,13 @@ def test_evaluation_sets_whose_files_would_be_others_are_refused(
     words = [f"{{name: {name}, format: jsonl, path: x.jsonl, split: {split}}}" for name, split in sets]
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"data.evaluation=[{', '.join(words)}]"])
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
+@pytest.mark.parametrize("smoothing", ["0.1", "confidence"])
+def test_labels_are_smoothed_for_the_sigmoid_loss_alone(loss_type: str, smoothing: str) -> None:
+    words = [f"loss_type={loss_type}", f"label_smoothing={smoothing}"]
+    with pytest.raises(ConfigError, match=f"expected 0 with loss_type {loss_type}, found {smoothing}"):
+        load_config(None, words, "dpo")
+    assert load_config(None, [f"loss_type={loss_type}"], "dpo").dpo.label_smoothing == 0
+    assert load_config(None, words[1:], "dpo").dpo.label_smoothing in (0.1, "confidence")

@@ -360,3 +360,12 @@ def test_base64_is_decoded_across_line_breaks_or_refused() -> None:
     for broken in ("aGVsbG8", "a b*c=", "\u00e9"):
         with pytest.raises(InputError, match="base64"):
             from_base64(broken, "t")
+
+
+def test_as_much_base64_is_taken_as_the_largest_file_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four letters encode three bytes; the bound of half as much again leaves room for line breaks."""
+    monkeypatch.setattr(images, "MAX_BYTES", 99)
+    assert from_base64("A" * 132, "t") == bytes(99)
+    assert from_base64("A" * 132 + "\n" * 16, "t") == bytes(99)
+    with pytest.raises(InputError, match="at most 99 bytes, found 149 of base64"):
+        from_base64("A" * 132 + "\n" * 17, "t")

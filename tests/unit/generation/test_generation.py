@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.small_lvlm import SmallLVLM, load_image
 
 from srcfast.config.settings import CandidatesConfig
 from srcfast.generation.beam_search import sentence_beam_search
-from srcfast.generation.generate import Prompt, generate_greedy, sample_responses
+from srcfast.generation.generate import Prompt, generate_greedy, most_tokens, sample_responses
 from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
 
 
@@ -234,3 +236,9 @@ def test_a_number_at_the_border_of_two_tokens_is_the_later_one_s() -> None:
     uniform = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 0.9999], dtype=torch.float64)
     logits = logits - logits.logsumexp(0)
     assert sample_tokens(logits.expand(6, -1), uniform, 1.0, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(7, 7), (8, 8), (9, 8), (100, 8)])
+def test_a_response_takes_all_positions_behind_its_prompt(wanted: int, most: int) -> None:
+    model: Any = SimpleNamespace(decoder=SimpleNamespace(config=SimpleNamespace(max_positions=20)))
+    assert most_tokens(model, Prompt(np.arange(12)), wanted) == most

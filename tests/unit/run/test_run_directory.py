@@ -139,5 +139,21 @@ def test_metrics_are_on_disk_at_once_and_appended(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_a_restarted_stage_has_the_rows_of_its_history_alone(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rationale, dpo = StageMetrics(file, "rationale"), StageMetrics(file, "iteration-1/dpo")
+    rationale.write({"step": 0})
+    for step in range(3):
+        dpo.write({"step": step})
+    dpo.restart([{"step": 0}, {"step": 1}])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    of_dpo = [{"stage": "iteration-1/dpo", "step": step} for step in (0, 1)]
+    assert rows == [{"stage": "rationale", "step": 0}, *of_dpo]
+    rationale.restart()
+    assert [json.loads(line) for line in file.read_text().splitlines()] == of_dpo
+    dpo.restart()
+    assert not file.exists()
+
+
 def test_peak_memory_is_in_bytes() -> None:
     assert 30e6 < peak_rss_bytes() < 64e9  # this process has numpy and torch loaded
