@@ -14,6 +14,8 @@ import pytest
 from helpers.made_up_run import make_run
 from PIL import Image
 
+from srcfast.data.in_order import InOrder
+from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.report import plots, run_results
 from srcfast.report.gallery import MAX_PIXELS, SMALL, cards, embedded_image
 from srcfast.report.run_files import read_run
@@ -175,3 +177,32 @@ def test_a_summary_of_a_literal_manifest(tmp_path: Path, monkeypatch: pytest.Mon
         ("iteration-1/evaluation", 4.0, 2.0),
     ]
     assert summary["peak_rss_bytes"] == 30 and summary["seconds"] == 11.5
+
+
+def test_the_gallery_shows_the_first_pair_of_each_of_the_first_twelve_samples(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(15)]
+    texts = ("A. Answer: 1", "B. Answer: 2", "C. Answer: 3")
+    candidates = {
+        name: [Candidate(f"{name}#{index}", name, text, "", "1", -1.0) for index, text in enumerate(texts)]
+        for name in names
+    }
+
+    def pair(name: str, chosen: int, rejected: int) -> Preference:
+        extra = {"chosen_id": f"{name}#{chosen}", "rejected_id": f"{name}#{rejected}"}
+        return Preference(name, (), "Why?", texts[chosen], texts[rejected], 0.25, extra=extra)
+
+    pairs = [pair(name, *sides) for name in names for sides in ((2, 0), (1, 0))]  # two of each sample
+    run: Any = SimpleNamespace(
+        artifacts=SimpleNamespace(
+            candidates=lambda iteration: InOrder(iter(candidates.items())),
+            scores=lambda iteration: ({"sample_id": name, "scores": [0.1, 0.4, 0.9]} for name in names),
+        ),
+        samples={name: Sample(name, (), "Why?", "1") for name in names},
+        directory=SimpleNamespace(path=tmp_path / "run"),
+        config=SimpleNamespace(output=str(tmp_path)),
+    )
+    entries = run_results._gallery(run, 3, pairs)
+    assert [entry["sample_id"] for entry in entries] == names[:12]
+    for entry in entries:
+        assert (entry["iteration"], entry["chosen"], entry["rejected"], entry["confidence"]) == (3, 2, 0, 0.25)
+        assert [one["score"] for one in entry["candidates"]] == [0.1, 0.4, 0.9]

@@ -285,6 +285,14 @@ def test_a_stage_that_was_stopped_and_begun_anew_is_shown_once(tmp_path: Path) -
     assert "<td>150</td>" in write_report(run).read_text(encoding="utf-8")
 
 
+def test_a_training_that_begins_again_at_its_last_step_has_the_later_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=1)
+    rows = [{"stage": "short", "step": step, "loss": loss} for step, loss in ((0, 9.0), (0, 8.0), (1, 7.0))]
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["loss"] for row in read_run(run).training("short")] == [8.0, 7.0]
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_a_sample_without_an_image_has_its_card(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", gallery=1)
