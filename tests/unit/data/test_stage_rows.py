@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from srcfast.data.jsonl import write_shards
+from srcfast.data.records import Candidate
 from srcfast.data.stage_rows import read_scores
 from srcfast.errors import InputError
 
@@ -32,3 +33,12 @@ def test_win_probabilities_that_are_there_are_checked(tmp_path: Path) -> None:
     write_shards(tmp_path, [ROW | {"win_probability": [[0.5, 0.5]]}])
     with pytest.raises(InputError, match="line 1, sample 's', field 'win_probability': expected 2 x 2 numbers"):
         list(read_scores(tmp_path))
+
+
+def test_a_candidate_s_log_probability_exceeds_0_by_rounding_alone() -> None:
+    row = {"id": "s#0", "sample_id": "s", "text": "Yes."}
+    for value in (-3.5, 0.0, 0.001):
+        assert Candidate.from_json({**row, "logprob": value}, file="c.jsonl", line=1).logprob == value
+    for value in (0.0011, 0.5, 3.0):
+        with pytest.raises(InputError, match=f"field 'logprob': expected a log-probability, at most 0, found {value}"):
+            Candidate.from_json({**row, "logprob": value}, file="c.jsonl", line=1)

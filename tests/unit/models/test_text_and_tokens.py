@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.families import write_family
 from helpers.small_checkpoints import text_config
@@ -134,6 +135,10 @@ def test_a_response_beyond_the_last_position_is_refused_and_none_is_generated(ba
         InputError, match=r"sample 's-7', field 'chosen': expected at most 160 tokens of prompt and response"
     ):
         ours.response_tokens(prompt, fits + " x x", "s-7", "chosen")
+    response = np.full(room + 1, ours.end_token_id)
+    ours.check_room(prompt, "s-7", response[:room])
+    with pytest.raises(InputError, match="expected at most 160 tokens of prompt and response, .* found 161 tokens"):
+        ours.check_room(prompt, "s-7", response)
     ours.end_tokens = frozenset()  # so that nothing but the limit ends a response
     given = Prompt(prompt, (), "s")
     (greedy,) = generate_greedy(ours, [given], lambda keys: {}, 200, 2)
