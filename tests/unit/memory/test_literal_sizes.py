@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from srcfast.config.settings import LoRAConfig
-from srcfast.memory.activations import TOGETHER, AttentionReads, ForestSizes, activation_bytes, layer_bytes
+from srcfast.memory.activations import (
+    TOGETHER,
+    AttentionReads,
+    ForestSizes,
+    activation_bytes,
+    fullest_forest,
+    layer_bytes,
+)
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, training_flops
 from srcfast.memory.forecast import (
     IMAGE_CACHE,
@@ -273,3 +280,11 @@ def test_a_cpu_s_masks_and_index_maps_are_counted_and_scale_with_the_trees() -> 
     assert reads.times(3) == AttentionReads(33, 60, ((6, 3, 4), (15, 1, 2)))
     assert FOREST.times(2).tokens == 2 * T and FOREST.times(2).last.queries == 2 * M
     assert FOREST.times(2).attended == 1400 and FOREST.times(0.5).head_rows == H / 2
+
+
+def test_the_fullest_forest_takes_the_largest_trees_that_still_fit() -> None:
+    assert fullest_forest([4, 6, 3], 10, 8) == [1, 0]
+    assert fullest_forest([4, 6, 3], 9, 8) == [1, 2]
+    assert fullest_forest([4, 6, 3], 13, 2) == [1, 0]
+    assert fullest_forest([4, 6, 3], 13, 3) == [1, 0, 2]
+    assert fullest_forest([4, 6, 3], 2, 8) == []

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from srcfast.config.settings import Config, TrainingConfig
+from srcfast.data.forest import Forest
 from srcfast.memory import plan
+from srcfast.memory.activations import ForestSizes
 from srcfast.memory.advice import _options, largest_value
 from srcfast.memory.model_sizes import nf4_scale_bytes
 from srcfast.memory.plan import Lengths, device_memory, forecast_stage, largest_forest, policy_sizes, typical_tree
@@ -104,3 +106,20 @@ def test_the_advised_ranks_halve_down_to_4() -> None:
 
 def test_no_more_beams_are_advised_than_the_settings_allow() -> None:
     assert largest_value(Config(), "candidates.num_beams", "candidates", memory=1e18) == 256
+
+
+@pytest.mark.parametrize("stage", ["rationale", "preferences", "dpo"])
+def test_a_token_budget_is_filled_by_parts_of_trees(stage: str) -> None:
+    config = Config(rationale={"activation_checkpointing": 0}, dpo={"activation_checkpointing": 0})
+    tree = typical_tree(config, stage, Lengths())
+    forest = ForestSizes.of(Forest.of([tree]), "cpu").times(2.5)
+    budget = round(2.5 * tree.num_tokens)
+    assert budget == 2.5 * tree.num_tokens
+    assert forecast_stage(config, stage, memory=1e12, token_budget=budget) == forecast_stage(
+        config, stage, memory=1e12, forest=forest
+    )
+
+
+def test_where_nothing_fits_the_largest_batch_is_one() -> None:
+    for setting in ("candidates.batch_size", "candidates.num_beams"):
+        assert largest_value(Config(), setting, "candidates", memory=1.0) == 1
