@@ -16,9 +16,11 @@ from PIL import Image
 
 from srcfast.data.in_order import InOrder
 from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.errors import InputError
 from srcfast.report import plots, run_results
 from srcfast.report.gallery import MAX_PIXELS, SMALL, cards, embedded_image
 from srcfast.report.run_files import read_run
+from srcfast.report.shapes import Histogram, check_shape
 
 matplotlib_axes = pytest.importorskip("matplotlib.axes")
 
@@ -206,3 +208,10 @@ def test_the_gallery_shows_the_first_pair_of_each_of_the_first_twelve_samples(tm
     for entry in entries:
         assert (entry["iteration"], entry["chosen"], entry["rejected"], entry["confidence"]) == (3, 2, 0, 0.25)
         assert [one["score"] for one in entry["candidates"]] == [0.1, 0.4, 0.9]
+
+
+@pytest.mark.parametrize("edges", [[0.0, 1.0], [0.0, 0.3, 0.6, 1.0]])
+def test_a_histogram_has_one_edge_more_than_counts(tmp_path: Path, edges: list[float]) -> None:
+    check_shape({"counts": [1.0, 2.0], "edges": [0.0, 0.5, 1.0]}, Histogram, tmp_path)
+    with pytest.raises(InputError, match=f"{len(edges)} edges for 2 counts"):
+        check_shape({"counts": [1.0, 2.0], "edges": edges}, Histogram, tmp_path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from srcfast.config.load import load_config
+from srcfast.config.settings import Config
 from srcfast.errors import ConfigError
 from srcfast.models.lora import adapters
 from srcfast.stages.calibration_run import CalibrationRun
@@ -58,3 +60,19 @@ def test_a_new_adapter_is_not_taken_for_the_bare_base(model_dir: Path) -> None:
     policy = Policy(load_config(None, [f"model.path={model_dir}", "lora.r=2"]), [])
     assert adapters(policy.fresh())
     assert not adapters(policy.use(None))
+
+
+@pytest.mark.parametrize(("number", "before"), [(1, "rationale"), (2, "iteration-1/dpo")])
+def test_a_round_s_stages_depend_on_the_adapter_before_it(number: int, before: str) -> None:
+    run: Any = CalibrationRun.__new__(CalibrationRun)
+    run.config, run.samples_of = Config(), lambda iteration: []
+    of = f"iteration-{number}"
+    stages = {
+        "candidates": {before},
+        "scores": {f"{of}/candidates"},
+        "preferences": {before, f"{of}/candidates", f"{of}/scores"},
+        "dpo": {before, f"{of}/preferences"},
+    }
+    for kind, earlier in stages.items():
+        hashes = {name for name in run._inputs_of(f"{of}/{kind}").hashes if name.startswith("files of ")}
+        assert hashes == {f"files of {stage}" for stage in earlier}
