@@ -156,7 +156,7 @@ def _table_row(
         }
     except InputError as error:
         expected, found, fix = error.expected, error.found, error.fix
-    except (ValueError, TypeError, OverflowError, LookupError, NotImplementedError) as error:  # of pyarrow's, too
+    except (ValueError, TypeError, OverflowError, LookupError, RuntimeError) as error:  # of pyarrow's, too
         expected, found, fix = "values that JSON can hold", str(error), None
     return InputError(file=path, line=number, field="record", expected=expected, found=found, fix=fix)
 

@@ -378,7 +378,7 @@ def _path_of(error: partial[InputError], part: dict[str, Any]) -> str | int | No
         return index
     path = paths[0] if index is None else None
     if len(paths) > 1 or not isinstance(path, str) or not path:
-        raise error("an image part with one path or index, or none", part)
+        raise error("an image part with one path, or none", part)
     if "://" in path or path.startswith("data:"):
         raise error("a path below the image root", path[:100], "write the image into a file, and name it")
     return path
