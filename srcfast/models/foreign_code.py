@@ -43,22 +43,19 @@ def _is_class_of(*parts: str) -> Callable[[Any], bool]:
 
 # By field, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "_attn_implementation": (
-        _is_one_of(ATTENTION),
-        f"one of {', '.join(ATTENTION)}: others are repositories of kernels",
-    ),
-    "attn_implementation": (
-        _is_one_of(ATTENTION),
-        f"one of {', '.join(ATTENTION)}: others are repositories of kernels",
+    **dict.fromkeys(
+        ("_attn_implementation", "attn_implementation"),
+        (_is_one_of(ATTENTION), f"one of {', '.join(ATTENTION)}: others are repositories of kernels"),
     ),
     "_attn_implementation_internal": (_is_one_of(ATTENTION), f"one of {', '.join(ATTENTION)}"),
-    "_experts_implementation": (_is_one_of(EXPERTS), f"one of {', '.join(EXPERTS)}: others are fetched"),
-    "experts_implementation": (_is_one_of(EXPERTS), f"one of {', '.join(EXPERTS)}: others are fetched"),
+    **dict.fromkeys(
+        ("_experts_implementation", "experts_implementation"),
+        (_is_one_of(EXPERTS), f"one of {', '.join(EXPERTS)}: others are fetched"),
+    ),
     "use_kernels": (_is_off, "false: kernels are fetched from a hub"),
     "kernel_config": (_is_off, "none: kernels are fetched from a hub"),
     "use_pretrained_backbone": (_is_off, "false: weights are fetched from a hub"),
-    "backbone": (_is_local_name, "a name of timm, none of a hub"),
-    "architecture": (_is_local_name, "a name of timm, none of a hub"),
+    **dict.fromkeys(("backbone", "architecture"), (_is_local_name, "a name of timm, none of a hub")),
     "custom_generate": (_is_off, "none: it is code of a hub"),
     "custom_pipelines": (_is_off, "none: they are code"),
     "image_processor_type": (

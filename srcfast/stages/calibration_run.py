@@ -40,10 +40,9 @@ from srcfast.stages.stage_inputs import FIELDS, JUDGED, PROMPT, InputRecord, Sta
 from srcfast.stages.stage_run import StageRun
 
 Work = Callable[[StageRun], dict[str, Any]]  # does a stage's work and returns what the manifest records of it
-RATIONALE, CALIBRATION = (
-    "data.train, use rationale",
-    "data.train, use calibration",
-)  # names of the training sets' inputs
+# Names of the training sets among the inputs.
+RATIONALE = "data.train, use rationale"
+CALIBRATION = "data.train, use calibration"
 # The fields of the round's samples that a kind of stage reads.
 READS: Mapping[str, Sequence[str]] = {
     "candidates": PROMPT,

@@ -32,7 +32,6 @@ def split_fitting(
     Raises:
         InputError: none fits, or more than `max_rejected` do not.
     """
-
     shared, mine = range(distributed.rank(), len(records), distributed.world_size()), {}
     with track(f"check {name}", len(shared), quiet=config.quiet) as progress:
         for index in shared:

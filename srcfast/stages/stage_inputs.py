@@ -14,6 +14,7 @@ from typing import Any
 from srcfast.data.jsonl import as_json, json_hash, read_jsonl, write_jsonl
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import InputError
+from srcfast.run.metric_rows import way_out
 from srcfast.stages.prompts import image_prints
 
 FILE = "inputs.jsonl"
@@ -133,13 +134,11 @@ class InputRecord:
         if changed in inputs.samples:
             before, fields = read_prints(self.directory, changed), inputs.samples[changed][1]
             found = f"changed since: {_listed(changes(before, self.prints(changed), fields))}"
-        manifest = self.directory / "manifest.json"
         raise InputError(
             field=changed,
             expected=f"what stage {stage!r} of {self.directory} has read",
             found=found,
-            fix=f"put it back as it was, or remove {stage!r} and what comes after it from {manifest}: that is done again; "
-            "or take another name or output directory",
+            fix=f"{way_out(stage)}; or take another name or output directory",
         )
 
     def check_made_of(self, directory: Path, fields: Sequence[str] = PROMPT) -> None:
