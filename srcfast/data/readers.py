@@ -25,7 +25,7 @@ from srcfast.data.images import check_image, locate
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.opening import open_text
 from srcfast.data.records import Fields, MadeUpId, Preference, Row, Sample, each_record, settled_prompt
-from srcfast.data.templates import check_untemplated
+from srcfast.data.templated_texts import check_untemplated
 from srcfast.data.turns import Turn
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
