@@ -19,6 +19,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def set_settings(folder: Path, name: str, **more: Any) -> dict[str, Any]:
+    """Settings of the data set that `write_rows` has written into `folder / NAME.jsonl`."""
+    return {"name": name, "format": "jsonl", "path": str(folder / f"{name}.jsonl")} | more
+
+
 def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [

@@ -11,10 +11,12 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.made_rows import set_settings, write_rows
 from helpers.small_run import STAGES
 from PIL import Image
 
@@ -29,9 +31,7 @@ Row = dict[str, Any]
 
 
 def settings(folder: Path) -> Config:
-    def of(name: str, **more: Any) -> Row:
-        return {"name": name, "format": "jsonl", "path": str(folder / f"{name}.jsonl")} | more
-
+    of = partial(set_settings, folder)
     values = {
         "name": "run",
         "output": str(folder),
@@ -80,16 +80,14 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         rows[name] = [
             sample.to_json() | {"images": [f"pictures/{image}" for image in sample.images]} for sample in samples
         ]
-        write(folder / f"{name}.jsonl", rows[name])
-    write(folder / "teacher.jsonl", [{"id": row["id"], "rationale": row["facts"][0]} for row in rows["lessons"][:3]])
+        write_rows(folder / f"{name}.jsonl", rows[name])
+    write_rows(
+        folder / "teacher.jsonl", [{"id": row["id"], "rationale": row["facts"][0]} for row in rows["lessons"][:3]]
+    )
     calibrate(settings(folder))
     copy = folder.with_name("copy")
     shutil.copytree(folder, copy)
     return folder, copy
-
-
-def write(file: Path, rows: list[Row]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read(file: Path) -> list[Row]:
@@ -118,13 +116,13 @@ def field_of(name: str, field: str, value: Any, number: int = 1) -> Change:
         rows = read(folder / f"{name}.jsonl")
         assert rows[number].get(field) != value
         rows[number][field] = value
-        write(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", rows)
 
     return change
 
 
 def rows_of(name: str, edit: Callable[[list[Row]], list[Row]]) -> Change:
-    return lambda folder: write(folder / f"{name}.jsonl", edit(read(folder / f"{name}.jsonl")))
+    return lambda folder: write_rows(folder / f"{name}.jsonl", edit(read(folder / f"{name}.jsonl")))
 
 
 def picture_of(name: str, edit: Callable[[Path], None]) -> Change:

@@ -42,6 +42,10 @@ def scaled_adapter(base: str | Path, directory: Path, factor: float) -> Path:
     return directory
 
 
+def options(data: Path, image_root: Path, output: Path) -> tuple[Any, ...]:
+    return ("--data", data, "--image-root", image_root, "--output", output, "--quiet")
+
+
 def outputs(directory: Path) -> list[Path]:
     return (
         [*directory.rglob("*.jsonl"), *directory.rglob("summary.json")]
@@ -60,18 +64,7 @@ def test_an_adapter_that_overflows_is_named_with_model_and_sample(
         ROW if command != "logprob" else {"id": "row-7", "images": ["a.png"], "prompt": "what", "response": "red"}
     )
     data = write_rows(tmp_path / "rows.jsonl", [row])
-    options = (
-        "--adapter",
-        adapter,
-        "--data",
-        data,
-        "--image-root",
-        image_root,
-        "--output",
-        tmp_path / "out",
-        "--quiet",
-    )
-    result = srcfast(command, *options)
+    result = srcfast(command, "--adapter", adapter, *options(data, image_root, tmp_path / "out"))
     assert result.exit_code == 2 and "Traceback" not in result.output, (result.output, result.exception)
     sample = "'request 1'" if command == "logprob" else "'row-7'"  # whose requests have no ids
     for word in ("finite numbers", str(adapter), sample, str(ASSETS / "base"), "Fix: "):
@@ -119,18 +112,7 @@ def test_a_model_that_overflows_without_an_adapter_is_named(srcfast: Srcfast, im
     tensors[norm] = torch.full_like(tensors[norm], 3e38)
     save_file(tensors, directory / "model.safetensors")
     data = write_rows(tmp_path / "rows.jsonl", [ROW])
-    options = (
-        "--model",
-        directory,
-        "--data",
-        data,
-        "--image-root",
-        image_root,
-        "--output",
-        tmp_path / "out",
-        "--quiet",
-    )
-    result = srcfast("evaluate", *options)
+    result = srcfast("evaluate", "--model", directory, *options(data, image_root, tmp_path / "out"))
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert str(directory) in result.output and "'row-7'" in result.output and "finite numbers" in result.output
     assert "adapter" not in result.output and not outputs(tmp_path / "out")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from helpers.made_rows import write_rows
+from helpers.made_rows import set_settings, write_rows
 
 from srcfast.calibrate import calibrate
 from srcfast.config.settings import Config
@@ -43,9 +44,7 @@ UNFIT: dict[str, tuple[str, Row, str]] = {
 
 
 def settings(folder: Path) -> Config:
-    def of(name: str, **more: Any) -> Row:
-        return {"name": name, "format": "jsonl", "path": str(folder / f"{name}.jsonl")} | more
-
+    of = partial(set_settings, folder)
     values = {
         "name": "run",
         "output": str(folder),
