@@ -154,7 +154,9 @@ def sample_flops(config: Config, stage: str, lengths: Lengths) -> float:
     if stage in TRAINING:
         section = config.rationale if stage == "rationale" else config.dpo
         passes = training_flops(model.shapes, sizes.tokens, sizes.attended, sizes.head_rows, adapter)
-        return section.epochs * passes + _image_flops(model)
+        items = section.updates * section.global_batch_size  # that are run, where their number is set
+        count = _count(config, stage)
+        return (items / count if items and count else section.epochs) * passes + _image_flops(model)
     if stage in DECODING:
         rows = config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1
         attended = rows * attended_of(tree.num_tokens, lengths.response)

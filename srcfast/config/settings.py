@@ -24,7 +24,8 @@ MOST = 10**9  # of samples, records, steps
 MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
 MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
 
-YOUNGER = (("model", "backbone"),)  # than version 0.1, whose runs and checkpoints still continue
+# Than version 0.1, whose runs and checkpoints still continue.
+YOUNGER = (("model", "backbone"), ("rationale", "updates"), ("dpo", "updates"), ("scorer_training", "updates"))
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids")
 
 
@@ -207,6 +208,8 @@ class TrainingConfig(Seeded):
 
     epochs: int = Field(1, ge=1, le=100_000)
     """Passes over the items, each in another random order"""
+    updates: int = Field(0, ge=0, le=MOST)
+    """Number of updates, however many passes that takes; 0 = as `epochs` says"""
     micro_batch_size: int = Field(8, ge=1, le=1 << 16)
     """Maximum number of items (trees) in one forest, that is, in one forward and backward pass. An update has micro_batch_size *
     gradient_accumulation_steps items over all ranks, packed into few forests"""
@@ -254,14 +257,17 @@ class TrainingConfig(Seeded):
     def loop(self) -> dict[str, Any]:
         """Return the settings that the training loop reads, by name, without those of one stage."""
         values = {name: getattr(self, name) for name in TrainingConfig.model_fields}
+        if not self.updates:  # younger than checkpoints that still continue
+            del values["updates"]
         return values | {"seed": self.seed, "deterministic": self.deterministic}
 
 
 class RationaleConfig(TrainingConfig):
     """Stage 1: fine-tune the adapter on rationale-answer pairs."""
 
-    format: Literal["tagged", "plain"] = "tagged"
-    """`tagged`: mark visual perception in the response by tags; `plain`: no tags"""
+    format: Literal["tagged", "plain", "answer"] = "tagged"
+    """`tagged`: mark visual perception in the response by tags; `plain`: no tags; `answer`: the answer alone, a baseline without
+    rationales"""
     samples: int = Field(0, ge=0, le=MOST)
     """Number of samples to draw; 0 = all"""
     teacher: str | None = None
@@ -325,9 +331,11 @@ class CurationConfig(Section):
     """Maximum ratio of the longer to the shorter response, in tokens"""
     weighting: Literal["confidence", "none"] = "confidence"
     """Weight c of a pair in the loss: `confidence`: its confidence u; `none`: 1 for every pair"""
-    pairing: Literal["score", "answer", "random"] = "score"
+    pairing: Literal["score", "answer", "random", "gold", "true"] = "score"
     """How pairs are chosen: `score`: by the R-Scorer's scores, as in the paper. Baselines: `answer`: a right against a wrong
-    answer; `random`: any two candidates. Baselines ignore scores, margin, confidence and rating; c = 1"""
+    answer; `random`: any two candidates; `gold`: the likeliest candidate with the right answer against the likeliest other one;
+    `true`: the sample's rationale and answer against the likeliest candidate. Baselines ignore scores, margin, confidence and
+    rating; c = 1"""
 
 
 class DPOConfig(TrainingConfig):

@@ -17,6 +17,9 @@ class BatchSettings(Protocol):
     def epochs(self) -> int: ...
 
     @property
+    def updates(self) -> int: ...
+
+    @property
     def global_batch_size(self) -> int: ...
 
     @property
@@ -31,7 +34,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def num_steps(count: int, settings: BatchSettings) -> int:
     """Return the number of updates for `count` items; an epoch's last global batch may be smaller."""
-    return settings.epochs * math.ceil(count / settings.global_batch_size)
+    return settings.updates or settings.epochs * math.ceil(count / settings.global_batch_size)
 
 
 def global_batch(count: int, step: int, settings: BatchSettings) -> list[int]:

@@ -78,6 +78,12 @@ def format_response(see: Sequence[str], think: Sequence[str], answer: str, forma
     return text
 
 
+def bare_answer(answer: str) -> str:
+    """Write a response of an answer alone, which `parse_response` reads back: an answer of many words gets a mark."""
+    bare = " ".join(answer.split())
+    return bare if parse_response(bare) == ParsedResponse((), (), bare) else f"Answer: {bare}"
+
+
 def tagged_rationale(see: Sequence[str], think: Sequence[str]) -> str:
     """Write a rationale with its tags; without reasoning sentences there is no <think> block."""
     reasoning = ("<think>", *think, "</think>") if think else ()

@@ -73,7 +73,7 @@ def _gallery(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -
     """Build `gallery.json`: the first GALLERY samples of the pairs, with candidates, scores and the oracle's verification."""
     first_of: dict[str, Preference] = {}
     for pair in pairs:
-        if len(first_of) == GALLERY:
+        if len(first_of) == GALLERY or "#true" in pair.extra["chosen_id"]:  # the sample's rationale is no candidate
             break
         first_of.setdefault(pair.sample_id, pair)
     candidates = run.artifacts.candidates(iteration)  # both are read only as far as needed

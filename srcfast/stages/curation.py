@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
+from srcfast.stages.rationale import build_raps
 
 BINS = 20  # of the histograms over [0, 1]
 
@@ -45,6 +46,7 @@ REASONS = (
     "fewer_than_two_parsed",
     "not_scored",
     "same_correctness",
+    "no_true_rationale",
     "margin",
     "confidence",
     "rating",
@@ -122,6 +124,8 @@ def _sample_pairs(
 ) -> list[Preference]:
     """Return one sample's preference pairs; count in the funnel what passes and what is dropped."""
     funnel.passed["samples"] += 1
+    if settings.pairing == "true":
+        candidates, row = [*candidates, *_true_candidate(sample, candidates)], None
     eligible = _parsed_distinct(candidates)
     if len(eligible) < 2:
         funnel.dropped["fewer_than_two_parsed" if len(candidates) >= 2 else "fewer_than_two_candidates"] += 1
@@ -255,7 +259,8 @@ def _propose(
 ) -> tuple[list[tuple[int, int]], str | None]:
     """Propose up to `pairs_per_sample` (chosen, rejected) pairs of indices, or say why there is none.
 
-    `score` pairs best with worst by S; the baselines of the ablation draw: `random` any two, `answer` a right and a wrong answer.
+    `score` pairs best with worst by S. Of the baselines, `random` draws any two, `answer` a right and a wrong answer; `gold`
+    takes the likeliest with the right answer, `true` the sample's rationale, each against the likeliest other candidate.
     """
     max_pairs = settings.pairs_per_sample
     if settings.pairing == "random":
@@ -268,6 +273,16 @@ def _propose(
             return [], "same_correctness"
         crossed = [(chosen, rejected) for chosen in right for rejected in wrong]
         return rng.sample(crossed, min(max_pairs, len(crossed))), None
+    if settings.pairing in ("gold", "true"):
+        by_likelihood = sorted(eligible, key=lambda i: (-candidates[i].logprob, i))
+        if settings.pairing == "true":
+            best = [i for i in eligible if candidates[i].id == _true_id(sample)]
+        else:
+            best = [i for i in by_likelihood if _is_right(candidates[i], sample)][:1]
+        if not best:
+            return [], "no_true_rationale" if settings.pairing == "true" else "same_correctness"
+        others = [i for i in by_likelihood if i not in best]
+        return [(best[0], other) for other in others[:max_pairs]], None
     if row is None:
         return [], "not_scored"
     ranked = sorted(eligible, key=lambda i: (-row["scores"][i], i))  # best first; the index breaks ties
@@ -328,6 +343,20 @@ def _preference(
         image_root=sample.image_root,
         turns=sample.turns,
     )
+
+
+def _true_id(sample: Sample) -> str:
+    """Name the candidate that `_true_candidate` makes."""
+    return f"{sample.id}#true"
+
+
+def _true_candidate(sample: Sample, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the sample's rationale and answer as a candidate, written as the others are; nothing where it has no rationale."""
+    format: Literal["tagged", "plain"] = "tagged" if any("<answer>" in c.text for c in candidates) else "plain"
+    texts = [text for _, text in build_raps([sample], format)[0] if sample.rationale]
+    return [
+        Candidate(_true_id(sample), sample.id, text, sample.rationale or "", sample.answer, 0.0, ()) for text in texts
+    ]
 
 
 def _is_right(candidate: Candidate, sample: Sample) -> bool:

@@ -20,7 +20,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.logit_rows import response_logit_rows, row_positions
-from srcfast.data.rationale_format import format_response, normalise_answer, parse_response
+from srcfast.data.rationale_format import bare_answer, format_response, normalise_answer, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.models.head import Head
@@ -88,7 +88,7 @@ def rationale_pairs(config: Config, samples: Sequence[Sample]) -> tuple[list[Rat
 
 def build_raps(
     samples: Sequence[Sample],
-    format: Literal["tagged", "plain"] = "tagged",
+    format: Literal["tagged", "plain", "answer"] = "tagged",
     teacher: Mapping[str, TeacherRationale] | None = None,
 ) -> tuple[list[RationalePair], Counter[str]]:
     """Build rationale-answer pairs from the teacher's entry, else the sample's rationale, else its facts.
@@ -98,7 +98,7 @@ def build_raps(
 
     Args:
         samples: in the order of the pairs.
-        format: of the responses, "tagged" or "plain".
+        format: of the responses, "tagged" or "plain"; "answer": the answer alone, whether or not there is a rationale.
         teacher: entries by sample id.
 
     Returns:
@@ -118,12 +118,14 @@ def build_raps(
 
 
 def _response(
-    sample: Sample, entry: TeacherRationale | None, format: Literal["tagged", "plain"]
+    sample: Sample, entry: TeacherRationale | None, format: Literal["tagged", "plain", "answer"]
 ) -> tuple[str | None, str]:
     """Return (response, "") or (None, the reason why there is none)."""
     rationale = (sample.rationale if entry is None else entry.rationale) or ""
     if not sample.answer.strip():
         return None, "no_answer"
+    if format == "answer":
+        return bare_answer(sample.answer), ""
     stated = [] if entry is None else [entry.answer]  # answers of the teacher and within the rationale
     if rationale.strip():
         see, think, answer = _read_rationale(rationale)

@@ -24,7 +24,7 @@ from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.records import Sample
-from srcfast.errors import InputError
+from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
 from srcfast.stages.rationale import build_raps
@@ -332,6 +332,10 @@ def split_examples(
         InputError: too few samples in whose rationales faults can be made.
     """
     form, settings = config.rationale.format, config.scorer_training
+    if form == "answer":
+        raise ConfigError(
+            "rationale.format: expected tagged or plain for an R-Scorer, found answer, without rationales"
+        )
     parsed = [(sample, parse_response(text)) for sample, text in build_raps(samples, form)[0]]
     pairs = [(s, p.perception, p.reasoning, p.answer) for s, p in parsed if p.answer is not None]
     rng = random.Random(f"scorer/{config.seed}")
