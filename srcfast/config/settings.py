@@ -24,8 +24,12 @@ MOST = 10**9  # of samples, records, steps
 MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
 MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
 
-# Than version 0.1, whose runs and checkpoints still continue.
-YOUNGER = (("model", "backbone"), ("rationale", "updates"), ("dpo", "updates"), ("scorer_training", "updates"))
+# Settings that are younger than version 0.1, whose runs and checkpoints still continue.
+YOUNGER = (
+    ("model", "backbone"),
+    *((section, "updates") for section in ("rationale", "dpo", "scorer_training")),
+    ("dpo", "preference_weight"),
+)
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids")
 
 
@@ -351,6 +355,9 @@ class DPOConfig(TrainingConfig):
     label_smoothing: float | Literal["confidence"] = 0.0
     """Probability that a pair's labels are swapped, in [0, 0.5), for loss_type sigmoid alone; `confidence`: (1 - c) / 2, c the
     pair's confidence; 0 = none"""
+    preference_weight: float = Field(1.0, ge=0, le=1000)
+    """Weight of the preference loss. 0 = none: with sft_weight above 0 the stage then fine-tunes on the chosen responses, each
+    weighted by its pair's confidence"""
     sft_weight: float = Field(0.1, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none"""
     rehearsal_weight: float = Field(0.0, ge=0, le=1000)
@@ -367,6 +374,14 @@ class DPOConfig(TrainingConfig):
             raise ValueError(f"label_smoothing: expected confidence or a number in [0, 0.5), found {smoothing}")
         if smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing: expected 0 with loss_type {self.loss_type}, found {smoothing}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not self.preference_weight and not self.sft_weight:
+            raise ValueError(
+                "sft_weight: expected a number above 0 where preference_weight is 0, found 0: no loss is left"
+            )
         return self
 
 

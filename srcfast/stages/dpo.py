@@ -5,11 +5,11 @@ is a segment between the prompt and them, run once. With c the confidence, and l
 tokens, the end token included,
 
     Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
-    L = sum_k c_k [ loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
+    L = sum_k c_k [ preference_weight loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
 
-over the global batch. Rationale-answer pairs of stage 1 can be rehearsed beside them: rehearsal_weight times the
-mean of their -log pi(y) / |y| is added. The R-Scorer is surer of some kinds of questions than of others, and the
-policy forgets those of which it is shown no pairs.
+over the global batch. With preference_weight 0 this is fine-tuning on the chosen responses. Rationale-answer pairs of
+stage 1 can be rehearsed beside them: rehearsal_weight times the mean of their -log pi(y) / |y| is added. The R-Scorer is
+surer of some kinds of questions than of others, and the policy forgets those of which it is shown no pairs.
 
 The reference is the policy as it was before the round: its log-probabilities are computed once and stored with
 the pair, beside a hash of base and adapter.
@@ -234,7 +234,9 @@ def preference_loss(settings: DPOConfig) -> Loss:
             normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
             **head.options,
         )
-        total, rehearsed = output.loss, output.loss.new_zeros(())
+        rehearsed = output.loss.new_zeros(())
+        # A term of weight 0 adds nothing: not even NaN, where it is infinite.
+        total = settings.preference_weight * output.loss if settings.preference_weight else rehearsed
         if len(pairs) < len(items):
             rehearsed = -(output.chosen_logps * batch.rehearsal_shares).sum()
             total = total + settings.rehearsal_weight * rehearsed

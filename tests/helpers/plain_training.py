@@ -117,7 +117,7 @@ def preference_losses(
             loss = (ratio - 1.0 / (2.0 * settings.beta)) ** 2
         else:
             loss = torch.clamp(1.0 - delta, min=0.0)
-        return weight, weight * (loss - settings.sft_weight * chosen / size)
+        return weight, weight * (settings.preference_weight * loss - settings.sft_weight * chosen / size)
 
     def loss_of(batch: list[int]) -> Tensor:
         terms = [pair_loss(pairs[index]) for index in batch if index < len(pairs)]

@@ -86,6 +86,7 @@ DEFAULTS = {
     "dpo.beta": 0.1,
     "dpo.loss_type": "sigmoid",
     "dpo.label_smoothing": 0.0,
+    "dpo.preference_weight": 1.0,
     "dpo.sft_weight": 0.1,
     "dpo.rehearsal_weight": 0.0,
     "dpo.reuse_generation_logprobs": True,

@@ -463,6 +463,26 @@ def test_settings_of_old_runs_are_the_same_identity() -> None:
     assert found["path"] == ["a.jsonl", "b*.jsonl"] and found["duplicate_ids"] == "rename" and found["format"] == "auto"
 
 
+# Of each section whose settings are part of what names unfinished work, those of version 0.1.
+OF_VERSION_0_1 = {
+    "dpo": (
+        "epochs micro_batch_size gradient_accumulation_steps token_budget learning_rate warmup_ratio weight_decay "
+        "max_grad_norm min_learning_rate_ratio optimizer activation_checkpointing loader_workers beta loss_type "
+        "label_smoothing sft_weight rehearsal_weight reuse_generation_logprobs"
+    ),
+}
+
+
+@pytest.mark.parametrize("section", OF_VERSION_0_1)
+def test_younger_settings_name_work_only_where_they_are_set(section: str) -> None:
+    assert " ".join(Config().identity()[section]) == OF_VERSION_0_1[section]
+
+
+def test_a_younger_setting_that_is_set_names_other_work() -> None:
+    found = Config.model_validate({"dpo": {"preference_weight": 0.5}}).identity()["dpo"]
+    assert found == Config().identity()["dpo"] | {"preference_weight": 0.5}
+
+
 @pytest.mark.parametrize("source", [*SAMPLES, *PAIRS])
 def test_every_format_is_converted_to_ours(root: Path, source: str) -> None:
     row = (SAMPLES if source in SAMPLES else PAIRS)[source][1]

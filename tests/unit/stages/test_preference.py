@@ -256,6 +256,26 @@ def test_the_fused_loss_is_that_of_the_references_log_probabilities(
     assert metrics["rejected_logprob"].item() == pytest.approx(rejected[pairs].mean().item(), rel=1e-12)
 
 
+def test_without_a_preference_loss_the_stage_fine_tunes_on_the_chosen_responses() -> None:
+    """A preference loss of infinity (IPO of a reference far off, in fp32) has no part in it; the metrics stay."""
+    settings = DPOConfig(preference_weight=0.0, sft_weight=0.7, loss_type="ipo")
+    model = SmallModel(seed=1)
+    pairs = [replace(pair, reference_rejected_logprob=-1e200) for pair in referenced(model, 5)]
+    items = preference_items(model, pairs)
+    forest = Forest.of([item.tree for item in items])
+    loss, metrics = preference_loss(settings)(model(forest), forest, model.decoder.head, items, pair_denominator(items))
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.zeros((), dtype=torch.float64)
+    for pair in pairs:
+        tokens = model.encode_response(pair.chosen)
+        likelihood = path_logprob(model, model.encode_prompt(pair.prompt, []), tokens) / len(tokens)
+        expected = expected - 0.7 * pair.confidence * likelihood / sum(one.confidence for one in pairs)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for mine, true in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12)
+    assert metrics["margin"] < -1e198 and {"chosen_logprob", "rejected_logprob", "reward_accuracy"} <= metrics.keys()
+
+
 def rehearsed(count: int) -> list[tuple[Sample, str]]:
     pairs = random_preferences(count, seed=5)
     samples = [Sample(f"r{k}", (), pair.prompt, "red", image_root=pair.image_root) for k, pair in enumerate(pairs)]
