@@ -23,9 +23,10 @@ from srcfast_benchmarks.stage_harness import StageBenchmark, Watch, main
 
 
 def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, checkpointing: int = 0) -> None:
+    from srcfast.data.rationale_pairs import build_raps
     from srcfast.models import ImageFeatures
     from srcfast.stages.prompts import image_loader
-    from srcfast.stages.rationale import build_raps, fine_tune_rationale
+    from srcfast.stages.rationale import fine_tune_rationale
 
     model = load_policy(shape, folder, device)
     samples = in_file_order(read_samples(folder), shape)
@@ -44,7 +45,7 @@ def srcfast(shape: Shape, folder: Path, device: str, watch: Watch, *, checkpoint
 def trl(shape: Shape, folder: Path, device: str, watch: Watch, **options: Any) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from srcfast.stages.rationale import build_raps
+    from srcfast.data.rationale_pairs import build_raps
 
     rows = [
         {

@@ -13,7 +13,7 @@ from typing import Any
 
 from srcfast import distributed
 from srcfast.config.settings import Config
-from srcfast.data.batching import num_steps
+from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_shards
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.report.run_results import write_preferences, write_summary
@@ -91,7 +91,7 @@ def rationale(run: CalibrationRun) -> None:
         run.policy.save(run.directory.adapter(0))
         return {"pairs": len(pairs), "dropped": dict(dropped)}
 
-    run.stage("rationale", ("lora", "rationale"), num_steps(len(pairs), loop), work, unit="steps")
+    run.stage("rationale", ("lora", "rationale"), num_updates(len(pairs), loop), work, unit="steps")
 
 
 def candidates(run: CalibrationRun, iteration: int) -> None:
@@ -177,5 +177,5 @@ def dpo(run: CalibrationRun, iteration: int) -> None:
         run.policy.save(run.directory.adapter(iteration))
         return {"pairs": len(pairs)}
 
-    steps = num_steps(len(pairs) + len(rehearsal), settings)
+    steps = num_updates(len(pairs) + len(rehearsal), settings)
     run.stage(f"iteration-{iteration}/dpo", ("dpo",), steps, work, unit="steps", checkpoint_sections=("curation",))

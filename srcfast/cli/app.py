@@ -249,6 +249,20 @@ def calibrate(config: Config, profile: Profile = None) -> None:
     commands.calibrate(config, inputs.steps(profile))
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="arms, seeds and settings of the study")],
+    output: Annotated[
+        Path | None, typer.Option(help="directory for summary.json and tables.md; default: the study's")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare arms of a calibration over several seeds; the same command continues, and may run several times at once."""
+    from srcfast.cli import study as command
+
+    command.study(file, output, quiet)
+
+
 @settings_command("rationale", model=Model, quiet=Quiet)
 def rationale(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""

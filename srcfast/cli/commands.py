@@ -28,7 +28,7 @@ from srcfast.cli.inputs import (
 )
 from srcfast.cli.table import results_table
 from srcfast.config.settings import Config
-from srcfast.data.batching import num_steps
+from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.readers import read_logprob_rows
 from srcfast.data.records import Sample
@@ -104,7 +104,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
         samples = split_fitting(samples, check_lesson(policy.model, config), config, rejected)
     pairs, dropped = rationale_pairs(config, samples)
     loop = config.rationale.seeded(config.seed, config.deterministic)
-    steps = num_steps(len(pairs), loop)
+    steps = num_updates(len(pairs), loop)
     with training_stage("rationale", config, output, steps, lambda: [policy.model], profile) as stage:
         tune_rationale(stage, policy, pairs, loop)
         policy.save(output)
@@ -183,7 +183,7 @@ def dpo(
         policy.use(adapter, to_train=True)
     settings = config.dpo.seeded(config.seed, config.deterministic)
     pairs, missing = with_references(config, policy, pairs, output)
-    steps = num_steps(len(pairs), settings)
+    steps = num_updates(len(pairs), settings)
     with training_stage("dpo", config, output, steps, lambda: [policy.model], profile) as stage:
         tune_preferences(stage, policy, pairs, settings)
         policy.save(output)
@@ -268,7 +268,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
     model, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)
-    steps = num_steps(len(train), loop)
+    steps = num_updates(len(train), loop)
     with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
         with stage.training(model, train, loop) as hooks:
             train_scorer(model, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])

@@ -18,6 +18,7 @@ from srcfast.cli.inputs import Source, check_output, read_all, rejected_records,
 from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
+from srcfast.data.rationale_pairs import build_raps, read_teacher
 from srcfast.errors import ConfigError, SrcfastError, printable
 from srcfast.memory.plan import policy_sizes
 from srcfast.models.checkpoint import read_config, stored_dtypes
@@ -27,7 +28,6 @@ from srcfast.models.lvlm import LVLM, is_handwritten, restore_dtypes, save_lvlm
 from srcfast.models.pretrained import check_runs
 from srcfast.run.environment import environment, version
 from srcfast.stages.policy import load_model
-from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.replay import replay as rerun_batch
 from srcfast.training.items import NotFinite
 from srcfast.units import show_bytes

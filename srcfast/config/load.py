@@ -50,14 +50,35 @@ def load_with_sources(
         key, value = _read_override(word, section)
         sources.update(dict.fromkeys([key, *_dotted_keys(value, key)], f"override {word!r}"))
         _assign(tree, key.split("."), value, word)
+    config, preset = _validated(tree, sources)
+    preset_keys = [key for name in preset for key in (name, *_dotted_keys(preset[name], name))]
+    return config, dict.fromkeys(preset_keys, f"preset {config.preset}") | sources
+
+
+def config_of(trees: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> Config:
+    """Return the settings of several trees, of which a later one wins over those before it.
+
+    Args:
+        trees: sections with their settings, as a YAML file has them.
+        sources: by dotted key where a setting stands, for errors.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree: dict[str, Any] = {}
+    for each in trees:
+        tree = _merge(tree, dict(each))
+    return _validated(tree, sources)[0]
+
+
+def _validated(tree: dict[str, Any], sources: Mapping[str, str]) -> tuple[Config, dict[str, Any]]:
+    """Return the settings of a tree over those of the preset that it names, and the preset's tree."""
     preset = _read_preset(tree)
     try:
-        config = Config.model_validate(_merge(preset, tree))
+        return Config.model_validate(_merge(preset, tree)), preset
     except ValidationError as error:
         texts = [_explain(entry, sources) for entry in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(texts))) from None
-    preset_keys = [key for name in preset for key in (name, *_dotted_keys(preset[name], name))]
-    return config, dict.fromkeys(preset_keys, f"preset {config.preset}") | sources
 
 
 def known_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:

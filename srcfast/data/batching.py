@@ -17,9 +17,6 @@ class BatchSettings(Protocol):
     def epochs(self) -> int: ...
 
     @property
-    def updates(self) -> int: ...
-
-    @property
     def global_batch_size(self) -> int: ...
 
     @property
@@ -33,8 +30,20 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def num_steps(count: int, settings: BatchSettings) -> int:
-    """Return the number of updates for `count` items; an epoch's last global batch may be smaller."""
-    return settings.updates or settings.epochs * math.ceil(count / settings.global_batch_size)
+    """Return the number of updates of all epochs over `count` items; an epoch's last global batch may be smaller."""
+    return settings.epochs * math.ceil(count / settings.global_batch_size)
+
+
+class TrainingLength(BatchSettings, Protocol):
+    """Settings that say how long a training is."""
+
+    @property
+    def updates(self) -> int: ...
+
+
+def num_updates(count: int, settings: TrainingLength) -> int:
+    """Return the number of updates of a training on `count` items: the one that is set, or that of all epochs."""
+    return settings.updates or num_steps(count, settings)
 
 
 def global_batch(count: int, step: int, settings: BatchSettings) -> list[int]:

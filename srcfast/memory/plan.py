@@ -17,7 +17,7 @@ import torch
 
 from srcfast import distributed
 from srcfast.config.settings import Config, TrainingConfig
-from srcfast.data.batching import global_batch, num_steps
+from srcfast.data.batching import global_batch, num_updates
 from srcfast.data.forest import Forest, Segment, Tree, pack_sizes
 from srcfast.generation.decode import IMAGES_AHEAD, PREFILL_TOKENS
 from srcfast.memory.activations import ForestSizes
@@ -223,7 +223,7 @@ def forecast_items(config: Config, stage: str, trees: Sequence[Tree], loop: Trai
 
 def largest_forest(sizes: Sequence[int], loop: TrainingConfig) -> list[int]:
     """Find the items of a training run's largest forest, by tokens; of a long run, among at least 500 of its steps."""
-    total = num_steps(len(sizes), loop)
+    total = num_updates(len(sizes), loop)
     largest: list[int] = []
     for step in range(0, total, math.ceil(total / MAX_STEPS_SEARCHED)):
         batch = global_batch(len(sizes), step, loop)

@@ -29,6 +29,7 @@ from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
 from srcfast.data.corruptions import Parts
 from srcfast.data.jsonl import read_jsonl, write_json, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import Scorer, load_scorer
@@ -38,7 +39,7 @@ from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_item
 from srcfast.run.progress import track
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.scorer_training import (
     ParsedRationale,
     ScorerExample,

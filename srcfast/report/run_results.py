@@ -13,6 +13,7 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.report.gallery import image_names
 from srcfast.report.page import write_report
 from srcfast.stages.calibration_run import CalibrationRun
+from srcfast.stages.curation import TRUE
 from srcfast.stages.headroom import with_next
 from srcfast.world.oracle import verify_sample
 
@@ -73,9 +74,10 @@ def _gallery(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -
     """Build `gallery.json`: the first GALLERY samples of the pairs, with candidates, scores and the oracle's verification."""
     first_of: dict[str, Preference] = {}
     for pair in pairs:
-        if len(first_of) == GALLERY or "#true" in pair.extra["chosen_id"]:  # the sample's rationale is no candidate
+        if len(first_of) == GALLERY:
             break
-        first_of.setdefault(pair.sample_id, pair)
+        if not pair.extra["chosen_id"].endswith(TRUE):  # the sample's rationale is no candidate
+            first_of.setdefault(pair.sample_id, pair)
     candidates = run.artifacts.candidates(iteration)  # both are read only as far as needed
     scores = InOrder((row["sample_id"], row["scores"]) for row in run.artifacts.scores(iteration))
     return [

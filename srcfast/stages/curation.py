@@ -25,10 +25,11 @@ from srcfast.config.settings import CurationConfig
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import normalise_answer, parse_response
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
-from srcfast.stages.rationale import build_raps
 
+TRUE = "#true"  # what the id of a sample's rationale as a candidate ends with
 BINS = 20  # of the histograms over [0, 1]
 
 # The funnel's steps: samples, then pairs, that pass each; and the reasons of drops, in the order in which they are tested.
@@ -276,7 +277,7 @@ def _propose(
     if settings.pairing in ("gold", "true"):
         by_likelihood = sorted(eligible, key=lambda i: (-candidates[i].logprob, i))
         if settings.pairing == "true":
-            best = [i for i in eligible if candidates[i].id == _true_id(sample)]
+            best = [i for i in eligible if candidates[i].id.endswith(TRUE)]
         else:
             best = [i for i in by_likelihood if _is_right(candidates[i], sample)][:1]
         if not best:
@@ -345,17 +346,12 @@ def _preference(
     )
 
 
-def _true_id(sample: Sample) -> str:
-    """Name the candidate that `_true_candidate` makes."""
-    return f"{sample.id}#true"
-
-
 def _true_candidate(sample: Sample, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the sample's rationale and answer as a candidate, written as the others are; nothing where it has no rationale."""
     format: Literal["tagged", "plain"] = "tagged" if any("<answer>" in c.text for c in candidates) else "plain"
     texts = [text for _, text in build_raps([sample], format)[0] if sample.rationale]
     return [
-        Candidate(_true_id(sample), sample.id, text, sample.rationale or "", sample.answer, 0.0, ()) for text in texts
+        Candidate(sample.id + TRUE, sample.id, text, sample.rationale or "", sample.answer, 0.0, ()) for text in texts
     ]
 
 

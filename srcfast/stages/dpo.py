@@ -33,6 +33,7 @@ from torch import Tensor
 from srcfast.config.settings import DPOConfig
 from srcfast.data.batching import global_batch
 from srcfast.data.forest import Forest, Tree
+from srcfast.data.rationale_pairs import RationalePair
 from srcfast.data.records import Preference
 from srcfast.models.dropout_keys import drops
 from srcfast.models.head import Head
@@ -41,7 +42,7 @@ from srcfast.stages.drift import Drift
 from srcfast.stages.logprobs import check_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows, pair_tokens, preference_trees
 from srcfast.stages.policy import Policy
-from srcfast.stages.rationale import RationalePair, rationale_trees
+from srcfast.stages.rationale import rationale_trees
 from srcfast.stages.reference_checks import check_reference_hash, check_references, not_the_reference
 from srcfast.stages.stage_run import StageRun
 from srcfast.training.checkpoint import TrainingCheckpoints

@@ -10,6 +10,7 @@ from typing import Any
 
 from srcfast import distributed
 from srcfast.config.settings import Config
+from srcfast.data.rationale_pairs import build_raps, read_teacher
 from srcfast.data.readers import check_rejected
 from srcfast.data.records import Preference, Record, Sample
 from srcfast.errors import InputError
@@ -18,7 +19,6 @@ from srcfast.models.scorer import Scorer
 from srcfast.run.progress import track
 from srcfast.stages.pair_trees import preference_tree
 from srcfast.stages.prompts import encode_prompt
-from srcfast.stages.rationale import build_raps, read_teacher
 from srcfast.stages.scoring import sample_reference
 
 Check = Callable[[Any], None]  # raises InputError for a record that doesn't fit

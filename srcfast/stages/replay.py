@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from srcfast.config.settings import Config, TrainingConfig
 from srcfast.data.jsonl import parse_object, regular
+from srcfast.data.rationale_pairs import RationalePair
 from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError
 from srcfast.models.lora import load_adapter
@@ -24,13 +25,7 @@ from srcfast.stages.dpo import pair_denominator, preference_items, preference_lo
 from srcfast.stages.nonfinite import BATCH, trained_hash
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.policy import features_of, load_model, load_scorer_for
-from srcfast.stages.rationale import (
-    RationalePair,
-    rationale_loss,
-    rationale_trees,
-    response_logit_rows,
-    response_tokens,
-)
+from srcfast.stages.rationale import rationale_loss, rationale_trees, response_logit_rows, response_tokens
 from srcfast.stages.scorer_training import ScorerExample, num_slots, scorer_items, scorer_loss, segment_ends
 from srcfast.training.items import Metrics, Objective
 from srcfast.training.loop import rerun_step

@@ -23,11 +23,11 @@ from srcfast.data.corruptions import KINDS, Parts, Vocabulary, corrupt
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
-from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Loss, Metrics, Objective, TrainingItem

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from srcfast import distributed
 from srcfast.config.settings import TrainingConfig
-from srcfast.data.batching import global_batch, num_steps, rank_batch_indices
+from srcfast.data.batching import global_batch, num_updates, rank_batch_indices
 from srcfast.data.forest import Tree, pack_sizes
 from srcfast.data.jsonl import json_hash
 from srcfast.errors import InputError, Interrupted, SrcfastError
@@ -98,7 +98,7 @@ def train(
     check_same_start(optimizer.weights, trees)
     start, history = (0, []) if checkpoints is None else checkpoints.begin(optimizer, settings.loop(), items)
     reports = _Reports(StepMeter(model, objective.head_rows), history, before_update, on_step)
-    total, has_dropout, device = num_steps(len(items), settings), drops(model), optimizer.weights.device
+    total, has_dropout, device = num_updates(len(items), settings), drops(model), optimizer.weights.device
     late = reads_late(device) and optimizer.skips_on_device
     packed = _packed_steps(trees, range(start, total), settings, objective, features, pin=device.type == "cuda")
     with ExitStack() as stack:

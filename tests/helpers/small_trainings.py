@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Preference, Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
 from srcfast.stages.dpo import train_preference
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -19,11 +19,11 @@ from srcfast.cli.app import app
 from srcfast.config.settings import RationaleConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.jsonl import read_jsonl
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.readers import read_samples
 from srcfast.models import load_lvlm
 from srcfast.models.checkpoint import read_config
 from srcfast.models.lvlm import save_lvlm
-from srcfast.stages.rationale import build_raps
 
 SIZES = ((70, 40), (33, 33), (20, 60))  # width, height
 

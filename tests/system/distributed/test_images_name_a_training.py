@@ -13,8 +13,9 @@ from PIL import Image
 
 from srcfast import distributed
 from srcfast.config.settings import TrainingConfig
+from srcfast.data.rationale_pairs import RationalePair, build_raps
 from srcfast.data.records import Sample
-from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import TrainingItem
 

@@ -94,7 +94,7 @@ def pairs(path: Path) -> None:
 
 
 def teacher(path: Path) -> None:
-    from srcfast.stages.rationale import read_teacher
+    from srcfast.data.rationale_pairs import read_teacher
 
     read_teacher(path)
 

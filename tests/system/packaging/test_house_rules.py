@@ -30,6 +30,7 @@ FLOORS = (
     "report",
     "recipes",
     "calibrate",
+    "study",
     "cli",
     "__main__",
 )

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from srcfast.config.settings import ScorerConfig
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Sample
 from srcfast.models.scorer import load_scorer
 from srcfast.stages.adaptive_pairs import AdaptivePairs
-from srcfast.stages.rationale import build_raps
 from srcfast.stages.scoring import score_candidates
 from srcfast.world.samples import world_samples
 

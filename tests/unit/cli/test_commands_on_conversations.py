@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from srcfast.data.forest import Forest
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.readers import read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.data.turns import Turn
@@ -25,7 +26,7 @@ from srcfast.models import load_lvlm
 from srcfast.stages.candidates import prompts_of
 from srcfast.stages.curation import curate
 from srcfast.stages.pair_trees import preference_trees
-from srcfast.stages.rationale import build_raps, rationale_trees
+from srcfast.stages.rationale import rationale_trees
 
 Srcfast = Callable[..., Result]
 SYSTEM, ASKED, ANSWERED = "think of red", "what is <image>", "a blue circle"

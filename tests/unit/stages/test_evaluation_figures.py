@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from srcfast.data.in_order import InOrder
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Sample
 from srcfast.stages.evaluation import Counts, Prediction, bootstrap_interval, predict, summarise
 from srcfast.stages.headroom import aligned, headroom_samples, measure_headroom, with_next
-from srcfast.stages.rationale import build_raps
 from srcfast.world.samples import world_samples
 
 SEED = {"resamples": 50, "seed": 3}

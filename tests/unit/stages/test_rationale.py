@@ -14,18 +14,11 @@ from PIL import Image
 from srcfast.config.settings import TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.rationale_format import parse_response
+from srcfast.data.rationale_pairs import TeacherRationale, build_raps, read_teacher
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import (
-    TeacherRationale,
-    build_raps,
-    fine_tune_rationale,
-    rationale_loss,
-    rationale_trees,
-    read_teacher,
-    response_tokens,
-)
+from srcfast.stages.rationale import fine_tune_rationale, rationale_loss, rationale_trees, response_tokens
 from srcfast.training.checkpoint import identity_of
 
 

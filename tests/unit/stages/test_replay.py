@@ -16,6 +16,7 @@ import srcfast.world
 from srcfast.config.load import load_config
 from srcfast.data.batching import global_batch
 from srcfast.data.rationale_format import parse_response
+from srcfast.data.rationale_pairs import RationalePair, build_raps
 from srcfast.data.readers import read_samples
 from srcfast.data.records import Preference, Sample
 from srcfast.errors import SrcfastError
@@ -24,7 +25,7 @@ from srcfast.stages.dpo import train_preference
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.stages.policy import features_of, load_model, load_scorer_for
-from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.stages.scorer_training import scorer_examples, train_scorer
 from srcfast.training.items import NotFinite
 from srcfast.world.claims import VOCABULARY

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from srcfast.config.load import load_config
 from srcfast.config.settings import LoRAConfig, TrainingConfig
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
 from srcfast.stages.policy import load_model
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import build_raps, fine_tune_rationale, rationale_loss, response_tokens
+from srcfast.stages.rationale import fine_tune_rationale, rationale_loss, response_tokens
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.determinism import deterministic_algorithms
 from srcfast.training.items import Objective

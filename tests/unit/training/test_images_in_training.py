@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.lora import lora_parameters
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.world.samples import world_samples
 

@@ -17,13 +17,14 @@ import torch
 from helpers.small_model import SmallModel, random_preferences
 
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
+from srcfast.data.rationale_pairs import RationalePair, build_raps
 from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows
 from srcfast.stages.prompts import image_loader
-from srcfast.stages.rationale import RationalePair, build_raps, fine_tune_rationale
+from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.training.items import Metrics, Objective
 from srcfast.training.loop import train
 from srcfast.world.samples import world_samples

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from srcfast.data.rationale_format import format_response, parse_response, tagged_rationale
+from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
-from srcfast.stages.rationale import build_raps
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.oracle import verify_sample
 from srcfast.world.questions import ABILITIES

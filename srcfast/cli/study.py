@@ -1,0 +1,44 @@
+"""The command `study`: run the arms of a study, then write its summary and tables."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+
+from srcfast import distributed
+from srcfast.cli.table import table
+from srcfast.data.jsonl import check_writable, write_json, write_text
+from srcfast.study.results import arms_table, differences_table, markdown, summarise
+from srcfast.study.settings import read_study
+from srcfast.study.work_list import run_study
+
+
+def study(file: Path, output: Path | None, quiet: bool) -> None:
+    """Run what is unfinished of a study, then write `summary.json` and `tables.md` to `output`, by default its directory."""
+    plan = read_study(file)
+    directory = plan.settings.path if output is None else output
+    names = {name: directory / name for name in ("summary.json", "tables.md")}
+    for path in names.values():
+        check_writable(path, is_file=True)
+    config = next(iter(plan.configs.values()))
+    with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
+        run_study(plan, quiet or not distributed.is_rank_zero(), Console(stderr=True).print)
+        if not distributed.is_rank_zero():
+            return
+        summary = summarise(plan)
+    write_json(names["summary.json"], summary)
+    tables = [arms_table(summary), differences_table(summary)]
+    texts = [
+        "Percent right / percent aligned, each with its 95 % interval over seeds and samples.",
+        markdown(tables[0]),
+        "Differences in points, paired by seed and sample." if tables[1] else "",
+        markdown(tables[1]),
+    ]
+    write_text(names["tables.md"], "\n\n".join(text for text in texts if text) + "\n")
+    if not quiet:
+        for title, rows in zip(("% right / % aligned (95 % interval)", "points"), tables, strict=True):
+            if rows:
+                table(title, rows, header=True)
+    print(f"results: {names['summary.json']}")

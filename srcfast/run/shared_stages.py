@@ -1,0 +1,67 @@
+"""Take over the finished stages that two runs have in common: settings, inputs and earlier stages are the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from srcfast.data.jsonl import as_json, read_jsonl, write_json, write_jsonl
+from srcfast.run.directory import RunDirectory
+
+LEAVES = ("evaluation", "headroom")  # stages on which no other one depends
+
+
+def common_stages(source: RunDirectory, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of the finished stages of a run that another one would repeat.
+
+    Args:
+        source: of the run that has finished stages.
+        settings: of the other run, by section (`Config.identity`).
+    """
+    entries, wanted = {}, as_json(settings)
+    for name, entry in source.manifest().items():
+        of, _, kind = name.rpartition("/")
+        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+        same = all(wanted.get(section) == value for section, value in entry["settings"].items())
+        if same and number <= wanted["iterations"]:
+            entries[name] = entry
+        elif kind not in LEAVES:
+            break  # what comes later depends on it
+    return entries
+
+
+def share_stages(source: RunDirectory, target: RunDirectory, settings: Mapping[str, Any]) -> list[str]:
+    """List another run's stages in a run's manifest, and link their files; return the names of the stages.
+
+    Files are linked where the file system can do so, since a stage's files are replaced and never changed; otherwise copied.
+    Stages that the run has already stay as they are.
+
+    Raises:
+        InputError: a file of these stages has changed.
+    """
+    entries = target.manifest()
+    shared = {name: entry for name, entry in common_stages(source, settings).items() if name not in entries}
+    for name, entry in shared.items():
+        source.check_files(name, entry)
+        for file in entry["files"]:
+            _link(source.path / file, target.path / file)
+    if source.metrics_file.is_file():
+        rows = [row for _, row in read_jsonl(target.metrics_file)] if target.metrics_file.is_file() else []
+        rows += [row for _, row in read_jsonl(source.metrics_file) if row.get("stage") in shared]
+        write_jsonl(target.metrics_file, rows)
+    if shared:
+        write_json(target.manifest_file, entries | shared)
+    return list(shared)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

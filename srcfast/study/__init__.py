@@ -1,0 +1,1 @@
+"""Compare arms of a calibration over several seeds: `srcfast study CONFIG.yaml`."""

@@ -1,0 +1,234 @@
+"""Summarise a study: accuracy and alignment of each arm, and differences of arms, with intervals over seeds and samples.
+
+An interval is a 95 % percentile bootstrap over two crossed factors: each resample draws seeds with replacement and, in each
+evaluation set, samples with replacement; a sample stands for all seeds. A figure is the mean over the evaluation sets, of which
+each counts alike however many samples it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srcfast.config.settings import Config
+from srcfast.data.jsonl import as_json, parse_object, read_jsonl
+from srcfast.errors import InputError
+from srcfast.run.directory import RunDirectory
+from srcfast.study.settings import Study
+
+FIGURES = {"accuracy": "right", "alignment": "aligned"}  # and what a prediction calls them
+TRAINING = ("rationale", "dpo")
+COUNTED = ("rationale", "candidates", "scores", "preferences", "dpo")  # stages that an arm's cost is the sum of
+
+Outcomes = dict[str, np.ndarray]  # evaluation set -> [seeds, samples], 1 or 0 for a sample that the model got right
+
+
+@dataclass(frozen=True)
+class ArmResults:
+    """What an arm's model answered under each seed, and what training it took.
+
+    Attributes:
+        outcomes: of each figure; sets that the oracle can't verify have no alignment.
+        updates: of all trainings, the mean over seeds.
+        seconds, tokens: of the stages that produce the model, each counted as if the arm ran alone; means over seeds.
+        samples: of all evaluation sets.
+    """
+
+    outcomes: dict[str, Outcomes]
+    updates: float
+    seconds: float
+    tokens: float
+    samples: int
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Return the study's summary: arms, differences and judges, each figure as [mean, low, high].
+
+    Raises:
+        InputError: an arm isn't finished, or its files are damaged.
+    """
+    results = {arm: _read_arm(study, arm) for arm in study.settings.arms}
+    resamples, seeds = study.settings.resamples, study.settings.seeds
+
+    def figures(of: Mapping[str, Outcomes]) -> dict[str, Any]:
+        whole = {figure: interval(outcomes, resamples) for figure, outcomes in of.items()}
+        sets = {
+            name: {
+                figure: interval({name: outcomes[name]}, resamples)
+                for figure, outcomes in of.items()
+                if name in outcomes
+            }
+            for name in of["accuracy"]
+        }
+        return whole | {"sets": sets}
+
+    arms = {
+        arm: figures(result.outcomes)
+        | {
+            "seeds": seeds,
+            "updates": round(result.updates),
+            "samples": result.samples,
+            "seconds": result.seconds,
+            "tokens": result.tokens,
+            "model": study.model(arm),
+        }
+        for arm, result in results.items()
+    }
+    differences = {
+        f"{first} - {second}": figures(
+            {
+                figure: {
+                    name: outcomes[name] - results[second].outcomes[figure][name]
+                    for name in outcomes
+                    if name in results[second].outcomes[figure]
+                }
+                for figure, outcomes in results[first].outcomes.items()
+            }
+        )
+        for first, second in study.pairs
+    }
+    judges = {} if study.settings.judges is None else _read_judges(Path(study.settings.judges))
+    return {"arms": arms, "differences": differences, "judges": judges}
+
+
+def interval(outcomes: Outcomes, resamples: int) -> list[float] | None:
+    """Return [mean, low, high] of the mean over sets; None without a set. All sets share the draws of seeds."""
+    if not outcomes:
+        return None
+    rng = np.random.default_rng(0)
+    seeds = next(iter(outcomes.values())).shape[0]
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # [resamples, seeds]
+    means = np.zeros(resamples)
+    for values in outcomes.values():
+        n = values.shape[1]
+        of_samples = rng.multinomial(n, np.full(n, 1 / n), resamples) / n  # [resamples, samples]
+        means += ((of_seeds @ values) * of_samples).sum(axis=1) / len(outcomes)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return [float(np.mean([values.mean() for values in outcomes.values()])), float(low), float(high)]
+
+
+def _read_arm(study: Study, arm: str) -> ArmResults:
+    """Read what an arm's model answered under each seed."""
+    model = study.model(arm)
+    by_seed = [_read_predictions(study.configs[arm, seed], model) for seed in range(study.settings.seeds)]
+    outcomes: dict[str, Outcomes] = {figure: {} for figure in FIGURES}
+    for name in by_seed[0]:
+        rows = [predictions[name] for predictions in by_seed]
+        ids = [[row["id"] for row in of_seed] for of_seed in rows]
+        if any(each != ids[0] for each in ids):
+            raise InputError(
+                file=study.settings.path,
+                field=f"evaluation set {name}",
+                expected=f"the same samples under each seed of arm {arm}",
+                found="others",
+                fix="give the evaluation sets a seed that doesn't depend on {seed}",
+            )
+        for figure, key in FIGURES.items():
+            if all(row[key] is not None for of_seed in rows for row in of_seed):
+                outcomes[figure][name] = np.array([[float(row[key]) for row in of_seed] for of_seed in rows])
+    costs = [_cost(study.configs[arm, seed], model) for seed in range(study.settings.seeds)]
+    updates, seconds, tokens = np.mean(costs, axis=0).tolist()
+    return ArmResults(outcomes, updates, seconds, tokens, sum(len(rows) for rows in by_seed[0].values()))
+
+
+def _read_predictions(config: Config, model: str) -> dict[str, list[dict[str, Any]]]:
+    """Read a run's predictions by evaluation set."""
+    directory = RunDirectory(config.run_path)
+    predictions = {}
+    for entry in directory.manifest().get(f"{model}/evaluation", {}).get("entries", []):
+        name = f"{entry['dataset']}-{entry['split']}"
+        file = directory.path / "predictions" / model / f"{name}.jsonl"
+        predictions[name] = [row for _, row in read_jsonl(file)]
+    if not predictions:
+        raise InputError(
+            file=directory.manifest_file,
+            expected=f"a finished evaluation of {model}",
+            found="none",
+            fix="run the study to its end",
+        )
+    return predictions
+
+
+def _cost(config: Config, model: str) -> tuple[int, float, int]:
+    """Return updates, seconds and tokens of the stages that produce a run's model."""
+    last = {"base": -1, "rationale": 0}.get(model) if model in ("base", "rationale") else int(model.rpartition("-")[2])
+    assert last is not None
+    updates, seconds, tokens = 0, 0.0, 0
+    for name, entry in RunDirectory(config.run_path).manifest().items():
+        of, _, kind = name.rpartition("/")
+        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+        if kind in COUNTED and number <= last:
+            seconds += entry["seconds"]
+            tokens += entry["tokens"]
+            updates += entry["metrics"]["rows"] if kind in TRAINING else 0
+    return updates, seconds, tokens
+
+
+def _read_judges(file: Path) -> dict[str, Any]:
+    """Read the figures of R-Scorers from a result file's `judges`."""
+    try:
+        judges = parse_object(file.read_bytes())["judges"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            file=file, field="judges", expected="results of R-Scorers by size and quality", found=error
+        ) from error
+    return dict(json.loads(json.dumps(as_json(judges))))
+
+
+# Tables -----------------------------------------------------------------------------------------------------
+
+
+def arms_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of a table: each arm's accuracy and alignment, over all sets and on each, and its cost."""
+    arms = summary["arms"]
+    sets = list(next(iter(arms.values()))["sets"])
+    rows = [["arm", "all sets", *sets, "updates", "seconds"]]
+    for name, arm in arms.items():
+        rows.append(
+            [
+                name,
+                _cell(arm),
+                *(_cell(arm["sets"][each]) for each in sets),
+                str(arm["updates"]),
+                f"{arm['seconds']:.0f}",
+            ]
+        )
+    return rows
+
+
+def differences_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of a table: each difference of two arms in points, paired by seed and sample."""
+    differences = summary["differences"]
+    if not differences:
+        return []
+    sets = list(next(iter(differences.values()))["sets"])
+    rows = [["difference", "all sets", *sets]]
+    for name, each in differences.items():
+        rows.append([name, _cell(each, signed=True), *(_cell(each["sets"][s], signed=True) for s in sets)])
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as Markdown; the first row names the columns."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _cell(figures: Mapping[str, Any], signed: bool = False) -> str:
+    """Write accuracy and alignment in percent, each with its interval."""
+    return " / ".join(_percent(figures.get(figure), signed) for figure in FIGURES)
+
+
+def _percent(value: Sequence[float] | None, signed: bool) -> str:
+    if value is None:
+        return "-"
+    sign = "+" if signed else ""
+    mean, low, high = (format(100 * each, f"{sign}.1f") for each in value)
+    return f"{mean} ({low} to {high})"
