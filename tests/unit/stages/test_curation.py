@@ -182,6 +182,33 @@ def test_pairing_by_answer_sets_a_right_against_a_wrong_answer_whatever_the_scor
     assert not pairs and funnel["dropped"]["same_correctness"] == 1
 
 
+def test_the_likeliest_right_candidate_goes_against_the_likeliest_others_whatever_the_scores():
+    candidates = [candidate(0, "blue"), candidate(1), candidate(2), candidate(3, "green")]
+    candidates = [replace(c, logprob=p) for c, p in zip(candidates, (-2.0, -5.0, -3.0, -4.0), strict=True)]
+    settings = LOOSE.replace(pairing="gold", pairs_per_sample=2)
+    pairs, funnel = run(candidates, [row(candidates, [0.9, 0.1, 0.2, 0.8])], settings)
+    assert [(p.extra["chosen_id"], p.extra["rejected_id"], p.confidence) for p in pairs] == [
+        ("s/2", "s/0", 1.0),
+        ("s/2", "s/3", 1.0),
+    ]
+    wrong = [candidate(0, "blue"), candidate(1, "green")]
+    assert run(wrong, [], settings)[1]["dropped"]["same_correctness"] == 1
+
+
+def test_true_rationales_go_against_the_likeliest_candidates_in_the_candidates_form():
+    true = replace(sample(), rationale="There is a red star. It is the only star.")
+    candidates = [replace(candidate(0), logprob=-3.0), replace(candidate(1, "blue"), logprob=-1.0)]
+    settings = LOOSE.replace(pairing="true")
+    [pair], _ = run(candidates, [], settings, samples=[true])
+    text = "<see> There is a red star. </see> <think> It is the only star. </think> <answer> red </answer>"
+    assert (pair.chosen, pair.rejected, pair.confidence) == (text, candidates[1].text, 1.0)
+    assert (pair.extra["chosen_right"], pair.extra["rejected_right"]) == (True, False)
+    plain = [candidate(n, text=f"Thing {n} is red. So it is. Answer: red") for n in range(2)]
+    [pair], _ = run(plain, [], settings, samples=[true])
+    assert pair.chosen == "There is a red star. It is the only star. Answer: red"
+    assert run(candidates, [], settings)[1]["dropped"]["no_true_rationale"] == 1
+
+
 def test_random_pairing_depends_on_seed_and_sample_alone():
     own = [candidate(i) for i in range(6)]
     settings = CurationConfig(pairing="random")

@@ -93,6 +93,21 @@ def test_what_cannot_become_a_pair_is_counted_by_reason() -> None:
     }
 
 
+def test_a_baseline_without_rationales_learns_the_answer_alone() -> None:
+    answers = ["red", "3", "at the top left", "it is to the left of the red star", "a\nb"]
+    samples = [sample(answer=answer) for answer in answers]
+    raps, dropped = build_raps([*samples, sample(answer=" ")], "answer")
+    assert [text for _, text in raps] == [
+        "red",
+        "3",
+        "at the top left",
+        "Answer: it is to the left of the red star",
+        "a b",
+    ]
+    assert [parse_response(text).answer for _, text in raps] == [" ".join(answer.split()) for answer in answers]
+    assert dropped == {"no_answer": 1}
+
+
 def test_a_teacher_s_file_is_read_and_its_faults_are_placed(tmp_path: Path) -> None:
     path = tmp_path / "teacher.jsonl"
     rows = [{"id": "a", "rationale": "It is red.", "answer": "red"}, {"id": "b", "rationale": "It is blue."}]

@@ -87,6 +87,17 @@ def test_the_loss_is_the_mean_over_the_batch_s_response_tokens_and_falls() -> No
     assert history[0]["tokens"] + history[0]["wasted_tokens"] == SETTINGS.token_budget
 
 
+def test_a_number_of_updates_ends_a_training_within_an_epoch_or_after_several() -> None:
+    """The learning rate's schedule is that of the number of updates; an update's items are those of the epoch that it is in."""
+    model, items = SmallModel(), response_items(9)
+    per_epoch = math.ceil(len(items) / SETTINGS.global_batch_size)
+    for updates in (1, per_epoch + 1):
+        settings = SETTINGS.replace(updates=updates, epochs=7, warmup_ratio=0.0, min_learning_rate_ratio=0.0)
+        history = train(model, items, objective=Objective(rationale_loss, response_tokens), settings=settings)
+        rates = [settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / updates)) for step in range(updates)]
+        assert [metrics["learning_rate"] for metrics in history] == pytest.approx(rates)
+
+
 def test_the_order_is_a_function_of_seed_and_epoch_and_covers_every_item() -> None:
     settings = TrainingConfig(
         micro_batch_size=3, gradient_accumulation_steps=2, epochs=2, token_budget=8192, activation_checkpointing=0

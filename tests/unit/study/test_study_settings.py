@@ -1,0 +1,83 @@
+"""A study's file: each arm's settings, under each seed, and errors that name the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from srcfast.errors import ConfigError
+from srcfast.study.settings import Study, read_study
+
+FILE = """\
+name: trial
+output: {output}
+seeds: 2
+settings:
+  seed: "{{seed}}"
+  iterations: 1
+  model: {{path: "bases/{{seed}}/base"}}
+  dpo: {{beta: 0.3, epochs: 2}}
+  data:
+    train: [{{name: world, format: world, limit: 8, seed: "1{{seed}}"}}]
+arms:
+  one: {{}}
+  two: {{settings: {{dpo: {{beta: 0.5}}}}}}
+  none: {{settings: {{iterations: 0}}}}
+  base: {{settings: {{iterations: 0}}, model: base}}
+differences: [two - one]
+"""
+
+
+def study_of(folder: Path, change: str = "") -> Study:
+    """Read FILE, in which one text may be changed, as in `old => new`."""
+    text = FILE
+    if change:
+        old, new = change.split(" => ")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = folder / "study.yaml"
+    file.write_text(text.format(output=folder), encoding="utf-8")
+    return read_study(file)
+
+
+def test_an_arm_changes_the_study_s_settings_and_a_seed_stands_in_its_texts(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    assert list(study.configs) == [(arm, seed) for arm in ("one", "two", "none", "base") for seed in (0, 1)]
+    two = study.configs["two", 1]
+    assert (two.dpo.beta, two.dpo.epochs, two.seed) == (0.5, 2, 1)
+    assert two.model.path == "bases/1/base"
+    assert two.data.train[0].seed == 11
+    assert two.run_path == tmp_path / "trial" / "two-1"
+    assert study.configs["one", 0].dpo.beta == 0.3
+    assert study.configs["one", 0].data.train[0].seed == 10
+
+
+def test_the_last_model_of_an_arm_counts_unless_it_names_another(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    assert [study.model(arm) for arm in ("one", "none", "base")] == ["iteration-1", "rationale", "base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "dpo: {{beta: 0.5}} => dpo: {{betta: 0.5}}",
+            ["line 13", "unknown setting 'dpo.betta'", "'dpo.beta'", "arm two"],
+        ),
+        ("beta: 0.3 => beta: -1", ["line 8", "dpo.beta: expected a number > 0"]),
+        ("one: {{}} => one: {{setings: {{}}}}", ["line 12", "arms.one.setings"]),
+        ("two - one => two - three", ["expected `A - B` of the arms one, two, none, base", "two - three"]),
+        ("two - one => two", ["expected `A - B`"]),
+        ("seeds: 2 => seeds: 0", ["line 3", "seeds"]),
+        ("name: trial => name: a/b", ["line 1", "name"]),
+        ("model: base} => model: iteration-0}", ["arms.base.model"]),
+        ("one: {{}} => one: {{settings: {{name: x}}}}", ["line 12", "expected name of the study alone"]),
+        ("one: {{}} => '../x': {{}}", ["../x"]),
+        ("seeds: 2 => seeds: [", ["expected YAML"]),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_line(tmp_path: Path, change: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        study_of(tmp_path, change)
+    assert all(word in str(error.value) for word in words), error.value

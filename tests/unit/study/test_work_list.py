@@ -1,0 +1,177 @@
+"""The work list: stages in common are run once, a finished arm isn't run again, and processes take different items."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers.small_run import SETTINGS
+
+from srcfast.run.directory import RunDirectory
+from srcfast.run.lock import lock_directory
+from srcfast.study import work_list
+from srcfast.study.results import summarise
+from srcfast.study.settings import Study, read_study
+from srcfast.study.work_list import run_study
+
+SHARED = [
+    "base/evaluation",
+    "rationale",
+    "rationale/evaluation",
+    *(f"iteration-1/{k}" for k in ("candidates", "headroom")),
+]
+
+
+def small_study(folder: Path, arms: dict[str, Any], **values: Any) -> Study:
+    settings = yaml.safe_load(SETTINGS)
+    del settings["name"]
+    settings["seed"] = "{seed}"
+    tree = {"name": "small", "output": str(folder), "settings": settings, "arms": arms} | values
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return read_study(file)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]]:
+    """A finished study of four arms, and what it reported."""
+    random = {"curation": {"pairing": "random"}}
+    study = small_study(
+        tmp_path_factory.mktemp("study"),
+        {
+            "src": {"settings": random},
+            "stronger": {"settings": random | {"dpo": {"beta": 0.5}}},
+            "alone": {"settings": random | {"scorer": {"mode": "independent"}}},
+            "rationale": {"settings": {"iterations": 0}},
+        },
+        differences=["stronger - rationale"],
+        resamples=100,
+    )
+    lines: list[str] = []
+    run_study(study, True, lines.append)
+    return study, lines
+
+
+def manifest(study: Study, arm: str) -> dict[str, Any]:
+    return RunDirectory(study.configs[arm, 0].run_path).manifest()
+
+
+def test_stages_in_common_are_run_once(finished: tuple[Study, list[str]]) -> None:
+    study, lines = finished
+    first = manifest(study, "src")
+    assert list(first)[: len(SHARED)] == SHARED
+    stronger, alone = manifest(study, "stronger"), manifest(study, "alone")
+    scored = [*SHARED, "iteration-1/scores", "iteration-1/preferences"]
+    assert {name for name in first if stronger[name] == first[name]} == set(scored)
+    # The R-Scorer's settings differ: headroom and scores are others, and so is all that comes later.
+    assert {name for name in first if alone[name] == first[name]} == set(SHARED) - {"iteration-1/headroom"}
+    assert list(manifest(study, "rationale")) == SHARED[:3]
+    assert manifest(study, "rationale")["rationale"] == first["rationale"]
+    assert lines[0] == "src, seed 0 (1 of 4): 0 stages taken over"
+    assert lines[1] == "stronger, seed 0 (2 of 4): 7 stages taken over"
+    # Files are the same on disk, and an arm's metrics have the rows of what it took over.
+    files = [
+        study.configs[arm, 0].run_path / "rationale/adapter/adapter_model.safetensors" for arm in ("src", "stronger")
+    ]
+    assert files[0].samefile(files[1])
+    rows = [
+        json.loads(line) for line in (study.configs["stronger", 0].run_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["stage"] for row in rows].count("rationale") == first["rationale"]["metrics"]["rows"]
+
+
+def test_an_arm_s_result_is_that_of_its_calibration_alone(finished: tuple[Study, list[str]], tmp_path: Path) -> None:
+    from srcfast.calibrate import calibrate
+
+    study = finished[0]
+    config = study.configs["stronger", 0].replace(output=str(tmp_path))
+    calibrate(config)
+    together = study.configs["stronger", 0].run_path
+    for name in ("iteration-1/adapter/adapter_model.safetensors", "predictions/iteration-1/world-test.jsonl"):
+        assert (tmp_path / "stronger-0" / name).read_bytes() == (together / name).read_bytes(), name
+
+
+def test_a_finished_study_runs_nothing_again_and_an_arm_that_is_added_alone(
+    finished: tuple[Study, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = finished[0]
+    ran: list[str] = []
+    monkeypatch.setattr(work_list, "calibrate", lambda config: ran.append(config.name))
+    run_study(study, True, lambda line: None)
+    assert ran == []
+
+
+def test_a_summary_has_each_arm_and_difference_in_the_agreed_form(finished: tuple[Study, list[str]]) -> None:
+    study = finished[0]
+    summary = json.loads(json.dumps(summarise(study)))
+    assert list(summary) == ["arms", "differences", "judges"]
+    assert list(summary["arms"]) == ["src", "stronger", "alone", "rationale"]
+    predictions = {
+        arm: [
+            json.loads(line)
+            for line in (study.configs[arm, 0].run_path / f"predictions/{model}/world-test.jsonl")
+            .read_text()
+            .splitlines()
+        ]
+        for arm, model in (("stronger", "iteration-1"), ("rationale", "rationale"))
+    }
+    for arm, rows in predictions.items():
+        entry = summary["arms"][arm]
+        assert entry["accuracy"][0] == pytest.approx(np.mean([row["right"] for row in rows]))
+        assert entry["alignment"][0] == pytest.approx(np.mean([row["aligned"] for row in rows]))
+        assert (entry["seeds"], entry["samples"]) == (1, 3)
+    assert summary["arms"]["rationale"]["updates"] == 36  # 24 pairs by 4, in 6 epochs
+    pairs = manifest(study, "stronger")["iteration-1/dpo"]["pairs"]
+    assert summary["arms"]["stronger"]["updates"] == 36 + 2 * pairs
+    difference = summary["differences"]["stronger - rationale"]["alignment"]
+    expected = np.mean([row["aligned"] for row in predictions["stronger"]]) - np.mean(
+        [row["aligned"] for row in predictions["rationale"]]
+    )
+    assert difference[0] == pytest.approx(expected)
+    assert difference[1] <= difference[0] <= difference[2]
+
+
+def test_processes_take_different_items_and_wait_for_stages_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the claim of another process held, an arm that shares its stages waits, and one of another seed is taken."""
+    study = small_study(tmp_path, {"one": {}, "two": {"settings": {"dpo": {"beta": 0.5}}}}, seeds=2)
+    ran: list[str] = []
+
+    class Waited(Exception):
+        pass
+
+    def calibrate(config: Any) -> None:
+        ran.append(config.name)
+        run = RunDirectory(config.run_path)
+        run.write_config(config)
+        run.summary_file.write_text("{}", encoding="utf-8")
+
+    def wait(seconds: float) -> None:
+        raise Waited
+
+    monkeypatch.setattr(work_list, "calibrate", calibrate)
+    monkeypatch.setattr(work_list, "time", SimpleNamespace(sleep=wait))
+    held = [study.settings.path / "claims" / "one-0"]
+    real = work_list.lock_directory
+
+    def lock(directory: Path) -> Any:
+        # A process' locks don't shut out itself: what another one holds is refused here.
+        if directory in held:
+            raise work_list.SrcfastError("held")
+        return real(directory)
+
+    monkeypatch.setattr(work_list, "lock_directory", lock)
+    with pytest.raises(Waited):
+        run_study(study, True, lambda line: None)
+    assert ran == ["one-1", "two-1"]
+    held.clear()
+    run_study(study, True, lambda line: None)
+    assert ran == ["one-1", "two-1", "one-0", "two-0"]
+    with lock_directory(study.settings.path / "claims" / "one-0"):
+        pass  # no claim is left held
