@@ -31,7 +31,6 @@ from srcfast.config.settings import Config
 from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.readers import read_logprob_rows
-from srcfast.data.records import Sample
 from srcfast.errors import ConfigError
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.models.checkpoint import model_hash
@@ -39,12 +38,12 @@ from srcfast.models.text_model import save_text_model
 from srcfast.run.chunks import remove_chunks
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
+from srcfast.stages import fitting
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import search_candidates
 from srcfast.stages.datasets import draw, read_evaluation_sets
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
-from srcfast.stages.fitting import check_judged, check_lesson, check_pair, check_prompt, check_response, split_fitting
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
@@ -101,7 +100,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
         policy = Policy(config, samples)
-        samples = split_fitting(samples, check_lesson(policy.model, config), config, rejected)
+        samples = fitting.split_fitting(samples, fitting.check_lesson(policy.model, config), config, rejected)
     pairs, dropped = rationale_pairs(config, samples)
     loop = config.rationale.seeded(config.seed, config.deterministic)
     steps = num_updates(len(pairs), loop)
@@ -124,7 +123,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "calibration", rejected)
         policy = Policy(config, samples, adapter)
-        samples = split_fitting(samples, check_prompt(policy.model), config, rejected)
+        samples = fitting.split_fitting(samples, fitting.check_fits(policy.model), config, rejected)
     if config.candidates.samples:
         samples = draw(samples, config.candidates.samples, f"candidates/{config.seed}")
     made_of = InputRecord(output, {COMMAND: samples})
@@ -141,7 +140,7 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     with rejected_records(output) as rejected:
         samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
-        samples = split_fitting(samples, check_judged(scorer, config), config, rejected)
+        samples = fitting.split_fitting(samples, fitting.check_judged(scorer, config), config, rejected)
     made_of = InputRecord(output, {COMMAND: samples})
     distributed.run_on_rank_zero(lambda: made_of.check_made_of(directory))
     with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
@@ -174,7 +173,9 @@ def dpo(
     with rejected_records(output) as rejected:
         pairs = read_preference_file(config, source, rejected)
         policy = Policy(config, pairs)
-        pairs = split_fitting(pairs, check_pair(policy.model, config.dpo.token_budget), config, rejected)
+        pairs = fitting.split_fitting(
+            pairs, fitting.check_pair(policy.model, config.dpo.token_budget), config, rejected
+        )
     if source.data is not None and source.data.is_dir():
         distributed.run_on_rank_zero(partial(InputRecord(output, {COMMAND: pairs}).check_made_of, source.data))
     if adapter is None:
@@ -200,9 +201,10 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
             datasets(config, source, "evaluation"), config, Path(config.output) / "images", rejected
         )
         policy = Policy(config, [sample for each in evaluation_sets for sample in each.samples], adapter)
-        check = check_prompt(policy.model)
+        check = fitting.check_fits(policy.model)
         evaluation_sets = [
-            replace(each, samples=split_fitting(each.samples, check, config, rejected)) for each in evaluation_sets
+            replace(each, samples=fitting.split_fitting(each.samples, check, config, rejected))
+            for each in evaluation_sets
         ]
     total = sum(len(evaluation_set.samples) for evaluation_set in evaluation_sets)
     made_of = InputRecord(output, {dataset.label: dataset.samples for dataset in evaluation_sets})
@@ -239,13 +241,10 @@ def logprob(config: Config, source: Source, adapter: Path | None, output: Path |
             f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
         )
     check_output(config, output, path, adapter, is_file=True)
-    rows = [
-        Sample(f"request {number}", row.images, row.prompt, row.response, image_root=row.image_root, turns=row.turns)
-        for number, row in enumerate(read_logprob_rows(path, source.image_root or path.parent), start=1)
-    ]
+    rows = read_logprob_rows(path, source.image_root or path.parent)
     policy, directory = Policy(config, rows, adapter), output.with_name(f"{output.name}.checkpoint")
-    check = check_response(policy.model, config.dpo.token_budget)
-    distributed.run_on_rank_zero(lambda: [check(row) for row in rows])
+    check = fitting.check_response(policy.model, config.dpo.token_budget)
+    distributed.run_on_rank_zero(lambda: fitting.check_each(rows, check))
     with exclusive_lock(directory), track("logprob", len(rows), "responses", config.quiet) as progress:
         files = logprobs_in_chunks(
             logprob_chunks(config, policy, rows, directory, progress),

@@ -24,26 +24,14 @@ from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.images import check_image, locate
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.opening import open_text
-from srcfast.data.records import Fields, MadeUpId, Preference, Row, Sample, each_record, settled_prompt
+from srcfast.data.records import Fields, MadeUpId, Preference, Row, Sample, each_record, of_record, settled_prompt
 from srcfast.data.templated_texts import check_untemplated
-from srcfast.data.turns import Turn
 from srcfast.data.vlmeval import read_vlmeval_tsv
 from srcfast.errors import InputError
 
 Paths = str | Path | Sequence[str | Path]  # a file, a glob, or a list of these
-Found = tuple[Path, int, Sample | Preference | InputError]  # file, line, and what stands there
+Found = Sample | Preference | InputError  # what stands in a line
 _FIRST = 100  # rows that the format is determined by
-
-
-@dataclass(frozen=True)
-class LogprobRow:
-    """A response whose log-probability is to be computed."""
-
-    images: tuple[str, ...]
-    prompt: str
-    response: str
-    image_root: Path
-    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,24 +106,30 @@ def read_preferences(
     return _good(_with_settled_ids(found, "keep"), rejected, check_images)
 
 
-def read_logprob_rows(path: str | Path, image_root: Path) -> list[LogprobRow]:
-    """Read `{images, turns?, prompt, response}` lines. Raises InputError, with its line, at the first that is bad."""
-    rows = []
+def read_logprob_rows(path: str | Path, image_root: Path) -> list[Sample]:
+    """Read `{images, turns?, prompt, response}` lines as samples "request 1", ... whose answers are the responses.
+
+    Raises:
+        InputError: a line is bad.
+    """
+    rows: list[Sample] = []
     errors: dict[tuple[Path, str], InputError | None] = {}
     for line, row in read_jsonl(path):
         fields = Fields(row, path, line)
         images, turns = fields.images(), fields.turns()
         prompt, response = fields.text("prompt"), fields.text("response")
         turns, prompt = settled_prompt(fields, "prompt", turns, prompt, len(images))
-        asked = LogprobRow(images, prompt, response, image_root, turns)
+        name, source = f"request {len(rows) + 1}", (str(path), line)
+        request = Sample(name, images, prompt, response, image_root=image_root, turns=turns, source=source)
         try:
-            check_untemplated(asked)
+            check_untemplated(request)
         except InputError as error:
-            raise _of_record(error, path, line, asked) from error
+            error.field = {"question": "prompt", "answer": "response"}.get(error.field or "", error.field)
+            raise of_record(error, request) from error
         for image in images:
             if (broken := _image_error(image_root, image, errors)) is not None:
-                raise _of_record(broken, path, line, asked)
-        rows.append(asked)
+                raise of_record(broken, request)
+        rows.append(request)
     return rows
 
 
@@ -178,15 +172,16 @@ def _read_records(
             records = each_record(formats[format].read, rows, file, roots[0])
             roots += [output] if is_table(file) else []
         for line, record in records:
-            try:
-                if not isinstance(record, InputError):
+            if not isinstance(record, InputError):
+                record = replace(record, source=(str(file), line))
+                try:
                     check_untemplated(record)
                     if record.image_root != output:  # the images of a table's cells are there
                         root, images = locate(roots, record.images, follow_links)
                         record = replace(record, image_root=root, images=images)
-            except InputError as error:
-                record = _of_record(error, file, line, record)
-            yield file, line, record
+                except InputError as error:
+                    record = of_record(error, record)
+            yield record
 
 
 def _named(rows: Iterable[Row], id_key: str | None, numbers: Iterator[int]) -> Iterator[Row]:
@@ -204,42 +199,35 @@ def _with_settled_ids(records: Iterable[Found], duplicates: str) -> Iterator[Fou
     To an id -2, -3, ... is added.
     """
     read = list(records)
-    names = [_id_of(record) for *_, record in read]
+    names = [record.sample_id if isinstance(record, InputError) else record.id for record in read]
     taken, in_file = {*names}, {name for name in names if not isinstance(name, MadeUpId)}
-    places: dict[str | None, tuple[Path, int]] = {}
+    sources: dict[str | None, tuple[str, int] | None] = {}
     numbers: Counter[str | None] = Counter()
     renamed: list[str] = []
-    for (file, line, record), name in zip(read, names, strict=True):
+    for record, name in zip(read, names, strict=True):
         if not isinstance(record, InputError):
-            is_twice = duplicates != "keep" and name in places
+            (file, line), is_twice = record.source or ("", 0), name in sources
             if (isinstance(name, MadeUpId) and name in in_file) or (is_twice and duplicates == "rename"):
                 free: Any = name
                 while free in taken:
                     numbers[name] += 1
                     free = f"{name}-{numbers[name] + 1}"
                 taken.add(free)
-                renamed += [f"{name!r} of {file}, line {line}: {free!r}"] if is_twice else []
+                if is_twice and duplicates == "rename":
+                    renamed.append(f"{name!r} of {file}, line {line}: {free!r}")
                 record = replace(record, **{"id" if isinstance(record, Sample) else "sample_id": free})
-            elif is_twice:
-                of_file, of_line = places[name]
+            elif is_twice and duplicates == "reject":
+                of_file, of_line = sources[name] or ("", 0)
                 found = f"that of line {of_line}" + ("" if of_file == file else f" of {of_file}")
-                expected, fix = (
-                    "an id that occurs once",
-                    "give each sample an id of its own, or set duplicate_ids: rename",
-                )
-                record = InputError(
-                    file=file, line=line, sample_id=name, field="id", expected=expected, found=found, fix=fix
-                )
+                fix = "give each sample an id of its own, or set duplicate_ids: rename"
+                error = InputError(field="id", expected="an id that occurs once", found=found, fix=fix)
+                record = of_record(error, record)
             else:
-                places[name] = file, line
-        yield file, line, record
+                sources[name] = record.source
+        yield record
     if renamed:
         shown = "; ".join(renamed[:3]) + ("; ..." if len(renamed) > 3 else "")
         warnings.warn(f"{len(renamed)} ids had occurred before and were renamed: {shown}", stacklevel=2)
-
-
-def _id_of(record: Sample | Preference | InputError) -> str | None:
-    return record.id if isinstance(record, Sample) else record.sample_id
 
 
 @pause_full_collections()
@@ -247,16 +235,16 @@ def _good(records: Iterable[Found], rejected: list[dict[str, Any]], check_images
     """List the good records, each image decoded once; the others' errors go to `rejected`."""
     good = []
     errors: dict[tuple[Path, str], InputError | None] = {}
-    for file, line, record in records:
-        if isinstance(record, InputError):
-            rejected.append(record.as_record())
-            continue
-        image_errors = (_image_error(record.image_root, image, errors) for image in record.images if check_images)
-        error = next((error for error in image_errors if error is not None), None)
+    for record in records:
+        error: InputError | None = record if isinstance(record, InputError) else None
+        if not isinstance(record, InputError) and check_images:
+            image_errors = (_image_error(record.image_root, image, errors) for image in record.images)
+            broken = next((error for error in image_errors if error is not None), None)
+            error = None if broken is None else of_record(broken, record)
         if error is None:
             good.append(record)
         else:
-            rejected.append(_of_record(error, file, line, record).as_record())
+            rejected.append(error.as_record())
     return good
 
 
@@ -271,21 +259,6 @@ def _image_error(root: Path, image: str, errors: dict[tuple[Path, str], InputErr
             error.__cause__ = error.__context__ = None  # their traces would keep the file's bytes in memory
             errors[key] = error.with_traceback(None)
     return errors[key]
-
-
-def _of_record(error: InputError, file: str | Path, line: int, record: Sample | Preference | LogprobRow) -> InputError:
-    """Turn an error about a record's text or image into one that names the record's place."""
-    sample_id = getattr(record, "id", None) or getattr(record, "sample_id", None)
-    found = error.found if error.file is None else f"{error.found} ({error.file})"
-    return InputError(
-        file=file,
-        line=line,
-        sample_id=sample_id,
-        field=error.field,
-        expected=error.expected,
-        found=found,
-        fix=error.fix,
-    )
 
 
 # Formats --------------------------------------------------------------------------------------------------------------

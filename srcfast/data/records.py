@@ -44,6 +44,7 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
     turns: tuple[Turn, ...] = ()
+    source: tuple[str, int] | None = field(default=None, compare=False)  # file and line that the record was read from
 
     def to_json(self) -> dict[str, Any]:
         """Convert to `{id, images, question, answer, rationale?, facts?, turns?}` and the extra keys."""
@@ -114,6 +115,17 @@ class Preference:
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
     turns: tuple[Turn, ...] = ()
+    source: tuple[str, int] | None = field(default=None, compare=False)  # file and line that the record was read from
+
+    @property
+    def id(self) -> str:
+        """The sample's id."""
+        return self.sample_id
+
+    @property
+    def question(self) -> str:
+        """The prompt's last turn."""
+        return self.prompt
 
     @property
     def judge_confidence(self) -> float:
@@ -122,7 +134,7 @@ class Preference:
         return self.confidence if judged is None else float(judged)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to a record with all fields but `image_root` and empty `turns`, and the extra keys."""
+        """Convert to a record with all fields but `image_root`, `source` and empty `turns`, and the extra keys."""
         return _to_json(self, optional=("turns",))
 
     @classmethod
@@ -157,12 +169,12 @@ class Preference:
 
 
 def _to_json(record: Sample | Candidate | Preference, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Convert a record's fields but `image_root`, without `optional` ones that it has not, and extra keys of other names."""
+    """Convert a record's fields that JSON has, without `optional` ones that it has not, and extra keys of other names."""
     row: dict[str, Any] = {}
     for name, value in vars(record).items():  # in the order of the fields
-        if name not in ("extra", "image_root") and not (name in optional and value in (None, ())):
+        if name not in ("extra", "image_root", "source") and not (name in optional and value in (None, ())):
             row[name] = [turn.to_json() for turn in value] if name == "turns" else _listed(value)
-    names = vars(record).keys() - {"image_root"}  # another format's row may have a field of such a name
+    names = vars(record).keys() - {"image_root", "source"}  # another format's row may have a field of such a name
     return row | {name: value for name, value in record.extra.items() if name not in names}
 
 
@@ -400,6 +412,21 @@ def check_marks(fields: Fields, marks: int, num_images: int) -> None:
 
 Record = TypeVar("Record", Sample, Preference)
 Row = tuple[int, dict[str, Any] | InputError]  # 1-based line, and what stands there
+
+
+def of_record(error: InputError, record: Sample | Preference) -> InputError:
+    """Turn an error about a record's text or image into one that names the record, its file and line."""
+    file, line = record.source or (error.file, error.line)
+    found = error.found if error.file is None else f"{error.found} ({error.file})"
+    return InputError(
+        file=file,
+        line=line,
+        sample_id=record.id,
+        field=error.field,
+        expected=error.expected,
+        found=found,
+        fix=error.fix,
+    )
 
 
 def each_record(

@@ -35,7 +35,7 @@ def _is_templated(text: str, is_prompt: bool) -> bool:
 
 def check_untemplated(record: Any) -> None:
     """Raise InputError, with the field, where a text of a sample or a preference has a chat template around it."""
-    texts = [(name, getattr(record, name, None) or "", name in _PROMPTS) for name in (*_PROMPTS, *_RESPONSES)]
+    texts = [(name, vars(record).get(name) or "", name in _PROMPTS) for name in (*_PROMPTS, *_RESPONSES)]
     texts += [("turns", turn.text, turn.role == USER) for turn in record.turns]
     for name, text, is_prompt in texts:
         if _is_templated(text, is_prompt):

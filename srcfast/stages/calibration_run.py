@@ -33,7 +33,7 @@ from srcfast.stages.datasets import (
     read_training_samples,
     training_sets,
 )
-from srcfast.stages.fitting import check_judged, check_lesson, check_prompt, split_fitting
+from srcfast.stages.fitting import check_fits, check_judged, check_lesson, split_fitting
 from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_inputs import FIELDS, JUDGED, PROMPT, InputRecord, StageInputs
@@ -104,7 +104,7 @@ class CalibrationRun:
     def _set_aside(self, rejected: list[dict[str, Any]]) -> None:
         """Set samples aside of which the model can't take the prompt, or stage 1 the response."""
         config, model = self.config, self.policy.model
-        of_prompt, of_lesson = check_prompt(model), check_lesson(model, config)
+        of_prompt, of_lesson = check_fits(model), check_lesson(model, config)
         self.rationale_samples = split_fitting(self.rationale_samples, of_lesson, config, rejected, "rationales")
         self.calibration_samples = split_fitting(self.calibration_samples, of_prompt, config, rejected, "prompts")
         self.evaluation_sets = [

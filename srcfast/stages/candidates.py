@@ -46,7 +46,7 @@ def decoding_memory(model: VisionLanguageModel) -> Iterator[DecodingMemory]:
 def prompts_of(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
     """Encode each sample's prompt, image placeholders expanded, keyed by the sample's id."""
     encode_prompt = PromptEncoder(model)
-    return [Prompt(encode_prompt(s, s.question, s.id), image_keys(s), s.id) for s in samples]
+    return [Prompt(encode_prompt(s), image_keys(s), s.id) for s in samples]
 
 
 def generate_candidates(

@@ -5,14 +5,14 @@ A record that holds a control token, or leaves no room, would otherwise end a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from srcfast import distributed
 from srcfast.config.settings import Config
 from srcfast.data.rationale_pairs import build_raps, read_teacher
 from srcfast.data.readers import check_rejected
-from srcfast.data.records import Preference, Record, Sample
+from srcfast.data.records import Preference, Record, Sample, of_record
 from srcfast.errors import InputError
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.scorer import Scorer
@@ -22,6 +22,7 @@ from srcfast.stages.prompts import encode_prompt
 from srcfast.stages.scoring import sample_reference
 
 Check = Callable[[Any], None]  # raises InputError for a record that doesn't fit
+Responses = Callable[[Any], Sequence[tuple[str, str]]]  # the fields and texts of the responses to a record's prompt
 
 
 def split_fitting(
@@ -36,7 +37,7 @@ def split_fitting(
     with track(f"check {name}", len(shared), quiet=config.quiet) as progress:
         for index in shared:
             try:
-                check(records[index])
+                check_each([records[index]], check)
             except InputError as error:
                 mine[str(index)] = error.as_record()
             progress.advance()
@@ -48,11 +49,32 @@ def split_fitting(
     return [record for index, record in enumerate(records) if index not in rows]
 
 
-def check_prompt(model: VisionLanguageModel) -> Check:
-    """Return a check that a sample's prompt can be encoded and leaves room for a response."""
+def check_each(records: Iterable[Record], check: Check) -> None:
+    """Check records. Raises InputError, with file and line, at the first that doesn't fit."""
+    for record in records:
+        try:
+            check(record)
+        except InputError as error:
+            raise of_record(error, record) from error
 
-    def check(sample: Sample) -> None:
-        encode_prompt(model, sample, sample.question, sample.id)
+
+def check_fits(
+    model: VisionLanguageModel, said: Responses = lambda record: (), setting: str = "", limit: int = 0
+) -> Check:
+    """Return a check that a record's prompt leaves room for a response, and that the tree of both fits into `limit` tokens.
+
+    Args:
+        said: the field and the text of each response to the prompt: none, one, or the two of a pair.
+        setting: the limit's.
+    """
+
+    def check(record: Sample | Preference) -> None:
+        prompt = encode_prompt(model, record)
+        responses = [(field, model.response_tokens(prompt, text, record.id, field)) for field, text in said(record)]
+        if responses:
+            (field, first), *others = responses
+            trees = [preference_tree(prompt, first, second, key=record.id) for _, second in others]
+            _check_tokens(record.id, field, trees[0].num_tokens if trees else len(prompt) + len(first), setting, limit)
 
     return check
 
@@ -62,24 +84,22 @@ def check_lesson(model: VisionLanguageModel, config: Config) -> Check:
     section = config.rationale
     teacher = None if section.teacher is None else read_teacher(section.teacher)
 
-    def check(sample: Sample) -> None:
-        prompt = encode_prompt(model, sample, sample.question, sample.id)
-        for _, response in build_raps([sample], section.format, teacher)[0]:
-            tokens = len(prompt) + len(model.response_tokens(prompt, response, sample.id, "rationale"))
-            _check_tokens(sample.id, "rationale", tokens, "rationale.token_budget", section.token_budget)
+    def said(sample: Sample) -> list[tuple[str, str]]:
+        return [("rationale", response) for _, response in build_raps([sample], section.format, teacher)[0]]
 
-    return check
+    return check_fits(model, said, "rationale.token_budget", section.token_budget)
 
 
 def check_response(model: VisionLanguageModel, token_budget: int) -> Check:
     """Return a check that a sample's prompt and its answer, as a response, have at most `token_budget` tokens."""
+    return check_fits(model, lambda sample: [("response", sample.answer)], "dpo.token_budget", token_budget)
 
-    def check(sample: Sample) -> None:
-        prompt = encode_prompt(model, sample, sample.question, sample.id)
-        tokens = len(prompt) + len(model.response_tokens(prompt, sample.answer, sample.id, "response"))
-        _check_tokens(sample.id, "response", tokens, "dpo.token_budget", token_budget)
 
-    return check
+def check_pair(model: VisionLanguageModel, token_budget: int) -> Check:
+    """Return a check that a preference pair makes a tree of at most `token_budget` tokens."""
+    return check_fits(
+        model, lambda pair: [("chosen", pair.chosen), ("rejected", pair.rejected)], "dpo.token_budget", token_budget
+    )
 
 
 def check_judged(scorer: Scorer, config: Config) -> Check:
@@ -96,19 +116,6 @@ def check_judged(scorer: Scorer, config: Config) -> Check:
                 "take another scorer, or leave this sample out",
             )
             raise InputError(sample_id=sample.id, field="facts", expected=expected, found=f"{tokens} tokens", fix=fix)
-
-    return check
-
-
-def check_pair(model: VisionLanguageModel, token_budget: int) -> Check:
-    """Return a check that a preference pair makes a tree of at most `token_budget` tokens."""
-
-    def check(pair: Preference) -> None:
-        prompt = encode_prompt(model, pair, pair.prompt, pair.sample_id)
-        chosen = model.response_tokens(prompt, pair.chosen, pair.sample_id, "chosen")
-        rejected = model.response_tokens(prompt, pair.rejected, pair.sample_id, "rejected")
-        tree = preference_tree(prompt, chosen, rejected, key=pair.sample_id)
-        _check_tokens(pair.sample_id, "chosen", tree.num_tokens, "dpo.token_budget", token_budget)
 
     return check
 

@@ -255,18 +255,12 @@ def logprobs_in_chunks(
     """
     encode_prompt = PromptEncoder(model)
     for request in requests:
-        prompt = encode_prompt(request, request.question, request.id)
-        model.response_tokens(prompt, request.answer, request.id, "response")
+        model.response_tokens(encode_prompt(request), request.answer, request.id, "response")
 
     def work(chunk: Sequence[Sample]) -> ChunkResult:
         features.clear()
         items = [
-            (
-                encode_prompt(request, request.question, request.id),
-                image_keys(request),
-                model.encode_response(request.answer),
-            )
-            for request in chunk
+            (encode_prompt(request), image_keys(request), model.encode_response(request.answer)) for request in chunk
         ]
         logprobs = response_logprobs(
             model,

@@ -137,7 +137,7 @@ def preference_trees(model: VisionLanguageModel, preferences: Sequence[Preferenc
     encode_prompt = PromptEncoder(model)
     return [
         preference_tree(
-            encode_prompt(preference, preference.prompt, preference.sample_id),
+            encode_prompt(preference),
             model.encode_response(preference.chosen),
             model.encode_response(preference.rejected),
             image_keys(preference),

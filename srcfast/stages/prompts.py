@@ -25,27 +25,22 @@ class PromptEncoder:
         self.model = model
         self.encoded: dict[tuple[str, tuple[str, ...], tuple[Turn, ...]], np.ndarray] = {}
 
-    def __call__(self, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
+    def __call__(self, record: Sample | Preference) -> np.ndarray:
         """Return the prompt's token ids, `[n]` int64: the chat template's generation prompt, image placeholders expanded.
-
-        Args:
-            record: whose images and earlier turns the prompt shows.
-            text: the user's last turn.
-            sample_id: named in errors.
 
         Raises:
             InputError: the prompt does not fit the model; it names the sample.
         """
-        key = (text, image_keys(record), record.turns)
+        key = (record.question, image_keys(record), record.turns)
         if key not in self.encoded:
-            self.encoded[key] = encode_prompt(self.model, record, text, sample_id)
+            self.encoded[key] = encode_prompt(self.model, record)
         return self.encoded[key]
 
 
-def encode_prompt(model: VisionLanguageModel, record: Sample | Preference, text: str, sample_id: str) -> np.ndarray:
+def encode_prompt(model: VisionLanguageModel, record: Sample | Preference) -> np.ndarray:
     """Encode a record's prompt `[n]` without a cache, see `PromptEncoder`."""
     images = [image_file(record.image_root, image) for image in record.images]
-    return model.encode_prompt(text, images, sample_id, record.turns)
+    return model.encode_prompt(record.question, images, record.id, record.turns)
 
 
 def image_keys(record: Sample | Preference) -> tuple[str, ...]:

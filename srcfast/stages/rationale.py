@@ -113,10 +113,7 @@ def rationale_trees(model: VisionLanguageModel, raps: Sequence[RationalePair]) -
     return [
         TrainingItem(
             Tree(
-                (
-                    Segment(encode_prompt(sample, sample.question, sample.id)),
-                    Segment(model.encode_response(response), 0),
-                ),
+                (Segment(encode_prompt(sample)), Segment(model.encode_response(response), 0)),
                 image_keys(sample),
                 key=sample.id,
             ),

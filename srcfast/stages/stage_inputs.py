@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from srcfast.data.jsonl import as_json, json_hash, read_jsonl, write_jsonl
 from srcfast.data.records import Preference, Sample
@@ -29,15 +28,14 @@ Prints = dict[str, tuple[str, ...]]  # sample id -> the hash of each of FIELDS; 
 
 def prints_of(records: Sequence[Sample | Preference]) -> Prints:
     """Hash each record's fields, in the records' order. Raises InputError for an image that can't be read."""
-    prints, rest = Prints(), tuple[Any, ...]()
+    prints = Prints()
     for record, images in zip(records, image_prints(records), strict=True):
         turns = [turn.to_json() for turn in record.turns]
-        if isinstance(record, Preference):
-            key, text, rest = record.sample_id, record.prompt, ()
-        else:
-            key, text, rest = record.id, record.question, (record.answer, record.rationale, record.facts, record.extra)
-        values = (text, turns, images, *rest)
-        prints[key] = tuple(json_hash(as_json({"": value}))[:DIGITS] for value in values)
+        of_sample = (
+            () if isinstance(record, Preference) else (record.answer, record.rationale, record.facts, record.extra)
+        )
+        values = (record.question, turns, images, *of_sample)
+        prints[record.id] = tuple(json_hash(as_json({"": value}))[:DIGITS] for value in values)
     return prints
 
 

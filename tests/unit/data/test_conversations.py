@@ -270,7 +270,7 @@ def test_log_probabilities_are_asked_for_after_turns(root: Path) -> None:
     file = root / "asked.jsonl"
     file.write_text(json.dumps(row))
     [asked] = read_logprob_rows(file, root)
-    assert (asked.turns, asked.prompt, asked.images) == (HISTORY, "Sure?", ("a.png",))
+    assert (asked.turns, asked.question, asked.images) == (HISTORY, "Sure?", ("a.png",))
     file.write_text(json.dumps(row | {"turns": row["turns"][::-1]}))
     with pytest.raises(InputError, match=r"line 1, field 'turns'.*in pairs.*Fix"):
         read_logprob_rows(file, root)

@@ -414,7 +414,7 @@ def test_logprob_rows_stop_at_the_first_bad_line(tmp_path: Path, root: Path) -> 
     file = tmp_path / "a.jsonl"
     file.write_text("\n\n".join(map(json.dumps, [good, good | {"images": [], "prompt": " What?\n"}])))
     rows = read_logprob_rows(file, root)
-    assert [(r.images, r.prompt, r.response, r.image_root) for r in rows] == [
+    assert [(r.images, r.question, r.answer, r.image_root) for r in rows] == [
         (("good.png",), "What?", "red", root),
         ((), " What?\n", "red", root),  # not touched: its tokens count
     ]

@@ -100,6 +100,8 @@ def test_a_sample_that_does_not_fit_is_set_aside_before_the_first_stage(
         calibrate(settings(folder))
     (row,) = (json.loads(line) for line in (folder / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["sample_id"] == bad and UNFIT[case][2] in row["reason"] and "Fix:" in row["reason"]
+    file = str(folder / f"{UNFIT[case][0]}.jsonl")
+    assert (row["file"], row["line"]) == (file, 2) and row["reason"].startswith(f"{file}, line 2, sample ")
     assert bad not in left and len(left) == 8
 
 
@@ -158,6 +160,19 @@ def test_a_command_sets_it_aside_too(srcfast: Srcfast, folder: Path, command: st
         json.loads(line) for line in (folder / "output" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     )
     assert row["sample_id"] == bad and UNFIT[case][2] in row["reason"]
+    assert (row["file"], row["line"]) == (str(folder / f"{data}.jsonl"), 2)
+
+
+def test_a_pair_that_does_not_fit_is_named_by_its_file_and_line(srcfast: Srcfast, tmp_path: Path) -> None:
+    rows = [{"prompt": "What is it?", "chosen": "A circle. " * count, "rejected": "A square."} for count in (1, 1, 200)]
+    data, output = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "output"
+    result = srcfast("dpo", "--data", data, "--output", output, "--quiet", "token_budget=600", "epochs=1")
+    assert result.exit_code == 0, result.output
+    (row,) = (json.loads(line) for line in (output / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (row["file"], row["line"], row["sample_id"], row["field"]) == (str(data), 3, "line-3", "chosen")
+    assert row["reason"].startswith(
+        f"{data}, line 3, sample 'line-3', field 'chosen': expected at most dpo.token_budget"
+    )
 
 
 def test_log_probabilities_are_of_all_rows_or_of_none(srcfast: Srcfast, tmp_path: Path) -> None:
@@ -165,7 +180,8 @@ def test_log_probabilities_are_of_all_rows_or_of_none(srcfast: Srcfast, tmp_path
     rows = [{"prompt": "What is it?", "response": "A circle. " * count} for count in (1, 200)]
     data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "logprobs.jsonl"
     result = srcfast("logprob", "--data", data, "--output", output, "token_budget=600")
-    assert result.exit_code == 2 and "request 2" in result.output and "token_budget" in result.output
+    assert result.exit_code == 2 and "token_budget" in result.output
+    assert f"{data}, line 2, sample 'request 2', field 'response'" in result.output.replace("\n", " ")
     assert not output.exists() and not (tmp_path / "logprobs.jsonl.checkpoint").exists()
 
 

@@ -221,9 +221,7 @@ def test_logprobs_in_chunks_are_those_computed_at_once(folder: Callable[[str], P
     stages = Stages(folder("logprobs"))
     assert len(stages.requests) > PAIRS
     encode = PromptEncoder(stages.model)
-    items = [
-        (encode(s, s.question, s.id), image_keys(s), stages.model.encode_response(s.answer)) for s in stages.requests
-    ]
+    items = [(encode(s), image_keys(s), stages.model.encode_response(s.answer)) for s in stages.requests]
     expected = response_logprobs(stages.model, items, token_budget=3000, features=stages.features)
     found = logprobs_of(stages.requests, stages.logprobs())
     assert [row["tokens"] for row in found] == [tokens for _, tokens in expected]
@@ -243,7 +241,7 @@ def test_requests_share_their_prompt_however_far_they_lie_apart(
     answers = [len(model.encode_response(one.answer)) for one in requests]
     assert [row["tokens"] for row in logprobs_of(requests, parts)] == answers
     encode = PromptEncoder(model)
-    assert progress.tokens == sum(answers) + sum(len(encode(one, one.question, one.id)) for one in two)
+    assert progress.tokens == sum(answers) + sum(len(encode(one)) for one in two)
 
 
 def test_a_request_that_does_not_fit_the_model_is_named_before_any_is_computed(folder: Callable[[str], Path]) -> None:
