@@ -140,7 +140,8 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
     with rejected_records(output) as rejected:
         samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
-        samples = fitting.split_fitting(samples, fitting.check_judged(scorer, config), config, rejected)
+        longest = fitting.longest_candidates(scorer, read_candidates(directory).rest())
+        samples = fitting.split_fitting(samples, fitting.check_judged(scorer, config, longest), config, rejected)
     made_of = InputRecord(output, {COMMAND: samples})
     distributed.run_on_rank_zero(lambda: made_of.check_made_of(directory))
     with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:

@@ -5,21 +5,22 @@ A record that holds a control token, or leaves no room, would otherwise end a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import nlargest
 from typing import Any
 
 from srcfast import distributed
 from srcfast.config.settings import Config
 from srcfast.data.rationale_pairs import build_raps, read_teacher
 from srcfast.data.readers import check_rejected
-from srcfast.data.records import Preference, Record, Sample, of_record
+from srcfast.data.records import Candidate, Preference, Record, Sample, of_record
 from srcfast.errors import InputError
 from srcfast.models.protocols import VisionLanguageModel
-from srcfast.models.scorer import Scorer
+from srcfast.models.scorer import ALONE, Scorer
 from srcfast.run.progress import track
 from srcfast.stages.pair_trees import preference_tree
 from srcfast.stages.prompts import encode_prompt
-from srcfast.stages.scoring import sample_reference
+from srcfast.stages.scoring import pairs_of, sample_reference
 
 Check = Callable[[Any], None]  # raises InputError for a record that doesn't fit
 Responses = Callable[[Any], Sequence[tuple[str, str]]]  # the fields and texts of the responses to a record's prompt
@@ -102,20 +103,38 @@ def check_pair(model: VisionLanguageModel, token_budget: int) -> Check:
     )
 
 
-def check_judged(scorer: Scorer, config: Config) -> Check:
-    """Return a check that the R-Scorer can read a sample's reference beside two candidates of full length."""
-    positions = scorer.text_model.decoder.config.max_positions
+def longest_candidates(scorer: Scorer, groups: Iterable[tuple[str, Sequence[Candidate]]]) -> dict[str, list[str]]:
+    """Return by sample id the two texts, of all that its candidates have, of the most tokens."""
+
+    def size(text: str) -> int:
+        return len(scorer.encode(text))
+
+    return {key: nlargest(2, dict.fromkeys(one.text for one in group), key=size) for key, group in groups}
+
+
+def check_judged(scorer: Scorer, config: Config, candidates: Mapping[str, list[str]] | None = None) -> Check:
+    """Return a check that the R-Scorer has room for a sample's reference beside the candidates that it compares or rates.
+
+    Args:
+        candidates: of `longest_candidates`; None: they are not known yet, and have `candidates.max_new_tokens` each.
+    """
+    positions, mode = scorer.text_model.decoder.config.max_positions, config.scorer.mode
+    first, assumed = ((0, 1), 2) if mode == "pairwise" else ((0, ALONE), 1)
+    assumed = 0 if candidates is not None else assumed * config.candidates.max_new_tokens
+    field = "facts" if candidates is None else "candidates"
 
     def check(sample: Sample) -> None:
-        tree = scorer.judge_tree(sample_reference(sample), ["", ""], [(0, 1)], key=sample.id).tree
-        tokens = tree.num_tokens + 2 * config.candidates.max_new_tokens
-        _check_tokens(sample.id, "facts", tokens, "scorer.token_budget", config.scorer.token_budget)
+        texts = ["", ""] if candidates is None else candidates.get(sample.id, [])
+        pairs = [first] if candidates is None else pairs_of(len(texts), mode)
+        judged = scorer.judge_tree(sample_reference(sample), texts, pairs, key=sample.id)
+        sizes = [segment.tokens.size for segment in judged.tree.segments]
+        paths = [sizes[0] + sizes[judged.tree.segments[slot].parent] + sizes[slot] for slot in judged.slots]
+        tokens = max(paths, default=0) + assumed
+        _check_tokens(sample.id, field, tokens, "scorer.token_budget", config.scorer.token_budget)
         if tokens > positions:
-            expected, fix = (
-                f"at most the R-Scorer's {positions} positions",
-                "take another scorer, or leave this sample out",
-            )
-            raise InputError(sample_id=sample.id, field="facts", expected=expected, found=f"{tokens} tokens", fix=fix)
+            expected = f"at most the R-Scorer's {positions} positions"
+            fix = "take another scorer, or leave this sample out"
+            raise InputError(sample_id=sample.id, field=field, expected=expected, found=f"{tokens} tokens", fix=fix)
 
     return check
 

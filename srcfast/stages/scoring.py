@@ -142,15 +142,12 @@ def _score_block(
     texts = [list(dict.fromkeys(candidate.text for candidate in group)) for group in candidates]  # distinct, in order
     sizes = [len(distinct) for distinct in texts]
     pairwise = mode == "pairwise"
-    # Indices of the samples to score: a single text has nothing to be compared with.
-    scored = [index for index, n in enumerate(sizes) if not pairwise or n >= 2]
+    pairs = {index: pairs for index, n in enumerate(sizes) if (pairs := pairs_of(n, mode))}
     results: Results = partial(_all_single, len(samples))
     tokens = 0
-    if scored and pairwise and adaptive is not None:
-        results, tokens = _in_two_rounds(scorer, samples, texts, scored, token_budget, adaptive)
-    elif scored:
-        # The rating of each candidate alone is a few tokens more in the same tree.
-        pairs = {index: _alone(sizes[index]) + (all_pairs(sizes[index]) if pairwise else []) for index in scored}
+    if pairs and pairwise and adaptive is not None:
+        results, tokens = _in_two_rounds(scorer, samples, texts, pairs, token_budget, adaptive)
+    elif pairs:
         comparisons, tokens = _compare(scorer, samples, texts, pairs, token_budget)
         results = (_pairwise if pairwise else _independent)(scorer, comparisons, sizes)
 
@@ -160,9 +157,13 @@ def _score_block(
     return rows_and_tokens
 
 
-def _alone(count: int) -> list[tuple[int, int]]:
-    """Return the ordered pairs that rate each of `count` candidates alone."""
-    return [(index, ALONE) for index in range(count)]
+def pairs_of(count: int, mode: Mode) -> list[tuple[int, int]]:
+    """Return the ordered pairs that score `count` texts: each alone and, if pairwise, each with each other.
+
+    To rate a text alone takes a few tokens more in the same tree. A single text has nothing to be compared with: no pairs.
+    """
+    alone = [(index, ALONE) for index in range(count)]
+    return alone if mode == "independent" else alone + all_pairs(count) if count > 1 else []
 
 
 @dataclass(frozen=True)
@@ -240,22 +241,21 @@ def _in_two_rounds(
     scorer: Scorer,
     samples: Sequence[Sample],
     texts: Sequence[Sequence[str]],
-    scored: Sequence[int],
+    full: Mapping[int, Sequence[tuple[int, int]]],
     token_budget: int,
     adaptive: AdaptivePairs,
 ) -> tuple[Results, int]:
-    """Run `_pairwise` over the pairs that `adaptive` chooses, over all where a sample is audited or small; count tokens.
+    """Run `_pairwise` over the pairs that `adaptive` chooses, over all, `full`, where a sample is audited or small; count tokens.
 
     Round 1 rates each candidate alone; audited and small samples have their whole tournament in it. Round 2 compares the
     contenders of the other samples.
     """
     sizes = [len(distinct) for distinct in texts]
-    alone = {index: _alone(sizes[index]) for index in scored}
-    full = {index: alone[index] + all_pairs(sizes[index]) for index in scored}
-    short = [index for index in scored if adaptive.is_short(sizes[index])]
+    alone = {index: pairs_of(sizes[index], "independent") for index in full}
+    short = [index for index in full if adaptive.is_short(sizes[index])]
     audited = [index for index in short if adaptive.is_audited(samples[index].id)]
     second_round = set(short) - set(audited)
-    first_pairs = {index: (alone if index in second_round else full)[index] for index in scored}
+    first_pairs = {index: (alone if index in second_round else full)[index] for index in full}
     comparisons, tokens = _compare(scorer, samples, texts, first_pairs, token_budget)
     # The host waits here: which pairs come next depends on the ratings.
     p, _ = fetch(scorer.win_and_verdict(comparisons.slots)).wait().numpy()  # [M]
@@ -278,7 +278,7 @@ def _in_two_rounds(
 
     def results() -> list[dict[str, Any]]:
         results = wait()
-        for index in scored:
+        for index in full:
             num_pairs, all_tokens = sizes[index] * (sizes[index] - 1), tokens_of(index, full[index])
             if index not in chosen:
                 adaptive.count(num_pairs, num_pairs, all_tokens, all_tokens)

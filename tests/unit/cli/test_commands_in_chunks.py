@@ -145,7 +145,7 @@ def test_logprob_goes_on_behind_its_last_finished_part_and_leaves_nothing_beside
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
-def test_score_reads_the_candidates_twice_and_says_how_many_samples_have_some(
+def test_score_reads_the_candidates_three_times_and_says_how_many_samples_have_some(
     srcfast: Srcfast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = [
@@ -169,6 +169,6 @@ def test_score_reads_the_candidates_twice_and_says_how_many_samples_have_some(
     words = ["--data", data, "--candidates", tmp_path / "candidates", "--output", tmp_path / "scores"]
     result = srcfast("score", *words, "scorer.path=embedded")
     assert result.exit_code == 0, result.output
-    assert read == [tmp_path / "candidates"] * 2
+    assert read == [tmp_path / "candidates"] * 3  # to see whether they fit, to list and hash them, to score them
     assert "3/3 samples" in result.output
     assert [row["sample_id"] for *_, row in read_shards(tmp_path / "scores")] == ["s1", "s3", "s4"]

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from click.testing import Result
 from helpers.made_rows import set_settings, write_rows
+from transformers import AutoTokenizer
 
 from srcfast.calibrate import calibrate
 from srcfast.config.settings import Config
+from srcfast.data.jsonl import read_shards, write_shards
 from srcfast.data.records import Preference
 from srcfast.errors import InputError
 from srcfast.models import load_lvlm
+from srcfast.models.embedded import checkpoint_directory
 from srcfast.stages import calibration_run
 from srcfast.stages.fitting import pair_fits
 from srcfast.world.samples import world_samples
@@ -24,6 +27,7 @@ from srcfast.world.samples import world_samples
 Srcfast = Callable[..., Result]
 Row = dict[str, Any]
 
+FACT = "It is red. " * 9 + "It is round."
 # Fields of a sample of each training set that no model takes, and words of the reason.
 UNFIT: dict[str, tuple[str, Row, str]] = {
     "a control token in the question": ("lessons", {"question": "What is </s> this?"}, "</s>"),
@@ -173,6 +177,41 @@ def test_a_pair_that_does_not_fit_is_named_by_its_file_and_line(srcfast: Srcfast
     assert row["reason"].startswith(
         f"{data}, line 3, sample 'line-3', field 'chosen': expected at most dpo.token_budget"
     )
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "independent"])
+def test_scores_of_known_candidates_need_room_for_these_alone(srcfast: Srcfast, tmp_path: Path, mode: str) -> None:
+    """The budget is what the first sample takes; the second's candidates are a word longer, the third has one text."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_directory("embedded", "scorer"))
+    said = {
+        "a": ["red.", "It is a red circle.", "It is all blue."],
+        "b": ["It is a big red circle.", "It is all red."],
+        "c": ["red."] * 2,
+    }
+    samples = [{"id": key, "question": "What is it?", "answer": "red", "facts": [FACT]} for key in said]
+    names = ("It is a red circle.", "It is all blue." if mode == "pairwise" else "none")
+    parts = [
+        f"Question: What is it?\nFacts: {FACT}\nAnswer: red\n",
+        f"First: {names[0]}\n",
+        f"Second: {names[1]}\nBetter:",
+    ]
+    budget = sum(len(tokenizer(part, add_special_tokens=False).input_ids) for part in parts)
+    candidates = [
+        {"id": f"{key}{number}", "sample_id": key, "text": text, "logprob": -1.0}
+        for key, texts in said.items()
+        for number, text in enumerate(texts)
+    ]
+    write_shards(tmp_path / "candidates", candidates)
+    data, output = write_rows(tmp_path / "samples.jsonl", samples), tmp_path / "output"
+    words = ["--data", data, "--candidates", tmp_path / "candidates", "--output", output, "--quiet", f"mode={mode}"]
+    for limit, bad in ((budget, ["b"]), (budget - 1, ["a", "b"])):
+        result = srcfast("score", *words, f"token_budget={limit}")
+        assert result.exit_code == 0, result.output
+        assert [row["sample_id"] for _, _, row in read_shards(output)] == [key for key in said if key not in bad]
+        rows = [json.loads(line) for line in (output / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [(row["sample_id"], row["line"], row["field"]) for row in rows] == [
+            (key, [*said].index(key) + 1, "candidates") for key in bad
+        ]
 
 
 def test_log_probabilities_are_of_all_rows_or_of_none(srcfast: Srcfast, tmp_path: Path) -> None:
