@@ -207,7 +207,9 @@ def _with_settled_ids(records: Iterable[Found], duplicates: str) -> Iterator[Fou
     for record, name in zip(read, names, strict=True):
         if not isinstance(record, InputError):
             (file, line), is_twice = record.source or ("", 0), name in sources
-            if (isinstance(name, MadeUpId) and name in in_file) or (is_twice and duplicates == "rename"):
+            # Lines of several files bear the same made-up ids.
+            is_made_up_twice = isinstance(name, MadeUpId) and (name in in_file or is_twice and duplicates == "keep")
+            if is_made_up_twice or (is_twice and duplicates == "rename"):
                 free: Any = name
                 while free in taken:
                     numbers[name] += 1

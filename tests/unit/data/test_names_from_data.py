@@ -113,3 +113,16 @@ def test_a_pair_without_an_id_is_never_taken_for_another_sample_s(tmp_path: Path
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = read_preferences(tmp_path / "a.jsonl", format=format, image_root=tmp_path, rejected=[])
     assert [read.sample_id for read in pairs] == [made_up, f"{made_up}-2", "other"]
+
+
+def test_pairs_without_ids_of_several_files_have_ids_of_their_own(tmp_path: Path) -> None:
+    pair = {"images": [], "prompt": "What?", "chosen": "red", "rejected": "blue"}
+    files = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for file, rows in zip(files, ([pair] * 2, [pair, pair | {"sample_id": "s"}] * 2, [pair]), strict=True):
+        file.write_text("\n".join(map(json.dumps, rows)))
+    pairs = read_preferences(files, image_root=tmp_path, rejected=[])
+    names = ["line-1", "line-2", "line-1-2", "s", "line-3", "s", "line-1-3"]
+    assert [read.sample_id for read in pairs] == names
+    assert [read.sample_id for read in read_preferences(files[1], image_root=tmp_path, rejected=[])] == [
+        "line-1", "s", "line-3", "s"
+    ]  # fmt: skip
