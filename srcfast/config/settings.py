@@ -486,10 +486,14 @@ class Config(Section):
             )
         return self
 
-    @field_validator("name")
+    @field_validator("name", mode="before")
     @classmethod
-    def _check_name(cls, value: str) -> str:
-        return check_file_name(value)
+    def _check_name(cls, value: Any) -> Any:
+        folder, _, name = str(value).rpartition("/")
+        if folder and name:
+            fix = f"Fix: output=runs/{folder} name={name}, with what output is now in place of runs"
+            raise ValueError(f"expected the name of a folder in output, no path, found {value!r}. {fix}")
+        return check_file_name(value) if isinstance(value, str) else value
 
     @field_validator("memory")
     @classmethod

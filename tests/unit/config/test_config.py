@@ -290,6 +290,16 @@ def test_a_run_whose_directory_no_system_would_have_is_refused(name: str) -> Non
         load_config(None, [f"name={name}"])
 
 
+def test_a_run_s_name_that_is_a_path_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\nname: exp/of may/a")
+    with pytest.raises(ConfigError, match=r"no path, found 'exp/of may/a'. Fix: output=runs/exp/of may name=a"):
+        load_config(str(tmp_path / "a.yaml"), [])
+    with pytest.raises(
+        ConfigError, match=r"override 'name=exp/a': .*no path, found 'exp/a'. Fix: output=runs/exp name=a"
+    ):
+        load_config(None, ["name=exp/a"])
+
+
 @pytest.mark.parametrize("key", ["output", "model.path", "scorer.path", "memory"])
 def test_a_nul_in_any_text_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=r"expected text without a NUL, found 'a\\x00b'"):
