@@ -6,7 +6,7 @@ And LLaMA-Factory's instructions, and the rows of RLHF-V and RLAIF-V.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,14 +261,11 @@ def _preference(fields: Fields, name: str, spoken: Sequence[SpokenTurn], image_r
     *before, question = settle_marks(turns)
     if not without_marks(question.text).strip():
         raise fields.error(name, "text beside the image marks", question.text)
-    row = {
-        **fields.rest(),
-        **responses,
-        "images": list(images),
-        "prompt": question.text,
-        **({"turns": [turn.to_json() for turn in before]} if before else {}),
-    }
-    return [Preference.from_json(row, file=fields.file, line=fields.line, image_root=image_root)]
+    prompt = {"images": list(images), "prompt": question.text, "turns": [turn.to_json() for turn in before]}
+    row = fields.rest() | responses | prompt
+    pair = Preference.from_json(row, file=fields.file, line=fields.line, image_root=image_root)
+    others = {"turns": fields.left["turns"]} if "turns" in fields.left else {}  # a field that is none of the format's
+    return [replace(pair, extra=pair.extra | others)]
 
 
 def _response(fields: Fields, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from srcfast.data.jsonl import replacing, write_jsonl
 from srcfast.data.readers import PREFERENCES, SAMPLES, holds_preferences, read_preferences, read_samples
-from srcfast.data.records import Preference, Record, Sample
+from srcfast.data.records import Preference, Record, Sample, hidden_keys
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, message_parts
 from srcfast.data.vlmeval import OPTION_LETTERS, write_table, write_vlmeval_tsv
 from srcfast.errors import InputError
@@ -76,6 +76,8 @@ def convert(
     if target_format == "vlmeval_tsv":
         return write_vlmeval_tsv(target, records, lost)
     records = [_relative_to(record, target.parent) if record.image_root == output else record for record in records]
+    if target_format in ("jsonl", "trl"):
+        lost.update(name for record in records for name in hidden_keys(record))
     if target_format == "jsonl":
         return write_jsonl(target, (record.to_json() for record in records))
     to_row: Callable[..., dict[str, Any]] = _trl_row if preferences else _llava_row

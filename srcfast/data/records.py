@@ -174,8 +174,13 @@ def _to_json(record: Sample | Candidate | Preference, optional: Sequence[str] = 
     for name, value in vars(record).items():  # in the order of the fields
         if name not in ("extra", "image_root", "source") and not (name in optional and value in (None, ())):
             row[name] = [turn.to_json() for turn in value] if name == "turns" else _listed(value)
-    names = vars(record).keys() - {"image_root", "source"}  # another format's row may have a field of such a name
-    return row | {name: value for name, value in record.extra.items() if name not in names}
+    hidden = hidden_keys(record)
+    return row | {name: value for name, value in record.extra.items() if name not in hidden}
+
+
+def hidden_keys(record: Sample | Candidate | Preference) -> set[str]:
+    """Return the extra keys that JSON has no room for: another format's row may have a field of the name of a record's own."""
+    return record.extra.keys() & (vars(record).keys() - {"image_root", "source"})
 
 
 def _listed(value: Any) -> Any:

@@ -117,6 +117,24 @@ def test_preferences_come_back_from_trl(root: Path) -> None:
     assert lines_of(root / "back.jsonl") == [row | {"round": 1} for row in rows]
 
 
+def test_fields_of_the_names_of_a_record_s_own_are_counted_as_left_out(root: Path) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A ball."}]
+    rows = [
+        {"id": "1", "conversations": turns, "answer": "ball"},
+        {"id": "2", "conversations": turns, "answer": 2, "question": "?", "tag": 1},
+    ]
+    lost: Counter[str] = Counter()
+    assert run(write_lines(root / "s.json", rows), root / "s.jsonl", "llava>jsonl", root, lost) == 2
+    record = {"images": [], "question": "What?", "answer": "A ball."}
+    assert lines_of(root / "s.jsonl") == [{"id": "1", **record}, {"id": "2", **record, "tag": 1}]
+    assert lost == {"answer": 2, "question": 1}
+    pair = {"messages": [{"role": "user", "content": "What?"}], "chosen": "A", "rejected": "B", "turns": 7}
+    for target in ("jsonl", "trl"):
+        lost = Counter()
+        assert run(write_lines(root / "p.json", [pair]), root / f"p.{target}", f"messages>{target}", root, lost) == 1
+        assert lost == {"turns": 1}
+
+
 def test_trl_takes_the_rows(root: Path) -> None:
     data_utils = pytest.importorskip("trl.data_utils")
     pair = {"sample_id": "s", "images": ["a.png"], "prompt": "Q?", "chosen": "A", "rejected": "B"}
