@@ -8,15 +8,19 @@ from typing import Any
 from srcfast.data.turns import USER
 from srcfast.errors import InputError
 
-# What a templated text begins with, ends with, or has between system text and question.
+# What a templated text begins with, ends with, or has between system text and question. Text that <s> strikes out, as in HTML,
+# has an end before the whole text's: whether it spells a token, the model's own tokens say.
 _BEGINNING = re.compile(
-    r"<s>|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system)\|>|\[INST\]"
+    r"(?:<s>\s*)?(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system)\|>|\[INST\])|<s>(?!.*</s>)",
+    re.DOTALL,
 )
 _END = re.compile(
     r"(?:</s>|<eos>|\[/INST\]|<\|(?:im_end|eot_id|end|endoftext|end_of_text)\|>|<(?:end_of_turn|end_of_utterance)>)\Z"
 )
-_ROLE = re.compile(r"(?:\A|\n|\. )(?:USER|User|HUMAN|Human|### (?:User|Human|Instruction)):(\s{0,4}<image>)?")
-_REPLY = re.compile(r"(?:ASSISTANT|Assistant|### (?:Assistant|Response)):")
+_ROLE = re.compile(
+    r"(?:\A(?:<s>\s*)?|\n|\. )(?:USER|User|HUMAN|Human|### (?:User|Human|Instruction)):(\s{0,4}<image>)?"
+)
+_REPLY = re.compile(r"(?:<s>\s*)?(?:ASSISTANT|Assistant|### (?:Assistant|Response)):")
 _PROMPTS, _RESPONSES = ("question", "prompt"), ("answer", "rationale", "chosen", "rejected", "response")
 _LONGEST = 32  # characters of any of these
 

@@ -411,6 +411,10 @@ TEMPLATED: dict[str, tuple[str, bool]] = {  # text, and whether it is a prompt
     "ChatML": ("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", True),
     "Llama 3": ("<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>", True),
     "Llama 2": ("<s>[INST] What? [/INST]", True),
+    "Llama 2's turns": ("<s>[INST] What? [/INST] That.</s><s>[INST] Why? [/INST]", True),
+    "a beginning token": ("<s>What?", True),
+    "Vicuna's turns": ("<s> USER: What? ASSISTANT: That.</s>USER: Why? ASSISTANT:", True),
+    "a beginning token and a role": ("<s>ASSISTANT: That, <s>so</s> it is.", False),
     "Gemma": ("<start_of_turn>user\nWhat?<end_of_turn>\n", True),
     "Anthropic's": ("\n\nHuman: What?\n\nAssistant:", True),
     "Alpaca": ("Below is an instruction.\n\n### Instruction:\nWhat?\n\n### Response:\n", True),
@@ -442,7 +446,13 @@ def test_rows_that_were_templated_before_are_refused_by_name(root: Path, name: s
 
 @pytest.mark.parametrize(
     "text",
-    ["What does </s> mean?", "User: or ASSISTANT: who spoke?", "Is <|im_end|> a token?", "What says the USER: it?"],
+    [
+        "What does </s> mean?",
+        "User: or ASSISTANT: who spoke?",
+        "Is <|im_end|> a token?",
+        "What says the USER: it?",
+        "<s>9 $</s> 5 $: what is it?",
+    ],
 )
 def test_texts_that_speak_of_templates_are_read(root: Path, text: str) -> None:
     rows = [{"id": "a", "question": text, "answer": "a"}, {"id": "b", "question": "q", "answer": f"{text} So."}]
