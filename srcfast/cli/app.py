@@ -69,7 +69,7 @@ DISK_FIXES = {
 
 @contextmanager
 def report_disk_errors() -> Iterator[None]:
-    """Turn errors of reading and writing files into a SrcfastError."""
+    """Turn errors of reading and writing files, and failures of libraries in Rust, into a SrcfastError."""
     try:
         yield
     except OSError as error:
@@ -78,6 +78,11 @@ def report_disk_errors() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         fix = DISK_FIXES[error.errno]
         raise SrcfastError(f"{where}{error.strerror}. Finished work is saved. Fix: {fix}") from error
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":  # a panic of a library in Rust is no Exception
+            raise
+        fix = "Fix: take another tokenizer.json, if its patterns are what fails"
+        raise SrcfastError(f"a library of the checkpoint's files has failed: {error}. {fix}") from error
 
 
 @contextmanager
