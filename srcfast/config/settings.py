@@ -30,7 +30,7 @@ YOUNGER = (
     *((section, "updates") for section in ("rationale", "dpo", "scorer_training")),
     ("dpo", "preference_weight"),
 )
-YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids")
+YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images")
 
 
 class Section(BaseModel):
@@ -134,6 +134,9 @@ class DatasetConfig(Section):
     """Seed of this draw"""
     check_images: bool = True
     """Decode every image at the start, so that a broken one is reported before anything runs. Costs one reading of all images"""
+    images: Literal["given", "shuffled", "blank"] = "given"
+    """`shuffled`: each sample with another one's images; `blank`: plain gray ones. Of an evaluation set, these controls show what
+    a model answers without seeing"""
     use: tuple[Literal["rationale", "calibration"], ...] = ("rationale", "calibration")
     """For a training dataset: `rationale`: stage 1 trains on it; `calibration`: stages 2 to 4 draw their samples from it"""
 

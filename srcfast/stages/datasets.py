@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.config.settings import Config, DatasetConfig
+from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError, InputError
@@ -31,7 +32,14 @@ class EvaluationSet:
 
 
 def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
-    """Read a dataset's samples and append its bad records to `rejected`; the world's images are drawn into `image_dir`."""
+    """Read a dataset's samples and append its bad records to `rejected`; images that are made are written to `image_dir`."""
+    samples = _read_samples(dataset, image_dir, rejected)
+    if dataset.images == "blank":
+        return blank_images(samples, image_dir)
+    return shuffled_images(samples, dataset.seed) if dataset.images == "shuffled" else samples
+
+
+def _read_samples(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
     if dataset.format == "world":
         return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":

@@ -52,10 +52,9 @@ def run_study(study: Study, quiet: bool, report: Callable[[str], None]) -> None:
 
 def is_finished(config: Config) -> bool:
     """Return whether a run has been finished with these settings."""
-    directory = RunDirectory(config.run_path)
-    if not directory.summary_file.is_file():
+    if not (config.run_path / "summary.json").is_file():
         return False
-    stored = load_config(directory.config_file).replace(quiet=config.quiet)
+    stored = load_config(config.run_path / "config.yaml").replace(quiet=config.quiet)
     return stored.identity() == config.identity()
 
 
