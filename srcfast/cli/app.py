@@ -258,7 +258,7 @@ def calibrate(config: Config, profile: Profile = None) -> None:
 def study(
     file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="arms, seeds and settings of the study")],
     output: Annotated[
-        Path | None, typer.Option(help="directory for summary.json and tables.md; default: the study's")
+        Path | None, typer.Option(help="directory for summary.json, tables.md and index.html; default: the study's")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

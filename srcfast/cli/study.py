@@ -10,16 +10,17 @@ from rich.console import Console
 from srcfast import distributed
 from srcfast.cli.table import table
 from srcfast.data.jsonl import check_writable, write_json, write_text
+from srcfast.study.page import write_page
 from srcfast.study.results import arms_table, differences_table, markdown, summarise
 from srcfast.study.settings import read_study
 from srcfast.study.work_list import run_study
 
 
 def study(file: Path, output: Path | None, quiet: bool) -> None:
-    """Run what is unfinished of a study, then write `summary.json` and `tables.md` to `output`, by default its directory."""
+    """Run what is unfinished of a study, then write `summary.json`, tables and a page to `output`, by default its directory."""
     plan = read_study(file)
     directory = plan.settings.path if output is None else output
-    names = {name: directory / name for name in ("summary.json", "tables.md")}
+    names = {name: directory / name for name in ("summary.json", "tables.md", "index.html")}
     for path in names.values():
         check_writable(path, is_file=True)
     config = next(iter(plan.configs.values()))
@@ -37,8 +38,9 @@ def study(file: Path, output: Path | None, quiet: bool) -> None:
         markdown(tables[1]),
     ]
     write_text(names["tables.md"], "\n\n".join(text for text in texts if text) + "\n")
+    write_page(plan, summary, names["index.html"])
     if not quiet:
         for title, rows in zip(("% right / % aligned (95 % interval)", "points"), tables, strict=True):
             if rows:
                 table(title, rows, header=True)
-    print(f"results: {names['summary.json']}")
+    print(f"page: {names['index.html']}")

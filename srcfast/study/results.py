@@ -115,7 +115,7 @@ def interval(outcomes: Outcomes, resamples: int) -> list[float] | None:
 def _read_arm(study: Study, arm: str) -> ArmResults:
     """Read what an arm's model answered under each seed."""
     model = study.model(arm)
-    by_seed = [_read_predictions(study.configs[arm, seed], model) for seed in range(study.settings.seeds)]
+    by_seed = [read_predictions(study.configs[arm, seed], model) for seed in range(study.settings.seeds)]
     outcomes: dict[str, Outcomes] = {figure: {} for figure in FIGURES}
     for name in by_seed[0]:
         rows = [predictions[name] for predictions in by_seed]
@@ -136,7 +136,7 @@ def _read_arm(study: Study, arm: str) -> ArmResults:
     return ArmResults(outcomes, updates, seconds, tokens, sum(len(rows) for rows in by_seed[0].values()))
 
 
-def _read_predictions(config: Config, model: str) -> dict[str, list[dict[str, Any]]]:
+def read_predictions(config: Config, model: str) -> dict[str, list[dict[str, Any]]]:
     """Read a run's predictions by evaluation set."""
     directory = RunDirectory(config.run_path)
     predictions = {}
