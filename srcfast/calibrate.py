@@ -117,14 +117,16 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
         # Candidates of all sets first: the R-Scorer may have to take the policy's memory.
         searched = [search_candidates(stage, run.policy, samples, seed, dataset.label) for dataset, samples in sets]
         scorer, scorer_hash = run.load_scorer()
+        adaptive = AdaptivePairs.of(run.config.scorer) if run.config.scorer.finalists else None
         entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
         for (dataset, samples), files in zip(sets, searched, strict=True):
             groups = partial(run.artifacts.candidates_in, stage.checkpoint_dir, files)
             chunks = replace(stage.chunks(f"{dataset.label}-scores", scorer=scorer_hash), progress=quiet)
-            score_files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer)
+            score_files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer, adaptive)
             aligned = run.artifacts.aligned(previous, dataset.name, dataset.split, samples)
             labels = {"iteration": iteration, "dataset": dataset.name, "split": dataset.split}
-            entries.append(labels | measure_headroom(samples, aligned, groups(), score_files.rows()))
+            measured = measure_headroom(samples, aligned, groups(), score_files.rows())
+            entries.append(labels | measured | {"tokens": files.counts()["tokens"]})
         return {"entries": entries}
 
     total = sum(len(samples) for _, samples in sets)

@@ -158,9 +158,11 @@ def sample_flops(config: Config, stage: str, lengths: Lengths) -> float:
         count = _count(config, stage)
         return (items / count if items and count else section.epochs) * passes + _image_flops(model)
     if stage in DECODING:
-        rows = config.candidates.num_beams * config.candidates.proposals if stage == "candidates" else 1
+        search = config.candidates if stage == "candidates" else None
+        rows = 1 if search is None else search.width + search.plain_samples
+        prompts = 1 if search is None else 1 + math.ceil(search.plain_samples / search.width)
         attended = rows * attended_of(tree.num_tokens, lengths.response)
-        prompt = forward_flops(model.shapes, sizes.tokens, sizes.attended, 1, adapter) + _image_flops(model)
+        prompt = prompts * forward_flops(model.shapes, sizes.tokens, sizes.attended, 1, adapter) + _image_flops(model)
         return prompt + decode_flops(model.shapes, rows * lengths.response, attended, adapter)
     head_rows = 0 if stage == "scores" else sizes.head_rows
     return forward_flops(model.shapes, sizes.tokens, sizes.attended, head_rows, adapter) + _image_flops(model)

@@ -29,6 +29,8 @@ YOUNGER = (
     ("model", "backbone"),
     *((section, "updates") for section in ("rationale", "dpo", "scorer_training")),
     ("dpo", "preference_weight"),
+    ("scorer", "finalists"),
+    ("candidates", "plain_samples"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images")
 
@@ -106,8 +108,17 @@ class ScorerConfig(Section):
     adaptive_contenders: int = Field(2, ge=1, le=128)
     """With pairs `adaptive`: maximum number of candidates that may be best, and of those that may be worst"""
     adaptive_audit: float = Field(0.02, ge=0, le=1)
-    """With pairs `adaptive`: share of samples whose pairs are all compared as well, to report how often both agree; 0 = none.
-    Costs the full comparison of these samples"""
+    """With pairs `adaptive` or finalists: share of samples whose pairs are all compared as well, to report how often both agree;
+    0 = none. Costs the full comparison of these samples"""
+    finalists: int = Field(0, ge=0, le=128)
+    """Rate each candidate alone first, then compare only so many that are rated highest, and as many that are rated lowest; 0 =
+    no selection. For samples of many candidates; the measurement of headroom selects likewise"""
+
+    @model_validator(mode="after")
+    def _check_finalists(self) -> Self:
+        if self.finalists and self.pairs == "adaptive":
+            raise ValueError(f"finalists: expected 0 with pairs adaptive, found {self.finalists}")
+        return self
 
 
 class DatasetConfig(Section):
@@ -308,6 +319,9 @@ class CandidatesConfig(Section):
     diversity: float = Field(0.5, ge=0, le=1000)
     """What a full overlap of token bigrams with a better beam takes off a beam's score, in nats a token (with length_penalty 1);
     0 = nothing"""
+    plain_samples: int = Field(0, ge=0, le=1024)
+    """Responses of a sample that are sampled token by token beside the search, at its temperature and top_p; those of new texts
+    are further candidates. Time grows in proportion, memory doesn't"""
     batch_size: int = Field(8, ge=1, le=1 << 16)
     """Samples searched at once. Memory for keys and values grows in proportion"""
     cuda_graphs: bool = True

@@ -1,18 +1,21 @@
 """Sentence-level beam search: diverse rationale-answer candidates, extended sentence by sentence.
 
 Each live beam proposes continuations of one sentence by sampling; the selected ones go on until the end token. The prompt,
-image included, is run once a sample; a beam forks the cache of its continuation, never the prompt's.
+image included, is run once a search; a beam forks the cache of its continuation, never the prompt's.
+
+Beside the search, responses can be sampled token by token: what a search that keeps the likeliest beams never offers. They are
+decoded in the same batch, as tasks of at most as many rows as a search has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from srcfast.config.settings import CandidatesConfig
 from srcfast.generation.buffers import DecodingMemory
-from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
-from srcfast.generation.generate import Generated, most_tokens, random_of
+from srcfast.generation.decode import Features, Prompt, Sampling, Start, Task, Written, decode
+from srcfast.generation.generate import Generated, Responses, most_tokens, random_of
 from srcfast.models.protocols import VisionLanguageModel
 
 
@@ -90,30 +93,68 @@ def sentence_beam_search(
         memory: as for `decode`.
 
     Returns:
-        Up to `num_candidates` finished continuations a sample, distinct by their text, best score first; and the number
-        of tokens run.
+        A sample's candidates, all finished and distinct by their text: up to `num_candidates` of the search, best score first,
+        then up to `plain_samples` sampled ones, in the order of their draws; and the number of tokens run.
     """
-    searches = []
+    searches: list[Search] = []
+    sampled: list[list[Responses]] = []
     for prompt in prompts:
         most = most_tokens(model, prompt, settings.max_new_tokens)
         limited = settings if most == settings.max_new_tokens else settings.replace(max_new_tokens=most)
         searches.append(Search(prompt, limited, seed, model.end_tokens))
+        sampled.append(_plain_samples(prompt, limited, seed))
+    # Similar lengths together need less padding. One after the other, a sample's tasks share its encoded images.
     order = sorted(
-        searches, key=lambda search: len(search.prompt.token_ids)
-    )  # similar lengths together need less padding
+        zip(searches, sampled, strict=True), key=lambda tasks_of_sample: len(tasks_of_sample[0].prompt.token_ids)
+    )
+    tasks: list[Task] = []
+    for search, plain in order:
+        tasks += [search, *plain]
     tokens_run = decode(
         model,
-        order,
+        tasks,
         features,
         slots=slots,
         width=settings.width,
         limit=settings.max_new_tokens + settings.max_sentence_tokens,
         sampling=Sampling(settings.temperature, settings.top_p),
-        on_done=on_done,
+        on_done=None if on_done is None else _counting_samples(on_done, len(tasks) // max(1, len(prompts))),
         graphs=graphs,
         memory=memory,
     )
-    return [_choose(model, search, settings) for search in searches], tokens_run
+    candidates = [
+        _with_samples(model, _choose(model, search, settings), plain)
+        for search, plain in zip(searches, sampled, strict=True)
+    ]
+    return candidates, tokens_run
+
+
+def _plain_samples(prompt: Prompt, settings: CandidatesConfig, seed: int) -> list[Responses]:
+    """Return the tasks that sample a prompt's `plain_samples` responses; their random numbers are none of the search's."""
+    draws = random_of(seed, f"{prompt.key}/plain").random((settings.plain_samples, settings.max_new_tokens))
+    starts = range(0, settings.plain_samples, settings.width)
+    return [Responses(prompt, draws[start : start + settings.width]) for start in starts]
+
+
+def _counting_samples(on_done: Callable[[int, int], None], tasks_a_sample: int) -> Callable[[int, int], None]:
+    """Return an `on_done` that is called with tasks, and calls this one with samples."""
+    done = 0
+
+    def count(tasks: int, tokens: int) -> None:
+        nonlocal done
+        before, done = done, done + tasks
+        on_done(done // tasks_a_sample - before // tasks_a_sample, tokens)
+
+    return count
+
+
+def _with_samples(model: VisionLanguageModel, beams: list[Generated], tasks: Sequence[Responses]) -> list[Generated]:
+    """Append the sampled responses that have ended and whose texts are new."""
+    by_text = {model.decode(beam.token_ids): beam for beam in beams}
+    for response in (response for task in tasks for response in task.generated(model)):
+        if response.finished:
+            by_text.setdefault(model.decode(response.token_ids), replace(response, sampled=True))
+    return list(by_text.values())
 
 
 def _parents(search: Search, settings: CandidatesConfig) -> list[Beam]:

@@ -12,7 +12,7 @@ from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Features, Prompt, Sampling, Start, Written, decode
 from srcfast.models.protocols import VisionLanguageModel
 
-__all__ = ["Features", "Generated", "Prompt", "generate_greedy", "random_of", "sample_responses"]
+__all__ = ["Features", "Generated", "Prompt", "Responses", "generate_greedy", "random_of", "sample_responses"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Generated:
     token_ids: tuple[int, ...]
     logprob: float
     finished: bool  # it ends with the end token
+    sampled: bool = False  # token by token, beside a search
 
 
 def most_tokens(model: VisionLanguageModel, prompt: Prompt, wanted: int) -> int:
@@ -29,7 +30,7 @@ def most_tokens(model: VisionLanguageModel, prompt: Prompt, wanted: int) -> int:
     return min(wanted, model.decoder.config.max_positions - len(prompt.token_ids))
 
 
-class _Responses:
+class Responses:
     """A `Task` that writes some responses to one prompt side by side."""
 
     def __init__(self, prompt: Prompt, draws: np.ndarray, limit: int | None = None) -> None:
@@ -42,6 +43,10 @@ class _Responses:
 
     def ended(self, rows: Sequence[Written]) -> None:
         self.written = rows
+
+    def generated(self, model: VisionLanguageModel) -> list[Generated]:
+        """Return the responses once they are written."""
+        return [Generated(row.token_ids, row.logprob, row.token_ids[-1] in model.end_tokens) for row in self.written]
 
 
 def generate_greedy(
@@ -63,11 +68,11 @@ def generate_greedy(
         memory: as for `decode`.
     """
     tasks = [
-        _Responses(prompt, np.zeros((1, max_new_tokens)), most_tokens(model, prompt, max_new_tokens))
+        Responses(prompt, np.zeros((1, max_new_tokens)), most_tokens(model, prompt, max_new_tokens))
         for prompt in prompts
     ]
     _respond(model, tasks, features, batch_size, Sampling(temperature=0.0), on_batch, graphs, memory)
-    return [_generated(model, task)[0] for task in tasks]
+    return [task.generated(model)[0] for task in tasks]
 
 
 def sample_responses(
@@ -95,7 +100,7 @@ def sample_responses(
         memory: as for `decode`.
     """
     tasks = [
-        _Responses(
+        Responses(
             prompt,
             random_of(seed, prompt.key).random((count, max_new_tokens)),
             most_tokens(model, prompt, max_new_tokens),
@@ -103,12 +108,12 @@ def sample_responses(
         for prompt in prompts
     ]
     _respond(model, tasks, features, slots, Sampling(temperature, top_p), on_done, graphs, memory)
-    return [_generated(model, task) for task in tasks]
+    return [task.generated(model) for task in tasks]
 
 
 def _respond(
     model: VisionLanguageModel,
-    tasks: Sequence[_Responses],
+    tasks: Sequence[Responses],
     features: Features,
     slots: int,
     sampling: Sampling,
@@ -130,10 +135,6 @@ def _respond(
         graphs=graphs,
         memory=memory,
     )
-
-
-def _generated(model: VisionLanguageModel, task: _Responses) -> list[Generated]:
-    return [Generated(row.token_ids, row.logprob, row.token_ids[-1] in model.end_tokens) for row in task.written]
 
 
 def random_of(seed: int, key: str) -> np.random.Generator:

@@ -116,12 +116,13 @@ def _read_shapes(path: str, backbone: str, stamp: tuple[tuple[str, int, int], ..
 def typical_tree(config: Config, stage: str, lengths: Lengths) -> Tree:
     """Return a sample's tree in a stage, with segments of typical lengths; in decoding it is the prompt alone."""
     if stage == "scores":
-        count = config.candidates.num_candidates
+        count = config.candidates.num_candidates + config.candidates.plain_samples
+        contenders = min(count, 2 * config.scorer.finalists or count)
         segments = [_segment(2 * lengths.text)]  # the question, and what to judge by
-        for _ in range(count):
+        for number in range(count):
             segments.append(_segment(lengths.response, 0))
-            # Against each other candidate, and against none.
-            seconds = count if config.scorer.mode == "pairwise" else 1
+            # Against each other contender, and against none.
+            seconds = contenders if config.scorer.mode == "pairwise" and number < contenders else 1
             segments += [_segment(lengths.response, len(segments) - 1)] * seconds
         return Tree(tuple(segments))
     vision = policy_sizes(config).vision
@@ -189,7 +190,9 @@ def forecast_stage(
     trees = section.token_budget // single.tokens
     if stage in TRAINING:
         trees = min(section.micro_batch_size, trees)
-    forest = forest or single.times(max(1, trees) if token_budget is None else token_budget / single.tokens)
+    # The comparisons of a sample may be cut into several trees; no other stage cuts one.
+    least = min(1.0, section.token_budget / single.tokens) if stage == "scores" else 1.0
+    forest = forest or single.times(max(least, trees) if token_budget is None else token_budget / single.tokens)
     if stage == "preferences":
         return forecast_forward(model, forest, memory=memory, images=images, stage=stage)
     if stage == "scores":

@@ -26,8 +26,16 @@ RATES = {
     "mean_confidence": "mean confidence of comparisons",
     "mean_kept_confidence": "mean confidence of selected pairs",
     "length_correlation": "correlation of score and length",
+    "candidate_tokens": "tokens of the candidates",
+    "comparisons": "comparisons by the R-Scorer",
 }
-RATE_FORMATS = {"mean_confidence": ".2f", "mean_kept_confidence": ".2f", "length_correlation": "+.2f"}
+RATE_FORMATS = {
+    "mean_confidence": ".2f",
+    "mean_kept_confidence": ".2f",
+    "length_correlation": "+.2f",
+    "candidate_tokens": ",",
+    "comparisons": ",",
+}
 ADAPTIVE = {
     "pairs_share": "share of all comparisons that were run",
     "tokens_share": "share of all comparisons' tokens that were run",
@@ -238,7 +246,7 @@ def rates(run: RunFiles) -> list[tuple[str, list[str]]]:
 def _rate(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    # Shares are shown in percent; confidences and correlations are not.
+    # Shares are shown in percent; confidences, correlations and counts are not.
     return format(value, RATE_FORMATS[key]) if key in RATE_FORMATS else f"{percent(value)} %"
 
 

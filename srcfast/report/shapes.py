@@ -89,6 +89,8 @@ class Funnel(Shape):
     mean_confidence: Measure = None
     mean_kept_confidence: Measure = None
     length_correlation: Measure = None
+    candidate_tokens: Count | None = None
+    comparisons: Count | None = None
     score_histogram: Histogram | None = None
     confidence_histogram: Histogram | None = None
 

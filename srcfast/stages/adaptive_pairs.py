@@ -5,10 +5,13 @@ case. Candidates whose rating is within a margin of the highest may be the best,
 nearest few of each are the contenders. The second round compares the contenders with each other in both orders; the other
 candidates are not compared (score 1/2, confidence 0). The second round runs the tree again, so the saving is counted in
 tokens. A share of the samples is compared in full as well, to measure what two rounds miss.
+
+`scorer.finalists` sets the number of contenders on each side, however far their ratings are apart.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +27,7 @@ SAME_SCORE = 1e-6  # candidates whose full scores are this near are equally good
 
 @dataclass
 class AdaptivePairs:
-    """Settings (`scorer.adaptive_*`), and counts of the comparisons."""
+    """Settings (`scorer.adaptive_*`, `scorer.finalists`), and counts of the comparisons."""
 
     settings: ScorerConfig
     counts: Counter[str] = field(default_factory=Counter, repr=False)
@@ -32,7 +35,17 @@ class AdaptivePairs:
     @classmethod
     def of(cls, settings: ScorerConfig) -> AdaptivePairs | None:
         """Make one from the settings; None where they say to compare all pairs."""
-        return cls(settings) if settings.pairs == "adaptive" else None
+        return cls(settings) if settings.pairs == "adaptive" or settings.finalists else None
+
+    @property
+    def contenders(self) -> int:
+        """Maximum number of candidates that may be best, and of those that may be worst."""
+        return self.settings.finalists or self.settings.adaptive_contenders
+
+    @property
+    def margin(self) -> float:
+        """How far a contender's rating may be from the highest (lowest)."""
+        return math.inf if self.settings.finalists else self.settings.adaptive_margin
 
     def is_audited(self, sample_id: str) -> bool:
         """Return whether the sample is compared in full as well; the id alone decides, whatever the other samples are."""
@@ -40,17 +53,13 @@ class AdaptivePairs:
 
     def is_short(self, num_candidates: int) -> bool:
         """Return whether two rounds have fewer pairs than the tournament; if not, the tournament is run at once."""
-        return num_candidates > 2 * self.settings.adaptive_contenders
+        return num_candidates > 2 * self.contenders
 
     def pairs(self, ratings: np.ndarray) -> list[tuple[int, int]]:
         """Return the ordered pairs of the second round, from the ratings [n]; the index breaks ties."""
         order = np.argsort(-ratings, kind="stable").tolist()
-        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.settings.adaptive_margin][
-            : self.settings.adaptive_contenders
-        ]
-        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.settings.adaptive_margin][
-            : self.settings.adaptive_contenders
-        ]
+        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.margin][: self.contenders]
+        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.margin][: self.contenders]
         chosen = sorted({*best, *worst})
         return [(i, j) for i in chosen for j in chosen if i != j]
 

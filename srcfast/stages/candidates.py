@@ -61,7 +61,7 @@ def generate_candidates(
     graphs: bool = True,
     memory: DecodingMemory | None = None,
 ) -> list[list[Candidate]]:
-    """Generate up to `settings.num_candidates` distinct candidates a sample, best score of the search first.
+    """Generate up to `settings.num_candidates` distinct candidates a sample, best score of the search first, then plain samples.
 
     Args:
         model: an LVLM.
@@ -74,18 +74,45 @@ def generate_candidates(
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: a `decoding_memory` of the stage; default: one for this call.
     """
+    return _generate(
+        model,
+        samples,
+        settings,
+        features=features,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+        graphs=graphs,
+        memory=memory,
+    )[0]
+
+
+def _generate(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    settings: CandidatesConfig,
+    *,
+    features: Features,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None,
+    graphs: bool,
+    memory: DecodingMemory | None,
+) -> tuple[list[list[Candidate]], int]:
+    """Do the work of `generate_candidates`; return the number of tokens run, too, of prompts and of all rows."""
     prompts = prompts_of(model, samples)
     on_done = None if progress is None else progress.advance
     with folded_lora(model):
-        generated, _ = sentence_beam_search(
+        generated, tokens_run = sentence_beam_search(
             model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs, memory=memory
         )
     # A response that ends before its first word is none to compare with others.
     worded = ([one for one in responses if model.decode(one.token_ids)] for responses in generated)
-    return [
+    groups = [
         [_candidate(model, sample, number, response) for number, response in enumerate(responses)]
         for sample, responses in zip(samples, worded, strict=True)
     ]
+    return groups, tokens_run
 
 
 def _candidate(model: VisionLanguageModel, sample: Sample, number: int, generated: Generated) -> Candidate:
@@ -100,6 +127,7 @@ def _candidate(model: VisionLanguageModel, sample: Sample, number: int, generate
         answer=parsed.answer or "",
         logprob=generated.logprob,
         token_ids=generated.token_ids,
+        extra={"sampled": True} if generated.sampled else {},
     )
 
 
@@ -146,11 +174,11 @@ def candidates_in_chunks(
     features: ImageFeatures,
     seed: int,
 ) -> ChunkFiles:
-    """Run `generate_candidates` chunk by chunk; the rows are the candidates' JSON."""
+    """Run `generate_candidates` chunk by chunk; the rows are the candidates' JSON, and `tokens` counts the tokens run."""
 
     def work(chunk: Sequence[Sample]) -> ChunkResult:
         features.clear()  # nothing may carry over from one chunk to the next
-        groups = generate_candidates(
+        groups, tokens_run = _generate(
             model,
             chunk,
             settings,
@@ -161,7 +189,7 @@ def candidates_in_chunks(
             graphs=settings.cuda_graphs,
             memory=memory,
         )
-        return [candidate.to_json() for group in groups for candidate in group], {}
+        return [candidate.to_json() for group in groups for candidate in group], {"tokens": tokens_run}
 
     with decoding_memory(model) as memory:
         files = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))

@@ -91,19 +91,21 @@ def curate(
         fits: whether a training has room for a pair; others are dropped as "does_not_fit".
 
     Returns:
-        The preferences, and the funnel: counts of samples and of pairs in order, `dropped` by reason, and the
-        rates and histograms that show whether the R-Scorer can be trusted. Rates without data are None.
+        The preferences, and the funnel: counts of samples and of pairs in order, `dropped` by reason, the rates and histograms
+        that show whether the R-Scorer can be trusted (None without data), and what it all took: the tokens of the candidates,
+        and the R-Scorer's comparisons.
 
     Raises:
         InputError: a score row names other candidates than the sample has, or lacks the ratings that the settings need.
     """
     rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
-    statistics, funnel = ScorerStatistics(), Funnel()
+    statistics, funnel, candidate_tokens = ScorerStatistics(), Funnel(), 0
     preferences: list[Preference] = []
     for sample in samples:
         sample_candidates = list(candidates.get(sample.id) or ())
         row = rows.get(sample.id)
         _check_row(sample, sample_candidates, row, settings)
+        candidate_tokens += sum(len(candidate.token_ids) for candidate in sample_candidates)
         if row is not None:
             statistics.add(row, sample_candidates)
         for pair in _sample_pairs(sample, sample_candidates, row, settings, seed, funnel):
@@ -112,7 +114,8 @@ def curate(
             else:
                 funnel.dropped["does_not_fit"] += 1
     funnel.passed["kept"] = len(preferences)
-    return preferences, funnel.to_json() | _pair_statistics(preferences) | statistics.result()
+    compute = {"candidate_tokens": candidate_tokens, "comparisons": int(statistics.verdicts)}
+    return preferences, funnel.to_json() | _pair_statistics(preferences) | statistics.result() | compute
 
 
 def _sample_pairs(

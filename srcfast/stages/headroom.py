@@ -45,10 +45,11 @@ def measure_headroom(
         score_rows: the R-Scorer's rows of those candidates, read likewise.
 
     Returns:
-        n, n_candidates (mean), and the shares pass_at_1, pass_at_n, best_of_n, scorer_oracle_agreement (None without a pair).
+        n, n_candidates (mean), and the shares pass_at_1, pass_at_n, best_of_n, scorer_oracle_agreement (None without a pair); and
+        comparisons, the number of the R-Scorer's verdicts on ordered pairs, or on candidates alone where it compares none.
     """
     rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
-    proposed = any_aligned = best_aligned = agreed = compared = 0
+    proposed = any_aligned = best_aligned = agreed = compared = comparisons = 0
     for sample in samples:
         group, row = candidates.get(sample.id) or (), rows.get(sample.id)
         good = [aligned(sample, candidate.text) for candidate in group]
@@ -57,10 +58,17 @@ def measure_headroom(
         if row is None:
             continue
         best_aligned += good[int(np.argmax(row["scores"]))]
-        wins = row["win_probability"]
+        comparisons += row["verdicts"]
+        wins, raw = row["win_probability"], np.array(row["raw"])
+        # Of two that were not compared both entries of `raw` are exactly 1/2; a rating of each alone, [n], compares all.
+        known = np.ones((len(good), len(good)), dtype=bool) if raw.ndim == 1 else (raw != 0.5) | (raw.T != 0.5)
         # One verdict for each aligned candidate i and unaligned candidate j.
         verdicts = [
-            wins[i][j] > 0.5 for i, first in enumerate(good) if first for j, second in enumerate(good) if not second
+            wins[i][j] > 0.5
+            for i, first in enumerate(good)
+            if first
+            for j, second in enumerate(good)
+            if not second and known[i, j]
         ]
         agreed += sum(verdicts)
         compared += len(verdicts)
@@ -72,6 +80,7 @@ def measure_headroom(
         "pass_at_n": any_aligned / n,
         "best_of_n": best_aligned / n,
         "scorer_oracle_agreement": agreed / compared if compared else None,
+        "comparisons": comparisons,
     }
 
 

@@ -122,7 +122,7 @@ def candidates_of(size: int) -> Iterator[tuple[str, list[Candidate]]]:
 
 def score_rows(size: int) -> Iterator[dict[str, Any]]:
     for number in range(size):
-        filler = {"raw": [0.5] * (A_RESPONSE // 8)}
+        filler = {"raw": [0.5] * (A_RESPONSE // 8), "verdicts": 2}
         wins = [[0.5, 0.6], [0.4, 0.5]]
         yield {"sample_id": f"s{number}", "scores": [0.6, 0.4], "win_probability": wins, **filler}
 

@@ -93,6 +93,11 @@ def test_decoding_s_flops_are_those_of_the_prompt_and_of_each_row() -> None:
         expected = forward(prompt, prompt * (prompt + 1) / 2, 1) + image_flops(config)
         expected += forward(7 * rows, rows * (7 * prompt + 28), 7 * rows)
         assert sample_flops(config, stage, lengths) == pytest.approx(expected)
+    # Nine plain samples: in tasks of six rows, and of three, which run the prompt again.
+    expected = 3 * forward(prompt, prompt * (prompt + 1) / 2, 1) + image_flops(config)
+    expected += forward(7 * 15, 15 * (7 * prompt + 28), 7 * 15)
+    sampled = Config(candidates={"num_beams": 3, "proposals": 2, "plain_samples": 9})
+    assert sample_flops(sampled, "candidates", lengths) == pytest.approx(expected)
 
 
 def test_a_summary_s_bytes_add_up() -> None:

@@ -475,6 +475,14 @@ def test_settings_of_old_runs_are_the_same_identity() -> None:
 
 # Of each section whose settings are part of what names unfinished work, those of version 0.1.
 OF_VERSION_0_1 = {
+    "scorer": ("path verdict mode token_budget dtype pairs adaptive_margin adaptive_contenders adaptive_audit"),
+    "candidates": (
+        "samples num_candidates num_beams proposals temperature top_p max_sentences max_sentence_tokens max_new_tokens "
+        "length_penalty diversity batch_size cuda_graphs"
+    ),
+    "curation": (
+        "pairs_per_sample pair_choice min_margin min_confidence min_rating max_length_ratio weighting pairing"
+    ),
     "dpo": (
         "epochs micro_batch_size gradient_accumulation_steps token_budget learning_rate warmup_ratio weight_decay "
         "max_grad_norm min_learning_rate_ratio optimizer activation_checkpointing loader_workers beta loss_type "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from srcfast.config.settings import CandidatesConfig
 from srcfast.data.records import Candidate, Sample
 from srcfast.generation.beam_search import Beam, Search, _choose, _diverse, bigram_overlap, sentence_beam_search
 from srcfast.generation.decode import Prompt, Start, Written
-from srcfast.generation.generate import Generated, generate_greedy, random_of
+from srcfast.generation.generate import Generated, generate_greedy, random_of, sample_responses
 from srcfast.generation.sentences import sentence_ended
 from srcfast.stages import candidates as candidate_stage
 from srcfast.stages.candidates import diversity, generate_candidates
@@ -108,6 +109,32 @@ def test_the_search_is_its_definition(exact: SmallLVLM) -> None:
         assert len(own) == min(len({exact.model.decode(tokens) for tokens in known}), settings.num_candidates)
         for one in own:
             assert one.logprob == pytest.approx(known[one.token_ids], abs=1e-9)  # fp64
+
+
+@pytest.mark.parametrize("plain", [4, 6, 15])  # in rows that a search has: fewer, as many, and three times
+def test_plain_samples_stand_behind_the_beams_and_are_those_that_sampling_alone_gives(
+    exact: SmallLVLM, plain: int
+) -> None:
+    settings = SETTINGS.replace(plain_samples=plain, temperature=1.3, top_p=0.95)
+    prompts = exact.prompts()
+    beams = search(exact, settings.replace(plain_samples=0), seed=6)
+    named = [replace(prompt, key=f"{prompt.key}/plain") for prompt in prompts]
+    options = {"count": plain, "max_new_tokens": settings.max_new_tokens, "temperature": 1.3, "top_p": 0.95}
+    sampled = sample_responses(exact.model, named, exact.features, seed=6, **options)
+    new = 0
+    for own, first, others in zip(search(exact, settings, seed=6, slots=3), beams, sampled, strict=True):
+        expected, texts = list(first), {exact.model.decode(one.token_ids) for one in first}
+        for one in others:
+            text = exact.model.decode(one.token_ids)
+            if one.token_ids[-1] == exact.model.end_token_id and text not in texts:
+                texts.add(text)
+                expected.append(one)
+        assert [one.token_ids for one in own] == [one.token_ids for one in expected]
+        assert [one.sampled for one in own] == [False] * len(first) + [True] * (len(expected) - len(first))
+        for one, other in zip(own, expected, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-9)  # fp64
+        new += len(own) - len(first)
+    assert new > len(prompts)
 
 
 def test_the_seed_decides(exact: SmallLVLM) -> None:
@@ -241,7 +268,10 @@ def samples(tmp_path: Path) -> list[Sample]:
     return made
 
 
-def test_the_stage_keeps_the_samples_order_whatever_the_batches(exact: SmallLVLM, samples: list[Sample]) -> None:
+@pytest.mark.parametrize("plain", [0, 9])
+def test_the_stage_keeps_the_samples_order_whatever_the_batches(
+    exact: SmallLVLM, samples: list[Sample], plain: int
+) -> None:
     from srcfast.models import ImageFeatures
     from srcfast.stages.prompts import image_keys
 
@@ -254,7 +284,7 @@ def test_the_stage_keeps_the_samples_order_whatever_the_batches(exact: SmallLVLM
             generate_candidates(
                 exact.model,
                 samples,
-                SETTINGS,
+                SETTINGS.replace(plain_samples=plain),
                 features=features,
                 seed=3,
                 batch_size=batch_size,
@@ -267,6 +297,8 @@ def test_the_stage_keeps_the_samples_order_whatever_the_batches(exact: SmallLVLM
         for number, candidate in enumerate(one):
             assert candidate.id == f"{sample.id}#{number}" and candidate.sample_id == sample.id
             assert candidate.text == exact.model.decode(candidate.token_ids)
+            assert candidate.extra in ({}, {"sampled": True})
+    assert any(candidate.extra for own in found[0] for candidate in own) == (plain > 0)
     assert torch.is_grad_enabled()
 
 

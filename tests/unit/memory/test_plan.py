@@ -37,6 +37,22 @@ def test_a_judged_tree_has_each_candidate_against_all_others_and_against_none() 
     assert shape(alone) == [(20, -1), (7, 0), (7, 1), (7, 0), (7, 3), (7, 0), (7, 5)]
 
 
+def test_plain_samples_are_judged_too_and_finalists_alone_against_each_other() -> None:
+    settings = config(candidates={"num_candidates": 2, "plain_samples": 1}, scorer={"finalists": 1})
+    tree = typical_tree(settings, "scores", Lengths(text=10, response=7))
+    assert shape(tree) == [(20, -1), *[(7, 0), (7, 1), (7, 1)], *[(7, 0), (7, 4), (7, 4)], (7, 0), (7, 7)]
+
+
+def test_comparisons_that_exceed_the_budget_are_forecast_in_trees_that_fit() -> None:
+    few, many = (config(candidates={"num_candidates": 8, "plain_samples": plain}) for plain in (0, 56))
+    budget = few.scorer.token_budget
+    assert (
+        typical_tree(few, "scores", Lengths()).num_tokens < budget < typical_tree(many, "scores", Lengths()).num_tokens
+    )
+    forecasts = [forecast_stage(one, "scores", memory=1e12) for one in (few, many)]
+    assert forecasts[1].peak < 1.5 * forecasts[0].peak
+
+
 @pytest.mark.parametrize(
     ("stage", "leaves"),
     [("rationale", 1), ("preferences", 2), ("dpo", 2), ("candidates", 0), ("evaluation", 0)],

@@ -28,6 +28,23 @@ def test_the_near_best_and_the_near_worst_are_compared_with_each_other_in_both_o
     assert AdaptivePairs(ScorerConfig(adaptive_margin=1.0, adaptive_contenders=1)).pairs(ratings) == [(1, 2), (2, 1)]
 
 
+def test_finalists_are_as_many_of_the_highest_and_of_the_lowest_however_far_apart():
+    ratings = np.array([0.5, 0.9, 0.1, 0.55, 0.6, 0.3, 0.12])
+    pairs = AdaptivePairs(ScorerConfig(finalists=2, adaptive_margin=0.0)).pairs(ratings)
+    assert pairs == [(i, j) for i in (1, 2, 4, 6) for j in (1, 2, 4, 6) if i != j]
+    assert [AdaptivePairs(ScorerConfig(finalists=2)).is_short(n) for n in (4, 5)] == [False, True]
+
+
+def test_of_many_candidates_the_finalists_alone_are_compared(scorer):
+    samples, groups = world(34, [9, 4])
+    adaptive = AdaptivePairs.of(load_config(None, ["scorer.finalists=2", "scorer.adaptive_audit=0"]).scorer)
+    rows = score_candidates(scorer, samples, groups, 100_000, adaptive=adaptive)
+    by_rating = np.argsort(rows[0]["alone"], kind="stable").tolist()
+    compared = np.array(rows[0]["raw"]) != 0.5
+    assert sorted({*by_rating[:2], *by_rating[-2:]}) == np.flatnonzero(compared.any(0)).tolist()
+    assert [row["verdicts"] for row in rows] == [4 * 3, 4 * 3]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     ratings=st.lists(st.floats(0, 1, allow_subnormal=False), min_size=3, max_size=9),

@@ -87,7 +87,13 @@ def test_headroom_is_the_share_of_samples_whose_candidates_or_first_ranked_one_a
         (n, [Candidate(f"{n}/{k}", n, t, "", "", -1.0) for k, t in enumerate(o)]) for n, o in texts.items() if o
     )
     scored = (
-        {"sample_id": name, "scores": scores.tolist(), "win_probability": wins.tolist()}
+        {
+            "sample_id": name,
+            "scores": scores.tolist(),
+            "win_probability": wins.tolist(),
+            "raw": wins.tolist(),
+            "verdicts": 3,
+        }
         for name, (scores, wins) in rows.items()
     )
     entry = measure_headroom(chosen, greedy, InOrder(candidates), scored)
@@ -98,6 +104,7 @@ def test_headroom_is_the_share_of_samples_whose_candidates_or_first_ranked_one_a
     assert entry["n_candidates"] == np.mean([len(own) for own in texts.values()])
     verdicts = np.concatenate([wins[np.ix_(good[name], ~good[name])].ravel() > 0.5 for name, (_, wins) in rows.items()])
     assert entry["scorer_oracle_agreement"] == verdicts.mean() and 0 < len(verdicts)
+    assert entry["comparisons"] == 3 * len(rows)
 
 
 def test_what_is_recovered_is_a_share_of_the_gap() -> None:
@@ -198,7 +205,8 @@ def test_figures_of_rationales_are_shares_of_the_verified_samples_alone(samples:
 
 
 def test_headroom_of_literal_candidates(samples: list[Sample]) -> None:
-    """A win probability of 1/2 agrees with nobody; of equal scores the first counts; a sample without a row has no pick."""
+    """A win probability of 1/2 agrees with nobody, unless it stands for no comparison; of equal scores the first counts; a
+    sample without a row has no pick."""
     texts = {sample.id: text for sample, text in build_raps(samples, "tagged")[0]}
     bad = "<see> There is a red circle. There is no object. </see> <answer> red </answer>"
     groups = {  # (good?, score) of each candidate
@@ -207,13 +215,16 @@ def test_headroom_of_literal_candidates(samples: list[Sample]) -> None:
         2: [(True, 0.3), (False, 0.7), (False, 0.3)],
         3: [(False, 0.4)],
         4: [(True, 0.6)],  # without a row
+        5: [(True, 0.6), (False, 0.5), (False, 0.4)],
     }
     wins = {
         0: [[0.5, 0.8], [0.2, 0.5]],  # agrees
         1: [[0.5, 0.5], [0.5, 0.5]],  # neutral
         2: [[0.5, 0.1, 0.51], [0.9, 0.5, 0.5], [0.49, 0.5, 0.5]],  # disagrees, agrees
         3: [[0.5]],
+        5: [[0.5, 0.5, 0.9], [0.5, 0.5, 0.5], [0.1, 0.5, 0.5]],  # agrees; the second one was compared with none
     }
+    raw = wins | {1: [[0.5, 0.7], [0.7, 0.5]]}  # the second in either order: neutral
     chosen = samples[:6]
     candidates = {
         chosen[k].id: [
@@ -222,21 +233,38 @@ def test_headroom_of_literal_candidates(samples: list[Sample]) -> None:
         ]
         for k, group in groups.items()
     }
-    assert [aligned(chosen[k], candidates[chosen[k].id][0].text) for k in groups] == [True, False, True, False, True]
+    assert [aligned(chosen[k], candidates[chosen[k].id][0].text) for k in groups] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     rows = [
-        {"sample_id": chosen[k].id, "scores": [score for _, score in groups[k]], "win_probability": wins[k]}
+        {
+            "sample_id": chosen[k].id,
+            "scores": [score for _, score in groups[k]],
+            "win_probability": wins[k],
+            "raw": raw[k],
+            "verdicts": 2,
+        }
         for k in wins
     ]
     entry = measure_headroom(chosen, [True, False, False, False, True, False], candidates, rows)
     assert entry == {
         "n": 6,
-        "n_candidates": 9 / 6,
+        "n_candidates": 12 / 6,
         "pass_at_1": 2 / 6,
-        "pass_at_n": 4 / 6,
-        "best_of_n": 1 / 6,
-        "scorer_oracle_agreement": 2 / 4,
+        "pass_at_n": 5 / 6,
+        "best_of_n": 2 / 6,
+        "scorer_oracle_agreement": 3 / 5,
+        "comparisons": 10,
     }
-    assert measure_headroom(chosen, [False] * 6, candidates, rows[3:])["scorer_oracle_agreement"] is None
+    assert measure_headroom(chosen, [False] * 6, candidates, rows[3:4])["scorer_oracle_agreement"] is None
+    rated = [{**row, "raw": row["scores"]} for row in rows]  # each alone: no pair is left out
+    entry = measure_headroom(chosen, [False] * 6, candidates, rated)
+    assert entry["scorer_oracle_agreement"] == 3 / 6
 
 
 def test_figures_by_ability_and_by_kind_of_claim_are_counted_one_by_one(samples: list[Sample]) -> None:
