@@ -22,7 +22,6 @@ from srcfast.cli.inputs import (
     read_all,
     read_candidates,
     read_preference_file,
-    read_vocabulary,
     rejected_records,
     require_option,
 )
@@ -41,7 +40,7 @@ from srcfast.run.progress import track
 from srcfast.stages import fitting
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import search_candidates
-from srcfast.stages.datasets import draw, read_evaluation_sets
+from srcfast.stages.datasets import draw, read_evaluation_sets, read_vocabulary
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from srcfast.config.load import known_settings, load_config
 from srcfast.config.settings import Config, DatasetConfig
-from srcfast.config.yaml import dump_yaml, read_yaml
+from srcfast.config.yaml import dump_yaml
 from srcfast.data.containers import is_table
 from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import COMPLETE, check_writable, read_shards, write_jsonl
@@ -186,7 +186,7 @@ def read_all(config: Config, source: Source, use: str, rejected: list[dict[str, 
     Raises:
         InputError: two samples share an id, or too many records were rejected, or none is good.
     """
-    return read_training_samples(datasets(config, source, use), config, Path(config.output) / "images", rejected)
+    return read_training_samples(datasets(config, source, use), config, Path(config.output) / "images", rejected, use)
 
 
 @contextmanager
@@ -275,24 +275,3 @@ def read_candidates(directory: Path | None) -> InOrder[list[Candidate]]:
     """Read the candidates of each sample from the shards in a directory, in their order."""
     shards = require_option(directory, "--candidates", "the folder that `srcfast candidates` wrote")
     return samples_in_order(Candidate.from_json(row, file=file, line=line) for file, line, row in read_shards(shards))
-
-
-def read_vocabulary(path: str | None) -> dict[str, Sequence[str]]:
-    """Read classes of interchangeable words from YAML; None: the embedded world's.
-
-    Raises:
-        ConfigError: the file is not a mapping from class to a list of at least two words.
-    """
-    if path is None:
-        from srcfast.world.claims import VOCABULARY
-
-        return dict(VOCABULARY)
-    try:
-        classes = read_yaml(Path(path), {})
-    except ConfigError as error:
-        raise ConfigError(f"scorer_training.vocabulary: {error}") from error
-    lists = [words for words in classes.values() if isinstance(words, list) and len(words) > 1]
-    if not classes or len(lists) < len(classes) or any(type(word) not in (str, int) for word in sum(lists, [])):
-        fix = "Fix: quote words such as 'true' and '1.50'"
-        raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}. {fix}")
-    return {str(name): tuple(str(word) for word in words) for name, words in classes.items()}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from srcfast.data.file_names import as_stored, check_file_name
+from srcfast.data.records import ReferenceQuality
 from srcfast.units import parse_bytes
 
 Preset = Literal["12GiB", "16GiB", "24GiB", "48GiB", "80GiB"]
@@ -31,8 +32,10 @@ YOUNGER = (
     ("dpo", "preference_weight"),
     ("scorer", "finalists"),
     ("candidates", "plain_samples"),
+    ("scorer", "reference"),
+    ("scorer_training", "qualities"),
 )
-YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images")
+YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 
 
 class Section(BaseModel):
@@ -91,6 +94,10 @@ class ScorerConfig(Section):
     """R-Scorer: checkpoint directory of a text LLM, or `embedded`"""
     verdict: Literal["choice", "graded"] = "choice"
     """What the R-Scorer answers: `choice`: first, tie or second; `graded`: a grade from 1 to 5"""
+    reference: ReferenceQuality = "complete"
+    """What the R-Scorer is told of its references: they are `complete`, `noisy` (a detail may be wrong), `partial` (details are
+    missing), or the `answer` alone. For an R-Scorer that was trained with `scorer_training.qualities`; a calibration that stands
+    beside the R-Scorer is applied by it"""
     mode: Literal["pairwise", "independent"] = "pairwise"
     """`pairwise`: compare all ordered pairs of a sample's candidates; `independent`: rate each candidate alone, cheaper, a
     baseline"""
@@ -148,6 +155,9 @@ class DatasetConfig(Section):
     images: Literal["given", "shuffled", "blank"] = "given"
     """`shuffled`: each sample with another one's images; `blank`: plain gray ones. Of an evaluation set, these controls show what
     a model answers without seeing"""
+    reference: ReferenceQuality = "complete"
+    """What of a sample's facts, or else of its rationale, the R-Scorer sees: `complete`: all; `noisy`: one word or number is
+    wrong; `partial`: half is left out; `answer`: all but the answer is. For studies of judging; stage 1 and the oracle see all"""
     use: tuple[Literal["rationale", "calibration"], ...] = ("rationale", "calibration")
     """For a training dataset: `rationale`: stage 1 trains on it; `calibration`: stages 2 to 4 draw their samples from it"""
 
@@ -411,6 +421,8 @@ class ScorerTrainingConfig(TrainingConfig):
     """Maximum number of candidates of an example: the true rationale and its corruptions"""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the samples that are not trained on, and on which accuracy is measured"""
+    qualities: tuple[ReferenceQuality, ...] = Field(("complete",), min_length=1)
+    """Qualities of the examples' references, which the R-Scorer is told: each example has one of them, drawn evenly"""
     vocabulary: str | None = None
     """YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the embedded world's
     words"""
@@ -526,7 +538,7 @@ class Config(Section):
         """
         values = self.model_dump(mode="json")
         for section, name in YOUNGER:
-            if values[section][name] == getattr(type(getattr(self, section))(), name):
+            if getattr(getattr(self, section), name) == getattr(type(getattr(self, section))(), name):
                 del values[section][name]
         for dataset in (*values["data"]["train"], *values["data"]["evaluation"]):
             for name in YOUNGER_OF_DATASETS:

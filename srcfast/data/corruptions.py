@@ -65,6 +65,12 @@ def swap_word(sentence: str, rng: Random, vocabulary: Vocabulary) -> str | None:
     return words.swap(sentence, rng.choice(matches), rng)[0] if matches else None
 
 
+def swap_one(sentences: tuple[str, ...], rng: Random, vocabulary: Vocabulary) -> tuple[str, ...] | None:
+    """Replace one word of one sentence, so that the new sentence is none of the others; None: no word can be replaced."""
+    swapped = _swap_one(sentences, rng, _Words.of(vocabulary))
+    return None if swapped is None else swapped[0]
+
+
 class _Words:
     """A compiled vocabulary: a pattern that matches its words, and the alternatives of each word."""
 

@@ -90,6 +90,11 @@ def tagged_rationale(see: Sequence[str], think: Sequence[str]) -> str:
     return " ".join(("<see>", *see, "</see>", *reasoning))
 
 
+def untagged_sentences(rationale: str) -> list[str]:
+    """Split a rationale into its sentences, without tags."""
+    return split_sentences(_ANY_TAG.sub("\n", rationale))
+
+
 def parse_response(text: str) -> ParsedResponse:
     """Parse a tagged, plain or bare response in time linear in its length; never raises.
 

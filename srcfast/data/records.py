@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from srcfast.data.turns import (
     ASSISTANT,
@@ -24,6 +24,9 @@ from srcfast.data.turns import (
 )
 from srcfast.errors import InputError
 
+ReferenceQuality = Literal[
+    "complete", "noisy", "partial", "answer"
+]  # how far facts or rationale of a sample can be trusted
 LOGPROB_ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.prefixes import share_prefixes
+from srcfast.data.records import ReferenceQuality
 from srcfast.errors import InputError
 from srcfast.models.chat import chat_text, user_turn
 from srcfast.models.embedded import checkpoint_directory
@@ -43,6 +44,13 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (("A", "C", "B"), "A for the first, B for the second, C for a tie"),
     ),
     "graded": ((("1", "2", "3", "4", "5"), "1 (the first is far better) to 5 (the second is), 3 for a tie"),),
+}
+# What the judge is told of the reference that follows.
+_NOTICES: dict[str, str] = {
+    "complete": "",
+    "noisy": "A detail of the reference may be wrong.\n",
+    "partial": "Details are missing from the reference.\n",
+    "answer": "The reference is the answer alone.\n",
 }
 _INSTRUCTION = "Which response has the better rationale and answer? Reply {}.\n"  # chat models need one
 NOTHING = "none"  # the second candidate's text where one candidate is rated alone
@@ -70,17 +78,21 @@ class Scorer(nn.Module):
         verdict_words: the tokens' text, from "first is better" to "second is better".
         verdict_token_ids: [K] int64.
         verdict_values: [K] fp32, the first candidate's share of the win, see VERDICT_VALUES.
+        quality: what it is told of the references of samples that it scores.
     """
 
     verdict_token_ids: Tensor
     verdict_values: Tensor
 
-    def __init__(self, text_model: TextModel, verdict_form: VerdictForm = "choice") -> None:
+    def __init__(
+        self, text_model: TextModel, verdict_form: VerdictForm = "choice", quality: ReferenceQuality = "complete"
+    ) -> None:
         super().__init__()
         if verdict_form not in VERDICT_VALUES:
             raise InputError(field="verdict_form", expected="choice or graded", found=repr(verdict_form))
         self.text_model = text_model
         self.verdict_form = verdict_form
+        self.quality = quality
         tokenizer = text_model.tokenizer
         chat = bool(tokenizer.chat_template)
         self.verdict_words, ids, replies = _verdict_tokens(tokenizer, verdict_form, chat)
@@ -181,13 +193,19 @@ def all_pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(count) if i != j]
 
 
-def reference_text(question: str, answer: str, facts: Sequence[str] = (), rationale: str | None = None) -> str:
-    """Write the root's text: the question and the sample's reference.
+def reference_text(
+    question: str,
+    answer: str,
+    facts: Sequence[str] = (),
+    rationale: str | None = None,
+    quality: ReferenceQuality = "complete",
+) -> str:
+    """Write the root's text: how far the reference can be trusted, the question, and the sample's reference.
 
     The reference is its facts, or without facts its rationale: a rationale adds nothing to complete facts, and an
     R-Scorer that sees one learns to compare wordings.
     """
-    lines = [f"Question: {question}"]
+    lines = [f"{_NOTICES[quality]}Question: {question}"]
     if facts:
         lines.append(f"Facts: {' '.join(facts)}")
     elif rationale:
@@ -248,6 +266,7 @@ def load_scorer(
     path: str | Path,
     *,
     verdict_form: VerdictForm = "choice",
+    quality: ReferenceQuality = "complete",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     lora: str | Path | LoRAConfig | None = None,
@@ -257,10 +276,11 @@ def load_scorer(
     Args:
         path: directory, or "embedded" for the small one that comes with the package.
         verdict_form: "choice" (first, tie, second) or "graded" (1 to 5).
+        quality: of the references that it is to read.
         lora: an adapter's directory, or a LoRAConfig for a new adapter.
     """
     path = checkpoint_directory(path, "scorer")
-    return Scorer(load_text_model(path, dtype=dtype, device=device, lora=lora), verdict_form).to(device)
+    return Scorer(load_text_model(path, dtype=dtype, device=device, lora=lora), verdict_form, quality).to(device)
 
 
 def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, ...], list[int], str]:

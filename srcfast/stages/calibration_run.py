@@ -72,8 +72,10 @@ class CalibrationRun:
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
-        self.rationale_samples = read_training_samples(training_sets(config, "rationale"), config, images, rejected)
-        self.calibration_samples = read_training_samples(training_sets(config, "calibration"), config, images, rejected)
+        self.rationale_samples, self.calibration_samples = (
+            read_training_samples(training_sets(config, use), config, images, rejected, use)
+            for use in ("rationale", "calibration")
+        )
         self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)
         if config.iterations:
             self._check_judged(rejected)

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.yaml import read_yaml
+from srcfast.data.corruptions import Vocabulary
 from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError, InputError
+from srcfast.world.claims import ATTRIBUTES, VOCABULARY
+from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.samples import world_samples
 
@@ -70,15 +74,20 @@ def training_sets(config: Config, use: str) -> tuple[DatasetConfig, ...]:
 
 
 def read_training_samples(
-    datasets: Sequence[DatasetConfig], config: Config, image_dir: Path, rejected: list[dict[str, Any]]
+    datasets: Sequence[DatasetConfig], config: Config, image_dir: Path, rejected: list[dict[str, Any]], use: str
 ) -> list[Sample]:
     """Read the samples of training sets, as one set; append their bad records to `rejected`.
+
+    For the use "calibration", in which they are judged, their references have the quality that the dataset sets.
 
     Raises:
         InputError: more bad samples than `max_rejected`, or no good one, or an id that two samples share.
     """
     bad: list[dict[str, Any]] = []
-    samples = [sample for dataset in datasets for sample in read_dataset(dataset, image_dir, bad)]
+    samples: list[Sample] = []
+    for dataset in datasets:
+        of_dataset = read_dataset(dataset, image_dir, bad)
+        samples += of_dataset if use == "rationale" else with_references(of_dataset, dataset, config)
     # A dataset of both uses is read twice: its bad records are listed once.
     listed = {(row["file"], row["line"]) for row in rejected}
     rejected += [row for row in bad if (row["file"], row["line"]) not in listed]
@@ -94,6 +103,8 @@ def read_evaluation_sets(
 ) -> list[EvaluationSet]:
     """Read evaluation sets, each with its own count of bad records, which are appended to `rejected`.
 
+    Their references, which the headroom's judging reads, have the quality that the dataset sets.
+
     Raises:
         InputError: one is empty, or has more bad samples than `max_rejected`.
     """
@@ -105,8 +116,40 @@ def read_evaluation_sets(
         check_rejected(bad, len(bad) + len(samples), config.max_rejected)
         if not samples:
             raise _no_samples(dataset, "data.evaluation")
+        samples = with_references(samples, dataset, config)
         evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
     return evaluation_sets
+
+
+def with_references(samples: Sequence[Sample], dataset: DatasetConfig, config: Config) -> list[Sample]:
+    """Return the samples with references of the dataset's quality. Raises InputError where one can't be made."""
+    words = detail_words(config)
+    return [degrade_reference(sample, dataset.reference, dataset.seed, words) for sample in samples]
+
+
+def detail_words(config: Config) -> Vocabulary:
+    """Return the words that a noisy reference may have wrong: the vocabulary's, or the embedded world's attributes."""
+    vocabulary = config.scorer_training.vocabulary
+    return ATTRIBUTES if vocabulary is None else read_vocabulary(vocabulary)
+
+
+def read_vocabulary(path: str | None) -> Vocabulary:
+    """Read classes of interchangeable words from YAML; None: the embedded world's.
+
+    Raises:
+        ConfigError: the file is not a mapping from class to a list of at least two words.
+    """
+    if path is None:
+        return VOCABULARY
+    try:
+        classes = read_yaml(Path(path), {})
+    except ConfigError as error:
+        raise ConfigError(f"scorer_training.vocabulary: {error}") from error
+    lists = [words for words in classes.values() if isinstance(words, list) and len(words) > 1]
+    if not classes or len(lists) < len(classes) or any(type(word) not in (str, int) for word in sum(lists, [])):
+        fix = "Fix: quote words such as 'true' and '1.50'"
+        raise ConfigError(f"scorer_training.vocabulary: {path}: expected {{class: [word, word, ...]}}. {fix}")
+    return {str(name): tuple(str(word) for word in words) for name, words in classes.items()}
 
 
 def _no_samples(dataset: DatasetConfig, field: str) -> InputError:

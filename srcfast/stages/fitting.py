@@ -126,7 +126,7 @@ def check_judged(scorer: Scorer, config: Config, candidates: Mapping[str, list[s
     def check(sample: Sample) -> None:
         texts = ["", ""] if candidates is None else candidates.get(sample.id, [])
         pairs = [first] if candidates is None else pairs_of(len(texts), mode)
-        judged = scorer.judge_tree(sample_reference(sample), texts, pairs, key=sample.id)
+        judged = scorer.judge_tree(sample_reference(sample, scorer.quality), texts, pairs, key=sample.id)
         sizes = [segment.tokens.size for segment in judged.tree.segments]
         paths = [sizes[0] + sizes[judged.tree.segments[slot].parent] + sizes[slot] for slot in judged.slots]
         tokens = max(paths, default=0) + assumed

@@ -151,8 +151,14 @@ def features_of(model: AnyLVLM, records: Sequence[Sample | Preference]) -> Image
 def load_scorer_for(config: Config) -> Scorer:
     """Load the R-Scorer of the settings."""
     _set_up_device(config)
-    dtype = getattr(torch, config.scorer.dtype)
-    return load_scorer(config.scorer.path, verdict_form=config.scorer.verdict, dtype=dtype, device=config.model.device)
+    settings = config.scorer
+    return load_scorer(
+        settings.path,
+        verdict_form=settings.verdict,
+        quality=settings.reference,
+        dtype=getattr(torch, settings.dtype),
+        device=config.model.device,
+    )
 
 
 def _set_up_device(config: Config) -> None:

@@ -25,7 +25,7 @@ from srcfast.config.settings import ScorerConfig
 from srcfast.data.in_order import InOrder
 from srcfast.data.jsonl import write_shards
 from srcfast.data.prefixes import share_prefixes
-from srcfast.data.records import Candidate, Sample
+from srcfast.data.records import Candidate, ReferenceQuality, Sample
 from srcfast.errors import ConfigError
 from srcfast.models.head import check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, all_pairs, reference_text, slot_hidden
@@ -120,9 +120,9 @@ def scored_rows(
             progress.advance(len(rows), tokens=tokens)
 
 
-def sample_reference(sample: Sample) -> str:
-    """Return what the R-Scorer reads of a sample: question and reference."""
-    return reference_text(sample.question, sample.answer, sample.facts, sample.rationale)
+def sample_reference(sample: Sample, quality: ReferenceQuality = "complete") -> str:
+    """Return what the R-Scorer reads of a sample: question and reference, and the quality that it is told of."""
+    return reference_text(sample.question, sample.answer, sample.facts, sample.rationale, quality)
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def _trees(
 
 def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> JudgeTree:
     """Tokenise one sample's comparisons."""
-    return scorer.judge_tree(sample_reference(sample), texts, pairs, key=sample.id)
+    return scorer.judge_tree(sample_reference(sample, scorer.quality), texts, pairs, key=sample.id)
 
 
 def _in_two_rounds(

@@ -24,6 +24,8 @@ VOCABULARY: Vocabulary = {
     "quantity": ("all", "not all"),
     "answer": ("yes", "no"),
 }
+# Those classes whose words describe an object, or count objects.
+ATTRIBUTES: Vocabulary = {name: VOCABULARY[name] for name in ("color", "shape", "shapes", "size", "place", "number")}
 
 
 def draw_claims(scene: Scene, rng: random.Random, count: int) -> dict[str, bool]:

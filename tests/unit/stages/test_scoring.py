@@ -87,6 +87,32 @@ def test_reference_says_what_the_sample_has():
     assert reference_text("Q?", "4") == "Question: Q?\nAnswer: 4\n"
 
 
+def test_reference_says_how_far_it_can_be_trusted():
+    told = {quality: reference_text("Q?", "4", ("A.", "B."), quality=quality) for quality in ("noisy", "partial")}
+    assert told == {
+        "noisy": "A detail of the reference may be wrong.\nQuestion: Q?\nFacts: A. B.\nAnswer: 4\n",
+        "partial": "Details are missing from the reference.\nQuestion: Q?\nFacts: A. B.\nAnswer: 4\n",
+    }
+    assert reference_text("Q?", "4", quality="answer") == (
+        "The reference is the answer alone.\nQuestion: Q?\nAnswer: 4\n"
+    )
+
+
+def test_a_scorer_of_another_quality_reads_its_notice_and_one_that_names_none_reads_today_s_text(scorer_directory):
+    samples, groups = world(3, [3])
+    plain, told = (load_scorer(scorer_directory, **each) for each in ({}, {"quality": "partial"}))
+    (row,) = score_candidates(told, samples, groups, token_budget=4096)
+    texts = [candidate.text for candidate in groups["s0"]]
+    text = "Details are missing from the reference.\n" + sample_reference(samples[0])
+    tree = plain.eval().judge_tree(text, texts)
+    slots = slot_hidden(plain, [tree], 4096)[0]
+    expected = np.full((3, 3), 0.5)
+    expected[tree.first, tree.second] = plain.win_and_verdict(slots)[0].numpy()
+    np.testing.assert_allclose(row["raw"], expected, atol=1e-5)  # fp32, packed otherwise
+    (row,) = score_candidates(plain, samples, groups, token_budget=4096)
+    assert np.abs(np.array(row["raw"]) - expected).max() > 1e-4  # the notice is read
+
+
 def test_raw_verdicts_equal_each_ordered_pair_run_alone_by_transformers(scorer, scorer_directory):
     judge = AutoModelForCausalLM.from_pretrained(scorer_directory).eval()
     samples, groups = world(1, [4, 3])
