@@ -142,7 +142,9 @@ def score(run: CalibrationRun, iteration: int) -> None:
         chunks, groups = stage.chunks(scorer=scorer_hash), partial(run.artifacts.candidates, iteration)
         files = scores_in_chunks(chunks, scorer, samples, groups, run.config.scorer, adaptive)
         distributed.run_on_rank_zero(lambda: write_shards(run.artifacts.shards(iteration, "scores"), files.rows()))
-        return {} if adaptive is None else {"adaptive": replace(adaptive, counts=files.counts()).report()}
+        errors = {name: scorer.calibration[name] for name in ("ece_before", "ece_after") if name in scorer.calibration}
+        result = {"calibration": errors} if errors else {}
+        return result if adaptive is None else {**result, "adaptive": replace(adaptive, counts=files.counts()).report()}
 
     run.stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
 

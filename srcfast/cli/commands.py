@@ -32,8 +32,9 @@ from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.readers import read_logprob_rows
 from srcfast.errors import ConfigError
 from srcfast.memory.out_of_memory import explain_out_of_memory
-from srcfast.models.checkpoint import model_hash
+from srcfast.models.scorer import scorer_hash
 from srcfast.models.text_model import save_text_model
+from srcfast.models.verdict_temperature import CALIBRATION
 from srcfast.run.chunks import remove_chunks
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
@@ -47,6 +48,7 @@ from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import with_references
+from srcfast.stages.scorer_calibration import calibrate_confidence
 from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_inputs import COMMAND, InputRecord
@@ -144,7 +146,7 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     made_of = InputRecord(output, {COMMAND: samples})
     distributed.run_on_rank_zero(lambda: made_of.check_made_of(directory))
     with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
-        chunks = stage.chunks(scorer=partial(model_hash, scorer.text_model.path))
+        chunks = stage.chunks(scorer=partial(scorer_hash, scorer))
         files = scores_in_chunks(chunks, scorer, samples, lambda: read_candidates(directory), config.scorer, adaptive)
         distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
         if adaptive is not None:
@@ -274,7 +276,14 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
         stage.stop_timing()
         if distributed.is_rank_zero():
             save_text_model(model.text_model, output)
-            result = evaluate_scorer(model, held_out, loop.token_budget, config.seed)
-            stage.result = {"model": config.scorer.path, "examples": len(train), "held_out": result}
+            results = {
+                name: evaluate_scorer(model, of, loop.token_budget, config.seed) for name, of in held_out.items()
+            }
+            calibration = calibrate_confidence(model, held_out, loop.token_budget)
+            write_json(output / CALIBRATION, calibration)
+            first = results[config.scorer_training.qualities[0]]
+            stage.result = {"model": config.scorer.path, "examples": len(train), "held_out": first}
+            stage.result |= {"held_out_by_quality": results, "calibration": calibration}
             if not config.quiet:
-                print(json.dumps(result, indent=2))
+                shown = {**first, "calibration": calibration} if len(results) == 1 else stage.result
+                print(json.dumps(shown, indent=2))

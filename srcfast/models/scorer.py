@@ -23,9 +23,11 @@ from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import ReferenceQuality
 from srcfast.errors import InputError
 from srcfast.models.chat import chat_text, user_turn
+from srcfast.models.checkpoint import model_hash
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.head import Head
 from srcfast.models.text_model import TextModel, load_text_model
+from srcfast.models.verdict_temperature import read_calibration
 from srcfast_kernels.transfers import to_device
 
 VerdictForm = Literal["choice", "graded"]
@@ -79,6 +81,8 @@ class Scorer(nn.Module):
         verdict_token_ids: [K] int64.
         verdict_values: [K] fp32, the first candidate's share of the win, see VERDICT_VALUES.
         quality: what it is told of the references of samples that it scores.
+        calibration: what `calibration.json` beside the checkpoint says of this quality; {} without it.
+        temperature: by which verdict logits are divided before shares are taken of them.
     """
 
     verdict_token_ids: Tensor
@@ -93,6 +97,8 @@ class Scorer(nn.Module):
         self.text_model = text_model
         self.verdict_form = verdict_form
         self.quality = quality
+        self.calibration = read_calibration(text_model.path, quality, verdict_form)
+        self.temperature = float(self.calibration.get("temperature", 1.0))
         tokenizer = text_model.tokenizer
         chat = bool(tokenizer.chat_template)
         self.verdict_words, ids, replies = _verdict_tokens(tokenizer, verdict_form, chat)
@@ -109,19 +115,23 @@ class Scorer(nn.Module):
 
     @property
     def verdict_head(self) -> Head:
-        """Return the head of the verdict tokens alone, of weight [K, D]."""
+        """Return the head of the verdict tokens alone, of weight [K, D], whose logits are divided by the temperature."""
         head = self.text_model.decoder.head
-        return replace(head, weight=head.weight[self.verdict_token_ids])
+        weight, cap = head.weight[self.verdict_token_ids], head.softcap
+        if self.temperature == 1.0:
+            return replace(head, weight=weight)
+        softcap = None if cap is None else cap / self.temperature
+        return replace(head, weight=weight.float() / self.temperature, softcap=softcap)
 
     def verdict_logits(self, slots: Tensor) -> Tensor:
-        """Compute logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D]."""
+        """Compute logits [M, K] fp32 of the verdict tokens from the slots' hidden states [M, D], before any temperature."""
         return self.text_model.decoder.head.logits(slots, self.verdict_token_ids)
 
     @torch.no_grad()
     def win_and_verdict(self, slots: Tensor) -> Tensor:
         """Compute p and the value of the likeliest verdict, [2, M] fp64 on the device, from the slots' hidden states [M, D]."""
         logits = self.verdict_logits(slots)
-        wins = logits.double().softmax(-1) @ self.verdict_values.double()
+        wins = (logits.double() / self.temperature).softmax(-1) @ self.verdict_values.double()
         return torch.stack([wins, self.verdict_values[logits.argmax(-1)].double()])
 
     def judge_tree(
@@ -262,6 +272,12 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
     return torch.cat([hidden_by_tree[index] for index in range(len(judged))]), tokens
 
 
+def scorer_hash(scorer: Scorer) -> str:
+    """Hash what of an R-Scorer's files decides its scores: config, weights, and the temperature where it has one."""
+    weights = model_hash(scorer.text_model.path)
+    return weights if scorer.temperature == 1.0 else f"{weights} temperature {scorer.temperature!r}"
+
+
 def load_scorer(
     path: str | Path,
     *,
@@ -272,6 +288,8 @@ def load_scorer(
     lora: str | Path | LoRAConfig | None = None,
 ) -> Scorer:
     """Load an R-Scorer from a Hugging Face directory of a text LLM, with an adapter if one is named.
+
+    Where the directory has a calibration (`calibration.json`), its temperature for the quality is applied.
 
     Args:
         path: directory, or "embedded" for the small one that comes with the package.

@@ -6,7 +6,8 @@ Training starts from the embedded base's decoder, which has learned to reason ov
 rationales, their corruptions, and candidates that tuned bases generate for these samples, since models make other faults than
 the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
 candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
-tuned on few rationales, for more diverse faults.
+tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the
+qualities, which the R-Scorer is told.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import Annotated
 import torch
 import typer
 
-from srcfast.config.settings import CandidatesConfig, LoRAConfig, TrainingConfig
+from srcfast.config.settings import CandidatesConfig, LoRAConfig, ScorerTrainingConfig, TrainingConfig
 from srcfast.data.corruptions import Parts
 from srcfast.data.jsonl import read_jsonl, write_json, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.rationale_pairs import build_raps
-from srcfast.data.records import Sample
+from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
@@ -44,9 +45,11 @@ from srcfast.stages.scorer_training import (
     ParsedRationale,
     ScorerExample,
     Variant,
+    draw_quality,
     evaluate_scorer,
     scorer_example,
     scorer_examples,
+    with_reference,
 )
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
@@ -80,18 +83,22 @@ class Recipe:
     comparing_epochs: int = 2
     refining_draws: int = 2  # draws of `compared` candidates from each tuned base, in the stage refining
     trees_per_step: int = 8
+    qualities: tuple[ReferenceQuality, ...] = ("complete",)  # of references, which the R-Scorer is told
 
 
 def main(
     output: Annotated[Path, typer.Option(help="directory for the checkpoint")],
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    qualities: Annotated[
+        str, typer.Option(help="of references: complete, noisy, partial, answer, by commas")
+    ] = "complete",
 ) -> None:
     """Train the embedded R-Scorer, and write it with TRAINING.json, the record of its training.
 
     Files that exist in `output` are not made again: the candidates, and the model after each stage.
     """
     torch.set_num_threads(threads)
-    recipe = Recipe()
+    recipe = Recipe(qualities=parse_qualities(qualities))
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
         by_id = {sample.id: sample for sample in (*samples, *held_out)}
@@ -103,8 +110,13 @@ def main(
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
 
+    def told(example: ScorerExample, key: str) -> ScorerExample:
+        quality = draw_quality(recipe.qualities, f"{recipe.seed}/{key}/{example.key}")
+        return with_reference(example, by_id[example.key], quality, recipe.seed)
+
     def mixed(candidates: int, draw: random.Random) -> list[ScorerExample]:
-        return [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
+        chosen = [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
+        return [told(example, f"{candidates} candidates") for example in chosen]
 
     def to_check(scorer: Scorer) -> list[TrainingItem]:
         return checking_items(scorer, by_id, mixed(recipe.checked, rng), rng, recipe.drills, recipe.claims_per_drill)
@@ -115,9 +127,12 @@ def main(
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")
         generated = [
-            with_generated(scorer_example(sample, ()), sample, variants, recipe.compared, draw)
+            told(
+                with_generated(scorer_example(sample, ()), sample, variants, recipe.compared, draw),
+                f"refining {number}",
+            )
             for variants in variants_by_base
-            for _ in range(recipe.refining_draws)
+            for number in range(recipe.refining_draws)
             for sample in samples
             if len(variants[sample.id]) > 1
         ]
@@ -145,6 +160,14 @@ def main(
     }
     write_json(output / "TRAINING.json", record)
     print(json.dumps(record["held_out"], indent=2), file=sys.stderr)
+
+
+def parse_qualities(text: str) -> tuple[ReferenceQuality, ...]:
+    """Parse names of qualities that commas separate. Raises BadParameter, which ends the command."""
+    try:
+        return ScorerTrainingConfig.model_validate({"qualities": text.replace(" ", "").split(",")}).qualities
+    except ValueError:
+        raise typer.BadParameter(f"expected some of complete, noisy, partial, answer, found {text!r}") from None
 
 
 def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sample]]:
@@ -281,14 +304,20 @@ def held_out_scores(
 ) -> dict[str, object]:
     """Evaluate the R-Scorer on held-out samples: on corruptions, and on the candidates of each tuned base."""
     rng = random.Random(f"held out/{recipe.seed}")
-    scores: dict[str, object] = {}
+    by_id = {sample.id: sample for sample in held_out}
+    groups: dict[str, list[ScorerExample]] = {}
     for name in ("world", "easy_vqa"):
         subset = [sample for sample in held_out if sample.extra["dataset"] == name]
-        scores[name] = evaluate_scorer(scorer, scorer_examples(raps_of(subset), rng, VOCABULARY, is_faulty=is_faulty))
+        groups[name] = scorer_examples(raps_of(subset), rng, VOCABULARY, is_faulty=is_faulty)
         for variants, (tuned_samples, _) in zip(variants_by_base, recipe.tuned, strict=True):
             comparable = [sample for sample in subset if len(variants[sample.id]) > 1]
             examples = [scorer_example(sample, variants[sample.id]) for sample in comparable]
-            scores[f"{name}, candidates of a base tuned on {tuned_samples}"] = evaluate_scorer(scorer, examples)
+            groups[f"{name}, candidates of a base tuned on {tuned_samples}"] = examples
+    scores: dict[str, object] = {}
+    for quality in recipe.qualities:
+        for name, examples in groups.items():
+            told = [with_reference(example, by_id[example.key], quality, recipe.seed) for example in examples]
+            scores[name if quality == "complete" else f"{name}; reference {quality}"] = evaluate_scorer(scorer, told)
     return scores
 
 

@@ -39,9 +39,7 @@ def write_summary(run: CalibrationRun) -> None:
         "headroom": headroom,
         "funnel": _of_stages(manifest, "preferences", "funnel"),
         "diversity": _of_stages(manifest, "candidates", "diversity"),
-        "adaptive": {
-            name.partition("/")[0]: stage["adaptive"] for name, stage in manifest.items() if "adaptive" in stage
-        },
+        "adaptive": _where_present(manifest, "adaptive"),
         "rejected": run.num_rejected,
         "stages": [
             {
@@ -55,6 +53,8 @@ def write_summary(run: CalibrationRun) -> None:
         "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
         "seconds": sum(stage["seconds"] for stage in manifest.values()),
     }
+    if calibration := _where_present(manifest, "calibration"):
+        summary["calibration"] = calibration
     write_json(run.directory.summary_file, summary)
     write_report(run.directory.path, {sample.image_root for sample in run.samples.values()})
 
@@ -63,6 +63,11 @@ def _of_stages(manifest: Mapping[str, Mapping[str, Any]], kind: str, key: str) -
     """Return a value of all stages of a kind, by what their names have before it: iteration-1/dpo -> iteration-1."""
     suffix = f"/{kind}"
     return {name.removesuffix(suffix): stage[key] for name, stage in manifest.items() if name.endswith(suffix)}
+
+
+def _where_present(manifest: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """Return a value of the stages that have it, by what their names have before the kind."""
+    return {name.partition("/")[0]: stage[key] for name, stage in manifest.items() if key in stage}
 
 
 def _entries(manifest: Mapping[str, Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -43,6 +43,10 @@ ADAPTIVE = {
     "same_worst": "audited samples with the worst candidate that all comparisons give",
     "same_pair": "audited samples with both",
 }
+CALIBRATION = {
+    "ece_before": "expected calibration error of held-out verdicts before the R-Scorer was calibrated",
+    "ece_after": "expected calibration error of held-out verdicts since",
+}
 DIVERSITY = {
     "distinct_texts": "distinct texts among a sample's candidates",
     "distinct_answers": "distinct answers among a sample's candidates",
@@ -239,8 +243,9 @@ def rates(run: RunFiles) -> list[tuple[str, list[str]]]:
         for key, label in RATES.items()
         if any(key in counts for counts in by_funnel.values())
     ]
-    adaptive, diversity = run.summary.get("adaptive", {}), run.summary.get("diversity", {})
-    return scorer + rows(kinds, correctness) + rows(ADAPTIVE, adaptive) + rows(DIVERSITY, diversity)
+    of_stages = (("calibration", CALIBRATION), ("adaptive", ADAPTIVE), ("diversity", DIVERSITY))
+    more = [rows(labels, run.summary.get(key, {})) for key, labels in of_stages]
+    return scorer + rows(kinds, correctness) + [row for each in more for row in each]
 
 
 def _rate(key: str, value: float | None) -> str:

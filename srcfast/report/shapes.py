@@ -127,6 +127,7 @@ class Summary(Shape):
     funnel: dict[str, Funnel] = {}
     diversity: dict[str, dict[str, Measure]] = {}
     adaptive: dict[str, dict[str, Measure]] = {}
+    calibration: dict[str, dict[str, Measure]] = {}
     rejected: Count | None = None
     stages: list[Stage] = []
     peak_rss_bytes: Count | None = None

@@ -18,10 +18,10 @@ from srcfast.memory.measure import measured
 from srcfast.memory.model_sizes import release_unused
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.memory.plan import forecast_stage
-from srcfast.models.checkpoint import checkpoint_hash, model_hash
+from srcfast.models.checkpoint import checkpoint_hash
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.lora import check_targets
-from srcfast.models.scorer import Scorer
+from srcfast.models.scorer import Scorer, scorer_hash
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
 from srcfast.run.directory import RunDirectory, StageMetrics
@@ -242,7 +242,7 @@ class CalibrationRun:
         """
         self.policy.offload()
         self.scorer = load_scorer_for(self.config)
-        return self.scorer, partial(model_hash, self.scorer.text_model.path)
+        return self.scorer, partial(scorer_hash, self.scorer)
 
     def samples_of(self, iteration: int) -> list[Sample]:
         """Return the samples of a round."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -24,15 +24,18 @@ from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.rationale_pairs import build_raps
-from srcfast.data.records import Sample
+from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
+from srcfast.stages.datasets import detail_words
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.training.profiler import StepProfiler
+from srcfast.world.claims import ATTRIBUTES
+from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.oracle import verify_sample
 from srcfast_kernels.transfers import fetch, to_device
 
@@ -207,6 +210,7 @@ def train_scorer(
     """
     if not any(parameter.requires_grad for parameter in scorer.parameters()):
         scorer.requires_grad_(True)
+    scorer.calibration, scorer.temperature = {}, 1.0  # it was of the weights as they were
     # The slots are among the segments' ends. The head's product has a column a verdict token: it counts for nothing in MFU.
     objective = Objective(scorer_loss(scorer), num_slots, segment_ends, head_rows=lambda forest: 0)
     return train(
@@ -323,10 +327,29 @@ def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float
     return [float(low), float(high)]
 
 
+def with_reference(
+    example: ScorerExample,
+    sample: Sample,
+    quality: ReferenceQuality,
+    seed: int,
+    words: Vocabulary = ATTRIBUTES,
+) -> ScorerExample:
+    """Return the example with the sample's reference in a quality, which is told; its labels stay those of the truth."""
+    return replace(example, reference=sample_reference(degrade_reference(sample, quality, seed, words), quality))
+
+
+def draw_quality(qualities: Sequence[ReferenceQuality], key: str) -> ReferenceQuality:
+    """Draw one of the qualities; the key decides."""
+    return random.Random(f"quality/{key}").choice(qualities)
+
+
 def split_examples(
     config: Config, samples: Sequence[Sample], words: Vocabulary
-) -> tuple[list[ScorerExample], list[ScorerExample]]:
+) -> tuple[list[ScorerExample], dict[str, list[ScorerExample]]]:
     """Make the R-Scorer's examples from samples with rationales: those to train on, and those held out.
+
+    An example to train on has one of the qualities of references that the settings name, drawn by seed and sample id; those
+    held out come in each of these.
 
     Raises:
         InputError: too few samples in whose rationales faults can be made.
@@ -352,7 +375,14 @@ def split_examples(
             found=f"{len(train)} to train on and {len(held_out)} held out",
             fix="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
-    return train, held_out
+    by_id, details = {sample.id: sample for sample in samples}, detail_words(config)
+
+    def requalified(example: ScorerExample, quality: ReferenceQuality) -> ScorerExample:
+        return with_reference(example, by_id[example.key], quality, config.seed, details)
+
+    drawn = [draw_quality(settings.qualities, f"{config.seed}/{example.key}") for example in train]
+    train = [requalified(*pair) for pair in zip(train, drawn, strict=True)]
+    return train, {quality: [requalified(each, quality) for each in held_out] for quality in settings.qualities}
 
 
 def may_be_faulty(sample: Sample, parts: Parts) -> bool:

@@ -178,6 +178,12 @@ def read_model(path: Path) -> None:
     load_text_model(path)
 
 
+def read_judge(path: Path) -> None:
+    from srcfast.models.verdict_temperature import read_calibration
+
+    read_calibration(path, "complete", "choice")
+
+
 def read_model_in_half(path: Path) -> None:
     import torch
 
@@ -429,6 +435,21 @@ def _folder_for_config(place: Path) -> None:
     (place / "config.json").mkdir()
 
 
+CALIBRATIONS = {  # of an R-Scorer's verdicts: the file's text, and what the error names
+    "no JSON": ("{", "calibration.json"),
+    "a list": ("[]", "calibration.json"),
+    "a number": ('{"complete": 2}', "complete.temperature"),
+    "no temperature": ('{"complete": {"verdict": "choice"}}', "complete.temperature"),
+    "a temperature of 0": ('{"complete": {"verdict": "choice", "temperature": 0}}', "complete.temperature"),
+    "a temperature below 0": ('{"complete": {"verdict": "choice", "temperature": -1}}', "complete.temperature"),
+    "a temperature that is text": ('{"complete": {"verdict": "choice", "temperature": "1"}}', "complete.temperature"),
+    "a temperature beyond all bounds": (
+        '{"complete": {"verdict": "choice", "temperature": 1e300}}',
+        "complete.temperature",
+    ),
+}
+
+
 def cases() -> list[Case]:
     """All of them."""
     config, weights, index = "config.json", "Weights", "Weights' index"
@@ -461,6 +482,8 @@ def cases() -> list[Case]:
         Case(weights, "a pickle", model(pickled), read_model, ("reads no pickle",)),
     ]
     found += [Case(index, wrong, model(_index(told)), read_model, (INDEX,)) for wrong, told in INDEXES.items()]
+    for wrong, (told, word) in CALIBRATIONS.items():
+        found.append(Case("An R-Scorer's calibration", wrong, model({"calibration.json": told}), read_judge, (word,)))
     both = _index({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}})
     found.append(Case(index, "a tensor in two shards", model(both, _shards), read_model, ("each tensor once",)))
     for wrong, text in (("missing", None), ("empty", ""), ("no JSON", "{"), ("a list", "[]"), ("an object", "{}")):

@@ -165,6 +165,13 @@ def test_a_summary_of_a_literal_manifest(tmp_path: Path, monkeypatch: pytest.Mon
     )
     run_results.write_summary(run)
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "calibration" not in summary  # of an R-Scorer without one
+    manifest["iteration-1/scores"]["calibration"] = {"ece_after": 0.25}
+    asked.clear()
+    run_results.write_summary(run)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary | {
+        "calibration": {"iteration-1": {"ece_after": 0.25}}
+    }
     assert asked == [("iteration-1", "d", "s", ["samples"])]
     assert summary["evaluations"] == [{"model": "base"}, {"model": "iteration-1"}]
     assert summary["headroom"] == [head | {"next_pass_at_1": 0.5, "recovered": 0.5}]

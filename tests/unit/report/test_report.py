@@ -115,6 +115,15 @@ def test_the_headline_shows_the_summary_and_its_intervals(tmp_path: Path) -> Non
     assert f"{100 * row['accuracy']:.1f} <small>[" in html
 
 
+def test_a_calibration_s_errors_are_shown_in_percent(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", gallery=1)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["calibration"] = {"iteration-2": {"ece_before": 0.1234, "ece_after": 0.0215}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(" ".join(Elements(write_report(run).read_text(encoding="utf-8")).text).split())
+    assert "verdicts before the R-Scorer was calibrated – % 12.3 %" in text and "verdicts since – % 2.1 %" in text
+
+
 def test_text_from_files_is_escaped_everywhere(tmp_path: Path) -> None:
     evil = '<img src=x onerror="alert(1)">&\'"$\\frac{ {{ 7 * 6 }}{% raw %}'
     run = make_run(tmp_path / "run", gallery=1)

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import typer
 
 from srcfast.data.forest import Forest
 from srcfast.data.records import Sample
@@ -20,7 +21,8 @@ from srcfast.recipes.scorer_lessons import (
     lesson_loss,
     lesson_weight,
 )
-from srcfast.stages.scorer_training import Variant, scorer_example
+from srcfast.recipes.train_scorer import parse_qualities
+from srcfast.stages.scorer_training import Variant, scorer_example, with_reference
 from srcfast.training.items import TrainingItem
 from srcfast.world.rationales import facts
 from srcfast.world.scenes import Object, Scene
@@ -123,3 +125,23 @@ def test_the_loss_is_the_weighted_mean_over_all_places_whatever_the_cut(scorer):
             return float(loss(scorer(forest), forest, head, items, total)[0])
 
     assert of(one, other) == pytest.approx(of(one) + of(other), rel=1e-5)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("quality", ["noisy", "partial", "answer"])
+def test_labels_stay_those_of_the_truth_whatever_the_reference_says(scorer, quality):
+    whole = scorer_example(SAMPLE, [Variant(RIGHT, 0), Variant(WRONG, 1)])
+    (true,), (told,) = (
+        comparing_items(scorer, {"a": SAMPLE}, [example])
+        for example in (whole, with_reference(whole, SAMPLE, quality, seed=3))
+    )
+    for name in ("segment", "offset", "target", "kind"):
+        assert np.array_equal(getattr(told.meta, name), getattr(true.meta, name))
+    roots = [scorer.text_model.tokenizer.decode(item.tree.segments[0].tokens) for item in (true, told)]
+    assert roots[0] != roots[1] and roots[1].strip().startswith(("A detail", "Details are", "The reference"))
+
+
+def test_the_recipe_takes_names_of_qualities_and_refuses_others():
+    assert parse_qualities("complete") == ("complete",) and parse_qualities("noisy, answer") == ("noisy", "answer")
+    for text in ("", "no", "noisy,"):
+        with pytest.raises(typer.BadParameter, match="partial"):
+            parse_qualities(text)

@@ -1,6 +1,7 @@
 """Training the R-Scorer: examples, targets, a small one learns to judge from scratch and by LoRA."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from helpers.plain_scoring import VALUES, plain_shares, plain_verdict
 from helpers.small_scorer import small_tokenizer, write_text_model
 
+from srcfast.config.load import load_config
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.corruptions import KINDS
-from srcfast.data.rationale_format import parse_response
+from srcfast.data.rationale_format import parse_response, split_sentences
 from srcfast.data.records import Sample
 from srcfast.models.scorer import ALONE, load_scorer
+from srcfast.stages.scorer_calibration import calibrate_confidence
 from srcfast.stages.scorer_training import (
     ScorerExample,
     Variant,
@@ -21,9 +24,12 @@ from srcfast.stages.scorer_training import (
     fault_name,
     scorer_example,
     scorer_examples,
+    split_examples,
     target_verdict,
     train_scorer,
 )
+from srcfast.world.claims import VOCABULARY as WORLD_WORDS
+from srcfast.world.samples import world_samples
 
 VOCABULARY = {
     "colour": ("red", "blue", "green", "gold"),
@@ -282,3 +288,103 @@ def test_the_loss_is_the_mean_over_all_slots_of_a_batch(scorer_directory, form, 
     assert step["forests"] == 2 // micro_batch
     assert step["loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # fp32
     assert step["accuracy"] == pytest.approx(np.mean(hits), abs=1e-6)
+
+
+def test_examples_have_all_qualities_evenly_and_labels_of_the_truth(tmp_path):
+    samples = world_samples("scorer", 300, 4, image_dir=tmp_path)
+    names = ("complete", "noisy", "partial", "answer")
+    words = ["seed=3", "scorer_training.held_out=0.2"]
+    plain, plain_held_out = split_examples(load_config(None, words), samples, WORLD_WORDS)
+    config = load_config(None, [*words, f"scorer_training.qualities=[{', '.join(names)}]"])
+    train, held_out = split_examples(config, samples, WORLD_WORDS)
+    by_id = {sample.id: sample for sample in samples}
+    notices = {
+        "noisy": "A detail of the reference may be wrong.\n",
+        "partial": "Details are missing from the reference.\n",
+        "answer": "The reference is the answer alone.\n",
+        "complete": "",
+    }
+
+    def quality_of(example):
+        return next(name for name, text in notices.items() if example.reference.startswith(text))
+
+    counts = Counter(quality_of(example) for example in train)
+    assert all(35 <= counts[name] <= 90 for name in names)  # 240 draws at 1/4: 60, standard deviation 6.7
+    for example, as_today in zip(train, plain, strict=True):  # the same candidates, pairs and faults
+        assert (example.key, example.variants, example.pairs) == (as_today.key, as_today.variants, as_today.pairs)
+        sample, quality = by_id[example.key], quality_of(example)
+        lines = example.reference.removeprefix(notices[quality]).splitlines()
+        facts = [line.removeprefix("Facts: ") for line in lines if line.startswith("Facts: ")]
+        assert lines[0] == f"Question: {sample.question}" and lines[-1] == f"Answer: {sample.answer}"
+        assert [line.split(":")[0] for line in lines] == ["Question", *["Facts"] * len(facts), "Answer"]
+        true = " ".join(sample.facts)
+        if quality == "complete":
+            assert example == as_today and facts == [true]
+        elif quality == "noisy":
+            assert len(facts[0].split(". ")) == len(sample.facts) and facts != [true]
+        elif quality == "partial":
+            left = split_sentences(facts[0])
+            assert set(left) < set(sample.facts) and abs(2 * len(left) - len(sample.facts)) <= 1
+        else:
+            assert facts == []
+    assert list(held_out) == list(names) and list(plain_held_out) == ["complete"]
+    assert held_out["complete"] == plain_held_out["complete"] and len(held_out["noisy"]) == 60
+    for name in names:
+        assert {quality_of(example) for example in held_out[name]} == {name}
+        assert [e.variants for e in held_out[name]] == [e.variants for e in held_out["complete"]]
+    assert split_examples(config, samples, WORLD_WORDS) == (train, held_out)
+
+
+@pytest.mark.parametrize("form", ["choice", "graded"])
+def test_a_calibration_is_that_of_comparisons_one_by_one(scorer_directory, form):
+    scorer = load_scorer(scorer_directory, verdict_form=form).eval()
+    examples = [*graded_examples(), *gold_examples(3, seed=5)]
+    logits, targets, halves = [], [], []
+    for number, example in enumerate(examples):
+        for first, second in example.pairs:
+            if second != ALONE:
+                shares = plain_shares(
+                    scorer, example.reference, example.variants[first].text, example.variants[second].text
+                )
+                logits.append(np.log(shares))
+                targets.append(right_verdict(example, first, second, form))
+                halves.append(number % 2)
+    logits, targets, halves = np.array(logits), np.array(targets), np.array(halves)
+    right = logits.argmax(-1) == targets
+
+    def best(mask):  # over a grid, of steps of 0.1 %
+        grid = np.exp(np.linspace(np.log(0.05), np.log(20), 6000))
+        losses = [
+            -torch.from_numpy(logits[mask] / t).log_softmax(-1).numpy()[range(mask.sum()), targets[mask]].mean()
+            for t in grid
+        ]
+        return grid[int(np.argmin(losses))]
+
+    def error(confidence):
+        bins = np.minimum((10 * confidence).astype(int), 9)
+        return sum(abs((right[bins == b] - confidence[bins == b]).sum()) for b in range(10)) / len(right)
+
+    temperatures = [best(halves == 1), best(halves == 0)]  # for the examples of even and of odd number
+    scaled = torch.from_numpy(logits / np.array(temperatures)[halves][:, None]).softmax(-1).numpy()
+    [(name, found)] = calibrate_confidence(scorer, {"noisy": examples}, 10_000).items()
+    assert (name, found["verdict"], found["pairs"]) == ("noisy", form, len(targets))
+    assert found["temperature"] == pytest.approx(best(halves >= 0), rel=2e-3)
+    assert found["ece_before"] == pytest.approx(error(np.exp(logits).max(-1)), abs=1e-4)  # fp32
+    assert found["ece_after"] == pytest.approx(
+        error(scaled.max(-1)), abs=2e-2
+    )  # a verdict at an edge may change its bin
+    assert sum(row["pairs"] for row in found["reliability"]) == len(targets)
+    assert scorer.temperature == 1.0
+
+
+def test_a_single_example_is_calibrated_by_its_own_pairs(scorer_directory):
+    scorer = load_scorer(scorer_directory)
+    found = calibrate_confidence(scorer, {"complete": graded_examples()[:1]}, 10_000)["complete"]
+    assert found["pairs"] == 12 and 0.05 <= found["temperature"] <= 20.0
+
+
+def test_training_forgets_the_temperature_of_other_weights(scorer_directory):
+    scorer = load_scorer(scorer_directory)
+    scorer.temperature = 3.0
+    train_scorer(scorer, graded_examples(), TrainingConfig(activation_checkpointing=0).seeded(0))
+    assert scorer.temperature == 1.0
