@@ -33,6 +33,7 @@ YOUNGER = (
     ("scorer", "finalists"),
     ("candidates", "plain_samples"),
     ("scorer", "reference"),
+    ("scorer", "adaptive_confidence"),
     ("scorer_training", "qualities"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
@@ -114,6 +115,9 @@ class ScorerConfig(Section):
     """With pairs `adaptive`: a candidate whose rating is within this of the highest (lowest) may be the best (worst)"""
     adaptive_contenders: int = Field(2, ge=1, le=128)
     """With pairs `adaptive`: maximum number of candidates that may be best, and of those that may be worst"""
+    adaptive_confidence: float = Field(0.0, ge=0, le=1)
+    """With pairs `adaptive`: where the confidence u between the two that score best is below this, twice as many contenders are
+    compared, whatever the margin; 0 = never"""
     adaptive_audit: float = Field(0.02, ge=0, le=1)
     """With pairs `adaptive` or finalists: share of samples whose pairs are all compared as well, to report how often both agree;
     0 = none. Costs the full comparison of these samples"""

@@ -39,6 +39,7 @@ RATE_FORMATS = {
 ADAPTIVE = {
     "pairs_share": "share of all comparisons that were run",
     "tokens_share": "share of all comparisons' tokens that were run",
+    "widened": "samples in which more contenders were compared",
     "same_best": "audited samples with the best candidate that all comparisons give",
     "same_worst": "audited samples with the worst candidate that all comparisons give",
     "same_pair": "audited samples with both",

@@ -3,8 +3,9 @@
 Two rounds. The first rates each candidate alone: a few tokens after the candidate, which the tournament's tree has in any
 case. Candidates whose rating is within a margin of the highest may be the best, those near the lowest the worst; the
 nearest few of each are the contenders. The second round compares the contenders with each other in both orders; the other
-candidates are not compared (score 1/2, confidence 0). The second round runs the tree again, so the saving is counted in
-tokens. A share of the samples is compared in full as well, to measure what two rounds miss.
+candidates are not compared (score 1/2, confidence 0). Where that leaves the best uncertain, a third round may compare twice as
+many. Each round runs the tree again, so the saving is counted in tokens. A share of the samples is compared in full as well,
+to measure what the rounds miss.
 
 `scorer.finalists` sets the number of contenders on each side, however far their ratings are apart.
 """
@@ -55,13 +56,24 @@ class AdaptivePairs:
         """Return whether two rounds have fewer pairs than the tournament; if not, the tournament is run at once."""
         return num_candidates > 2 * self.contenders
 
-    def pairs(self, ratings: np.ndarray) -> list[tuple[int, int]]:
-        """Return the ordered pairs of the second round, from the ratings [n]; the index breaks ties."""
+    def pairs(self, ratings: np.ndarray, wider: bool = False) -> list[tuple[int, int]]:
+        """Return the ordered pairs of the second round, from the ratings [n]; the index breaks ties.
+
+        With `wider` those of the second and the third: twice as many contenders, whatever the margin.
+        """
+        margin, count = self.margin, self.contenders
+        if wider:
+            margin, count = 1.0, 2 * count
         order = np.argsort(-ratings, kind="stable").tolist()
-        best = [i for i in order if ratings[i] >= ratings[order[0]] - self.margin][: self.contenders]
-        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + self.margin][: self.contenders]
+        best = [i for i in order if ratings[i] >= ratings[order[0]] - margin][:count]
+        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + margin][:count]
         chosen = sorted({*best, *worst})
         return [(i, j) for i in chosen for j in chosen if i != j]
+
+    def is_uncertain(self, scores: np.ndarray, confidence: np.ndarray, pairs: Sequence[tuple[int, int]]) -> bool:
+        """Return whether the confidence [n, n] between the two best of the compared candidates, by score [n], is too low."""
+        compared = sorted({i for i, _ in pairs}, key=lambda i: (-scores[i], i))
+        return bool(confidence[compared[0], compared[1]] < self.settings.adaptive_confidence)
 
     def count(self, pairs: int, all_pairs: int, tokens: int, all_tokens: int) -> None:
         """Count a sample's pairs and tokens, and those of its tournament; the audit's are left out."""
@@ -79,6 +91,7 @@ class AdaptivePairs:
     def report(self) -> dict[str, Any]:
         """Return the shares of the tournament that were run, and the agreement on audited samples, None where there are none.
 
+        `widened`: share of samples in which twice as many contenders were compared.
         `same_best`, `same_worst`, `same_pair`: shares of audited samples in which the tournament scores the same candidate
         best, worst, or both; `best_shortfall`, `worst_shortfall`: how much worse (better), by the tournament's scores, the
         chosen best (worst) is than the tournament's, on average.
@@ -90,6 +103,8 @@ class AdaptivePairs:
             "tokens_share": counts["tokens"] / counts["all_tokens"] if counts["all_tokens"] else None,
             "audited": counts["audited"],
         }
+        if self.settings.adaptive_confidence:
+            result["widened"] = counts["widened"] / counts["samples"] if counts["samples"] else None
         names = ("same_best", "same_worst", "same_pair", "best_shortfall", "worst_shortfall")
         return result | {name: counts[name] / counts["audited"] if counts["audited"] else None for name in names}
 

@@ -146,7 +146,7 @@ def _score_block(
     results: Results = partial(_all_single, len(samples))
     tokens = 0
     if pairs and pairwise and adaptive is not None:
-        results, tokens = _in_two_rounds(scorer, samples, texts, pairs, token_budget, adaptive)
+        results, tokens = _in_rounds(scorer, samples, texts, pairs, token_budget, adaptive)
     elif pairs:
         comparisons, tokens = _compare(scorer, samples, texts, pairs, token_budget)
         results = (_pairwise if pairwise else _independent)(scorer, comparisons, sizes)
@@ -237,7 +237,7 @@ def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[
     return scorer.judge_tree(sample_reference(sample, scorer.quality), texts, pairs, key=sample.id)
 
 
-def _in_two_rounds(
+def _in_rounds(
     scorer: Scorer,
     samples: Sequence[Sample],
     texts: Sequence[Sequence[str]],
@@ -248,7 +248,7 @@ def _in_two_rounds(
     """Run `_pairwise` over the pairs that `adaptive` chooses, over all, `full`, where a sample is audited or small; count tokens.
 
     Round 1 rates each candidate alone; audited and small samples have their whole tournament in it. Round 2 compares the
-    contenders of the other samples.
+    contenders of the other samples, and round 3 twice as many where `adaptive` finds the best uncertain.
     """
     sizes = [len(distinct) for distinct in texts]
     alone = {index: pairs_of(sizes[index], "independent") for index in full}
@@ -261,17 +261,31 @@ def _in_two_rounds(
     p, _ = fetch(scorer.win_and_verdict(comparisons.slots)).wait().numpy()  # [M]
     check_numbers(scorer.text_model, p, comparisons.keys.tolist(), "verdicts")
     rated = comparisons.second == ALONE  # [M]
-    chosen = {index: adaptive.pairs(p[rated & (comparisons.sample == index)]) for index in short}
-    if second_round:
-        second_pairs = {index: chosen[index] for index in short if index in second_round}
-        others, more_tokens = _compare(scorer, samples, texts, second_pairs, token_budget)
-        comparisons, tokens = comparisons.concatenate(others), tokens + more_tokens
+    ratings = {index: p[rated & (comparisons.sample == index)] for index in short}
+    chosen = {index: adaptive.pairs(ratings[index]) for index in short}
+    rounds = {index: [alone[index], chosen[index]] for index in short}
+
+    def compare_more(pairs: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        nonlocal comparisons, tokens
+        if pairs := {index: of_sample for index, of_sample in pairs.items() if index in second_round}:
+            others, more_tokens = _compare(scorer, samples, texts, pairs, token_budget)
+            comparisons, tokens = comparisons.concatenate(others), tokens + more_tokens
+
+    compare_more(chosen)
+    if adaptive.settings.adaptive_confidence and short:
+        so_far = _pairwise(scorer, _of_pairs(comparisons, chosen), sizes)()  # the host waits here, too
+        for index in short:
+            if adaptive.is_uncertain(so_far[index]["scores"], so_far[index]["confidence"], chosen[index]):
+                wider = adaptive.pairs(ratings[index], wider=True)
+                rounds[index].append([pair for pair in wider if pair not in chosen[index]])
+                chosen[index] = wider
+        adaptive.counts["widened"] += sum(len(of_sample) > 2 for of_sample in rounds.values())
+        compare_more({index: of_sample[2] for index, of_sample in rounds.items() if len(of_sample) > 2})
     wait = _pairwise(scorer, comparisons, sizes)
     # What the short way would have said of the audited samples, from the comparisons that are there anyway.
     shortened: dict[int, Results] = {}
     for index in audited:
-        mask = (comparisons.sample == index) & ordered(chosen[index], comparisons.first, comparisons.second)
-        shortened[index] = _pairwise(scorer, comparisons.select(mask), sizes)
+        shortened[index] = _pairwise(scorer, _of_pairs(comparisons, {index: chosen[index]}), sizes)
 
     def tokens_of(index: int, pairs: Sequence[tuple[int, int]]) -> int:
         return share_prefixes(_tree(scorer, samples[index], texts[index], pairs).tree)[0].num_tokens
@@ -283,13 +297,21 @@ def _in_two_rounds(
             if index not in chosen:
                 adaptive.count(num_pairs, num_pairs, all_tokens, all_tokens)
                 continue
-            two_rounds = tokens_of(index, alone[index]) + tokens_of(index, chosen[index])
-            adaptive.count(len(chosen[index]), num_pairs, two_rounds, all_tokens)
+            in_rounds = sum(tokens_of(index, pairs) for pairs in rounds[index])
+            adaptive.count(len(chosen[index]), num_pairs, in_rounds, all_tokens)
             if index in shortened:
                 adaptive.compare(shortened[index]()[index]["scores"], results[index]["scores"])
         return results
 
     return results, tokens
+
+
+def _of_pairs(comparisons: Comparisons, pairs: Mapping[int, Sequence[tuple[int, int]]]) -> Comparisons:
+    """Return the comparisons that are among the pairs of their sample, given by its index."""
+    mask = np.zeros(len(comparisons.sample), dtype=bool)
+    for index, of_sample in pairs.items():
+        mask |= (comparisons.sample == index) & ordered(of_sample, comparisons.first, comparisons.second)
+    return comparisons.select(mask)
 
 
 def _pairwise(scorer: Scorer, comparisons: Comparisons, sizes: Sequence[int]) -> Results:

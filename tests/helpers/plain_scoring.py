@@ -43,10 +43,30 @@ def contenders(ratings: Sequence[float], margin: float, count: int) -> list[int]
     return sorted({*best, *worst})
 
 
+def _tournament(
+    scorer: Scorer, reference: str, texts: Sequence[str], compared: Sequence[int]
+) -> tuple[
+    dict[tuple[int, int], tuple[float, float]], list[list[float]], list[list[float]], list[list[float]], list[float]
+]:
+    """Verdicts on the ordered pairs of some of the texts; q, p and u of all pairs; scores."""
+    n = len(texts)
+    met = {(i, j): plain_verdict(scorer, reference, texts[i], texts[j]) for i in compared for j in compared if i != j}
+    q = [[0.5] * n for _ in range(n)]
+    u = [[0.0] * n for _ in range(n)]
+    raw = [[0.5] * n for _ in range(n)]
+    for (i, j), (p, _) in met.items():
+        back = met[j, i][0]
+        raw[i][j] = p
+        q[i][j] = (p + 1 - back) / 2
+        u[i][j] = abs(2 * q[i][j] - 1) * (1 - abs(p + back - 1))
+    scores = [sum(a * b for a, b in zip(u[i], q[i], strict=True)) / sum(u[i]) if sum(u[i]) else 0.5 for i in range(n)]
+    return met, q, raw, u, scores
+
+
 def plain_row(
     scorer: Scorer, sample_id: str, reference: str, texts: Sequence[str], mode: str, adaptive: Any = None
 ) -> dict[str, Any]:
-    """The row of a sample's candidates; `adaptive` has margin, contenders and audit, None compares all pairs."""
+    """The row of a sample's candidates; `adaptive` has margin, contenders, confidence and audit, None compares all pairs."""
     distinct = list(dict.fromkeys(texts))
     index = [distinct.index(text) for text in texts]
     n = len(distinct)
@@ -59,27 +79,15 @@ def plain_row(
         ties = [verdict == 0.5 for _, verdict in rated]
         scores, raw, flips, pairs, verdicts = alone, alone, 0.0, 0, n
     else:
-        compared = range(n)
+        compared: Sequence[int] = range(n)
         if adaptive is not None and n > 2 * adaptive["contenders"]:
             audited = random.Random(f"audit/{sample_id}").random() < adaptive["audit"]
             compared = range(n) if audited else contenders(alone, adaptive["margin"], adaptive["contenders"])
-        met = {
-            (i, j): plain_verdict(scorer, reference, distinct[i], distinct[j])
-            for i in compared
-            for j in compared
-            if i != j
-        }
-        q = [[0.5] * n for _ in range(n)]
-        u = [[0.0] * n for _ in range(n)]
-        raw = [[0.5] * n for _ in range(n)]
-        for (i, j), (p, _) in met.items():
-            back = met[j, i][0]
-            raw[i][j] = p
-            q[i][j] = (p + 1 - back) / 2
-            u[i][j] = abs(2 * q[i][j] - 1) * (1 - abs(p + back - 1))
-        scores = [
-            sum(a * b for a, b in zip(u[i], q[i], strict=True)) / sum(u[i]) if sum(u[i]) else 0.5 for i in range(n)
-        ]
+            _, _, _, u, scores = _tournament(scorer, reference, distinct, compared)
+            first, second = sorted(compared, key=lambda i: -scores[i])[:2]
+            if u[first][second] < adaptive["confidence"] and not audited:
+                compared = contenders(alone, 1.0, 2 * adaptive["contenders"])
+        met, q, raw, u, scores = _tournament(scorer, reference, distinct, compared)
         unordered = [(i, j) for i, j in met if i < j]
         same_place = [(met[i, j][1] - 0.5) * (met[j, i][1] - 0.5) > 0 for i, j in unordered]
         ties = [verdict == 0.5 for _, verdict in met.values()]

@@ -29,6 +29,7 @@ DEFAULTS = {
     "scorer.pairs": "all",
     "scorer.adaptive_margin": 0.1,
     "scorer.adaptive_contenders": 2,
+    "scorer.adaptive_confidence": 0.0,
     "scorer.adaptive_audit": 0.02,
     "scorer.finalists": 0,
     "data.train": [],

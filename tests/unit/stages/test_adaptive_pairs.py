@@ -109,6 +109,54 @@ def test_tokens_are_counted_over_both_rounds(scorer):
     assert ran[0] < 0.6 * ran[1]
 
 
+def test_the_wider_pairs_are_of_twice_as_many_contenders_whatever_the_margin():
+    ratings = np.array([0.5, 0.9, 0.1, 0.85, 0.6, 0.12])
+    adaptive = AdaptivePairs(ScorerConfig(adaptive_margin=0.0, adaptive_contenders=1))
+    assert adaptive.pairs(ratings) == [(1, 2), (2, 1)]
+    assert adaptive.pairs(ratings, wider=True) == [(i, j) for i in (1, 2, 3, 5) for j in (1, 2, 3, 5) if i != j]
+
+
+def test_the_best_is_uncertain_by_the_confidence_between_the_two_that_score_best_among_the_compared():
+    adaptive = AdaptivePairs(ScorerConfig(adaptive_confidence=0.3))
+    scores, u = np.array([0.9, 0.4, 0.7, 0.8]), np.zeros((4, 4))
+    u[0, 2] = u[2, 0] = 0.3
+    u[0, 3] = u[3, 0] = 0.29
+    assert not adaptive.is_uncertain(scores, u, [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)])  # 3 was not compared
+    assert adaptive.is_uncertain(scores, u, [(0, 3), (3, 0), (0, 2), (2, 0), (2, 3), (3, 2)])
+
+
+@pytest.mark.parametrize("audit", [0.0, 1.0])
+def test_samples_whose_best_is_uncertain_get_a_third_round_and_are_counted(scorer, audit):
+    samples, groups = world(35, [9, 8, 9, 3, 7, 9])
+    words = {"adaptive_margin": 0.0, "adaptive_contenders": 1, "adaptive_audit": audit}
+    ran = []
+
+    class Progress:
+        def advance(self, count, tokens=0):
+            ran.append(tokens)
+
+    narrow = score_candidates(
+        scorer, samples, groups, 100_000, adaptive=AdaptivePairs(ScorerConfig(**words | {"adaptive_audit": 0.0}))
+    )
+    between = [float(np.max(row["confidence"])) for row in narrow]  # of the two that were compared
+    threshold = sorted(between)[3] + 1e-4  # fp32: far from what rounding moves
+    wider = [u < threshold for u in between]
+    assert 4 <= sum(wider) < 6
+    adaptive = AdaptivePairs(ScorerConfig(**words, adaptive_confidence=threshold))
+    rows = score_candidates(scorer, samples, groups, 100_000, progress=Progress(), adaptive=adaptive)
+    report = adaptive.report()
+    assert report["widened"] == pytest.approx(sum(wider) / 6) and report["samples"] == 6
+    # Four of a sample's candidates are compared in place of two, or all three.
+    verdicts = [(6 if k == 3 else 12) if wide else 2 for k, wide in enumerate(wider)]
+    assert report["pairs_share"] == pytest.approx(sum(verdicts) / (72 + 56 + 72 + 6 + 42 + 72))
+    if audit:
+        assert report["audited"] == 6
+    else:
+        assert [row["verdicts"] for row in rows] == verdicts and adaptive.counts["tokens"] == ran[
+            0
+        ]  # over three rounds
+
+
 def test_an_audited_sample_is_judged_in_full_and_compared(scorer):
     samples, groups = world(33, [6, 5])
     adaptive = AdaptivePairs(ScorerConfig(adaptive_margin=0.0, adaptive_contenders=1, adaptive_audit=1.0))

@@ -30,6 +30,7 @@ CASES = pairwise_cases(
         "pairs": ("all", "adaptive"),
         "adaptive_margin": (0.0, 0.02, 1.0),
         "adaptive_contenders": (1, 2),
+        "adaptive_confidence": (0.0, 0.003, 1.0),  # never, at times, and always wider
         "adaptive_audit": (0.0, 0.5, 1.0),
         "cpu_tokens": (0, 4096),
         "block": (1, 3, 64),
@@ -76,7 +77,9 @@ def test_rows_are_those_of_comparisons_one_by_one(
     rows = score_candidates(scorer, samples, groups, 10_000, settings.mode, adaptive=adaptive)
     short = None
     if settings.pairs == "adaptive":
-        short = {name: getattr(settings, f"adaptive_{name}") for name in ("margin", "contenders", "audit")}
+        short = {
+            name: getattr(settings, f"adaptive_{name}") for name in ("margin", "contenders", "confidence", "audit")
+        }
     assert [row["sample_id"] for row in rows] == [sample.id for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
         reference = reference_text(sample.question, sample.answer, sample.facts, sample.rationale)
