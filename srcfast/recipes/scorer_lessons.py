@@ -20,6 +20,7 @@ from srcfast.data.corruptions import swap_word
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
+from srcfast.models.head import Head
 from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
 from srcfast.training.items import Loss, TrainingItem
@@ -167,14 +168,14 @@ def lesson_loss(scorer: Scorer) -> Loss:
     """Return a loss: cross entropy over the verdict tokens, weighted by kind, and counts of right predictions by kind."""
 
     def loss(
-        hidden: Tensor, forest: Forest, head: Tensor, items: Sequence[TrainingItem], total: float
+        hidden: Tensor, forest: Forest, head: Head, items: Sequence[TrainingItem], total: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lessons: list[Lesson] = [item.meta for item in items]
         by_tree = zip(forest.segment_start, lessons, strict=True)
         rows = np.concatenate([np.array(starts)[meta.segment] + meta.offset for starts, meta in by_tree])
         targets = torch.from_numpy(np.concatenate([meta.target for meta in lessons]))  # [n]
         kinds = np.concatenate([meta.kind for meta in lessons])
-        logits = hidden[torch.from_numpy(rows)].float() @ head[scorer.verdict_token_ids].float().T  # [n, K]
+        logits = head.logits(hidden[torch.from_numpy(rows)], scorer.verdict_token_ids)  # [n, K]
         right = (logits.argmax(-1) == targets).numpy()
         metrics: dict[str, Tensor] = {}
         for kind, name in enumerate(KINDS):

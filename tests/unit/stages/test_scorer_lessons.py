@@ -21,7 +21,7 @@ from srcfast.recipes.scorer_lessons import (
     lesson_loss,
     lesson_weight,
 )
-from srcfast.recipes.train_scorer import parse_qualities
+from srcfast.recipes.train_scorer import Recipe, parse_qualities, train_items
 from srcfast.stages.scorer_training import Variant, scorer_example, with_reference
 from srcfast.training.items import TrainingItem
 from srcfast.world.rationales import facts
@@ -115,7 +115,7 @@ def test_the_loss_is_the_weighted_mean_over_all_places_whatever_the_cut(scorer):
     [one] = checking_items(scorer, {"a": SAMPLE}, [example], random.Random(0), drills=2, claims_per_drill=2)
     [other] = comparing_items(scorer, {"a": SAMPLE}, [example])
     loss = lesson_loss(scorer)
-    head = scorer.text_model.decoder.head_weight
+    head = scorer.text_model.decoder.head
     total = lesson_weight([one, other])
     assert total == pytest.approx(sum(WEIGHTS[item.meta.kind].sum() for item in (one, other)))
 
@@ -138,6 +138,21 @@ def test_labels_stay_those_of_the_truth_whatever_the_reference_says(scorer, qual
         assert np.array_equal(getattr(told.meta, name), getattr(true.meta, name))
     roots = [scorer.text_model.tokenizer.decode(item.tree.segments[0].tokens) for item in (true, told)]
     assert roots[0] != roots[1] and roots[1].strip().startswith(("A detail", "Details are", "The reference"))
+
+
+def test_the_recipe_s_training_lowers_its_loss():
+    scorer = load_scorer("embedded")
+    example = scorer_example(SAMPLE, [Variant(RIGHT, 0), Variant(WRONG, 1, "own")])
+    [item] = comparing_items(scorer, {"a": SAMPLE}, [example])
+
+    def loss() -> float:
+        forest, head = Forest.of([item.tree]), scorer.text_model.decoder.head
+        with torch.no_grad():
+            return float(lesson_loss(scorer)(scorer(forest), forest, head, [item], lesson_weight([item]))[0])
+
+    before = loss()
+    train_items(scorer, [item], Recipe(), epochs=4)
+    assert loss() < 0.9 * before
 
 
 def test_the_recipe_takes_names_of_qualities_and_refuses_others():
