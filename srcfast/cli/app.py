@@ -1,8 +1,8 @@
 """The command line: commands, arguments and options.
 
-`inputs` reads the arguments; `commands`, `model_tools` and `tools` do the work. All are imported within the commands, so that
-`srcfast --help` imports neither torch nor pydantic; `commands`, which imports torch, after the settings are read, so that errors
-in the settings are immediate.
+`inputs` reads the arguments; `commands`, `estimate`, `model_tools` and `tools` do the work. All are imported when a command runs:
+`srcfast --help` imports neither torch nor pydantic, and what imports torch comes after the settings, so that errors in these are
+immediate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -204,14 +205,17 @@ SOURCE = {  # the options of a Source
 }
 
 
-def settings_command(section: str | None, **of_settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def settings_command(
+    module: str, section: str | None, **of_settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function of settings as a command of its name; its parameters but `config` and `source` are options.
 
     On the command line the settings are words and the options of `of_settings`, and the source is the options of `SOURCE`.
-    The settings are read before the function is called, so that errors in them are immediate: what imports torch is
-    imported within it.
+    The function itself is a declaration: that of its name in `srcfast.cli.MODULE` is called with the same arguments. It is
+    imported once the settings are read, so that errors in them are immediate: it may import torch.
 
     Args:
+        module: of the function that is called.
         section: the section of the settings that single settings are looked up in first.
         of_settings: options that stand for settings, by name with their type.
     """
@@ -228,7 +232,9 @@ def settings_command(section: str | None, **of_settings: Any) -> Callable[[Calla
                 first, *more = options.pop("data") or [None]
                 rest = {name: options.pop(name) for name in source if name != "data"}
                 options["source"] = inputs.Source(data=first, more=tuple(more), **rest)
-            command(config, **options)
+            if "profile" in options:
+                options["profile"] = inputs.steps(options["profile"])
+            getattr(import_module(f"srcfast.cli.{module}"), command.__name__)(config, **options)
 
         shared = {"words": Words} | of_settings | source
         options = [
@@ -246,12 +252,9 @@ def settings_command(section: str | None, **of_settings: Any) -> Callable[[Calla
     return register
 
 
-@settings_command(None, model=Model, scorer=ScorerPath, output=Output, quiet=Quiet)
+@settings_command("commands", None, model=Model, scorer=ScorerPath, output=Output, quiet=Quiet)
 def calibrate(config: Config, profile: Profile = None) -> None:
     """Run everything: rationale fine-tuning, then rounds of candidates, scores, curation and DPO."""
-    from srcfast.cli import commands, inputs
-
-    commands.calibrate(config, inputs.steps(profile))
 
 
 @app.command()
@@ -268,59 +271,41 @@ def study(
     command.study(file, output, quiet)
 
 
-@settings_command("rationale", model=Model, quiet=Quiet)
+@settings_command("commands", "rationale", model=Model, quiet=Quiet)
 def rationale(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
-    from srcfast.cli import commands, inputs
-
-    commands.rationale(config, source, output, inputs.steps(profile))
 
 
-@settings_command("candidates", model=Model, quiet=Quiet)
+@settings_command("commands", "candidates", model=Model, quiet=Quiet)
 def candidates(config: Config, source: Source, adapter: Adapter = None, output: Output = None) -> None:
     """Stage 2: generate diverse candidates by sentence-level beam search."""
-    from srcfast.cli import commands
-
-    commands.candidates(config, source, adapter, output)
 
 
-@settings_command("scorer", scorer=ScorerPath, quiet=Quiet)
+@settings_command("commands", "scorer", scorer=ScorerPath, quiet=Quiet)
 def score(config: Config, source: Source, candidates: Candidates = None, output: Output = None) -> None:
     """Stage 3: score the candidates pairwise by the R-Scorer."""
-    from srcfast.cli import commands
-
-    commands.score(config, source, candidates, output)
 
 
-@settings_command("curation", quiet=Quiet)
+@settings_command("tools", "curation", quiet=Quiet)
 def curate(
     config: Config, source: Source, candidates: Candidates = None, scores: Scores = None, output: Output = None
 ) -> None:
     """Stage 4a: choose preference pairs among scored candidates, and count what is dropped and why."""
-    from srcfast.cli import tools
-
-    tools.curate(config, source, candidates, scores, output)
 
 
-@settings_command("dpo", model=Model, quiet=Quiet)
+@settings_command("commands", "dpo", model=Model, quiet=Quiet)
 def dpo(
     config: Config, source: Source, adapter: Adapter = None, output: Output = None, profile: Profile = None
 ) -> None:
     """Stage 4b: train a LoRA adapter by confidence-weighted DPO on preference pairs."""
-    from srcfast.cli import commands, inputs
-
-    commands.dpo(config, source, adapter, output, inputs.steps(profile))
 
 
-@settings_command("evaluation", model=Model, quiet=Quiet)
+@settings_command("commands", "evaluation", model=Model, quiet=Quiet)
 def evaluate(config: Config, source: Source, adapter: Adapter = None, output: Output = None) -> None:
     """Measure accuracy and rationale-answer alignment of greedy answers, with 95 % intervals."""
-    from srcfast.cli import commands
-
-    commands.evaluate(config, source, adapter, output)
 
 
-@settings_command("dpo", model=Model, quiet=Quiet)
+@settings_command("commands", "dpo", model=Model, quiet=Quiet)
 def logprob(
     config: Config,
     adapter: Adapter = None,
@@ -329,12 +314,9 @@ def logprob(
     output: Output = None,
 ) -> None:
     """Compute log-probabilities: reads lines of {images, prompt, response}, writes {logprob, tokens} in the same order."""
-    from srcfast.cli import commands, inputs
-
-    commands.logprob(config, inputs.Source(data, "jsonl", image_root), adapter, output)
 
 
-@settings_command(None, model=Model, scorer=ScorerPath)
+@settings_command("estimate", None, model=Model, scorer=ScorerPath)
 def estimate(
     config: Config,
     memory: Annotated[str | None, typer.Option(help="memory to fit into, such as 12GiB; default: the device's")] = None,
@@ -352,25 +334,18 @@ def estimate(
         int, typer.Option(min=1, max=1 << 24, help="text tokens of a typical prompt, without its image")
     ] = 64,
     response_tokens: Annotated[int, typer.Option(min=1, max=1 << 24, help="tokens of a typical response")] = 192,
-    json: AsJSON = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Forecast memory and time by stage, and advise what to change; reads config.json and file headers alone."""
-    from srcfast.cli.estimate import estimate as print_estimate
-    from srcfast.memory.plan import Lengths
-
-    print_estimate(config, memory, flops, mfu, Lengths(text_tokens, response_tokens), json)
 
 
-@settings_command("rationale", model=Model)
+@settings_command("model_tools", "rationale", model=Model)
 def inspect(
     config: Config,
     source: Source,
     index: Annotated[int, typer.Option(min=0, max=10**9, help="index of the sample, from 0")] = 0,
 ) -> None:
     """Print one sample as the model sees it: decoded tokens, their number, the loss mask in colours."""
-    from srcfast.cli import model_tools
-
-    model_tools.inspect(config, source, index)
 
 
 @app.command()
@@ -395,20 +370,14 @@ def convert(
     tools.convert(source, target, from_format, to_format, image_root)
 
 
-@settings_command(None, model=Model)
+@settings_command("model_tools", None, model=Model)
 def merge(config: Config, adapter: Adapter = None, output: Output = None) -> None:
     """Merge an adapter into its base and write a checkpoint that transformers reads."""
-    from srcfast.cli import model_tools
-
-    model_tools.merge(config, adapter, output)
 
 
-@settings_command("scorer_training", scorer=ScorerPath, quiet=Quiet)
+@settings_command("commands", "scorer_training", scorer=ScorerPath, quiet=Quiet)
 def scorer(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
-    from srcfast.cli import commands, inputs
-
-    commands.scorer(config, source, output, inputs.steps(profile))
 
 
 @app.command()

@@ -67,9 +67,9 @@ def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
-        def run(config: Config, *arguments: Any) -> None:
+        def run(config: Config, **options: Any) -> None:
             with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
-                command(local, *arguments)
+                command(local, **options)
 
         return run
 
@@ -231,19 +231,21 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
 
 
 @on_ranks("preferences")
-def logprob(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
+def logprob(
+    config: Config, adapter: Path | None, data: Path | None, image_root: Path | None, output: Path | None
+) -> None:
     """Write {logprob, tokens} for each line of {images, turns?, prompt, response}; a bad line stops the command.
 
     Finished chunks are stored in a directory beside `output` until `output` is written.
     """
-    path = require_option(source.data, "--data", "JSON lines of {images, prompt, response}")
+    path = require_option(data, "--data", "JSON lines of {images, prompt, response}")
     output = require_option(output, "--output", "a file for the log-probabilities")
     if not output.name or output.is_dir():
         raise ConfigError(
             f"--output: expected a file for the log-probabilities, found the folder {output}. Fix: name a file"
         )
     check_output(config, output, path, adapter, is_file=True)
-    rows = read_logprob_rows(path, source.image_root or path.parent)
+    rows = read_logprob_rows(path, image_root or path.parent)
     policy, directory = Policy(config, rows, adapter), output.with_name(f"{output.name}.checkpoint")
     check = fitting.check_response(policy.model, config.dpo.token_budget)
     distributed.run_on_rank_zero(lambda: fitting.check_each(rows, check))

@@ -67,7 +67,13 @@ class StageEstimate:
 
 
 def estimate(
-    config: Config, memory: str | None, flops: float | None, mfu: float, lengths: Lengths, as_json: bool
+    config: Config,
+    memory: str | None,
+    flops: float | None,
+    mfu: float,
+    text_tokens: int,
+    response_tokens: int,
+    as_json: bool,
 ) -> None:
     """Print the forecast.
 
@@ -76,9 +82,10 @@ def estimate(
         memory: memory of the device, such as `12GiB`; None: the settings' `memory`, or the device's.
         flops: floating-point operations a second that the run reaches; None: `mfu` times the device's peak.
         mfu: share of the device's peak rate that the run reaches; used if `flops` is None.
-        lengths: token counts of a typical sample.
+        text_tokens, response_tokens: of a typical sample.
         as_json: print JSON instead of tables.
     """
+    lengths = Lengths(text_tokens, response_tokens)
     capacity = device_memory(config) if memory is None else float(parse_bytes(memory))
     rate = flops or _device_rate(config, mfu)
     stages = [_estimate_stage(config, stage, capacity, rate, lengths) for stage in STAGES]
