@@ -274,7 +274,8 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     steps = num_updates(len(train), loop)
     with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
         with stage.training(model, train, loop) as hooks:
-            train_scorer(model, train, loop, hooks["on_step"], hooks["profiler"], hooks["checkpoints"])
+            on_step, profiler, checkpoints = hooks["on_step"], hooks["profiler"], hooks["checkpoints"]
+            train_scorer(model, train, loop, on_step=on_step, profiler=profiler, checkpoints=checkpoints)
         stage.stop_timing()
         if distributed.is_rank_zero():
             save_text_model(model.text_model, output)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -45,10 +45,8 @@ from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import rationale_trees
 from srcfast.stages.reference_checks import check_reference_hash, check_references, not_the_reference
 from srcfast.stages.stage_run import StageRun
-from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Features, Loss, Metrics, Objective, TrainingItem
-from srcfast.training.loop import train
-from srcfast.training.profiler import StepProfiler
+from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
+from srcfast.training.loop import TrainingOptions, train
 from srcfast_kernels.transfers import to_device
 from srcfast_kernels.weighted_dpo import LinearDPOOutput, linear_weighted_dpo
 
@@ -111,12 +109,9 @@ def train_preference(
     *,
     weighting: Literal["confidence", "none"] = "confidence",
     expected_reference_hash: str,
-    features: Features | None = None,
-    on_step: Callable[[Metrics], None] | None = None,
     rehearsal: Sequence[RationalePair] = (),
-    profiler: StepProfiler | None = None,
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
-    checkpoints: TrainingCheckpoints | None = None,
+    **options: Unpack[TrainingOptions],
 ) -> list[Metrics]:
     """Preference-tune the model's adapter; return one dict of metrics a step (see `train` and `preference_loss`).
 
@@ -126,12 +121,9 @@ def train_preference(
         settings: the loss and the loop.
         weighting: `confidence` weighs a pair by its confidence, `none` weighs all alike.
         expected_reference_hash: of base and adapter as they are now.
-        features: image keys to embeddings.
-        on_step: called after each update with its metrics.
         rehearsal: rationale-answer pairs of stage 1, mixed with the preferences.
-        profiler: of some steps.
         on_items: called with the training items before training.
-        checkpoints: see `train`.
+        options: of `train`.
 
     Raises:
         InputError: a pair's responses are the same, or its reference is missing, another model's, or above 0.
@@ -147,7 +139,7 @@ def train_preference(
     dtype = model.decoder.head_weight.dtype
     # The first step's log-probabilities must be the stored ones. With dropout they are not: then the step's pairs are computed
     # beforehand, without dropout.
-    dropout = drops(model)
+    dropout, features = drops(model), options.get("features")
     if dropout:
         check_references(model, first_batch, settings.token_budget, features)
 
@@ -160,17 +152,8 @@ def train_preference(
             check_references(model, first_batch, settings.token_budget, features)  # its error names the pair
             raise not_the_reference(result, "", "stored log-probabilities are others")
 
-    return train(
-        model,
-        items,
-        objective=Objective(preference_loss(settings), pair_denominator, pair_logit_rows),
-        settings=settings,
-        features=features,
-        on_step=on_step,
-        before_update=check_step,
-        profiler=profiler,
-        checkpoints=checkpoints,
-    )
+    objective = Objective(preference_loss(settings), pair_denominator, pair_logit_rows)
+    return train(model, items, objective=objective, settings=settings, before_update=check_step, **options)
 
 
 def preference_items(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
@@ -26,10 +27,8 @@ from srcfast.stages.logprobs import check_logprobs
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys
 from srcfast.stages.stage_run import StageRun
-from srcfast.training.checkpoint import TrainingCheckpoints
-from srcfast.training.items import Features, Metrics, Objective, TrainingItem
-from srcfast.training.loop import train
-from srcfast.training.profiler import StepProfiler
+from srcfast.training.items import Metrics, Objective, TrainingItem
+from srcfast.training.loop import TrainingOptions, train
 from srcfast_kernels.transfers import to_device
 
 
@@ -64,11 +63,8 @@ def fine_tune_rationale(
     raps: Sequence[RationalePair],
     settings: TrainingConfig,
     *,
-    features: Features | None = None,
-    on_step: Callable[[Metrics], None] | None = None,
-    profiler: StepProfiler | None = None,
     on_items: Callable[[Sequence[TrainingItem]], None] | None = None,
-    checkpoints: TrainingCheckpoints | None = None,
+    **options: Unpack[TrainingOptions],
 ) -> list[Metrics]:
     """Train the model's adapter (what requires gradients) on RAPs; return one dict of metrics a step.
 
@@ -76,11 +72,8 @@ def fine_tune_rationale(
         model: the policy.
         raps: rationale-answer pairs.
         settings: the loop.
-        features: image keys to embeddings.
-        on_step: called after each update with its metrics.
-        profiler: of some steps.
         on_items: called with the training items before training.
-        checkpoints: see `train`.
+        options: of `train`.
 
     Raises:
         SrcfastError: a log-probability above 0.
@@ -88,17 +81,8 @@ def fine_tune_rationale(
     items = rationale_trees(model, raps)
     if on_items is not None:
         on_items(items)
-    return train(
-        model,
-        items,
-        objective=Objective(rationale_loss, response_tokens, response_logit_rows),
-        settings=settings,
-        features=features,
-        on_step=on_step,
-        before_update=check_logprobs,
-        profiler=profiler,
-        checkpoints=checkpoints,
-    )
+    objective = Objective(rationale_loss, response_tokens, response_logit_rows)
+    return train(model, items, objective=objective, settings=settings, before_update=check_logprobs, **options)
 
 
 @pause_full_collections()

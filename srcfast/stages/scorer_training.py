@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
 from srcfast.stages.datasets import detail_words
 from srcfast.stages.scoring import sample_reference
-from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
-from srcfast.training.loop import train
-from srcfast.training.profiler import StepProfiler
+from srcfast.training.loop import TrainingOptions, train
 from srcfast.world.claims import ATTRIBUTES
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.oracle import verify_sample
@@ -188,9 +186,7 @@ def train_scorer(
     scorer: Scorer,
     examples: Sequence[ScorerExample],
     settings: TrainingConfig,
-    on_step: Callable[[Metrics], None] | None = None,
-    profiler: StepProfiler | None = None,
-    checkpoints: TrainingCheckpoints | None = None,
+    **options: Unpack[TrainingOptions],
 ) -> list[Metrics]:
     """Train the scorer by cross entropy over the verdict tokens alone, at the verdict slots alone.
 
@@ -201,9 +197,7 @@ def train_scorer(
         scorer: with or without an adapter.
         examples: in any order; the seed decides that of training.
         settings: the loop.
-        on_step: called after each update with its metrics.
-        profiler: of some steps.
-        checkpoints: see `train`.
+        options: of `train`.
 
     Returns:
         The steps' metrics, `accuracy` over the step's slots among them.
@@ -213,15 +207,7 @@ def train_scorer(
     scorer.calibration, scorer.temperature = {}, 1.0  # it was of the weights as they were
     # The slots are among the segments' ends. The head's product has a column a verdict token: it counts for nothing in MFU.
     objective = Objective(scorer_loss(scorer), num_slots, segment_ends, head_rows=lambda forest: 0)
-    return train(
-        scorer.text_model,
-        scorer_items(scorer, examples),
-        objective=objective,
-        settings=settings,
-        on_step=on_step,
-        profiler=profiler,
-        checkpoints=checkpoints,
-    )
+    return train(scorer.text_model, scorer_items(scorer, examples), objective=objective, settings=settings, **options)
 
 
 def scorer_items(scorer: Scorer, examples: Sequence[ScorerExample]) -> list[TrainingItem]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -38,6 +39,15 @@ from srcfast.training.optimizer import AdamW, learning_rate_at
 from srcfast.training.pipelining import reads_late
 from srcfast.training.profiler import StepProfiler
 from srcfast.training.step import StepNumbers, accumulate
+
+
+class TrainingOptions(TypedDict, total=False):
+    """What a training takes beside items, objective and settings, see `train`."""
+
+    features: Features | None
+    on_step: Callable[[Metrics], None] | None
+    profiler: StepProfiler | None
+    checkpoints: TrainingCheckpoints | None
 
 
 def train(
