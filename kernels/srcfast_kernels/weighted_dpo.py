@@ -37,16 +37,23 @@ class DPOOutput(NamedTuple):
 
 
 class LinearDPOOutput(DPOOutput):
-    """The same three, and as attributes log pi, [P] each, which carry the gradient, for terms that are added to the loss."""
+    """The same three, and as attributes log pi, [P] each, which carry the gradient, for terms that are added to the loss.
+
+    chosen_logps, rejected_logps: of all tokens. credited_logps: of those that the loss is of, chosen and rejected.
+    """
 
     chosen_logps: Tensor
     rejected_logps: Tensor
+    credited_logps: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, output: tuple[Tensor, ...], chosen_logps: Tensor, rejected_logps: Tensor) -> LinearDPOOutput:
-        """Add log-probabilities to (loss, chosen_rewards, rejected_rewards)."""
+    def of(
+        cls, output: tuple[Tensor, ...], credited: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor] | None = None
+    ) -> LinearDPOOutput:
+        """Add log-probabilities to (loss, chosen_rewards, rejected_rewards); without `whole` all tokens are credited."""
         result = cls(*output)
-        result.chosen_logps, result.rejected_logps = chosen_logps, rejected_logps
+        result.credited_logps = credited
+        result.chosen_logps, result.rejected_logps = credited if whole is None else whole
         return result
 
 
@@ -116,6 +123,7 @@ def linear_weighted_dpo(
     label_smoothing: float | Tensor = 0.0,
     loss_type: LossType = "sigmoid",
     normalizer: float | Tensor | None = None,
+    credited: Tensor | None = None,
     **head: Any,
 ) -> LinearDPOOutput:
     """Compute `linear_logprob`, its sums by sequence in a fixed order, and `weighted_dpo_loss` of them; never a [T, V] tensor.
@@ -125,17 +133,21 @@ def linear_weighted_dpo(
         sequence_ids: [T] int64: 2k for tokens of pair k's chosen, 2k + 1 for its rejected response, and 2P + k for those that
             both begin with and that `hidden` holds once; they count for both.
         ref_chosen_logps, ref_rejected_logps, confidence: [P]. A pair of confidence 0 adds nothing to the loss.
+        credited: [C] int64 indices of the tokens whose sums the loss is of, and the references; None: all.
         head: bias, logit_scale, softcap, ignore_index of `linear_logprob`.
     """
     logps = linear_logprob(hidden, weight, targets, **head)  # [T]
-    pairs = len(confidence)
+    pairs, whole = len(confidence), None
+    if credited is not None:
+        whole = sum_pairs(logps, sequence_ids, pairs)
+        logps, sequence_ids = logps.index_select(0, credited), sequence_ids.index_select(0, credited)
     if pairs and backend_for(hidden) == "triton":
         total = confidence.sum(dtype=logps.dtype) if normalizer is None else normalizer
         reference = (ref_chosen_logps, ref_rejected_logps)
         *output, chosen, rejected = _TokenDPO.apply(
             logps, sequence_ids, *reference, confidence, total, beta, label_smoothing, loss_type
         )
-        return LinearDPOOutput.of(tuple(output), chosen, rejected)
+        return LinearDPOOutput.of(tuple(output), (chosen, rejected), whole)
     chosen, rejected = sum_pairs(logps, sequence_ids, pairs)
     result = weighted_dpo_loss(
         chosen,
@@ -148,7 +160,7 @@ def linear_weighted_dpo(
         loss_type=loss_type,
         normalizer=normalizer,
     )
-    return LinearDPOOutput.of(result, chosen, rejected)
+    return LinearDPOOutput.of(result, (chosen, rejected), whole)
 
 
 def sum_pairs(logps: Tensor, sequence_ids: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ YOUNGER = (
     ("scorer", "reference"),
     ("scorer", "adaptive_confidence"),
     ("scorer_training", "qualities"),
+    ("dpo", "credit"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 
@@ -383,6 +384,9 @@ class DPOConfig(TrainingConfig):
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Loss of a pair's reward margin Delta: `sigmoid`: -log sigmoid (DPO); `ipo`: squared distance from the target margin (IPO);
     `hinge`: max(0, 1 - Delta) (SLiC)"""
+    credit: Literal["response", "sentence"] = "response"
+    """Tokens that a pair's preference is credited to: `response`: all; `sentence`: the first sentence in which the two responses
+    part, for which the reference is computed anew: reuse_generation_logprobs doesn't apply"""
     label_smoothing: float | Literal["confidence"] = 0.0
     """Probability that a pair's labels are swapped, in [0, 0.5), for loss_type sigmoid alone; `confidence`: (1 - c) / 2, c the
     pair's confidence; 0 = none"""

@@ -120,6 +120,14 @@ def parse_response(text: str) -> ParsedResponse:
     return UNPARSED
 
 
+def answer_position(text: str) -> int | None:
+    """Return where a tagged or plain response's answer begins, its mark included; None where it has no mark."""
+    if "<answer>" in text:
+        return text.rindex("<answer>")
+    marks = list(_ANSWER_MARK.finditer(text))
+    return marks[-1].start() if marks else None
+
+
 def split_sentences(text: str) -> list[str]:
     """Split a text into sentences; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
     sentences: list[str] = []

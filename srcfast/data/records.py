@@ -103,9 +103,18 @@ class Candidate:
         )
 
 
+CREDITS = (None, "response", "sentence", "answer")
+SPAN_FIELDS = ("credit", "reference_chosen_span_logprob", "reference_rejected_span_logprob")
+
+
 @dataclass(frozen=True)
 class Preference:
-    """A chosen and a rejected response, their confidence and, once computed, their reference log-probabilities."""
+    """A chosen and a rejected response, their confidence and, once computed, their reference log-probabilities.
+
+    Attributes:
+        credit: what the preference is credited to: `sentence`, `answer`, or None: the whole responses (`stages/credit.py`).
+        reference_chosen_span_logprob, reference_rejected_span_logprob: log pi_ref of the credited tokens, where not all are.
+    """
 
     sample_id: str
     images: tuple[str, ...]
@@ -118,6 +127,9 @@ class Preference:
     extra: dict[str, Any] = field(default_factory=dict)
     image_root: Path = Path(".")
     turns: tuple[Turn, ...] = ()
+    credit: str | None = None
+    reference_chosen_span_logprob: float | None = None
+    reference_rejected_span_logprob: float | None = None
     source: tuple[str, int] | None = field(default=None, compare=False)  # file and line that the record was read from
 
     @property
@@ -137,8 +149,11 @@ class Preference:
         return self.confidence if judged is None else float(judged)
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to a record with all fields but `image_root`, `source` and empty `turns`, and the extra keys."""
-        return _to_json(self, optional=("turns",))
+        """Convert to a record with all fields but `image_root`, `source`, empty `turns` and what only credited spans need.
+
+        The extra keys are among them.
+        """
+        return _to_json(self, optional=("turns", *SPAN_FIELDS))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Preference:
@@ -156,6 +171,9 @@ class Preference:
         chosen, rejected = reader.text("chosen"), reader.text("rejected")
         if chosen == rejected:
             raise reader.error("rejected", "a response other than the chosen one", rejected, "leave the pair out")
+        credit = reader.optional_text("credit")
+        if credit not in CREDITS:
+            raise reader.error("credit", "response, sentence or answer", credit, "leave it out: `dpo.credit` says it")
         return cls(
             sample_id=sample_id,
             images=images,
@@ -165,6 +183,9 @@ class Preference:
             confidence=confidence,
             reference_chosen_logprob=reader.optional_number("reference_chosen_logprob"),
             reference_rejected_logprob=reader.optional_number("reference_rejected_logprob"),
+            credit=None if credit == "response" else credit,
+            reference_chosen_span_logprob=reader.optional_number("reference_chosen_span_logprob"),
+            reference_rejected_span_logprob=reader.optional_number("reference_rejected_span_logprob"),
             extra=reader.rest(),
             image_root=image_root,
             turns=turns,

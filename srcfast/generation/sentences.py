@@ -52,6 +52,18 @@ class SentenceEnds:
         """Return the tokenizer's, built once."""
         return SentenceEnds(tokenizer, vocabulary)
 
+    def cut(self, token_ids: list[int]) -> list[int]:
+        """Return where the sentences of a response end, ascending, the last with the response; as decoding ends its rows."""
+        ends, start, waits = [], 0, False
+        for position, token in enumerate(token_ids, start=1):
+            ended = False
+            if self.may_end[token] or waits:
+                ended, waits = self.look(token_ids[start:position])
+            if ended or position == len(token_ids):
+                ends.append(position)
+                start = position
+        return ends
+
     def look(self, token_ids: list[int]) -> tuple[bool, bool]:
         """Return whether the text of these tokens closes a sentence, and whether only the next token decides."""
         text = self.tokenizer.decode(token_ids)

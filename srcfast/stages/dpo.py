@@ -7,7 +7,8 @@ tokens, the end token included,
     Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
     L = sum_k c_k [ preference_weight loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
 
-over the global batch. With preference_weight 0 this is fine-tuning on the chosen responses. Rationale-answer pairs of
+over the global batch. With `credit: sentence` the sums of Delta run over the first sentence in which the two responses part
+(`stages/credit.py`). With preference_weight 0 this is fine-tuning on the chosen responses. Rationale-answer pairs of
 stage 1 can be rehearsed beside them: rehearsal_weight times the mean of their -log pi(y) / |y| is added. The R-Scorer is
 surer of some kinds of questions than of others, and the policy forgets those of which it is shown no pairs.
 
@@ -38,8 +39,9 @@ from srcfast.data.records import Preference
 from srcfast.models.dropout_keys import drops
 from srcfast.models.head import Head
 from srcfast.models.protocols import VisionLanguageModel
+from srcfast.stages.credit import Spans, credited, credited_spans, credited_tokens
 from srcfast.stages.drift import Drift
-from srcfast.stages.logprobs import check_logprobs
+from srcfast.stages.logprobs import check_logprobs, stated_reference
 from srcfast.stages.pair_trees import pair_logit_rows, pair_tokens, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.rationale import rationale_trees
@@ -58,13 +60,20 @@ class PairMeta:
     Attributes:
         weight: c of the formula.
         confidence: the R-Scorer's, also where `weight` is 1 for all pairs; `label_smoothing: confidence` reads it.
-        reference_chosen_logprob, reference_rejected_logprob: log pi_ref, in nats.
+        reference_chosen_logprob, reference_rejected_logprob: log pi_ref, in nats, of the tokens that are credited.
     """
 
     weight: float
     confidence: float
     reference_chosen_logprob: float
     reference_rejected_logprob: float
+
+
+@dataclass(frozen=True)
+class SpanMeta(PairMeta):
+    """The same of a pair whose preference is credited to spans of its responses."""
+
+    spans: Spans
 
 
 # Of a rehearsed response, in the arrays that hold a number for each tree: it has no weight in the loss of pairs.
@@ -130,6 +139,7 @@ def train_preference(
         SrcfastError: before the first update the policy isn't what the stored log-probabilities say, though
             the hash fits. Or a log-probability is above 0.
     """
+    preferences = credited(preferences, settings.credit)
     for preference in preferences:
         check_reference_hash(preference, expected_reference_hash)
     items = preference_items(model, preferences, weighting, rehearsal)
@@ -163,21 +173,19 @@ def preference_items(
     rehearsal: Sequence[RationalePair] = (),
 ) -> list[TrainingItem]:
     """Build the items of `train_preference`: the pairs, then the rehearsed rationale-answer pairs, which have no `PairMeta`."""
-    weighted = weighting == "confidence"
     items = [
-        TrainingItem(
-            tree,
-            PairMeta(
-                preference.confidence if weighted else 1.0,
-                preference.judge_confidence,
-                float(preference.reference_chosen_logprob or 0.0),
-                float(preference.reference_rejected_logprob or 0.0),
-            ),
-            preference.images,
-        )
+        TrainingItem(tree, _pair_meta(model, preference, tree, weighting), preference.images)
         for tree, preference in zip(preference_trees(model, preferences), preferences, strict=True)
     ]
     return items + rationale_trees(model, rehearsal)
+
+
+def _pair_meta(model: VisionLanguageModel, pair: Preference, tree: Tree, weighting: str) -> PairMeta:
+    """Return what the loss needs of a pair; a reference that is missing counts as 0 (`check_reference_hash` refuses it)."""
+    chosen, rejected = (float(value or 0.0) for value in list(stated_reference(pair).values())[-2:])
+    weights = pair.confidence if weighting == "confidence" else 1.0, pair.judge_confidence
+    spans = credited_spans(model, pair, tree)
+    return PairMeta(*weights, chosen, rejected) if spans is None else SpanMeta(*weights, chosen, rejected, spans)
 
 
 def pair_denominator(items: Sequence[TrainingItem]) -> PairDenominator:
@@ -192,6 +200,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
     Metrics, each a mean over the global batch's pairs: margin (Delta), reward_accuracy (share of Delta > 0),
     chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, and mean_square_drift, of the two responses' (log pi -
     log pi_ref) / root of their tokens; max_drift, the greatest of its absolute values; and max_logprob, the greatest log pi.
+    Margin, rewards and drift are of the tokens that are credited.
     """
 
     def loss(
@@ -204,6 +213,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
         pairs = [index for index, item in enumerate(items) if item.meta is not None]  # P; the others are rehearsed
         batch = TreeTensors.of(items, forest, denominator.rehearsed, hidden)
         tokens = pair_tokens(hidden, forest)
+        counted = credited_tokens(forest, [_spans(item) for item in items])
         output = linear_weighted_dpo(
             tokens.hidden,
             head.weight,
@@ -216,6 +226,7 @@ def preference_loss(settings: DPOConfig) -> Loss:
             label_smoothing=_label_smoothing(settings, batch.confidences),
             loss_type=settings.loss_type,
             normalizer=denominator.weight or 1.0,  # 0 of a batch that only rehearses
+            credited=None if counted is None else to_device(counted, hidden.device),
             **head.options,
         )
         rehearsed = output.loss.new_zeros(())
@@ -239,10 +250,11 @@ class TreeTensors:
     """The numbers of a forest's trees, on the device; a rehearsed response has weight 0 in the loss of pairs.
 
     Attributes:
-        reference_logprobs: [2, trees], chosen and rejected.
+        reference_logprobs: [2, trees], chosen and rejected, of the tokens that are credited.
         weights: [trees].
         confidences: [trees].
         lengths: [2, trees], tokens of chosen and rejected.
+        credited_lengths: [2, trees], those that are credited.
         rehearsal_shares: [trees], 1 / (tokens * rehearsed responses of the global batch), 0 of a pair.
     """
 
@@ -250,6 +262,7 @@ class TreeTensors:
     weights: Tensor
     confidences: Tensor
     lengths: Tensor
+    credited_lengths: Tensor
     rehearsal_shares: Tensor
 
     @classmethod
@@ -257,6 +270,10 @@ class TreeTensors:
         """Copy the numbers to the device of the hidden states, in one transfer that nothing awaits."""
         metas = [_NO_PAIR if item.meta is None else item.meta for item in items]
         lengths = np.array([response_lengths(tree) for tree in forest.trees], dtype=np.float64)  # [trees, 2]
+        counted = lengths.copy()
+        for tree, spans in enumerate(_spans(item) for item in items):
+            if spans is not None:
+                counted[tree] = [end - start for start, end in spans]
         shares = 1.0 / lengths[:, 0] / max(1, rehearsed)  # [trees]
         shares[[index for index, item in enumerate(items) if item.meta is not None]] = 0.0
         columns = (
@@ -264,13 +281,18 @@ class TreeTensors:
             [meta.reference_rejected_logprob for meta in metas],
             [meta.weight for meta in metas],
             [meta.confidence for meta in metas],
-            lengths[:, 0],
-            lengths[:, 1],
+            *lengths.T,
+            *counted.T,
             shares,
         )
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        numbers = to_device(np.stack(columns), hidden.device, dtype)  # [7, trees]
-        return cls(numbers[:2], numbers[2], numbers[3], numbers[4:6], numbers[6])
+        numbers = to_device(np.stack(columns), hidden.device, dtype)  # [9, trees]
+        return cls(numbers[:2], numbers[2], numbers[3], numbers[4:6], numbers[6:8], numbers[8])
+
+
+def _spans(item: TrainingItem) -> Spans | None:
+    """Return the spans that an item's preference is credited to; None: whole responses."""
+    return item.meta.spans if isinstance(item.meta, SpanMeta) else None
 
 
 def response_lengths(tree: Tree) -> tuple[int, int]:
@@ -296,11 +318,12 @@ def _metrics(
     """Return the metrics of `preference_loss`, over the trees that are pairs."""
     rewards = torch.stack([output.chosen_rewards, output.rejected_rewards])  # [2, trees]
     policy = torch.stack([output.chosen_logps, output.rejected_logps])  # [2, trees]
-    reference, lengths = batch.reference_logprobs, batch.lengths  # [2, trees] each
+    counted = torch.stack(output.credited_logps)  # [2, trees]
+    reference, lengths = batch.reference_logprobs, batch.credited_lengths  # [2, trees] each
     if len(pairs) < policy.shape[1]:
         index = to_device(pairs, policy.device)
-        rewards, policy, reference, lengths = (
-            one.index_select(1, index) for one in (rewards, policy, reference, lengths)
+        rewards, policy, counted, reference, lengths = (
+            one.index_select(1, index) for one in (rewards, policy, counted, reference, lengths)
         )
     margins = rewards[0] - rewards[1]  # [P]
     sums = {
@@ -314,7 +337,7 @@ def _metrics(
     metrics = {name: values.sum() / denominator.pairs for name, values in sums.items()}
     if denominator.rehearsed:
         metrics["rehearsal_loss"] = rehearsed
-    drifts = (policy - reference) / lengths.sqrt()  # [2, P], z of `drift.py`
+    drifts = (counted - reference) / lengths.sqrt()  # [2, P], z of `drift.py`
     metrics["mean_square_drift"] = drifts.square().sum() / (2 * denominator.pairs)
     metrics["max_drift"] = drifts.abs().max()
     metrics["max_logprob"] = policy.max()

@@ -25,6 +25,7 @@ from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.run.progress import StageProgress
+from srcfast.stages.credit import credited_spans, credited_tokens
 from srcfast.stages.pair_trees import pair_logprobs, preference_trees
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import PromptEncoder, image_keys, image_prints
@@ -32,6 +33,12 @@ from srcfast.training.items import Features, Metrics
 from srcfast.training.pipelining import behind
 from srcfast_kernels.transfers import Fetched, fetch, to_device
 
+REFERENCE_FIELDS = (
+    "reference_chosen_logprob",
+    "reference_rejected_logprob",
+    "reference_chosen_span_logprob",
+    "reference_rejected_span_logprob",
+)
 PAIRS = 256  # preference pairs a chunk, or requests for a log-probability
 
 
@@ -56,23 +63,34 @@ def reference_logprobs(
         on_forest: called after each forest, for progress.
     """
     trees = preference_trees(model, preferences)
+    spans = [credited_spans(model, pair, tree) for pair, tree in zip(preferences, trees, strict=True)]
     results = list(preferences)
     head = model.decoder.head
 
     def sums(forest: Forest, hidden: Tensor) -> Tensor:
-        return torch.stack(pair_logprobs(hidden, forest, head))  # [2, P]
+        tokens = credited_tokens(forest, [spans[index] for index in forest.indices])
+        return torch.stack(pair_logprobs(hidden, forest, head, tokens))  # [2, P], or [4, P]
 
     for forest, logprobs in _run_forests(model, trees, sums, token_budget, features, on_forest):
         check_numbers(model, logprobs.sum(0).numpy(), [tree.key for tree in forest.trees])
-        for index, (chosen, rejected) in zip(forest.indices, logprobs.T.tolist(), strict=True):
-            results[index] = with_reference(preferences[index], chosen, rejected, reference_hash)
+        for index, values in zip(forest.indices, logprobs.T.tolist(), strict=True):
+            results[index] = with_reference(preferences[index], values, reference_hash)
     return results
 
 
-def with_reference(pair: Preference, chosen: float, rejected: float, reference_hash: str) -> Preference:
-    """Return the pair with its reference's log-probabilities and with the hash of the model that they are from."""
-    extra = {**pair.extra, "reference_hash": reference_hash}
-    return replace(pair, reference_chosen_logprob=chosen, reference_rejected_logprob=rejected, extra=extra)
+def with_reference(pair: Preference, logprobs: Sequence[float], reference_hash: str) -> Preference:
+    """Return the pair with its reference's log-probabilities and with the hash of the model that they are from.
+
+    logprobs: of the chosen and the rejected response, and of what is credited of both.
+    """
+    changes: dict[str, Any] = dict(zip(stated_reference(pair), logprobs, strict=False))
+    return replace(pair, extra={**pair.extra, "reference_hash": reference_hash}, **changes)
+
+
+def stated_reference(pair: Preference) -> dict[str, Any]:
+    """Return the log-probabilities that the pair needs of its reference, by field; None where one is missing."""
+    fields = REFERENCE_FIELDS if pair.credit is not None else REFERENCE_FIELDS[:2]
+    return {field: getattr(pair, field) for field in fields}
 
 
 @torch.no_grad()
@@ -202,7 +220,7 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
 
     The calls store their chunks in the directories 0, 1, ... below that of `chunks`.
     """
-    calls = count()
+    calls, names = count(), ("chosen", "rejected", "chosen_span", "rejected_span")
 
     def logprobs(
         model: VisionLanguageModel,
@@ -223,14 +241,11 @@ def references_in_chunks(chunks: Chunks) -> Callable[..., list[Preference]]:
                 features=features,
                 on_forest=on_forest,
             )
-            rows = [
-                {"chosen": pair.reference_chosen_logprob, "rejected": pair.reference_rejected_logprob} for pair in pairs
-            ]
-            return rows, {}
+            return [dict(zip(names, stated_reference(pair).values(), strict=False)) for pair in pairs], {}
 
         files = run_chunks(chunks.below(str(next(calls))), preferences, PAIRS, work, in_step_with(model))
         return [
-            with_reference(pair, row["chosen"], row["rejected"], reference_hash)
+            with_reference(pair, [row[name] for name in names if name in row], reference_hash)
             for pair, row in zip(preferences, files.rows(), strict=True)
         ]
 

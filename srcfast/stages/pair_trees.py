@@ -115,20 +115,27 @@ def pair_tokens(hidden: Tensor, forest: Forest) -> PairTokens:
     return PairTokens(hidden.index_select(0, index[0]), index[1], index[2])
 
 
-def pair_logprobs(hidden: Tensor, forest: Forest, head: Head) -> tuple[Tensor, Tensor]:
+def pair_logprobs(hidden: Tensor, forest: Forest, head: Head, credited: np.ndarray | None = None) -> tuple[Tensor, ...]:
     """Sum the log-probabilities of the chosen and the rejected response of each preference tree over their whole paths.
 
     Args:
         hidden: `[T, D]`, or `[M, D]` of the forest's `response_logit_rows`.
         forest: of P trees of preferences, or of prompt and response alone: of these it is the response's, and 0.
         head: the model's.
+        credited: indices of tokens (`credit.credited_tokens`) whose sums are returned as well.
 
     Returns:
-        (chosen `[P]`, rejected `[P]`), differentiable. Shared tokens pass through the head once.
+        (chosen `[P]`, rejected `[P]`), differentiable, and the same two of the credited tokens. Shared tokens pass through the
+        head once.
     """
     tokens = pair_tokens(hidden, forest)
     logps = head.logprobs(tokens.hidden, tokens.targets)  # [n]
-    return sum_pairs(logps, tokens.sequence_ids, len(forest.trees))
+    sums = sum_pairs(logps, tokens.sequence_ids, len(forest.trees))
+    if credited is None:
+        return sums
+    index = to_device(credited, logps.device)  # [C]
+    ids = tokens.sequence_ids.index_select(0, index)
+    return *sums, *sum_pairs(logps.index_select(0, index), ids, len(forest.trees))
 
 
 @pause_full_collections()

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from srcfast.data.records import LOGPROB_ROUNDING, Preference
+from srcfast.data.records import LOGPROB_ROUNDING, SPAN_FIELDS, Preference
 from srcfast.errors import InputError, SrcfastError
 from srcfast.models.protocols import VisionLanguageModel
+from srcfast.stages.credit import credited_spans
 from srcfast.stages.drift import Drift, drift, drift_of, rounding_bound
-from srcfast.stages.logprobs import reference_logprobs
+from srcfast.stages.logprobs import reference_logprobs, stated_reference
+from srcfast.stages.pair_trees import preference_trees
 from srcfast.training.items import Features
 
 
@@ -28,14 +30,20 @@ def check_references(
     computed = reference_logprobs(model, preferences, reference_hash="", token_budget=token_budget, features=features)
     drifts, words = [], []
     for stored, exact in zip(preferences, computed, strict=True):
-        for side in ("chosen", "rejected"):
-            field = f"reference_{side}_logprob"
-            value, expected = getattr(stored, field), getattr(exact, field)
-            drifts.append(drift(value, expected, len(model.encode_response(getattr(stored, side)))))
+        for (field, value), length in zip(stated_reference(stored).items(), _lengths(model, stored), strict=False):
+            expected = getattr(exact, field)
+            drifts.append(drift(value, expected, length))
             words.append((f"sample {stored.sample_id}: ", f"{field} is stored as {value:.6g} and is {expected:.6g}"))
     result = drift_of(drifts, model.decoder.head_weight.dtype)
     if result is not None and not result.is_rounding:
         raise not_the_reference(result, *words[int(np.argmax(drifts))])
+
+
+def _lengths(model: VisionLanguageModel, pair: Preference) -> list[int]:
+    """Count the tokens of the chosen and of the rejected response, and those of both that are credited."""
+    lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
+    spans = credited_spans(model, pair, *preference_trees(model, [pair]))
+    return lengths if spans is None else [*lengths, *(end - start for start, end in spans)]
 
 
 def not_the_reference(result: Drift, sample: str, worst: str) -> SrcfastError:
@@ -53,7 +61,16 @@ def not_the_reference(result: Drift, sample: str, worst: str) -> SrcfastError:
 def check_reference_hash(preference: Preference, expected_hash: str) -> None:
     """Raise InputError where a pair's reference is missing, is another model's, or is above 0."""
     stored_hash = preference.extra.get("reference_hash")
-    if preference.reference_chosen_logprob is None or preference.reference_rejected_logprob is None:
+    missing = [field for field, value in stated_reference(preference).items() if value is None]
+    if preference.credit is not None and missing == list(SPAN_FIELDS[1:]):
+        raise InputError(
+            sample_id=preference.sample_id,
+            field=missing[0],
+            expected=f"the reference's log-probability of what credit {preference.credit} names",
+            found="none: the pair was made with another dpo.credit",
+            fix="set dpo.credit back, or take another name or output directory",
+        )
+    if missing:
         stored_hash = None
     if stored_hash != expected_hash:
         raise InputError(
@@ -68,8 +85,7 @@ def check_reference_hash(preference: Preference, expected_hash: str) -> None:
 
 def _check_reference_sign(preference: Preference) -> None:
     """Raise InputError where a stored log-probability is above 0 by more than rounding, or not a number."""
-    for field in ("reference_chosen_logprob", "reference_rejected_logprob"):
-        value = getattr(preference, field)
+    for field, value in stated_reference(preference).items():
         if not value <= LOGPROB_ROUNDING:  # so written, the test fails for NaN as well
             raise InputError(
                 sample_id=preference.sample_id,

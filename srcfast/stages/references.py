@@ -21,8 +21,15 @@ from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import track
+from srcfast.stages.credit import credited
 from srcfast.stages.drift import drift, drift_of, rounding_bound
-from srcfast.stages.logprobs import logprob_chunks, reference_logprobs, references_in_chunks, with_reference
+from srcfast.stages.logprobs import (
+    logprob_chunks,
+    reference_logprobs,
+    references_in_chunks,
+    stated_reference,
+    with_reference,
+)
 from srcfast.stages.policy import Policy
 from srcfast.stages.reference_checks import check_references
 from srcfast.stages.stage_run import StageRun
@@ -39,7 +46,7 @@ class ReferenceReuse:
 
     Attributes:
         pairs: all of them.
-        eligible: pairs whose two responses are token for token their candidates, after the same prompt.
+        eligible: pairs whose two responses are token for token their candidates, after the same prompt, and credited whole.
         rechecked: of these, computed exactly.
         reused: of these, those with generation's log-probabilities.
         disagreement: root mean square of the rechecked responses' z, nats a root token (`stages/drift.py`); None without any.
@@ -120,7 +127,7 @@ def reuse_candidate_logprobs(
         compute(remaining)
     elif remaining:
         for index in remaining:
-            results[index] = with_reference(preferences[index], *eligible[index], reference_hash)
+            results[index] = with_reference(preferences[index], eligible[index], reference_hash)
     report = ReferenceReuse(
         pairs=len(preferences),
         eligible=len(eligible),
@@ -144,7 +151,7 @@ def stage_references(
     """Give a round's pairs the policy's log-probabilities as their reference, chunk by chunk where they are computed."""
     return reuse_candidate_logprobs(
         policy.model,
-        preferences,
+        credited(preferences, stage.config.dpo.credit),
         samples,
         candidates,
         reference_hash=policy.hash(),
@@ -162,8 +169,10 @@ def _generated_logprobs(
     """Return the chosen and the rejected candidate's log-probabilities, in nats; None where they are not the pair's.
 
     They are the pair's if the candidates answer the same prompt and are, token for token, the responses as training encodes
-    them: decoding to text and back may give other tokens.
+    them: decoding to text and back may give other tokens. Of a part of a response generation has none.
     """
+    if pair.credit is not None:
+        return None
     if sample is None or (pair.prompt, tuple(pair.images), pair.turns) != (
         sample.question,
         tuple(sample.images),
@@ -203,6 +212,7 @@ def with_references(
         InputError: one is above 0.
     """
     policy_hash = policy.hash()
+    pairs = credited(pairs, config.dpo.credit)
     stated = [pair for pair in pairs if "reference_hash" not in pair.extra and _has_reference(pair)]
     compared = Random(f"references/{config.seed}").sample(stated, min(MAX_STATED_CHECKS, len(stated)))
     check_references(policy.model, compared, config.dpo.token_budget, policy.features)
@@ -227,5 +237,5 @@ def with_references(
 
 
 def _has_reference(pair: Preference) -> bool:
-    """Return whether both log-probabilities are there."""
-    return pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None
+    """Return whether all log-probabilities are there."""
+    return None not in stated_reference(pair).values()

@@ -21,6 +21,7 @@ from srcfast.data.records import Fields, Preference, Sample
 from srcfast.errors import InputError
 from srcfast.models.lora import load_adapter
 from srcfast.models.protocols import VisionLanguageModel
+from srcfast.stages.credit import credited
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss
 from srcfast.stages.nonfinite import BATCH, trained_hash
 from srcfast.stages.pair_trees import pair_logit_rows
@@ -79,7 +80,8 @@ def replay(directory: Path) -> Metrics:
             settings=batch.loop,
             features=features,
         )
-    items = preference_items(model, batch.pairs, batch.config.curation.weighting, batch.rationales)
+    pairs = credited(batch.pairs, batch.config.dpo.credit)
+    items = preference_items(model, pairs, batch.config.curation.weighting, batch.rationales)
     item_at = dict(zip(batch.positions, items, strict=True))
     return rerun_step(
         model,

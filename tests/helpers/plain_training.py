@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.small_model import SmallModel, path_logprob, random_text
+from helpers.small_model import SmallModel, path_logprob, random_text, token_logprobs
 from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.records import Preference, Sample
 
@@ -93,6 +93,22 @@ def response_logprob(model: SmallModel, prompt: str, response: str) -> tuple[Ten
     return path_logprob(model, model.encode_prompt(prompt, []), tokens), len(tokens)
 
 
+def parting_sentence(text: str, other: str) -> slice:
+    """The tokens of a text from its first letter that the other has not to the end of that sentence; a letter is a token.
+
+    Sentences are words of at least two letters and a full stop; the end token closes the last one.
+    """
+    start = next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    stop = text.find(".", start)
+    return slice(start, len(text) + 1 if stop < 0 else stop + 1)
+
+
+def sentence_logprob(model: SmallModel, prompt: str, response: str, other: str) -> Tensor:
+    """The log-probability of the sentence in which a response parts from the other one."""
+    logps = token_logprobs(model, model.encode_prompt(prompt, []), model.encode_response(response))
+    return logps[parting_sentence(response, other)].sum()
+
+
 def preference_losses(
     model: SmallModel,
     pairs: Sequence[Preference],
@@ -107,6 +123,11 @@ def preference_losses(
         rejected, _ = response_logprob(model, pair.prompt, pair.rejected)
         assert pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None
         ratio = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
+        if settings.credit == "sentence":
+            own = sentence_logprob(model, pair.prompt, pair.chosen, pair.rejected)
+            other = sentence_logprob(model, pair.prompt, pair.rejected, pair.chosen)
+            assert pair.reference_chosen_span_logprob is not None and pair.reference_rejected_span_logprob is not None
+            ratio = (own - pair.reference_chosen_span_logprob) - (other - pair.reference_rejected_span_logprob)
         delta = settings.beta * ratio
         weight = pair.confidence if weighted else 1.0
         judged = pair.extra.get("judge_confidence", pair.confidence)

@@ -24,6 +24,17 @@ TOKENS_PER_IMAGE = 3
 VOCABULARY = 40
 
 
+class Letters:
+    """What the model's tokenizer says of tokens: a letter or full stop each, and nothing for the end."""
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        texts = {letters(letter)[0]: letter for letter in "abcdefghijklmnop."}
+        return "".join(texts.get(token, "") for token in token_ids)
+
+
 class SmallModel(nn.Module):
     """Embedding and head frozen; the layers are trained, or an adapter on them."""
 
@@ -32,6 +43,7 @@ class SmallModel(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(seed)
+        self.tokenizer = Letters()
         self.decoder = Decoder(
             DecoderConfig(
                 vocab_size=VOCABULARY,
@@ -119,7 +131,12 @@ def random_preferences(count: int, seed: int = 0) -> list[Preference]:
 
 
 def path_logprob(model: SmallModel, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    """The definition: the sequence alone, all logits, dense attention, the response's tokens summed."""
+    """The log-probability of the response's tokens after the prompt."""
+    return token_logprobs(model, prompt, response).sum()
+
+
+def token_logprobs(model: SmallModel, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+    """The definition, [response's tokens]: the sequence alone, all logits, dense attention."""
     tokens = torch.from_numpy(np.concatenate([prompt, response]))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,4 +148,4 @@ def path_logprob(model: SmallModel, prompt: np.ndarray, response: np.ndarray) ->
 
     hidden = model.decoder(model.decoder.embed(tokens), torch.arange(len(tokens)), attend)
     logps = (hidden @ model.decoder.head_weight.T).log_softmax(-1)
-    return logps[len(prompt) - 1 : -1].gather(1, tokens[len(prompt) :, None]).sum()
+    return logps[len(prompt) - 1 : -1].gather(1, tokens[len(prompt) :, None])[:, 0]

@@ -167,6 +167,13 @@ PAIR_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a reference log-probability of -Infinity": ({"reference_rejected_logprob": float("-inf")}, "not a finite number"),
     "a reference log-probability in words": ({"reference_chosen_logprob": "low"}, _NUMBER),
     "a reference log-probability that is a list": ({"reference_rejected_logprob": [-1]}, _NUMBER),
+    "a span's reference log-probability of NaN": (
+        {"reference_chosen_span_logprob": float("nan")},
+        "not a finite number",
+    ),
+    "a span's reference log-probability in words": ({"reference_rejected_span_logprob": "low"}, _NUMBER),
+    "a credit that there is not": ({"credit": "paragraph"}, "response, sentence or answer"),
+    "a credit that is a number": ({"credit": 1}, "a string"),
     "an integer beyond all floats for a reference": ({"reference_rejected_logprob": 10**400}, _NUMBER),
     "a sample_id that is an object": ({"sample_id": {}}, _ID),
     "an image that is not there": ({"images": ["none.png"]}, "no such file"),

@@ -89,6 +89,7 @@ DEFAULTS = {
     "dpo.loader_workers": 0,
     "dpo.beta": 0.1,
     "dpo.loss_type": "sigmoid",
+    "dpo.credit": "response",
     "dpo.label_smoothing": 0.0,
     "dpo.preference_weight": 1.0,
     "dpo.sft_weight": 0.1,

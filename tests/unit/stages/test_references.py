@@ -192,7 +192,7 @@ class Reused:
         self.asked.append([pair.sample_id for pair in pairs])
         return [
             with_reference(
-                pair, *(-2.0 * len(model.encode_response(t)) for t in (pair.chosen, pair.rejected)), reference_hash
+                pair, [-2.0 * len(model.encode_response(t)) for t in (pair.chosen, pair.rejected)], reference_hash
             )
             for pair in pairs
         ]
