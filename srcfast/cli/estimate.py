@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from srcfast.cli.table import table
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.settings import Config, CurationConfig, DatasetConfig
 from srcfast.data.forest import Forest
 from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.advice import advice, largest_value, with_setting
@@ -142,7 +142,14 @@ def _count(config: Config, stage: str) -> int:
     use = "rationale" if stage == "rationale" else "calibration"
     count = config.rationale.samples if stage == "rationale" else config.candidates.samples
     count = count or _known([dataset for dataset in config.data.train if use in dataset.use])
-    return count * (config.curation.pairs_per_sample if stage in ("preferences", "dpo") else 1)
+    return count * (_pairs_of_sample(config.curation) if stage in ("preferences", "dpo") else 1)
+
+
+def _pairs_of_sample(curation: CurationConfig) -> int:
+    """Return the maximum number of pairs of a sample, those that are derived from others included."""
+    judged = curation.pairs_per_sample
+    chosen = judged if curation.pair_choice == "disjoint" else 1
+    return judged * (2 if curation.rationale_pairs else 1) + chosen * curation.left_out_negatives
 
 
 def _known(datasets: Sequence[DatasetConfig]) -> int:

@@ -35,6 +35,8 @@ YOUNGER = (
     ("scorer", "reference"),
     ("scorer", "adaptive_confidence"),
     ("scorer_training", "qualities"),
+    ("curation", "left_out_negatives"),
+    ("curation", "rationale_pairs"),
     ("dpo", "credit"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
@@ -372,6 +374,12 @@ class CurationConfig(Section):
     answer; `random`: any two candidates; `gold`: the likeliest candidate with the right answer against the likeliest other one;
     `true`: the sample's rationale and answer against the likeliest candidate. Baselines ignore scores, margin, confidence and
     rating; c = 1"""
+    left_out_negatives: int = Field(0, ge=0, le=64)
+    """Further pairs of each chosen response, tagged and of several sentences of perception: it is preferred to itself without one
+    of these, with the pair's confidence; at most so many, 0 = none"""
+    rationale_pairs: bool = False
+    """Of each pair with two answers a further one: the chosen answer after the chosen rationale is preferred to the same answer
+    after the rejected one, and the answer alone is credited"""
 
 
 class DPOConfig(TrainingConfig):

@@ -128,6 +128,37 @@ def answer_position(text: str) -> int | None:
     return marks[-1].start() if marks else None
 
 
+def leave_out_each(text: str) -> list[str]:
+    """Return a tagged response without the first, the second, ... sentence of its perception; else as it is.
+
+    Empty where it has no two such sentences. One that occurs twice is not left out: the other still says it.
+    """
+    pieces = _ANY_TAG.split(text)
+    sentences = parse_response(text).perception
+    if len(sentences) < 2:
+        return []
+    seen, starts, end = pieces[2], [], 0
+    for sentence in sentences:
+        starts.append(seen.index(sentence, end))
+        end = starts[-1] + len(sentence)
+    # The last one goes with the space before it, the others with that behind them.
+    cuts = [*zip(starts, starts[1:], strict=False), (starts[-2] + len(sentences[-2]), end)]
+    return [
+        "".join((*pieces[:2], seen[:start] + seen[stop:], *pieces[3:]))
+        for sentence, (start, stop) in zip(sentences, cuts, strict=True)
+        if sentences.count(sentence) == 1
+    ]
+
+
+def with_answer_of(text: str, other: str) -> str | None:
+    """Return a response with another's answer behind its rationale; None where the two are not of one format."""
+    own, others = answer_position(text), answer_position(other)
+    if own is None or others is None or ("<answer>" in text) != ("<answer>" in other):
+        return None
+    joined = text[:own] + other[others:]
+    return joined if parse_response(joined).answer == parse_response(other).answer else None
+
+
 def split_sentences(text: str) -> list[str]:
     """Split a text into sentences; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
     sentences: list[str] = []

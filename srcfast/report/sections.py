@@ -19,6 +19,8 @@ PAIR_STEPS = {
     "within_margin": "within the score margin",
     "within_confidence": "within the confidence bound",
     "kept": "selected for DPO",
+    "left_out_negatives": "added: a sentence left out",
+    "rationale_pairs": "added: the same answer after either rationale",
 }
 RATES = {
     "order_flip_rate": "verdicts that flip with the order",
@@ -153,7 +155,11 @@ def headline(run: RunFiles) -> Headline | None:
         first,
         last,
         measures=[(label, old, new) for label, old, new in measures if old is not None and new is not None],
-        pairs=sum(funnel.get("kept", 0) for funnel in run.summary.get("funnel", {}).values()),
+        pairs=sum(
+            funnel.get(name, 0)
+            for funnel in run.summary.get("funnel", {}).values()
+            for name in ("kept", "left_out_negatives", "rationale_pairs")
+        ),
     )
 
 

@@ -82,6 +82,8 @@ class Funnel(Shape):
     within_margin: Count = 0
     within_confidence: Count = 0
     kept: Count = 0
+    left_out_negatives: Count = 0
+    rationale_pairs: Count = 0
     dropped: dict[str, Count] = {}
     pair_correctness: dict[str, Measure] = {}
     order_flip_rate: Measure = None

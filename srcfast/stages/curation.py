@@ -28,6 +28,7 @@ from srcfast.data.rationale_format import normalise_answer, parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
+from srcfast.stages.derived_pairs import derived_pairs
 
 TRUE = "#true"  # what the id of a sample's rationale as a candidate ends with
 BINS = 20  # of the histograms over [0, 1]
@@ -91,7 +92,8 @@ def curate(
         fits: whether a training has room for a pair; others are dropped as "does_not_fit".
 
     Returns:
-        The preferences, and the funnel: counts of samples and of pairs in order, `dropped` by reason, the rates and histograms
+        The preferences, a sample's derived ones behind its judged ones, and the funnel: counts of samples and of judged pairs
+        in order, `dropped` by reason, counts of derived pairs where the settings ask for them, the rates and histograms
         that show whether the R-Scorer can be trusted (None without data), and what it all took: the tokens of the candidates,
         and the R-Scorer's comparisons.
 
@@ -101,6 +103,8 @@ def curate(
     rows = InOrder((str(row["sample_id"]), row) for row in score_rows)
     statistics, funnel, candidate_tokens = ScorerStatistics(), Funnel(), 0
     preferences: list[Preference] = []
+    judged: list[Preference] = []
+    derived = Counter({name: 0 for name in ("left_out_negatives", "rationale_pairs") if getattr(settings, name)})
     for sample in samples:
         sample_candidates = list(candidates.get(sample.id) or ())
         row = rows.get(sample.id)
@@ -108,14 +112,20 @@ def curate(
         candidate_tokens += sum(len(candidate.token_ids) for candidate in sample_candidates)
         if row is not None:
             statistics.add(row, sample_candidates)
-        for pair in _sample_pairs(sample, sample_candidates, row, settings, seed, funnel):
+        proposed = _sample_pairs(sample, sample_candidates, row, settings, seed, funnel)
+        of_sample = [pair for pair in proposed if fits(pair)]
+        judged += of_sample
+        preferences += of_sample
+        funnel.dropped["does_not_fit"] += len(proposed) - len(of_sample)
+        for kind, pair in derived_pairs(of_sample, settings, seed):
             if fits(pair):
+                derived[kind] += 1
                 preferences.append(pair)
             else:
                 funnel.dropped["does_not_fit"] += 1
-    funnel.passed["kept"] = len(preferences)
+    funnel.passed["kept"] = len(judged)
     compute = {"candidate_tokens": candidate_tokens, "comparisons": int(statistics.verdicts)}
-    return preferences, funnel.to_json() | _pair_statistics(preferences) | statistics.result() | compute
+    return preferences, funnel.to_json() | derived | _pair_statistics(judged) | statistics.result() | compute
 
 
 def _sample_pairs(

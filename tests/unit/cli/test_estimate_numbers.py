@@ -38,6 +38,11 @@ def test_a_stage_s_samples_follow_from_the_sets_and_the_pairs_a_sample(stage: st
     fewer = config.replace(candidates={"samples": 5}, rationale={"samples": 6})
     expected = {"rationale": 6, "candidates": 5, "scores": 5, "preferences": 15, "dpo": 15, "evaluation": 7}
     assert _count(fewer, stage) == expected[stage]
+    # Each pair with one of its rationales, and each chosen response with two sentences left out.
+    derived = {"rationale_pairs": True, "left_out_negatives": 2, "pairs_per_sample": 3}
+    for choice, pairs in (("disjoint", 3 * 2 + 3 * 2), ("best_against_worst", 3 * 2 + 2)):
+        more = fewer.replace(curation=derived | {"pair_choice": choice})
+        assert _count(more, stage) == (5 * pairs if stage in ("preferences", "dpo") else expected[stage])
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ DEFAULTS = {
     "curation.max_length_ratio": 2.0,
     "curation.weighting": "confidence",
     "curation.pairing": "score",
+    "curation.left_out_negatives": 0,
+    "curation.rationale_pairs": False,
     "dpo.epochs": 1,
     "dpo.micro_batch_size": 8,
     "dpo.gradient_accumulation_steps": 4,

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from srcfast.data.rationale_format import (
     UNPARSED,
     ParsedResponse,
+    answer_position,
     format_response,
+    leave_out_each,
     normalise_answer,
     parse_response,
     split_sentences,
+    with_answer_of,
 )
 from srcfast.errors import InputError
 
@@ -272,3 +275,53 @@ def test_markers_of_lists_begin_a_sentence_and_end_none(text: str, sentences: li
 )
 def test_a_response_has_one_answer_at_its_end(text: str, answer: str | None) -> None:
     assert parse_response(text).answer == answer
+
+
+def test_each_sentence_of_the_perception_is_left_out_and_the_rest_stays_as_it_is() -> None:
+    text = "<see>  A man sits.  He holds 2.5 cups! A dog. </see> <think> He sits. </think> <answer> a </answer>"
+    rest = "</see> <think> He sits. </think> <answer> a </answer>"
+    assert leave_out_each(text) == [
+        f"<see>  He holds 2.5 cups! A dog. {rest}",
+        f"<see>  A man sits.  A dog. {rest}",
+        f"<see>  A man sits.  He holds 2.5 cups! {rest}",
+    ]
+    twice = "<see> A cup. A dog. A cup. </see> <answer> a </answer>"
+    assert leave_out_each(twice) == ["<see> A cup. A cup. </see> <answer> a </answer>"]
+    for single in ("<see> A man. </see> <answer> a </answer>", "A man. A dog. Answer: a", "<see> A. B. <answer> a", ""):
+        assert leave_out_each(single) == []
+
+
+@settings(max_examples=200)
+@given(see=st.lists(SENTENCE, min_size=2, max_size=5), think=SENTENCES, answer=ANSWER)
+def test_what_is_left_out_is_that_sentence_alone(see: list[str], think: list[str], answer: str) -> None:
+    text = format_response(see, think, answer, "tagged")
+    whole = parse_response(text)
+    shortened = [parse_response(one) for one in leave_out_each(text)]
+    left_out = [index for index, one in enumerate(whole.perception) if whole.perception.count(one) == 1]
+    for index, one in zip(left_out, shortened, strict=True):
+        assert one.perception == whole.perception[:index] + whole.perception[index + 1 :]
+        assert (one.reasoning, one.answer) == (whole.reasoning, whole.answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "joined"),
+    [
+        (
+            "<see> A. </see> <answer> red </answer>",
+            "<see> B. </see> <think> C. </think> <answer> blue </answer>",
+            "<see> A. </see> <answer> blue </answer>",
+        ),
+        ("A is so. Answer: red", "B. **Answer:** blue", "A is so. **Answer:** blue"),
+        ("A is so. Answer: red", "<see> B. </see> <answer> blue </answer>", None),
+        ("red", "B. Answer: blue", None),
+        ("A. Answer: red", "blue", None),
+    ],
+)
+def test_an_answer_is_put_behind_another_rationale(text: str, other: str, joined: str | None) -> None:
+    assert with_answer_of(text, other) == joined
+
+
+def test_an_answer_s_mark_is_where_it_begins() -> None:
+    assert answer_position("<see> A. </see> <answer> red </answer>") == 16
+    assert answer_position("A is so. **Answer:** red") == 9
+    assert answer_position("red") is None
