@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from srcfast.data.answers import is_right
 from srcfast.data.jsonl import read_jsonl
-from srcfast.data.rationale_format import bare_answer, format_response, normalise_answer, parse_response
+from srcfast.data.rationale_format import bare_answer, format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 
@@ -92,8 +93,7 @@ def _response(
         see, think = tuple(map(_as_sentence, sample.facts)), ()
     if not see and not think:
         return None, "unreadable_rationale" if rationale.strip() else "no_rationale_or_facts"
-    gold = normalise_answer(sample.answer)
-    if any(answer is not None and normalise_answer(answer) != gold for answer in stated):
+    if any(answer is not None and not is_right(sample, answer) for answer in stated):
         return None, "answer_contradicts_rationale"
     try:
         return format_response(see, think, sample.answer, format), ""

@@ -57,6 +57,9 @@ class Sample:
     def from_json(cls, row: Mapping[str, Any], *, file: str | Path, line: int | None, image_root: Path) -> Sample:
         """Read a record. Raises InputError naming file, line and field."""
         reader = Fields(row, file, line)
+        tolerance = reader.peek_number("tolerance", default=0.0)
+        if not 0.0 <= tolerance < 1.0:
+            raise reader.error("tolerance", "a share of the answer, a number in [0, 1)", tolerance)
         return cls(
             id=reader.identifier("id"),
             images=reader.images(),

@@ -25,8 +25,8 @@ from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
 from srcfast.training.items import Loss, TrainingItem
 from srcfast.world.claims import VOCABULARY, draw_claims
-from srcfast.world.oracle import verify_sample
 from srcfast.world.scenes import Scene
+from srcfast.world.verification import verify_sample
 
 BEGUN, CLAIM, WHOLE, VERDICT = range(4)  # kinds of labels: of a claim so far, a claim, a candidate, a pair
 KINDS = ("begun", "claims", "wholes", "verdicts")

@@ -55,8 +55,8 @@ from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
-from srcfast.world.oracle import verify_sample
 from srcfast.world.samples import world_samples
+from srcfast.world.verification import verify_sample
 
 Variants = dict[str, list[Variant]]  # by sample id
 

@@ -15,7 +15,7 @@ from srcfast.report.page import write_report
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.curation import TRUE
 from srcfast.stages.headroom import with_next
-from srcfast.world.oracle import verify_sample
+from srcfast.world.verification import verify_sample
 
 GALLERY = 12  # samples in `gallery.json`
 

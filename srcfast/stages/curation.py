@@ -22,9 +22,10 @@ from typing import Any, Literal
 import numpy as np
 
 from srcfast.config.settings import CurationConfig
+from srcfast.data.answers import is_right
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.in_order import InOrder
-from srcfast.data.rationale_format import normalise_answer, parse_response
+from srcfast.data.rationale_format import parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
@@ -369,9 +370,8 @@ def _true_candidate(sample: Sample, candidates: Sequence[Candidate]) -> list[Can
 
 
 def _is_right(candidate: Candidate, sample: Sample) -> bool:
-    """Return whether the candidate's answer is the gold answer, both normalised."""
-    answer = parse_response(candidate.text).answer
-    return answer is not None and normalise_answer(answer) == normalise_answer(sample.answer)
+    """Return whether the candidate's answer is right."""
+    return is_right(sample, parse_response(candidate.text).answer)
 
 
 def _length(candidate: Candidate) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from srcfast.config.settings import Config, EvaluationConfig
+from srcfast.data.answers import is_right
 from srcfast.data.convert import letters_of, write_predictions_tsv
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl, write_jsonl
-from srcfast.data.rationale_format import normalise_answer, parse_response
+from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
 from srcfast.generation.buffers import DecodingMemory
@@ -29,7 +30,7 @@ from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
 from srcfast.stages.datasets import EvaluationSet
-from srcfast.world.oracle import CASES, Verification, verify_sample
+from srcfast.world.verification import CASES, Verification, verify_sample
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
 def predict(sample: Sample, text: str) -> Prediction:
     """Parse and verify one response."""
     parsed = parse_response(text)
-    right = parsed.answer is not None and normalise_answer(parsed.answer) == normalise_answer(sample.answer)
+    right = is_right(sample, parsed.answer)
     return Prediction(sample, text, parsed.rationale, parsed.answer, right, verify_sample(sample, parsed))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Sample
-from srcfast.world.oracle import verify_sample
+from srcfast.world.verification import can_verify, verify_sample
 
 
 def aligned(sample: Sample, text: str) -> bool:
@@ -27,7 +27,7 @@ def aligned(sample: Sample, text: str) -> bool:
 
 def headroom_samples(samples: Iterable[Sample], max_samples: int) -> list[Sample]:
     """Return the first samples that the oracle can verify."""
-    return list(islice((s for s in samples if "program" in s.extra and "scene" in s.extra), max_samples))
+    return list(islice(filter(can_verify, samples), max_samples))
 
 
 def measure_headroom(

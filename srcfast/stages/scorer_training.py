@@ -34,7 +34,7 @@ from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import TrainingOptions, train
 from srcfast.world.claims import ATTRIBUTES
 from srcfast.world.degraded_references import degrade_reference
-from srcfast.world.oracle import verify_sample
+from srcfast.world.verification import verify_sample
 from srcfast_kernels.transfers import fetch, to_device
 
 # Sample, perception sentences, reasoning sentences, answer.

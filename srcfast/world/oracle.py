@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any
 
 from srcfast.data.rationale_format import ParsedResponse, normalise_answer
-from srcfast.data.records import Sample
+from srcfast.world.judgement import Verification, case_of
 from srcfast.world.programs import (
     RELATIONS,
     SIDES,
@@ -32,8 +32,6 @@ from srcfast.world.programs import (
 )
 from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, PLURALS, SHAPES, SIZES, VALUES, Object, Scene
 
-CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -47,20 +45,6 @@ class Claim:
     about_seen: bool = False  # about "both" or "one" of the claimed objects, so the scene alone can't decide it
     sum_of: tuple[int, int, int] | None = None  # (a, b, c): a minus b is c
     sizes: tuple[str, str, bool] | None = None  # the first size is larger than the second, or (False) is not
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The oracle's result for one response."""
-
-    claims: tuple[tuple[str, str, str], ...]  # sentence, kind (or unknown), true | false | unverifiable
-    perception_right: bool  # there are perception claims, and none is false
-    reasoning_right: bool  # there are claims, and all conclusions follow from the perception claims
-    rationale_right: bool  # no sentence is false or unparsed, and together they suffice for the gold answer
-    answer_right: bool
-    leads_to_answer: bool  # the claimed world gives the stated answer
-    aligned: bool  # a right rationale that leads to a right answer
-    case: str  # one of CASES
 
 
 # --- Parsing ------------------------------------------------------------------------------------------------
@@ -214,12 +198,6 @@ def _predicate(phrase: str) -> Description:
 # --- Verification -------------------------------------------------------------------------------------------
 
 
-def verify_sample(sample: Sample, response: ParsedResponse) -> Verification | None:
-    """Verify a response to a sample whose `extra` has scene and program. Returns None for any other sample."""
-    scene, program = sample.extra.get("scene"), sample.extra.get("program")
-    return None if scene is None or program is None else verify(response, program, scene, sample.answer)
-
-
 def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, Any], gold: str) -> Verification:
     """Verify one response to a question.
 
@@ -275,7 +253,7 @@ def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, 
         answer_right=answer_right,
         leads_to_answer=leads_to_answer,
         aligned=rationale_right and answer_right and leads_to_answer,
-        case=CASES[(0 if rationale_right else 1) if answer_right else (2 if rationale_right else 3)],
+        case=case_of(answer_right, rationale_right),
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from srcfast.data.rationale_format import format_response, parse_response
-from srcfast.world.oracle import verify_sample
 from srcfast.world.samples import world_samples
+from srcfast.world.verification import verify_sample
 
 MODELS = ("base", "rationale", "iteration-1", "iteration-2")
 SPLITS = (("world", "validation", 600), ("world", "generalisation", 400), ("easy_vqa", "test", 500))

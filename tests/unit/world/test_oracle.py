@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srcfast.data.rationale_format import format_response, parse_response
-from srcfast.world.oracle import CASES, Verification, claimed_world, parse_claim, verify
+from srcfast.world.judgement import CASES, Verification
+from srcfast.world.oracle import claimed_world, parse_claim, verify
 from srcfast.world.programs import evaluate
 from srcfast.world.questions import Question, ask
 from srcfast.world.rationales import facts, true_rationale

@@ -18,11 +18,11 @@ from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Sample
 from srcfast.errors import InputError, SrcfastError
 from srcfast.world.easy_vqa import read_easy_vqa
-from srcfast.world.oracle import verify_sample
 from srcfast.world.questions import ABILITIES
 from srcfast.world.render import render
 from srcfast.world.samples import world_samples
 from srcfast.world.scenes import Scene, scene_digest
+from srcfast.world.verification import verify_sample
 
 
 def aligned(sample: Sample) -> bool:
