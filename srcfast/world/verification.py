@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from srcfast.data.rationale_format import ParsedResponse
 from srcfast.data.records import Sample
-from srcfast.world import oracle
+from srcfast.world import number_oracle, oracle
 from srcfast.world.judgement import CASES, Verification
 
 __all__ = ["CASES", "Verification", "can_verify", "verify_sample"]
@@ -17,7 +17,10 @@ def _verify_scene(sample: Sample, response: ParsedResponse) -> Verification:
 
 
 # The oracles, by the key of `extra` that holds the truth about the images. The question is in `extra["program"]`.
-_ORACLES: dict[str, Callable[[Sample, ParsedResponse], Verification]] = {"scene": _verify_scene}
+_ORACLES: dict[str, Callable[[Sample, ParsedResponse], Verification]] = {
+    "scene": _verify_scene,
+    "numbers": number_oracle.verify,
+}
 
 
 def _truth_of(sample: Sample) -> str | None:
