@@ -7,12 +7,19 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+STUDY = [  # whose data files the formats digits and charts read; another version's could be others
+    "scikit-learn>=1.4,<2",
+    "statsmodels>=0.14,<0.16",
+    "vega_datasets>=0.9,<0.10",
+    "matplotlib>=3.8",  # draws the charts
+]
 EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "data": ["easy-vqa>=1.0", "pyarrow>=15"],  # 14.0.1 is the first whose files hold no pickles to open
     # Without flash-attn, which is always built from source, and xformers, which has a wheel for x86 alone: their builds import
     # torch, which build isolation hides, and end the whole installation. docs/forest.md says how to add them.
     "gpu": ["bitsandbytes>=0.50"],
+    "study": STUDY,
     "smolvlm": ["num2words>=0.5"],  # its processor imports it
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
@@ -29,7 +36,7 @@ EXTRAS = {
         "easy-vqa>=1.0",
         "pyarrow>=15",
         "datasets>=3",  # writes the files that are read
-        "matplotlib>=3.8",
+        *STUDY,
         "setuptools>=77",  # a test builds the wheel
     ],
 }

@@ -6,7 +6,6 @@ split, and rationales are built from that scene alone; so some rationales name a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
@@ -17,7 +16,8 @@ from typing import Any
 from srcfast.data.jsonl import regular
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
-from srcfast.errors import InputError, SrcfastError
+from srcfast.errors import InputError
+from srcfast.world.packages import package_folder
 from srcfast.world.programs import Program, matches
 from srcfast.world.questions import noun, predicate, with_article
 from srcfast.world.rationales import facts
@@ -91,10 +91,7 @@ def _parse_row(text: object, answer: object, image: object) -> tuple[str, str, i
 
 def data_folder() -> Path:
     """Return the data directory of the installed package. Raises SrcfastError if it is not installed."""
-    spec = importlib.util.find_spec("easy_vqa")
-    if spec is None or spec.origin is None:
-        raise SrcfastError("the data set easy_vqa needs the package of that name. Fix: pip install easy-vqa")
-    return Path(spec.origin).parent / "data"
+    return package_folder("easy_vqa", "easy-vqa", "easy_vqa") / "data"
 
 
 def parse_question(text: str) -> Program | None:

@@ -7,8 +7,9 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -36,7 +37,7 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
     rng = random.Random(f"{split}/{seed}/questions")
     counts = dict.fromkeys(ABILITIES, 0)
     samples: list[Sample] = []
-    scenes: dict[str, Scene] = {}
+    drawings: dict[str, Callable[[], Image.Image]] = {}
     for scene in scene_stream(split, seed):
         if len(samples) == n:
             break
@@ -45,7 +46,7 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
         questions = ask(scene, rng, rarest, count)
         image = f"{split}-{scene_digest(scene)[:16]}.png"
         if questions:
-            scenes[image] = scene
+            drawings[image] = partial(_draw, scene)
         for question in questions:
             counts[question.ability] += 1
             see, think = true_rationale(scene, question)
@@ -70,18 +71,22 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
                     image_root=image_dir,
                 )
             )
-    _render_missing(scenes, image_dir)
+    draw_missing(drawings, image_dir)
     return samples
 
 
-def _render_missing(scenes: Mapping[str, Scene], image_dir: Path) -> None:
-    """Render scenes into files of these names, except files that are complete already.
+def _draw(scene: Scene) -> Image.Image:
+    return render(scene, seed=int(scene_digest(scene)[16:28], 16))
+
+
+def draw_missing(drawings: Mapping[str, Callable[[], Image.Image]], image_dir: Path) -> None:
+    """Draw images into PNG files of these names, except files that are complete already.
 
     A lock on the directory serialises the processes of this machine: each one skips the files that others have written, and
     removes temporary files that a killed process of this machine has left. Processes of other machines, and all of them on a
     file system without locks, may write at the same time, so files are written under other names and renamed when complete.
     """
-    missing = {name: scene for name, scene in scenes.items() if not _is_complete(image_dir / name)}
+    missing = {name: draw for name, draw in drawings.items() if not _is_complete(image_dir / name)}
     if not missing:
         return
     machine = _machine()
@@ -89,10 +94,9 @@ def _render_missing(scenes: Mapping[str, Scene], image_dir: Path) -> None:
         for path in list(image_dir.glob(".*.tmp")) if locked else ():
             if is_temporary(path) and f".{machine}." in path.name:
                 remove_temporary(path)
-        for name, scene in missing.items():
+        for name, draw in missing.items():
             if not _is_complete(image_dir / name):  # another process may have written it meanwhile
-                picture = render(scene, seed=int(scene_digest(scene)[16:28], 16))
-                _save(picture, image_dir / name, machine)
+                _save(draw(), image_dir / name, machine)
 
 
 def _save(picture: Image.Image, path: Path, machine: str) -> None:

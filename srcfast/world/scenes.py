@@ -97,7 +97,12 @@ def split_of(scene: Scene) -> str:
     """Return the split of a scene, a function of its content alone."""
     if any((o.shape, o.color) in HELD_OUT for o in scene.objects):
         return "generalisation"
-    bucket = int(scene_digest(scene)[:12], 16) % 100
+    return share_of(scene_digest(scene))
+
+
+def share_of(digest: str) -> str:
+    """Return the split, `generalisation` excepted, that a hexadecimal hash falls into."""
+    bucket = int(digest[:12], 16) % 100
     for name, share in _SHARES.items():
         if bucket < share:
             return name
