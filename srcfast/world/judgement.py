@@ -1,8 +1,11 @@
-"""The result that every oracle returns for a response."""
+"""The result that every oracle returns for a response, from its verdicts on the sentences."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from srcfast.data.rationale_format import ParsedResponse, normalise_answer
 
 CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
 
@@ -19,6 +22,54 @@ class Verification:
     leads_to_answer: bool  # the claims give the stated answer
     aligned: bool  # a right rationale that leads to a right answer
     case: str  # one of CASES
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one sentence; the defaults are those of a sentence that is no claim."""
+
+    kind: str = "unknown"  # or perception, reasoning
+    truth: str = "unverifiable"  # or true, false
+    follows: bool = True  # from what the response claims to see
+
+
+def judge(
+    response: ParsedResponse,
+    verdicts: Sequence[Verdict],
+    derived: str | None,
+    gold: str,
+    suffices: Callable[[], bool],
+) -> Verification:
+    """Build the result of a response.
+
+    Args:
+        verdicts: one on each sentence of perception, then of reasoning.
+        derived: the answer to which the response's claims lead; None if they leave it open.
+        gold: the right answer.
+        suffices: whether claims that are all true and lead to the right answer leave nothing open that would change it.
+    """
+    sentences = (*response.perception, *response.reasoning)
+    unknown = [verdict.kind == "unknown" for verdict in verdicts]
+    split = len(response.perception)
+    perceived = [verdict.truth for verdict in verdicts if verdict.kind == "perception"]
+    has_claims = not all(unknown)
+    sound = has_claims and not any(unknown) and all(verdict.truth != "false" for verdict in verdicts)
+    gold = normalise_answer(gold)
+    answer = None if response.answer is None else normalise_answer(response.answer)
+    derived = None if derived is None or not has_claims else normalise_answer(derived)
+    rationale_right = sound and derived == gold and suffices()
+    answer_right = answer is not None and answer == gold
+    leads_to_answer = answer is not None and derived == answer
+    return Verification(
+        claims=tuple([(text, v.kind, v.truth) for text, v in zip(sentences, verdicts, strict=True)]),
+        perception_right=bool(perceived) and "false" not in perceived and not any(unknown[:split]),
+        reasoning_right=has_claims and all(verdict.follows for verdict in verdicts) and not any(unknown[split:]),
+        rationale_right=rationale_right,
+        answer_right=answer_right,
+        leads_to_answer=leads_to_answer,
+        aligned=rationale_right and answer_right and leads_to_answer,
+        case=case_of(answer_right, rationale_right),
+    )
 
 
 def case_of(answer_right: bool, rationale_right: bool) -> str:

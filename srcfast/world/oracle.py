@@ -16,8 +16,8 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from srcfast.data.rationale_format import ParsedResponse, normalise_answer
-from srcfast.world.judgement import Verification, case_of
+from srcfast.data.rationale_format import ParsedResponse
+from srcfast.world.judgement import Verdict, Verification, judge
 from srcfast.world.programs import (
     RELATIONS,
     SIDES,
@@ -213,48 +213,20 @@ def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, 
         InputError: the program or the scene is malformed. No response text raises.
     """
     scene = scene if isinstance(scene, Scene) else Scene.from_json(scene)
-    parsed = [(sentence, parse_claim(sentence)) for sentence in (*response.perception, *response.reasoning)]
-    claims = [claim for _, claim in parsed if claim is not None]
+    parsed = [parse_claim(sentence) for sentence in (*response.perception, *response.reasoning)]
+    claims = [claim for claim in parsed if claim is not None]
     world = claimed_world(claims, one_object=len(scene.objects) == 1)
     counts = {int(n) for claim in claims for check, n in claim.checks if check["op"].startswith("count")}
+    verdicts = [Verdict() if claim is None else _verdict(claim, world, counts, scene) for claim in parsed]
+    derived = evaluate(program, world.objects, world.background, world.absent)
+    return judge(response, verdicts, derived, gold, lambda: _suffices(program, world, claims, scene, str(derived)))
 
-    rows = []
-    perception_right = any(claim.kind == "perception" for claim in claims)
-    reasoning_right = bool(claims)
-    for index, (sentence, claim) in enumerate(parsed):
-        if claim is None:
-            rows.append((sentence, "unknown", "unverifiable"))
-            if index < len(response.perception):
-                perception_right = False
-            else:
-                reasoning_right = False
-        elif claim.kind == "perception":
-            verdict = _seen(claim, scene)
-            perception_right &= verdict != "false"
-            rows.append((sentence, "perception", verdict))
-        else:
-            follows = _follows(claim, world, counts)
-            reasoning_right &= follows
-            rows.append((sentence, "reasoning", _in_scene(claim, scene) if follows else "false"))
 
-    sound = bool(claims) and len(claims) == len(parsed) and all(verdict != "false" for _, _, verdict in rows)
-    derived = evaluate(program, world.objects, world.background, world.absent) if claims else None
-    gold = normalise_answer(gold)
-    answer = None if response.answer is None else normalise_answer(response.answer)
-    rationale_right = sound and derived is not None and normalise_answer(derived) == gold
-    rationale_right = rationale_right and _suffices(program, world, claims, scene, str(derived))
-    answer_right = answer is not None and answer == gold
-    leads_to_answer = answer is not None and derived is not None and normalise_answer(derived) == answer
-    return Verification(
-        claims=tuple(rows),
-        perception_right=perception_right,
-        reasoning_right=reasoning_right,
-        rationale_right=rationale_right,
-        answer_right=answer_right,
-        leads_to_answer=leads_to_answer,
-        aligned=rationale_right and answer_right and leads_to_answer,
-        case=case_of(answer_right, rationale_right),
-    )
+def _verdict(claim: Claim, world: Scene, counts: set[int], scene: Scene) -> Verdict:
+    if claim.kind == "perception":
+        return Verdict("perception", seen(claim, scene))
+    follows = _follows(claim, world, counts)
+    return Verdict("reasoning", _in_scene(claim, scene) if follows else "false", follows)
 
 
 def is_true(sentence: str, scene: Scene) -> bool | None:
@@ -262,7 +234,7 @@ def is_true(sentence: str, scene: Scene) -> bool | None:
     claim = parse_claim(sentence)
     if claim is None or claim.about_seen or (claim.kind == "reasoning" and not claim.checks):
         return None
-    verdict = _seen(claim, scene) if claim.kind == "perception" else _in_scene(claim, scene)
+    verdict = seen(claim, scene) if claim.kind == "perception" else _in_scene(claim, scene)
     return None if verdict == "unverifiable" else verdict == "true"
 
 
@@ -296,7 +268,7 @@ def _same_object(a: Object, b: Object, one_object: bool) -> bool:
     return one_object or {"shape", "color"} <= shared or len(shared) == min(len(first), len(second))
 
 
-def _seen(claim: Claim, scene: Scene) -> str:
+def seen(claim: Claim, scene: Scene) -> str:
     """Return the verdict on a perception claim: true, false or unverifiable."""
     if claim.background is not None:
         if scene.background is None:
