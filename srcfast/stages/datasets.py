@@ -18,7 +18,7 @@ from srcfast.errors import ConfigError, InputError
 from srcfast.world.claims import ATTRIBUTES, VOCABULARY
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.easy_vqa import read_easy_vqa
-from srcfast.world.samples import world_samples
+from srcfast.world.samples import clip_samples, world_samples
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
 def _read_samples(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
     if dataset.format == "world":
         return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
+    if dataset.format == "clips":
+        return clip_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
     roots = [dataset.image_root] if isinstance(dataset.image_root, str) else dataset.image_root

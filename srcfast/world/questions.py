@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from srcfast.errors import InputError
@@ -129,7 +130,8 @@ def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question |
     fallback = None
     for _ in range(8):
         kind = rng.choice(_KINDS[ability])
-        proposal = _propose(scene, kind, rng)
+        answer_of = partial(evaluate, objects=scene.objects, background=scene.background)
+        proposal = propose(kind(scene, rng), answer_of, kind in _YES_NO, rng)
         if proposal is None:
             continue
         program, answer = proposal
@@ -142,16 +144,14 @@ def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question |
     return fallback
 
 
-def _propose(scene: Scene, kind: Kind, rng: random.Random) -> tuple[Program, str] | None:
-    """Draw a program of a kind, uniformly over the answers of the kind's proposals. Returns it with its answer."""
-    wanted = rng.choice(("yes", "no")) if kind in _YES_NO else None
+def propose(
+    proposals: Iterator[Program], answer_of: Callable[[Program], str | None], is_yes_no: bool, rng: random.Random
+) -> tuple[Program, str] | None:
+    """Draw one of a kind's programs, uniformly over the answers. Returns it with its answer; None if none has one."""
+    wanted = rng.choice(("yes", "no")) if is_yes_no else None
     by_answer: dict[str, Program] = {}
-    proposals = kind(scene, rng)
-    for _ in range(10 if wanted is None else 24):
-        program = next(proposals, None)
-        if program is None:
-            break
-        answer = evaluate(program, scene.objects, scene.background)
+    for program in islice(proposals, 10 if wanted is None else 24):
+        answer = answer_of(program)
         if answer is None:
             continue
         if answer == wanted:
@@ -163,7 +163,7 @@ def _propose(scene: Scene, kind: Kind, rng: random.Random) -> tuple[Program, str
     return by_answer[answer], answer
 
 
-# A kind yields random programs; `_propose` skips those without an answer in the scene. Its name is `Question.kind`.
+# A kind yields random programs; `propose` skips those without an answer in the scene. Its name is `Question.kind`.
 Kind = Callable[[Scene, random.Random], Iterator[Program]]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
@@ -33,13 +34,22 @@ Point = tuple[float, float]
 def render(scene: Scene, seed: int) -> Image.Image:
     """Render a fully known scene as a 72x72 RGB image; the same scene and seed always give the same pixels."""
     rng = random.Random(seed)
+    return _rendered(scene, rng, lambda _: rng)
+
+
+def render_frame(frame: Scene, seed: int) -> Image.Image:
+    """Render a frame of a clip, of which all frames have one seed: the background and each object look the same in all."""
+    return _rendered(frame, random.Random(seed), lambda o: random.Random(f"{seed}/{o.shape}/{o.color}"))
+
+
+def _rendered(scene: Scene, rng: random.Random, jitter_of: Callable[[Object], random.Random]) -> Image.Image:
     side = IMAGE_SIZE * SUPERSAMPLING
     tint = tuple([rng.randint(232, 255) for _ in range(3)])
     image = Image.new("RGB", (side, side), tint)
     draw = ImageDraw.Draw(image)
     _draw_background(draw, scene.background, tint, side, rng)
     for o in scene.objects:
-        _draw_object(draw, o, rng)
+        _draw_object(draw, o, jitter_of(o))
     return image.reduce(SUPERSAMPLING)
 
 

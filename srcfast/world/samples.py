@@ -1,4 +1,4 @@
-"""Draw samples of the embedded world: rendered scenes with questions, answers, rationales and facts."""
+"""Draw samples of the embedded world: rendered scenes and clips with questions, answers, rationales and facts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from PIL import Image
 from srcfast.data.jsonl import is_temporary, remove_temporary, replacing, temporary_of
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
+from srcfast.world.clip_questions import KINDS as CLIP_KINDS
+from srcfast.world.clip_questions import ask_clip, clip_facts, clip_rationale
+from srcfast.world.clips import FRAMES, clip_digest, clip_stream
 from srcfast.world.questions import ABILITIES, ask
 from srcfast.world.rationales import facts, true_rationale
-from srcfast.world.render import render
-from srcfast.world.scenes import Scene, scene_digest, scene_stream
+from srcfast.world.render import render, render_frame
+from srcfast.world.scenes import scene_digest, scene_stream
 
 PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, the same in every PNG file
 
@@ -46,7 +49,7 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
         questions = ask(scene, rng, rarest, count)
         image = f"{split}-{scene_digest(scene)[:16]}.png"
         if questions:
-            drawings[image] = partial(_draw, scene)
+            drawings[image] = partial(render, scene, int(scene_digest(scene)[16:28], 16))
         for question in questions:
             counts[question.ability] += 1
             see, think = true_rationale(scene, question)
@@ -75,8 +78,52 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
     return samples
 
 
-def _draw(scene: Scene) -> Image.Image:
-    return render(scene, seed=int(scene_digest(scene)[16:28], 16))
+def clip_samples(split: str, n: int, seed: int, *, image_dir: Path) -> list[Sample]:
+    """Draw `n` samples of a split of the clips, the kinds of questions in equal parts, with up to four questions a clip.
+
+    A sample has its clip's frames as images, in order. `extra` has the clip as a list of frames, and what those of
+    `world_samples` have. Raises InputError for an unknown split.
+    """
+    image_dir.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"clips/{split}/{seed}/questions")
+    counts = dict.fromkeys(CLIP_KINDS, 0)
+    samples: list[Sample] = []
+    drawings: dict[str, Callable[[], Image.Image]] = {}
+    for clip in clip_stream(split, seed):
+        if len(samples) == n:
+            break
+        rarest = sorted(counts, key=lambda kind: (counts[kind], rng.random()))
+        questions = ask_clip(clip, rng, rarest, min(rng.choice((2, 3, 4)), n - len(samples)))
+        digest = clip_digest(clip)
+        images = tuple([f"clips-{split}-{digest[:16]}-{number}.png" for number in range(1, FRAMES + 1)])
+        for image, frame in zip(images, clip, strict=True):
+            drawings[image] = partial(render_frame, frame, int(digest[16:28], 16))
+        for question in questions:
+            counts[question.kind] += 1
+            see, think = clip_rationale(clip, question)
+            samples.append(
+                Sample(
+                    id=f"clips-{split}-{seed}-{len(samples):06d}",
+                    images=images,
+                    question=question.text,
+                    answer=question.answer,
+                    rationale=tagged_rationale(see, think),
+                    facts=clip_facts(clip),
+                    extra={
+                        "dataset": "clips",
+                        "split": split,
+                        "ability": question.ability,
+                        "kind": question.kind,
+                        "program": question.program,
+                        "clip": [frame.to_json() for frame in clip],
+                        "see": list(see),
+                        "think": list(think),
+                    },
+                    image_root=image_dir,
+                )
+            )
+    draw_missing(drawings, image_dir)
+    return samples
 
 
 def draw_missing(drawings: Mapping[str, Callable[[], Image.Image]], image_dir: Path) -> None:

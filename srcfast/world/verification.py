@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from srcfast.data.rationale_format import ParsedResponse
 from srcfast.data.records import Sample
-from srcfast.world import number_oracle, oracle
+from srcfast.world import clip_oracle, number_oracle, oracle
 from srcfast.world.judgement import CASES, Verification
 
 __all__ = ["CASES", "Verification", "can_verify", "verify_sample"]
@@ -16,10 +16,15 @@ def _verify_scene(sample: Sample, response: ParsedResponse) -> Verification:
     return oracle.verify(response, sample.extra["program"], sample.extra["scene"], sample.answer)
 
 
+def _verify_clip(sample: Sample, response: ParsedResponse) -> Verification:
+    return clip_oracle.verify_clip(response, sample.extra["program"], sample.extra["clip"], sample.answer)
+
+
 # The oracles, by the key of `extra` that holds the truth about the images. The question is in `extra["program"]`.
 _ORACLES: dict[str, Callable[[Sample, ParsedResponse], Verification]] = {
     "scene": _verify_scene,
     "numbers": number_oracle.verify,
+    "clip": _verify_clip,
 }
 
 
