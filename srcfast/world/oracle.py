@@ -66,11 +66,11 @@ _SIDE, _RELATION = f"({_one_of(list(_PHRASES))})", f"({_one_of(RELATIONS)})"
 _ABSENT = re.compile(rf"there (?:is|are) no {_D}")
 _NOTHING = re.compile(rf"there is nothing (?:at the ({_one_of(PLACES)})|{_SIDE})")
 _COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) {_D}")
-_SIDE_COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) objects? {_SIDE}(?: and (\d{{1,3}}) {_SIDE})?")
+_SIDE_COUNT = re.compile(rf"there (?:is|are) (\d{{1,3}}) {_D} {_SIDE}(?: and (\d{{1,3}}) {_SIDE})?")
 _PRESENT = re.compile(rf"there is an? {_D}")
 _BACKGROUND = re.compile(rf"the background is ({_one_of(BACKGROUNDS)})")
 _ALL = re.compile(rf"(not )?all {_D} are {_D}(?: or {_WORD})?")
-_COUNT_EITHER = re.compile(rf"(\d{{1,3}}) objects? (?:is|are) {_D} or {_WORD}")
+_COUNT_EITHER = re.compile(rf"(\d{{1,3}}) {_D} (?:is|are) {_D} or {_WORD}")
 _BOTH = re.compile(rf"both are {_WORD}")
 _ONE_EACH = re.compile(rf"one is {_D} and one is {_WORD}")
 _MINUS = re.compile(r"(\d{1,3}) minus (\d{1,3}) is (\d{1,3})")
@@ -113,12 +113,14 @@ def _parse_perception(text: str) -> Claim | None:
 
 def _parse_count(text: str) -> Claim | None:
     if match := _SIDE_COUNT.fullmatch(text):
-        counts = [(match[1], match[2])] + ([(match[3], match[4])] if match[3] else [])
-        return _concludes(*[({"op": "count_side", "side": _PHRASES[side]}, n) for n, side in counts])
+        of = _description(match[2])
+        counts = [(match[1], match[3])] + ([(match[4], match[5])] if match[4] else [])
+        return _concludes(*[({"op": "count_side", "side": _PHRASES[side], "of": of}, n) for n, side in counts])
     if match := _COUNT.fullmatch(text):
         return _concludes(({"op": "count", "of": _description(match[2])}, match[1]))
     if match := _COUNT_EITHER.fullmatch(text):
-        return _concludes(({"op": "count_either", "either": [_predicate(match[2]), _predicate(match[3])]}, match[1]))
+        either = [_predicate(match[3]), _predicate(match[4])]
+        return _concludes(({"op": "count_either", "of": _description(match[2]), "either": either}, match[1]))
     if match := _MINUS.fullmatch(text):
         return Claim("reasoning", sum_of=(int(match[1]), int(match[2]), int(match[3])))
     return None
@@ -320,10 +322,10 @@ def _fully_known(scene: Scene) -> bool:
 # --- Sufficiency --------------------------------------------------------------------------------------------
 
 _COMPARISONS = frozenset(["most_common", "more_side"])
-_COUNTS = frozenset(["count", "count_either", "count_side", "difference"])
+_COUNTS = frozenset(["count", "count_either", "count_not", "count_side", "difference"])
 _UNIVERSALS = frozenset(["all", "some_not", "all_either"])
 # These presume that a description matches one object alone, so a further object can't change the answer.
-_PRESUMING = frozenset(["background", "query", "same", "larger", "query_same", "relation", "neighbor"])
+_PRESUMING = frozenset(["background", "query", "same", "larger", "query_same", "relation", "neighbor", "chain"])
 
 
 def _suffices(program: Program, world: Scene, claims: Sequence[Claim], scene: Scene, answer: str) -> bool:

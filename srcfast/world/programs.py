@@ -102,9 +102,12 @@ def _run(
     if op == "count":
         return str(len(select(program["of"])))
     if op == "count_either":
-        return str(len(either(program["either"], objects)))
+        return str(len(either(program["either"], select(program.get("of", {})))))
+    if op == "count_not":
+        chosen = select(program["of"])
+        return str(len(chosen) - len(either([program["are"]], chosen)))
     if op == "count_side":
-        return str(len(on_side(program["side"], objects)))
+        return str(len(either([program.get("of", {})], on_side(program["side"], objects))))
     if op == "difference":
         more = len(select(program["a"])) - len(select(program["b"]))
         return str(more) if more >= 0 else None
@@ -139,12 +142,9 @@ def _run(
     if op == "and_not":
         present, ruled_out = select(program["present"]), select(program["absent"])
         return bool(present) and not ruled_out
-    if op == "neighbor":
-        reference = the(program["of"])
-        for o in objects:
-            if _adjacent(program["relation"], o, reference):
-                return _value(o, program["attribute"])
-        return None
+    if op in ("neighbor", "chain"):
+        path = _path(program, the(program["of"]), objects)
+        return None if path is None else _value(path[-1], program["attribute"])
     if op == "extreme":
         outermost = extreme_object(program["side"], objects)
         return None if outermost is None else _value(outermost, program["attribute"])
@@ -190,6 +190,17 @@ def _adjacent(relation: str, o: Object, reference: Object) -> bool:
     return (COLUMN[place] - COLUMN[origin], ROW[place] - ROW[origin]) == _STEPS[relation]
 
 
+def _path(program: Program, reference: Object, objects: Sequence[Object]) -> list[Object] | None:
+    """Return `reference` and the object directly beside it; for a chain also the one beside that. None if one is missing."""
+    path = [reference]
+    for relation in reversed(program["relations"]) if program["op"] == "chain" else [program["relation"]]:
+        beside = next((o for o in objects if _adjacent(relation, o, path[-1]) and o is not reference), None)
+        if beside is None:
+            return None
+        path.append(beside)
+    return path
+
+
 def extreme_object(side: str, objects: Sequence[Object]) -> Object | None:
     """Return the object nearest to a side; None if several are equally near."""
     line, index, _ = SIDES[side]
@@ -201,13 +212,13 @@ def extreme_object(side: str, objects: Sequence[Object]) -> Object | None:
 def must_cover(program: Program) -> list[Description]:
     """Return the descriptions that a rationale must cover, each by its objects or by their absence."""
     op = program["op"]
-    if op in ("exists", "none", "count", "all", "some_not", "all_either"):
+    if op in ("exists", "none", "count", "count_not", "all", "some_not", "all_either"):
         return [program["of"]]
     if op == "difference":
         return [program["a"], program["b"]]
     if op == "and_not":
         return [program["present"], program["absent"]]
-    return program["either"] if op == "count_either" else []
+    return [{**program.get("of", {}), **option} for option in program["either"]] if op == "count_either" else []
 
 
 def relevant(program: Program, objects: Sequence[Object]) -> list[Object]:
@@ -226,7 +237,8 @@ def relevant(program: Program, objects: Sequence[Object]) -> list[Object]:
     if op == "more_side":
         return [o for o in objects if any(other is o for side in program["sides"] for other in on_side(side, objects))]
     if op == "count_side":
-        return on_side(program["side"], objects)
+        there = on_side(program["side"], objects)
+        return [o for o in there if matches(o, program.get("of", {}))] or there
     if op in ("same", "larger", "relation"):
         return [*matching(program["a"]), *matching(program["b"])]
     if op == "query":
@@ -234,14 +246,14 @@ def relevant(program: Program, objects: Sequence[Object]) -> list[Object]:
     if op == "extreme":
         outermost = extreme_object(program["side"], objects)
         return [] if outermost is None else [outermost]
-    if op in ("query_same", "neighbor", "beyond_all"):
+    if op in ("query_same", "neighbor", "chain", "beyond_all"):
         [reference] = matching(program["of"])
         others = [o for o in objects if o is not reference]
         if op == "query_same":
             same = reference.described(program["same"])
             return [reference, *[o for o in others if matches(o, same)]]
-        if op == "neighbor":
-            return [reference, *[o for o in others if _adjacent(program["relation"], o, reference)]]
+        if op in ("neighbor", "chain"):
+            return _path(program, reference, objects) or []
         # The nearest to the side that the relation points to decides the answer.
         return [reference, max(others, key=lambda o: _distance(program["relation"], o))]
     return matching(*must_cover(program))

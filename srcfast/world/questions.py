@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from srcfast.errors import InputError
@@ -75,11 +75,13 @@ _WORDINGS = {
     "all_either": ("Is every {of} {either[0]:is} or {either[1]:is}?",),
     "and_not": ("Is there {present:a} and no {absent}?",),
     "count": ("How many {of:many} are there?", "What is the number of {of:many}?"),
-    "count_side": ("How many objects are {side:at}?",),
+    "count_side": ("How many {of:many} are {side:at}?",),
     "difference": ("How many more {a:many} than {b:many} are there?",),
-    "count_either": ("How many objects are {either[0]:are} or {either[1]:are}?",),
+    "count_either": ("How many {of:many} are {either[0]:are} or {either[1]:are}?",),
+    "count_not": ("How many {of:many} are there that are not {are:are}?",),
     "relation": ("Is the {a} {relation} the {b}?",),
     "neighbor": ("What {attribute} is the object directly {relation} the {of}?",),
+    "chain": ("What {attribute} is the object directly {relations[0]} the object directly {relations[1]} the {of}?",),
     "extreme": ("What {attribute} is the {side}most object?",),
     "beyond_all": ("Is the {of} {relation} all other objects?",),
 }
@@ -102,11 +104,22 @@ def question_text(program: Program, wording: int = 0) -> str:
     """Write a program as a question; some operations have the wordings 0 and 1, the others 0 alone."""
     if program["op"] not in _WORDINGS:
         raise InputError(field="program", expected="a known operation", found=program["op"])
-    return _Wording().vformat(_WORDINGS[program["op"]][wording], (), program)
+    return _Wording().vformat(_WORDINGS[program["op"]][wording], (), {"of": {}, **program})
 
 
-def ask(scene: Scene, rng: random.Random, abilities: Sequence[str] = ABILITIES, n: int = 3) -> list[Question]:
-    """Draw up to `n` different questions about a fully known scene, cycling through the abilities.
+# A kind yields random programs; `propose` skips those without an answer in the scene. Its name is `Question.kind`.
+Kind = Callable[[Scene, random.Random], Iterator[Program]]
+Kinds = Mapping[str, tuple[Kind, ...]]  # by ability
+
+
+def ask(
+    scene: Scene,
+    rng: random.Random,
+    abilities: Sequence[str] = ABILITIES,
+    n: int = 3,
+    kinds: Kinds | None = None,
+) -> list[Question]:
+    """Draw up to `n` different questions about a fully known scene, cycling through the abilities; of KINDS by default.
 
     An answer is drawn first and then a question with that answer, so that no kind can be answered well
     without looking at the image. An ability for which the scene has no question is skipped. If the scene has a
@@ -118,18 +131,18 @@ def ask(scene: Scene, rng: random.Random, abilities: Sequence[str] = ABILITIES, 
     for ability in (order * n)[: max(n, len(order)) * 2]:
         if len(questions) == n:
             break
-        question = _draw_question(scene, ability, rng)
+        question = _draw_question(scene, ability, (kinds or KINDS)[ability], rng)
         if question is not None:
             questions.setdefault(question.text, question)
     return list(questions.values())
 
 
-def _draw_question(scene: Scene, ability: str, rng: random.Random) -> Question | None:
-    """Draw a question of an ability; None if eight tries give none."""
+def _draw_question(scene: Scene, ability: str, kinds: tuple[Kind, ...], rng: random.Random) -> Question | None:
+    """Draw a question of an ability's kinds; None if eight tries give none."""
     held_out = [o for o in scene.objects if (o.shape, o.color) in HELD_OUT]
     fallback = None
     for _ in range(8):
-        kind = rng.choice(_KINDS[ability])
+        kind = rng.choice(kinds)
         answer_of = partial(evaluate, objects=scene.objects, background=scene.background)
         proposal = propose(kind(scene, rng), answer_of, kind in _YES_NO, rng)
         if proposal is None:
@@ -161,10 +174,6 @@ def propose(
         return None
     answer = rng.choice(list(by_answer))
     return by_answer[answer], answer
-
-
-# A kind yields random programs; `propose` skips those without an answer in the scene. Its name is `Question.kind`.
-Kind = Callable[[Scene, random.Random], Iterator[Program]]
 
 
 def _background(scene: Scene, rng: random.Random) -> Iterator[Program]:
@@ -339,12 +348,44 @@ def _beyond_all(scene: Scene, rng: random.Random) -> Iterator[Program]:
         yield {"op": "beyond_all", "relation": rng.choice(RELATIONS), "of": o.described(*named)}
 
 
-_KINDS: dict[str, tuple[Kind, ...]] = {
+def _count_size_either(scene: Scene, rng: random.Random) -> Iterator[Program]:
+    while True:
+        name = rng.choice(("color", "shape"))
+        first, second = (o.described(name) for o in rng.sample(scene.objects, 2))
+        if first != second:
+            of = rng.choice(scene.objects).described("size")
+            yield {"op": "count_either", "of": of, "either": [first, second]}
+
+
+def _count_not(scene: Scene, rng: random.Random) -> Iterator[Program]:
+    yield from _universals("count_not", scene, rng)
+
+
+def _count_side_of(scene: Scene, rng: random.Random) -> Iterator[Program]:
+    while True:
+        of = _single(scene, rng, ("shape", "color", "size"))
+        yield {"op": "count_side", "side": rng.choice(tuple(SIDES)), "of": of}
+
+
+def _chain(scene: Scene, rng: random.Random) -> Iterator[Program]:
+    attribute = rng.choice(("shape", "color"))
+    for o in rng.sample(scene.objects, len(scene.objects)):
+        for first, second in rng.sample(list(product(RELATIONS, repeat=2)), 16):
+            of = o.described("shape", "color")
+            yield {"op": "chain", "attribute": attribute, "relations": [first, second], "of": of}
+
+
+KINDS: Kinds = {
     "coarse_perception": (_background, _most_common, _more_side),
     "fine_grained_perception": (_at_place, _unique_object, _size_of, _exists),
     "instance_reasoning": (_same, _larger, _query_same),
     "logical_reasoning": (_all, _some_not, _all_either, _and_not),
     "counting_arithmetic": (_count, _count_side, _difference, _count_either),
     "spatial_relation": (_relation, _neighbor, _extreme, _beyond_all),
+}
+# Kinds that no training split asks: operations of KINDS, composed in other ways.
+NEW_KINDS: Kinds = {
+    "counting_arithmetic": (_count_size_either, _count_not, _count_side_of),
+    "spatial_relation": (_chain,),
 }
 _YES_NO = frozenset([_exists, _same, _larger, _all, _some_not, _all_either, _and_not, _relation, _beyond_all])

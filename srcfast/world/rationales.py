@@ -65,19 +65,26 @@ def _conclusions(scene: Scene, program: Program, answer: str, seen: Sequence[Obj
     if op == "count":
         return [_count_sentence(scene, p["of"])]
     if op == "count_side":
-        return [f"There {_amount(int(answer), {})} {SIDES[p['side']][2]}."]
+        return [f"There {_amount(int(answer), p.get('of', {}))} {SIDES[p['side']][2]}."]
     if op == "difference":
         counts = [_count_sentence(scene, p["a"]), _count_sentence(scene, p["b"])]
         return [*counts, f"{_count(scene, p['a'])} minus {_count(scene, p['b'])} is {answer}."]
+    if op == "count_not":
+        of, both = p["of"], p["of"] | p["are"]
+        counts = [_count_sentence(scene, of), _count_sentence(scene, both)]
+        return [*counts, f"{_count(scene, of)} minus {_count(scene, both)} is {answer}."]
     if op == "count_either":
         singular = answer == "1"
         first, second = (predicate(of, plural=not singular) for of in p["either"])
-        return [f"{answer} {'object is' if singular else 'objects are'} {first} or {second}."]
+        name = noun(p.get("of", {}), plural=not singular)
+        return [f"{answer} {name} {'is' if singular else 'are'} {first} or {second}."]
     if op == "relation":
         return [f"The {noun(p['a'])} is {'' if yes else 'not '}{p['relation']} the {noun(p['b'])}."]
-    if op == "neighbor":
-        reference, other = (noun(o.described("shape", "color")) for o in seen)
-        return [f"The {other} is directly {p['relation']} the {reference}."]
+    if op in ("neighbor", "chain"):
+        names = [noun(o.described("shape", "color")) for o in seen]
+        relations = reversed(p["relations"]) if op == "chain" else [p["relation"]]
+        steps = zip(names[1:], relations, names[:-1], strict=True)
+        return [f"The {other} is directly {relation} the {reference}." for other, relation, reference in steps]
     if op == "extreme":
         [o] = seen
         return [f"The {noun(o.described('shape', 'color'))} is the {p['side']}most object."]

@@ -94,14 +94,14 @@ def draw_shape(
         draw.ellipse(box, fill=fill)
         return
     tilt = 0.0 if shape == "rectangle" else math.radians(rng.uniform(-12, 12))
-    outline = _outline(shape, half, rng)
+    outline = outline_of(shape, half, rng)
     cosine, sine = math.cos(tilt) * SUPERSAMPLING, math.sin(tilt) * SUPERSAMPLING
     center_x, center_y = x * SUPERSAMPLING, y * SUPERSAMPLING
     corners = [(center_x + px * cosine - py * sine, center_y + px * sine + py * cosine) for px, py in outline]
     draw.polygon(corners, fill=fill)
 
 
-def _outline(shape: str, half: float, rng: random.Random) -> list[Point]:
+def outline_of(shape: str, half: float, rng: random.Random) -> list[Point]:
     """Return the polygon of a shape about the origin, in pixels; `half` is half of its longer side."""
     if shape == "rectangle":
         other = half * rng.uniform(0.6, 1.0)

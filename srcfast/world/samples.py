@@ -11,21 +11,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
 from srcfast.data.jsonl import is_temporary, remove_temporary, replacing, temporary_of
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
+from srcfast.errors import InputError
 from srcfast.world.clip_questions import KINDS as CLIP_KINDS
 from srcfast.world.clip_questions import ask_clip, clip_facts, clip_rationale
 from srcfast.world.clips import FRAMES, clip_digest, clip_stream
-from srcfast.world.questions import ABILITIES, ask
+from srcfast.world.other_pictures import LEVELS, Degradation, degrade, render_otherwise
+from srcfast.world.questions import KINDS, NEW_KINDS, ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render, render_frame
-from srcfast.world.scenes import scene_digest, scene_stream
+from srcfast.world.scenes import SPLITS, Scene, scene_digest, scene_stream
 
 PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, the same in every PNG file
+
+
+# Splits that draw the test split's scenes and questions again as blurred, covered or noisy pictures, and the two that ask
+# other kinds of questions about these scenes, and draw them by another renderer.
+DEGRADED = {f"test-{kind}-{level}": (kind, level) for kind in get_args(Degradation) for level in LEVELS}
+TEST_VARIANTS = ("new_questions", "new_renderer", *DEGRADED)
 
 
 def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_rationale: bool = True) -> list[Sample]:
@@ -34,22 +43,28 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
     Images are written to `image_dir`, which is the samples' image root, under names of split and scene, so
     that an image is rendered once for all its samples and runs. `extra` has the scene, program, ability and
     kind, and the true rationale's sentences (`see`, `think`) whether or not `rationale` has them as text.
-    Raises InputError for an unknown split.
+    The splits of TEST_VARIANTS have the scenes of the split `test`; all but `new_questions` have its questions, too, so that
+    with one seed their samples are pairs. Raises InputError for an unknown split.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(f"{split}/{seed}/questions")
-    counts = dict.fromkeys(ABILITIES, 0)
+    if split not in (*SPLITS, *TEST_VARIANTS):
+        raise InputError(field="split", expected="one of " + ", ".join((*SPLITS, *TEST_VARIANTS)), found=split)
+    scenes_of = "test" if split in TEST_VARIANTS else split
+    asked_as = split if split == "new_questions" else scenes_of
+    kinds = NEW_KINDS if split == "new_questions" else KINDS
+    rng = random.Random(f"{asked_as}/{seed}/questions")
+    counts = dict.fromkeys(kinds, 0)
     samples: list[Sample] = []
     drawings: dict[str, Callable[[], Image.Image]] = {}
-    for scene in scene_stream(split, seed):
+    for scene in scene_stream(scenes_of, seed):
         if len(samples) == n:
             break
         count = min(rng.choice((2, 3, 4)), n - len(samples))
-        rarest = sorted(ABILITIES, key=lambda ability: (counts[ability], rng.random()))[:count]
-        questions = ask(scene, rng, rarest, count)
+        rarest = sorted(counts, key=lambda ability: (counts[ability], rng.random()))[:count]
+        questions = ask(scene, rng, rarest, count, kinds)
         image = f"{split}-{scene_digest(scene)[:16]}.png"
         if questions:
-            drawings[image] = partial(render, scene, int(scene_digest(scene)[16:28], 16))
+            drawings[image] = partial(_picture, split, scene)
         for question in questions:
             counts[question.ability] += 1
             see, think = true_rationale(scene, question)
@@ -76,6 +91,15 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
             )
     draw_missing(drawings, image_dir)
     return samples
+
+
+def _picture(split: str, scene: Scene) -> Image.Image:
+    """Draw a scene as a split shows it."""
+    seed = int(scene_digest(scene)[16:28], 16)
+    if split == "new_renderer":
+        return render_otherwise(scene, seed)
+    picture = render(scene, seed)
+    return degrade(picture, *DEGRADED[split], seed) if split in DEGRADED else picture
 
 
 def clip_samples(split: str, n: int, seed: int, *, image_dir: Path) -> list[Sample]:
