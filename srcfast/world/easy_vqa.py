@@ -2,14 +2,18 @@
 
 It has no rationales. An image's scene is derived from the package's questions about that image in the same
 split, and rationales are built from that scene alone; so some rationales name a shape but no color.
+
+The package has the splits `train` and `test`. `validation` has a tenth of the training images, chosen by a hash of
+their files, and `fit` the others: to choose settings on one, train on the other, not on `train`. `-reworded` after the
+name of a split asks its questions in the world's wordings, on which the embedded base was trained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,15 @@ from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.world.packages import package_folder
 from srcfast.world.programs import Program, matches
-from srcfast.world.questions import noun, predicate, with_article
+from srcfast.world.questions import noun, predicate, question_text, with_article
 from srcfast.world.rationales import facts
 from srcfast.world.scenes import COLORS, Object, Scene
 
-SPLITS = ("train", "test")
+FOLDERS = {"train": "train", "fit": "train", "validation": "train", "test": "test"}  # by split, the package's folder
+REWORDED = "-reworded"
+SPLITS = (*FOLDERS, *[split + REWORDED for split in FOLDERS])
+_REINSTALL = "reinstall it: pip install --force-reinstall easy-vqa"
+VALIDATION_SHARE = 10  # percent of the training images
 SHAPES = ("circle", "rectangle", "triangle")
 
 _COLOR, _SHAPE = f"(?P<color>{'|'.join(COLORS)})", f"(?P<shape>{'|'.join(SHAPES)})"
@@ -43,7 +51,7 @@ _QUESTIONS: tuple[tuple[str, Program], ...] = (
 
 
 def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """Read the split "train" or "test", all of it or `limit` questions drawn by `seed`.
+    """Read a split, all of it or `limit` questions drawn by `seed`, the same ones reworded or not.
 
     Images are read from the package's data directory, which is `image_root`. Each sample has facts, a
     rationale in the grammar that the oracle parses, and in `extra` ability, program, scene (with `None` for
@@ -51,12 +59,14 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
 
     Raises:
         SrcfastError: the package is not installed.
-        InputError: the split is unknown, or the package's file is malformed.
+        InputError: the split is unknown, or a file of the package is malformed or missing.
     """
     if split not in SPLITS:
-        raise InputError(field="split", expected="train or test", found=split)
+        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    asked = split.removesuffix(REWORDED)
+    folder = FOLDERS[asked]
     root = data_folder()
-    file = root / split / "questions.json"
+    file = root / folder / "questions.json"
     try:
         rows = json.loads(regular(file).read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not rows:
@@ -64,20 +74,20 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
         questions = [_parse_row(*row) for row in rows]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            file=file,
-            expected="a JSON list of [question, answer, image number]",
-            found=error,
-            fix="reinstall it: pip install --force-reinstall easy-vqa",
+            file=file, expected="a JSON list of [question, answer, image number]", found=error, fix=_REINSTALL
         ) from error
+    images = {image for _, _, image in questions}
+    if asked != folder:
+        images = {image for image in images if _is_validation(root / folder, image) == (asked == "validation")}
     programs = [parse_question(text) for text, _, _ in questions]
     answers_of: dict[int, list[tuple[Program, str]]] = {}  # by image
     for (_, answer, image), program in zip(questions, programs, strict=True):
         if program is not None:
             answers_of.setdefault(image, []).append((program, answer))
     scenes = {image: derive_scene(answers) for image, answers in answers_of.items()}
-    chosen: Sequence[int] = range(len(questions))
-    if limit is not None and limit < len(questions):
-        chosen = sorted(random.Random(f"easy-vqa/{split}/{seed}").sample(chosen, limit))
+    chosen = [index for index, (_, _, image) in enumerate(questions) if image in images]
+    if limit is not None and limit < len(chosen):
+        chosen = sorted(random.Random(f"easy-vqa/{asked}/{seed}").sample(chosen, limit))
     return [_sample(split, index, questions[index], programs[index], scenes, root) for index in chosen]
 
 
@@ -87,6 +97,16 @@ def _parse_row(text: object, answer: object, image: object) -> tuple[str, str, i
     if type(image) is not int or not 0 <= image < 1 << 31:
         raise ValueError(f"image number {image!r} of question {text!r}")
     return text, answer, image
+
+
+def _is_validation(folder: Path, image: int) -> bool:
+    """Return whether a training image is in the split `validation`, a function of its file's content. Raises InputError."""
+    file = folder / "images" / f"{image}.png"
+    try:
+        digest = hashlib.sha256(regular(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(file=file, expected="an image of the package", found=error, fix=_REINSTALL) from error
+    return int(digest[:12], 16) % 100 < VALIDATION_SHARE
 
 
 def data_folder() -> Path:
@@ -140,6 +160,8 @@ def _sample(
     root: Path,
 ) -> Sample:
     text, answer, image = question
+    if program is not None and split.endswith(REWORDED):
+        text = reworded(program)
     extra: dict[str, Any] = {"dataset": "easy_vqa", "split": split, "ability": "fine_grained_perception"}
     known_facts: tuple[str, ...] = ()
     rationale = None
@@ -154,7 +176,7 @@ def _sample(
         extra |= {"see": list(see), "think": list(think)}
     return Sample(
         id=f"easy-vqa-{split}-{index:05d}",
-        images=(f"{split}/images/{image}.png",),
+        images=(f"{FOLDERS[split.removesuffix(REWORDED)]}/images/{image}.png",),
         question=text,
         answer=answer,
         rationale=rationale,
@@ -162,6 +184,13 @@ def _sample(
         extra=extra,
         image_root=root,
     )
+
+
+def reworded(program: Program) -> str:
+    """Write a question in the world's words; whether something is absent is asked as "Is there an object and no circle?"."""
+    if program["op"] == "none":
+        program = {"op": "and_not", "present": {}, "absent": program["of"]}
+    return question_text(program)
 
 
 def rationale_of(scene: Scene, program: Program, answer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

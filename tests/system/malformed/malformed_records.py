@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,9 +121,9 @@ def package(text: str | bytes) -> Callable[[Path], Path]:
     return file_of(text, "train/questions.json")
 
 
-def easy_vqa(path: Path) -> None:
+def easy_vqa(path: Path, split: str = "train") -> None:
     with mock.patch("srcfast.world.easy_vqa.data_folder", lambda: path.parents[1]):
-        read_easy_vqa("train")
+        read_easy_vqa(split)
 
 
 IMAGE = base64.b64encode(picture_bytes("PNG")).decode()
@@ -475,4 +476,10 @@ def cases() -> list[Case]:
     )
     found += [Case("easy-VQA", wrong, package(text), easy_vqa, ("question",)) for wrong, text in PACKAGE_FILES.items()]
     found.append(Case("easy-VQA", "no file", missing("train/questions.json"), easy_vqa, ("reinstall",)))
+    asked = package('[["is there a red shape?", "yes", 7]]')
+    for wrong, split, words in (
+        ("no picture of a split that is chosen by pictures", "fit", ("7.png", "reinstall")),
+        ("an unknown split", "generalisation", ("split", "test-reworded")),
+    ):
+        found.append(Case("easy-VQA", wrong, asked, partial(easy_vqa, split=split), words))
     return found

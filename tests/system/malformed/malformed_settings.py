@@ -57,6 +57,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a dataset of an unknown format": ("data: {train: [{name: a, format: csv}]}", "data.train.0.format"),
     "a dataset without a path": ("data: {train: [{name: a, format: llava}]}", "needs a path"),
     "a world without an end": ("data: {train: [{name: a, format: world}]}", "set its limit"),
+    "clips without an end": ("data: {train: [{name: a, format: clips}]}", "set its limit"),
     "two evaluation sets of a name": (
         "data: {evaluation: [{name: a, format: easy_vqa}, {name: a, format: easy_vqa}]}",
         "two datasets whose files are named",

@@ -237,8 +237,8 @@ def test_easy_vqa_facts_come_from_the_same_image_alone() -> None:
 def test_easy_vqa_refuses_an_unknown_split_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from srcfast.world.easy_vqa import read_easy_vqa
 
-    with pytest.raises(InputError, match="validation"):
-        read_easy_vqa("validation")
+    with pytest.raises(InputError, match="generalisation"):
+        read_easy_vqa("generalisation")
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(SrcfastError, match="pip install easy-vqa"):
         read_easy_vqa("test")
