@@ -1,4 +1,4 @@
-"""Build the page's gallery: cards with an image, its question, and the scored candidates."""
+"""Build the page's gallery: cards with images, their question, and the scored candidates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srcfast.data.images import load_image
 from srcfast.data.rationale_format import parse_response
@@ -17,6 +18,7 @@ from srcfast.report import shapes
 from srcfast.report.run_files import RunFiles
 
 MAX_CARDS = 24
+MAX_IMAGES = 4  # of a card
 MAX_PIXELS = 352  # of the longer side of an embedded image
 SMALL = 128  # pixels; images up to this size are enlarged without blur, and embedded as PNG
 VERDICTS = ("true", "false", "unverifiable")
@@ -47,7 +49,7 @@ class Card:
     """A sample with its candidates: the pair, chosen before rejected, then the others by descending score."""
 
     entry: shapes.Card
-    picture: Picture | None  # None: the sample has no image, or its file can't be read
+    pictures: list[Picture | None]  # None: an image whose file can't be read
     pair: list[Candidate]
     others: list[Candidate]
 
@@ -63,8 +65,8 @@ def cards(run: RunFiles, image_roots: Iterable[Path] | None = None) -> list[Card
     return [_card(shapes.Card.model_validate(entry), run.path, roots) for entry in run.gallery[:MAX_CARDS]]
 
 
-def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None]:
-    """Return the fields of `gallery.json` that name a sample's first image, so that it is also read after a run was moved.
+def image_names(sample: Sample, run: Path, output: Path) -> dict[str, Any]:
+    """Return the fields of `gallery.json` that name a sample's images, so that they are also read after a run was moved.
 
     Args:
         sample: the sample.
@@ -74,20 +76,24 @@ def image_names(sample: Sample, run: Path, output: Path) -> dict[str, str | None
     Returns:
         `image`: None for a sample without images; the path from the run's directory for an image in `output`; for any other the
         absolute path, which stays valid when the run alone is moved, and `image_from_run`, the path from the run's directory,
-        which stays valid when run and data are moved together.
+        which stays valid when run and data are moved together. `further_images`: the same of further images, up to MAX_IMAGES
+        in all, where there are some.
     """
-    if not sample.images:
-        return {"image": None}
-    image = (sample.image_root / sample.images[0]).resolve()
+    names = [_names(sample.image_root / image, run, output) for image in sample.images[:MAX_IMAGES]]
+    return (names[0] if names else {"image": None}) | ({"further_images": names[1:]} if names[1:] else {})
+
+
+def _names(image: Path, run: Path, output: Path) -> dict[str, Any]:
+    image = image.resolve()
     from_run = os.path.relpath(image, run.resolve())
     if image.is_relative_to(output.resolve()):
         return {"image": from_run}
     return {"image": str(image), "image_from_run": from_run}
 
 
-def _picture(entry: shapes.Card, run: Path, roots: Sequence[Path]) -> Picture | None:
-    """Embed an entry's image: `image` if that file is there and below a root, else `image_from_run`."""
-    names = [name for name in (entry.image, entry.image_from_run) if entry.image and name]
+def _picture(image: shapes.Image, run: Path, roots: Sequence[Path]) -> Picture | None:
+    """Embed an image: `image` if that file is there and below a root, else `image_from_run`."""
+    names = [name for name in (image.image, image.image_from_run) if name]
     pictures = (embedded_image(run / name, root) for name in names for root in roots)
     return next((picture for picture in pictures if picture is not None), None)
 
@@ -99,7 +105,7 @@ def _card(entry: shapes.Card, run: Path, roots: Sequence[Path]) -> Card:
     others = [candidate for candidate in candidates if not candidate.mark]
     return Card(
         entry,
-        _picture(entry, run, roots),
+        [_picture(image, run, roots) for image in (entry, *entry.further_images)[:MAX_IMAGES] if image.image],
         pair=sorted(pair, key=lambda candidate: candidate.mark != "chosen"),
         others=sorted(others, key=lambda candidate: -candidate.entry.score),
     )

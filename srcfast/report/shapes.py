@@ -145,15 +145,21 @@ class Candidate(Shape):
     claims: list[Claim] | None = None
 
 
-class Card(Shape):
-    """An entry of `gallery.json`."""
+class Image(Shape):
+    """Names of an image in `gallery.json`."""
+
+    image: str | None = None
+    image_from_run: str = ""
+
+
+class Card(Image):
+    """An entry of `gallery.json`, with the names of its first image."""
 
     sample_id: str
     question: str
     gold: str
     candidates: list[Candidate]
-    image: str | None = None
-    image_from_run: str = ""
+    further_images: list[Image] = []
     iteration: Any = None
     chosen: Count | None = None
     rejected: Count | None = None

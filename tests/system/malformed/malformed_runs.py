@@ -418,6 +418,8 @@ CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "a choice in words": ({"chosen": "first"}, "chosen"),
     "an image that is a number": ({"image": 3}, "image"),
     "an image from the run that is a number": ({"image": "a.png", "image_from_run": 5}, "image_from_run"),
+    "further images that are one": ({"further_images": {"image": "a.png"}}, "further_images"),
+    "a further image that is a name": ({"further_images": ["a.png"]}, "further_images.0"),
     "a question that is null": ({"question": None}, "question"),
     "a confidence in words": ({"confidence": "high"}, "confidence"),
 }

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -31,7 +32,7 @@ def private(tmp_path: Path) -> Path:
     return tmp_path / "home" / "private.png"
 
 
-def name_images(run: Path, **names: str) -> None:
+def name_images(run: Path, **names: Any) -> None:
     entry = json.loads((run / "gallery.json").read_text())[0]
     (run / "gallery.json").write_text(json.dumps([entry | names]))
 
@@ -61,6 +62,17 @@ def test_no_image_from_elsewhere_is_embedded(run: Path, private: Path, field: st
     assert not shown(run)
     assert not shown(run, run.parent)
     assert shown(run, run.parent, private.parent), "its directory was allowed"
+
+
+def test_no_further_image_from_elsewhere_is_embedded(run: Path, private: Path) -> None:
+    name_images(
+        run,
+        image=str(private),
+        further_images=[{"image": str(private)}, {"image": "x", "image_from_run": str(private)}],
+    )
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "<img" not in html and html.count("image not available") == 3
+    assert write_report(run, [private.parent]).read_text(encoding="utf-8").count("<img") == 3
 
 
 def test_what_the_run_s_settings_name_is_foreign_as_well(run: Path, private: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -330,6 +332,26 @@ def test_the_gallery_finds_its_images_in_a_moved_run_whether_or_not_they_were_mo
         (tmp_path / "old" / place).rename(tmp_path / "new" / place)
     run = RunFiles(tmp_path / "new" / "runs" / "one", {}, [], entries, {}, {})
     assert render(run).count("<img") == 2
+
+
+def test_the_gallery_shows_a_sample_s_images_in_order_and_four_at_most(tmp_path: Path) -> None:
+    names = tuple(f"{number}.png" for number in range(6))
+    for number, name in enumerate(names):
+        if number != 1:  # one that is gone
+            Image.new("RGB", (4, 4), (40 * number, 9, 9)).save(tmp_path / name)
+    run = tmp_path / "run"
+    run.mkdir()
+    counts = []
+    for shown in (names[:1], names[:3], names):
+        fields = image_names(Sample("s", shown, "What?", "red", image_root=tmp_path), run, tmp_path)
+        assert ("further_images" in fields) == (len(shown) > 1) and fields["image"] == "../0.png"
+        entry = {**fields, "sample_id": "s", "question": "What?", "gold": "red", "candidates": []}
+        html = render(RunFiles(run, {}, [], [entry], {}, {}))
+        counts.append((html.count("<img"), html.count("not available")))
+    assert counts == [(1, 0), (2, 1), (3, 1)]
+    uris = re.findall(r'<img[^>]*src="data:image/png;base64,([^"]+)"', html)
+    reds = [Image.open(io.BytesIO(base64.b64decode(uri))).getpixel((0, 0))[0] for uri in uris]
+    assert reds == [0, 80, 120]
 
 
 @pytest.mark.usefixtures("no_plots")
