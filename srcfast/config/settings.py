@@ -40,6 +40,7 @@ YOUNGER = (
     ("dpo", "credit"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
+DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
 
 
 class Section(BaseModel):
@@ -140,14 +141,14 @@ class DatasetConfig(Section):
 
     name: str = Field(min_length=1)
     """Name in results"""
-    format: Literal["auto", "world", "clips", "easy_vqa", "jsonl", "llava", "messages", "alpaca", "vlmeval_tsv"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "world", "clips", "digits", "charts", "easy_vqa", "jsonl", "llava", "messages", "alpaca", "vlmeval_tsv"
+    ] = "auto"
     """`auto`: determined by the first records; `world`: samples of the embedded world; `clips`: its clips of three frames;
-    `easy_vqa`: that package's; `jsonl`: srcfast's records; `llava`: LLaVA's; `messages`: chat messages; `alpaca`:
-    LLaMA-Factory's; `vlmeval_tsv`: VLMEvalKit's TSV"""
+    `digits`: mosaics of handwritten digits; `charts`: charts of real tables; `easy_vqa`: that package's; `jsonl`: srcfast's
+    records; `llava`: LLaVA's; `messages`: chat messages; `alpaca`: LLaMA-Factory's; `vlmeval_tsv`: VLMEvalKit's TSV"""
     path: str | tuple[str, ...] | None = None
-    """File to read, a glob, or a list of these; none for the formats world, clips and easy_vqa"""
+    """File to read, a glob, or a list of these; none for the formats world, clips, digits, charts and easy_vqa"""
     image_root: str | tuple[str, ...] | None = None
     """Directory that the records' image paths are relative to, or a list: the first that has an image; default: the file's"""
     follow_links: bool = False
@@ -155,9 +156,9 @@ class DatasetConfig(Section):
     duplicate_ids: Literal["reject", "rename"] = "reject"
     """A sample whose id has occurred in the dataset: `reject` it, or `rename` it (`id-2`) and warn"""
     split: str = "train"
-    """Split of the formats world, clips and easy_vqa; for a file a label in results"""
+    """Split of the formats world, clips, digits, charts and easy_vqa; for a file a label in results"""
     limit: int = Field(0, ge=0, le=MOST)
-    """Number of samples to draw; 0 = all. The formats world and clips have no end and need a number above 0"""
+    """Number of samples to draw; 0 = all. The formats world, clips, digits and charts have no end and need a number above 0"""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of this draw"""
     check_images: bool = True
@@ -178,9 +179,9 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.format not in ("world", "clips", "easy_vqa") and not self.path:
+        if self.format not in (*DRAWN, "easy_vqa") and not self.path:
             raise ValueError(f"the dataset {self.name!r} of format {self.format} needs a path")
-        if self.format in ("world", "clips") and not self.limit:
+        if self.format in DRAWN and not self.limit:
             raise ValueError(f"the dataset {self.name!r} of format {self.format} has no end: set its limit")
         return self
 

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.settings import DRAWN, Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
 from srcfast.data.corruptions import Vocabulary
 from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError, InputError
+from srcfast.world.charts import CHARTS
 from srcfast.world.claims import ATTRIBUTES, VOCABULARY
 from srcfast.world.degraded_references import degrade_reference
+from srcfast.world.digits import DIGITS
 from srcfast.world.easy_vqa import read_easy_vqa
+from srcfast.world.number_samples import number_samples
 from srcfast.world.samples import clip_samples, world_samples
+
+# How the samples of the formats DRAWN are drawn, by split, number and seed.
+_DRAW: dict[str, Callable[..., list[Sample]]] = {
+    "world": world_samples,
+    "clips": clip_samples,
+    "digits": partial(number_samples, DIGITS),
+    "charts": partial(number_samples, CHARTS),
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,8 @@ def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[st
 
 
 def _read_samples(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
-    if dataset.format == "world":
-        return world_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
-    if dataset.format == "clips":
-        return clip_samples(dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
+    if dataset.format in DRAWN:
+        return _DRAW[dataset.format](dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
     roots = [dataset.image_root] if isinstance(dataset.image_root, str) else dataset.image_root

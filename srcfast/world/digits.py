@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -46,7 +47,7 @@ def read_digits() -> tuple[Digit, ...]:
         if len(rows) != 1797 or any(len(row) != 65 or not 0 <= row[-1] <= 9 for row in rows):
             raise ValueError("another number of rows or columns")
         return tuple([(row[-1], bytes([value * 255 // 16 for value in row[:-1]])) for row in rows])
-    except (OSError, EOFError, ValueError, OverflowError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise InputError(
             file=file,
             expected="1,797 rows of 64 pixels from 0 to 16 and a digit",

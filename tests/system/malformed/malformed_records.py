@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,8 @@ from srcfast.data.jsonl import COMPLETE, read_shards, write_jsonl
 from srcfast.data.readers import check_rejected, read_logprob_rows, read_preferences, read_samples
 from srcfast.data.records import Candidate, Preference
 from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
+from srcfast.world.chart_tables import TABLES, read_table
+from srcfast.world.digits import read_digits
 from srcfast.world.easy_vqa import read_easy_vqa
 
 SAMPLE = {"id": "s", "question": "What color?", "answer": "red"}
@@ -124,6 +127,18 @@ def package(text: str | bytes) -> Callable[[Path], Path]:
 def easy_vqa(path: Path, split: str = "train") -> None:
     with mock.patch("srcfast.world.easy_vqa.data_folder", lambda: path.parents[1]):
         read_easy_vqa(split)
+
+
+def digits(path: Path) -> None:
+    with mock.patch("srcfast.world.digits.package_folder", lambda *_: path.parents[2]):
+        read_digits.__wrapped__()
+
+
+def chart_table(path: Path) -> None:
+    name = next(name for name, table in TABLES.items() if table.file.endswith(path.name))
+    folder = path.parents[TABLES[name].file.count("/")]
+    with mock.patch("srcfast.world.chart_tables.package_folder", lambda *_: folder):
+        read_table.__wrapped__(name)
 
 
 IMAGE = base64.b64encode(picture_bytes("PNG")).decode()
@@ -368,6 +383,39 @@ ASKED_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a response that is a list": ({"response": ["red"]}, "'response'"),
     "an image that is not there": ({"images": ["none.png"]}, "no such file"),
 }
+DIGIT_FILES: dict[str, bytes] = {
+    "an empty file": b"",
+    "no gzip": b"0,1,2",
+    "no row": gzip.compress(b""),
+    "a row of two": gzip.compress(b"1,2\n"),
+    "not ASCII": gzip.compress(b"\xff"),
+    "a pixel that is text": gzip.compress(b"x," * 64 + b"1\n"),
+    "a digit of 10": gzip.compress((b"0," * 64 + b"10\n") * 1797),
+    "a pixel of 17": gzip.compress((b"17," * 64 + b"1\n") * 1797),
+    "a pixel below 0": gzip.compress((b"-1," * 64 + b"1\n") * 1797),
+    "a pixel without end": gzip.compress((b"inf," * 64 + b"1\n") * 1797),
+    "a gzip file that is cut off": gzip.compress(b"0," * 64 + b"1\n")[:-9],
+    "a gzip file with a changed byte": gzip.compress(b"0," * 64 + b"1\n")[:12] + b"\xff" * 9,
+}
+NILE, WHEAT = "datasets/nile/nile.csv", "_data/wheat.json"
+CHART_FILES: dict[str, tuple[str, str | bytes]] = {
+    "an empty table": (NILE, ""),
+    "a table that is not UTF-8": (NILE, b"\xff\xfe"),
+    "a table without a column": (NILE, "year,flow\n1871,3\n"),
+    "a table of words": (NILE, "year,volume\n1871,many\n"),
+    "a row without its value": (NILE, "year,volume\n1871\n"),
+    "values below 0": (NILE, "year,volume\n1871,-3\n"),
+    "values beyond all": (NILE, "year,volume\n1871,1e999999999\n"),
+    "a field of 200,000 characters": (NILE, "year,volume\n" + "1" * 200_000 + ",1\n"),
+    "an empty JSON file": (WHEAT, ""),
+    "an object": (WHEAT, "{}"),
+    "a number": (WHEAT, "3"),
+    "a list of numbers": (WHEAT, "[3]"),
+    "an object without its value": (WHEAT, '[{"year": 1565}]'),
+    "a year that is a list": (WHEAT, '[{"year": [1], "wheat": 4}]'),
+    "a year that is null": (WHEAT, '[{"year": null, "wheat": 4}]'),
+    "100,000 brackets": (WHEAT, "[" * 100_000),
+}
 PACKAGE_FILES: dict[str, str | bytes] = {
     "an empty file": b"",
     "an object": "{}",
@@ -482,4 +530,15 @@ def cases() -> list[Case]:
         ("an unknown split", "generalisation", ("split", "test-reworded")),
     ):
         found.append(Case("easy-VQA", wrong, asked, partial(easy_vqa, split=split), words))
+    file = "datasets/data/digits.csv.gz"
+    found += [
+        Case("Digits", wrong, file_of(data, file), digits, ("1,797 rows", "reinstall"))
+        for wrong, data in DIGIT_FILES.items()
+    ]
+    found.append(Case("Digits", "no file", missing(file), digits, ("reinstall",)))
+    found += [
+        Case("Tables of charts", wrong, file_of(data, name), chart_table, ("the table", "reinstall"))
+        for wrong, (name, data) in CHART_FILES.items()
+    ]
+    found.append(Case("Tables of charts", "no file", missing(NILE), chart_table, ("reinstall",)))
     return found

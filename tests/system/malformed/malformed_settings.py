@@ -58,6 +58,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a dataset without a path": ("data: {train: [{name: a, format: llava}]}", "needs a path"),
     "a world without an end": ("data: {train: [{name: a, format: world}]}", "set its limit"),
     "clips without an end": ("data: {train: [{name: a, format: clips}]}", "set its limit"),
+    "digits without an end": ("data: {train: [{name: a, format: digits}]}", "format digits has no end: set its limit"),
+    "charts without an end": ("data: {train: [{name: a, format: charts}]}", "format charts has no end: set its limit"),
     "two evaluation sets of a name": (
         "data: {evaluation: [{name: a, format: easy_vqa}, {name: a, format: easy_vqa}]}",
         "two datasets whose files are named",

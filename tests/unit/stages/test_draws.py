@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_limited_set_is_a_draw_by_its_name_and_its_seed(limit: int, tmp_path: 
         if limit == 3:
             expected = random.Random(f"{name}/{seed}").sample(expected, 3)
         assert ids(read_dataset(dataset, tmp_path, [])) == expected
+
+
+@pytest.mark.parametrize("format", ["world", "digits", "charts"])
+def test_a_format_that_is_drawn_gives_as_many_samples_as_are_asked_for(format: str, tmp_path: Path) -> None:
+    package = {"digits": "sklearn", "charts": "statsmodels"}.get(format)
+    if package is not None and find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    dataset = DatasetConfig(name="some", format=format, split="validation", limit=5, seed=8)
+    samples = read_dataset(dataset, tmp_path, [])
+    assert [sample.id for sample in samples] == [f"{format}-validation-8-00000{number}" for number in range(5)]
+    assert {sample.images[0] for sample in samples} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_diversity_of_candidates_of_different_lengths() -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from srcfast.errors import InputError, SrcfastError
-from srcfast.world import chart_tables
 from srcfast.world.chart_tables import TABLES, read_table, series_of, split_of
 from srcfast.world.charts import CHARTS
 from srcfast.world.number_samples import Picture, number_samples
@@ -250,26 +249,6 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         SrcfastError, match="the data set charts needs the package matplotlib. Fix: pip install matplotlib"
     ):
         chart([1, 2, 3], 10, "bars")
-
-
-@pytest.mark.parametrize(
-    ("table", "content"),
-    [
-        ("nile", b""), ("nile", b"\xff\xfe"), ("nile", b"year,flow\n1871,3\n"), ("nile", b"year,volume\n1871,many\n"),
-        ("nile", b"year,volume\n1871\n"), ("nile", b"year,volume\n1871,-3\n"), ("nile", b"year,volume\n1871,1e999\n"),
-        ("wheat", b""), ("wheat", b"{}"), ("wheat", b"3"), ("wheat", b"[3]"), ("wheat", b'[{"year": 1565}]'),
-        ("wheat", b'[{"year": [1], "wheat": 4}]'), ("wheat", b"[" * 100_000),
-    ],
-)  # fmt: skip
-def test_a_malformed_table_is_an_error(
-    table: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chart_tables, "package_folder", lambda *_: tmp_path)
-    for _ in range(2):  # once without the file
-        with pytest.raises(InputError, match=f"expected the table {table}.*reinstall it"):
-            read_table.__wrapped__(table)
-        (tmp_path / TABLES[table].file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / TABLES[table].file).write_bytes(content)
 
 
 def test_names_that_a_sentence_can_not_hold_are_left_out() -> None:
