@@ -78,27 +78,27 @@ class _Words:
         self.alternatives: dict[str, tuple[str, ...]] = {}
         for members in classes:
             for word in members:
-                others = tuple(other for other in members if other != word)
-                self.alternatives[word] = self.alternatives.get(word, ()) + others
+                others = tuple(other for other in members if other.lower() != word.lower())
+                self.alternatives[word.lower()] = self.alternatives.get(word.lower(), ()) + others
         longest_first = sorted(self.alternatives, key=lambda word: (-len(word), word))
         pattern = "|".join(re.escape(word) for word in longest_first) or r"(?!)"
         self.pattern = re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE)
 
     @staticmethod
     def of(vocabulary: Vocabulary) -> _Words:
-        """Compile a vocabulary, in lower case; compiled ones are cached."""
-        return _compile(tuple(tuple(word.lower() for word in words) for words in vocabulary.values()))
+        """Compile a vocabulary, whose words are found in upper and lower case; compiled ones are cached."""
+        return _compile(tuple(map(tuple, vocabulary.values())))
 
     def find(self, sentence: str) -> list[re.Match[str]]:
         """Return the matches of words that have an alternative."""
         return [match for match in self.pattern.finditer(sentence) if self.alternatives[match[0].lower()]]
 
     def swap(self, sentence: str, match: re.Match[str], rng: Random) -> tuple[str, str, str]:
-        """Replace a match; return the new sentence, the old word and the new word."""
+        """Replace a match, by a word in lower case where it is; return the new sentence, and both words in lower case."""
         old = match[0].lower()
         new = rng.choice(self.alternatives[old])
-        capitalised = new[:1].upper() + new[1:] if match[0][:1].isupper() else new
-        return sentence[: match.start()] + capitalised + sentence[match.end() :], old, new
+        shown = new[:1].upper() + new[1:] if match[0][:1].isupper() else new.lower()
+        return sentence[: match.start()] + shown + sentence[match.end() :], old, new.lower()
 
 
 @lru_cache(maxsize=16)

@@ -24,8 +24,7 @@ from srcfast.models.head import Head
 from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
 from srcfast.training.items import Loss, TrainingItem
-from srcfast.world.claims import VOCABULARY, draw_claims
-from srcfast.world.scenes import Scene
+from srcfast.world.claims import draw_claims, truth_of, vocabulary_of
 from srcfast.world.verification import verify_sample
 
 BEGUN, CLAIM, WHOLE, VERDICT = range(4)  # kinds of labels: of a claim so far, a claim, a candidate, a pair
@@ -108,7 +107,7 @@ def checking_items(
 
     Args:
         scorer: encodes the texts.
-        samples: the examples' samples by id, with their scenes.
+        samples: the examples' samples by id, with the truth about their images.
         examples: candidates of each sample.
         rng: draws claims and answers.
         drills: drills of each example; about half of their claims and answers are false.
@@ -125,7 +124,9 @@ def checking_items(
             labels.candidate(len(segments), shown)
             segments.append(Segment(scorer.encode(shown), 0))
         for _ in range(drills):
-            claims = draw_claims(Scene.from_json(sample.extra["scene"]), rng, claims_per_drill)
+            image = truth_of(sample)
+            assert image is not None
+            claims = draw_claims(image, rng, claims_per_drill)
             answer = drawn_answer(sample, rng, answers)
             shown = f"First: <see> {' '.join(claims)} </see> <answer> {answer} </answer>\n"
             labels.claims(len(segments), shown, claims.items())
@@ -160,7 +161,7 @@ def drawn_answer(sample: Sample, rng: random.Random, answers: Sequence[str]) -> 
     """Draw an answer: the right one or, with probability 1/2, another, of its class or any."""
     if rng.random() < 0.5:
         return sample.answer
-    near = swap_word(sample.answer, rng, VOCABULARY) if rng.random() < 0.7 else None
+    near = swap_word(sample.answer, rng, vocabulary_of(truth_of(sample))) if rng.random() < 0.7 else None
     return near or rng.choice(answers)
 
 

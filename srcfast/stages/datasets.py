@@ -17,7 +17,6 @@ from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.world.charts import CHARTS
-from srcfast.world.claims import ATTRIBUTES, VOCABULARY
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.digits import DIGITS
 from srcfast.world.easy_vqa import read_easy_vqa
@@ -135,24 +134,18 @@ def read_evaluation_sets(
 
 def with_references(samples: Sequence[Sample], dataset: DatasetConfig, config: Config) -> list[Sample]:
     """Return the samples with references of the dataset's quality. Raises InputError where one can't be made."""
-    words = detail_words(config)
+    words = read_vocabulary(config.scorer_training.vocabulary)
     return [degrade_reference(sample, dataset.reference, dataset.seed, words) for sample in samples]
 
 
-def detail_words(config: Config) -> Vocabulary:
-    """Return the words that a noisy reference may have wrong: the vocabulary's, or the embedded world's attributes."""
-    vocabulary = config.scorer_training.vocabulary
-    return ATTRIBUTES if vocabulary is None else read_vocabulary(vocabulary)
-
-
-def read_vocabulary(path: str | None) -> Vocabulary:
-    """Read classes of interchangeable words from YAML; None: the embedded world's.
+def read_vocabulary(path: str | None) -> Vocabulary | None:
+    """Read classes of interchangeable words from YAML; None: there is no file, each data family has its words.
 
     Raises:
         ConfigError: the file is not a mapping from class to a list of at least two words.
     """
     if path is None:
-        return VOCABULARY
+        return None
     try:
         classes = read_yaml(Path(path), {})
     except ConfigError as error:

@@ -28,11 +28,11 @@ from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
-from srcfast.stages.datasets import detail_words
+from srcfast.stages.datasets import read_vocabulary
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import TrainingOptions, train
-from srcfast.world.claims import ATTRIBUTES
+from srcfast.world.claims import truth_of, vocabulary_of
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.verification import verify_sample
 from srcfast_kernels.transfers import fetch, to_device
@@ -77,7 +77,7 @@ def scorer_example(sample: Sample, variants: Sequence[Variant]) -> ScorerExample
 def scorer_examples(
     raps: Iterable[ParsedRationale],
     rng: Random,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     *,
     variants: int = 4,
     format: Format = "tagged",
@@ -88,7 +88,7 @@ def scorer_examples(
     Args:
         raps: (sample, perception sentences, reasoning sentences, answer), all true.
         rng: decides corruptions and order.
-        vocabulary: interchangeable words, see `corrupt`.
+        vocabulary: interchangeable words, see `corrupt`; None: those of each sample's data family.
         variants: candidates a tree: the true one, in one of four trees the true one in another order of sentences,
             the rest corrupted.
         format: of the candidates' texts, "tagged" or "plain".
@@ -99,7 +99,8 @@ def scorer_examples(
     for sample, see, think, answer in raps:
         truth: Parts = (tuple(see), tuple(think), answer)
         candidates = _true_variants(truth, rng, variants, format)
-        candidates += corrupted_variants(sample, truth, variants - len(candidates), rng, vocabulary, format, is_faulty)
+        words = vocabulary_of(truth_of(sample)) if vocabulary is None else vocabulary
+        candidates += corrupted_variants(sample, truth, variants - len(candidates), rng, words, format, is_faulty)
         if any(variant.faults for variant in candidates):
             rng.shuffle(candidates)
             examples.append(scorer_example(sample, candidates))
@@ -318,7 +319,7 @@ def with_reference(
     sample: Sample,
     quality: ReferenceQuality,
     seed: int,
-    words: Vocabulary = ATTRIBUTES,
+    words: Vocabulary | None = None,
 ) -> ScorerExample:
     """Return the example with the sample's reference in a quality, which is told; its labels stay those of the truth."""
     return replace(example, reference=sample_reference(degrade_reference(sample, quality, seed, words), quality))
@@ -330,7 +331,7 @@ def draw_quality(qualities: Sequence[ReferenceQuality], key: str) -> ReferenceQu
 
 
 def split_examples(
-    config: Config, samples: Sequence[Sample], words: Vocabulary
+    config: Config, samples: Sequence[Sample], words: Vocabulary | None
 ) -> tuple[list[ScorerExample], dict[str, list[ScorerExample]]]:
     """Make the R-Scorer's examples from samples with rationales: those to train on, and those held out.
 
@@ -361,7 +362,7 @@ def split_examples(
             found=f"{len(train)} to train on and {len(held_out)} held out",
             fix="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
-    by_id, details = {sample.id: sample for sample in samples}, detail_words(config)
+    by_id, details = {sample.id: sample for sample in samples}, read_vocabulary(config.scorer_training.vocabulary)
 
     def requalified(example: ScorerExample, quality: ReferenceQuality) -> ScorerExample:
         return with_reference(example, by_id[example.key], quality, config.seed, details)

@@ -1,11 +1,14 @@
-"""Draw true and false claims about a scene, with which the embedded R-Scorer learns to check before it compares."""
+"""Draw true and false claims about an image, with which the embedded R-Scorer learns to check before it compares."""
 
 from __future__ import annotations
 
 import random
 
 from srcfast.data.corruptions import Vocabulary, swap_word
-from srcfast.world.oracle import is_true
+from srcfast.data.records import Sample
+from srcfast.world import number_oracle, oracle
+from srcfast.world.numbers import LETTERS, Numbers, Program, answer_text
+from srcfast.world.numbers import true_rationale as number_rationale
 from srcfast.world.questions import ask, noun, with_article
 from srcfast.world.rationales import true_rationale
 from srcfast.world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Object, Scene
@@ -24,30 +27,83 @@ VOCABULARY: Vocabulary = {
     "quantity": ("all", "not all"),
     "answer": ("yes", "no"),
 }
+_OF_NUMBERS: Vocabulary = {
+    **{f"numbers from {n}": tuple(map(str, range(n, n + 10))) for n in range(0, 500, 10)},
+    "order": ("larger", "smaller"),
+    "operation": ("plus", "minus"),
+    "answer": ("yes", "no"),
+}
+_OF_DIGITS: Vocabulary = {"place": PLACES, "extreme": ("largest", "smallest"), "parity": ("even", "odd"), **_OF_NUMBERS}
+_OF_CHARTS: Vocabulary = {"letter": LETTERS, "extreme": ("highest", "lowest"), **_OF_NUMBERS}
 # Those classes whose words describe an object, or count objects.
 ATTRIBUTES: Vocabulary = {name: VOCABULARY[name] for name in ("color", "shape", "shapes", "size", "place", "number")}
 
 
-def draw_claims(scene: Scene, rng: random.Random, count: int) -> dict[str, bool]:
+def truth_of(sample: Sample) -> Scene | Numbers | None:
+    """Return what a sample's `extra` says about its images; None: nothing. Raises InputError where that is malformed."""
+    scene, numbers = sample.extra.get("scene"), sample.extra.get("numbers")
+    if scene is not None:
+        return Scene.from_json(scene)
+    return None if numbers is None else Numbers.from_json(numbers)
+
+
+def vocabulary_of(truth: Scene | Numbers | None) -> Vocabulary:
+    """Return the classes of interchangeable words for claims about an image; the embedded world's for an unknown one."""
+    if not isinstance(truth, Numbers):
+        return VOCABULARY
+    return _OF_DIGITS if truth.axis is None else {**_OF_CHARTS, "category": tuple(truth.categories.values())}
+
+
+def attributes_of(truth: Scene | Numbers | None) -> Vocabulary:
+    """Return those classes whose words describe or count objects, or are values, of which a noisy fact may have a wrong one."""
+    if not isinstance(truth, Numbers):
+        return ATTRIBUTES
+    return {name: words for name, words in _OF_NUMBERS.items() if name.startswith("numbers")}
+
+
+def draw_claims(image: Scene | Numbers, rng: random.Random, count: int) -> dict[str, bool]:
     """Draw up to `count` distinct sentences of the rationale grammar, half of them false. Returns each with its truth."""
+    vocabulary = vocabulary_of(image)
     claims: dict[str, bool] = {}
     for _ in range(4 * count):
         if len(claims) == count:
             break
-        sentence, wanted = _true_sentence(scene, rng), rng.random() < 0.5
-        truth = None if sentence is None else is_true(sentence, scene)
+        sentence, wanted = _true_sentence(image, rng), rng.random() < 0.5
+        truth = None if sentence is None else _is_true(sentence, image)
         for _ in range(4):
-            swapped = None if sentence is None or truth in (None, wanted) else swap_word(sentence, rng, VOCABULARY)
+            swapped = None if sentence is None or truth in (None, wanted) else swap_word(sentence, rng, vocabulary)
             if swapped is None:
                 break
-            sentence, truth = swapped, is_true(swapped, scene)
+            sentence, truth = swapped, _is_true(swapped, image)
         if sentence is not None and truth is not None:
             claims[sentence] = truth
     return claims
 
 
-def _true_sentence(scene: Scene, rng: random.Random) -> str | None:
+def _is_true(sentence: str, image: Scene | Numbers) -> bool | None:
+    """Return whether a sentence is true of an image; None if that can't be said."""
+    return number_oracle.is_true(sentence, image) if isinstance(image, Numbers) else oracle.is_true(sentence, image)
+
+
+def _true_sentence(image: Scene | Numbers, rng: random.Random) -> str | None:
     """Draw a claim: what is seen, which rationales begin with, what is absent, or a conclusion, which is hardest to check."""
+    return _true_number(image, rng) if isinstance(image, Numbers) else _true_of_scene(image, rng)
+
+
+def _true_number(numbers: Numbers, rng: random.Random) -> str | None:
+    """Draw a number that is seen, or a conclusion about which is the largest, what it stands for, or how many are larger."""
+    if rng.random() < 0.6:
+        return rng.choice(numbers.facts())
+    programs: list[Program] = [{"op": "where", "which": which} for which in ("largest", "smallest")]
+    than = int(rng.choice(list(numbers.values.values())))
+    programs += [{"op": "count", "test": test, "than": than} for test in ("larger", "smaller")]
+    if numbers.axis is None:
+        programs += [{"op": "extreme", "which": "largest"}, {"op": "count", "test": "even"}]
+    program = rng.choice(programs)
+    return None if answer_text(program, numbers) is None else rng.choice(number_rationale(program, numbers)[1])
+
+
+def _true_of_scene(scene: Scene, rng: random.Random) -> str | None:
     # easy-VQA's scenes leave places unknown, and have no conclusions here.
     fully_known = all(o.place is not None for o in scene.objects)
     draw = rng.random() * (1.0 if fully_known else 0.5)

@@ -15,13 +15,13 @@ from srcfast.data.corruptions import Vocabulary, swap_one
 from srcfast.data.rationale_format import untagged_sentences
 from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.errors import InputError
-from srcfast.world.claims import ATTRIBUTES
+from srcfast.world.claims import attributes_of, truth_of
 
 _NUMBER = re.compile(r"\d+")
 
 
 def degrade_reference(
-    sample: Sample, quality: ReferenceQuality, seed: int, vocabulary: Vocabulary = ATTRIBUTES
+    sample: Sample, quality: ReferenceQuality, seed: int, vocabulary: Vocabulary | None = None
 ) -> Sample:
     """Return the sample with a reference of a quality; seed and sample id decide the draw, whatever the other samples are.
 
@@ -33,7 +33,7 @@ def degrade_reference(
         quality: "complete" changes nothing; "noisy" replaces one word by another of its class, or one number; "partial"
             leaves out half of the sentences, of an odd number the middle one by lot; "answer" leaves out all.
         seed: of the draw.
-        vocabulary: class name -> words (or phrases) that can replace each other.
+        vocabulary: class name -> words (or phrases) that can replace each other; None: those of the sample's data family.
 
     Raises:
         InputError: a noisy reference is asked for, and there is neither a word to replace nor a number.
@@ -48,7 +48,8 @@ def degrade_reference(
         stays = len(sentences) - (len(sentences) + rng.getrandbits(1)) // 2
         sentences = tuple(sentences[index] for index in sorted(rng.sample(range(len(sentences)), stays)))
     else:
-        sentences = _with_wrong_detail(sample, sentences, rng, vocabulary)
+        words = attributes_of(truth_of(sample)) if vocabulary is None else vocabulary
+        sentences = _with_wrong_detail(sample, sentences, rng, words)
     if sample.facts:
         return replace(sample, facts=sentences, rationale=None)
     return replace(sample, rationale=" ".join(sentences) or None)

@@ -1,14 +1,21 @@
 """Claims: what is drawn is said truly to be true or false, and some of both."""
 
 import random
+import re
 
 import pytest
 
 from srcfast.data.corruptions import swap_word
-from srcfast.world.claims import VOCABULARY, draw_claims
+from srcfast.data.rationale_format import parse_response
+from srcfast.data.records import Sample
+from srcfast.stages.scorer_training import may_be_faulty, scorer_examples
+from srcfast.world import number_oracle
+from srcfast.world.claims import VOCABULARY, draw_claims, truth_of, vocabulary_of
+from srcfast.world.numbers import Numbers, answer_text, true_rationale
 from srcfast.world.oracle import is_true, parse_claim
 from srcfast.world.rationales import facts
-from srcfast.world.scenes import COLORS, SHAPES, SIZES, Object, Scene, sample_scenes
+from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Object, Scene, sample_scenes
+from srcfast.world.verification import verify_sample
 
 SCENE = Scene(
     (
@@ -90,3 +97,95 @@ def test_a_swapped_word_is_another_of_its_class():
         assert len(old - new) == len(new - old) == 1
         assert old - new <= words and new - old <= words
     assert swap_word("Nothing to swap here", rng, VOCABULARY) is None
+
+
+# --- Numbers ---
+
+DIGITS = Numbers.from_json({"values": {"top left": 7, "top": 5, "center": 7, "bottom": 2}})
+CHART = Numbers.from_json({"values": {"A": 34, "B": 50}, "categories": {"A": "Japan", "B": "New Zealand"}, "axis": 50})
+
+
+def sample_of(numbers: Numbers, program: dict[str, object]) -> Sample:
+    see, think = true_rationale(program, numbers)
+    extra = {"numbers": numbers.to_json(), "program": program, "see": list(see), "think": list(think)}
+    return Sample("s", (), "What?", str(answer_text(program, numbers)), facts=numbers.facts(), extra=extra)
+
+
+@pytest.mark.parametrize("image", [DIGITS, CHART], ids=["digits", "charts"])
+def test_half_of_the_claims_about_numbers_are_false(image: Numbers) -> None:
+    """Of 600 claims a share of a half scatters by 2 %; repeated ones count once, of which true ones are more often."""
+    rng = random.Random(7)
+    drawn = [claims for _ in range(100) for claims in draw_claims(image, rng, 6).items()]
+    assert len(drawn) == 600
+    for sentence, truth in drawn:
+        assert number_oracle.is_true(sentence, image) is truth
+    assert 0.4 < sum(truth for _, truth in drawn) / 600 < 0.6
+    assert len({sentence for sentence, _ in drawn}) > 60
+    forms = {re.sub(r"[A-E] |\d+|top left|top|center|bottom|Japan|New Zealand", "", sentence) for sentence, _ in drawn}
+    assert len(forms) >= 6  # what is seen, which is the largest and smallest, how many are larger and smaller
+
+
+def test_the_vocabulary_is_that_of_the_sample_s_family() -> None:
+    assert vocabulary_of(truth_of(Sample("s", (), "What?", "red"))) is VOCABULARY
+    assert vocabulary_of(truth_of(Sample("s", (), "What?", "red", extra={"scene": SCENE.to_json()}))) is VOCABULARY
+    digits = vocabulary_of(truth_of(sample_of(DIGITS, {"op": "sum"})))
+    charts = vocabulary_of(truth_of(sample_of(CHART, {"op": "average"})))
+    assert digits["place"] == PLACES and "letter" not in digits
+    assert charts["category"] == ("Japan", "New Zealand") and "place" not in charts
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence", "swapped"),
+    [
+        (
+            CHART,
+            "B stands for New Zealand.",
+            {f"{x} stands for New Zealand." for x in "ACDE"} | {"B stands for Japan."},
+        ),
+        (CHART, "B is the highest.", {f"{x} is the highest." for x in "ACDE"} | {"B is the lowest."}),
+        (
+            CHART,
+            "A is 34.",
+            {f"{x} is 34." for x in "BCDE"} | {f"A is {n}." for n in (30, 31, 32, 33, 35, 36, 37, 38, 39)},
+        ),
+        (
+            DIGITS,
+            "The largest digit is 7.",
+            {f"The largest digit is {n}." for n in range(10)} | {"The smallest digit is 7."},
+        ),
+        (
+            DIGITS,
+            "There are 2 odd digits.",
+            {f"There are {n} odd digits." for n in range(10)} | {"There are 2 even digits."},
+        ),
+    ],
+)
+def test_words_of_numbers_are_swapped_for_others_of_their_class(
+    numbers: Numbers, sentence: str, swapped: set[str]
+) -> None:
+    rng = random.Random(3)
+    made = {swap_word(sentence, rng, vocabulary_of(numbers)) for _ in range(400)}
+    assert made == swapped - {sentence}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "program"),
+    [
+        (DIGITS, {"op": "sum", "of": ["top", "bottom"]}),
+        (DIGITS, {"op": "where", "which": "smallest"}),
+        (DIGITS, {"op": "count", "test": "larger", "than": 5}),
+        (CHART, {"op": "difference", "of": ["B", "A"]}),
+        (CHART, {"op": "where", "which": "largest"}),
+    ],
+)
+def test_examples_for_the_r_scorer_have_variants_with_each_fault(numbers: Numbers, program: dict[str, object]) -> None:
+    sample = sample_of(numbers, program)
+    rap = (sample, sample.extra["see"], sample.extra["think"], sample.answer)
+    examples = scorer_examples([rap] * 40, random.Random(1), None, is_faulty=may_be_faulty)
+    assert len(examples) == 40
+    kinds = set()
+    for variant in (variant for example in examples for variant in example.variants):
+        judgement = verify_sample(sample, parse_response(variant.text))
+        assert judgement is not None and judgement.aligned == (variant.faults == 0), variant
+        kinds.add(variant.kind)
+    assert kinds >= {"counterfactual", "insufficient", "unreasonable"}
