@@ -26,7 +26,7 @@ from srcfast.world.clips import (
     moves,
     tracks_of,
 )
-from srcfast.world.judgement import Verdict, Verification, judge
+from srcfast.world.judgement import Verdict, Verification, judge_exactly
 from srcfast.world.oracle import Claim, claimed_world, parse_claim, seen
 from srcfast.world.programs import Program, evaluate, implied_absent
 from srcfast.world.scenes import PLACES, Scene
@@ -101,7 +101,9 @@ def verify_clip(response: ParsedResponse, program: Program, clip: Clip | list[An
     frames = claimed_frames([claim for claim in parsed if claim is not None])
     tracks = claimed_tracks(frames)
     verdicts = [Verdict() if claim is None else _verdict(claim, frames, tracks, clip, truth) for claim in parsed]
-    return judge(response, verdicts, evaluate_clip(program, tracks), gold, lambda: _suffices(program, tracks, truth))
+    return judge_exactly(
+        response, verdicts, evaluate_clip(program, tracks), gold, lambda: _suffices(program, tracks, truth)
+    )
 
 
 def _verdict(claim: ClipClaim, frames: Clip, tracks: Tracks, clip: Clip, truth: Tracks) -> Verdict:

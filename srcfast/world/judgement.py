@@ -36,17 +36,17 @@ class Verdict:
 def judge(
     response: ParsedResponse,
     verdicts: Sequence[Verdict],
-    derived: str | None,
-    gold: str,
-    suffices: Callable[[], bool],
+    leads_right: Callable[[], bool],
+    answer_right: bool,
+    leads_to_answer: bool,
 ) -> Verification:
     """Build the result of a response.
 
     Args:
         verdicts: one on each sentence of perception, then of reasoning.
-        derived: the answer to which the response's claims lead; None if they leave it open.
-        gold: the right answer.
-        suffices: whether claims that are all true and lead to the right answer leave nothing open that would change it.
+        leads_right: whether claims of which none is false suffice for the right answer.
+        answer_right: whether the stated answer is right.
+        leads_to_answer: whether the claims, if there are some, give the stated answer.
     """
     sentences = (*response.perception, *response.reasoning)
     unknown = [verdict.kind == "unknown" for verdict in verdicts]
@@ -54,12 +54,8 @@ def judge(
     perceived = [verdict.truth for verdict in verdicts if verdict.kind == "perception"]
     has_claims = not all(unknown)
     sound = has_claims and not any(unknown) and all(verdict.truth != "false" for verdict in verdicts)
-    gold = normalise_answer(gold)
-    answer = None if response.answer is None else normalise_answer(response.answer)
-    derived = None if derived is None or not has_claims else normalise_answer(derived)
-    rationale_right = sound and derived == gold and suffices()
-    answer_right = answer is not None and answer == gold
-    leads_to_answer = answer is not None and derived == answer
+    rationale_right = sound and leads_right()
+    leads_to_answer = has_claims and leads_to_answer
     return Verification(
         claims=tuple([(text, v.kind, v.truth) for text, v in zip(sentences, verdicts, strict=True)]),
         perception_right=bool(perceived) and "false" not in perceived and not any(unknown[:split]),
@@ -68,10 +64,32 @@ def judge(
         answer_right=answer_right,
         leads_to_answer=leads_to_answer,
         aligned=rationale_right and answer_right and leads_to_answer,
-        case=case_of(answer_right, rationale_right),
+        case=CASES[(0 if rationale_right else 1) if answer_right else (2 if rationale_right else 3)],
     )
 
 
-def case_of(answer_right: bool, rationale_right: bool) -> str:
-    """Return the case of CASES."""
-    return CASES[(0 if rationale_right else 1) if answer_right else (2 if rationale_right else 3)]
+def judge_exactly(
+    response: ParsedResponse,
+    verdicts: Sequence[Verdict],
+    derived: str | None,
+    gold: str,
+    suffices: Callable[[], bool],
+) -> Verification:
+    """Build the result of a response whose answer has to be that of the question, normalised.
+
+    Args:
+        verdicts: as for `judge`.
+        derived: the answer to which the response's claims lead; None if they leave it open.
+        gold: the right answer.
+        suffices: whether claims that lead to the right answer leave nothing open that would change it.
+    """
+    gold = normalise_answer(gold)
+    answer = None if response.answer is None else normalise_answer(response.answer)
+    derived = None if derived is None else normalise_answer(derived)
+    return judge(
+        response,
+        verdicts,
+        leads_right=lambda: derived == gold and suffices(),
+        answer_right=answer == gold,
+        leads_to_answer=answer is not None and derived == answer,
+    )

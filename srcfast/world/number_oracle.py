@@ -20,7 +20,7 @@ from functools import lru_cache
 from srcfast.data.answers import as_number, is_right
 from srcfast.data.rationale_format import ParsedResponse, normalise_answer
 from srcfast.data.records import Sample
-from srcfast.world.judgement import Verification, case_of
+from srcfast.world.judgement import Verdict, Verification, judge
 from srcfast.world.numbers import (
     ARITHMETIC,
     LETTERS,
@@ -121,59 +121,40 @@ def verify(sample: Sample, response: ParsedResponse) -> Verification:
     """
     truth, program = Numbers.from_json(sample.extra["numbers"]), sample.extra["program"]
     check_program(program)
-    parsed = [(sentence, parse_claim(sentence)) for sentence in (*response.perception, *response.reasoning)]
-    claims = [claim for _, claim in parsed if claim is not None]
+    parsed = [parse_claim(sentence) for sentence in (*response.perception, *response.reasoning)]
+    claims = [claim for claim in parsed if claim is not None]
     seen = [claim.seen for claim in claims if claim.seen is not None]
     claimed = dict(seen)
     available = Counter(claimed.values())
 
-    rows = []
-    perception_right, reasoning_right = bool(seen), bool(claims)
-    for index, (sentence, claim) in enumerate(parsed):
+    def verdict(claim: Claim | None) -> Verdict:
         if claim is None:
-            rows.append((sentence, "unknown", "unverifiable"))
-            if index < len(response.perception):
-                perception_right = False
-            else:
-                reasoning_right = False
-        elif claim.seen is not None:
-            is_true = _is_seen(claim.seen, truth)
-            perception_right &= is_true
-            rows.append((sentence, "perception", "true" if is_true else "false"))
-        else:
-            follows = _follows(claim, claimed, available, truth)
-            reasoning_right &= follows
-            rows.append((sentence, "reasoning", "true" if follows and _holds(claim, truth) else "false"))
+            return Verdict()
+        if claim.seen is not None:
+            return Verdict("perception", "true" if _is_seen(claim.seen, truth) else "false")
+        follows = _follows(claim, claimed, available, truth)
+        return Verdict("reasoning", "true" if follows and _holds(claim, truth) else "false", follows)
 
-    is_sound = bool(claims) and len(claims) == len(parsed) and all(verdict == "true" for _, _, verdict in rows)
     is_consistent = len(set(seen)) == len(claimed)
-    world = Numbers(claimed, truth.categories, truth.axis)
-    derived = answer_text(program, world) if is_consistent else None
+    derived = answer_text(program, Numbers(claimed, truth.categories, truth.axis)) if is_consistent else None
     exact = evaluate(program, claimed) if is_consistent else None
-    rationale_right = (
-        is_sound
-        and derived is not None
-        and claimed.keys() >= set(needed(program, truth.values))
-        and _reaches(program, exact, claims, claimed)
-        and is_right(sample, derived)
-    )
-    answer_right = is_right(sample, response.answer)
+
+    def leads_right() -> bool:
+        return (
+            derived is not None
+            and claimed.keys() >= set(needed(program, truth.values))
+            and _reaches(program, exact, claims, claimed)
+            and is_right(sample, derived)
+        )
+
     quotients = [claim.arithmetic[2] for claim in claims if claim.arithmetic and claim.arithmetic[0] == "divided by"]
     leads_to_answer = (
         response.answer is not None
         and derived is not None
         and _is_answer(response.answer, exact, derived, quotients if program["op"] == "average" else ())
     )
-    return Verification(
-        claims=tuple(rows),
-        perception_right=perception_right,
-        reasoning_right=reasoning_right,
-        rationale_right=rationale_right,
-        answer_right=answer_right,
-        leads_to_answer=leads_to_answer,
-        aligned=rationale_right and answer_right and leads_to_answer,
-        case=case_of(answer_right, rationale_right),
-    )
+    verdicts = [verdict(claim) for claim in parsed]
+    return judge(response, verdicts, leads_right, is_right(sample, response.answer), leads_to_answer)
 
 
 def is_true(sentence: str, truth: Numbers) -> bool | None:

@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any
 
 from srcfast.data.rationale_format import ParsedResponse
-from srcfast.world.judgement import Verdict, Verification, judge
+from srcfast.world.judgement import Verdict, Verification, judge_exactly
 from srcfast.world.programs import (
     RELATIONS,
     SIDES,
@@ -221,7 +221,9 @@ def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, 
     counts = {int(n) for claim in claims for check, n in claim.checks if check["op"].startswith("count")}
     verdicts = [Verdict() if claim is None else _verdict(claim, world, counts, scene) for claim in parsed]
     derived = evaluate(program, world.objects, world.background, world.absent)
-    return judge(response, verdicts, derived, gold, lambda: _suffices(program, world, claims, scene, str(derived)))
+    return judge_exactly(
+        response, verdicts, derived, gold, lambda: _suffices(program, world, claims, scene, str(derived))
+    )
 
 
 def _verdict(claim: Claim, world: Scene, counts: set[int], scene: Scene) -> Verdict:
