@@ -38,6 +38,7 @@ YOUNGER = (
     ("curation", "left_out_negatives"),
     ("curation", "rationale_pairs"),
     ("dpo", "credit"),
+    ("dpo", "quality_weight"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
@@ -407,6 +408,9 @@ class DPOConfig(TrainingConfig):
     weighted by its pair's confidence"""
     sft_weight: float = Field(0.1, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none"""
+    quality_weight: float = Field(0.0, ge=0, le=1000)
+    """Weight of the quality loss, which pulls the chosen response's reward above 0 and the rejected one's below, each by itself
+    (BCO, as in MPO); 0 = none"""
     rehearsal_weight: float = Field(0.0, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of stage 1's rationale-answer pairs, which are then mixed with the preference
     pairs, so that a round takes longer; 0 = none. `srcfast calibrate` alone"""
@@ -425,9 +429,9 @@ class DPOConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if not self.preference_weight and not self.sft_weight:
+        if not (self.preference_weight or self.quality_weight or self.sft_weight):
             raise ValueError(
-                "sft_weight: expected a number above 0 where preference_weight is 0, found 0: no loss is left"
+                "sft_weight: expected a number above 0 where preference_weight and quality_weight are 0, found 0: no loss is left"
             )
         return self
 

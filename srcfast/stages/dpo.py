@@ -5,12 +5,14 @@ is a segment between the prompt and them, run once. With c the confidence, and l
 tokens, the end token included,
 
     Delta_k = beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))]
-    L = sum_k c_k [ preference_weight loss(Delta_k) + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
+    Q_k = -log sigmoid(r+_k) - log sigmoid(-r-_k), r the two terms of Delta_k
+    L = sum_k c_k [ preference_weight loss(Delta_k) + quality_weight Q_k + sft_weight (-log pi(y+_k) / |y+_k|) ] / sum_k c_k
 
-over the global batch. With `credit: sentence` the sums of Delta run over the first sentence in which the two responses part
-(`stages/credit.py`). With preference_weight 0 this is fine-tuning on the chosen responses. Rationale-answer pairs of
-stage 1 can be rehearsed beside them: rehearsal_weight times the mean of their -log pi(y) / |y| is added. The R-Scorer is
-surer of some kinds of questions than of others, and the policy forgets those of which it is shown no pairs.
+over the global batch. Q is the quality loss of BCO (arXiv 2404.04656) and MPO (arXiv 2411.10442) with reward shift 0. With
+`credit: sentence` the sums of Delta and Q run over the first sentence in which the two responses part (`stages/credit.py`).
+With preference_weight and quality_weight 0 this is fine-tuning on the chosen responses. Rationale-answer pairs of stage 1
+can be rehearsed beside them: rehearsal_weight times the mean of their -log pi(y) / |y| is added. The R-Scorer is surer of
+some kinds of questions than of others, and the policy forgets those of which it is shown no pairs.
 
 The reference is the policy as it was before the round: its log-probabilities are computed once and stored with
 the pair, beside a hash of base and adapter.
@@ -29,6 +31,7 @@ from typing import Literal, Unpack
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srcfast.config.settings import DPOConfig
@@ -237,6 +240,10 @@ def preference_loss(settings: DPOConfig) -> Loss:
             total = total + settings.rehearsal_weight * rehearsed
         if not pairs:
             return total, {"rehearsal_loss": rehearsed}
+        if settings.quality_weight:
+            rewards = settings.beta * (torch.stack(output.credited_logps) - batch.reference_logprobs)  # [2, trees]
+            quality = batch.weights * (F.softplus(-rewards[0]) + F.softplus(rewards[1]))  # [trees]
+            total = total + settings.quality_weight * quality.sum() / denominator.weight
         if settings.sft_weight:
             nll = batch.weights * -output.chosen_logps / batch.lengths[0]  # [trees], 0 of a rehearsed one
             total = total + settings.sft_weight * nll.sum() / denominator.weight

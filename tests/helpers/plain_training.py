@@ -122,12 +122,14 @@ def preference_losses(
         chosen, size = response_logprob(model, pair.prompt, pair.chosen)
         rejected, _ = response_logprob(model, pair.prompt, pair.rejected)
         assert pair.reference_chosen_logprob is not None and pair.reference_rejected_logprob is not None
-        ratio = (chosen - pair.reference_chosen_logprob) - (rejected - pair.reference_rejected_logprob)
+        ratios = chosen - pair.reference_chosen_logprob, rejected - pair.reference_rejected_logprob
         if settings.credit == "sentence":
             own = sentence_logprob(model, pair.prompt, pair.chosen, pair.rejected)
             other = sentence_logprob(model, pair.prompt, pair.rejected, pair.chosen)
             assert pair.reference_chosen_span_logprob is not None and pair.reference_rejected_span_logprob is not None
-            ratio = (own - pair.reference_chosen_span_logprob) - (other - pair.reference_rejected_span_logprob)
+            ratios = own - pair.reference_chosen_span_logprob, other - pair.reference_rejected_span_logprob
+        ratio = ratios[0] - ratios[1]
+        quality = -torch.sigmoid(settings.beta * ratios[0]).log() - torch.sigmoid(-settings.beta * ratios[1]).log()
         delta = settings.beta * ratio
         weight = pair.confidence if weighted else 1.0
         judged = pair.extra.get("judge_confidence", pair.confidence)
@@ -138,7 +140,8 @@ def preference_losses(
             loss = (ratio - 1.0 / (2.0 * settings.beta)) ** 2
         else:
             loss = torch.clamp(1.0 - delta, min=0.0)
-        return weight, weight * (settings.preference_weight * loss - settings.sft_weight * chosen / size)
+        loss = settings.preference_weight * loss + settings.quality_weight * quality
+        return weight, weight * (loss - settings.sft_weight * chosen / size)
 
     def loss_of(batch: list[int]) -> Tensor:
         terms = [pair_loss(pairs[index]) for index in batch if index < len(pairs)]

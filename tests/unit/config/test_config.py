@@ -86,7 +86,7 @@ def test_unknown_single_setting_names_the_nearest_of_the_section() -> None:
         ("dpo: {beta: .nan}", ["dpo.beta", "> 0", "found nan"]),
         ("dpo: {beta: lots}", ["dpo.beta", "a number > 0", "found 'lots'"]),
         ("dpo: {label_smoothing: 0.5}", ["label_smoothing", "[0, 0.5)", "found 0.5"]),
-        ("dpo: {preference_weight: 0, sft_weight: 0}", ["sft_weight", "above 0", "preference_weight is 0", "found 0"]),
+        ("dpo: {preference_weight: 0, sft_weight: 0}", ["sft_weight", "above 0", "no loss is left"]),
         ("scorer: {pairs: adaptive, finalists: 2}", ["finalists", "expected 0 with pairs adaptive", "found 2"]),
         ("seed: true", ["seed", "found true"]),
         ("model: {dtype: float8}", ["model.dtype", "'float32', 'bfloat16' or 'float16'", "found 'float8'"]),

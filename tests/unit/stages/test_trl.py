@@ -57,7 +57,9 @@ def as_decoder(model: LlamaForCausalLM) -> Decoder:
     return decoder
 
 
-def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", [0.0, 0.4])
+def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(quality: float, tmp_path: Path) -> None:
+    """With a quality loss it is MPO's without the likelihood, of which TRL takes the mean over the batch's tokens."""
     policy, reference = llama(0), llama(1)
     ours, ours_reference = as_decoder(policy), as_decoder(reference)
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in random_preferences(5)]
@@ -67,6 +69,8 @@ def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(tmp_pat
         args=DPOConfig(
             output_dir=str(tmp_path),
             beta=BETA,
+            loss_type=["sigmoid", "bco_pair"] if quality else ["sigmoid"],
+            loss_weights=[1.0, quality] if quality else None,
             per_device_train_batch_size=5,
             report_to="none",
             use_cpu=True,
@@ -104,7 +108,7 @@ def test_the_loss_and_its_gradients_equal_trl_s_when_all_weights_are_one(tmp_pat
         TrainingItem(tree, PairMeta(1.0, 1.0, float(chosen), float(rejected)))
         for tree, chosen, rejected in zip(trees, *stored, strict=True)
     ]
-    loss, metrics = preference_loss(srcfast_settings.DPOConfig(beta=BETA, sft_weight=0.0))(
+    loss, metrics = preference_loss(srcfast_settings.DPOConfig(beta=BETA, quality_weight=quality, sft_weight=0.0))(
         hidden, forest, ours.head, items, pair_denominator(items)
     )
     loss.backward()

@@ -33,7 +33,8 @@ PREFERENCE = LOOP | {
     "loss": (("sigmoid", 0.0), ("sigmoid", 0.15), ("sigmoid", "confidence"), ("ipo", 0.0), ("hinge", 0.0)),
     "beta": (0.1, 0.7),
     "credit": ("response", "sentence"),
-    "weights": ((1.0, 0.0), (1.0, 0.6), (0.0, 0.6), (0.3, 0.6)),  # of the preference loss and of the likelihood
+    # Of the preference loss, the quality loss and the likelihood.
+    "weights": ((1.0, 0.0, 0.0), (1.0, 0.0, 0.6), (0.0, 0.0, 0.6), (0.3, 0.5, 0.6), (0.0, 0.5, 0.0)),
     "rehearsal": (0, 4),
 }
 
@@ -76,7 +77,7 @@ def test_preference_training_is_the_plain_one(case: dict[str, Any], monkeypatch:
     case = dict(case)
     late, weighted, rehearsal = (case.pop(name) for name in ("late", "weighted", "rehearsal"))
     loss_type, label_smoothing = case.pop("loss")
-    preference_weight, sft_weight = case.pop("weights")
+    preference_weight, quality_weight, sft_weight = case.pop("weights")
     monkeypatch.setattr(loop, "reads_late", lambda device: late)
     settings = DPOConfig(
         **STEADY,
@@ -84,6 +85,7 @@ def test_preference_training_is_the_plain_one(case: dict[str, Any], monkeypatch:
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         preference_weight=preference_weight,
+        quality_weight=quality_weight,
         sft_weight=sft_weight,
         rehearsal_weight=0.8 if rehearsal else 0.0,
     ).seeded(5)
