@@ -7,16 +7,17 @@ or, where there is none, a number. What the oracle reads, `extra`, stays true.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 from srcfast.data.corruptions import Vocabulary, swap_one
-from srcfast.data.rationale_format import untagged_sentences
+from srcfast.data.rationale_format import ParsedResponse, untagged_sentences
 from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.errors import InputError
 from srcfast.world.claims import attributes_of, truth_of
+from srcfast.world.verification import verify_sample
 
+DRAWS = 20  # at most, until a detail is wrong indeed
 _NUMBER = re.compile(r"\d+")
 
 
@@ -56,22 +57,35 @@ def degrade_reference(
 
 
 def _with_wrong_detail(
-    sample: Sample, sentences: Sequence[str], rng: Random, vocabulary: Vocabulary
+    sample: Sample, sentences: tuple[str, ...], rng: Random, vocabulary: Vocabulary
 ) -> tuple[str, ...]:
-    """Replace one word of the vocabulary in one sentence; without one, a digit of a number."""
-    swapped = swap_one(tuple(sentences), rng, vocabulary)
-    if swapped is not None:
-        return swapped
+    """Replace one word of the vocabulary, or without one a digit, in one sentence; false by the oracle where there is one."""
+    noisy = sentences
+    for _ in range(DRAWS):
+        drawn = swap_one(sentences, rng, vocabulary) or _with_wrong_number(sentences, rng)
+        if drawn is None:
+            raise InputError(
+                sample_id=sample.id,
+                field="facts" if sample.facts else "rationale",
+                expected="a word of the vocabulary, or a number, that a noisy reference can have wrong",
+                found=" ".join(sentences),
+                fix="name the domain's words: scorer_training.vocabulary=FILE.yaml, or choose another quality",
+            )
+        noisy = drawn
+        [wrong] = (after for before, after in zip(sentences, noisy, strict=True) if after != before)
+        verification = verify_sample(sample, ParsedResponse((wrong,), (), sample.answer))
+        # A swapped word may happen to be true, as in "There is no red circle.".
+        if verification is None or any(verdict == "false" for _, _, verdict in verification.claims):
+            break
+    return noisy
+
+
+def _with_wrong_number(sentences: tuple[str, ...], rng: Random) -> tuple[str, ...] | None:
+    """Replace the first digit of one number, so that the error can be seen; None without a number."""
     numbers = [(index, match) for index, text in enumerate(sentences) for match in _NUMBER.finditer(text)]
     if not numbers:
-        raise InputError(
-            sample_id=sample.id,
-            field="facts" if sample.facts else "rationale",
-            expected="a word of the vocabulary, or a number, that a noisy reference can have wrong",
-            found=" ".join(sentences),
-            fix="name the domain's words: scorer_training.vocabulary=FILE.yaml, or choose another quality",
-        )
+        return None
     index, match = rng.choice(numbers)
-    at, text = match.start(), sentences[index]  # the first digit: the error is seen
+    at, text = match.start(), sentences[index]
     digit = rng.choice([other for other in "123456789" if other != text[at]])
     return (*sentences[:index], text[:at] + digit + text[at + 1 :], *sentences[index + 1 :])

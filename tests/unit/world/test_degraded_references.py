@@ -12,7 +12,7 @@ from srcfast.stages.datasets import read_evaluation_sets, read_training_samples
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.oracle import is_true
 from srcfast.world.samples import world_samples
-from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Scene
+from srcfast.world.scenes import COLORS, PLACES, SHAPES, SIZES, Object, Scene
 
 SEEN = ("There is a small red star at the top.", "There is a large blue circle at the left.", "There are 2 objects.")
 SAMPLE = Sample("s", ("a.png",), "What?", "red", "<see> A red star. </see> <think> It is red. </think>", SEEN)
@@ -72,6 +72,18 @@ def test_other_domains_have_a_word_of_their_vocabulary_or_a_number_wrong() -> No
     assert named.facts == ("Peru had 74 in 1990.",)
     with pytest.raises(InputError, match=r"scorer_training\.vocabulary"):
         degrade_reference(Sample("s", (), "What?", "tea", None, ("A man sits.",)), "noisy", 0)
+
+
+def test_a_detail_is_wrong_by_the_oracle_not_only_another_word() -> None:
+    """Of an image without a brown object "There is no red object." would be true, or at least not known to be false."""
+    scene = Scene((Object("circle", None),), None, (Object(color="brown"), Object(color="blue")))
+    facts = ("There is a circle.", "There is no brown object.", "There is no blue object.")
+    extra = {"scene": scene.to_json(), "program": {"op": "query", "attribute": "shape", "of": {}}}
+    sample = Sample("s", (), "What shape?", "circle", None, facts, extra)
+    found = {one.facts for one in drawn(sample, "noisy")}
+    assert found == {(f"There is a {shape}.", *facts[1:]) for shape in ("rectangle", "triangle", "star", "cross")}
+    unknown = Sample("s", (), "What shape?", "circle", None, facts)  # without an oracle any word will do
+    assert any(one.facts[0] == facts[0] for one in drawn(unknown, "noisy"))
 
 
 def test_the_draw_is_the_seed_s_and_the_sample_s() -> None:
