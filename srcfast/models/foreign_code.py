@@ -12,10 +12,6 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_a
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
-def _is_off(value: Any) -> bool:
-    return not value
-
-
 def _is_one_of(names: tuple[str, ...]) -> Callable[[Any], bool]:
     """Return whether a value, or each section's of it, is one of these names or none."""
 
@@ -31,46 +27,41 @@ def _is_local_name(value: Any) -> bool:
 
 def _is_class_of(*parts: str) -> Callable[[Any], bool]:
     """Return whether a value names a class of one of these kinds, or none; transformers would call `from_pretrained` of any."""
-    return lambda value: (
-        value is None
-        or (
-            str(value).isidentifier()
-            and any(part in value for part in parts)
-            and not value.startswith(("OneFormer", "Pix2Struct", "Auto"))
-        )
-    )
+    foreign = ("OneFormer", "Pix2Struct", "Auto")
+
+    def fits(value: Any) -> bool:
+        is_name = str(value).isidentifier() and not str(value).startswith(foreign)
+        return value is None or (is_name and any(part in value for part in parts))
+
+    return fits
 
 
-# By field, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
-BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("_attn_implementation", "attn_implementation"),
-        (_is_one_of(ATTENTION), f"one of {', '.join(ATTENTION)}: others are repositories of kernels"),
+# What has to be off, and why.
+_OFF = {
+    "use_kernels kernel_config": "kernels are fetched from a hub",
+    "use_pretrained_backbone pretrained": "weights are fetched from a hub",
+    "custom_generate": "it is code of a hub",
+    "custom_pipelines": "they are code",
+    "repo_path": "its files are fetched from a hub",
+    "audio_tokenizer": "it is fetched from a hub",
+    "checkpoint_path": "timm unpickles it",
+}
+_ATTENTION = _is_one_of(ATTENTION), f"one of {', '.join(ATTENTION)}: others are repositories of kernels"
+_IMAGES = _is_class_of("ImageProcessor"), "an image processor's class, and one that fetches nothing"
+# By fields, at any depth of a config: the values that reach nothing outside of the directory and of transformers.
+_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "_attn_implementation attn_implementation _attn_implementation_internal": _ATTENTION,
+    "_experts_implementation experts_implementation": (
+        _is_one_of(EXPERTS),
+        f"one of {', '.join(EXPERTS)}: others are fetched",
     ),
-    "_attn_implementation_internal": (_is_one_of(ATTENTION), f"one of {', '.join(ATTENTION)}"),
-    **dict.fromkeys(
-        ("_experts_implementation", "experts_implementation"),
-        (_is_one_of(EXPERTS), f"one of {', '.join(EXPERTS)}: others are fetched"),
-    ),
-    "use_kernels": (_is_off, "false: kernels are fetched from a hub"),
-    "kernel_config": (_is_off, "none: kernels are fetched from a hub"),
-    "use_pretrained_backbone": (_is_off, "false: weights are fetched from a hub"),
-    **dict.fromkeys(("backbone", "architecture"), (_is_local_name, "a name of timm, none of a hub")),
-    "custom_generate": (_is_off, "none: it is code of a hub"),
-    "custom_pipelines": (_is_off, "none: they are code"),
-    "image_processor_type": (
-        _is_class_of("ImageProcessor"),
-        "an image processor's class, and one that fetches nothing",
-    ),
+    **{names: (lambda value: not value, f"none, or false: {why}") for names, why in _OFF.items()},
+    "backbone architecture": (_is_local_name, "a name of timm, none of a hub"),
+    "image_processor_type": _IMAGES,
     "feature_extractor_type": (_is_class_of("FeatureExtractor", "ImageProcessor"), "a feature extractor's class"),
     "tokenizer_class": (_is_class_of("Tokenizer", "Backend"), "a tokenizer's class"),
     "processor_class": (_is_class_of("Processor"), "a processor's class"),
-    "repo_path": (_is_off, "none: its files are fetched from a hub"),
-    "audio_tokenizer": (_is_off, "none: it is fetched from a hub"),
-    "checkpoint_path": (_is_off, "none: timm unpickles it"),
-    "pretrained": (_is_off, "false: weights are fetched from a hub"),
-    **dict.fromkeys(
-        ("vocab_file", "merges_file", "tokenizer_file", "spm_file"), (_is_local_name, "a name in this directory")
-    ),
+    "vocab_file merges_file tokenizer_file spm_file": (_is_local_name, "a name in this directory"),
 }
+BOUNDS = {name: bound for names, bound in _BOUNDS.items() for name in names.split()}
 FOREIGN_FILES = ("audio_tokenizer_config.json",)  # which names a model that is fetched

@@ -18,14 +18,15 @@ MOST_CHARACTERS = 1 << 20  # of a template
 MOST_VALUES = 1 << 24  # characters and elements of all values that a rendering makes, in a hundred megabytes at most
 SECONDS = 2.0  # of the thread's time on a processor, checked in each pass of a loop and each call
 # Of texts, lists and mappings, the methods whose results are no longer than they and their arguments together.
+_BOTH = "capitalize count items join lower replace title upper "
 METHODS = frozenset(
-    "capitalize count endswith find get index isalnum isalpha isdecimal isdigit isnumeric isspace istitle isupper islower items"
-    " join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines"
-    " startswith strip swapcase title upper values copy append pop".split()
+    f"{_BOTH} append copy endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper"
+    " keys lstrip partition pop removeprefix removesuffix rfind rindex rpartition rsplit rstrip split splitlines startswith strip"
+    " swapcase values".split()
 )
 FILTERS = frozenset(  # of which the same holds
-    "abs attr capitalize count d default dictsort e escape first float groupby int items join last length list lower map max min"
-    " reject rejectattr replace reverse round safe select selectattr sort string title tojson trim truncate unique upper".split()
+    f"{_BOTH} abs attr d default dictsort e escape first float groupby int last length list map max min reject rejectattr reverse"
+    " round safe select selectattr sort string tojson trim truncate unique".split()
 )
 
 
@@ -54,13 +55,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         while pending and self.left >= 0:
             value = pending.pop()
             self.left -= times * (1 + (len(value) if isinstance(value, str | list | tuple | dict) else 0))
-            pending += (
-                [*value, *value.values()]
-                if isinstance(value, dict)
-                else value
-                if isinstance(value, list | tuple)
-                else []
-            )
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            pending += parts if isinstance(parts, list | tuple) else []
         if self.left < 0 or time.thread_time() > self.end:
             raise SecurityError(f"more than {MOST_VALUES:,} characters, or {SECONDS:g} seconds")
 
