@@ -52,40 +52,35 @@ class SpokenTurn:
     is_response: bool = True
 
 
-def llava_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+def llava_samples(fields: Fields, image_root: Path) -> list[Sample | InputError]:
     """Read the samples of a LLaVA conversation: each answer is a response after all turns before it (`id`, `id-1`, ...)."""
-    fields = Fields(row, path, line)
-    if "conversations" not in row and ("messages" in row or "query" in row):
+    if "conversations" not in fields.left and ("messages" in fields.left or "query" in fields.left):
         fix = "read this file with --format messages (format: messages in a config)"
         raise fields.error("conversations", _LLAVA, "messages", fix)
     return _samples(fields, _spoken_turns(fields, "conversations", _LLAVA), _LLAVA, image_root)
 
 
-def message_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+def message_samples(fields: Fields, image_root: Path) -> list[Sample | InputError]:
     """Read the samples of `{messages, images}`, as of LLaVA's conversation, or that of ms-swift's `{query, response, ...}`."""
-    fields = Fields(row, path, line)
     if "query" in fields.left and "messages" not in fields.left:
         return _samples(fields, _query_turns(fields), _MESSAGES, image_root)
     return _samples(fields, _spoken_turns(fields, "messages", _MESSAGES), _MESSAGES, image_root)
 
 
-def alpaca_samples(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample | InputError]:
+def alpaca_samples(fields: Fields, image_root: Path) -> list[Sample | InputError]:
     """Read the samples of LLaMA-Factory's `{instruction, input, output, history, system, images}`, one of each answer."""
-    fields = Fields(row, path, line)
     spoken = [*_instruction_turns(fields), SpokenTurn(Turn(ASSISTANT, fields.text("output")))]
     return _samples(fields, _with_system(fields, spoken), _MESSAGES, image_root)
 
 
-def alpaca_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+def alpaca_preference(fields: Fields, image_root: Path) -> list[Preference]:
     """Read a pair of LLaMA-Factory's `{instruction, input, chosen, rejected, history, system, images}`."""
-    fields = Fields(row, path, line)
     return _preference(fields, "instruction", _with_system(fields, _instruction_turns(fields)), image_root)
 
 
-def rlhf_v_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+def rlhf_v_preference(fields: Fields, image_root: Path) -> list[Preference]:
     """Read a pair of RLAIF-V's `{image, question, chosen, rejected, idx}`, or of RLHF-V's, whose texts are JSON in `text`."""
-    fields = Fields(row, path, line)
-    if "question" not in row:
+    if "question" not in fields.left:
         text, expected = fields.take("text", "a text"), "JSON of {question, chosen, rejected}"
         try:
             fields.left |= text if isinstance(text, dict) else parse_object(text)
@@ -98,14 +93,14 @@ def rlhf_v_preference(row: dict[str, Any], path: str | Path, line: int, image_ro
     return _preference(fields, "question", [_string_turn(USER, fields.text("question"))], image_root)
 
 
-def trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+def trl_preference(fields: Fields, image_root: Path) -> list[Preference]:
     """Read a TRL row {images, prompt, chosen, rejected} of message lists or strings.
 
     Without a prompt, it is what the messages of `chosen` and `rejected` have in common at their beginning.
     """
-    fields = Fields(row, path, line)
+    row = fields.left
     if "prompt" not in row and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
-        fields.left |= _split_prompt(row["chosen"], row["rejected"])
+        row |= _split_prompt(row["chosen"], row["rejected"])
     elif "prompt" not in row and ("messages" in row or "conversations" in row):
         raise fields.error("prompt", _PROMPT, "messages", "read this file with --format messages")
     prompt = fields.take("prompt", _PROMPT)
@@ -113,12 +108,11 @@ def trl_preference(row: dict[str, Any], path: str | Path, line: int, image_root:
     return _preference(fields, "prompt", spoken, image_root)
 
 
-def message_preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
+def message_preference(fields: Fields, image_root: Path) -> list[Preference]:
     """Read a pair of `messages` (or `conversations`), and either `chosen` and `rejected` or `rejected_response`.
 
     With the latter, the last message is the chosen response.
     """
-    fields = Fields(row, path, line)
     name = "messages" if "messages" in fields.left or "conversations" not in fields.left else "conversations"
     spoken = _spoken_turns(fields, name, _PROMPT)
     if "rejected_response" in fields.left:

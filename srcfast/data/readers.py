@@ -45,7 +45,7 @@ class Format:
         is_text: whether the values of the needed keys are texts.
     """
 
-    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Any]]
+    read: Callable[[Fields, Path], Sequence[Any]]
     needs: tuple[tuple[str, ...], ...]
     id_key: str | None = None
     is_text: bool = False
@@ -266,16 +266,15 @@ def _image_error(root: Path, image: str, errors: dict[tuple[Path, str], InputErr
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_sample(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Sample]:
-    sample = Sample.from_json(row, file=path, line=line, image_root=image_root)
-    fields = Fields(row, path, line)
+def _jsonl_sample(fields: Fields, image_root: Path) -> list[Sample]:
+    sample = Sample.from_json(fields.left, file=fields.file, line=fields.line, image_root=image_root)
     turns, question = settled_prompt(fields, "question", sample.turns, sample.question, len(sample.images))
     return [replace(sample, question=question, turns=turns)]
 
 
-def _preference(row: dict[str, Any], path: str | Path, line: int, image_root: Path) -> list[Preference]:
-    pair = Preference.from_json(row, file=path, line=line, image_root=image_root)
-    turns, prompt = settled_prompt(Fields(row, path, line), "prompt", pair.turns, pair.prompt, len(pair.images))
+def _preference(fields: Fields, image_root: Path) -> list[Preference]:
+    pair = Preference.from_json(fields.left, file=fields.file, line=fields.line, image_root=image_root)
+    turns, prompt = settled_prompt(fields, "prompt", pair.turns, pair.prompt, len(pair.images))
     return [replace(pair, prompt=prompt, turns=turns)]
 
 

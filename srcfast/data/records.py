@@ -462,7 +462,7 @@ def of_record(error: InputError, record: Sample | Preference) -> InputError:
 
 
 def each_record(
-    read: Callable[[dict[str, Any], str | Path, int, Path], Sequence[Record | InputError]],
+    read: Callable[[Fields, Path], Sequence[Record | InputError]],
     rows: Iterable[Row],
     path: str | Path,
     image_root: Path,
@@ -470,7 +470,7 @@ def each_record(
     """Yield the line and the records of each row; an error takes the place of a bad record."""
     for line, row in rows:
         try:
-            for record in [row] if isinstance(row, InputError) else read(row, path, line, image_root):
+            for record in [row] if isinstance(row, InputError) else read(Fields(row, path, line), image_root):
                 yield line, record
         except InputError as error:
             yield line, error

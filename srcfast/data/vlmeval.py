@@ -132,16 +132,11 @@ def _write_images(cell: str, index: str, source: str, image_output: Path) -> lis
 
 
 def _samples(
-    row: dict[str, str],
-    path: str | Path,
-    line: int,
-    image_root: Path,
-    *,
-    images: Mapping[str, list[str] | InputError],
-    image_output: Path,
+    fields: Fields, image_root: Path, *, images: Mapping[str, list[str] | InputError], image_output: Path
 ) -> list[Sample]:
     """Read the sample of a row."""
-    fields = Fields({name: cell for name, cell in row.items() if cell != ""}, path, line)
+    row = fields.left
+    fields.left = {name: cell for name, cell in row.items() if cell != ""}
     fields.sample_id = row["index"] or None
     index = fields.identifier("index")
     if "image" in row:

@@ -16,7 +16,7 @@ from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.in_order import InOrder, samples_in_order
 from srcfast.data.jsonl import as_json, flatten, json_hash, read_shards, write_shards
 from srcfast.data.logit_rows import response_logit_rows, row_positions
-from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.records import Candidate, Fields, Preference, Sample
 from srcfast.data.stage_rows import read_aligned, read_pairs, read_scores
 from srcfast.errors import InputError
 
@@ -235,11 +235,11 @@ def test_an_implicit_prompt_is_what_both_conversations_begin_with(
     row = {"id": "s", "chosen": chosen, "rejected": rejected}
     if prompt is None:
         with pytest.raises(InputError) as error:
-            trl_preference(dict(row), "f", 1, Path("."))
+            trl_preference(Fields(row, "f", 1), Path("."))
         wanted = "a response other than the chosen one" if chosen == rejected else "one message of role 'assistant'"
         assert wanted in str(error.value)
         return
-    [pair] = trl_preference(dict(row), "f", 1, Path("."))
+    [pair] = trl_preference(Fields(row, "f", 1), Path("."))
     assert (pair.prompt, len(pair.turns), (pair.chosen, pair.rejected)) == (prompt, turns, responses)
 
 
