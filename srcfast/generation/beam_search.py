@@ -61,7 +61,8 @@ class Search:
     def _next_sentence(self) -> Start:
         is_first = not self.sentences
         self.sentences += 1
-        self.parents = _parents(self, self.settings)
+        # Each live beam for about as many of the sample's rows.
+        self.parents = [self.live[row * len(self.live) // self.settings.width] for row in range(self.settings.width)]
         return Start(
             parents=() if is_first else [beam.row for beam in self.parents],
             draws=self.random.random((self.settings.width, self.settings.max_sentence_tokens)),
@@ -155,11 +156,6 @@ def _with_samples(model: VisionLanguageModel, beams: list[Generated], tasks: Seq
         if response.finished:
             by_text.setdefault(model.decode(response.token_ids), replace(response, sampled=True))
     return list(by_text.values())
-
-
-def _parents(search: Search, settings: CandidatesConfig) -> list[Beam]:
-    """List the live beam that each of a sample's rows continues, each beam for about as many rows."""
-    return [search.live[row * len(search.live) // settings.width] for row in range(settings.width)]
 
 
 def _select(search: Search, children: Sequence[Beam], end_tokens: Container[int], settings: CandidatesConfig) -> None:

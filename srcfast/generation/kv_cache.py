@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -199,7 +198,7 @@ class SlotCache:
         for by_slot in (self.prompt_mask, self.prompt_lengths):
             by_slot[target] = by_slot[source]
         for listed in (self._free, self._rows):
-            _swap(listed, source, target)
+            listed[source], listed[target] = listed[target], listed[source]
 
     # A step -----------------------------------------------------------------------------------------------
 
@@ -350,7 +349,3 @@ def _library_takes_windows() -> bool:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a [n, r, k] by b [n, k, c] into [n, r, c], in fp32 (fp64 for fp64); 16-bit operands are summed in fp32."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALVES else torch.bmm(a, b)
-
-
-def _swap(items: list[Any], first: int, second: int) -> None:
-    items[first], items[second] = items[second], items[first]

@@ -19,7 +19,7 @@ from srcfast.generation.cpu_decoder import CPUDecoder, Forward
 from srcfast.generation.kv_cache import SlotCache
 from srcfast.generation.row_states import RowStates
 from srcfast.generation.sampling import Sampling, draw_tokens
-from srcfast.models.protocols import HasDecoder, TransformerDecoder
+from srcfast.models.protocols import HasDecoder
 from srcfast.models.sharding import is_sharded
 
 Drawn = tuple[Tensor, Tensor]  # tokens [R] int64, their log-probabilities [R]
@@ -37,7 +37,7 @@ class DecodingStep:
         decoder = model.decoder
         fast = None if is_sharded(decoder) else CPUDecoder.of(decoder)
         self.forward: Forward = fast or decoder
-        self.head: Callable[[Tensor], Tensor] = fast.logits if fast else partial(_next_logits, decoder)
+        self.head: Callable[[Tensor], Tensor] = fast.logits if fast else lambda hidden: decoder.head.logits(hidden)
         # Of prompts. Around the general backbone's layers, code of transformers puts images in.
         self.prefill: Callable[[Any, Tensor, Attend], Tensor] = (
             partial(fast.run_within, decoder) if fast and not decoder.is_handwritten else self.forward
@@ -84,8 +84,3 @@ def step_numbers(
     numbers[2 * count : 2 * count + len(uniform)] = uniform.view(np.int64)
     numbers[3 * count :] = lengths
     return numbers
-
-
-def _next_logits(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
-    """Compute logits [R, V] in fp32 (fp64 for an fp64 model), as the log-probabilities of training do."""
-    return decoder.head.logits(hidden)

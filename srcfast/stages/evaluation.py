@@ -203,24 +203,17 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """Return the 95 % percentile bootstrap interval of the mean of `values` [n] (Efron, 1979): [low, high]."""
     levels, counts = np.unique(values, return_counts=True)
-    return _interval(levels, counts, resamples, seed)
-
-
-def _interval_of_share(hits: int, n: int, resamples: int, seed: int) -> list[float]:
-    """Return `bootstrap_interval` of n values, of which `hits` are 1 and the others 0."""
-    counts = np.array([n - hits, hits])
-    present = counts > 0
-    return _interval(np.array([0.0, 1.0])[present], counts[present], resamples, seed)
-
-
-def _interval(levels: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """Return the interval from the distinct values, ascending, and their counts."""
-    generator, n = np.random.default_rng(seed), int(counts.sum())
+    generator, n = np.random.default_rng(seed), len(values)
     # How often a resample has each distinct value is multinomial, so no sample is drawn by itself. One resample after the
     # other: all at once would take gigabytes where there are many distinct values.
     means = [generator.multinomial(n, counts / n) @ levels / n for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(high)]
+
+
+def _interval_of_share(hits: int, n: int, resamples: int, seed: int) -> list[float]:
+    """Return `bootstrap_interval` of n values, of which `hits` are 1 and the others 0."""
+    return bootstrap_interval(np.repeat([0.0, 1.0], [n - hits, hits]), resamples, seed)
 
 
 def answers_in_chunks(

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -143,7 +142,7 @@ def _score_block(
     sizes = [len(distinct) for distinct in texts]
     pairwise = mode == "pairwise"
     pairs = {index: pairs for index, n in enumerate(sizes) if (pairs := pairs_of(n, mode))}
-    results: Results = partial(_all_single, len(samples))
+    results: Results | None = None
     tokens = 0
     if pairs and pairwise and adaptive is not None:
         results, tokens = _in_rounds(scorer, samples, texts, pairs, token_budget, adaptive)
@@ -152,7 +151,8 @@ def _score_block(
         results = (_pairwise if pairwise else _independent)(scorer, comparisons, sizes)
 
     def rows_and_tokens() -> tuple[list[dict[str, Any]], int]:
-        return [_expand(*row) for row in zip(samples, candidates, texts, results(), strict=True)], tokens
+        of_samples = [_single() for _ in samples] if results is None else results()
+        return [_expand(*row) for row in zip(samples, candidates, texts, of_samples, strict=True)], tokens
 
     return rows_and_tokens
 
@@ -423,11 +423,6 @@ def _rated(
             }
         )
     return results
-
-
-def _all_single(count: int) -> list[dict[str, Any]]:
-    """Return the results of a block in which no sample has anything to compare."""
-    return [_single() for _ in range(count)]
 
 
 def _single() -> dict[str, Any]:
