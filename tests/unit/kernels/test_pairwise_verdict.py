@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srcfast_kernels import pairwise_verdict
+from srcfast_kernels.backends import use_backend
 from srcfast_kernels.pairwise_verdict import pairwise_verdict_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VALUES = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
 
 
@@ -109,6 +111,25 @@ def verdicts(rows: dict[tuple[int, int], int], count: int) -> tuple[Tensor, Tens
 def test_certain_verdicts_give_certain_scores() -> None:
     q, scores, u = verdicts({(0, 1): 0, (1, 0): 2}, 2)
     assert scores.tolist() == [1.0, 0.0] and float(u[0, 1]) == 1.0 and float(q[0, 1]) == 1.0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("distance", [1e-4, 1e-7])
+def test_nearly_neutral_verdicts_weigh_by_their_shares_however_small_their_sum(distance: float, backend: str) -> None:
+    """Candidate 0 is judged better than 1 by d and than 2 by 3 d: q = 1/2 + d, u = 2 d, S_0 = 1/2 + (1 + 9) d / 4."""
+    better = {(0, 1): distance, (1, 0): -distance, (0, 2): 3 * distance, (2, 0): -3 * distance}
+    wins = 0.5 + torch.tensor(list(better.values()), dtype=torch.float64, device=DEVICE)
+    logits = torch.stack([wins, 1e-30 * wins, 1.0 - wins], 1).log()  # [4, 3], no ties
+    first, second = torch.tensor(list(better), device=DEVICE).T
+    with use_backend(backend):
+        q, scores, u = pairwise_verdict(
+            logits, torch.eye(3, dtype=torch.float64, device=DEVICE), first, second, 3, verdict_values=VALUES.to(DEVICE)
+        )
+    # fp64 rounds p to 1e-16, so that the shares of confidences of 1e-7 are known to 1e-9.
+    expected = [0.5 + 2.5 * distance, 0.5 - distance, 0.5 - 3 * distance]
+    assert scores.tolist() == pytest.approx(expected, rel=0, abs=1e-14)
+    assert u[0].tolist() == pytest.approx([0.0, 2 * distance, 6 * distance], rel=1e-8)
+    assert q[0].tolist() == pytest.approx([0.5, 0.5 + distance, 0.5 + 3 * distance], rel=0, abs=1e-15)
 
 
 @pytest.mark.parametrize("both", [(1, 1), (0, 0), (2, 2)], ids=["ties", "the first always", "the second always"])

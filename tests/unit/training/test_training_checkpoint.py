@@ -154,6 +154,15 @@ def test_the_last_two_are_kept_and_nothing_half_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (STEPS - 1, STEPS)]
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(0, [4]), (3, [3, 4]), (5, [4])])
+def test_the_last_step_is_saved_whether_or_not_a_save_is_due(tmp_path: Path, steps: int, expected: list[int]) -> None:
+    weights, history = trained(tmp_path, minutes=0, steps=steps)  # two epochs of two steps
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in expected]
+    again: list[int] = []
+    resumed, resumed_history = trained(tmp_path, minutes=0, on_step=lambda metrics: again.append(metrics["step"]))
+    assert again == [] and torch.equal(resumed, weights) and resumed_history == history
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
