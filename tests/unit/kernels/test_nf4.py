@@ -72,17 +72,33 @@ def test_odd_shapes_are_quantised_as_bitsandbytes_does(shape: tuple[int, ...], b
     )
 
 
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_either_reads_the_state_that_the_other_wrote(double_quant: bool, bitsandbytes: Any) -> None:
-    weight = random_weight(67, 128, dtype=torch.bfloat16)
-    packed, state = bitsandbytes.quantize_4bit(weight, compress_statistics=double_quant, quant_type="nf4")
+def test_either_reads_the_state_that_the_other_wrote(double_quant: bool, blocksize: int, bitsandbytes: Any) -> None:
+    weight = random_weight(67, 256, dtype=torch.bfloat16)
+    packed, state = bitsandbytes.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
+    )
     theirs = {"": packed} | state.as_dict(packed=True)
-    ours = nf4_state_dict(nf4_quantize(weight, double_quant=double_quant))
+    ours = nf4_state_dict(nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant))
     assert ours.keys() == theirs.keys()
     assert torch.equal(nf4_dequantize(nf4_from_state_dict(theirs)), nf4_dequantize(nf4_from_state_dict(ours)))
     packed_by_us = ours.pop("")
     read = bitsandbytes.QuantState.from_dict(ours, device=torch.device("cpu"))
     assert torch.equal(bitsandbytes.dequantize_4bit(packed_by_us, read), bitsandbytes.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_is_read_back_as_it_was_saved(dtype: torch.dtype, blocksize: int, double_quant: bool) -> None:
+    saved = nf4_quantize(random_weight(7, 3, 101, dtype=dtype), blocksize=blocksize, double_quant=double_quant)
+    read = nf4_from_state_dict(nf4_state_dict(saved))
+    assert (read.shape, read.dtype, read.blocksize) == ((7, 3, 101), dtype, blocksize)
+    for name in ("packed", "absmax", "nested_absmax", "offset"):
+        one, other = getattr(saved, name), getattr(read, name)
+        assert (one is None and other is None) or torch.equal(one, other), name
+    assert torch.equal(nf4_dequantize(saved), nf4_dequantize(read))
 
 
 def test_a_state_that_is_not_whole_or_of_other_codes_is_refused() -> None:

@@ -315,6 +315,28 @@ def test_numbers_that_are_read_late_are_the_same(dropout: float, monkeypatch: py
             assert later[name] == pytest.approx(now[name], rel=1e-9)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_no_weight_has_changed_when_the_first_step_is_checked(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong from the start, such as references of another model, must not be trained on."""
+    monkeypatch.setattr(training, "reads_late", lambda device: late)
+    model = SmallModel(lora=LoRAConfig(r=3, alpha=12.0))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in weights]
+
+    def refuse(metrics: dict) -> None:
+        raise SrcfastError(f"step {metrics['step']} is refused")
+
+    with pytest.raises(SrcfastError, match="step 0 is refused"):
+        train(
+            model,
+            response_items(40),
+            objective=Objective(rationale_loss, response_tokens),
+            settings=SETTINGS,
+            before_update=refuse,
+        )
+    assert all(torch.equal(now, then) for now, then in zip(weights, start, strict=True))
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("step", [0, 2, 4])
 def test_what_is_not_finite_stops_a_late_reader_with_the_weights_of_the_step_before(
