@@ -374,3 +374,16 @@ def test_an_image_that_can_not_be_written_is_not_a_damaged_table(tmp_path: Path)
     (tmp_path / "rows.parquet.images").write_text("in the way")
     with pytest.raises(FileExistsError, match=r"rows\.parquet\.images"):
         read_samples(tmp_path / "rows.parquet", rejected=[])
+
+
+def test_two_stars_name_files_at_every_depth(tmp_path: Path) -> None:
+    names = ["b.jsonl", "c/a.jsonl", "c/d/e/f.jsonl", "c/d/g.jsonl"]  # in the order of their paths
+    for name in [*names, "c/other.txt"]:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}\n")
+    assert containers.files_of(tmp_path / "**" / "*.jsonl") == [tmp_path / name for name in names]
+    assert containers.files_of(tmp_path / "*" / "*.jsonl") == [tmp_path / "c/a.jsonl"]
+    assert containers.files_of([tmp_path / "c/d/**/*.jsonl", tmp_path / "b.jsonl"]) == [
+        tmp_path / name for name in ("c/d/e/f.jsonl", "c/d/g.jsonl", "b.jsonl")
+    ]
