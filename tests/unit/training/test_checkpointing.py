@@ -21,6 +21,7 @@ from srcfast.models.dropout_keys import dropout_keys, dropping
 from srcfast.models.lora import add_lora, lora_parameters
 from srcfast.stages.pair_trees import pair_logprobs, preference_tree
 from srcfast.stages.rationale import rationale_loss, response_tokens
+from srcfast.training import loop
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
 
@@ -149,6 +150,29 @@ def test_the_setting_holds_for_the_training_alone_and_changes_nothing_of_it() ->
         runs.append(sum(model.runs.values()))
     assert runs == [2 * LAYERS, 2 * (LAYERS + 4)]
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("memories", "plans", "expected"),
+    [([80, 24, 48], [1, 4, 2], 4), ([24, 80], [0, 3], 0), ([16], [5], 5), ([80, 80], [2, 2], 2)],
+)
+def test_ranks_that_share_layers_recompute_what_the_one_with_the_least_memory_plans(
+    memories: list[int], plans: list[int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainingConfig(activation_checkpointing="auto")
+    for rank, plan in enumerate(plans):
+        monkeypatch.setattr(loop, "plan_checkpointing", lambda model, trees, settings, plan=plan: plan)
+        monkeypatch.setattr(loop, "memory_for", lambda model, rank=rank: memories[rank])
+
+        def gather(value: Any, rank: int = rank) -> list[Any]:
+            assert value == [memories[rank], plans[rank]]
+            return [list(pair) for pair in zip(memories, plans, strict=True)]
+
+        monkeypatch.setattr(loop.distributed, "gather", gather)
+        for is_sharded, layers in ((True, expected), (False, plan)):
+            monkeypatch.setattr(loop, "is_sharded", lambda decoder, is_sharded=is_sharded: is_sharded)
+            assert loop.checkpoint_layers(Deep(), [], settings) == layers
+            assert loop.checkpoint_layers(Deep(), [], settings.replace(activation_checkpointing=3)) == 3
 
 
 # Rows that no loss reads ---------------------------------------------------------------------------------------
