@@ -13,7 +13,9 @@ import torch
 from helpers.small_lvlm import SmallLVLM, load_image
 
 from srcfast.config.settings import CandidatesConfig
+from srcfast.generation import decode
 from srcfast.generation.beam_search import sentence_beam_search
+from srcfast.generation.decode import _Decoding
 from srcfast.generation.generate import Prompt, generate_greedy, most_tokens, sample_responses
 from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
 
@@ -55,6 +57,32 @@ def test_greedy_equals_transformers_generate(written: tuple[Path, Any], single: 
                 **pixels,
             )
         assert list(result.token_ids) == out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("most", [1, 35, 36, 64, 4096])
+def test_prompts_run_together_up_to_a_number_of_tokens_and_a_longer_one_alone(
+    most: int, exact: SmallLVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = exact.prompts()
+    expected = generate_greedy(exact.model, prompts, exact.features, 6, len(prompts))
+    lengths = sorted(len(prompt.token_ids) for prompt in prompts)  # 15, 21, 28, 33, 78
+    together: list[list[int]] = [[]]  # with a slot for each prompt
+    for length in lengths:
+        if together[-1] and sum(together[-1]) + length > most:
+            together.append([])
+        together[-1].append(length)
+    seen: list[list[int]] = []
+    prefill = _Decoding._prefill
+
+    def watched(self: _Decoding, run: list[Prompt], slots: list[int]) -> Any:
+        seen.append([len(prompt.token_ids) for prompt in run])
+        return prefill(self, run, slots)
+
+    monkeypatch.setattr(_Decoding, "_prefill", watched)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", most)
+    results = generate_greedy(exact.model, prompts, exact.features, 6, len(prompts))
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert seen == together
 
 
 def test_the_end_token_ends_and_the_limit_holds(exact: SmallLVLM) -> None:

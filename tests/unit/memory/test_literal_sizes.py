@@ -246,6 +246,44 @@ def vision_config(**changes: Any) -> Any:
     return SimpleNamespace(**(values | changes))
 
 
+FAMILIES = {
+    "Qwen2-VL": (
+        {"depth": 32, "embed_dim": 1280, "patch_size": 14, "spatial_merge_size": 2},
+        {},
+        VisionSizes(32, 1280, 5120, 4 * 50, 50),
+    ),
+    "Qwen3-VL": (
+        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "spatial_merge_size": 2}
+        | {"deepstack_visual_indexes": (8, 16, 24)},
+        {},
+        VisionSizes(27, 1152, 4304, 4 * 50, 50, vectors=4),
+    ),
+    "InternVL": (
+        {"num_hidden_layers": 24, "hidden_size": 1024, "image_size": [448, 448], "patch_size": [14, 14]},
+        {"downsample_ratio": 0.5},
+        VisionSizes(24, 1024, 4096, 32 * 32, 50),
+    ),
+    "Idefics3": (
+        {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "image_size": 112, "patch_size": 16},
+        {"scale_factor": 3},
+        VisionSizes(12, 768, 3072, 9 * 50, 50),
+    ),
+    "as many patches as embeddings": (
+        {"num_layers": 6, "hidden_size": 64, "image_size": 28, "patch_size": 14},
+        {},
+        VisionSizes(6, 64, 256, 50, 50),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_s_patches_are_those_that_its_embeddings_are_merged_of(family: str) -> None:
+    """Of a side of 2 or 3 patches 4 or 9 are merged; a ratio of 1/2 merges 4; at least those of the image itself."""
+    tower, others, expected = FAMILIES[family]
+    config = SimpleNamespace(vision_config=SimpleNamespace(**tower), **others)
+    assert VisionSizes.of(config, image_tokens=50) == expected
+
+
 def test_an_image_s_positions_in_a_forecast() -> None:
     """4 patches; of LLaVA-NeXT the largest grid, 3 by 2 tiles of 2 by 2, with a newline behind each of its 6 rows."""
     assert VisionSizes.of(vision_config()).image_tokens == 4  # type: ignore[union-attr]

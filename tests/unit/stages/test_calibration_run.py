@@ -13,7 +13,7 @@ from srcfast.config.load import load_config
 from srcfast.config.settings import Config
 from srcfast.errors import ConfigError
 from srcfast.models.lora import adapters
-from srcfast.stages.calibration_run import CalibrationRun
+from srcfast.stages.calibration_run import CALIBRATION, RATIONALE, CalibrationRun
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import image_keys
 
@@ -76,3 +76,29 @@ def test_a_round_s_stages_depend_on_the_adapter_before_it(number: int, before: s
     for kind, earlier in stages.items():
         hashes = {name for name in run._inputs_of(f"{of}/{kind}").hashes if name.startswith("files of ")}
         assert hashes == {f"files of {stage}" for stage in earlier}
+
+
+@pytest.mark.parametrize("rehearsal", [0.0, 0.5])
+@pytest.mark.parametrize("teacher", [None, "notes.jsonl"])
+def test_each_stage_depends_on_the_samples_and_models_that_it_reads(rehearsal: float, teacher: str | None) -> None:
+    run: Any = CalibrationRun.__new__(CalibrationRun)
+    run.config = Config.model_validate({"dpo": {"rehearsal_weight": rehearsal}, "rationale": {"teacher": teacher}})
+    run.samples_of, run.rationale_samples, run.evaluation_sets = lambda iteration: [iteration], ["rationales"], []
+    base, scorer = {"model.path"}, {"scorer.path"}
+    notes = set() if teacher is None else {"rationale.teacher"}
+    rehearsed = ({RATIONALE}, notes) if rehearsal else (set[str](), set[str]())
+    stages = {
+        "rationale": ({RATIONALE}, base | notes),
+        "base/evaluation": (set(), base),
+        "base/headroom": (set(), base | scorer),
+        "iteration-2/candidates": ({CALIBRATION}, base),
+        "iteration-2/scores": ({CALIBRATION}, scorer),
+        "iteration-2/preferences": ({CALIBRATION}, base),
+        "iteration-2/dpo": ({CALIBRATION} | rehearsed[0], base | rehearsed[1]),
+    }
+    for stage, (samples, files) in stages.items():
+        inputs = run._inputs_of(stage)
+        assert inputs.samples.keys() == samples, stage
+        assert {name for name in inputs.hashes if not name.startswith("files of ")} == files, stage
+        if CALIBRATION in samples:
+            assert inputs.samples[CALIBRATION][0] == [2], stage  # those of its round
