@@ -66,10 +66,11 @@ def decode_by_graphs(
     slots: int,
     width: int,
     limit: int,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
 ) -> int:
     """`decode` as it runs on a GPU with graphs."""
     longest = max(len(task.prompt.token_ids) for task in tasks)
     layout = Layout.of(min(slots, len(tasks)), width, longest, limit, on_gpu=True, spare=True)
     with torch.inference_mode():
         own = StandInMemory(pool or SharedPool()) if memory is None else memory
-        return decoding._Decoding(lvlm.model, tasks, lvlm.features, layout, limit, Sampling(), own).run(None)
+        return decoding._Decoding(lvlm.model, tasks, lvlm.features, layout, limit, sampling, own).run(None)

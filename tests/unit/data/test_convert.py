@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from collections import Counter
@@ -15,6 +16,8 @@ from PIL import Image
 
 from srcfast.data.convert import convert, letters_of, write_predictions_tsv
 from srcfast.data.readers import read_preferences, read_samples
+from srcfast.data.records import Sample
+from srcfast.data.vlmeval import write_vlmeval_tsv
 from srcfast.errors import InputError
 
 NESTED = {"scene": {"objects": [1, {"a": None}]}, "tags": ["x"]}
@@ -220,3 +223,30 @@ def test_a_lone_carriage_return_survives_a_table(root: Path) -> None:
     run(write_lines(root / "s.jsonl", [row]), root / "t.tsv", "jsonl>vlmeval_tsv", root)
     run(root / "t.tsv", root / "back.jsonl", "vlmeval_tsv>jsonl", root)
     assert json.loads((root / "back.jsonl").read_text())["question"] == row["question"]
+
+
+def test_a_table_holds_each_image_once_and_those_of_another_folder_as_others(tmp_path: Path) -> None:
+    """The same name stands below both folders; images in another order are others, too."""
+    for number, name in enumerate(("one/a.png", "one/b.png", "two/a.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes([number]) * 99)
+    a, b, other = (base64.b64encode(bytes([number]) * 99).decode() for number in range(3))
+    of = [
+        ("one", "a"),
+        ("two", "a"),
+        ("one", "a"),
+        ("two", "a"),
+        ("one", "ab"),
+        ("one", "ba"),
+        ("one", "ab"),
+        ("one", "b"),
+    ]
+    samples = [
+        Sample(f"{number}", tuple(f"{c}.png" for c in names), "q", "w", None, (), {}, tmp_path / folder)
+        for number, (folder, names) in enumerate(of)
+    ]
+    assert write_vlmeval_tsv(tmp_path / "t.tsv", samples, Counter()) == 8
+    csv.field_size_limit(1 << 20)
+    with (tmp_path / "t.tsv").open(newline="") as file:
+        images = [row["image"] for row in csv.DictReader(file, delimiter="\t")]
+    assert images == [a, other, "0", "1", str([a, b]), str([b, a]), "4", b]

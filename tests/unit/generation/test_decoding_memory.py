@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from srcfast.generation.beam_search import Search, sentence_beam_search
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.decode import Prompt
 from srcfast.generation.kv_store import PROMPT_STEP
+from srcfast.generation.sampling import Sampling
 from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.stages.candidates import decoding_memory, generate_candidates
 
@@ -67,6 +69,26 @@ def test_a_call_finds_what_it_would_find_in_memory_of_its_own(single: SmallLVLM)
                 with torch.inference_mode():
                     for held in memory._storage.values():
                         held.fill_(float("nan"))
+
+
+def test_a_call_in_the_same_memory_draws_as_it_is_told_to(single: SmallLVLM) -> None:
+    prompts = single.prompts()[:3]
+
+    def run(sampling: Sampling, memory: DecodingMemory) -> Any:
+        searches = [Search(prompt, SETTINGS, 5, single.model.end_tokens) for prompt in prompts]
+        decode_by_graphs(single, searches, memory=memory, slots=3, width=SETTINGS.width, limit=49, sampling=sampling)
+        return found_by(searches)
+
+    ways = [Sampling(), Sampling(0.0), Sampling(0.5), Sampling(0.5, 0.6), Sampling(1.0, 0.6)]
+    pool = SharedPool()
+    alone = []
+    for way in ways:
+        with StandInMemory(SharedPool()) as memory:
+            alone.append(run(way, memory))
+    assert all(one != other for one, other in itertools.combinations(alone, 2))
+    with StandInMemory(pool) as memory:
+        for number in (0, 1, 2, 3, 4, 2, 0):
+            assert run(ways[number], memory) == alone[number]
 
 
 def test_a_memory_of_enough_room_captures_a_shape_once(single: SmallLVLM) -> None:
