@@ -250,3 +250,42 @@ def test_a_table_holds_each_image_once_and_those_of_another_folder_as_others(tmp
     with (tmp_path / "t.tsv").open(newline="") as file:
         images = [row["image"] for row in csv.DictReader(file, delimiter="\t")]
     assert images == [a, other, "0", "1", str([a, b]), str([b, a]), "4", b]
+
+
+def test_a_row_of_a_table_is_a_sample_of_these_parts(root: Path) -> None:
+    """By VLMEvalKit's names of columns; an ability of its own is not replaced by the category."""
+    columns = [
+        "index",
+        "image_path",
+        "question",
+        "answer",
+        "hint",
+        "A",
+        "B",
+        "category",
+        "ability",
+        "l2-category",
+        "split",
+    ]
+    rows = [
+        ["7", "a.png", "Which?", "B", "Look up.", "red", "blue", "colors", "", "perception", "dev"],
+        ["8", "below/b.png", "Which?", "A", "", "one", "two", "numbers", "counting", "", ""],
+        ["9", "a.png", "What is it?", "a ball", "", "", "", "", "naming", "", ""],
+        ["10", "a.png", "What is it?", "a cube", "", "", "", "", "", "", ""],
+    ]
+    with (root / "t.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([columns, *rows])
+    samples = read_samples(root / "t.tsv", format="vlmeval_tsv", image_root=root, rejected=[])
+    assert [(sample.id, sample.images, sample.answer) for sample in samples] == [
+        ("7", ("a.png",), "B"),
+        ("8", ("below/b.png",), "A"),
+        ("9", ("a.png",), "a ball"),
+        ("10", ("a.png",), "a cube"),
+    ]
+    assert [sample.extra.get("ability") for sample in samples] == ["colors", "counting", "naming", None]
+    assert [sample.extra.get("category") for sample in samples] == ["colors", "numbers", None, None]
+    assert [sample.extra.get("split") for sample in samples] == ["dev", None, None, None]
+    assert samples[0].extra["options"] == {"A": "red", "B": "blue"} and samples[0].extra["hint"] == "Look up."
+    end = "Please select the correct answer from the options above."
+    assert samples[0].question == f"Hint: Look up.\nQuestion: Which?\nOptions:\nA. red\nB. blue\n{end}"
+    assert samples[2].question == "What is it?"
