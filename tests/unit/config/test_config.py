@@ -46,6 +46,18 @@ def test_single_values_win_over_the_file_and_leave_its_others(tmp_path: Path) ->
     )
 
 
+def test_null_unsets_a_value_and_leaves_a_section_as_it_is(tmp_path: Path) -> None:
+    file = in_file(
+        tmp_path,
+        "rationale: {teacher: notes.jsonl, epochs: 3}\nscorer_training: {vocabulary: words}\ndpo:\nlora: {r: 4}\n",
+    )
+    config = load_config(file, ["rationale={teacher: null}", "scorer_training={vocabulary: null}", "lora=null"])
+    assert (config.rationale.teacher, config.rationale.epochs, config.scorer_training.vocabulary) == (None, 3, None)
+    assert config.dpo == Config().dpo  # a heading with nothing under it
+    assert load_config(file, ["rationale.teacher=null"]).rationale.teacher is None
+    assert load_config(file, []).rationale.teacher == "notes.jsonl"
+
+
 def test_a_key_is_looked_up_in_the_stages_section_before_the_root() -> None:
     config = load_config(None, ["learning_rate=3e-4", "lora.r=8", "seed=2", "rationale.learning_rate=1e-2"], "dpo")
     assert config.dpo.learning_rate == 3e-4  # YAML 1.1 reads 3e-4 as a string: it is a number all the same

@@ -17,7 +17,7 @@ from srcfast.generation import decode
 from srcfast.generation.beam_search import sentence_beam_search
 from srcfast.generation.decode import _Decoding
 from srcfast.generation.generate import Prompt, generate_greedy, most_tokens, sample_responses
-from srcfast.generation.sampling import Sampling, draw_tokens, sample_tokens
+from srcfast.generation.sampling import Sampling, _draw_twice, draw_tokens, sample_tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -220,6 +220,9 @@ def test_a_token_that_is_excluded_is_never_sampled_and_costs_the_others_nothing(
         others[excluded] = -torch.inf
         assert set(tokens.tolist()) == {int(others.argmax())}
         return
+    # As drawn on a GPU, without a wait for the host: its own steps, the same numbers.
+    shares = (rows / temperature).softmax(-1)
+    assert torch.equal(_draw_twice(shares, uniform, top_p, excluded), tokens)
     kept = nucleus((logits / temperature).softmax(-1).tolist(), top_p)
     masked = (logits / temperature).softmax(-1)
     masked[excluded] = 0.0

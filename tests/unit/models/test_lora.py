@@ -124,6 +124,15 @@ def test_a_saved_adapter_loads_as_it_was(pair: Pair, tmp_path: Path) -> None:
     assert [p.requires_grad for p in again.parameters()].count(True) == len(lora_parameters(again)) == 28
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_loaded_adapter_is_trained_or_not_as_it_was_asked_for(trainable: bool, pair: Pair, tmp_path: Path) -> None:
+    save_adapter(pair.load(lora=CONFIG), tmp_path)
+    model = pair.load()
+    load_adapter(model, tmp_path, trainable)
+    assert {parameter.requires_grad for parameter in lora_parameters(model)} == {trainable}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name)
+
+
 def test_a_new_adapter_changes_nothing_and_its_seed_decides_it(pair: Pair) -> None:
     ours = pair.load(lora=CONFIG)
     assert torch.equal(pair.logits(ours), pair.logits(pair.plain))

@@ -355,6 +355,24 @@ def test_a_checkpoint_is_due_by_minutes_or_by_steps(
     assert checkpoints.due(step) == (0, saves)
 
 
+def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a minute each, a save each three minutes, and one that a signal asked for after the fourth step."""
+    clock = [1000.0]
+    monkeypatch.setattr("srcfast.training.checkpoint.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("srcfast.training.checkpoint.save_training", lambda directory, training: None)
+    checkpoints = TrainingCheckpoints(tmp_path, {}, minutes=3.0)
+    checkpoints._last = clock[0]
+    optimizer = AdamW(SmallModel(lora=LoRAConfig(r=3, alpha=12.0)).decoder.layers[0].self_attn.q_proj.parameters())
+    saved = []
+    for step in range(1, 12):
+        clock[0] += 60.0
+        _, save = checkpoints.due(step)
+        if save or step == 4:
+            checkpoints.save(step, optimizer, [])
+            saved.append(step)
+    assert saved == [3, 4, 7, 10]
+
+
 def test_seconds_add_up_over_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 seconds, a pause of hours, 25 seconds more: 65 in the last checkpoint."""
     clock = [1000.0]
