@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -14,6 +14,9 @@ from srcfast.data.turns import ASSISTANT, IMAGE_MARK, USER, Turn, count_marks, m
 from srcfast.errors import InputError
 from srcfast.models.config_bounds import ENDS
 from srcfast.models.templates import render
+
+if TYPE_CHECKING:  # which imports this module
+    from srcfast.models.placeholders import Sized
 
 _ANSWER = "The answer."
 
@@ -31,6 +34,8 @@ class ChatModel(nn.Module):
     max_positions: int
     adapter_path: Path | None = None
     decoder: Any
+    # (rendered prompt, its images, the sample's id) -> token ids [n]. Raises InputError where it shows other images.
+    _prompt_ids: Callable[[str, Sequence[Sized], str | None], np.ndarray]
 
     @property
     def image_placeholder(self) -> str:
@@ -89,6 +94,26 @@ class ChatModel(nn.Module):
                     )
                 start += len(text.strip())
         return shown
+
+    def encode_prompt(
+        self, question: str, images: Sequence[Sized], sample_id: str | None = None, turns: Sequence[Turn] = ()
+    ) -> np.ndarray:
+        """Tokenize a prompt's turns and the generation prompt into [n], each image's placeholder at its full length.
+
+        Args:
+            question: the last turn, a user's; see `srcfast.data.turns` for image marks.
+            images: of all turns, in order; their sizes are enough where the model makes the same of them.
+            sample_id: named in errors.
+            turns: those before the question.
+
+        Raises:
+            InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
+                room for a response.
+        """
+        text = self.prompt_text(question, len(images), sample_id, turns)
+        prompt = self._prompt_ids(text, images, sample_id)
+        self.check_room(prompt, sample_id)
+        return prompt
 
     def check_text(self, text: str, sample_id: str | None = None, field: str = "question") -> None:
         """Raise InputError where a text, of a prompt or a response, spells a control token of the tokenizer or the processor."""

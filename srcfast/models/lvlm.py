@@ -18,7 +18,6 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object, write_json
-from srcfast.data.turns import Turn
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_file, read_tensors, save_tensors, weight_files
@@ -66,26 +65,7 @@ class LVLM(ChatModel):
     def chat_template(self) -> str | None:
         return None if self.tokenizer.chat_template else LLAVA_TEMPLATE
 
-    def encode_prompt(
-        self,
-        question: str,
-        images: Sequence[Sized],
-        sample_id: str | None = None,
-        turns: Sequence[Turn] = (),
-    ) -> np.ndarray:
-        """Tokenize a prompt's turns and the generation prompt into [n], each image's placeholder at its full length.
-
-        Args:
-            question: the last turn, a user's; see `srcfast.data.turns` for image marks.
-            images: of all turns, in order.
-            sample_id: named in errors.
-            turns: those before the question.
-
-        Raises:
-            InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
-                room for a response.
-        """
-        text = self.prompt_text(question, len(images), sample_id, turns)
+    def _prompt_ids(self, text: str, images: Sequence[Sized], sample_id: str | None) -> np.ndarray:
         ids = np.array(self.tokenizer(text, add_special_tokens=adds_bos(self.tokenizer, text)).input_ids)
         positions = np.flatnonzero(ids == self.image_token_id)
         if len(positions) != len(images):
@@ -94,9 +74,7 @@ class LVLM(ChatModel):
             raise prompt_error(sample_id, "chat_template", expected, len(positions), fix)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[positions] = [self.vision.num_tokens(image) for image in images]
-        prompt = np.repeat(ids, repeats)
-        self.check_room(prompt, sample_id)
-        return prompt
+        return np.repeat(ids, repeats)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:

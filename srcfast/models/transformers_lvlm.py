@@ -20,7 +20,6 @@ from srcfast import distributed
 from srcfast.attention.forest_attention import forest_attend
 from srcfast.data.forest import Forest
 from srcfast.data.images import ImageFile
-from srcfast.data.turns import Turn
 from srcfast.errors import InputError
 from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.encoded_images import accept_encoded_images, image_arguments
@@ -190,40 +189,17 @@ class TransformersLVLM(ChatModel):
     def chat_template(self) -> str | None:
         return self.processor.chat_template
 
-    def encode_prompt(
-        self,
-        question: str,
-        images: Sequence[Sized],
-        sample_id: str | None = None,
-        turns: Sequence[Turn] = (),
-    ) -> np.ndarray:
-        """Tokenize a prompt's turns and the generation prompt into [n] as the processor does, image placeholders at full length.
-
-        Of images the sizes are enough, where the processor makes the same of them (`ImageTexts`).
-
-        Args:
-            question: the last turn, a user's; see `srcfast.data.turns` for image marks.
-            images: of all turns, in order.
-            sample_id: named in errors.
-            turns: those before the question.
-
-        Raises:
-            InputError: a text holds a control token, the template does not show each turn and image, or the prompt leaves no
-                room for a response.
-        """
-        text = self.prompt_text(question, len(images), sample_id, turns)
+    def _prompt_ids(self, text: str, images: Sequence[Sized], sample_id: str | None) -> np.ndarray:
         if (shown := text.count(self.image_texts.placeholder)) != len(images):
             fix = "the checkpoint's chat template must show each image once"
             raise prompt_error(sample_id, "chat_template", f"{len(images)} images in the prompt", shown, fix)
         try:
-            prompt = self._token_ids(text, images)
+            return self._token_ids(text, images)
         except InputError:
             raise
         except Exception as error:  # of any class, for pixels, templates or placeholders that do not fit
             found, fix = f"{type(error).__name__}: {error}", "the checkpoint's processor and chat template must fit"
             raise prompt_error(sample_id, "images", "images that the processor takes", found, fix) from error
-        self.check_room(prompt, sample_id)
-        return prompt
 
     def processor_inputs(self, question: str, images: Sequence[Image.Image]) -> Any:
         """Return all that the processor makes of a user's turn and the generation prompt, as tensors."""
