@@ -36,6 +36,7 @@ YOUNGER = (
     ("scorer", "adaptive_confidence"),
     ("scorer_training", "qualities"),
     ("curation", "left_out_negatives"),
+    ("curation", "likelihood_weight"),
     ("curation", "rationale_pairs"),
     ("dpo", "credit"),
     ("dpo", "quality_weight"),
@@ -379,6 +380,9 @@ class CurationConfig(Section):
     answer; `random`: any two candidates; `gold`: the likeliest candidate with the right answer against the likeliest other one;
     `true`: the sample's rationale and answer against the likeliest candidate. Baselines ignore scores, margin, confidence and
     rating; c = 1"""
+    likelihood_weight: float = Field(0.0, ge=0, le=100)
+    """With pairing `score`: choose the best by log S + this times its log-probability, in nats, by the policy that wrote it: of
+    candidates that the R-Scorer can't tell apart, the likelier one is right more often; 0 = by S alone"""
     left_out_negatives: int = Field(0, ge=0, le=64)
     """Further pairs of each chosen response, tagged and of several sentences of perception: it is preferred to itself without one
     of these, with the pair's confidence; at most so many, 0 = none"""

@@ -13,6 +13,7 @@ S as `scores`, u as `confidence`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from srcfast.errors import InputError
 from srcfast.stages.derived_pairs import derived_pairs
 
 TRUE = "#true"  # what the id of a sample's rationale as a candidate ends with
+SMALLEST_SCORE = 1e-6  # of which a logarithm is taken
 BINS = 20  # of the histograms over [0, 1]
 
 # The funnel's steps: samples, then pairs, that pass each; and the reasons of drops, in the order in which they are tested.
@@ -300,10 +302,23 @@ def _propose(
         return [(best[0], other) for other in others[:max_pairs]], None
     if row is None:
         return [], "not_scored"
-    ranked = sorted(eligible, key=lambda i: (-row["scores"][i], i))  # best first; the index breaks ties
+    scores = row["scores"]
+    chosen = sorted(eligible, key=lambda i: (-_merit(scores[i], candidates[i], settings), i))  # the index breaks ties
     if settings.pair_choice == "disjoint":
-        return [(ranked[k], ranked[-1 - k]) for k in range(min(max_pairs, len(ranked) // 2))], None
-    return [(ranked[0], ranked[-1 - k]) for k in range(min(max_pairs, len(ranked) - 1))], None
+        chosen = chosen[: min(max_pairs, len(chosen) // 2)]
+    else:
+        chosen = chosen[:1] * min(max_pairs, len(chosen) - 1)
+    worst = sorted((i for i in eligible if i not in chosen), key=lambda i: (scores[i], -i))
+    return list(zip(chosen, worst, strict=False)), None
+
+
+def _merit(score: float, candidate: Candidate, settings: CurationConfig) -> float:
+    """Return what candidates are chosen by: the score, or log S + likelihood_weight log pi.
+
+    With S as the likelihood of the judgement and pi as the prior, this is a candidate's log posterior, up to a constant.
+    """
+    weight = settings.likelihood_weight
+    return score if not weight else math.log(max(score, SMALLEST_SCORE)) + weight * candidate.logprob
 
 
 def _drop_reason(

@@ -182,6 +182,25 @@ def test_pairing_by_answer_sets_a_right_against_a_wrong_answer_whatever_the_scor
     assert not pairs and funnel["dropped"]["same_correctness"] == 1
 
 
+def test_likelihood_weighs_among_candidates_of_about_the_same_score_and_the_worst_is_by_score_alone():
+    candidates = [replace(candidate(k), logprob=p) for k, p in enumerate((-9.0, -2.0, -30.0, -1.0))]
+    scores = [row(candidates, [0.9, 0.8, 0.7, 0.1])]
+    chosen = {}
+    for weight in (0.0, 0.1):
+        [pair], _ = run(candidates, scores, LOOSE.replace(likelihood_weight=weight))
+        chosen[weight] = (pair.extra["chosen_id"], pair.extra["rejected_id"])
+    # log S + 0.1 log pi: log 0.9 - 0.9 = -1.01, log 0.8 - 0.2 = -0.42, log 0.7 - 3 = -3.36, log 0.1 - 0.1 = -2.40.
+    assert chosen == {0.0: ("s/0", "s/3"), 0.1: ("s/1", "s/3")}
+    # At 5 the likeliest is best, whose score is the lowest: a pair with any other is below the margin.
+    assert run(candidates, scores, LOOSE.replace(likelihood_weight=5.0))[1]["dropped"]["margin"] == 1
+    disjoint = LOOSE.replace(likelihood_weight=0.1, pairs_per_sample=9, pair_choice="disjoint")
+    pairs, _ = run(candidates, scores, disjoint)
+    assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == [("s/1", "s/3"), ("s/0", "s/2")]
+    none = [replace(c, logprob=0.0) for c in candidates]
+    [pair], _ = run(none, [row(none, [0.0, 0.0, 0.5, 0.0])], LOOSE.replace(likelihood_weight=1.0))
+    assert pair.extra["chosen_id"] == "s/2"  # a score of 0 has a logarithm, too
+
+
 def test_the_likeliest_right_candidate_goes_against_the_likeliest_others_whatever_the_scores():
     candidates = [candidate(0, "blue"), candidate(1), candidate(2), candidate(3, "green")]
     candidates = [replace(c, logprob=p) for c, p in zip(candidates, (-2.0, -5.0, -3.0, -4.0), strict=True)]
