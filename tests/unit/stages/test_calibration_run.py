@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from helpers.plain_scoring import plain_shares
 from PIL import Image
 
+import srcfast.world
+from srcfast import calibrate
 from srcfast.config.load import load_config
 from srcfast.config.settings import Config
+from srcfast.data.jsonl import read_shards, write_shards
+from srcfast.data.records import Candidate
 from srcfast.errors import ConfigError
 from srcfast.models.lora import adapters
+from srcfast.models.scorer import load_scorer
 from srcfast.stages.calibration_run import CALIBRATION, RATIONALE, CalibrationRun
 from srcfast.stages.policy import Policy
 from srcfast.stages.prompts import image_keys
+from srcfast.world.degraded_references import degrade_reference
+from srcfast.world.samples import world_samples
+
+ASSETS = Path(srcfast.world.__file__).parent / "assets"
 
 
 def test_a_training_and_an_evaluation_set_may_use_the_same_ids(model_dir: Path, tmp_path: Path) -> None:
@@ -102,3 +114,41 @@ def test_each_stage_depends_on_the_samples_and_models_that_it_reads(rehearsal: f
         assert {name for name in inputs.hashes if not name.startswith("files of ")} == files, stage
         if CALIBRATION in samples:
             assert inputs.samples[CALIBRATION][0] == [2], stage  # those of its round
+
+
+def test_scores_follow_the_datasets_references_and_the_r_scorer_s_calibration(model_dir: Path, tmp_path: Path) -> None:
+    judge = Path(shutil.copytree(ASSETS / "scorer", tmp_path / "judge"))
+    entry = {"temperature": 1.7, "verdict": "choice", "ece_before": 0.3, "ece_after": 0.1, "pairs": 7}
+    (judge / "calibration.json").write_text(json.dumps({"partial": entry}))
+    words = [
+        f"model.path={model_dir}",
+        f"output={tmp_path / 'runs'}",
+        f"scorer.path={judge}",
+        "scorer.reference=partial",
+        "data.train=[{name: w, format: world, limit: 3, seed: 4, reference: partial}]",
+    ]
+    run = CalibrationRun(load_config(None, words))
+    truth = {sample.id: sample for sample in world_samples("train", 3, 4, image_dir=tmp_path)}
+    texts = ["It is red. Answer: red", "It is blue. Answer: blue", "So it is. Answer: yes"]
+    groups = {
+        key: [Candidate(f"{key}#{n}", key, text, "", "", -1.0, (1, 2)) for n, text in enumerate(texts)] for key in truth
+    }
+    ordered = [candidate for sample in run.samples_of(1) for candidate in groups[sample.id]]
+    write_shards(run.artifacts.shards(1, "candidates"), (candidate.to_json() for candidate in ordered))
+    calibrate.score(run, 1)
+    stage = run.directory.manifest()["iteration-1/scores"]
+    assert stage["calibration"] == {"ece_before": 0.3, "ece_after": 0.1}
+    scorer = load_scorer(ASSETS / "scorer").eval()
+    rows = [row for *_, row in read_shards(run.artifacts.shards(1, "scores"))]
+    assert {row["sample_id"] for row in rows} == set(truth)
+    for row in rows:
+        sample = degrade_reference(truth[row["sample_id"]], "partial", 4)
+        lines = [
+            "Details are missing from the reference.",
+            f"Question: {sample.question}",
+            f"Facts: {' '.join(sample.facts)}",
+            f"Answer: {sample.answer}\n",
+        ]
+        shares = plain_shares(scorer, "\n".join(lines), texts[0], texts[2]) ** (1 / 1.7)
+        expected = shares @ np.array([1.0, 0.5, 0.0]) / shares.sum()
+        assert row["raw"][0][2] == pytest.approx(expected, abs=1e-5)  # fp32
