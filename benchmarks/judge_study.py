@@ -316,6 +316,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if mode == "pairwise":
             names = ("temperature", "ece_before", "ece_after", "verdicts_right")
             means = {name: float(np.mean([row["calibration"][name] for row in of_seeds])) for name in names}
+            confidences = [np.mean([u for of_sample in row["pairs"] for _, u in of_sample]) for row in of_seeds]
+            means["mean_confidence"] = float(np.mean(confidences))  # u of these pairs: it should fall with the quality
             result["calibration"].setdefault(size, {})[quality] = means
             others = [agreement(row) for row in groups[kind, size, quality, "independent"]]
             paired = [(a - b, n) for (a, n), (b, _) in zip(counts, others, strict=True)]

@@ -72,6 +72,7 @@ def test_figures_by_hand(study: ModuleType) -> None:
         "ece_before": pytest.approx(0.2),
         "ece_after": pytest.approx(0.1),
         "verdicts_right": 0.5,
+        "mean_confidence": pytest.approx((1.2 / 3 + 1.4 / 3) / 2),
     }
     assert "| S | noisy | 66.7 [" in study.table(result) and "| 0.200, 0.100 |" in study.table(result)
 
