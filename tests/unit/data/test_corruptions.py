@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from srcfast.data.corruptions import KINDS, corrupt
+from srcfast.data.corruptions import KINDS, corrupt, swap_word
 from srcfast.errors import InputError
 
 VOCABULARY = {
@@ -98,6 +98,14 @@ def test_plain_rationales_are_corrupted_in_their_one_list():
 def test_capitals_are_kept():
     result = corrupt(("Red circles are here.",), (), "x", "counterfactual", random.Random(3), {"c": ("red", "blue")})
     assert result[0] == ("Blue circles are here.",)
+
+
+def test_words_with_capitals_keep_them():
+    rng, words = random.Random(0), {"name": ["New Zealand", "Sierra Leone", "iPhone"]}
+    swapped = {swap_word("B stands for New Zealand.", rng, words) for _ in range(40)}
+    assert swapped == {"B stands for Sierra Leone.", "B stands for IPhone."}
+    swapped = {swap_word("b stands for new zealand.", rng, words) for _ in range(40)}
+    assert swapped == {"b stands for sierra leone.", "b stands for iphone."}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -212,6 +212,7 @@ DIFFERENCE, WHERE, AVERAGE = TRUE[13], TRUE[14], TRUE[16]
         # Contradictions.
         (SUM, "The digit at the top is 5. The digit at the top is 4. The digit at the bottom is 2.", "5 plus 2 is 7."),
         (DIFFERENCE, "C is 12.5. C is 12.6. A is 34.", "34 minus 12.5 is 21.5."),
+        (DIFFERENCE, "C is 12.6. C is 12.5. A is 34.", "34 minus 12.5 is 21.5."),
         # Something is missing.
         (SUM, "The digit at the top is 5.", "5 plus 2 is 7."),
         (SUM, "", "5 plus 2 is 7."),
@@ -236,6 +237,7 @@ DIFFERENCE, WHERE, AVERAGE = TRUE[13], TRUE[14], TRUE[16]
         (AVERAGE, AVERAGE[3], "34 plus 50 is 84. 84 plus 12.5 is 96.5. 96.5 divided by 2 is 48.25."),
         (AVERAGE, AVERAGE[3], "34 plus 50 is 84. 84 plus 12.5 is 96.5. 96.5 divided by 3 is 32."),
         (AVERAGE, AVERAGE[3], "34 plus 50 is 84."),
+        (AVERAGE, AVERAGE[3], "34 plus 50 is 84. 84 divided by 3 is 28."),
         # What is no claim.
         (SUM, "The digit at the top is 5. The digit at the bottom is 2. Nice digits.", "5 plus 2 is 7."),
         (SUM, SUM[3], "So it is 7."),
@@ -291,6 +293,16 @@ def test_a_bar_is_read_within_five_percent(value: str, is_seen: bool) -> None:
 def test_a_low_bar_is_read_within_two_percent_of_the_axis(value: str, is_seen: bool) -> None:
     low = CHART | {"values": {"A": 3}}
     assert is_true(f"A is {value}.", Numbers.from_json(low)) is is_seen
+
+
+def test_what_follows_from_a_misread_bar_must_be_true_of_the_chart() -> None:
+    near = CHART | {"values": {"A": 49, "B": 50, "C": 12.5}}
+    sample = sample_of(near, {"op": "where", "which": "largest"}, "Norway")
+    right = judged(sample, "A is 49. B is 50. C is 12.5.", "B is the highest. B stands for Norway.")
+    misread = judged(sample, "A is 50.5. B is 50. C is 12.5.", "A is the highest. B stands for Norway.")
+    assert right.aligned and not misread.rationale_right
+    assert [verdict for _, _, verdict in misread.claims] == ["true", "true", "true", "false", "true"]
+    assert misread.perception_right and misread.reasoning_right and not misread.leads_to_answer
 
 
 def test_an_answer_off_the_claims_does_not_follow_from_them() -> None:
