@@ -17,6 +17,7 @@ from srcfast.attention.forest_attention import (
     forest_attention,
     set_backend,
 )
+from srcfast.attention.padded_plan import plan_blocks
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.errors import ConfigError
 
@@ -87,6 +88,25 @@ def test_the_output_has_the_queries_type(dtype: torch.dtype) -> None:
     # Rounded once to the type at the end: half a unit in the last place of numbers about 1.
     tolerance = {torch.bfloat16: 8e-3, torch.float32: 1e-6}[dtype]
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_of_a_prompt_are_summed_over_its_responses_in_fp32(dtype: torch.dtype) -> None:
+    """A prompt of 4 tokens and 600 responses of one: each adds about 1/5 to a value's gradient of about 120."""
+    forest = Forest.of([Tree((Segment(np.arange(4)), *(Segment(np.arange(1), 0) for _ in range(600))))])
+    qkv = [x.detach().to(dtype).requires_grad_() for x in random_qkv(forest.num_tokens, 2, 1, 8, 5)]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    weight = 0.5 + torch.rand(forest.num_tokens, 2, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    # As on a GPU without FlashAttention; a response at a time, as one call of PyTorch's sums in fp32 on a CPU.
+    plan = plan_blocks(forest, dtype, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(padded, "CHUNK_BYTES", 1)
+        found = torch.autograd.grad(padded.padded_attention(*qkv, plan), qkv, weight.to(dtype))
+    true = torch.autograd.grad(forest_attention(*exact, forest, "reference"), exact, weight.to(dtype).double())
+    for gradient, expected in zip(found[1:], true[1:], strict=True):
+        # Each response's share is rounded to 0.4 % at most, and the sum once more; in 16 bits 120 + 1/5 would be 120.
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=0.008 * largest)
 
 
 @settings(max_examples=25, deadline=None)

@@ -122,6 +122,9 @@ def test_values_are_returned_once_and_in_any_order() -> None:
     pairs = InOrder(iter([("a", 1), ("b", 2), ("c", 3), ("d", 4)]))
     assert (pairs.get("b"), pairs.get("b"), pairs.get("a")) == (2, None, 1)
     assert list(pairs.rest()) == [("c", 3), ("d", 4)]
+    pairs = InOrder(iter([("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5)]))
+    assert (pairs.get("d"), pairs.get("b")) == (4, 2)
+    assert list(pairs.rest()) == [("a", 1), ("c", 3), ("e", 5)]  # in the order of the shards
 
 
 def test_a_sample_s_candidates_stand_one_after_the_other() -> None:

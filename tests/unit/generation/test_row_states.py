@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
+from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.generation import row_states
 from srcfast.generation.row_states import RowStates
+from srcfast.models.recurrent import States
+from srcfast.models.transformers_decoder import TokenRow
 
 
 def filled(slots: int, width: int) -> RowStates:
@@ -42,6 +50,26 @@ def test_a_sample_that_moves_takes_its_rows_and_its_prompt_along() -> None:
     assert values(states) == [4, 5, 2, 3, 4, 5]
     states.start(0, [0], [None])
     assert values(states) == [102, 5, 2, 3, 4, 5]
+
+
+def test_a_prefill_stores_each_prompt_s_state_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second kind layer 3 has none; what other slots hold stays."""
+    given: list[Any] = []
+    monkeypatch.setattr(row_states, "forest_mix", lambda forest, store: given.append(store))
+    states = RowStates(4, 2)
+    for slots, first in (((2, 0, 3), 10.0), ((1, 2), 20.0)):
+        forest = Forest.of([Tree((Segment(np.arange(2)),)) for _ in slots])
+        states.recording(TokenRow(forest.token_ids, forest.positions), forest, slots)
+        for tree in range(len(slots)):
+            one = torch.full((1, 5), first + tree)
+            given[-1](0, tree, States(conv=one, recurrent=-one[..., None]))
+            given[-1](3, tree, States(conv=one + 100.0))
+    assert states.prompts.keys() == states.rows.keys() == {(0, "conv"), (0, "recurrent"), (3, "conv")}
+    expected = torch.tensor([11.0, 20.0, 21.0, 12.0])[:, None].expand(4, 5)  # slot 2 has another prompt by now
+    assert torch.equal(states.prompts[0, "conv"], expected)
+    assert torch.equal(states.prompts[0, "recurrent"], -expected[..., None])
+    assert torch.equal(states.prompts[3, "conv"], expected + 100.0)
+    assert states.rows[0, "recurrent"].shape == (8, 5, 1) and not states.rows[0, "recurrent"].any()
 
 
 def test_without_recurrent_layers_nothing_is_stored() -> None:

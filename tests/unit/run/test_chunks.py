@@ -46,6 +46,17 @@ def test_work_that_failed_goes_on_with_the_piece_that_it_failed_at(tmp_path: Pat
     assert merged(parts, tmp_path / "shards") == undisturbed(tmp_path)
 
 
+def test_all_pieces_of_before_count_in_what_is_done(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no more"):
+        CountedWork(tmp_path / "parts", fails_at=2)()
+    again = CountedWork(tmp_path / "parts")
+    resumed: list[tuple[int, int]] = []
+    again.progress.resume = lambda n, tokens, seconds: resumed.append((n, tokens))  # type: ignore[method-assign]
+    again()
+    assert (again.given, resumed) == ([[8, 9, 10]], [(8, 80)])
+    assert (again.progress.done, again.progress.tokens) == (3, 30)  # of this process
+
+
 def test_a_signal_stops_it_behind_the_piece_under_way(tmp_path: Path) -> None:
     work = CountedWork(tmp_path / "parts")
     piece = work.piece
