@@ -321,3 +321,10 @@ def test_kept_images_stay_within_their_memory_and_the_least_recent_leaves(tmp_pa
     features(["b"])
     assert features.encoded == 4
     assert len(features(["a", "b", "c"])) == 3  # more than fits is still given
+    images |= {name: random_image(rng, 24, 24) for name in "defgh"}
+    assert len(features("defgh")) == 5
+    assert features.missing("abcdefgh") == list("abcdef")  # as many leave as must
+    features.clear()
+    assert features.missing("gh") == ["g", "h"]
+    features("efgh")
+    assert features.missing("efgh") == ["e", "f"]
