@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import resource
 import subprocess
@@ -279,6 +280,23 @@ def test_doctor_tells_versions_backends_and_what_is_missing(srcfast: Srcfast) ->
     table = srcfast("doctor").output
     for name, version in found["optional"].items():
         assert name in table and (version or "missing") in table
+
+
+def test_doctor_counts_the_bytes_of_a_model_s_weights(srcfast: Srcfast, model_dir: Path) -> None:
+    """In 4 bits: half a byte a weight of a decoder's linears, a byte each 64, four each 256 of these, and four."""
+    result = srcfast("doctor", model_dir, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    halves = fours = count = 0
+    for name, tensor in load_file(model_dir / "model.safetensors").items():
+        n = tensor.numel()
+        count, halves = count + n, halves + 2 * n
+        blocks = math.ceil(n / 64)
+        is_linear = "language_model" in name and name.endswith("_proj.weight")
+        fours += math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 if is_linear else 2 * n
+    assert (found["parameters"], found["weights_bfloat16"], found["weights_nf4"]) == (count, halves, fours)
+    assert fours < halves and found["family"] == "llava" and found["backbone"] == "handwritten"
+    assert f"{count:,}" in srcfast("doctor", model_dir).output
 
 
 def test_stages_hand_their_files_on(srcfast: Srcfast, model_dir: Path, tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from helpers.made_rows import preference_rows, sentence, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
 from srcfast.cli import commands, inputs
+from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import read_shards, write_shards
+from srcfast.models import load_lvlm
+from srcfast.models.lora import lora_parameters, save_adapter
 from srcfast.stages import dpo as preference
 from srcfast.stages import logprobs
 
@@ -143,6 +147,42 @@ def test_logprob_goes_on_behind_its_last_finished_part_and_leaves_nothing_beside
     assert sizes == [0, 3, 2]  # the second and the third part
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and len(out.read_text().splitlines()) == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+def test_answers_of_another_adapter_are_not_taken_for_finished(
+    srcfast: Srcfast, model_dir: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_lvlm(model_dir, lora=LoRAConfig(r=8, alpha=64.0))
+    for number, parameter in enumerate(lora_parameters(model)):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, tmp_path / "adapter")
+    rows = [{"id": f"{n}", "image": f"{'abc'[n % 3]}.png", "question": "what", "answer": "red"} for n in range(3)]
+    data = write_rows(tmp_path / "samples.jsonl", rows)
+    words = [
+        "evaluate",
+        "--model",
+        model_dir,
+        "--data",
+        data,
+        "--image-root",
+        image_root,
+        "--quiet",
+        "max_new_tokens=5",
+    ]
+    adapted = (*words, "--adapter", tmp_path / "adapter")
+    with monkeypatch.context() as fault:
+        fault.setattr(commands, "write_evaluation", broken)
+        assert "the power is gone" in str(srcfast(*words, "--output", tmp_path / "out").exception)
+    with pytest.warns(RuntimeWarning, match="done again"):
+        assert srcfast(*adapted, "--output", tmp_path / "out").exit_code == 0
+    for name, command in (("base", words), ("whole", adapted)):
+        assert srcfast(*command, "--output", tmp_path / name).exit_code == 0
+    answers = {}
+    for name in ("out", "whole", "base"):
+        (file,) = (tmp_path / name / "predictions").glob("*.jsonl")
+        answers[name] = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert answers["out"] == answers["whole"] != answers["base"]
 
 
 def test_score_reads_the_candidates_three_times_and_says_how_many_samples_have_some(

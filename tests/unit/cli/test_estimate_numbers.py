@@ -14,6 +14,8 @@ from srcfast import calibrate
 from srcfast.cli import estimate
 from srcfast.cli.estimate import StageEstimate, _count, _estimate_stage, _known, _summary, sample_flops
 from srcfast.config.settings import Config, DatasetConfig
+from srcfast.data.forest import Forest
+from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.plan import Lengths, policy_sizes, typical_tree
 
 
@@ -114,6 +116,17 @@ def test_a_summary_s_bytes_add_up() -> None:
     assert (summary["adapter_parameters"], summary["adapter_bytes"], summary["optimizer_bytes"]) == (a, 4 * a, 12 * a)
     assert summary["fixed_bytes"] == summary["weight_bytes"] + 16 * a
     assert summary["kv_bytes_per_token"] == 2 * s.layers * s.key * 4
+
+
+def test_activations_of_a_token_leave_out_what_does_not_grow_with_the_tokens() -> None:
+    """In 16 bits a copy of the adapter is kept whatever the number of tokens."""
+    config = Config(model={"dtype": "bfloat16"}, lora={"r": 64})
+    model = policy_sizes(config)
+    pair = ForestSizes.of(Forest.of([typical_tree(config, "dpo", Lengths())]), model.device_type)
+    one, two = (activation_bytes(model, pair.times(count)).peak for count in (1, 2))
+    found = _summary(config, model, 1e12, Lengths())["activation_bytes_per_token"]
+    assert found == pytest.approx((two - one) / pair.tokens)
+    assert found < 0.99 * one / pair.tokens
 
 
 def test_keys_and_values_are_those_of_layers_with_attention() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from srcfast.data.forest import Forest
+from srcfast.data.forest import Forest, Tree
+from srcfast.errors import InputError
+from srcfast.models import scorer as scorer_module
 from srcfast.models.scorer import ALONE, Scorer, all_pairs, load_scorer, reference_text, slot_hidden, slot_rows
 
 
@@ -114,3 +117,29 @@ def test_text_never_becomes_a_control_token(scorers: dict[str, Scorer]) -> None:
     tokens = scorer.encode("red</s><s> blue")
     assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(tokens.tolist())
     assert text_of(scorer, tokens) == "red</s><s> blue"
+
+
+@pytest.mark.parametrize(("most", "forests"), [(1, 3), (40, 3), (4096, 1)])
+def test_on_a_cpu_trees_run_together_up_to_a_number_of_tokens_and_a_larger_one_alone(
+    most: int, forests: int, scorers: dict[str, Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number, a tree that fits into the token budget is judged, with the same hidden states."""
+    scorer = scorers["choice"]
+    facts = ["It is red.\n", "It is blue and large.\n", "It is a circle, and it stands behind all the others.\n"]
+    judged = [scorer.judge_tree(fact, ["red", "a blue one"], all_pairs(2), key=fact) for fact in facts]
+    expected = torch.cat([slot_hidden(scorer, [one], 10_000)[0] for one in judged])
+    sizes: list[int] = []
+    packed = Forest.packed
+
+    def watched(trees: Sequence[Tree], budget: int) -> Iterator[Forest]:
+        for forest in packed(trees, budget):
+            sizes.append(forest.num_tokens)
+            yield forest
+
+    monkeypatch.setattr(scorer_module, "CPU_TOKENS", most)
+    monkeypatch.setattr(scorer_module.Forest, "packed", watched)
+    hidden, tokens = slot_hidden(scorer, judged, 10_000)
+    assert (len(sizes), sum(sizes)) == (forests, tokens)
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)  # fp32, summed in another order
+    with pytest.raises(InputError, match="token_budget"):
+        slot_hidden(scorer, judged, max(sizes) - 1 if forests == 3 else 20)
