@@ -17,6 +17,8 @@ from srcfast.config.settings import Config, DatasetConfig
 from srcfast.data.forest import Forest
 from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.plan import Lengths, policy_sizes, typical_tree
+from srcfast.run.chunks import Chunks
+from srcfast.run.progress import StageProgress
 
 
 def dataset(limit: int, *use: str) -> dict[str, Any]:
@@ -223,3 +225,47 @@ def test_a_round_s_search_and_curation_have_their_seeds(iteration: int, monkeypa
         (f"iteration-{iteration}/candidates", ("candidates",), 1),
         (f"iteration-{iteration}/preferences", ("curation",), 1),
     ]
+
+
+def test_what_a_stage_has_finished_holds_for_the_weights_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    story, sets, seen = Story(Config(seed=10)), [], []
+    for name in ("a", "b"):
+        sets.append(SimpleNamespace(label=f"{name}-test", name=name, split="test", samples=["s"]))
+    story.evaluation_sets, story.headroom_sets = sets, lambda: [(dataset, ["s"]) for dataset in sets]
+    story.policy = SimpleNamespace(use=lambda adapter: "model", hash=lambda: "policy", features=None)
+    story.load_scorer = lambda: ("scorer", lambda: "R-Scorer")
+    for name in ("predictions", "shards", "aligned", "candidates", "candidates_in"):
+        setattr(story.artifacts, name, lambda *_: [])
+
+    def chunks(name: str = "", **depends_on: Any) -> Chunks:
+        values = {key: value() for key, value in depends_on.items()}
+        return Chunks(Path(name), lambda: values, StageProgress("x", 0, quiet=True))
+
+    def run(*given: Any, **options: Any) -> Any:
+        seen.extend((str(one.directory), dict(one.depends_on())) for one in given if isinstance(one, Chunks))
+        return SimpleNamespace(rows=lambda: [], counts=dict)
+
+    def stage(name: str, sections: Any, total: int, work: Any, **options: Any) -> None:
+        work(SimpleNamespace(config=story.config, checkpoint_dir=Path("pieces"), chunks=chunks))
+
+    story.stage = stage  # type: ignore[method-assign]
+    for name in ("answers_in_chunks", "scores_in_chunks", "search_candidates"):
+        monkeypatch.setattr(calibrate, name, run)
+    for name in ("write_evaluation", "write_shards", "measure_headroom"):
+        monkeypatch.setattr(calibrate, name, lambda *_, **__: {})
+    for name, work, expected in (
+        (
+            "evaluate",
+            lambda: calibrate.evaluate(story, "base", None),
+            [(n, {"policy": "policy"}) for n in ("a-test", "b-test")],
+        ),
+        ("score", lambda: calibrate.score(story, 1), [(".", {"scorer": "R-Scorer"})]),
+        (
+            "headroom",
+            lambda: calibrate.headroom(story, 1),
+            [(f"{n}-test-scores", {"scorer": "R-Scorer"}) for n in "ab"],
+        ),
+    ):
+        seen.clear()
+        work()
+        assert seen == expected, name

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from srcfast.config.settings import Config
+from srcfast.run.chunks import Chunks
+from srcfast.stages import candidates, references
 from srcfast.stages.stage_run import command_stage
 
 SETTINGS: dict[str, Any] = {"seed": 7, "model": {"path": "somewhere"}, "candidates": {"num_beams": 3}, "quiet": True}
@@ -55,3 +58,24 @@ def test_with_another_of_these_no_chunk_is_taken_for_finished(tmp_path: Path, ch
 @pytest.mark.parametrize("change", [{"dpo": {"epochs": 5}}, {"quiet": False}, {"iterations": 9}], ids=str)
 def test_other_settings_change_no_chunk(tmp_path: Path, change: dict[str, Any]) -> None:
     assert depends_on(tmp_path, **change) == depends_on(tmp_path)
+
+
+@pytest.mark.parametrize("work", ["candidates", "references"])
+def test_pieces_of_another_policy_are_none_of_a_search_nor_of_references(
+    work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Chunks] = []
+    monkeypatch.setattr(candidates, "candidates_in_chunks", lambda chunks, *_, **__: given.append(chunks))
+    monkeypatch.setattr(references, "references_in_chunks", given.append)
+    monkeypatch.setattr(references, "reuse_candidate_logprobs", lambda *_, **__: None)
+
+    def depends_on(policy_hash: str) -> dict[str, Any]:
+        policy: Any = SimpleNamespace(model=None, features=None, hash=lambda: policy_hash)
+        with command_stage(work, Config(quiet=True), tmp_path, 1, sections=("dpo",), models=list) as stage:
+            if work == "candidates":
+                candidates.search_candidates(stage, policy, [], 3)
+            else:
+                references.stage_references(stage, policy, [], {}, {}, 3)
+        return dict(given.pop().depends_on())
+
+    assert depends_on("p")["policy"] == "p" and depends_on("p") == depends_on("p") != depends_on("q")
