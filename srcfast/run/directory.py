@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from srcfast.run.metric_rows import check_metrics, metrics_of, way_out
 
 # The last part of a stage's name; an iteration or a model may precede it, as in "iteration-1/dpo".
 STAGES = ("rationale", "candidates", "scores", "preferences", "dpo", "evaluation", "headroom")
+# Settings of another stage's section on which a stage depends, by its kind.
+SINGLE_SETTINGS: Mapping[str, Sequence[str]] = {"preferences": ("dpo.credit",)}
 _ENTRY_TYPES: Mapping[str, tuple[type, ...]] = {
     "settings": (dict,),
     "seconds": (int, float),
@@ -194,7 +196,8 @@ class RunDirectory:
     def check_finished(self, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError if a stage was finished with other settings than these, all of a run by section."""
         for name, entry in self.manifest().items():
-            self._check_settings(name, entry, {key: settings.get(key) for key in entry["settings"]})
+            names = dict.fromkeys((*entry["settings"], *SINGLE_SETTINGS.get(name.rpartition("/")[2], ())))
+            self._check_settings(name, entry, settings_of(settings, names))
 
     def _check_settings(self, name: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         wanted, stored = flatten(as_json(settings)), flatten(entry["settings"])
@@ -233,6 +236,19 @@ class RunDirectory:
         entries[name] = entry | {"sha256": _entry_hash(name, as_json(entry))}
         write_json(self.manifest_file, entries)
         return entries[name]
+
+
+def settings_of(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the named settings of a run's: sections, or single ones by dotted name. Those that are not there are None.
+
+    A single one that is younger than some runs is not there while it has its default (`Config.identity`).
+    """
+
+    def value(name: str) -> Any:
+        section, _, rest = name.partition(".")
+        return settings.get(section, {}).get(rest) if rest else settings.get(section)
+
+    return {name: value(name) for name in names}
 
 
 def _entry_hash(name: str, entry: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.data.jsonl import as_json, read_jsonl, write_json, write_jsonl
-from srcfast.run.directory import RunDirectory
+from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, settings_of
 
 LEAVES = ("evaluation", "headroom")  # stages on which no other one depends
 
@@ -25,7 +25,8 @@ def common_stages(source: RunDirectory, settings: Mapping[str, Any]) -> dict[str
     for name, entry in source.manifest().items():
         of, _, kind = name.rpartition("/")
         number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
-        same = all(wanted.get(section) == value for section, value in entry["settings"].items())
+        names = {*entry["settings"], *SINGLE_SETTINGS.get(kind, ())}
+        same = settings_of(wanted, names) == {section: entry["settings"].get(section) for section in names}
         if same and number <= wanted["iterations"]:
             entries[name] = entry
         elif kind not in LEAVES:

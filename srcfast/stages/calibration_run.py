@@ -24,7 +24,7 @@ from srcfast.models.lora import check_targets
 from srcfast.models.scorer import Scorer, scorer_hash
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
-from srcfast.run.directory import RunDirectory, StageMetrics
+from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, StageMetrics, settings_of
 from srcfast.run.progress import peak_rss_bytes, track
 from srcfast.stages.datasets import (
     EvaluationSet,
@@ -136,7 +136,7 @@ class CalibrationRun:
 
         Args:
             name: in the manifest: `KIND` or `iteration-K/KIND`.
-            sections: settings that the stage depends on, beside those of all stages.
+            sections: settings that the stage depends on, beside those of all stages and `SINGLE_SETTINGS`.
             total: units of the stage, for its progress.
             work: does the stage's work; the manifest's entry holds what it returns.
             unit: what is counted.
@@ -149,7 +149,9 @@ class CalibrationRun:
             InputError: it was finished with other samples, images, models or files of earlier stages.
         """
         resolved, directory = self.config.identity(), self.directory
-        settings = {key: resolved[key] for key in dict.fromkeys(("seed", "model", "data", *sections))}
+        single = SINGLE_SETTINGS.get(name.rpartition("/")[2], ())
+        settings = settings_of(resolved, dict.fromkeys(("seed", "model", "data", *sections, *single)))
+        settings = {key: value for key, value in settings.items() if value is not None}
         if distributed.run_on_rank_zero(lambda: self._is_finished(name, settings)):
             remove_chunks(directory.checkpoint(name))
             return

@@ -45,6 +45,15 @@ def test_each_set_counts_alike_and_seeds_widen_the_interval() -> None:
     assert interval({}, 200) is None
 
 
+def test_an_interval_holds_95_percent() -> None:
+    """Of one seed's 400 answers, half of them right: 1.96 standard errors of 0.025; 1.645 of them would hold 90 %."""
+    values = np.repeat([[1.0, 0.0]], 200, axis=1)
+    mean, low, high = interval({"a": values}, 8000) or []
+    assert mean == 0.5
+    # A quantile of 8,000 resamples has a standard error of about 0.0007, and proportions of 400 go in steps of 0.0025.
+    assert [low, high] == pytest.approx([0.5 - 0.049, 0.5 + 0.049], abs=0.004)
+
+
 def test_a_table_has_signed_points_and_a_dash_where_nothing_can_be_verified() -> None:
     figures = {"accuracy": [0.0512, -0.01, 0.11], "alignment": None}
     summary = {"differences": {"a - b": figures | {"sets": {"world-test": figures}}}}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers.small_run import SETTINGS
 
+from srcfast.errors import ConfigError
 from srcfast.run.directory import RunDirectory
 from srcfast.run.lock import lock_directory
 from srcfast.study import work_list
@@ -39,7 +40,7 @@ def small_study(folder: Path, arms: dict[str, Any], **values: Any) -> Study:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]]:
-    """A finished study of four arms, and what it reported."""
+    """A finished study of five arms, and what it reported."""
     random = {"curation": {"pairing": "random"}}
     study = small_study(
         tmp_path_factory.mktemp("study"),
@@ -47,6 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]
             "src": {"settings": random},
             "stronger": {"settings": random | {"dpo": {"beta": 0.5}}},
             "alone": {"settings": random | {"scorer": {"mode": "independent"}}},
+            "sentence": {"settings": random | {"dpo": {"credit": "sentence"}}},
             "rationale": {"settings": {"iterations": 0}},
         },
         differences=["stronger - rationale"],
@@ -65,15 +67,17 @@ def test_stages_in_common_are_run_once(finished: tuple[Study, list[str]]) -> Non
     study, lines = finished
     first = manifest(study, "src")
     assert list(first)[: len(SHARED)] == SHARED
-    stronger, alone = manifest(study, "stronger"), manifest(study, "alone")
+    stronger, alone, sentence = (manifest(study, arm) for arm in ("stronger", "alone", "sentence"))
     scored = [*SHARED, "iteration-1/scores", "iteration-1/preferences"]
     assert {name for name in first if stronger[name] == first[name]} == set(scored)
+    # References are of other tokens with another credit.
+    assert {name for name in first if sentence[name] == first[name]} == {*SHARED, "iteration-1/scores"}
     # The R-Scorer's settings differ: headroom and scores are others, and so is all that comes later.
     assert {name for name in first if alone[name] == first[name]} == set(SHARED) - {"iteration-1/headroom"}
     assert list(manifest(study, "rationale")) == SHARED[:3]
     assert manifest(study, "rationale")["rationale"] == first["rationale"]
-    assert lines[0] == "src, seed 0 (1 of 4): 0 stages taken over"
-    assert lines[1] == "stronger, seed 0 (2 of 4): 7 stages taken over"
+    assert lines[0] == "src, seed 0 (1 of 5): 0 stages taken over"
+    assert lines[1] == "stronger, seed 0 (2 of 5): 7 stages taken over"
     # Files are the same on disk, and an arm's metrics have the rows of what it took over.
     files = [
         study.configs[arm, 0].run_path / "rationale/adapter/adapter_model.safetensors" for arm in ("src", "stronger")
@@ -83,6 +87,15 @@ def test_stages_in_common_are_run_once(finished: tuple[Study, list[str]]) -> Non
         json.loads(line) for line in (study.configs["stronger", 0].run_path / "metrics.jsonl").read_text().splitlines()
     ]
     assert [row["stage"] for row in rows].count("rationale") == first["rationale"]["metrics"]["rows"]
+
+
+def test_a_run_that_continues_with_another_credit_is_refused(finished: tuple[Study, list[str]]) -> None:
+    study = finished[0]
+    for arm, credit in (("src", "sentence"), ("sentence", "response")):
+        config = study.configs[arm, 0]
+        changed = config.replace(dpo=config.dpo.replace(credit=credit))
+        with pytest.raises(ConfigError, match="'iteration-1/preferences' finished with dpo.credit"):
+            RunDirectory(config.run_path).check_finished(changed.identity())
 
 
 def test_an_arm_s_result_is_that_of_its_calibration_alone(finished: tuple[Study, list[str]], tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_a_summary_has_each_arm_and_difference_in_the_agreed_form(finished: tupl
     study = finished[0]
     summary = json.loads(json.dumps(summarise(study)))
     assert list(summary) == ["arms", "differences", "judges"]
-    assert list(summary["arms"]) == ["src", "stronger", "alone", "rationale"]
+    assert list(summary["arms"]) == ["src", "stronger", "alone", "sentence", "rationale"]
     predictions = {
         arm: [
             json.loads(line)
