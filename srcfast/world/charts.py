@@ -74,7 +74,7 @@ def _draw_chart(name: str, split: str, rng: random.Random) -> Picture | None:
     chosen = {LETTERS[bar]: points[index] for bar, index in enumerate(indices)}
     values = {letter: round(value / 10**scale, digits) for letter, (_, value) in chosen.items()}
     categories = {letter: category for letter, (category, _) in chosen.items()}
-    about = {"table": name, "unit": _SCALES[scale] + unit, "shape": shape, "color": rng.choice(COLORS)}
+    about = {"table": name, "unit": _SCALES[scale] + unit, "shape": shape}
     content = f"{name}/{unit}/{scale}/{axis}/{shape}/{indices}"
     return Picture(content, Numbers(values, categories, Fraction(axis)), about)
 
@@ -89,6 +89,7 @@ def _draw(picture: Picture, seed: int) -> Image.Image:
         raise SrcfastError("the data set charts needs the package matplotlib. Fix: pip install matplotlib") from error
     numbers, rng = picture.numbers, random.Random(seed)
     assert numbers.axis is not None
+    color = rng.choice(COLORS)
     values, axis = [float(value) for value in numbers.values.values()], int(numbers.axis)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change pictures
@@ -99,14 +100,14 @@ def _draw(picture: Picture, seed: int) -> Image.Image:
             axes.plot(
                 range(len(values)),
                 values,
-                color=picture.about["color"],
+                color=color,
                 marker="o",
                 markersize=3.5,
                 linewidth=1.2,
                 clip_on=False,
             )
         else:
-            axes.bar(range(len(values)), values, rng.uniform(0.5, 0.8), color=picture.about["color"])
+            axes.bar(range(len(values)), values, rng.uniform(0.5, 0.8), color=color)
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylim(0, axis)
         axes.set_xticks(range(len(values)), list(numbers.values))

@@ -57,6 +57,8 @@ def number_samples(
 ) -> list[Sample]:
     """Draw `n` samples of a split, the kinds of question in equal parts, with up to three questions a picture.
 
+    Fewer samples are the first ones of more.
+
     Images are written to `image_dir` as those of the world are. `extra` has `numbers` and `program`, ability and kind, what is
     known about the picture, and the true rationale's sentences (`see`, `think`).
 
@@ -75,7 +77,7 @@ def number_samples(
             break
         digest = hashlib.sha256(picture.content.encode()).hexdigest()
         image = f"{family.name}-{split}-{digest[:16]}.png"
-        for kind, program in _ask(picture, kinds, counts, rng, min(QUESTIONS, n - len(samples))):
+        for kind, program in _ask(picture, kinds, counts, rng)[: n - len(samples)]:
             drawings[image] = partial(family.draw, picture, int(digest[16:28], 16))
             answer = answer_text(program, picture.numbers)
             see, think = true_rationale(program, picture.numbers)
@@ -106,12 +108,14 @@ def number_samples(
 
 
 def _ask(
-    picture: Picture, kinds: dict[str, Kind], counts: dict[str, int], rng: random.Random, n: int
+    picture: Picture, kinds: dict[str, Kind], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[str, Program]]:
-    """Draw up to `n` programs of different kinds, the rarest kinds first; count them."""
+    """Draw up to QUESTIONS programs of different kinds, the rarest kinds first; count them."""
     asked: list[tuple[str, Program]] = []
     for kind in sorted(kinds, key=lambda kind: (counts[kind], rng.random())):
-        if len(asked) < n and (program := _draw_program(kinds[kind].programs(picture.numbers), picture.numbers, rng)):
+        if len(asked) < QUESTIONS and (
+            program := _draw_program(kinds[kind].programs(picture.numbers), picture.numbers, rng)
+        ):
             asked.append((kind, program))
             counts[kind] += 1
     return asked

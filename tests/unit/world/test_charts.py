@@ -94,6 +94,18 @@ def test_a_chart_shows_the_table_s_values_in_the_power_of_ten_that_it_names() ->
     assert {axis for _, axis in used} == {10, 20, 50, 100} and {power for power, _ in used} >= {0, 1, 2, 7, 8, 10}
 
 
+def test_charts_of_one_content_are_the_same_whatever_seed_draws_them() -> None:
+    """Their file is drawn once for all seeds."""
+    contents: dict[str, tuple[Numbers, dict[str, Any]]] = {}
+    repeated = 0
+    for seed in range(6):
+        for picture in islice(CHARTS.pictures("validation", seed), 400):
+            shown = (picture.numbers, picture.about)
+            repeated += picture.content in contents
+            assert contents.setdefault(picture.content, shown) == shown
+    assert repeated > 20
+
+
 def test_numbers_that_are_compared_differ_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srcfast.world.number_samples.draw_missing", lambda *_: None)
     checked = set()
@@ -118,9 +130,9 @@ def test_the_first_samples_are_literal_ones(tmp_path: Path) -> None:
         "E stands for Sierra Leone. Values are in births per woman in 1990."
     )
     difference = "What is the difference between the values for United Kingdom and Zimbabwe?"
-    states = (
-        "A stands for Arkansas, B stands for Oregon, C stands for California, D stands for Tennessee. "
-        "Values are in percent of families with a single parent."
+    years = (
+        "A stands for 1739, B stands for 1796, C stands for 1815, D stands for 1849, E stands for 1998. "
+        "Values are in tens of sunspots."
     )
     assert [(s.id, s.question, s.answer) for s in samples] == [
         ("charts-test-3-000000", f"{countries} Is the value for Slovak Republic higher than that for Zimbabwe?", "no"),
@@ -130,14 +142,14 @@ def test_the_first_samples_are_literal_ones(tmp_path: Path) -> None:
             f"{countries} What do the values for United Kingdom and Slovak Republic add up to?",
             "3.9",
         ),
-        ("charts-test-3-000003", f"{states} What is the value for Arkansas?", "26"),
+        ("charts-test-3-000003", f"{years} How high is the value of 1739?", "10"),
     ]
     assert samples[1].rationale == (
         "<see> D is 1.8. C is 5.2. </see> <think> D stands for United Kingdom. C stands for Zimbabwe. "
         "5.2 minus 1.8 is 3.4. </think>"
     )
     assert samples[0].facts == ("A is 2.3.", "B is 2.1.", "C is 5.2.", "D is 1.8.", "E is 6.5.")
-    assert samples[3].images == ("charts-test-1428985b1353035e.png",)
+    assert samples[3].images == ("charts-test-41598f0a6cf50158.png",)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +188,9 @@ def chart(values: list[float], axis: int, shape: str) -> np.ndarray:
     """Pixels of a chart in which all that is red is bar or line."""
     letters = "ABCDE"[: len(values)]
     numbers = Numbers({k: Fraction(str(v)) for k, v in zip(letters, values, strict=True)}, {}, Fraction(axis))
-    picture = CHARTS.draw(Picture("", numbers, {"shape": shape, "color": "#ff0000"}), random.randrange(2**40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srcfast.world.charts.COLORS", ("#ff0000",))
+        picture = CHARTS.draw(Picture("", numbers, {"shape": shape}), random.randrange(2**40))
     assert picture.size == (144, 144) and picture.mode == "RGB"
     return np.asarray(picture).astype(int)
 

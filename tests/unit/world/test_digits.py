@@ -45,7 +45,7 @@ def test_the_first_samples_are_literal_ones(tmp_path: Path) -> None:
         ("digits-test-3-000000", "What is the largest digit?", "7"),
         ("digits-test-3-000001", "How many digits smaller than 5 are there?", "4"),
         ("digits-test-3-000002", "Which digit can you see at the bottom?", "4"),
-        ("digits-test-3-000003", "Is the digit at the left larger than the digit at the top?", "no"),
+        ("digits-test-3-000003", "Is the digit at the top smaller than the digit at the left?", "no"),
     ]
     assert samples[3].rationale == (
         "<see> The digit at the left is 0. The digit at the top is 2. </see> <think> 0 is not larger than 2. </think>"

@@ -59,7 +59,8 @@ def test_samples_are_complete_records(family: Family, tmp_path: Path) -> None:
     assert len(images) == 21 and {path.name for path in tmp_path.iterdir()} == images
     kinds = Counter(sample.extra["kind"] for sample in samples)
     assert max(kinds.values()) - min(kinds.values()) <= 2
-    assert number_samples(family, "test", 0, 5, image_dir=tmp_path) == []
+    for n in (0, 1, 8):  # fewer are the first ones
+        assert number_samples(family, "test", n, 5, image_dir=tmp_path) == samples[:n]
 
 
 def test_another_process_draws_the_same_samples_and_pictures(family: Family, tmp_path: Path) -> None:
