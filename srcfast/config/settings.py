@@ -453,7 +453,7 @@ class ScorerTrainingConfig(TrainingConfig):
     """Qualities of the examples' references, which the R-Scorer is told: each example has one of them, drawn evenly"""
     vocabulary: str | None = None
     """YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the words of a
-    sample's data family (digits, charts), of others the embedded world's"""
+    sample's data family (clips, digits, charts), of others the embedded world's"""
 
 
 class EvaluationConfig(Section):

@@ -106,10 +106,21 @@ def verify_clip(response: ParsedResponse, program: Program, clip: Clip | list[An
     )
 
 
+def is_true(sentence: str, clip: Clip) -> bool | None:
+    """Return whether a sentence is true of a clip; None if it doesn't parse."""
+    claim = parse_clip_claim(sentence)
+    if claim is None:
+        return None
+    return _is_seen(claim, clip) if claim.perceived else _holds(claim, clip, tracks_of(clip))
+
+
+def _is_seen(claim: ClipClaim, clip: Clip) -> bool:
+    return all(seen(part, clip[index]) == "true" for index, part in claim.perceived)
+
+
 def _verdict(claim: ClipClaim, frames: Clip, tracks: Tracks, clip: Clip, truth: Tracks) -> Verdict:
     if claim.perceived:
-        is_false = any(seen(part, clip[index]) == "false" for index, part in claim.perceived)
-        return Verdict("perception", "false" if is_false else "true")
+        return Verdict("perception", "true" if _is_seen(claim, clip) else "false")
     follows = _holds(claim, frames, tracks)
     return Verdict("reasoning", "true" if follows and _holds(claim, clip, truth) else "false", follows)
 
