@@ -552,7 +552,7 @@ def test_settings_name_them_and_the_model_reads_three_pictures(tmp_path: Path) -
     sample = read_dataset(dataset, tmp_path, [])[1]
     assert sample.id == "clips-validation-0-000001"
     model = load_lvlm("embedded")
-    tokens = encode_prompt(model, sample, sample.question, sample.id)
+    tokens = encode_prompt(model, sample)
     shown = np.flatnonzero(tokens == model.image_token_id)
     assert len(shown) == 3 * 36 and shown[-1] - shown[0] + 1 == 3 * 36  # 36 places an image, before the question
     assert model.decode(tokens).endswith(f"{sample.question} ASSISTANT:")
