@@ -132,6 +132,15 @@ def test_a_text_that_encodes_to_other_tokens_is_computed(round_: Round) -> None:
     assert report.pairs - report.eligible == len(round_.samples) // 4
 
 
+def test_pairs_that_are_credited_in_part_are_computed(round_: Round) -> None:
+    """Of a part of a response generation has no log-probability."""
+    found, report = round_.takeover(pairs=[replace(pair, credit="sentence") for pair in round_.pairs[:4]])
+    assert (report.pairs, report.eligible, report.reused) == (4, 0, 0)
+    for pair in found:
+        assert pair.reference_chosen_span_logprob is not None and pair.reference_chosen_logprob is not None
+        assert pair.reference_chosen_logprob - 1e-4 <= pair.reference_chosen_span_logprob <= 1e-4  # fp32
+
+
 def test_if_the_recheck_disagrees_all_are_computed(round_: Round) -> None:
     wrong = {
         key: [replace(candidate, logprob=candidate.logprob + 0.5) for candidate in own]
