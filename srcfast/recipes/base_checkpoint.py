@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -33,10 +33,18 @@ LVLM_CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on `texts`: words of the world become single tokens, and any other text still encodes."""
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, *, single_digits: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on `texts`: words of the world become single tokens, and any other text still encodes.
+
+    With `single_digits` each digit of a number is a token, the first one together with the space before it.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if single_digits:  # "Ġ" is how byte-level BPE writes a space
+        split = pre_tokenizers.Split(Regex("Ġ?[0-9]"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, split])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -64,20 +72,23 @@ def new_lvlm(
     num_layers: int,
     vision_layers: int,
     seed: int,
+    vision_size: int = 128,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH_SIZE,
 ) -> None:
     """Write a randomly initialised `LlavaForConditionalGeneration` with processor and tokenizer to `directory`.
 
-    Its decoder is a small Llama: heads of 32, an MLP three times as wide as the hidden state.
+    Its decoder is a small Llama, its vision tower CLIP's: heads of 32, MLPs three times as wide as the hidden states.
     """
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=128,
-            intermediate_size=384,
+            hidden_size=vision_size,
+            intermediate_size=3 * vision_size,
             num_hidden_layers=vision_layers,
-            num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
+            num_attention_heads=vision_size // 32,
+            image_size=image_size,
+            patch_size=patch_size,
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
@@ -95,13 +106,13 @@ def new_lvlm(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        image_seq_length=(image_size // patch_size) ** 2,
         tie_word_embeddings=False,
     )
     LlavaForConditionalGeneration(config).save_pretrained(directory)
     tokenizer.chat_template = LVLM_CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    size = {"height": image_size, "width": image_size}
     CLIPImageProcessorPil(size=size, crop_size=size, resample=3).save_pretrained(directory)
 
 

@@ -6,8 +6,6 @@ The stages are those of real LVLMs: the vision tower learns dense labels (`visio
 learn, in one mixture, to caption and locate (perception), to answer questions about images *shortly* (visual instructions),
 and to reason in tagged steps over facts given as *text*. The last stage has the same mixture with mostly reasoning.
 The training data has no rationales about images: rationale fine-tuning and calibration have to combine the two.
-
-Each image is one tree: the image is the root, its captions, questions and answers are the children.
 """
 
 from __future__ import annotations
@@ -18,43 +16,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from srcfast.attention.forest_attention import forest_attend
-from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.forest import Forest
 from srcfast.data.jsonl import write_json
-from srcfast.data.rationale_format import format_response, parse_response
-from srcfast.generation.generate import Prompt, generate_greedy
+from srcfast.data.records import Sample
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
-from srcfast.recipes.base_checkpoint import IMAGE_SIZE, PATCH_SIZE, new_lvlm, train_tokenizer
-from srcfast.recipes.vision_tower import normalise, scheduled, train_tower, update
-from srcfast.world.oracle import verify
-from srcfast.world.questions import Question, ask
+from srcfast.recipes.base_checkpoint import new_lvlm, train_tokenizer
+from srcfast.recipes.language import Drawn, Stage, Writer, answer_rows, text_accuracy, train_language
+from srcfast.recipes.vision_tower import normalise, train_tower
+from srcfast.world.questions import ask
 from srcfast.world.rationales import describe, facts, perception_questions, true_rationale
 from srcfast.world.render import render
 from srcfast.world.scenes import Scene, sample_scenes
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the language model's training; the learning rate follows a cosine after a linear warm-up."""
-
-    steps: int
-    warmup_steps: int
-    pictures_per_step: int
-    texts_per_step: int
-    questions_per_text: int
-    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -76,48 +57,18 @@ class Recipe:
     weight_decay: float = 0.05
 
 
-class Writer:
-    """Encode texts of the world as trees; each distinct text is tokenised once."""
+def picture_tree(writer: Writer, scene: Scene, key: str, rng: random.Random) -> Drawn:
+    """Draw a tree of an image: six perception questions, two short answers and, with probability 1/4, a caption."""
+    pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
+    pairs += perception_questions(scene, rng, 6)
+    pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
+    return writer.tree(writer.image_root(), pairs, (key,))
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.end = int(tokenizer.eos_token_id)
-        self.encode = lru_cache(maxsize=200_000)(
-            lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids)
-        )
-        image = tokenizer.convert_tokens_to_ids("<image>")
-        self.image_root = np.array([*self.encode("USER:"), *[image] * (IMAGE_SIZE // PATCH_SIZE) ** 2])
 
-    def text_root(self, scene: Scene) -> list[int]:
-        """Encode a scene's facts as a root."""
-        return [*self.encode("USER:"), *[token for fact in facts(scene) for token in self.encode(fact)]]
-
-    def picture_tree(self, scene: Scene, key: str, rng: random.Random) -> tuple[Tree, list[int]]:
-        """Draw a tree of an image: six perception questions, two short answers and, with probability 1/4, a caption."""
-        pairs = [("Describe the image.", describe(scene))] if rng.random() < 0.25 else []
-        pairs += perception_questions(scene, rng, 6)
-        pairs += [(reword(q.text, rng), q.answer) for q in ask(scene, rng, n=2)]
-        return self.tree(self.image_root, pairs, (key,))
-
-    def text_tree(self, scene: Scene, rng: random.Random, questions: int) -> tuple[Tree, list[int]]:
-        """Draw a tree of a scene's facts as text, with questions that tagged rationales answer."""
-        pairs = []
-        for question in ask(scene, rng, n=questions):
-            see, think = true_rationale(scene, question)
-            response = format_response(see, think, question.answer, "tagged")
-            pairs.append((reword(question.text, rng), response))
-        return self.tree(np.array(self.text_root(scene)), pairs, ())
-
-    def tree(
-        self, root: np.ndarray, pairs: Sequence[tuple[str, str]], images: tuple[str, ...]
-    ) -> tuple[Tree, list[int]]:
-        """Build a tree with questions and answers below the root tokens.
-
-        Returns it with each answer's number of tokens; the loss is on these alone.
-        """
-        answers = [(*self.encode(answer), self.end) for _, answer in pairs]
-        prompts = [self.encode(f"{question} ASSISTANT:") for question, _ in pairs]
-        segments = [Segment(np.array([*p, *a]), parent=0) for p, a in zip(prompts, answers, strict=True)]
-        return Tree((Segment(root), *segments), images), [len(answer) for answer in answers]
+def text_tree(writer: Writer, scene: Scene, rng: random.Random, questions: int) -> Drawn:
+    """Draw a tree of a scene's facts as text, with questions that tagged rationales answer."""
+    asked = ask(scene, rng, n=questions)
+    return writer.text_tree(facts(scene), [(reword(q.text, rng), *true_rationale(scene, q), q.answer) for q in asked])
 
 
 def reword(question: str, rng: random.Random) -> str:
@@ -128,17 +79,6 @@ def reword(question: str, rng: random.Random) -> str:
             (f"Is there {phrase} in the image?", f"Does the image contain {phrase}?", f"Is {phrase} present?")
         )
     return question
-
-
-def answer_rows(forest: Forest, answer_lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the rows that predict the answers' tokens, and these tokens: two int64 tensors [answer tokens]."""
-    rows = [
-        forest.target_rows(tree, [child])[0][-length:]
-        for tree, lengths in enumerate(answer_lengths)
-        for child, length in enumerate(lengths, start=1)
-    ]
-    index = torch.cat(rows)
-    return index, forest.token_ids[index + 1]
 
 
 def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
@@ -153,7 +93,7 @@ def corpus(scenes: Sequence[Scene], rng: random.Random) -> Iterator[str]:
             yield " ".join([reword(item.text, rng), *see, *think, item.answer])
 
 
-def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+def train_mixture(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
     """Train decoder and projector on the mixture of the stage `name`; the tower is frozen."""
     stage: Stage = getattr(recipe, name)
     rng = random.Random(f"{name}/{recipe.seed}")
@@ -165,34 +105,23 @@ def train_language(model: LVLM, writer: Writer, recipe: Recipe, name: str, log: 
     distinct = np.unique(order)  # indices of the scenes in use
     # [distinct, 36, 128] float16, before the projector
     features = _encode_all(model, [scenes[i] for i in distinct], rng)
-    projector = model.vision.model.multi_modal_projector
-    model.requires_grad_(True)
-    model.vision.model.vision_tower.requires_grad_(False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True)
-    losses: list[float] = []
-    started = time.monotonic()
-    for step in range(stage.steps):
+
+    def draw(step: int) -> list[Drawn]:
         picked = order[step * stage.pictures_per_step : (step + 1) * stage.pictures_per_step]
-        trees = [writer.picture_tree(scenes[i], str(i), rng) for i in picked]
-        trees += [
-            writer.text_tree(scenes[rng.randrange(len(scenes))], rng, stage.questions_per_text)
+        trees = [picture_tree(writer, scenes[i], str(i), rng) for i in picked]
+        return trees + [
+            text_tree(writer, scenes[rng.randrange(len(scenes))], rng, stage.questions_per_text)
             for _ in range(stage.texts_per_step)
         ]
-        forest = Forest.of([tree for tree, _ in trees])
-        rows, targets = answer_rows(forest, [lengths for _, lengths in trees])
-        # On a CPU with bf16 instructions its matrix products are three times as fast as fp32's.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            projected = projector(features[np.searchsorted(distinct, picked)].float()).float()  # [pictures, 36, hidden]
-            embeddings = model.embed(forest, {str(i): projected[k] for k, i in enumerate(picked)})
-            hidden = model.decoder(embeddings, forest.positions, forest_attend(forest))
-            logits = hidden[rows] @ model.decoder.head_weight.T  # [answer tokens, V]
-        loss = F.cross_entropy(logits.float(), targets)
-        update(optimizer, loss, scheduled(stage.learning_rate, step, stage.steps, stage.warmup_steps))
-        losses.append(loss.item())
-        if step % 50 == 49:
-            log(f"{name} {step + 1}/{stage.steps} loss {np.mean(losses[-50:]):.4f} {time.monotonic() - started:.0f} s")
-    model.requires_grad_(False)
+
+    def features_of(keys: Sequence[str]) -> Tensor:
+        return features[np.searchsorted(distinct, [int(key) for key in keys])]
+
+    model.requires_grad_(True)
+    model.vision.model.vision_tower.requires_grad_(False)
+    train_language(
+        model, stage, draw, features_of, lambda line: log(f"{name} {line}"), weight_decay=recipe.weight_decay
+    )
 
 
 @torch.no_grad()
@@ -216,7 +145,7 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
         features = model.encode_images([render(scene, rng.randrange(2**31)) for scene in batch])
         questions = [ask(scene, rng, n=6) for scene in batch]
         trees = [
-            writer.tree(writer.image_root, [(q.text, q.answer) for q in of_scene], (str(i),))
+            writer.tree(writer.image_root(), [(q.text, q.answer) for q in of_scene], (str(i),))
             for i, of_scene in enumerate(questions)
         ]
         forest = Forest.of([tree for tree, _ in trees])
@@ -230,26 +159,22 @@ def short_answer_accuracy(model: LVLM, writer: Writer, seed: int, split: str = "
     return shares | {"overall": float(np.mean([hit for values in right.values() for hit in values]))}
 
 
-def text_accuracy(model: LVLM, writer: Writer, seed: int) -> dict[str, float]:
-    """Measure shares of right answers and of aligned responses, greedy, on 600 questions over unseen scenes given as text."""
+def text_probe(seed: int) -> list[Sample]:
+    """Draw 600 questions over unseen scenes, to be given as text."""
     rng = random.Random(f"text probe/{seed}")
-    prompts: list[Prompt] = []
-    questions: list[tuple[Scene, Question]] = []
-    for scene in sample_scenes("validation", 100, seed):
-        root = writer.text_root(scene)
-        for question in ask(scene, rng, n=6):
-            tokens = np.array([*root, *writer.encode(f"{question.text} ASSISTANT:")])
-            prompts.append(Prompt(tokens, (), str(len(prompts))))
-            questions.append((scene, question))
-    responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
-    verifications = [
-        verify(parse_response(model.decode(response.token_ids)), question.program, scene, question.answer)
-        for (scene, question), response in zip(questions, responses, strict=True)
+    return [
+        Sample(
+            id=f"{number}-{index}",
+            images=(),
+            question=question.text,
+            answer=question.answer,
+            facts=facts(scene),
+            extra={"program": question.program, "scene": scene.to_json()},
+            image_root=Path(),
+        )
+        for number, scene in enumerate(sample_scenes("validation", 100, seed))
+        for index, question in enumerate(ask(scene, rng, n=6))
     ]
-    return {
-        "accuracy": float(np.mean([verification.answer_right for verification in verifications])),
-        "aligned": float(np.mean([verification.aligned for verification in verifications])),
-    }
 
 
 def main(
@@ -304,8 +229,8 @@ def train_new_tower(output: Path, recipe: Recipe, log: Callable[[str], None]) ->
 def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
     """Run the language stage `name` from the checkpoint `start`, write the result to `output`, and measure it."""
     model = load_lvlm(start)
-    writer = Writer(model.tokenizer)
-    train_language(model, writer, recipe, name, log)
+    writer = Writer(model.tokenizer, model.vision.config.image_seq_length)
+    train_mixture(model, writer, recipe, name, log)
     save_lvlm(model, output, dtype=torch.bfloat16)
     trained = load_lvlm(output)
     record = json.loads((start / "TRAINING.json").read_text(encoding="utf-8")) | {
@@ -314,7 +239,7 @@ def train_stage(start: Path, output: Path, recipe: Recipe, name: str, log: Calla
         "short_answer_accuracy": {
             split: short_answer_accuracy(trained, writer, 1, split) for split in ("validation", "generalisation")
         },
-        "text_accuracy": text_accuracy(trained, writer, 1),
+        "text_accuracy": text_accuracy(trained, writer, text_probe(1)),
         "torch": torch.__version__,
     }
     write_json(output / "TRAINING.json", record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from srcfast.recipes.base_checkpoint import PATCH_SIZE
+from srcfast.recipes.unfinished import Unfinished
 from srcfast.world import render
 from srcfast.world.scenes import BACKGROUNDS, COLORS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, sample_scenes
 
@@ -27,36 +29,52 @@ CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
-class PatchHeads(nn.Module):
-    """Linear heads: per patch for shape, color and size of the object in its cell (0: none) and for the cell; per image.
+class DenseHeads(nn.Module):
+    """Linear heads: for attributes of each patch, and for those of the image; their numbers of classes are given.
 
-    Each patch learns all attributes of its object, so that a language model needs to attend to one patch alone.
+    Each patch learns all attributes of what is in its cell, so that a language model needs to attend to one patch alone.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, patch_classes: Sequence[int], image_classes: Sequence[int]) -> None:
         super().__init__()
-        self.sizes = [len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1, len(PLACES)]
-        self.patch = nn.Linear(hidden_size, sum(self.sizes))
-        self.image = nn.Linear(hidden_size, len(BACKGROUNDS) + len(SHAPES) + len(COLORS))
+        self.patch_classes, self.image_classes = list(patch_classes), list(image_classes)
+        self.patch = nn.Linear(hidden_size, sum(patch_classes))
+        self.image = nn.Linear(hidden_size, sum(image_classes))
 
     def forward(self, patches: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Map patch features [batch, 36, hidden] to logits per patch [batch, 36, classes] and per image [batch, classes]."""
-        by_image = self.image(patches.mean(1)).split([len(BACKGROUNDS), len(SHAPES), len(COLORS)], dim=-1)
-        return self.patch(patches).split(self.sizes, dim=-1), by_image
+        """Map patch features [batch, patches, hidden] to logits [batch, patches, classes] and per image [batch, classes]."""
+        by_image = self.image(patches.mean(1)).split(self.image_classes, dim=-1)
+        return self.patch(patches).split(self.patch_classes, dim=-1), by_image
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """Return labels [36, 4], int64, per patch: shape, color and size of the object in its cell (0: none), and the cell."""
+@dataclass(frozen=True)
+class Labelled:
+    """Images with labels of their patches [n, patches, attributes] and of the whole [n, attributes]; -100: not trained on.
+
+    `pixels` gives those of some images by their indices, [batch, side, side, 3] uint8.
+    """
+
+    pixels: Callable[[np.ndarray], np.ndarray]
+    patches: np.ndarray
+    images: np.ndarray
+
+
+PATCH_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1, len(PLACES))  # the first three: 0 is no object
+IMAGE_CLASSES = (len(BACKGROUNDS), len(SHAPES), len(COLORS))
+
+
+def cell_labels(scene: Scene) -> np.ndarray:
+    """Return labels [9, 4], int64, per cell: shape, color and size of the object in it (0: none), and the cell."""
     labels = np.zeros((len(PLACES), 4), dtype=np.int64)
     labels[:, 3] = np.arange(len(PLACES))
     for o in scene.objects:
         attributes = (SHAPES.index(o.shape) + 1, COLORS.index(o.color) + 1, SIZES.index(o.size) + 1)
         labels[PLACES.index(o.place), :3] = attributes
-    return labels[PLACE_OF_PATCH]
+    return labels
 
 
 def single_labels(shape: str, color: str, center: Sequence[float], extent: float) -> np.ndarray:
-    """Return labels [36, 4] as `patch_labels` does: the object on patches that overlap it by over 2 pixels, else none.
+    """Return labels [36, 4] of patches: the object on those that overlap it by over 2 pixels, else none.
 
     Its size, and patches at its edge, are not trained on (-100).
     """
@@ -95,7 +113,7 @@ def picture_set(count: int, seed: int, split: str = "base") -> tuple[np.ndarray,
     for index in range(count):
         if index < len(scenes):
             pixels[index] = np.asarray(render.render(scenes[index], rng.randrange(2**31)))
-            patches[index] = patch_labels(scenes[index])
+            patches[index] = cell_labels(scenes[index])[PLACE_OF_PATCH]
             images[index, 0] = BACKGROUNDS.index(scenes[index].background)
         else:
             shape, color = rng.choice(pairs)
@@ -106,7 +124,7 @@ def picture_set(count: int, seed: int, split: str = "base") -> tuple[np.ndarray,
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """Normalise by CLIP's mean and standard deviation: [batch, 72, 72, 3] uint8 -> [batch, 3, 72, 72] float."""
+    """Normalise by CLIP's mean and standard deviation: [batch, side, side, 3] uint8 -> [batch, 3, side, side] float."""
     values = torch.from_numpy(pixels).float() / 255
     return ((values - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).contiguous()
 
@@ -138,30 +156,66 @@ def train_tower(
 ) -> dict[str, float]:
     """Train `tower` in place, and return accuracies on 2,000 images of unseen scenes."""
     torch.manual_seed(seed)
-    tower.set_attn_implementation("eager")  # on a CPU the backward of the fused kernel takes most of a step's time
     pixels, labels, images = picture_set(pictures, seed)
-    heads = PatchHeads(tower.config.hidden_size)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], weight_decay=0.01, fused=True)
-    total = epochs * pictures // batch_size
-    generator = np.random.default_rng(seed)
-    order = np.concatenate([generator.permutation(pictures) for _ in range(epochs)])
-    for step in range(total):
-        batch = order[step * batch_size : (step + 1) * batch_size]
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times as fast on CPUs with bf16
-            patches = tower(normalise(pixels[batch])).last_hidden_state[:, 1:]  # [batch, 36, hidden]
-        by_patch, by_image = heads(patches.float())
-        patch_target, image_target = torch.from_numpy(labels[batch]), torch.from_numpy(images[batch])
-        loss = sum(
-            F.cross_entropy(logits.flatten(0, 1), patch_target[..., k].flatten()) for k, logits in enumerate(by_patch)
-        )
-        loss = loss + sum(F.cross_entropy(logits, image_target[:, k]) for k, logits in enumerate(by_image))
-        update(optimizer, loss, scheduled(learning_rate, step, total, warmup_steps=100))
-        on_step(step + 1, total, loss.item())
+    heads = DenseHeads(tower.config.hidden_size, PATCH_CLASSES, IMAGE_CLASSES)
+    train_on_labels(
+        tower,
+        heads,
+        Labelled(pixels.__getitem__, labels, images),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        on_step=on_step,
+    )
     return tower_accuracy(tower, heads, seed + 1)
 
 
+def train_on_labels(
+    tower: CLIPVisionModel,
+    heads: DenseHeads,
+    labelled: Labelled,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[int, int, float], None],
+    unfinished: Unfinished | None = None,
+) -> None:
+    """Train `tower` and `heads` in place, on epochs that the seed orders; with `unfinished` the training is saved there."""
+    tower.set_attn_implementation("eager")  # on a CPU the backward of the fused kernel takes most of a step's time
+    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], weight_decay=0.01, fused=True)
+    pictures = len(labelled.images)
+    total = epochs * pictures // batch_size
+    generator = np.random.default_rng(seed)
+    order = np.concatenate([generator.permutation(pictures) for _ in range(epochs)])
+    for step in range(0 if unfinished is None else unfinished.load(optimizer), total):
+        batch = order[step * batch_size : (step + 1) * batch_size]
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # three times as fast on CPUs with bf16
+            patches = tower(normalise(labelled.pixels(batch))).last_hidden_state[:, 1:]  # [batch, patches, hidden]
+        by_patch, by_image = heads(patches.float())
+        loss = _labelled_loss(by_patch, labelled.patches[batch])
+        loss = loss + _labelled_loss(by_image, labelled.images[batch])
+        update(optimizer, loss, scheduled(learning_rate, step, total, warmup_steps=100))
+        on_step(step + 1, total, loss.item())
+        if unfinished is not None:
+            unfinished.save_if_due(optimizer, step + 1)
+
+
+def _labelled_loss(logits: Sequence[Tensor], labels: np.ndarray) -> Tensor:
+    """Sum the cross entropies of attributes, each over its labels [..., attributes]; one without labels counts nothing."""
+    targets = torch.from_numpy(labels)
+    losses = [
+        F.cross_entropy(each.flatten(0, -2), targets[..., k].flatten())
+        for k, each in enumerate(logits)
+        if (labels[..., k] >= 0).any()
+    ]
+    return sum(losses, torch.zeros(()))
+
+
 @torch.no_grad()
-def tower_accuracy(tower: CLIPVisionModel, heads: PatchHeads, seed: int) -> dict[str, float]:
+def tower_accuracy(tower: CLIPVisionModel, heads: DenseHeads, seed: int) -> dict[str, float]:
     """Measure on unseen images the share of right predictions, of patches with and without an object, and of images."""
     pixels, labels, images = picture_set(2000, seed, split="validation")
     outputs = [heads(tower(normalise(chunk)).last_hidden_state[:, 1:]) for chunk in np.array_split(pixels, 20)]
