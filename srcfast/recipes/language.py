@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from srcfast.attention.forest_attention import forest_attend
+from srcfast.data.answers import is_right
 from srcfast.data.forest import Forest, Segment, Tree
 from srcfast.data.rationale_format import format_response, parse_response
 from srcfast.data.records import Sample
 from srcfast.generation.generate import Prompt, generate_greedy
-from srcfast.models import LVLM
+from srcfast.models import LVLM, ImageFeatures
 from srcfast.recipes.unfinished import Unfinished
 from srcfast.recipes.vision_tower import scheduled, update
+from srcfast.stages.prompts import encode_prompt, image_keys, image_loader
 from srcfast.world.verification import verify_sample
 
 Drawn = tuple[Tree, list[int]]  # a tree, and the number of tokens of each answer, on which alone the loss is
@@ -150,13 +152,28 @@ def train_language(
     model.requires_grad_(False)
 
 
-def text_accuracy(model: LVLM, writer: Writer, samples: Sequence[Sample]) -> dict[str, float]:
+def short_answer_accuracy(model: LVLM, samples: Sequence[Sample]) -> dict[str, float]:
+    """Measure the share of right short answers, greedy, by ability and overall."""
+    prompts = [Prompt(encode_prompt(model, sample), image_keys(sample), sample.id) for sample in samples]
+    features = ImageFeatures(model, image_loader(samples))
+    responses = generate_greedy(model, prompts, features, max_new_tokens=24, batch_size=32)
+    right: dict[str, list[bool]] = {}
+    for sample, response in zip(samples, responses, strict=True):
+        answer = model.decode(response.token_ids).strip()
+        right.setdefault(str(sample.extra["ability"]), []).append(is_right(sample, answer))
+    shares = {ability: float(np.mean(values)) for ability, values in sorted(right.items())}
+    return shares | {"overall": float(np.mean([hit for values in right.values() for hit in values]))}
+
+
+def text_accuracy(
+    model: LVLM, writer: Writer, samples: Sequence[Sample], max_new_tokens: int = 112
+) -> dict[str, float]:
     """Measure shares of right answers and of aligned responses, greedy, on samples whose facts are given as text."""
     prompts = [
         Prompt(np.array([*writer.text_root(sample.facts), *writer.question(f" {sample.question}")]), (), sample.id)
         for sample in samples
     ]
-    responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens=112, batch_size=128)
+    responses = generate_greedy(model, prompts, lambda keys: {}, max_new_tokens, batch_size=128)
     verifications = [
         verification
         for sample, response in zip(samples, responses, strict=True)
