@@ -177,11 +177,12 @@ def _perception(sample: Sample, rng: random.Random) -> tuple[str, str]:
 
 def corpus(samples: Sequence[Sample], rng: random.Random) -> Iterator[str]:
     """Yield the texts on which the tokenizer is trained."""
-    yield "USER: ASSISTANT: Nothing. Question Facts Answer First Second Better Score first second tie"
+    yield "Nothing. Question Facts Answer First Second Better Score first second tie"
     for sample in samples:
-        yield " ".join([*caption(sample), sample.question, *sample.extra["see"], *sample.extra["think"], sample.answer])
+        rationale = " ".join([*sample.extra["see"], *sample.extra["think"]])
+        yield f"USER: {' '.join(caption(sample))} {sample.question} ASSISTANT: {rationale} {sample.answer}"
         for question, answer in perceptions(sample, rng, 2):
-            yield f"{question} {answer}"
+            yield f"{question} ASSISTANT: {answer}"
 
 
 def picture_tree(writer: Writer, picture: Picture, rng: random.Random) -> Drawn:

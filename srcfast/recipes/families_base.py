@@ -86,9 +86,10 @@ RECIPES = {
         num_layers=10,
         vision_size=256,
         vision_layers=6,
+        tower_epochs=4,
         tower_learning_rate=7e-4,
-        language=Stage(3_500, 300, 16, 6, 3, 8e-4),
-        reasoning=Stage(1_000, 70, 6, 12, 4, 6e-4),
+        language=Stage(2_000, 200, 16, 6, 3, 8e-4),
+        reasoning=Stage(600, 60, 6, 12, 4, 6e-4),
     ),
 }
 
