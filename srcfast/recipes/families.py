@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -46,12 +46,16 @@ OF_IMAGE = dict(zip(("background", "single_shape", "single_color"), IMAGE_CLASSE
 _WORLD, _DIGIT, _CHART = slice(0, 4), [4, 3], slice(5, 10)  # columns of the patches' labels
 _LEFT, _WIDTH = 0.18, 0.79  # of a chart's axes, as shares of the image
 
+# Words that R-Scorers read and write.
+_OF_SCORERS = "Question Facts Answer First Second Better Score first second tie A detail of the reference may be wrong missing"
 Picture = list[Sample]
+Split = Literal["base", "scorer", "validation", "fit"]  # the last one is easy-VQA's in place of the first two
 
 
-def read_family(name: str, count: int, seed: int, images: Path, *, validation: bool = False) -> list[Sample]:
-    """Draw samples of a family to train a base on, or of its validation split; only those with rationales."""
-    split = "validation" if validation else "fit" if name == "easy_vqa" else "base"
+def read_family(name: str, count: int, seed: int, images: Path, split: Split = "base") -> list[Sample]:
+    """Draw samples of a family, only those with rationales; images are drawn into a directory."""
+    if name == "easy_vqa" and split != "validation":
+        split = "fit"
     dataset = DatasetConfig(name=name, format=name, split=split, limit=count, seed=seed)
     return [sample for sample in read_dataset(dataset, images, []) if sample.rationale]
 
@@ -177,10 +181,9 @@ def _perception(sample: Sample, rng: random.Random) -> tuple[str, str]:
 
 def corpus(samples: Sequence[Sample], rng: random.Random) -> Iterator[str]:
     """Yield the texts on which the tokenizer is trained."""
-    yield "Nothing. Question Facts Answer First Second Better Score first second tie"
     for sample in samples:
         rationale = " ".join([*sample.extra["see"], *sample.extra["think"]])
-        yield f"USER: {' '.join(caption(sample))} {sample.question} ASSISTANT: {rationale} {sample.answer}"
+        yield f"USER: {' '.join(caption(sample))} {sample.question} ASSISTANT: {rationale} {sample.answer} {_OF_SCORERS}"
         for question, answer in perceptions(sample, rng, 2):
             yield f"{question} ASSISTANT: {answer}"
 

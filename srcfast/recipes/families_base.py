@@ -181,7 +181,7 @@ def train_tower(work: Path, recipe: Recipe, pictures: dict[str, list[Picture]], 
             heads,
             label(
                 by_images(
-                    read_family(name, recipe.validation_samples, recipe.seed + 1, work / "pictures", validation=True)
+                    read_family(name, recipe.validation_samples, recipe.seed + 1, work / "pictures", split="validation")
                 )
             ),
         )
@@ -295,7 +295,7 @@ def measured(
     """Measure a base on so many samples of each family's validation split; images are drawn into a directory."""
     model = load_lvlm(checkpoint)
     assert isinstance(model, LVLM)
-    held_out = {name: read_family(name, count, seed, images, validation=True) for name in families}
+    held_out = {name: read_family(name, count, seed, images, split="validation") for name in families}
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "short_answer_accuracy": {name: short_answer_accuracy(model, samples) for name, samples in held_out.items()},

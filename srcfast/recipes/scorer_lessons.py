@@ -123,8 +123,8 @@ def checking_items(
             shown = f"First: {variant.text}\n"
             labels.candidate(len(segments), shown)
             segments.append(Segment(scorer.encode(shown), 0))
-        for _ in range(drills):
-            image = truth_of(sample)
+        image = truth_of(sample)
+        for _ in range(drills if image is not None else 0):  # of clips no claims are drawn
             assert image is not None
             claims = draw_claims(image, rng, claims_per_drill)
             answer = drawn_answer(sample, rng, answers)

@@ -1,13 +1,16 @@
-"""Train the embedded R-Scorer on the world's split "scorer" and easy-VQA's training questions.
+"""Train the embedded R-Scorer on the world's split "scorer" and easy-VQA's training questions, or one of the study's.
 
     python -m srcfast.recipes.train_scorer --output srcfast/world/assets/scorer
+    python -m srcfast.recipes.train_scorer --output DIR --start BASE [--writer BASE]
 
 Training starts from the embedded base's decoder, which has learned to reason over facts given as text. The data are true
 rationales, their corruptions, and candidates that tuned bases generate for these samples, since models make other faults than
 the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
 candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
 tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the
-qualities, which the R-Scorer is told.
+qualities, which the R-Scorer is told. With `--start` training starts from the decoder of another base, and samples are those
+of all data families; `--writer` names the base that is tuned to write candidates, so that R-Scorers of several sizes have the
+same ones.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +35,11 @@ from srcfast.data.jsonl import read_jsonl, write_json, write_jsonl
 from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import ReferenceQuality, Sample
-from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.recipes.base_checkpoint import decoder_as_text_model
+from srcfast.recipes.families import read_family
 from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
 from srcfast.run.progress import track
 from srcfast.stages.candidates import generate_candidates
@@ -51,9 +55,9 @@ from srcfast.stages.scorer_training import (
     scorer_examples,
     with_reference,
 )
+from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Objective, TrainingItem
 from srcfast.training.loop import train
-from srcfast.world.claims import VOCABULARY
 from srcfast.world.easy_vqa import read_easy_vqa
 from srcfast.world.samples import world_samples
 from srcfast.world.verification import verify_sample
@@ -83,7 +87,17 @@ class Recipe:
     comparing_epochs: int = 2
     refining_draws: int = 2  # draws of `compared` candidates from each tuned base, in the stage refining
     trees_per_step: int = 8
+    max_new_tokens: int = 112  # of a candidate
+    families: dict[str, int] = field(
+        default_factory=dict
+    )  # samples of each, in place of world_samples and easy_vqa_samples
     qualities: tuple[ReferenceQuality, ...] = ("complete",)  # of references, which the R-Scorer is told
+
+    @classmethod
+    def of_families(cls) -> Recipe:
+        """Return the recipe of the study's R-Scorers."""
+        families = {"world": 1_800, "clips": 1_000, "digits": 1_000, "charts": 1_000, "easy_vqa": 600}
+        return cls(families=families, held_out_samples=150, max_new_tokens=176)
 
 
 def main(
@@ -92,23 +106,35 @@ def main(
     qualities: Annotated[
         str, typer.Option(help="of references: complete, noisy, partial, answer, by commas")
     ] = "complete",
+    start: Annotated[
+        str, typer.Option(help="directory of the base whose decoder the R-Scorer starts from")
+    ] = "embedded",
+    writer: Annotated[
+        str | None, typer.Option(help="directory of the base that writes candidates; default: start")
+    ] = None,
 ) -> None:
-    """Train the embedded R-Scorer, and write it with TRAINING.json, the record of its training.
+    """Train an R-Scorer, and write it with TRAINING.json, the record of its training.
 
-    Files that exist in `output` are not made again: the candidates, and the model after each stage.
+    Files that exist in `output` are not made again: the candidates, and the model after each stage. A stage that was stopped
+    continues.
     """
     torch.set_num_threads(threads)
-    recipe = Recipe(qualities=parse_qualities(qualities))
+    recipe = replace(Recipe() if start == "embedded" else Recipe.of_families(), qualities=parse_qualities(qualities))
+    train_scorer_of(recipe, output, start, writer or start)
+
+
+def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> None:
+    """Train an R-Scorer from the decoder of the base `start`, on candidates that the base `writer` writes once tuned."""
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
         by_id = {sample.id: sample for sample in (*samples, *held_out)}
         variants_by_base = [
-            verified_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output))
+            verified_variants(by_id, tuned_candidates(samples, held_out, recipe, number, output, writer))
             for number in range(len(recipe.tuned))
         ]
     best_tuned = variants_by_base[0]
     rng = random.Random(f"examples/{recipe.seed}")
-    examples = scorer_examples(raps_of(samples), rng, VOCABULARY, variants=recipe.corrupted, is_faulty=is_faulty)
+    examples = scorer_examples(raps_of(samples), rng, None, variants=recipe.corrupted, is_faulty=is_faulty)
 
     def told(example: ScorerExample, key: str) -> ScorerExample:
         quality = draw_quality(recipe.qualities, f"{recipe.seed}/{key}/{example.key}")
@@ -138,22 +164,25 @@ def main(
         ]
         return comparing_items(scorer, by_id, generated)
 
-    decoder_as_text_model(load_lvlm("embedded"), output / "decoder")
+    base = load_lvlm(start)
+    assert isinstance(base, LVLM)
+    decoder_as_text_model(base, output / "decoder")
     stages = (
         ("decoder", "checking", to_check, recipe.checking_epochs),
         ("checking", "comparing", to_compare, recipe.comparing_epochs),
         ("comparing", "refining", to_refine, 1),
     )
-    for start, end, items_for, epochs in stages:
+    for begin, end, items_for, epochs in stages:
         if not (output / end / "config.json").exists():
-            scorer = load_scorer(output / start)
-            train_items(scorer, items_for(scorer), recipe, epochs)
+            scorer = load_scorer(output / begin)
+            checkpoints = TrainingCheckpoints(output / "checkpoint" / end, {"recipe": asdict(recipe)})
+            train_items(scorer, items_for(scorer), recipe, epochs, checkpoints)
             save_text_model(scorer.text_model, output / end)
     shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
     save_text_model(shipped.text_model, output)
 
     record = {
-        "command": "python -m srcfast.recipes.train_scorer --output DIR",
+        "command": "python -m srcfast.recipes.train_scorer --output DIR" + (" --start BASE" if recipe.families else ""),
         "recipe": asdict(recipe),
         "held_out": held_out_scores(load_scorer(output), held_out, variants_by_base, recipe),
         "torch": torch.__version__,
@@ -172,6 +201,16 @@ def parse_qualities(text: str) -> tuple[ReferenceQuality, ...]:
 
 def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sample]]:
     """Draw the samples to train on, in random order, and the held-out samples, all with true rationales."""
+    if recipe.families:
+        samples = [
+            s for name, n in recipe.families.items() for s in read_family(name, n, recipe.seed, images, "scorer")
+        ]
+        held_out = [
+            sample
+            for name in recipe.families
+            for sample in read_family(name, recipe.held_out_samples, recipe.seed + 1, images, "validation")
+        ]
+        return random.Random(f"scorer/{recipe.seed}").sample(samples, len(samples)), held_out
     samples = world_samples("scorer", recipe.world_samples, recipe.seed, image_dir=images)
     held_out = world_samples("validation", recipe.held_out_samples, recipe.seed + 1, image_dir=images)
     for sample in read_easy_vqa("train", recipe.easy_vqa_samples, recipe.seed):
@@ -182,13 +221,14 @@ def draw_samples(recipe: Recipe, images: Path) -> tuple[list[Sample], list[Sampl
 
 
 def tuned_candidates(
-    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, number: int, output: Path
+    samples: Sequence[Sample], held_out: Sequence[Sample], recipe: Recipe, number: int, output: Path, base: str
 ) -> dict[str, list[str]]:
     """Tune a base, and generate candidates for samples that it was not tuned on. Returns their texts by sample id.
 
     Args:
         number: index into `recipe.tuned`.
         output: directory with the file of candidates; an existing file is read instead.
+        base: directory of the base, or "embedded".
     """
     tuned_samples, epochs = recipe.tuned[number]
     seed = recipe.seed + number
@@ -196,7 +236,7 @@ def tuned_candidates(
     if not file.exists():
         searched = [*samples[: recipe.searched_samples], *held_out]
         raps, _ = build_raps(samples[recipe.searched_samples :][:tuned_samples])
-        model = load_lvlm("embedded", lora=LoRAConfig(r=16, alpha=32).seeded(seed))
+        model = load_lvlm(base, lora=LoRAConfig(r=16, alpha=32).seeded(seed))
         features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
         loop = TrainingConfig(
             epochs=epochs,
@@ -214,7 +254,7 @@ def tuned_candidates(
             top_p=1.0,
             max_sentences=12,
             max_sentence_tokens=24,
-            max_new_tokens=112,
+            max_new_tokens=recipe.max_new_tokens,
         )
         with track("candidates", len(searched), "samples") as progress:
             generated = generate_candidates(
@@ -268,7 +308,13 @@ def with_generated(
     return scorer_example(sample, rng.sample(chosen, len(chosen)))
 
 
-def train_items(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, epochs: int) -> None:
+def train_items(
+    scorer: Scorer,
+    items: Sequence[TrainingItem],
+    recipe: Recipe,
+    epochs: int,
+    checkpoints: TrainingCheckpoints | None = None,
+) -> None:
     """Train the whole model on items; every 40 steps print loss and shares of right predictions to stderr."""
     started = time.monotonic()
 
@@ -296,6 +342,7 @@ def train_items(scorer: Scorer, items: Sequence[TrainingItem], recipe: Recipe, e
                 activation_checkpointing=0,
             ).seeded(recipe.seed),
             on_step=log,
+            checkpoints=checkpoints,
         )
 
 
@@ -306,9 +353,9 @@ def held_out_scores(
     rng = random.Random(f"held out/{recipe.seed}")
     by_id = {sample.id: sample for sample in held_out}
     groups: dict[str, list[ScorerExample]] = {}
-    for name in ("world", "easy_vqa"):
+    for name in dict.fromkeys(sample.extra["dataset"] for sample in held_out):
         subset = [sample for sample in held_out if sample.extra["dataset"] == name]
-        groups[name] = scorer_examples(raps_of(subset), rng, VOCABULARY, is_faulty=is_faulty)
+        groups[name] = scorer_examples(raps_of(subset), rng, None, is_faulty=is_faulty)
         for variants, (tuned_samples, _) in zip(variants_by_base, recipe.tuned, strict=True):
             comparable = [sample for sample in subset if len(variants[sample.id]) > 1]
             examples = [scorer_example(sample, variants[sample.id]) for sample in comparable]

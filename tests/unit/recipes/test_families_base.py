@@ -21,33 +21,10 @@ from srcfast.models import ImageFeatures, load_lvlm
 from srcfast.recipes.base_checkpoint import train_tokenizer
 from srcfast.recipes.families import CLASSES, by_images, caption, labels_of, perceptions, read_family
 from srcfast.recipes.families_base import RECIPES, Recipe, train_base
-from srcfast.recipes.language import Stage, Writer
+from srcfast.recipes.language import Writer
 from srcfast.recipes.unfinished import Unfinished, check_recipe
 from srcfast.stages.prompts import encode_prompt, image_keys, image_loader
 from srcfast.world.verification import verify_sample
-
-SMALL = Recipe(
-    vocabulary_size=400,
-    hidden_size=32,
-    num_layers=1,
-    vision_size=32,
-    vision_layers=1,
-    samples={"world": 12, "clips": 12, "easy_vqa": 12},
-    weights={"world": 0.4, "clips": 0.3, "easy_vqa": 0.3},
-    tower_epochs=1,
-    tower_batch_size=8,
-    language=Stage(3, 1, 2, 2, 2, 1e-3),
-    reasoning=Stage(2, 1, 1, 2, 2, 1e-3),
-    validation_samples=2,
-)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of a few steps, trained without a stop."""
-    directory = tmp_path_factory.mktemp("base")
-    train_base(directory, SMALL)
-    return directory
 
 
 def drawn(name: str, count: int, directory: Path) -> list[Sample]:
@@ -58,10 +35,10 @@ def column(name: str) -> int:
     return list(CLASSES).index(name)
 
 
-def test_the_base_loads_and_answers(base: Path, tmp_path: Path) -> None:
+def test_the_base_loads_and_answers(base: Path, small: Recipe, tmp_path: Path) -> None:
     model = load_lvlm(base)
     assert type(model).__name__ == "LVLM"
-    samples = [drawn(name, 3, tmp_path)[0] for name in SMALL.samples]
+    samples = [drawn(name, 3, tmp_path)[0] for name in small.samples]
     prompts = [Prompt(encode_prompt(model, sample), image_keys(sample), sample.id) for sample in samples]
     for sample, prompt in zip(samples, prompts, strict=True):
         assert (prompt.token_ids == model.image_token_id).sum() == 81 * len(sample.images)
@@ -69,10 +46,10 @@ def test_the_base_loads_and_answers(base: Path, tmp_path: Path) -> None:
     assert all(1 <= len(response.token_ids) <= 5 for response in responses)
 
 
-def test_the_training_is_on_the_prompts_that_the_template_writes(base: Path, tmp_path: Path) -> None:
+def test_the_training_is_on_the_prompts_that_the_template_writes(base: Path, small: Recipe, tmp_path: Path) -> None:
     model = load_lvlm(base)
     writer = Writer(model.tokenizer, 81)
-    for name in SMALL.samples:
+    for name in small.samples:
         sample = drawn(name, 3, tmp_path)[0]
         trained = [*writer.image_root(len(sample.images)), *writer.question(sample.question)]
         assert encode_prompt(model, sample).tolist() == trained
@@ -83,16 +60,16 @@ def test_the_training_is_on_the_prompts_that_the_template_writes(base: Path, tmp
         ]
 
 
-def test_the_record_has_each_family(base: Path) -> None:
+def test_the_record_has_each_family(base: Path, small: Recipe) -> None:
     record = json.loads((base / "TRAINING.json").read_text(encoding="utf-8"))
     for key in ("tower_accuracy", "short_answer_accuracy", "text_accuracy"):
-        assert list(record[key]) == list(SMALL.samples)
+        assert list(record[key]) == list(small.samples)
     assert record["recipe"]["language"]["steps"] == 3
 
 
 @pytest.mark.parametrize("stage", ["tower", "language", "reasoning"])
 def test_a_stopped_training_continues_to_the_same_bytes(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    base: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     save = Unfinished.save_if_due
 
@@ -103,10 +80,10 @@ def test_a_stopped_training_continues_to_the_same_bytes(
 
     monkeypatch.setattr(Unfinished, "save_if_due", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train_base(tmp_path, SMALL, minutes=0.0)
+        train_base(tmp_path, small, minutes=0.0)
     assert not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()
-    train_base(tmp_path, SMALL)
+    train_base(tmp_path, small)
     assert (tmp_path / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert not list((tmp_path / "work").glob("*.safetensors"))
 
@@ -217,13 +194,13 @@ def test_labels_of_a_frame() -> None:
 
 def test_labels_of_easy_vqa_are_where_the_object_is() -> None:
     pixels = np.full((64, 64, 3), 230, dtype=np.uint8)
-    pixels[:24, 8:32] = (0, 0, 255)  # patches of 64/9 pixels: rows 0 to 3, columns 1 to 4
+    pixels[:22, 8:32] = (0, 0, 255)  # patches of 64/9 pixels: rows 0 to 2 and an edge in row 3, columns 1 to 4
     extra = {"scene": {"objects": [{"shape": "rectangle", "color": None, "size": None, "place": None}]}}
-    pixels[0, 0] = 230
     patches, image = labels(extra, pixels)
     assert image.tolist() == [-100, 1, -100]
     assert (patches[:3, 2:4, column("shape")] == 2).all()
     assert (patches[:3, 2:4, column("color")] == -100).all()  # it is not known
+    assert (patches[3, 2:4, column("shape")] == -100).all()
     assert (patches[5:, :, column("shape")] == 0).all()
     assert (patches[:, 6:, column("color")] == 0).all()
     assert (patches[..., column("place")] == -100).all()
