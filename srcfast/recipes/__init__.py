@@ -1,1 +1,1 @@
-"""How the two shipped checkpoints were made; no command of `srcfast` imports this."""
+"""How the two shipped checkpoints were made, and how the models of the study are; no command of `srcfast` imports this."""

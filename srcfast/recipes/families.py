@@ -47,7 +47,9 @@ _WORLD, _DIGIT, _CHART = slice(0, 4), [4, 3], slice(5, 10)  # columns of the pat
 _LEFT, _WIDTH = 0.18, 0.79  # of a chart's axes, as shares of the image
 
 # Words that R-Scorers read and write.
-_OF_SCORERS = "Question Facts Answer First Second Better Score first second tie A detail of the reference may be wrong missing"
+_OF_SCORERS = (
+    "Question Facts Answer First Second Better Score first second tie A detail of the reference may be wrong missing"
+)
 Picture = list[Sample]
 Split = Literal["base", "scorer", "validation", "fit"]  # the last one is easy-VQA's in place of the first two
 

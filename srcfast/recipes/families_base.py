@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,7 +121,7 @@ def train_base(output: Path, recipe: Recipe, minutes: float = 5.0) -> None:
     def log(line: str) -> None:
         print(f"{time.monotonic() - started:.0f} s  {line}", file=sys.stderr, flush=True)
 
-    pictures = draw_pictures(recipe, work, log)
+    pictures = draw_pictures(recipe.samples, recipe.seed, work, log)
     if not (work / "tower" / "TRAINING.json").exists():
         train_tower(work, recipe, pictures, minutes, log)
     if not (work / "language" / "TRAINING.json").exists():
@@ -129,11 +129,11 @@ def train_base(output: Path, recipe: Recipe, minutes: float = 5.0) -> None:
     train_stage(work, work / "language", output, recipe, "reasoning", pictures, minutes, log)
 
 
-def draw_pictures(recipe: Recipe, work: Path, log: Log) -> dict[str, list[Picture]]:
-    """Draw the pictures of all families; their images are files below `work`."""
+def draw_pictures(samples: Mapping[str, int], seed: int, work: Path, log: Log) -> dict[str, list[Picture]]:
+    """Draw the pictures of so many samples of each family; their images are files below `work`."""
     pictures = {}
-    for name, count in recipe.samples.items():
-        pictures[name] = by_images(read_family(name, count, recipe.seed, work / "pictures"))
+    for name, count in samples.items():
+        pictures[name] = by_images(read_family(name, count, seed, work / "pictures"))
         log(f"{len(pictures[name])} pictures of {name}")
     return pictures
 

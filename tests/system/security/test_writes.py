@@ -55,6 +55,7 @@ KNOWN = {
     ("run/lock.py", "_lock", "open"): "an error of its own names the directory",
     ("recipes/base_checkpoint.py", "new_lvlm", "save_pretrained"): "a recipe, which no command runs",
     ("recipes/base_checkpoint.py", "decoder_as_text_model", "save_pretrained"): "a recipe, which no command runs",
+    ("recipes/smollm_base.py", "new_checkpoint", "save_pretrained"): "a recipe, which no command runs",
     ("report/plots.py", "_svg", "savefig"): "into memory",
     ("training/checkpoint.py", "_sync_directory", "os.open"): "opened for reading",
     ("training/checkpoint.py", "_sync_directory", "os.fsync"): "save_training names the checkpoint",
