@@ -124,8 +124,8 @@ def checking_items(
             labels.candidate(len(segments), shown)
             segments.append(Segment(scorer.encode(shown), 0))
         image = truth_of(sample)
-        for _ in range(drills if image is not None else 0):  # of clips no claims are drawn
-            assert image is not None
+        assert image is not None
+        for _ in range(drills):
             claims = draw_claims(image, rng, claims_per_drill)
             answer = drawn_answer(sample, rng, answers)
             shown = f"First: <see> {' '.join(claims)} </see> <answer> {answer} </answer>\n"
