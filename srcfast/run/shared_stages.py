@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.jsonl import as_json, read_jsonl, write_json, write_jsonl
+from srcfast.data.jsonl import as_json, naming, read_jsonl, write_json, write_jsonl
 from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, settings_of
 
 LEAVES = ("evaluation", "headroom")  # stages on which no other one depends
@@ -60,9 +60,10 @@ def share_stages(source: RunDirectory, target: RunDirectory, settings: Mapping[s
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
