@@ -171,11 +171,11 @@ def draw_data(study: Study, seed: int, folder: Path) -> Data:
     # The judge learns from one model's candidates, and is measured on another's.
     for name in ("learned", "measured"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    learned = tuned_candidates(train, [], recipe, 0, folder / "learned")
+    learned = tuned_candidates(train, [], recipe, 0, folder / "learned", "embedded")
     others = replace(recipe, searched_samples=0, seed=seed + 1000)
     rationales = world_samples("train", study.tuned, seed, image_dir=images)
     held_out = [*validation, *test]
-    measured = tuned_candidates(rationales, held_out, others, 0, folder / "measured")
+    measured = tuned_candidates(rationales, held_out, others, 0, folder / "measured", "embedded")
     samples = {sample.id: sample for sample in (*train, *held_out)}
     return Data(train[: study.samples], validation, test, verified_variants(samples, {**learned, **measured}))
 

@@ -11,7 +11,7 @@ from srcfast import distributed
 from srcfast.cli.table import table
 from srcfast.data.jsonl import check_writable, write_json, write_text
 from srcfast.study.page import write_page
-from srcfast.study.results import arms_table, differences_table, markdown, summarise
+from srcfast.study.results import CAPTIONS, arms_table, differences_table, markdown, summarise
 from srcfast.study.settings import read_study
 from srcfast.study.work_list import run_study
 
@@ -32,9 +32,9 @@ def study(file: Path, output: Path | None, quiet: bool) -> None:
     write_json(names["summary.json"], summary)
     tables = [arms_table(summary), differences_table(summary)]
     texts = [
-        "Percent right / percent aligned, each with its 95 % interval over seeds and samples.",
+        CAPTIONS[0],
         markdown(tables[0]),
-        "Differences in points, paired by seed and sample." if tables[1] else "",
+        CAPTIONS[1] if tables[1] else "",
         markdown(tables[1]),
     ]
     write_text(names["tables.md"], "\n\n".join(text for text in texts if text) + "\n")

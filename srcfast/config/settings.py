@@ -122,8 +122,8 @@ class ScorerConfig(Section):
     adaptive_contenders: int = Field(2, ge=1, le=128)
     """With pairs `adaptive`: maximum number of candidates that may be best, and of those that may be worst"""
     adaptive_confidence: float = Field(0.0, ge=0, le=1)
-    """With pairs `adaptive`: where the confidence u between the two that score best is below this, twice as many contenders are
-    compared, whatever the margin; 0 = never"""
+    """With pairs `adaptive` or finalists: where the confidence u between the two that score best is below this, twice as many
+    contenders are compared, whatever the margin; 0 = never"""
     adaptive_audit: float = Field(0.02, ge=0, le=1)
     """With pairs `adaptive` or finalists: share of samples whose pairs are all compared as well, to report how often both agree;
     0 = none. Costs the full comparison of these samples"""
@@ -133,8 +133,9 @@ class ScorerConfig(Section):
 
     @model_validator(mode="after")
     def _check_finalists(self) -> Self:
-        if self.finalists and self.pairs == "adaptive":
-            raise ValueError(f"finalists: expected 0 with pairs adaptive, found {self.finalists}")
+        if self.finalists and (self.pairs == "adaptive" or self.mode == "independent"):
+            other = "pairs adaptive" if self.pairs == "adaptive" else "mode independent"
+            raise ValueError(f"finalists: expected 0 with {other}, found {self.finalists}")
         return self
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from srcfast.data.jsonl import as_json, naming, read_jsonl, write_json, write_jsonl
+from srcfast.data.jsonl import as_json, naming, read_lines, write_json, write_jsonl
+from srcfast.errors import InputError
 from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, settings_of
 
 LEAVES = ("evaluation", "headroom")  # stages on which no other one depends
@@ -49,13 +50,19 @@ def share_stages(source: RunDirectory, target: RunDirectory, settings: Mapping[s
         source.check_files(name, entry)
         for file in entry["files"]:
             _link(source.path / file, target.path / file)
-    if source.metrics_file.is_file():
-        rows = [row for _, row in read_jsonl(target.metrics_file)] if target.metrics_file.is_file() else []
-        rows += [row for _, row in read_jsonl(source.metrics_file) if row.get("stage") in shared]
+    if shared and source.metrics_file.is_file():
+        rows = [row for row in _rows(target.metrics_file) if row.get("stage") not in shared]  # of a stopped attempt
+        rows += [row for row in _rows(source.metrics_file) if row.get("stage") in shared]
         write_jsonl(target.metrics_file, rows)
     if shared:
         write_json(target.manifest_file, entries | shared)
     return list(shared)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """Read the complete rows of a run's metrics, to which its process may be adding one."""
+    lines = read_lines(file) if file.is_file() else ()
+    return [row for _, row in lines if not isinstance(row, InputError)]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -142,7 +142,9 @@ def _sample_pairs(
     """Return one sample's preference pairs; count in the funnel what passes and what is dropped."""
     funnel.passed["samples"] += 1
     if settings.pairing == "true":
-        candidates, row = [*candidates, *_true_candidate(sample, candidates)], None
+        true = _true_candidate(sample, candidates)
+        # A candidate of the same text is the true one.
+        candidates, row = [*true, *(c for c in candidates if c.text not in [t.text for t in true])], None
     eligible = _parsed_distinct(candidates)
     if len(eligible) < 2:
         funnel.dropped["fewer_than_two_parsed" if len(candidates) >= 2 else "fewer_than_two_candidates"] += 1
@@ -333,7 +335,9 @@ def _drop_reason(
             return "confidence"
         if settings.min_rating and row["alone"][best] < settings.min_rating:
             return "rating"
-    lengths = sorted((_length(candidates[best]), _length(candidates[worst])))
+    pair = (candidates[best], candidates[worst])
+    in_tokens = all(candidate.token_ids for candidate in pair)
+    lengths = sorted(_length(candidate) if in_tokens else max(1, len(candidate.text.split())) for candidate in pair)
     return "length" if lengths[1] > settings.max_length_ratio * lengths[0] else None
 
 

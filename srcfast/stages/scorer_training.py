@@ -28,7 +28,6 @@ from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
-from srcfast.stages.datasets import read_vocabulary
 from srcfast.stages.scoring import sample_reference
 from srcfast.training.items import Loss, Metrics, Objective, TrainingItem
 from srcfast.training.loop import TrainingOptions, train
@@ -362,10 +361,10 @@ def split_examples(
             found=f"{len(train)} to train on and {len(held_out)} held out",
             fix="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
-    by_id, details = {sample.id: sample for sample in samples}, read_vocabulary(config.scorer_training.vocabulary)
+    by_id = {sample.id: sample for sample in samples}
 
     def requalified(example: ScorerExample, quality: ReferenceQuality) -> ScorerExample:
-        return with_reference(example, by_id[example.key], quality, config.seed, details)
+        return with_reference(example, by_id[example.key], quality, config.seed, words)
 
     drawn = [draw_quality(settings.qualities, f"{config.seed}/{example.key}") for example in train]
     train = [requalified(*pair) for pair in zip(train, drawn, strict=True)]

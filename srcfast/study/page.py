@@ -11,8 +11,8 @@ from srcfast.data.jsonl import write_text
 from srcfast.report.gallery import Picture, embedded_image
 from srcfast.report.page import templates
 from srcfast.stages.datasets import read_evaluation_sets
-from srcfast.study.results import arms_table, differences_table, read_predictions
-from srcfast.study.settings import Study
+from srcfast.study.results import CAPTIONS, arms_table, differences_table, read_predictions
+from srcfast.study.settings import JUDGED, Study
 
 EXAMPLES = 2  # of each evaluation set
 
@@ -32,12 +32,8 @@ def write_page(study: Study, summary: Mapping[str, Any], path: Path) -> None:
     """Write the page of a finished study."""
     seeds, arms = study.settings.seeds, len(study.settings.arms)
     tables = [
-        (
-            "Arms",
-            "Percent right / percent aligned, each with its 95 % interval over seeds and samples.",
-            arms_table(summary),
-        ),
-        ("Differences", "Points, paired by seed and sample.", differences_table(summary)),
+        ("Arms", CAPTIONS[0], arms_table(summary)),
+        ("Differences", CAPTIONS[1], differences_table(summary)),
         ("R-Scorers", "Percent of pairs in which the R-Scorer agrees with the oracle.", _judges_table(summary)),
     ]
     html = (
@@ -58,9 +54,7 @@ def _judges_table(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [["R-Scorer", "reference", "pairwise", "independent"]]
     for size, qualities in summary["judges"].items():
         for quality, modes in qualities.items():
-            cells = [
-                "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in modes[m])) for m in ("pairwise", "independent")
-            ]
+            cells = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in modes[m])) for m in JUDGED]
             rows.append([size, quality, *cells])
     return rows
 

@@ -7,21 +7,23 @@ each counts alike however many samples it has.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srcfast.config.settings import Config
-from srcfast.data.jsonl import as_json, parse_object, read_jsonl
+from srcfast.data.jsonl import read_jsonl
 from srcfast.errors import InputError
 from srcfast.run.directory import RunDirectory
 from srcfast.study.settings import Study
 
 FIGURES = {"accuracy": "right", "alignment": "aligned"}  # and what a prediction calls them
+CAPTIONS = (
+    "Percent right / percent aligned, each with its 95 % interval over seeds and samples.",
+    "Differences in points, paired by seed and sample.",
+)
 TRAINING = ("rationale", "dpo")
 COUNTED = ("rationale", "candidates", "scores", "preferences", "dpo")  # stages that an arm's cost is the sum of
 
@@ -92,8 +94,7 @@ def summarise(study: Study) -> dict[str, Any]:
         )
         for first, second in study.pairs
     }
-    judges = {} if study.settings.judges is None else _read_judges(Path(study.settings.judges))
-    return {"arms": arms, "differences": differences, "judges": judges}
+    return {"arms": arms, "differences": differences, "judges": study.judges}
 
 
 def interval(outcomes: Outcomes, resamples: int) -> list[float] | None:
@@ -167,17 +168,6 @@ def _cost(config: Config, model: str) -> tuple[int, float, int]:
             tokens += entry["tokens"]
             updates += entry["metrics"]["rows"] if kind in TRAINING else 0
     return updates, seconds, tokens
-
-
-def _read_judges(file: Path) -> dict[str, Any]:
-    """Read the figures of R-Scorers from a result file's `judges`."""
-    try:
-        judges = parse_object(file.read_bytes())["judges"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            file=file, field="judges", expected="results of R-Scorers by size and quality", found=error
-        ) from error
-    return dict(json.loads(json.dumps(as_json(judges))))
 
 
 # Tables -----------------------------------------------------------------------------------------------------

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
 from srcfast.config.load import config_of
-from srcfast.config.settings import Config, Section
+from srcfast.config.settings import Config, DatasetConfig, Section
 from srcfast.config.yaml import read_yaml
 from srcfast.data.file_names import check_file_name
-from srcfast.errors import ConfigError, shorten
+from srcfast.errors import ConfigError, InputError, shorten
 
+JUDGED = ("pairwise", "independent")  # modes of an R-Scorer
 SEED = "{seed}"  # in a study's settings: the number of the seed
 
 
@@ -30,7 +32,7 @@ class StudySettings(Section):
     """A study: arms that are calibrated over the same seeds, and evaluated on the same samples.
 
     `{seed}` within a text of the settings stands for the number of the seed: `seed: "{seed}"`, `path: judges/{seed}`. A text
-    that is a whole number then, is one.
+    that is then a whole number is read as one.
     """
 
     name: str
@@ -89,11 +91,30 @@ class Study:
         self.pairs = settings.pairs()
         # All of them, before the first one runs for hours.
         self.configs = {(arm, seed): self._config(arm, seed) for arm in settings.arms for seed in range(settings.seeds)}
+        first = next(iter(self.configs.values())).data.evaluation
+        for (arm, seed), config in self.configs.items():
+            self._check(arm, config, first if seed or arm != next(iter(settings.arms)) else config.data.evaluation)
+        self.judges = {} if settings.judges is None else read_judges(Path(settings.judges))
 
     def model(self, arm: str) -> str:
         """Return the name of the model whose answers are the arm's."""
         iterations = self.configs[arm, 0].iterations
         return self.settings.arms[arm].model or (f"iteration-{iterations}" if iterations else "rationale")
+
+    def _check(self, arm: str, config: Config, evaluation: Sequence[DatasetConfig]) -> None:
+        """Raise ConfigError where an arm would have no answers that can be compared with the others'."""
+        if not config.data.evaluation or config.data.evaluation != tuple(evaluation):
+            expected = (
+                "the same evaluation sets, one at least, of every arm under every seed: answers are compared by sample"
+            )
+            raise ConfigError(
+                f"arm {arm}: data.evaluation: expected {expected}, found {len(config.data.evaluation)} others"
+            )
+        kind, _, number = self.model(arm).rpartition("-")
+        if kind and int(number) > config.iterations:
+            raise ConfigError(
+                f"arm {arm}: model: expected a model of its {config.iterations} iterations, found {self.model(arm)}"
+            )
 
     def _config(self, arm: str, seed: int) -> Config:
         shared, changed = self.settings.settings, self.settings.arms[arm].settings
@@ -142,3 +163,20 @@ def _numbered(value: Any, seed: int) -> Any:
         return value
     text = value.replace(SEED, str(seed))
     return int(text) if text.isdecimal() else text
+
+
+def read_judges(file: Path) -> dict[str, Any]:
+    """Read the figures of R-Scorers from a result file's `judges`: size -> quality -> mode -> [mean, low, high].
+
+    Raises:
+        InputError: the file can't be read, or has another form.
+    """
+    try:
+        judges = json.loads(file.read_bytes())["judges"]
+        modes = [each for qualities in judges.values() for each in qualities.values()]
+        if not all(len([float(value) for value in each[name]]) == 3 for each in modes for name in JUDGED):
+            raise ValueError("other than three numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = "judges: {SIZE: {QUALITY: {pairwise: [mean, low, high], independent: [mean, low, high]}}}"
+        raise InputError(file=file, field="judges", expected=expected, found=error) from error
+    return dict(judges)

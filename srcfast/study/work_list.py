@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from srcfast import distributed
 from srcfast.calibrate import calibrate
 from srcfast.config.load import load_config
-from srcfast.config.settings import Config
 from srcfast.errors import SrcfastError
 from srcfast.run.directory import RunDirectory
 from srcfast.run.lock import lock_directory
@@ -50,12 +49,15 @@ def run_study(study: Study, quiet: bool, report: Callable[[str], None]) -> None:
             calibrate(config)
 
 
-def is_finished(config: Config) -> bool:
-    """Return whether a run has been finished with these settings."""
+def is_finished(study: Study, item: Item) -> bool:
+    """Return whether an arm under a seed has run to its end with these settings."""
+    config = study.configs[item]
     if not (config.run_path / "summary.json").is_file():
         return False
     stored = load_config(config.run_path / "config.yaml").replace(quiet=config.quiet)
-    return stored.identity() == config.identity()
+    # A summary may be of fewer rounds than the settings ask for now.
+    last = f"iteration-{config.iterations}" if config.iterations else "rationale"
+    return stored.identity() == config.identity() and f"{last}/evaluation" in RunDirectory(config.run_path).manifest()
 
 
 def _claim(study: Study, items: list[Item], claim: ExitStack) -> int | None:
@@ -63,7 +65,7 @@ def _claim(study: Study, items: list[Item], claim: ExitStack) -> int | None:
 
     An arm that shares stages with an arm which is being run waits for it.
     """
-    unfinished = [index for index, item in enumerate(items) if not is_finished(study.configs[item])]
+    unfinished = [index for index, item in enumerate(items) if not is_finished(study, item)]
     if not unfinished:
         return DONE
     busy: list[Item] = []
@@ -75,7 +77,7 @@ def _claim(study: Study, items: list[Item], claim: ExitStack) -> int | None:
         except SrcfastError:
             busy.append(item)
             continue
-        if not any(_waits_for(study, item, other) for other in busy) and not is_finished(study.configs[item]):
+        if not any(_waits_for(study, item, other) for other in busy) and not is_finished(study, item):
             return index
         claim.close()
     time.sleep(WAIT)

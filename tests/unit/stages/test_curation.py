@@ -226,6 +226,15 @@ def test_true_rationales_go_against_the_likeliest_candidates_in_the_candidates_f
     [pair], _ = run(plain, [], settings, samples=[true])
     assert pair.chosen == "There is a red star. It is the only star. Answer: red"
     assert run(candidates, [], settings)[1]["dropped"]["no_true_rationale"] == 1
+    same = [replace(candidate(0, text=text), logprob=-1.0), candidates[1]]
+    [pair], _ = run(same, [], settings, samples=[true])
+    assert (pair.chosen, pair.rejected) == (
+        text,
+        candidates[1].text,
+    )  # what the model writes word for word is true as well
+    # Lengths are compared in words where one of two has no token ids: 19 words against 14, though the other has 100 tokens.
+    long = [replace(c, token_ids=tuple(range(100))) for c in candidates]
+    assert len(run(long, [], settings.replace(max_length_ratio=1.5), samples=[true])[0]) == 1
 
 
 def test_random_pairing_depends_on_seed_and_sample_alone():

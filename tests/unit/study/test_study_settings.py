@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from srcfast.errors import ConfigError
-from srcfast.study.settings import Study, read_study
+from srcfast.errors import ConfigError, InputError
+from srcfast.study.settings import Study, read_judges, read_study
 
 FILE = """\
 name: trial
@@ -20,6 +21,7 @@ settings:
   dpo: {{beta: 0.3, epochs: 2}}
   data:
     train: [{{name: world, format: world, limit: 8, seed: "1{{seed}}"}}]
+    evaluation: [{{name: world, format: world, split: test, limit: 4}}]
 arms:
   one: {{}}
   two: {{settings: {{dpo: {{beta: 0.5}}}}}}
@@ -63,21 +65,43 @@ def test_the_last_model_of_an_arm_counts_unless_it_names_another(tmp_path: Path)
     [
         (
             "dpo: {{beta: 0.5}} => dpo: {{betta: 0.5}}",
-            ["line 13", "unknown setting 'dpo.betta'", "'dpo.beta'", "arm two"],
+            ["line 14", "unknown setting 'dpo.betta'", "'dpo.beta'", "arm two"],
         ),
         ("beta: 0.3 => beta: -1", ["line 8", "dpo.beta: expected a number > 0"]),
-        ("one: {{}} => one: {{setings: {{}}}}", ["line 12", "arms.one.setings"]),
+        ("one: {{}} => one: {{setings: {{}}}}", ["line 13", "arms.one.setings"]),
         ("two - one => two - three", ["expected `A - B` of the arms one, two, none, base", "two - three"]),
         ("two - one => two", ["expected `A - B`"]),
         ("seeds: 2 => seeds: 0", ["line 3", "seeds"]),
         ("name: trial => name: a/b", ["line 1", "name"]),
         ("model: base} => model: iteration-0}", ["arms.base.model"]),
-        ("one: {{}} => one: {{settings: {{name: x}}}}", ["line 12", "expected name of the study alone"]),
+        ("one: {{}} => one: {{settings: {{name: x}}}}", ["line 13", "expected name of the study alone"]),
         ("one: {{}} => '../x': {{}}", ["../x"]),
         ("seeds: 2 => seeds: [", ["expected YAML"]),
+        ("model: base} => model: iteration-2}", ["arm base", "a model of its 0 iterations", "iteration-2"]),
+        (
+            "two: {{settings: {{dpo: {{beta: 0.5}}}}}} => "
+            "two: {{settings: {{data: {{evaluation: [{{name: x, format: world, limit: 3}}]}}}}}}",
+            ["arm two", "the same evaluation sets"],
+        ),
+        ("differences: [two - one] => judges: {output}/none.json", ["none.json", "judges"]),
     ],
 )
 def test_what_cannot_be_used_is_named_with_its_line(tmp_path: Path, change: str, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, InputError)) as error:
         study_of(tmp_path, change)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_figures_of_judges_are_read_and_another_form_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "judges.json"
+    figures = {"pairwise": [0.9, 0.8, 1.0], "independent": [0.7, 0.6, 0.8]}
+    file.write_text(json.dumps({"judges": {"2m": {"complete": figures}}}), encoding="utf-8")
+    assert read_judges(file) == {"2m": {"complete": figures}}
+    for wrong in (
+        {"2m": {"complete": {"pairwise": [0.9, 0.8, 1.0]}}},
+        {"2m": {"complete": figures | {"pairwise": [1.0]}}},
+        [],
+    ):
+        file.write_text(json.dumps({"judges": wrong}), encoding="utf-8")
+        with pytest.raises(InputError, match="judges.json"):
+            read_judges(file)

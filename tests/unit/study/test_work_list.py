@@ -15,6 +15,7 @@ from helpers.small_run import SETTINGS
 from srcfast.errors import ConfigError
 from srcfast.run.directory import RunDirectory
 from srcfast.run.lock import lock_directory
+from srcfast.run.shared_stages import share_stages
 from srcfast.study import work_list
 from srcfast.study.results import summarise
 from srcfast.study.settings import Study, read_study
@@ -119,6 +120,33 @@ def test_a_finished_study_runs_nothing_again_and_an_arm_that_is_added_alone(
     assert ran == []
 
 
+def test_a_run_that_has_to_go_on_for_another_round_is_not_finished(finished: tuple[Study, list[str]]) -> None:
+    study = finished[0]
+    assert all(work_list.is_finished(study, item) for item in study.configs)
+    config = study.configs["src", 0]
+    longer = Study(study.settings, {})
+    longer.configs["src", 0] = config.replace(iterations=2)
+    stored = RunDirectory(config.run_path).config_file
+    before = stored.read_bytes()
+    RunDirectory(config.run_path).write_config(longer.configs["src", 0])  # as a run does that is then stopped
+    assert not work_list.is_finished(longer, ("src", 0))
+    stored.write_bytes(before)
+
+
+def test_rows_of_a_stopped_attempt_are_replaced_and_half_written_ones_left_out(
+    finished: tuple[Study, list[str]], tmp_path: Path
+) -> None:
+    config = finished[0].configs["src", 0]
+    source, target = RunDirectory(config.run_path), RunDirectory(tmp_path / "other")
+    target.metrics_file.write_text('{"stage": "rationale", "step": 0}\n{"stage": "x"}\n', encoding="utf-8")
+    with open(source.metrics_file, "a", encoding="utf-8") as file:
+        file.write('{"stage": "iteration-2/dpo", "st')
+    share_stages(source, target, config.identity())
+    rows = [json.loads(line)["stage"] for line in target.metrics_file.read_text(encoding="utf-8").splitlines()]
+    assert rows.count("rationale") == source.manifest()["rationale"]["metrics"]["rows"]
+    assert (rows.count("x"), rows.count("iteration-2/dpo")) == (1, 0)
+
+
 def test_a_summary_has_each_arm_and_difference_in_the_agreed_form(finished: tuple[Study, list[str]]) -> None:
     study = finished[0]
     summary = json.loads(json.dumps(summarise(study)))
@@ -164,6 +192,7 @@ def test_processes_take_different_items_and_wait_for_stages_in_common(
         run = RunDirectory(config.run_path)
         run.write_config(config)
         run.summary_file.write_text("{}", encoding="utf-8")
+        run.finish_stage("iteration-1/evaluation", {}, 1.0)
 
     def wait(seconds: float) -> None:
         raise Waited
