@@ -162,10 +162,10 @@ def new_checkpoint(directory: Path, tower: Path, language: Path, seed: int) -> N
     """
     source: dict[str, Any] = {"gguf_file": language.name} if language.suffix == ".gguf" else {}
     folder = language.parent if source else language
-    tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
-    text = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    text = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **source)
     torch.manual_seed(seed)
     text.resize_token_embeddings(len(tokenizer))
     if hasattr(text.config, "quantization_config"):  # of the GGUF, whose weights are whole now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,7 +234,7 @@ def test_what_a_stage_has_finished_holds_for_the_weights_that_made_it(monkeypatc
         sets.append(SimpleNamespace(label=f"{name}-test", name=name, split="test", samples=["s"]))
     story.evaluation_sets, story.headroom_sets = sets, lambda: [(dataset, ["s"]) for dataset in sets]
     story.policy = SimpleNamespace(use=lambda adapter: "model", hash=lambda: "policy", features=None)
-    story.load_scorer = lambda: ("scorer", lambda: "R-Scorer")
+    story.load_scorer = lambda: (SimpleNamespace(calibration={}), lambda: "R-Scorer")
     for name in ("predictions", "shards", "aligned", "candidates", "candidates_in"):
         setattr(story.artifacts, name, lambda *_: [])
 
@@ -243,7 +244,7 @@ def test_what_a_stage_has_finished_holds_for_the_weights_that_made_it(monkeypatc
 
     def run(*given: Any, **options: Any) -> Any:
         seen.extend((str(one.directory), dict(one.depends_on())) for one in given if isinstance(one, Chunks))
-        return SimpleNamespace(rows=lambda: [], counts=dict)
+        return SimpleNamespace(rows=lambda: [], counts=Counter)
 
     def stage(name: str, sections: Any, total: int, work: Any, **options: Any) -> None:
         work(SimpleNamespace(config=story.config, checkpoint_dir=Path("pieces"), chunks=chunks))

@@ -94,8 +94,9 @@ def test_a_number_of_updates_ends_a_training_within_an_epoch_or_after_several() 
     for updates in (1, per_epoch + 1):
         settings = SETTINGS.replace(updates=updates, epochs=7, warmup_ratio=0.0, min_learning_rate_ratio=0.0)
         history = train(model, items, objective=Objective(rationale_loss, response_tokens), settings=settings)
-        rates = [settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / updates)) for step in range(updates)]
-        assert [metrics["learning_rate"] for metrics in history] == pytest.approx(rates)
+        shares = [step / max(1, updates - 1) for step in range(updates)]  # the last update has a rate of 0
+        rates = [settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share)) for share in shares]
+        assert [metrics["learning_rate"] for metrics in history] == pytest.approx(rates, abs=1e-12)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_covers_every_item() -> None:
