@@ -48,7 +48,7 @@ from srcfast.recipes.train_scorer import (
 )
 from srcfast.run.environment import environment
 from srcfast.stages.scorer_calibration import calibrate_confidence, pair_logits
-from srcfast.stages.scorer_training import ScorerExample, draw_quality, scorer_example, scorer_examples, with_reference
+from srcfast.stages.scorer_training import ScorerExample, draw_quality, scorer_example, scorer_examples, with_quality
 from srcfast.stages.scoring import sample_reference, score_candidates
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.degraded_references import degrade_reference
@@ -187,7 +187,7 @@ def train_judge(start: str, checkpoint: Path, study: Study, data: Data, seed: in
 
     def told(example: ScorerExample, key: str) -> ScorerExample:
         quality = draw_quality(QUALITIES, f"{seed}/{key}/{example.key}")
-        return with_reference(example, by_id[example.key], quality, seed)
+        return with_quality(example, by_id[example.key], quality, seed)
 
     corrupted = scorer_examples(raps_of(data.train), rng, VOCABULARY, variants=study.compared, is_faulty=is_faulty)
     mixed = [with_generated(one, by_id[one.key], data.variants, 2 * study.compared, rng) for one in corrupted]

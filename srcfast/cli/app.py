@@ -82,7 +82,7 @@ def report_disk_errors() -> Iterator[None]:
     except BaseException as error:
         if type(error).__module__ != "pyo3_runtime":  # a panic of a library in Rust is no Exception
             raise
-        fix = "Fix: take another tokenizer.json, if its patterns are what fails"
+        fix = "Fix: take another tokenizer.json, if its patterns fail"
         raise SrcfastError(f"a library of the checkpoint's files has failed: {error}. {fix}") from error
 
 

@@ -102,7 +102,7 @@ class ScorerConfig(Section):
     verdict: Literal["choice", "graded"] = "choice"
     """What the R-Scorer answers: `choice`: first, tie or second; `graded`: a grade from 1 to 5"""
     reference: ReferenceQuality = "complete"
-    """What the R-Scorer is told of its references: they are `complete`, `noisy` (a detail may be wrong), `partial` (details are
+    """What the prompt states of the references: they are `complete`, `noisy` (a detail may be wrong), `partial` (details are
     missing), or the `answer` alone. For an R-Scorer that was trained with `scorer_training.qualities`; a calibration that stands
     beside the R-Scorer is applied by it"""
     mode: Literal["pairwise", "independent"] = "pairwise"
@@ -451,7 +451,7 @@ class ScorerTrainingConfig(TrainingConfig):
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the samples that are not trained on, and on which accuracy is measured"""
     qualities: tuple[ReferenceQuality, ...] = Field(("complete",), min_length=1)
-    """Qualities of the examples' references, which the R-Scorer is told: each example has one of them, drawn evenly"""
+    """Qualities of the examples' references, which the prompt states: each example has one of them, drawn evenly"""
     vocabulary: str | None = None
     """YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the words of a
     sample's data family (clips, digits, charts), of others the embedded world's"""
@@ -552,6 +552,13 @@ class Config(Section):
             fix = f"Fix: output=runs/{folder} name={name}, with what output is now in place of runs"
             raise ValueError(f"expected the name of a folder in output, no path, found {value!r}. {fix}")
         return check_file_name(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_true_rationales(self) -> Self:
+        degraded = [dataset.name for dataset in self.data.train if dataset.reference != "complete"]
+        if self.curation.pairing == "true" and degraded:
+            raise ValueError(f"curation.pairing: expected no true with the reference of {degraded[0]!r}, found true")
+        return self
 
     @field_validator("memory")
     @classmethod

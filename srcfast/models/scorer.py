@@ -47,7 +47,7 @@ _SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     ),
     "graded": ((("1", "2", "3", "4", "5"), "1 (the first is far better) to 5 (the second is), 3 for a tie"),),
 }
-# What the judge is told of the reference that follows.
+# What the prompt states of the reference that follows.
 _NOTICES: dict[str, str] = {
     "complete": "",
     "noisy": "A detail of the reference may be wrong.\n",
@@ -80,7 +80,7 @@ class Scorer(nn.Module):
         verdict_words: the tokens' text, from "first is better" to "second is better".
         verdict_token_ids: [K] int64.
         verdict_values: [K] fp32, the first candidate's share of the win, see VERDICT_VALUES.
-        quality: what it is told of the references of samples that it scores.
+        quality: what the prompt states of the references of samples that it scores.
         calibration: what `calibration.json` beside the checkpoint says of this quality; {} without it.
         temperature: by which verdict logits are divided before shares are taken of them.
     """

@@ -1,4 +1,4 @@
-"""Give SmolLM2-135M-Instruct the eyes of a base of the study, as an ordinary LLaVA checkpoint.
+"""Give SmolLM2-135M-Instruct the vision tower of a base of the study, as an ordinary LLaVA checkpoint.
 
     python -m srcfast.recipes.smollm_base --output DIR --tower BASE
 

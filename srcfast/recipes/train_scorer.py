@@ -8,7 +8,7 @@ rationales, their corruptions, and candidates that tuned bases generate for thes
 the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
 candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
 tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the
-qualities, which the R-Scorer is told. With `--start` training starts from the decoder of another base, and samples are those
+qualities, which the prompt states. With `--start` training starts from the decoder of another base, and samples are those
 of all data families; `--writer` names the base that is tuned to write candidates, so that R-Scorers of several sizes have the
 same ones.
 """
@@ -41,6 +41,7 @@ from srcfast.models.text_model import save_text_model
 from srcfast.recipes.base_checkpoint import decoder_as_text_model
 from srcfast.recipes.families import read_family
 from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
+from srcfast.recipes.unfinished import check_recipe
 from srcfast.run.progress import track
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.prompts import image_loader
@@ -53,7 +54,7 @@ from srcfast.stages.scorer_training import (
     evaluate_scorer,
     scorer_example,
     scorer_examples,
-    with_reference,
+    with_quality,
 )
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Objective, TrainingItem
@@ -91,7 +92,7 @@ class Recipe:
     families: dict[str, int] = field(
         default_factory=dict
     )  # samples of each, in place of world_samples and easy_vqa_samples
-    qualities: tuple[ReferenceQuality, ...] = ("complete",)  # of references, which the R-Scorer is told
+    qualities: tuple[ReferenceQuality, ...] = ("complete",)  # of references, which the prompt states
 
     @classmethod
     def of_families(cls) -> Recipe:
@@ -136,13 +137,13 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
     rng = random.Random(f"examples/{recipe.seed}")
     examples = scorer_examples(raps_of(samples), rng, None, variants=recipe.corrupted, is_faulty=is_faulty)
 
-    def told(example: ScorerExample, key: str) -> ScorerExample:
+    def stated(example: ScorerExample, key: str) -> ScorerExample:
         quality = draw_quality(recipe.qualities, f"{recipe.seed}/{key}/{example.key}")
-        return with_reference(example, by_id[example.key], quality, recipe.seed)
+        return with_quality(example, by_id[example.key], quality, recipe.seed)
 
     def mixed(candidates: int, draw: random.Random) -> list[ScorerExample]:
         chosen = [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
-        return [told(example, f"{candidates} candidates") for example in chosen]
+        return [stated(example, f"{candidates} candidates") for example in chosen]
 
     def to_check(scorer: Scorer) -> list[TrainingItem]:
         return checking_items(scorer, by_id, mixed(recipe.checked, rng), rng, recipe.drills, recipe.claims_per_drill)
@@ -153,7 +154,7 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")
         generated = [
-            told(
+            stated(
                 with_generated(scorer_example(sample, ()), sample, variants, recipe.compared, draw),
                 f"refining {number}",
             )
@@ -164,6 +165,7 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
         ]
         return comparing_items(scorer, by_id, generated)
 
+    check_recipe(output, {"recipe": asdict(recipe), "start": str(start)})
     base = load_lvlm(start)
     assert isinstance(base, LVLM)
     decoder_as_text_model(base, output / "decoder")
@@ -363,8 +365,8 @@ def held_out_scores(
     scores: dict[str, object] = {}
     for quality in recipe.qualities:
         for name, examples in groups.items():
-            told = [with_reference(example, by_id[example.key], quality, recipe.seed) for example in examples]
-            scores[name if quality == "complete" else f"{name}; reference {quality}"] = evaluate_scorer(scorer, told)
+            stated = [with_quality(example, by_id[example.key], quality, recipe.seed) for example in examples]
+            scores[name if quality == "complete" else f"{name}; reference {quality}"] = evaluate_scorer(scorer, stated)
     return scores
 
 

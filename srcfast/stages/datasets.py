@@ -14,7 +14,7 @@ from srcfast.config.yaml import read_yaml
 from srcfast.data.corruptions import Vocabulary
 from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
-from srcfast.data.records import Sample
+from srcfast.data.records import Sample, of_record
 from srcfast.errors import ConfigError, InputError
 from srcfast.world.charts import CHARTS
 from srcfast.world.degraded_references import degrade_reference
@@ -98,7 +98,7 @@ def read_training_samples(
     samples: list[Sample] = []
     for dataset in datasets:
         of_dataset = read_dataset(dataset, image_dir, bad)
-        samples += of_dataset if use == "rationale" else with_references(of_dataset, dataset, config)
+        samples += of_dataset if use == "rationale" else degraded_references(of_dataset, dataset, config)
     # A dataset of both uses is read twice: its bad records are listed once.
     listed = {(row["file"], row["line"]) for row in rejected}
     rejected += [row for row in bad if (row["file"], row["line"]) not in listed]
@@ -127,15 +127,21 @@ def read_evaluation_sets(
         check_rejected(bad, len(bad) + len(samples), config.max_rejected)
         if not samples:
             raise _no_samples(dataset, "data.evaluation")
-        samples = with_references(samples, dataset, config)
+        samples = degraded_references(samples, dataset, config)
         evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
     return evaluation_sets
 
 
-def with_references(samples: Sequence[Sample], dataset: DatasetConfig, config: Config) -> list[Sample]:
+def degraded_references(samples: Sequence[Sample], dataset: DatasetConfig, config: Config) -> list[Sample]:
     """Return the samples with references of the dataset's quality. Raises InputError where one can't be made."""
     words = read_vocabulary(config.scorer_training.vocabulary)
-    return [degrade_reference(sample, dataset.reference, dataset.seed, words) for sample in samples]
+    degraded = []
+    for sample in samples:
+        try:
+            degraded.append(degrade_reference(sample, dataset.reference, dataset.seed, words))
+        except InputError as error:
+            raise of_record(error, sample) from error
+    return degraded
 
 
 def read_vocabulary(path: str | None) -> Vocabulary | None:

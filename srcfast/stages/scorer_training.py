@@ -259,7 +259,7 @@ def evaluate_scorer(
         by_fault: the same share by what the pair tests (`fault_name`);
         preference_accuracy: share of unordered pairs of unequal quality in which q_ij, the order's bias cancelled, is on the
             right side;
-        alone_accuracy: share of candidates rated alone that are told right from faulty;
+        alone_accuracy: share of candidates rated alone that are judged right or faulty as they are;
         order_flip_rate: share of unordered pairs whose verdict names the same position in both orders;
         n: ordered pairs.
     """
@@ -313,14 +313,14 @@ def _bootstrap(hits: np.ndarray, seed: int, resamples: int = 1000) -> list[float
     return [float(low), float(high)]
 
 
-def with_reference(
+def with_quality(
     example: ScorerExample,
     sample: Sample,
     quality: ReferenceQuality,
     seed: int,
     words: Vocabulary | None = None,
 ) -> ScorerExample:
-    """Return the example with the sample's reference in a quality, which is told; its labels stay those of the truth."""
+    """Return the example with the reference in a quality, which the prompt states; its labels stay those of the truth."""
     return replace(example, reference=sample_reference(degrade_reference(sample, quality, seed, words), quality))
 
 
@@ -364,7 +364,7 @@ def split_examples(
     by_id = {sample.id: sample for sample in samples}
 
     def requalified(example: ScorerExample, quality: ReferenceQuality) -> ScorerExample:
-        return with_reference(example, by_id[example.key], quality, config.seed, words)
+        return with_quality(example, by_id[example.key], quality, config.seed, words)
 
     drawn = [draw_quality(settings.qualities, f"{config.seed}/{example.key}") for example in train]
     train = [requalified(*pair) for pair in zip(train, drawn, strict=True)]

@@ -120,7 +120,7 @@ def scored_rows(
 
 
 def sample_reference(sample: Sample, quality: ReferenceQuality = "complete") -> str:
-    """Return what the R-Scorer reads of a sample: question and reference, and the quality that it is told of."""
+    """Return what the R-Scorer reads of a sample: question and reference, and the quality that the prompt states."""
     return reference_text(sample.question, sample.answer, sample.facts, sample.rationale, quality)
 
 

@@ -359,3 +359,10 @@ def test_labels_are_smoothed_for_the_sigmoid_loss_alone(loss_type: str, smoothin
         load_config(None, words, "dpo")
     assert load_config(None, [f"loss_type={loss_type}"], "dpo").dpo.label_smoothing == 0
     assert load_config(None, words[1:], "dpo").dpo.label_smoothing in (0.1, "confidence")
+
+
+def test_true_rationales_are_not_paired_where_references_are_made_worse() -> None:
+    data = "data.train=[{name: a, format: world, limit: 3, reference: noisy}]"
+    with pytest.raises(ConfigError, match="curation.pairing: expected no true with the reference of 'a'"):
+        load_config(None, ["curation.pairing='true'", data])
+    assert load_config(None, ["curation.pairing='true'"]).curation.pairing == "true"

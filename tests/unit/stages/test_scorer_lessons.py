@@ -22,7 +22,7 @@ from srcfast.recipes.scorer_lessons import (
     lesson_weight,
 )
 from srcfast.recipes.train_scorer import Recipe, parse_qualities, train_items
-from srcfast.stages.scorer_training import Variant, scorer_example, with_reference
+from srcfast.stages.scorer_training import Variant, scorer_example, with_quality
 from srcfast.training.items import TrainingItem
 from srcfast.world.rationales import facts
 from srcfast.world.scenes import Object, Scene
@@ -132,7 +132,7 @@ def test_labels_stay_those_of_the_truth_whatever_the_reference_says(scorer, qual
     whole = scorer_example(SAMPLE, [Variant(RIGHT, 0), Variant(WRONG, 1)])
     (true,), (told,) = (
         comparing_items(scorer, {"a": SAMPLE}, [example])
-        for example in (whole, with_reference(whole, SAMPLE, quality, seed=3))
+        for example in (whole, with_quality(whole, SAMPLE, quality, seed=3))
     )
     for name in ("segment", "offset", "target", "kind"):
         assert np.array_equal(getattr(told.meta, name), getattr(true.meta, name))
