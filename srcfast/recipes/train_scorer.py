@@ -125,7 +125,12 @@ def main(
 
 
 def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> None:
-    """Train an R-Scorer from the decoder of the base `start`, on candidates that the base `writer` writes once tuned."""
+    """Train an R-Scorer from the decoder of the base `start`, on candidates that the base `writer` writes once tuned.
+
+    Raises:
+        SrcfastError: the directory holds the work of another recipe.
+    """
+    check_recipe(output, {"recipe": asdict(recipe), "start": str(start)})
     with tempfile.TemporaryDirectory() as images:
         samples, held_out = draw_samples(recipe, Path(images))
         by_id = {sample.id: sample for sample in (*samples, *held_out)}
@@ -165,7 +170,6 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
         ]
         return comparing_items(scorer, by_id, generated)
 
-    check_recipe(output, {"recipe": asdict(recipe), "start": str(start)})
     base = load_lvlm(start)
     assert isinstance(base, LVLM)
     decoder_as_text_model(base, output / "decoder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from srcfast.data.rationale_format import format_response
 from srcfast.data.records import Sample
+from srcfast.errors import SrcfastError
 from srcfast.models.scorer import load_scorer
 from srcfast.models.text_model import load_text_model
 from srcfast.recipes import train_scorer
 from srcfast.recipes.train_scorer import Recipe, draw_samples, train_scorer_of
+from srcfast.recipes.unfinished import check_recipe
 
 TINY = Recipe(
     families={"world": 6, "clips": 6, "easy_vqa": 6},
@@ -48,6 +51,17 @@ def test_an_r_scorer_starts_from_a_base(base: Path, tmp_path: Path, monkeypatch:
     assert load_scorer(tmp_path).verdict_token_ids.numel() >= 2
     record = json.loads((tmp_path / "TRAINING.json").read_text(encoding="utf-8"))
     assert {name.partition(",")[0] for name in record["held_out"]} == {"world", "clips", "easy_vqa"}
+
+
+def test_another_recipe_s_work_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates take hours: whoever names a directory of another recipe must hear of it first."""
+    monkeypatch.setattr(train_scorer, "draw_samples", lambda *given: pytest.fail("samples were drawn"))
+    check_recipe(tmp_path, {"recipe": asdict(TINY), "start": "a base"})
+    for recipe, start in ((replace(TINY, seed=TINY.seed + 1), "a base"), (TINY, "another base")):
+        with pytest.raises(SrcfastError, match="another recipe"):
+            train_scorer_of(recipe, tmp_path, start, start)
 
 
 def test_samples_of_the_families_are_split(tmp_path: Path) -> None:
