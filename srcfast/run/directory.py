@@ -238,6 +238,12 @@ class RunDirectory:
         return entries[name]
 
 
+def iteration_of(name: str) -> int:
+    """Return the round that a stage's or a model's name says (`iteration-K/KIND`, `iteration-K`), 0 for none."""
+    of = name.partition("/")[0]
+    return int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+
+
 def settings_of(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return the named settings of a run's: sections, or single ones by dotted name. Those that are not there are None.
 

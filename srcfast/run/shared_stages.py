@@ -10,7 +10,7 @@ from typing import Any
 
 from srcfast.data.jsonl import as_json, naming, read_lines, write_json, write_jsonl
 from srcfast.errors import InputError
-from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, settings_of
+from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, iteration_of, settings_of
 
 LEAVES = ("evaluation", "headroom")  # stages on which no other one depends
 
@@ -24,11 +24,10 @@ def common_stages(source: RunDirectory, settings: Mapping[str, Any]) -> dict[str
     """
     entries, wanted = {}, as_json(settings)
     for name, entry in source.manifest().items():
-        of, _, kind = name.rpartition("/")
-        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+        kind = name.rpartition("/")[2]
         names = {*entry["settings"], *SINGLE_SETTINGS.get(kind, ())}
         same = settings_of(wanted, names) == {section: entry["settings"].get(section) for section in names}
-        if same and number <= wanted["iterations"]:
+        if same and iteration_of(name) <= wanted["iterations"]:
             entries[name] = entry
         elif kind not in LEAVES:
             break  # what comes later depends on it

@@ -24,7 +24,7 @@ from srcfast.models.lora import check_targets
 from srcfast.models.scorer import Scorer, scorer_hash
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
-from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, StageMetrics, settings_of
+from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, StageMetrics, iteration_of, settings_of
 from srcfast.run.progress import peak_rss_bytes, track
 from srcfast.stages.datasets import (
     EvaluationSet,
@@ -203,7 +203,7 @@ class CalibrationRun:
     def _inputs_of(self, name: str) -> StageInputs:
         """Return what a stage reads: samples with the fields that count, earlier stages' files, models."""
         of, _, kind = name.rpartition("/")
-        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
+        number = iteration_of(name)
         before = (
             "rationale" if number == 1 else f"iteration-{number - 1}/dpo"
         )  # trained the adapter that a round begins with

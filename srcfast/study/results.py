@@ -16,7 +16,7 @@ import numpy as np
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import read_jsonl
 from srcfast.errors import InputError
-from srcfast.run.directory import RunDirectory
+from srcfast.run.directory import RunDirectory, iteration_of
 from srcfast.study.settings import Study
 
 FIGURES = {"accuracy": "right", "alignment": "aligned"}  # and what a prediction calls them
@@ -157,13 +157,11 @@ def read_predictions(config: Config, model: str) -> dict[str, list[dict[str, Any
 
 def _cost(config: Config, model: str) -> tuple[int, float, int]:
     """Return updates, seconds and tokens of the stages that produce a run's model."""
-    last = {"base": -1, "rationale": 0}.get(model) if model in ("base", "rationale") else int(model.rpartition("-")[2])
-    assert last is not None
+    last = -1 if model == "base" else iteration_of(model)
     updates, seconds, tokens = 0, 0.0, 0
     for name, entry in RunDirectory(config.run_path).manifest().items():
-        of, _, kind = name.rpartition("/")
-        number = int(of.removeprefix("iteration-")) if of.startswith("iteration-") else 0
-        if kind in COUNTED and number <= last:
+        kind = name.rpartition("/")[2]
+        if kind in COUNTED and iteration_of(name) <= last:
             seconds += entry["seconds"]
             tokens += entry["tokens"]
             updates += entry["metrics"]["rows"] if kind in TRAINING else 0

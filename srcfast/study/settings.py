@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from srcfast.config.settings import Config, DatasetConfig, Section
 from srcfast.config.yaml import read_yaml
 from srcfast.data.file_names import check_file_name
 from srcfast.errors import ConfigError, InputError, shorten
+from srcfast.run.directory import iteration_of
 
 JUDGED = ("pairwise", "independent")  # modes of an R-Scorer
 SEED = "{seed}"  # in a study's settings: the number of the seed
@@ -92,8 +93,8 @@ class Study:
         # All of them, before the first one runs for hours.
         self.configs = {(arm, seed): self._config(arm, seed) for arm in settings.arms for seed in range(settings.seeds)}
         first = next(iter(self.configs.values())).data.evaluation
-        for (arm, seed), config in self.configs.items():
-            self._check(arm, config, first if seed or arm != next(iter(settings.arms)) else config.data.evaluation)
+        for (arm, _), config in self.configs.items():
+            self._check(arm, config, first)
         self.judges = {} if settings.judges is None else read_judges(Path(settings.judges))
 
     def model(self, arm: str) -> str:
@@ -101,20 +102,18 @@ class Study:
         iterations = self.configs[arm, 0].iterations
         return self.settings.arms[arm].model or (f"iteration-{iterations}" if iterations else "rationale")
 
-    def _check(self, arm: str, config: Config, evaluation: Sequence[DatasetConfig]) -> None:
+    def _check(self, arm: str, config: Config, evaluation: tuple[DatasetConfig, ...]) -> None:
         """Raise ConfigError where an arm would have no answers that can be compared with the others'."""
-        if not config.data.evaluation or config.data.evaluation != tuple(evaluation):
+        if not config.data.evaluation or config.data.evaluation != evaluation:
             expected = (
                 "the same evaluation sets, one at least, of every arm under every seed: answers are compared by sample"
             )
             raise ConfigError(
                 f"arm {arm}: data.evaluation: expected {expected}, found {len(config.data.evaluation)} others"
             )
-        kind, _, number = self.model(arm).rpartition("-")
-        if kind and int(number) > config.iterations:
-            raise ConfigError(
-                f"arm {arm}: model: expected a model of its {config.iterations} iterations, found {self.model(arm)}"
-            )
+        if iteration_of(self.model(arm)) > config.iterations:
+            expected = f"a model of its {config.iterations} iterations"
+            raise ConfigError(f"arm {arm}: model: expected {expected}, found {self.model(arm)}")
 
     def _config(self, arm: str, seed: int) -> Config:
         shared, changed = self.settings.settings, self.settings.arms[arm].settings
