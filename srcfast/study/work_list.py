@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 from srcfast import distributed
 from srcfast.calibrate import calibrate
@@ -34,16 +35,17 @@ def run_study(study: Study, quiet: bool, report: Callable[[str], None]) -> None:
         report: called with a line about each item that begins.
     """
     items = [(arm, seed) for seed in range(study.settings.seeds) for arm in study.settings.arms]
+    unfinished = list(range(len(items)))  # by rank 0, which claims for all
     while True:
         with ExitStack() as claim:
-            index = distributed.run_on_rank_zero(lambda claim=claim: _claim(study, items, claim))  # type: ignore[misc]
+            index = distributed.run_on_rank_zero(partial(_claim, study, items, unfinished, claim))
             if index == DONE:
                 return
             if index is None:
                 continue
             arm, seed = items[index]
             config = study.configs[arm, seed].replace(quiet=quiet)
-            taken = distributed.run_on_rank_zero(lambda item=items[index]: _take_over(study, item))  # type: ignore[misc]
+            taken = distributed.run_on_rank_zero(partial(_take_over, study, items[index]))
             if distributed.is_rank_zero():
                 report(f"{arm}, seed {seed} ({index + 1} of {len(items)}): {len(taken)} stages taken over")
             calibrate(config)
@@ -60,20 +62,19 @@ def is_finished(study: Study, item: Item) -> bool:
     return stored.identity() == config.identity() and f"{last}/evaluation" in RunDirectory(config.run_path).manifest()
 
 
-def _claim(study: Study, items: list[Item], claim: ExitStack) -> int | None:
+def _claim(study: Study, items: list[Item], unfinished: list[int], claim: ExitStack) -> int | None:
     """Lock an unfinished item for this process and return its index; DONE where all are finished, None after a wait.
 
-    An arm that shares stages with an arm which is being run waits for it.
+    An arm that shares stages with an arm which is being run waits for it. What has been finished leaves `unfinished`.
     """
-    unfinished = [index for index, item in enumerate(items) if not is_finished(study, item)]
+    unfinished[:] = [index for index in unfinished if not is_finished(study, items[index])]
     if not unfinished:
         return DONE
     busy: list[Item] = []
     for index in unfinished:
         item = items[index]
         try:
-            lock = lock_directory(study.settings.path / "claims" / f"{item[0]}-{item[1]}")
-            claim.enter_context(lock)
+            claim.enter_context(lock_directory(study.settings.path / "claims" / f"{item[0]}-{item[1]}"))
         except SrcfastError:
             busy.append(item)
             continue
