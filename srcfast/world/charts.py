@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from srcfast.errors import InputError, SrcfastError
+from srcfast.errors import SrcfastError
 from srcfast.world.chart_tables import TABLES, series_of
 from srcfast.world.number_samples import Family, Kind, Picture
 from srcfast.world.numbers import LETTERS, Numbers, Program
-from srcfast.world.scenes import SPLITS
+from srcfast.world.scenes import check_split
 
 IMAGE_SIZE = 144  # pixels
 AXES = (10, 20, 50, 100)
@@ -43,8 +43,7 @@ _AS_THEY_ARE = ("percent", "degrees", "births", "shillings", "bushels")  # units
 
 def _pictures(split: str, seed: int) -> Iterator[Picture]:
     """Yield distinct charts of a split, without end; each table that has rows in it is as frequent as the others."""
-    if split not in SPLITS:
-        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    check_split(split)
     rng = random.Random(f"charts/{split}/{seed}")
     tables = [name for name in TABLES if series_of(name, split)]
     drawn: set[str] = set()

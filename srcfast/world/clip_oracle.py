@@ -26,7 +26,7 @@ from srcfast.world.clips import (
     moves,
     tracks_of,
 )
-from srcfast.world.judgement import Verdict, Verification, judge_exactly
+from srcfast.world.judgement import Verdict, Verification, claim_text, judge_exactly, sentences_of
 from srcfast.world.oracle import Claim, claimed_world, parse_claim, seen
 from srcfast.world.programs import Program, evaluate, implied_absent
 from srcfast.world.scenes import PLACES, Scene
@@ -53,8 +53,8 @@ _COUNT_MOVES = re.compile(r"(\d{1,3}) objects? moves?")
 @lru_cache(maxsize=65536)
 def parse_clip_claim(sentence: str) -> ClipClaim | None:
     """Parse one sentence of the rationale grammar of clips. Returns None for any other text, and never raises."""
-    text = " ".join(sentence.split()).lower().removesuffix(".")
-    if len(text) > 160 or not text.isascii():
+    text = claim_text(sentence)
+    if text is None:
         return None
     if match := _IN_FRAME.fullmatch(text):
         claim, index = parse_claim(match[2]), int(match[1]) - 1
@@ -97,7 +97,7 @@ def verify_clip(response: ParsedResponse, program: Program, clip: Clip | list[An
     """
     clip = clip if isinstance(clip, tuple) else clip_from_json(clip)
     truth = tracks_of(clip)
-    parsed = [parse_clip_claim(sentence) for sentence in (*response.perception, *response.reasoning)]
+    parsed = [parse_clip_claim(sentence) for sentence in sentences_of(response)]
     frames = claimed_frames([claim for claim in parsed if claim is not None])
     tracks = claimed_tracks(frames)
     verdicts = [Verdict() if claim is None else _verdict(claim, frames, tracks, clip, truth) for claim in parsed]

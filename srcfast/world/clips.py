@@ -25,6 +25,7 @@ from srcfast.world.scenes import (
     SIZES,
     Object,
     Scene,
+    check_split,
     scene_digest,
     share_of,
 )
@@ -55,8 +56,7 @@ def clip_digest(clip: Clip) -> str:
 
 def clip_stream(split: str, seed: int) -> Iterator[Clip]:
     """Yield distinct clips of a split, without end. Raises InputError for an unknown split."""
-    if split not in SPLITS:
-        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    check_split(split, SPLITS)
     rng = random.Random(f"clips/{split}/{seed}")
     drawn: set[Clip] = set()
     while True:

@@ -22,7 +22,7 @@ from srcfast.errors import InputError
 from srcfast.world.number_samples import Family, Kind, Picture
 from srcfast.world.numbers import Numbers, Program, selected
 from srcfast.world.packages import package_folder
-from srcfast.world.scenes import COLUMN, PLACES, ROW, SPLITS, share_of
+from srcfast.world.scenes import COLUMN, PLACES, ROW, check_split, share_of
 
 IMAGE_SIZE = 72  # pixels; three cells of 24 a side
 CELL = IMAGE_SIZE // 3
@@ -58,8 +58,7 @@ def read_digits() -> tuple[Digit, ...]:
 
 def indices_of(split: str) -> list[int]:
     """Return the indices of a split's digits. Raises InputError for an unknown split."""
-    if split not in SPLITS:
-        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    check_split(split)
     share = "test" if split == "generalisation" else split
     digests = (hashlib.sha256(f"digit {index}".encode()).hexdigest() for index in range(len(read_digits())))
     return [index for index, digest in enumerate(digests) if share_of(digest) == share]

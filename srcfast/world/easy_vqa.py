@@ -25,7 +25,7 @@ from srcfast.world.packages import package_folder
 from srcfast.world.programs import Program, matches
 from srcfast.world.questions import noun, predicate, question_text, with_article
 from srcfast.world.rationales import facts
-from srcfast.world.scenes import COLORS, Object, Scene
+from srcfast.world.scenes import COLORS, Object, Scene, check_split
 
 FOLDERS = {"train": "train", "fit": "train", "validation": "train", "test": "test"}  # by split, the package's folder
 REWORDED = "-reworded"
@@ -61,8 +61,7 @@ def read_easy_vqa(split: str, limit: int | None = None, seed: int = 0) -> list[S
         SrcfastError: the package is not installed.
         InputError: the split is unknown, or a file of the package is malformed or missing.
     """
-    if split not in SPLITS:
-        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    check_split(split, SPLITS)
     asked = split.removesuffix(REWORDED)
     folder = FOLDERS[asked]
     root = data_folder()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from srcfast.data.rationale_format import ParsedResponse, normalise_answer
 
+MOST_LETTERS = 160  # of a claim
 CASES = ("both_right", "right_answer_wrong_rationale", "right_rationale_wrong_answer", "both_wrong")
 
 
@@ -33,6 +34,17 @@ class Verdict:
     follows: bool = True  # from what the response claims to see
 
 
+def claim_text(sentence: str) -> str | None:
+    """Return a sentence as the grammars of claims have it: lower case, single spaces, no full stop. None: it can be no claim."""
+    text = " ".join(sentence.split()).lower().removesuffix(".")
+    return text if len(text) <= MOST_LETTERS and text.isascii() else None
+
+
+def sentences_of(response: ParsedResponse) -> tuple[str, ...]:
+    """Return a response's sentences of perception, then those of reasoning."""
+    return (*response.perception, *response.reasoning)
+
+
 def judge(
     response: ParsedResponse,
     verdicts: Sequence[Verdict],
@@ -48,7 +60,6 @@ def judge(
         answer_right: whether the stated answer is right.
         leads_to_answer: whether the claims, if there are some, give the stated answer.
     """
-    sentences = (*response.perception, *response.reasoning)
     unknown = [verdict.kind == "unknown" for verdict in verdicts]
     split = len(response.perception)
     perceived = [verdict.truth for verdict in verdicts if verdict.kind == "perception"]
@@ -57,7 +68,7 @@ def judge(
     rationale_right = sound and leads_right()
     leads_to_answer = has_claims and leads_to_answer
     return Verification(
-        claims=tuple([(text, v.kind, v.truth) for text, v in zip(sentences, verdicts, strict=True)]),
+        claims=tuple([(text, v.kind, v.truth) for text, v in zip(sentences_of(response), verdicts, strict=True)]),
         perception_right=bool(perceived) and "false" not in perceived and not any(unknown[:split]),
         reasoning_right=has_claims and all(verdict.follows for verdict in verdicts) and not any(unknown[split:]),
         rationale_right=rationale_right,

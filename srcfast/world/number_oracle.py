@@ -20,7 +20,7 @@ from functools import lru_cache
 from srcfast.data.answers import as_number, is_right
 from srcfast.data.rationale_format import ParsedResponse, normalise_answer
 from srcfast.data.records import Sample
-from srcfast.world.judgement import Verdict, Verification, judge
+from srcfast.world.judgement import Verdict, Verification, claim_text, judge, sentences_of
 from srcfast.world.numbers import (
     ARITHMETIC,
     LETTERS,
@@ -72,8 +72,8 @@ _COUNT_THAN = re.compile(rf"there (?:is|are) ([0-9]{{1,3}}) (?:digit|value)s? (l
 @lru_cache(maxsize=65536)
 def parse_claim(sentence: str) -> Claim | None:
     """Parse one sentence of the grammar. Returns None for any other text, and never raises."""
-    text = " ".join(sentence.split()).lower().removesuffix(".")
-    if len(text) > 160 or not text.isascii():
+    text = claim_text(sentence)
+    if text is None:
         return None
     if match := _DIGIT.fullmatch(text):
         return Claim(seen=(match[1], Fraction(match[2])))
@@ -121,7 +121,7 @@ def verify(sample: Sample, response: ParsedResponse) -> Verification:
     """
     truth, program = Numbers.from_json(sample.extra["numbers"]), sample.extra["program"]
     check_program(program)
-    parsed = [parse_claim(sentence) for sentence in (*response.perception, *response.reasoning)]
+    parsed = [parse_claim(sentence) for sentence in sentences_of(response)]
     claims = [claim for claim in parsed if claim is not None]
     seen = [claim.seen for claim in claims if claim.seen is not None]
     claimed = dict(seen)

@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any
 
 from srcfast.data.rationale_format import ParsedResponse
-from srcfast.world.judgement import Verdict, Verification, judge_exactly
+from srcfast.world.judgement import Verdict, Verification, claim_text, judge_exactly, sentences_of
 from srcfast.world.programs import (
     RELATIONS,
     SIDES,
@@ -89,8 +89,8 @@ class _NotAClaim(Exception):
 @lru_cache(maxsize=65536)
 def parse_claim(sentence: str) -> Claim | None:
     """Parse one sentence of the rationale grammar. Returns None for any other text, and never raises."""
-    text = " ".join(sentence.split()).lower().removesuffix(".")
-    if len(text) > 160 or not text.isascii():
+    text = claim_text(sentence)
+    if text is None:
         return None
     try:
         return _parse_perception(text) or _parse_count(text) or _parse_conclusion(text) or _parse_relation(text)
@@ -215,7 +215,7 @@ def verify(response: ParsedResponse, program: Program, scene: Scene | dict[str, 
         InputError: the program or the scene is malformed. No response text raises.
     """
     scene = scene if isinstance(scene, Scene) else Scene.from_json(scene)
-    parsed = [parse_claim(sentence) for sentence in (*response.perception, *response.reasoning)]
+    parsed = [parse_claim(sentence) for sentence in sentences_of(response)]
     claims = [claim for claim in parsed if claim is not None]
     world = claimed_world(claims, one_object=len(scene.objects) == 1)
     counts = {int(n) for claim in claims for check, n in claim.checks if check["op"].startswith("count")}

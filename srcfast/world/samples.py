@@ -18,7 +18,6 @@ from PIL import Image
 from srcfast.data.jsonl import is_temporary, remove_temporary, replacing, temporary_of
 from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
-from srcfast.errors import InputError
 from srcfast.world.clip_questions import KINDS as CLIP_KINDS
 from srcfast.world.clip_questions import ask_clip, clip_facts, clip_rationale
 from srcfast.world.clips import FRAMES, clip_digest, clip_stream
@@ -26,7 +25,7 @@ from srcfast.world.other_pictures import LEVELS, Degradation, degrade, render_ot
 from srcfast.world.questions import KINDS, NEW_KINDS, ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render, render_frame
-from srcfast.world.scenes import SPLITS, Scene, scene_digest, scene_stream
+from srcfast.world.scenes import SPLITS, Scene, check_split, scene_digest, scene_stream
 
 PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, the same in every PNG file
 
@@ -47,8 +46,7 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
     with one seed their samples are pairs. Raises InputError for an unknown split.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
-    if split not in (*SPLITS, *TEST_VARIANTS):
-        raise InputError(field="split", expected="one of " + ", ".join((*SPLITS, *TEST_VARIANTS)), found=split)
+    check_split(split, (*SPLITS, *TEST_VARIANTS))
     scenes_of = "test" if split in TEST_VARIANTS else split
     asked_as = split if split == "new_questions" else scenes_of
     kinds = NEW_KINDS if split == "new_questions" else KINDS

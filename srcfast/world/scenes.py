@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,6 +110,12 @@ def share_of(digest: str) -> str:
     raise AssertionError("the shares sum to 100")
 
 
+def check_split(split: str, splits: Sequence[str] = SPLITS) -> None:
+    """Raise InputError for an unknown split."""
+    if split not in splits:
+        raise InputError(field="split", expected="one of " + ", ".join(splits), found=split)
+
+
 def sample_scenes(split: str, n: int, seed: int) -> list[Scene]:
     """Draw `n` distinct scenes of a split. Raises InputError for an unknown split."""
     return list(islice(scene_stream(split, seed), n))
@@ -117,8 +123,7 @@ def sample_scenes(split: str, n: int, seed: int) -> list[Scene]:
 
 def scene_stream(split: str, seed: int) -> Iterator[Scene]:
     """Yield distinct scenes of a split, without end. Raises InputError for an unknown split."""
-    if split not in SPLITS:
-        raise InputError(field="split", expected="one of " + ", ".join(SPLITS), found=split)
+    check_split(split)
     rng = random.Random(f"{split}/{seed}")
     drawn: set[Scene] = set()
     while True:
