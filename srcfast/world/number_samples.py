@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from srcfast.data.rationale_format import tagged_rationale
 from srcfast.data.records import Sample
 from srcfast.world.numbers import ARITHMETIC, Numbers, Program, answer_text, true_rationale
-from srcfast.world.samples import draw_missing
+from srcfast.world.questions import Question
+from srcfast.world.samples import draw_missing, drawn_sample
 
 QUESTIONS = 3  # at most, about one picture
 MEASURED = ARITHMETIC | {"value"}  # operations whose answers are numbers read from an axis
@@ -79,30 +79,17 @@ def number_samples(
         image = f"{family.name}-{split}-{digest[:16]}.png"
         for kind, program in _ask(picture, kinds, counts, rng)[: n - len(samples)]:
             drawings[image] = partial(family.draw, picture, int(digest[16:28], 16))
-            answer = answer_text(program, picture.numbers)
-            see, think = true_rationale(program, picture.numbers)
-            extra: dict[str, Any] = {
-                "dataset": family.name,
-                "split": split,
-                "ability": kinds[kind].ability,
-                "kind": kind,
-            }
-            extra |= {"program": program, "numbers": picture.numbers.to_json(), **picture.about}
-            extra |= {"see": list(see), "think": list(think)}
+            text = family.question(picture, program, rng.randrange(2))
+            answer = str(answer_text(program, picture.numbers))
+            question = Question(text, kinds[kind].ability, kind, program, answer)
+            truth = {"numbers": picture.numbers.to_json(), **picture.about}
             if family.tolerance and program["op"] in MEASURED:
-                extra["tolerance"] = family.tolerance
-            samples.append(
-                Sample(
-                    id=f"{family.name}-{split}-{seed}-{len(samples):06d}",
-                    images=(image,),
-                    question=family.question(picture, program, rng.randrange(2)),
-                    answer=str(answer),
-                    rationale=tagged_rationale(see, think) if with_rationale else None,
-                    facts=picture.numbers.facts(),
-                    extra=extra,
-                    image_root=image_dir,
-                )
+                truth["tolerance"] = family.tolerance
+            rationale, facts = true_rationale(program, picture.numbers), picture.numbers.facts()
+            sample = drawn_sample(
+                family.name, split, seed, len(samples), question, rationale, facts, truth, (image,), image_dir
             )
+            samples.append(sample if with_rationale else replace(sample, rationale=None))
     draw_missing(drawings, image_dir)
     return samples
 

@@ -7,11 +7,12 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -22,7 +23,7 @@ from srcfast.world.clip_questions import KINDS as CLIP_KINDS
 from srcfast.world.clip_questions import ask_clip, clip_facts, clip_rationale
 from srcfast.world.clips import FRAMES, clip_digest, clip_stream
 from srcfast.world.other_pictures import LEVELS, Degradation, degrade, render_otherwise
-from srcfast.world.questions import KINDS, NEW_KINDS, ask
+from srcfast.world.questions import KINDS, NEW_KINDS, Question, ask
 from srcfast.world.rationales import facts, true_rationale
 from srcfast.world.render import render, render_frame
 from srcfast.world.scenes import SPLITS, Scene, check_split, scene_digest, scene_stream
@@ -65,28 +66,12 @@ def world_samples(split: str, n: int, seed: int, *, image_dir: Path, with_ration
             drawings[image] = partial(_picture, split, scene)
         for question in questions:
             counts[question.ability] += 1
-            see, think = true_rationale(scene, question)
-            samples.append(
-                Sample(
-                    id=f"world-{split}-{seed}-{len(samples):06d}",
-                    images=(image,),
-                    question=question.text,
-                    answer=question.answer,
-                    rationale=tagged_rationale(see, think) if with_rationale else None,
-                    facts=facts(scene),
-                    extra={
-                        "dataset": "world",
-                        "split": split,
-                        "ability": question.ability,
-                        "kind": question.kind,
-                        "program": question.program,
-                        "scene": scene.to_json(),
-                        "see": list(see),
-                        "think": list(think),
-                    },
-                    image_root=image_dir,
-                )
+            truth = {"scene": scene.to_json()}
+            rationale = true_rationale(scene, question)
+            sample = drawn_sample(
+                "world", split, seed, len(samples), question, rationale, facts(scene), truth, (image,), image_dir
             )
+            samples.append(sample if with_rationale else replace(sample, rationale=None))
     draw_missing(drawings, image_dir)
     return samples
 
@@ -122,30 +107,61 @@ def clip_samples(split: str, n: int, seed: int, *, image_dir: Path) -> list[Samp
             drawings[image] = partial(render_frame, frame, int(digest[16:28], 16))
         for question in questions:
             counts[question.kind] += 1
-            see, think = clip_rationale(clip, question)
+            truth = {"clip": [frame.to_json() for frame in clip]}
+            rationale = clip_rationale(clip, question)
             samples.append(
-                Sample(
-                    id=f"clips-{split}-{seed}-{len(samples):06d}",
-                    images=images,
-                    question=question.text,
-                    answer=question.answer,
-                    rationale=tagged_rationale(see, think),
-                    facts=clip_facts(clip),
-                    extra={
-                        "dataset": "clips",
-                        "split": split,
-                        "ability": question.ability,
-                        "kind": question.kind,
-                        "program": question.program,
-                        "clip": [frame.to_json() for frame in clip],
-                        "see": list(see),
-                        "think": list(think),
-                    },
-                    image_root=image_dir,
+                drawn_sample(
+                    "clips", split, seed, len(samples), question, rationale, clip_facts(clip), truth, images, image_dir
                 )
             )
     draw_missing(drawings, image_dir)
     return samples
+
+
+def drawn_sample(
+    family: str,
+    split: str,
+    seed: int,
+    number: int,
+    question: Question,
+    rationale: tuple[Sequence[str], Sequence[str]],
+    facts: tuple[str, ...],
+    truth: Mapping[str, Any],
+    images: tuple[str, ...],
+    image_dir: Path,
+) -> Sample:
+    """Build a sample of a family of drawn pictures.
+
+    Args:
+        family: of the pictures, which with split, seed and number names the sample.
+        split, seed: of the draw.
+        number: of the sample in it, from 0.
+        question: with its answer and program.
+        rationale: the true sentences of what is seen, and of what is concluded.
+        facts: about the images.
+        truth: about the images, by which an oracle verifies responses; keys of `extra`.
+        images: files' names in `image_dir`, the image root.
+    """
+    see, think = rationale
+    return Sample(
+        id=f"{family}-{split}-{seed}-{number:06d}",
+        images=images,
+        question=question.text,
+        answer=question.answer,
+        rationale=tagged_rationale(see, think),
+        facts=facts,
+        extra={
+            "dataset": family,
+            "split": split,
+            "ability": question.ability,
+            "kind": question.kind,
+            "program": question.program,
+            **truth,
+            "see": list(see),
+            "think": list(think),
+        },
+        image_root=image_dir,
+    )
 
 
 def draw_missing(drawings: Mapping[str, Callable[[], Image.Image]], image_dir: Path) -> None:
