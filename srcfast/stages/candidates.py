@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,18 @@ class Progress(Protocol):
     """Counts samples and tokens as they are done: `run.progress.StageProgress`."""
 
     def advance(self, n: int = 1, tokens: int = 0) -> None: ...
+
+
+@dataclass
+class Counted:
+    """Advance a progress, and sum the tokens."""
+
+    progress: Progress
+    tokens: int = 0
+
+    def advance(self, n: int = 1, tokens: int = 0) -> None:
+        self.tokens += tokens
+        self.progress.advance(n, tokens)
 
 
 @contextmanager
@@ -74,45 +87,18 @@ def generate_candidates(
         graphs: on a GPU, replay steps as CUDA graphs.
         memory: a `decoding_memory` of the stage; default: one for this call.
     """
-    return _generate(
-        model,
-        samples,
-        settings,
-        features=features,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-        graphs=graphs,
-        memory=memory,
-    )[0]
-
-
-def _generate(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    settings: CandidatesConfig,
-    *,
-    features: Features,
-    seed: int,
-    batch_size: int,
-    progress: Progress | None,
-    graphs: bool,
-    memory: DecodingMemory | None,
-) -> tuple[list[list[Candidate]], int]:
-    """Do the work of `generate_candidates`; return the number of tokens run, too, of prompts and of all rows."""
     prompts = prompts_of(model, samples)
     on_done = None if progress is None else progress.advance
     with folded_lora(model):
-        generated, tokens_run = sentence_beam_search(
+        generated, _ = sentence_beam_search(
             model, prompts, features, settings, seed, slots=batch_size, on_done=on_done, graphs=graphs, memory=memory
         )
     # A response that ends before its first word is none to compare with others.
     worded = ([one for one in responses if model.decode(one.token_ids)] for responses in generated)
-    groups = [
+    return [
         [_candidate(model, sample, number, response) for number, response in enumerate(responses)]
         for sample, responses in zip(samples, worded, strict=True)
     ]
-    return groups, tokens_run
 
 
 def _candidate(model: VisionLanguageModel, sample: Sample, number: int, generated: Generated) -> Candidate:
@@ -178,18 +164,19 @@ def candidates_in_chunks(
 
     def work(chunk: Sequence[Sample]) -> ChunkResult:
         features.clear()  # nothing may carry over from one chunk to the next
-        groups, tokens_run = _generate(
+        counted = Counted(chunks.progress)
+        groups = generate_candidates(
             model,
             chunk,
             settings,
             features=features,
             seed=seed,
             batch_size=settings.batch_size,
-            progress=chunks.progress,
+            progress=counted,
             graphs=settings.cuda_graphs,
             memory=memory,
         )
-        return [candidate.to_json() for group in groups for candidate in group], {"tokens": tokens_run}
+        return [candidate.to_json() for group in groups for candidate in group], {"tokens": counted.tokens}
 
     with decoding_memory(model) as memory:
         files = run_chunks(chunks, samples, BATCHES * settings.batch_size, work, in_step_with(model))
