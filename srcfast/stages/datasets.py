@@ -134,6 +134,8 @@ def read_evaluation_sets(
 
 def degraded_references(samples: Sequence[Sample], dataset: DatasetConfig, config: Config) -> list[Sample]:
     """Return the samples with references of the dataset's quality. Raises InputError where one can't be made."""
+    if dataset.reference == "complete":
+        return list(samples)
     words = read_vocabulary(config.scorer_training.vocabulary)
     degraded = []
     for sample in samples:

@@ -42,8 +42,10 @@ def check_references(
 def _lengths(model: VisionLanguageModel, pair: Preference) -> list[int]:
     """Count the tokens of the chosen and of the rejected response, and those of both that are credited."""
     lengths = [len(model.encode_response(text)) for text in (pair.chosen, pair.rejected)]
-    spans = credited_spans(model, pair, *preference_trees(model, [pair]))
-    return lengths if spans is None else [*lengths, *(end - start for start, end in spans)]
+    if pair.credit is None:  # no tree has to be encoded for it
+        return lengths
+    spans = credited_spans(model, pair, *preference_trees(model, [pair])) or ()
+    return [*lengths, *(end - start for start, end in spans)]
 
 
 def not_the_reference(result: Drift, sample: str, worst: str) -> SrcfastError:
