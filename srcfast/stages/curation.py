@@ -143,8 +143,8 @@ def _sample_pairs(
     funnel.passed["samples"] += 1
     if settings.pairing == "true":
         true = _true_candidate(sample, candidates)
-        # A candidate of the same text is the true one.
-        candidates, row = [*true, *(c for c in candidates if c.text not in [t.text for t in true])], None
+        texts = {candidate.text for candidate in true}  # a candidate of the same text is the true one
+        candidates, row = [*true, *(c for c in candidates if c.text not in texts)], None
     eligible = _parsed_distinct(candidates)
     if len(eligible) < 2:
         funnel.dropped["fewer_than_two_parsed" if len(candidates) >= 2 else "fewer_than_two_candidates"] += 1
@@ -336,8 +336,8 @@ def _drop_reason(
         if settings.min_rating and row["alone"][best] < settings.min_rating:
             return "rating"
     pair = (candidates[best], candidates[worst])
-    in_tokens = all(candidate.token_ids for candidate in pair)
-    lengths = sorted(_length(candidate) if in_tokens else max(1, len(candidate.text.split())) for candidate in pair)
+    measure = _length if all(candidate.token_ids for candidate in pair) else _words  # of both alike
+    lengths = sorted(map(measure, pair))
     return "length" if lengths[1] > settings.max_length_ratio * lengths[0] else None
 
 
@@ -395,7 +395,11 @@ def _is_right(candidate: Candidate, sample: Sample) -> bool:
 
 def _length(candidate: Candidate) -> int:
     """Return the response's length in tokens; in words where the candidate has no token ids (a user's file)."""
-    return max(1, len(candidate.token_ids) or len(candidate.text.split()))
+    return len(candidate.token_ids) or _words(candidate)
+
+
+def _words(candidate: Candidate) -> int:
+    return max(1, len(candidate.text.split()))
 
 
 def _pair_statistics(preferences: Sequence[Preference]) -> dict[str, Any]:
