@@ -4,14 +4,14 @@
 
 For each seed: two bases are tuned on different rationales. R-Scorers, which start from the checkpoints that `--judge` names,
 learn from true rationales, their corruptions, and the first base's candidates, whose faults the oracle counts; each tree's
-reference has one of four qualities, which is told. Temperatures are fitted on candidates of the second base for the world's
-validation split, and everything is measured on those for its test split, with references made worse in the same ways.
+reference has one of four qualities, which its prompt states. Temperatures are fitted on candidates of the second base for the
+world's validation split, and everything is measured on those for its test split, with references made worse in the same ways.
 
 What exists in the work folder is not made again: candidates, R-Scorers, and rows, one JSON file for each seed, R-Scorer, quality
 and mode. The result has agreement with the oracle on pairs of which one candidate is aligned and the other is not, as
 {"judges": {SIZE: {QUALITY: {"pairwise": [mean, low, high], "independent": [...]}}}} with 95 % intervals (bootstrap over seeds,
-then samples), `before` likewise of the checkpoints as they came, told that all references are complete; `differences` of the two
-modes, paired by sample; `coverage`: the same where the least confident pairs are left out, and how often the best-scored
+then samples), `before` likewise of the checkpoints as they came, with prompts that call all references complete; `differences` of
+the two modes, paired by sample; `coverage`: the same where the least confident pairs are left out, and how often the best-scored
 candidate is aligned where the least confident samples are; and `calibration`: expected calibration errors on test candidates.
 """
 
@@ -50,6 +50,7 @@ from srcfast.run.environment import environment
 from srcfast.stages.scorer_calibration import calibrate_confidence, pair_logits
 from srcfast.stages.scorer_training import ScorerExample, draw_quality, scorer_example, scorer_examples, with_quality
 from srcfast.stages.scoring import sample_reference, score_candidates
+from srcfast.study.results import markdown
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.samples import world_samples
@@ -185,7 +186,7 @@ def train_judge(start: str, checkpoint: Path, study: Study, data: Data, seed: in
     by_id = {sample.id: sample for sample in data.train}
     rng = random.Random(f"judge study/{seed}")
 
-    def told(example: ScorerExample, key: str) -> ScorerExample:
+    def stated(example: ScorerExample, key: str) -> ScorerExample:
         quality = draw_quality(QUALITIES, f"{seed}/{key}/{example.key}")
         return with_quality(example, by_id[example.key], quality, seed)
 
@@ -200,10 +201,10 @@ def train_judge(start: str, checkpoint: Path, study: Study, data: Data, seed: in
     recipe = Recipe(seed=seed, learning_rate=study.learning_rate)
     scorer = load_scorer(start)
     if study.checking_epochs:
-        shown = [told(example, "checking") for example in mixed]
+        shown = [stated(example, "checking") for example in mixed]
         items = checking_items(scorer, by_id, shown, rng, recipe.drills, recipe.claims_per_drill)
         train_items(scorer, items, recipe, study.checking_epochs)
-    items = comparing_items(scorer, by_id, [told(example, f"tree {n}") for n, example in enumerate(trees)])
+    items = comparing_items(scorer, by_id, [stated(example, f"tree {n}") for n, example in enumerate(trees)])
     train_items(scorer, items, recipe, study.epochs)
     examples = {quality: examples_of(data.validation, data.variants, quality, seed, quality) for quality in QUALITIES}
     calibration = calibrate_confidence(scorer, examples, BUDGET)
@@ -213,13 +214,13 @@ def train_judge(start: str, checkpoint: Path, study: Study, data: Data, seed: in
 
 
 def examples_of(
-    samples: Iterable[Sample], variants: Variants, quality: ReferenceQuality, seed: int, told: ReferenceQuality
+    samples: Iterable[Sample], variants: Variants, quality: ReferenceQuality, seed: int, stated: ReferenceQuality
 ) -> list[ScorerExample]:
-    """Build the examples of samples with at least two candidates: references of a quality, and what the judge is told of them."""
+    """Build the examples of samples with at least two candidates: references of a quality, and what its prompt states of them."""
     return [
         replace(
             scorer_example(sample, variants[sample.id]),
-            reference=sample_reference(degrade_reference(sample, quality, seed), told),
+            reference=sample_reference(degrade_reference(sample, quality, seed), stated),
         )
         for sample in samples
         if len(variants[sample.id]) > 1
@@ -234,14 +235,14 @@ def measure(kind: str, size: str, checkpoint: str, data: Data, seed: int, folder
     aligned, and the confidence of best against worst. With mode "pairwise" it also has the calibration on the test samples.
 
     Args:
-        kind: "judges", told each quality, or "before", told "complete".
+        kind: "judges", whose prompt states each quality, or "before", whose prompt states "complete".
     """
     for quality in QUALITIES:
-        told: ReferenceQuality = quality if kind == "judges" else "complete"
+        stated: ReferenceQuality = quality if kind == "judges" else "complete"
         files = {mode: folder / f"{seed}-{kind}-{size}-{quality}-{mode}.json" for mode in MODES}
         if all(file.exists() for file in files.values()):
             continue
-        scorer = load_scorer(checkpoint, quality=told)
+        scorer = load_scorer(checkpoint, quality=stated)
         shown = [degrade_reference(sample, quality, seed) for sample in data.test]
         candidates = {
             sample.id: [
@@ -255,7 +256,7 @@ def measure(kind: str, size: str, checkpoint: str, data: Data, seed: int, folder
             row: dict[str, Any] = {"kind": kind, "size": size, "seed": seed, "quality": quality, "mode": mode}
             row |= outcomes(scored, data.variants)
             if mode == "pairwise":
-                examples = examples_of(data.test, data.variants, quality, seed, told)
+                examples = examples_of(data.test, data.variants, quality, seed, stated)
                 row["calibration"] = calibration_of(scorer, examples)
             write_json(file, row)
 
@@ -345,20 +346,20 @@ def interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 20
 
 
 def coverage(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return by share of the pairs (samples) that is kept, the most confident first, how many agree (have an aligned choice)."""
+    """Return by share of the pairs (samples) that is used, the most confident first, how many agree (have an aligned choice)."""
     curve = []
     for share in COVERAGES:
         pairs, choices = [], []
         for row in rows:
             of_pairs = np.array([pair for of_sample in row["pairs"] for pair in of_sample])  # [n, 2]
             of_choices = np.array(row["choices"], dtype=np.float64)  # [n, 2]
-            pairs.append(kept(of_pairs[:, 0] > 0.5, of_pairs[:, 1], share))
-            choices.append(kept(of_choices[:, 0], of_choices[:, 1], share))
+            pairs.append(surest(of_pairs[:, 0] > 0.5, of_pairs[:, 1], share))
+            choices.append(surest(of_choices[:, 0], of_choices[:, 1], share))
         curve.append({"coverage": share, "pairs": float(np.mean(pairs)), "choices": float(np.mean(choices))})
     return curve
 
 
-def kept(right: np.ndarray, confidence: np.ndarray, share: float) -> float:
+def surest(right: np.ndarray, confidence: np.ndarray, share: float) -> float:
     """Return the mean of `right` [n] over the most confident share of the n, at least one."""
     order = np.argsort(-confidence, kind="stable")[: max(1, round(share * len(confidence)))]
     return float(right[order].mean())
@@ -366,26 +367,35 @@ def kept(right: np.ndarray, confidence: np.ndarray, share: float) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: agreement in percent, pairwise and independent, their difference, and calibration, by size and quality."""
-    lines = [
-        "| R-Scorer | reference | before: pairwise | pairwise | independent | difference | half kept | ECE before, after |",
-        "|" + " --- |" * 8,
+    rows = [
+        [
+            "R-Scorer",
+            "reference",
+            "before: pairwise",
+            "pairwise",
+            "independent",
+            "difference",
+            "half used",
+            "ECE before, after",
+        ]
     ]
     for size, qualities in result["judges"].items():
         for quality, of in qualities.items():
             difference, calibration = result["differences"][size][quality], result["calibration"][size][quality]
             half = next(e for e in result["coverage"][size][quality]["pairwise"] if e["coverage"] == 0.5)
-            cells = [
-                size,
-                quality,
-                percent(result["before"][size][quality]["pairwise"]),
-                percent(of["pairwise"]),
-                percent(of["independent"]),
-                percent(difference, "+"),
-                f"{100 * half['pairs']:.1f}",
-                f"{calibration['ece_before']:.3f}, {calibration['ece_after']:.3f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(
+                [
+                    size,
+                    quality,
+                    percent(result["before"][size][quality]["pairwise"]),
+                    percent(of["pairwise"]),
+                    percent(of["independent"]),
+                    percent(difference, "+"),
+                    f"{100 * half['pairs']:.1f}",
+                    f"{calibration['ece_before']:.3f}, {calibration['ece_after']:.3f}",
+                ]
+            )
+    return markdown(rows)
 
 
 def percent(value: Sequence[float], sign: str = "") -> str:

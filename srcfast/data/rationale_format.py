@@ -152,10 +152,10 @@ def leave_out_each(text: str) -> list[str]:
 
 def with_answer_of(text: str, other: str) -> str | None:
     """Return a response with another's answer behind its rationale; None where the two are not of one format."""
-    own, others = answer_position(text), answer_position(other)
-    if own is None or others is None or ("<answer>" in text) != ("<answer>" in other):
+    at, at_other = answer_position(text), answer_position(other)
+    if at is None or at_other is None or ("<answer>" in text) != ("<answer>" in other):
         return None
-    joined = text[:own] + other[others:]
+    joined = text[:at] + other[at_other:]
     return joined if parse_response(joined).answer == parse_response(other).answer else None
 
 

@@ -36,10 +36,14 @@ def read_calibration(directory: Path, quality: str, verdict: str) -> dict[str, A
         raise InputError(file=file, expected="the R-Scorer's calibration, in JSON", found=error, fix=fix) from error
     if entry is None or (isinstance(entry, dict) and entry.get("verdict") != verdict):
         return {}
-    found = entry.get("temperature") if isinstance(entry, dict) else None
-    if isinstance(found, bool) or not isinstance(found, int | float) or not LOWEST <= found <= HIGHEST:
+    temperature = entry.get("temperature") if isinstance(entry, dict) else None
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not LOWEST <= temperature <= HIGHEST
+    ):
         expected = f"a number from {LOWEST} to {HIGHEST:g}"
-        raise InputError(file=file, field=f"{quality}.temperature", expected=expected, found=repr(found), fix=fix)
+        raise InputError(file=file, field=f"{quality}.temperature", expected=expected, found=repr(temperature), fix=fix)
     return dict(entry)
 
 

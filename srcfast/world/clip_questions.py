@@ -171,8 +171,8 @@ def _seen_of_moves(tracks: Tracks) -> list[str]:
 
 def _decisive(track: Track) -> list[int]:
     """Return the indices of the frames that show that an object moves, or, of one that doesn't, of all that have it."""
-    if found := moves(track):
-        return [found[0][0], found[0][1]]
+    if steps := moves(track):
+        return [steps[0][0], steps[0][1]]
     return [index for index, place in enumerate(track) if place != ABSENT]
 
 

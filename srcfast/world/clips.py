@@ -170,8 +170,8 @@ def _track(of: Description, tracks: Tracks) -> Track:
 
 def _only_step(of: Description, tracks: Tracks) -> int | None:
     """Return the index of the frame from which to the next one an object moves; None if it moves twice, or not so."""
-    found = moves(_track(of, tracks))
-    return found[0][0] if len(found) == 1 and found[0][1] - found[0][0] == 1 else None
+    steps = [(start, end) for start, end, _ in moves(_track(of, tracks))]
+    return steps[0][0] if len(steps) == 1 and steps[0][1] - steps[0][0] == 1 else None
 
 
 def _mover(program: Program, tracks: Tracks) -> str | None:
@@ -209,8 +209,8 @@ def _changes(program: Program, tracks: Tracks) -> str | None:
     """Return the frame in which an object appears, or disappears: the first one with it, or without it."""
     there = [state if state in (None, ABSENT) else PRESENT for state in _track(program["of"], tracks)]
     wanted = (ABSENT, PRESENT) if program["op"] == "appears" else (PRESENT, ABSENT)
-    found = [frame for frame in range(2, FRAMES + 1) if (there[frame - 2], there[frame - 1]) == wanted]
-    return str(found[0]) if len(found) == 1 else None
+    frames = [frame for frame in range(2, FRAMES + 1) if (there[frame - 2], there[frame - 1]) == wanted]
+    return str(frames[0]) if len(frames) == 1 else None
 
 
 def _count_moves(program: Program, tracks: Tracks) -> str:
