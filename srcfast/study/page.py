@@ -11,7 +11,7 @@ from srcfast.data.jsonl import write_text
 from srcfast.report.gallery import Picture, embedded_image
 from srcfast.report.page import templates
 from srcfast.stages.datasets import read_evaluation_sets
-from srcfast.study.results import CAPTIONS, arms_table, differences_table, read_predictions
+from srcfast.study.results import CAPTIONS, arms_table, differences_table, percent, read_predictions
 from srcfast.study.settings import JUDGED, Study
 
 EXAMPLES = 2  # of each evaluation set
@@ -54,7 +54,7 @@ def _judges_table(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [["R-Scorer", "reference", "pairwise", "independent"]]
     for size, qualities in summary["judges"].items():
         for quality, modes in qualities.items():
-            cells = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in modes[m])) for m in JUDGED]
+            cells = [percent(modes[mode]) for mode in JUDGED]
             rows.append([size, quality, *cells])
     return rows
 

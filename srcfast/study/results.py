@@ -211,10 +211,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(figures: Mapping[str, Any], signed: bool = False) -> str:
     """Write accuracy and alignment in percent, each with its interval."""
-    return " / ".join(_percent(figures.get(figure), signed) for figure in FIGURES)
+    return " / ".join(percent(figures.get(figure), signed) for figure in FIGURES)
 
 
-def _percent(value: Sequence[float] | None, signed: bool) -> str:
+def percent(value: Sequence[float] | None, signed: bool = False) -> str:
+    """Write [mean, low, high] in percent, as in `73.1 (71.2 to 75.0)`; a dash for no figure."""
     if value is None:
         return "-"
     sign = "+" if signed else ""
