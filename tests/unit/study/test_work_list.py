@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import Result
 from helpers.small_run import SETTINGS
 
 from srcfast.errors import ConfigError
@@ -17,7 +20,7 @@ from srcfast.run.directory import RunDirectory
 from srcfast.run.lock import lock_directory
 from srcfast.run.shared_stages import share_stages
 from srcfast.study import work_list
-from srcfast.study.results import summarise
+from srcfast.study.results import read_predictions, summarise
 from srcfast.study.settings import Study, read_study
 from srcfast.study.work_list import run_study
 
@@ -175,6 +178,35 @@ def test_a_summary_has_each_arm_and_difference_in_the_agreed_form(finished: tupl
     )
     assert difference[0] == pytest.approx(expected)
     assert difference[1] <= difference[0] <= difference[2]
+
+
+def test_the_command_writes_summary_tables_and_a_page_with_answers(
+    finished: tuple[Study, list[str]], srcfast: Callable[..., Result], tmp_path: Path
+) -> None:
+    study = finished[0]
+    file = study.settings.path.parent / "study.yaml"
+    judges = tmp_path / "judges.json"
+    figures = {"pairwise": [0.9, 0.8, 1.0], "independent": [0.7, 0.6, 0.8]}
+    judges.write_text(json.dumps({"judges": {"2m": {"partial": figures}}}), encoding="utf-8")
+    with_judges = tmp_path / "study.yaml"
+    with_judges.write_text(f"{file.read_text(encoding='utf-8')}judges: {judges}\n", encoding="utf-8")
+    result = srcfast("study", with_judges, "--output", tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary == json.loads(json.dumps(summarise(study) | {"judges": {"2m": {"partial": figures}}}))
+    tables = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert "| stronger - rationale | " in tables
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    for cell in ("stronger - rationale", "90.0 (80.0 to 100.0)", "70.0 (60.0 to 80.0)", *study.settings.arms):
+        assert cell in page, cell
+    rows = {
+        arm: read_predictions(study.configs[arm, 0], study.model(arm))["world-test"]
+        for arm in ("rationale", "stronger")
+    }
+    differing = [pair for pair in zip(*rows.values(), strict=True) if pair[0]["aligned"] != pair[1]["aligned"]]
+    assert page.count("<h3>") == min(2, len(differing))
+    for pair in differing[:2]:
+        assert all(html.escape(row["text"]) in page for row in pair)
 
 
 def test_processes_take_different_items_and_wait_for_stages_in_common(
