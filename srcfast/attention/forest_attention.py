@@ -183,7 +183,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, forest: Forest, rows: Tensor | None
         plan = plan_blocks(forest, q.dtype, q.device, rows, options)
     if rows is None:
         forest.cache[key] = plan
-    return padded_attention(q, k, v, plan, options.softcap).to(dtype)
+    with torch.autocast("cpu", enabled=False):  # which would cast the factors of each small product to 16 bits again
+        return padded_attention(q, k, v, plan, options.softcap).to(dtype)
 
 
 # One variable-length call -----------------------------------------------------------------------------------

@@ -90,6 +90,15 @@ def test_the_output_has_the_queries_type(dtype: torch.dtype) -> None:
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_autocast_on_a_cpu_does_not_round_the_products_of_small_segments() -> None:
+    forest = Forest.of([Tree((Segment(np.arange(9)), Segment(np.arange(5), parent=0), Segment(np.arange(7), parent=0)))])
+    qkv = [x.detach().float().requires_grad_() for x in random_qkv(forest.num_tokens, 4, 2, 8, 0)]
+    plain = forest_attention(*qkv, forest, "blocks")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = forest_attention(*qkv, forest, "blocks")
+    assert cast.dtype == plain.dtype and torch.equal(cast, plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_gradients_of_a_prompt_are_summed_over_its_responses_in_fp32(dtype: torch.dtype) -> None:
     """A prompt of 4 tokens and 600 responses of one: each adds about 1/5 to a value's gradient of about 120."""
