@@ -73,8 +73,8 @@ class Recipe:
     tower_epochs: int = 8
     tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
-    language: Stage = Stage(3_500, 200, 16, 6, 3, 2e-3)
-    reasoning: Stage = Stage(1_000, 70, 6, 12, 4, 1.5e-3)
+    language: Stage = Stage(1_800, 200, 16, 6, 3, 2e-3)
+    reasoning: Stage = Stage(600, 70, 6, 12, 4, 1.5e-3)
     weight_decay: float = 0.05
     validation_samples: int = 300  # of each family
 
