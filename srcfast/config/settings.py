@@ -40,6 +40,8 @@ YOUNGER = (
     ("curation", "rationale_pairs"),
     ("dpo", "credit"),
     ("dpo", "quality_weight"),
+    ("lora", "projector"),
+    ("lora", "tower_layers"),
 )
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
@@ -228,7 +230,7 @@ class Seeded(Section):
 
 
 class LoRAConfig(Seeded):
-    """A new LoRA adapter on the decoder's linear layers (Hu et al., 2021)."""
+    """A new LoRA adapter (Hu et al., 2021) on the decoder's linear layers, and on the projector's and tower's if so set."""
 
     r: int = Field(64, ge=1, le=4096)
     """Rank. The adapter's memory grows in proportion"""
@@ -241,6 +243,10 @@ class LoRAConfig(Seeded):
     )
     """Names of the decoder's linear layers that get an adapter. The default means all of them, also in a model that names them
     otherwise"""
+    projector: bool = False
+    """Adapt the projector of images, too, which each step then computes. For LLaVA-1.5 and LLaVA-NeXT"""
+    tower_layers: int = Field(0, ge=0, le=1000)
+    """Adapt so many of the vision tower's last layers, of those that are used, too. Costs time and memory in each step"""
 
 
 class TrainingConfig(Seeded):

@@ -1,4 +1,4 @@
-"""LoRA on the decoder's linear layers (Hu et al., 2021), read and written as PEFT does."""
+"""LoRA on the linear layers of decoder, projector and vision tower (Hu et al., 2021), read and written as PEFT does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ from srcfast.models.peft_settings import COMPUTED, PeftSettings
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
 from srcfast.models.quantized import NF4Linear, block_linears
 from srcfast.models.sharding import is_sharded
+from srcfast.models.vision_adapters import (
+    PROJECTOR,
+    chosen_linears,
+    is_of_vision,
+    stored_name,
+    tower_layer,
+    vision_linears,
+    vision_of,
+    vision_patterns,
+)
 from srcfast_kernels import swiglu
 from srcfast_kernels.dropout import dropout_product
 from srcfast_kernels.lora_linear import Adapted, Norm, lora_linears, swiglu_lora_linear
@@ -110,10 +120,10 @@ def _with_dropout(x: Tensor, linear: nn.Module, keys: Tensor | None) -> Tensor:
 
 
 def apply_lora(model: HasDecoder, lora: str | Path | LoRAConfig | None) -> None:
-    """Give a model's decoder a new adapter (LoRAConfig), a saved one (directory), or none.
+    """Give a model a new adapter (LoRAConfig), a saved one (directory), or none.
 
     Raises:
-        InputError: see `load_adapter`.
+        InputError: see `add_lora` and `load_adapter`.
     """
     if isinstance(lora, LoRAConfig):
         add_lora(model, lora)
@@ -136,26 +146,39 @@ def check_adapter_changes(model: HasDecoder, directory: str | Path) -> None:
 
 @torch.no_grad()
 def add_lora(model: HasDecoder, config: LoRAConfig) -> None:
-    """Add a trainable adapter to the decoder's target layers; A is drawn as PEFT draws it, B is zero.
+    """Add a trainable adapter to the target layers; A is drawn as PEFT draws it, B is zero.
 
     Raises:
-        InputError: no layer of that name, a rank below 1, or an adapter is there already.
+        InputError: no layer of that name, a rank below 1, an adapter is there already, or the model's projector or tower can't
+            have one.
     """
     check_no_adapter(model)
     generator = torch.Generator().manual_seed(config.seed)
     config = config.replace(target_modules=check_targets(model, config))
-    for number, (name, linear) in enumerate(_named_linears(model.decoder).items()):
-        if name.rpartition(".")[2] not in config.target_modules:
-            continue
-        adapted = _adapt(model, name, linear, config, number)
+    chosen = {
+        number: (name, linear)
+        for number, (name, linear) in enumerate(_named_linears(model.decoder).items())
+        if name.rpartition(".")[2] in config.target_modules
+    }
+    # Drawn last: the decoder's adapter is the same with and without them.
+    chosen |= enumerate(chosen_linears(model, config).items(), start=len(_named_linears(model.decoder)))
+    layers = {}
+    for number, (name, linear) in chosen.items():
+        adapted = layers[name] = _adapt(model, name, linear, config, number)
         bound = math.sqrt(3.0) / math.sqrt(3.0 * linear.in_features)  # kaiming_uniform_(a=sqrt(5)): 1 / sqrt(in)
         drawn = torch.rand(config.r, linear.in_features, generator=generator, dtype=torch.float64)
         adapted.lora_A.copy_((2.0 * drawn - 1.0) * bound)
+    _set_linears(model, layers)
     model.adapter_path, model.lora_config = None, config
 
 
 def check_targets(model: HasDecoder, config: LoRAConfig) -> tuple[str, ...]:
-    """Return the names of the layers that an adapter of these settings is of. Raises InputError where there is none."""
+    """Return the names of the decoder's layers that an adapter of these settings is of.
+
+    Raises:
+        InputError: there is none; or projector or tower can't have the adapters that are asked for.
+    """
+    chosen_linears(model, config)
     linears = (name for _, name, _ in block_linears(model.decoder))
     stacked = has_stacked_experts(name for name, _ in model.decoder.named_parameters())
     return target_names(config, linears, stacked)
@@ -168,14 +191,24 @@ def _named_linears(decoder: TransformerDecoder) -> dict[str, nn.Linear | NF4Line
 
 
 def _adapt(model: HasDecoder, name: str, linear: nn.Linear | NF4Linear, config: LoRAConfig, number: int) -> LoRALinear:
-    """Put an adapter around the linear of this name within the decoder."""
+    """Make an adapter around the linear of this name, see `adapters`; `_set_linears` puts it in its place."""
     embedding = model.decoder.embed_tokens.weight
     exact = torch.promote_types(embedding.dtype, torch.float32)
+    if is_of_vision(name):  # its rows are patches, which have no dropout keys
+        config = config.replace(dropout=0.0)
     adapted = LoRALinear(linear, config, embedding.device, exact, number)
     adapted.train(linear.training)
-    parent, _, last = name.rpartition(".")
-    setattr(model.decoder.get_submodule(parent), last, adapted)
     return adapted
+
+
+def _set_linears(model: HasDecoder, linears: Mapping[str, nn.Module]) -> None:
+    """Put linears, or those with their adapters, in the places of these names, see `adapters`."""
+    vision = vision_of(model) if any(map(is_of_vision, linears)) else None
+    with nullcontext() if vision is None else vision.changing_adapters():
+        for name, linear in linears.items():
+            root = vision.model if vision is not None and is_of_vision(name) else model.decoder
+            parent, _, last = name.rpartition(".")
+            setattr(root.get_submodule(parent), last, linear)
 
 
 def target_names(config: LoRAConfig, linears: Iterable[str], stacked: bool) -> tuple[str, ...]:
@@ -204,8 +237,17 @@ def has_stacked_experts(parameters: Iterable[str]) -> bool:
 
 
 def adapters(model: HasDecoder) -> dict[str, LoRALinear]:
-    """Map names within the decoder to the adapted layers."""
-    return {name: module for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)}
+    """Map names to the adapted layers: names within the decoder, and those of `vision_adapters`."""
+    layers = {name: module for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)}
+    if (vision := vision_of(model)) is not None:
+        layers |= {name: module for name, module in vision.model.named_modules() if isinstance(module, LoRALinear)}
+    return layers
+
+
+def remove_adapter(model: HasDecoder) -> None:
+    """Replace each adapted layer by its base layer; the weights are those before the adapter."""
+    model.adapter_path = None
+    _set_linears(model, {name: layer.base for name, layer in adapters(model).items()})
 
 
 def check_no_adapter(model: HasDecoder) -> None:
@@ -221,7 +263,7 @@ def lora_parameters(model: HasDecoder) -> list[nn.Parameter]:
 
 
 def _named_parameters(model: HasDecoder) -> dict[str, nn.Parameter]:
-    """Map names within the decoder, such as "layers.0.mlp.up_proj.lora_A", to the adapter's parameters."""
+    """Map names as in `adapters`, such as "layers.0.mlp.up_proj.lora_A", to the adapter's parameters."""
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in adapters(model).items():
         parameters |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
@@ -272,8 +314,7 @@ def merge_lora(model: HasDecoder) -> int:
         exact = torch.promote_types(layer.base.weight.dtype, torch.float32)
         change = layer.scaling * (layer.lora_B.to(exact) @ layer.lora_A.to(exact))
         layer.base.weight.copy_(layer.base.weight.to(exact) + change)
-        path, _, last = name.rpartition(".")
-        setattr(model.decoder.get_submodule(path), last, layer.base)
+    _set_linears(model, {name: layer.base for name, layer in layers.items()})
     return len(layers)
 
 
@@ -287,7 +328,9 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     if not (parameters := _named_parameters(model)):
         raise InputError(file=directory, expected="a model with an adapter", found="none")
     config, prefix = model.lora_config, model.adapter_prefix
-    tensors = {f"base_model.model.{prefix}.{name}.weight": parameter for name, parameter in parameters.items()}
+    tensors = {
+        f"base_model.model.{_full_name(model, name)}.weight": parameter for name, parameter in parameters.items()
+    }
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
     targets = "|".join(sorted(config.target_modules, key=lambda name: (*TARGETS, name).index(name)))
@@ -297,9 +340,14 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     if any(
         name not in layers for name in _named_linears(model.decoder) if name.rpartition(".")[2] in config.target_modules
     ):
-        pattern = "|".join(re.escape(f"{prefix}.{name}") for name in layers)  # some layers alone, each by its name
-    rank, ranks = _common({name: len(layer.lora_A) for name, layer in layers.items()})
-    alpha, alphas = _common({name: layer.alpha for name, layer in layers.items()})
+        # Some layers alone, each by its name.
+        pattern = "|".join(re.escape(f"{prefix}.{name}") for name in layers if not is_of_vision(name))
+    of_vision = [name for name in layers if is_of_vision(name)]
+    pattern = "|".join([pattern, *vision_patterns(of_vision)])
+    # A tower's layers have numbers, too.
+    named = {_full_name(model, name) if of_vision else name: layer for name, layer in layers.items()}
+    rank, ranks = _common({name: len(layer.lora_A) for name, layer in named.items()})
+    alpha, alphas = _common({name: layer.alpha for name, layer in named.items()})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -319,6 +367,11 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
         **({"alpha_pattern": alphas} if alphas else {}),
     }
     write_json(directory / ADAPTER_CONFIG, settings)
+
+
+def _full_name(model: HasDecoder, name: str) -> str:
+    """Return transformers' name of what has this name in `adapters`."""
+    return f"model.{name}" if is_of_vision(name) else f"{model.adapter_prefix}.{name}"
 
 
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -341,17 +394,22 @@ def load_adapter(model: HasDecoder, directory: str | Path, trainable: bool = Tru
         raw = parse_object(regular(directory / ADAPTER_CONFIG).read_bytes())
         tensors = dict(read_file(file))
     settings = PeftSettings.read(raw, directory / ADAPTER_CONFIG)
-    weights = _by_name_in_decoder(tensors, file)
-    linears = _named_linears(model.decoder)
-    kinds = _target_modules(weights, {name.rpartition(".")[2] for name in linears}, file)
-    targets = {name: f"{model.adapter_prefix}.{name}" for name in linears}  # their names in transformers' model
-    _check_layers({name for name, path in targets.items() if settings.targets(path)}, weights, file)
+    weights = _by_name(tensors, file, vision_of(model) is not None)
     adapted = {name.rpartition(".")[0] for name in weights}
+    linears: dict[str, nn.Linear | NF4Linear] = {**_named_linears(model.decoder)}
+    kinds = _target_modules(weights, {name.rpartition(".")[2] for name in linears}, file)
+    if any(map(is_of_vision, adapted)):
+        linears |= vision_linears(model)
+    targets = {name: _full_name(model, name) for name in linears}
+    _check_layers({name for name, path in targets.items() if settings.targets(path)}, weights, file)
     values: dict[str, Any] = {"dropout": float(settings.lora_dropout), "target_modules": kinds}
+    values |= _vision_settings(model, adapted)
+    layers = {}
     for number, (name, linear) in enumerate(linears.items()):
         if name in adapted:
             rank, alpha = settings.rank_and_alpha(targets[name])
-            _adapt(model, name, linear, LoRAConfig(r=rank, alpha=alpha, **values), number)
+            layers[name] = _adapt(model, name, linear, LoRAConfig(r=rank, alpha=alpha, **values), number)
+    _set_linears(model, layers)
     model.adapter_path = directory
     model.lora_config = LoRAConfig(r=settings.r, alpha=float(settings.lora_alpha), **values)
     parameters = _named_parameters(model)
@@ -374,28 +432,43 @@ def _naming_files(directory: Path) -> Iterator[None]:
         raise InputError(file=directory, expected=expected, found=error) from error
 
 
-def _by_name_in_decoder(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Name an adapter's tensors as `_named_parameters` does. Raises InputError at one that belongs to no decoder layer."""
+def _by_name(tensors: Mapping[str, Tensor], file: Path, vision: bool) -> dict[str, Tensor]:
+    """Name an adapter's tensors as `_named_parameters` does; `vision`: projector and tower can have adapters.
+
+    Raises:
+        InputError: a tensor belongs to no layer that can have an adapter.
+    """
     weights = {}
     for key, tensor in tensors.items():
         layer, _, part = key.partition(".lora_")
-        start = layer.find("layers.")
+        start, is_part = layer.find("layers."), part in ("A.weight", "B.weight")
+        name = stored_name(layer) if vision and is_part else None
         for fits, expected, found in (
-            (start >= 0 and part in ("A.weight", "B.weight"), "lora_A or lora_B of a decoder layer", key),
-            (not any(tower in layer for tower in TOWERS), "layers of the decoder only", key),
+            (name is not None or (start >= 0 and is_part), "lora_A or lora_B of a decoder layer", key),
+            (name is not None or not any(tower in layer for tower in TOWERS), "layers of the decoder only", key),
             (tensor.dtype in READ, "numbers in 16, 32 or 64 bits", str(tensor.dtype).removeprefix("torch.")),
         ):
             if not fits:
                 raise InputError(file=file, field=key, expected=expected, found=found)
-        weights[key[start:].removesuffix(".weight")] = tensor
+        weights[f"{layer[start:] if name is None else name}.lora_{part.removesuffix('.weight')}"] = tensor
     return weights
+
+
+def _vision_settings(model: HasDecoder, adapted: Collection[str]) -> dict[str, Any]:
+    """Return the settings of `LoRAConfig` by which layers of these names get adapters. Raises InputError as `chosen_linears`."""
+    layers = [layer for name in adapted if is_of_vision(name) and (layer := tower_layer(name)) is not None]
+    vision = vision_of(model)
+    count = max(0, vision.used_layers - min(layers)) if layers and vision is not None else 0
+    settings = {"projector": any(name.startswith(PROJECTOR) for name in adapted), "tower_layers": count}
+    chosen_linears(model, LoRAConfig(**settings))  # type: ignore[arg-type]
+    return settings
 
 
 def _target_modules(weights: Mapping[str, Tensor], known: Collection[str], file: Path) -> tuple[str, ...]:
     """List the kinds of layers that have weights. Raises InputError where there are none, or the model has no such layer."""
     if not weights:
         raise InputError(file=file, expected="an adapter's tensors", found="none")
-    targets = {name.split(".")[-2] for name in weights}
+    targets = {name.split(".")[-2] for name in weights if not is_of_vision(name)}
     if unknown := sorted(targets - {*known}):
         expected = f"layers among {', '.join(sorted(known, key=lambda name: (*TARGETS, name).index(name)))}"
         raise InputError(file=file, field="target_modules", expected=expected, found=", ".join(unknown))

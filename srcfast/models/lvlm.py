@@ -18,7 +18,7 @@ from srcfast.attention.forest_attention import forest_attend
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest
 from srcfast.data.jsonl import parse_object, write_json
-from srcfast.errors import InputError
+from srcfast.errors import InputError, SrcfastError
 from srcfast.models.chat import ChatModel, adds_bos, prompt_error
 from srcfast.models.checkpoint import WEIGHTS, fill, read_config, read_file, read_tensors, save_tensors, weight_files
 from srcfast.models.decoder import Decoder, is_handwritten_text
@@ -34,7 +34,7 @@ from srcfast.models.text_model import (
     load_tokenizer,
 )
 from srcfast.models.transformers_lvlm import TransformersLVLM, load_transformers_lvlm
-from srcfast.models.vision import FAMILIES, Vision
+from srcfast.models.vision import FAMILIES, TowerOutput, Vision
 from srcfast_kernels.transfers import to_device
 
 # LLaVA-1.5's own template, for its checkpoints that come without one.
@@ -77,16 +77,17 @@ class LVLM(ChatModel):
         return np.repeat(ids, repeats)
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Embed each image, [n_i, D], without gradient."""
+    def encode_images(self, images: Sequence[Image.Image]) -> list[Tensor] | list[TowerOutput]:
+        """Embed each image, [n_i, D], without gradient; with adapters on the projector or tower see `TowerOutput`."""
         with self.vision.on_device():
             return self.vision(images)
 
-    def embed(self, forest: Forest, features: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, forest: Forest, features: Mapping[str, Tensor | TowerOutput]) -> Tensor:
         """Embed a forest's tokens, [T, D], with the images' embeddings at their placeholders.
 
         Raises:
             InputError: an image's length differs from its placeholders.
+            SrcfastError: projector or tower have adapters, and an image's embeddings were computed without them.
         """
         embeddings = self.decoder.embed(forest.token_ids)
         if not forest.images:
@@ -94,7 +95,8 @@ class LVLM(ChatModel):
         # Located on the host: nonzero() on a GPU would wait for it.
         is_image = (forest.host or forest).token_ids == self.image_token_id
         positions = to_device(is_image.nonzero()[:, 0], embeddings.device)
-        values = torch.cat([features[key] for key in forest.images]).to(embeddings.dtype)
+        images = self._image_embeddings(forest, features)
+        values = torch.cat([images[key] for key in forest.images]).to(embeddings.dtype)
         if len(values) != len(positions):
             raise InputError(
                 field="images",
@@ -104,10 +106,26 @@ class LVLM(ChatModel):
             )
         return embeddings.index_put((positions,), values)
 
-    def forward(self, forest: Forest, features: Mapping[str, Tensor], rows: Tensor | None = None) -> Tensor:
+    def _image_embeddings(self, forest: Forest, features: Mapping[str, Tensor | TowerOutput]) -> dict[str, Tensor]:
+        """Return each distinct image's embeddings [n, D]: adapted layers compute them here, once for all trees of the forest."""
+        distinct = {key: features[key] for key in forest.images}
+        embeddings = {key: value for key, value in distinct.items() if isinstance(value, Tensor)}
+        outputs = {key: value for key, value in distinct.items() if isinstance(value, TowerOutput)}
+        if embeddings and self.vision.frozen_layers is not None:
+            raise SrcfastError(
+                "images: expected outputs of the tower below the adapters, found embeddings, which don't follow the adapters. "
+                "Fix: encode images once the model has its adapter"
+            )
+        if outputs:
+            embeddings |= zip(outputs, self.vision.project([*outputs.values()]), strict=True)
+        return embeddings
+
+    def forward(
+        self, forest: Forest, features: Mapping[str, Tensor | TowerOutput], rows: Tensor | None = None
+    ) -> Tensor:
         """Compute hidden states [T, D] of a forest, or those of `rows` [M] alone (int64, ascending, on the host): [M, D].
 
-        `features` holds each distinct image's embeddings by its key.
+        `features` holds each distinct image's embeddings by its key, or what `ImageFeatures` gives in place of them.
         """
         embeddings, attend = self.embed(forest, features), forest_attend(forest, rows=rows)
         device_rows = None if rows is None else to_device(rows, embeddings.device)
@@ -118,19 +136,32 @@ AnyLVLM = LVLM | TransformersLVLM
 
 
 class ImageFeatures:
-    """Embeddings of images by key; each distinct image is encoded once while it stays in memory (least recent out)."""
+    """Embeddings of images by key; each distinct image is encoded once while it stays in memory (least recent out).
+
+    Of a model with adapters on its projector or tower only what lies below them is stored, as `TowerOutput`; the model computes
+    the embeddings from it in each pass. So nothing in memory is older than the adapters, on or off.
+    """
 
     def __init__(
         self, model: AnyLVLM, load: Callable[[str], Image.Image], max_bytes: int = 1 << 30, batch_size: int = 64
     ):
         self.model, self.load, self.max_bytes, self.batch_size = model, load, max_bytes, batch_size
         self.encoded = 0  # images encoded so far
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Any] = OrderedDict()
         self._bytes = 0
+        self._frozen_layers: int | None = None  # of the vision tower that has encoded the cached images
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """List those that are not in memory."""
+        self._follow_adapters()
         return [key for key in keys if key not in self._cache]
+
+    def _follow_adapters(self) -> None:
+        """Clear the cache where the vision tower has got or lost adapters since it was filled."""
+        frozen = getattr(self.model.vision, "frozen_layers", None)
+        if frozen != self._frozen_layers:
+            self.clear()
+        self._frozen_layers = frozen
 
     def clear(self) -> None:
         """Clear the cache, so that images are encoded again: rounding of embeddings depends on the images encoded together."""
@@ -155,11 +186,11 @@ class ImageFeatures:
 
     def __call__(
         self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
-    ) -> dict[str, Tensor]:
-        """Embed the image of each key, [n, D]; those in `prepared` are not read again."""
+    ) -> dict[str, Any]:
+        """Embed the image of each key, [n, D], or as `TowerOutput`; those in `prepared` are not read again."""
         distinct = list(dict.fromkeys(keys))
         missing = self.missing(distinct)
-        fresh: dict[str, Tensor] = {}
+        fresh: dict[str, Any] = {}
         if missing:
             with self.model.vision.on_device():
                 for start in range(0, len(missing), self.batch_size):
@@ -190,7 +221,7 @@ class UncachedImageFeatures:
 
     def __call__(
         self, keys: Iterable[str], prepared: Mapping[str, dict[str, Tensor]] = MappingProxyType({})
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         self.features.clear()
         return self.features(keys, prepared)
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from srcfast.data.images import ImageFile
-from srcfast.errors import InputError
+from srcfast.errors import InputError, SrcfastError
 from srcfast.models.checkpoint import check_weight_count
 from srcfast.models.config_bounds import SIDE
 from srcfast_kernels.transfers import to_device
@@ -59,8 +60,28 @@ class TiledSight(LlavaNextModel):
 FAMILIES = {"llava": LlavaModel, "llava_next": TiledSight}
 
 
+@dataclass(frozen=True)
+class TowerOutput:
+    """What the part of a vision tower below all adapters computes of an image: it stays the same while adapters are trained.
+
+    Attributes:
+        values: [tiles, rows, width], the input of the tower's next layer, or of the projector once all are passed.
+        passed: number of the tower's layers that are passed.
+        size: [1, 2] int64 on the host, height and width of the image in pixels; None for LLaVA-1.5, whose images have one tile.
+    """
+
+    values: Tensor
+    passed: int
+    size: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the values."""
+        return self.values.nbytes
+
+
 class FrozenVision(nn.Module):
-    """A vision tower that is never trained, and whose weights may wait on the host while no image is encoded."""
+    """A vision tower whose weights are never trained, and may wait on the host while no image is encoded."""
 
     _host_weights: Sequence[Tensor] = ()  # weights on the host, once `to_host` has been called
 
@@ -70,7 +91,7 @@ class FrozenVision(nn.Module):
 
     def to_host(self) -> None:
         """Move the weights from a GPU to the host; from now on they are on the GPU within `on_device` alone."""
-        parameters = list(self.parameters())
+        parameters = self.waiting_parameters()
         if parameters[0].is_cuda and not self._host_weights:
             self._device = parameters[0].device
             self._host_weights = [parameter.data.cpu().pin_memory() for parameter in parameters]
@@ -88,13 +109,30 @@ class FrozenVision(nn.Module):
         finally:
             self._set_weights(self._host_weights)
 
+    def waiting_parameters(self) -> list[nn.Parameter]:
+        """List the parameters that nothing but encoding reads, which may wait on the host."""
+        return list(self.parameters())
+
+    @contextmanager
+    def changing_adapters(self) -> Iterator[None]:
+        """Hold all weights on their device within, where adapters are added or removed: other weights may wait then."""
+        waited = bool(self._host_weights)
+        if waited:
+            self._set_weights([weight.to(self._device) for weight in self._host_weights])
+            self._host_weights = ()
+        try:
+            yield
+        finally:
+            if waited:
+                self.to_host()
+
     def _set_weights(self, weights: Sequence[Tensor]) -> None:
-        for parameter, weight in zip(self.parameters(), weights, strict=True):
+        for parameter, weight in zip(self.waiting_parameters(), weights, strict=True):
             parameter.data = weight
 
 
 class Vision(FrozenVision):
-    """Tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint; never trained, never in a gradient."""
+    """Tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint; their weights are never trained, adapters on them may be."""
 
     typical_tokens = None  # of an image: config and size decide them, see `num_tokens`
 
@@ -137,19 +175,157 @@ class Vision(FrozenVision):
         """Embed each image: [n_i, D]."""
         return self.encode([self.prepare(image) for image in images])
 
-    @torch.no_grad()
-    def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """Embed each prepared image: [n_i, D]."""
+    def encode(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor] | list[TowerOutput]:
+        """Embed each prepared image, [n_i, D], without gradient; with adapters compute what `project` embeds it from."""
+        frozen = self.frozen_layers
+        if frozen is not None:
+            # What is computed in inference mode, as by decoding, could not be saved for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._run_tower(prepared, frozen)
+        with torch.no_grad():
+            pixels = self._pixels(prepared)
+            if self.config.model_type == "llava":
+                sizes = {}
+            else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
+                max_tiles = max(tiles.shape[1] for tiles in pixels)
+                pixels = [F.pad(tiles, (0, 0) * 3 + (0, max_tiles - tiles.shape[1])) for tiles in pixels]
+                sizes = {"image_sizes": torch.cat([inputs["image_sizes"] for inputs in prepared])}
+            return list(self.model.get_image_features(torch.cat(pixels), **sizes).pooler_output)
+
+    def _pixels(self, prepared: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        """Copy the images' pixels to the device: [1, 3, H, W] each, of LLaVA-NeXT [1, tiles, 3, H, W]."""
         parameter = next(self.model.parameters())
         # One by one: what workers prepared lies in page-locked memory already.
-        pixels = [to_device(inputs["pixel_values"], parameter.device).to(parameter.dtype) for inputs in prepared]
+        return [to_device(inputs["pixel_values"], parameter.device).to(parameter.dtype) for inputs in prepared]
+
+    # With adapters ------------------------------------------------------------------------------------------
+
+    @property
+    def tower_layers(self) -> nn.ModuleList:
+        """The tower's layers, those that no embedding is made of included.
+
+        Raises:
+            InputError: the tower has another structure than those of CLIP and SigLIP.
+        """
+        for name, module in self.model.vision_tower.named_modules():
+            if name.endswith("encoder.layers") and isinstance(module, nn.ModuleList):
+                return module
+        found = self.config.vision_config.model_type
+        raise InputError(field="lora.tower_layers", expected="a tower such as CLIP's or SigLIP's", found=found)
+
+    @property
+    def used_layers(self) -> int:
+        """The number of the tower's layers that embeddings are made of."""
+        return used_layers(self.config)
+
+    @property
+    def frozen_layers(self) -> int | None:
+        """The number of the used layers below the first adapter: all of them with adapters on the projector alone.
+
+        None without adapters.
+        """
+        if not _is_adapted(self.model):
+            return None
+        if not _is_adapted(self.model.vision_tower):
+            return self.used_layers
+        adapted = [number for number, layer in enumerate(self.tower_layers) if _is_adapted(layer)]
+        return min(*adapted, self.used_layers)
+
+    @torch.no_grad()
+    def check_layers(self, passed: int) -> None:
+        """Check that the tower's layers from number `passed` on, run one by one, give what the tower gives as a whole.
+
+        Raises:
+            InputError: they do not; or embeddings are made of several layers' hidden states.
+        """
+        field, fix = "lora.tower_layers", "set it to 0"
+        if not isinstance(self.config.vision_feature_layer, int):
+            expected, found = "one vision_feature_layer in config.json", str(self.config.vision_feature_layer)
+            raise InputError(file=self.path, field=field, expected=expected, found=found, fix=fix)
+        layers = self.tower_layers[passed : self.used_layers]
+        side = int(self.config.vision_config.image_size)
+        shades = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+        with self.on_device():
+            pixels = self._pixels([self.prepare(shades)])[0].flatten(0, -4)
+            states = self.model.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
+            values = states[passed]
+            for layer in layers:
+                values = layer(values, None)
+        difference = float((values - states[self.used_layers]).abs().max() / states[self.used_layers].abs().max())
+        if not difference <= 8 * torch.finfo(values.dtype).eps ** 0.75:
+            expected = "a tower whose layers follow each other"
+            found = f"outputs that differ by {difference:.1e}, relative to the largest"
+            raise InputError(file=self.path, field=field, expected=expected, found=found, fix=fix)
+
+    def waiting_parameters(self) -> list[nn.Parameter]:
+        frozen, tower = self.frozen_layers, self.model.vision_tower
+        if frozen is None:
+            return list(self.parameters())
+        above = self.tower_layers[frozen:] if _is_adapted(tower) else nn.ModuleList()
+        read = {id(parameter) for parameter in above.parameters()}  # in each training step
+        return [parameter for parameter in tower.parameters() if id(parameter) not in read]
+
+    def _run_tower(self, prepared: Sequence[dict[str, Tensor]], passed: int) -> list[TowerOutput]:
+        """Compute what leaves the first `passed` layers of the tower, for each prepared image."""
+        tiles = [pixels.flatten(0, -4) for pixels in self._pixels(prepared)]  # [tiles, 3, H, W] each
+        states = self.model.vision_tower(torch.cat(tiles), output_hidden_states=True, return_dict=True).hidden_states
+        values = self._selected(states) if passed == self.used_layers else states[passed]  # [all tiles, rows, width]
+        sizes = [inputs.get("image_sizes") for inputs in prepared]
+        # Each by itself: a view of all images would keep all of them in memory.
+        split = [one.clone() for one in values.split([len(one) for one in tiles])]
+        return [TowerOutput(one, passed, size) for one, size in zip(split, sizes, strict=True)]
+
+    def _selected(self, states: Sequence[Tensor]) -> Tensor:
+        """Select what enters the projector, [tiles, patches, width], among the hidden states before and after each layer."""
+        layers = self.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        return torch.cat([states[layer][:, self._first_row :] for layer in layers], dim=-1)
+
+    @property
+    def _first_row(self) -> int:
+        """The first row of a hidden state that embeddings are made of: 1 where the class token is left out."""
+        return int(self.config.vision_feature_select_strategy == "default")
+
+    def project(self, images: Sequence[TowerOutput]) -> list[Tensor]:
+        """Embed images, [n_i, D] each, by the tower's layers that are left and the projector, with gradients to their adapters.
+
+        Raises:
+            SrcfastError: an image has passed a layer that has an adapter: what was computed is not this adapter's.
+        """
+        passed, frozen = {image.passed for image in images}, self.frozen_layers
+        if len(passed) > 1 or (frozen is not None and max(passed) > frozen):
+            raise SrcfastError(
+                f"images: expected outputs of the tower's first {frozen} layers, which have no adapter, found outputs of "
+                f"{sorted(passed)}. Fix: encode images once the model has its adapter"
+            )
+        start = passed.pop()
+        values = torch.cat([image.values for image in images])  # [all tiles, rows, width]
+        if start < self.used_layers:
+            for layer in self.tower_layers[start : self.used_layers]:
+                values = layer(values, None)
+            values = values[:, self._first_row :]
+        values = self.model.multi_modal_projector(values)  # [all tiles, patches, D]
         if self.config.model_type == "llava":
-            sizes = {}
-        else:  # [1, tiles, 3, H, W] each: fewer tiles are filled up, and left out again by the image's size
-            max_tiles = max(tiles.shape[1] for tiles in pixels)
-            pixels = [F.pad(tiles, (0, 0) * 3 + (0, max_tiles - tiles.shape[1])) for tiles in pixels]
-            sizes = {"image_sizes": torch.cat([inputs["image_sizes"] for inputs in prepared])}
-        return list(self.model.get_image_features(torch.cat(pixels), **sizes).pooler_output)
+            return list(values)
+        packed, _ = self.model.pack_image_features(
+            values.split([len(image.values) for image in images]),
+            torch.cat([image.size for image in images if image.size is not None]),
+            self.config.vision_feature_select_strategy,
+            image_newline=self.model.image_newline,
+        )
+        return packed
+
+
+def used_layers(config: Any) -> int:
+    """Return how many of a tower's layers a LLaVA config makes embeddings of: up to the deepest that it selects."""
+    count, selected = int(config.vision_config.num_hidden_layers), config.vision_feature_layer
+    layers = [selected] if isinstance(selected, int) else selected
+    return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Return whether a part has an adapter (`LoRALinear`)."""
+    return any(hasattr(part, "lora_A") for part in module.modules())
 
 
 def _settings(config: Any) -> Iterator[tuple[str, bool, str, object]]:

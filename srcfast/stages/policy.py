@@ -15,7 +15,7 @@ from srcfast.memory.model_sizes import ModelSizes, limit_memory, memory_of, rele
 from srcfast.memory.plan import policy_stays
 from srcfast.models import AnyLVLM, ImageFeatures, load_lvlm
 from srcfast.models.checkpoint import model_hash
-from srcfast.models.lora import adapter_hash, adapters, apply_lora, check_adapter_changes, save_adapter
+from srcfast.models.lora import adapter_hash, apply_lora, check_adapter_changes, remove_adapter, save_adapter
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.stages.prompts import image_loader
 from srcfast.training.determinism import prepare_determinism
@@ -104,14 +104,6 @@ class Policy:
         """Replace the adapter on the same base: no weight is read again, and no second model is ever in memory."""
         remove_adapter(self.model)
         apply_lora(self.model, lora)
-
-
-def remove_adapter(model: AnyLVLM) -> None:
-    """Replace each adapted layer by its base layer; the weights are those before the adapter."""
-    model.adapter_path = None
-    for name, layer in adapters(model).items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.decoder.get_submodule(parent), last, layer.base)
 
 
 def load_model(config: Config, lora: Path | LoRAConfig | None) -> AnyLVLM:

@@ -245,15 +245,6 @@ def test_an_adapter_that_changes_nothing_is_refused_by_name(pair: Pair, tmp_path
     check_adapter_changes(pair.load(lora=tmp_path / "adapter"), tmp_path / "adapter")
 
 
-def test_an_adapter_on_the_vision_tower_is_refused_by_name(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    pair = Pair("lvlm", tmp_path / "base")
-    theirs = peft.get_peft_model(pair.theirs, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"(?s)vision_tower.*decoder only"):
-        pair.load(lora=tmp_path / "adapter")
-
-
 @pytest.mark.parametrize("tower", ["vision_model.encoder", "visual", "vision_encoder"])
 def test_an_adapter_on_another_family_s_tower_is_not_taken_for_the_decoder_s(tower: str, tmp_path: Path) -> None:
     pair = Pair("lvlm", tmp_path / "base")
