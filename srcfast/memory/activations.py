@@ -12,6 +12,9 @@ that the loss reads. The pass as a whole saves b (2 M D + h D): the final norm's
 the h rows that are multiplied by the head. Logits are not saved, nor what a layer can recompute from the above (normalised
 inputs, the gated product). On a CPU attention saves queries, keys and values unchanged.
 
+Adapters on the projector, and on layers of the vision tower, save what `adapted_image_bytes` says of an image; there are at most
+as many images as their positions fit into T.
+
 With checkpointing of groups of n layers only the groups' inputs are saved, and in addition the last group's activations, or
 one group's while it is recomputed, whichever is more.
 """
@@ -160,13 +163,30 @@ def activation_bytes(model: ModelSizes, forest: ForestSizes, checkpoint_every: i
     below = inputs + (tail - 1) * layer
     if groups == 1 and count > 1 and plain:
         below -= _unsaved_bytes(model, forest)
-    return SavedActivations(below + last + head, max(below, recomputed))
+    images = forest.tokens / model.vision.image_tokens * adapted_image_bytes(model) if model.vision is not None else 0.0
+    return SavedActivations(images + below + last + head, images + max(below, recomputed))
+
+
+def adapted_image_bytes(model: ModelSizes) -> float:
+    """Count the bytes that projector and tower save of an image with adapters, from the first adapted layer on.
+
+    A position of width D saves the projector's input, that of its activation function and that of its second linear, and the
+    embedding. Of a tower's layer of widths H and F a patch saves 9 H + 4 F: inputs and outputs of both norms, queries, keys,
+    values and result, and what the MLP's activation function saves and returns.
+    """
+    vision, layers = model.vision, model.adapted_layers
+    if vision is None or layers is None:
+        return 0.0
+    rank = 0 if model.lora is None else model.lora.r
+    projector = vision.image_tokens * (vision.hidden + 3 * model.shapes.hidden + 2 * rank)
+    layer = vision.patches * (9 * vision.hidden + 4 * vision.intermediate + 6 * rank)
+    return float(model.dtype_bytes * (projector + layers * layer))
 
 
 def _unsaved_bytes(model: ModelSizes, forest: ForestSizes) -> float:
     """Count what the first layer does not save, since nothing below its first adapter needs a gradient."""
     shapes, lora, width = model.shapes, model.lora, model.dtype_bytes
-    if lora is None or {"q_proj", "k_proj", "v_proj"} & set(lora.target_modules):
+    if lora is None or model.adapted_layers is not None or {"q_proj", "k_proj", "v_proj"} & set(lora.target_modules):
         return 0.0
     result = forest.tokens * shapes.query * width if "o_proj" in lora.target_modules else 0
     return _attention_bytes(model, forest.inner) - result + forest.tokens * (shapes.hidden * width + 4)

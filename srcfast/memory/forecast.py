@@ -328,6 +328,8 @@ def _image_bytes(
         return 0.0, 0.0
     count = math.inf if images is None else images
     image = model.vision.image_tokens * model.vision.vectors * model.shapes.hidden * model.dtype_bytes
+    if model.adapted_layers is not None:  # what the projector embeds is cached, or what enters a layer of the tower
+        image = model.vision.patches * model.vision.hidden * model.dtype_bytes
     features = min(count * image, max(image_cache(memory), images_a_step * image))
     encoding = model.waiting_bytes + min(count, images_at_once(model, memory)) * _encoding_bytes(model)
     return features, encoding

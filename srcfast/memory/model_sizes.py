@@ -23,6 +23,7 @@ from srcfast.models.quantized import plain_linears
 from srcfast.models.recurrent import state_sizes, value_width
 from srcfast.models.sharding import GATHERED_LAYERS, gathered_bytes, local_values
 from srcfast.models.supported import attention_layers
+from srcfast.models.vision_adapters import check_family, is_adapted_vision, is_read_in_steps, tower_layer
 from srcfast.units import show_bytes
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, NF4Weight, nf4_flat_size
 from srcfast_kernels.transfers import indexed
@@ -204,6 +205,8 @@ class ModelSizes:
         gathered_bytes: of sharded layers, the bytes that are gathered at once while they compute.
         state_bytes: of recurrent layers, the states of one sequence.
         mixer_values: of a recurrent layer, the width of its values.
+        adapted_layers: the number of the vision tower's layers that have adapters, 0 with those of the projector alone; None:
+            images are embedded without adapters.
     """
 
     shapes: Shapes
@@ -221,6 +224,7 @@ class ModelSizes:
     gathered_bytes: float = 0.0
     state_bytes: float = 0.0
     mixer_values: int = 0
+    adapted_layers: int | None = None
 
     @property
     def quantised(self) -> bool:
@@ -234,8 +238,12 @@ class ModelSizes:
         weights, scales, waiting, trained = 0.0, 0.0, 0, 0
         device = decoder.embed_tokens.weight.device
         ranks, targets, dropouts, adapter = set(), set(), {0.0}, 0
+        adapted: set[int | None] = set()  # the tower's layers, and None for the projector
         for name, parameter in model.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name and name.startswith("vision."):
+                adapter += parameter.numel()
+                adapted.add(tower_layer(name))
+            elif ".lora_" in name:
                 adapter += parameter.numel()
                 targets.add(name.split(".")[-2])
                 dropouts.add(model.get_submodule(name.rpartition(".")[0]).dropout)
@@ -279,6 +287,7 @@ class ModelSizes:
             gathered_bytes=gathered_bytes(decoder),
             state_bytes=0.0 if general is None else _state_bytes(general.text_config, embedding.element_size()),
             mixer_values=0 if general is None else value_width(general.text_config),
+            adapted_layers=len(adapted - {None}) if adapted else None,
         )
 
     @classmethod
@@ -316,6 +325,10 @@ class ModelSizes:
             linears = [name for name in tensors if part_of(name) == "decoder" and name.endswith("_proj.weight")]
         stacked = has_stacked_experts(tensors)
         targets = () if lora is None else target_names(lora, (name.split(".")[-2] for name in linears), stacked)
+        of_vision = lora if lora is not None and (lora.projector or lora.tower_layers) else None
+        if of_vision is not None:
+            check_family("lora.projector", not general and hasattr(config, "vision_config"), config)
+        waits = vision_offload and device_type == "cuda"
         parameters = dict.fromkeys(PARTS, 0)
         weights = scales = waiting = layer_bytes = 0.0
         adapter = 0
@@ -333,12 +346,18 @@ class ModelSizes:
             elif linear or stacked_experts:
                 weights += count * DTYPE_BYTES[dtype] / ranks
                 layer_bytes += count * DTYPE_BYTES[dtype]
-            elif part in ("vision", "projector") and vision_offload and device_type == "cuda":
+            elif (
+                part in ("vision", "projector")
+                and waits
+                and not (of_vision and is_read_in_steps(name, config, of_vision))
+            ):
                 waiting += count * DTYPE_BYTES[dtype]
             else:
                 weights += count * DTYPE_BYTES[dtype]
             if linear and lora is not None and name.split(".")[-2] in targets:
                 adapter += lora.r * sum(shape)
+            elif of_vision is not None and len(shape) == 2 and is_adapted_vision(name, config, of_vision):
+                adapter += of_vision.r * sum(shape)
         text, width = config.get_text_config() if general else None, DTYPE_BYTES[dtype]
         if text is None:
             shapes = Shapes.of(config)
@@ -360,6 +379,7 @@ class ModelSizes:
             gathered_bytes=GATHERED_LAYERS * layer_bytes / shapes.layers if ranks > 1 else 0.0,
             state_bytes=0.0 if text is None else _state_bytes(text, width),
             mixer_values=0 if text is None else value_width(text),
+            adapted_layers=None if of_vision is None else of_vision.tower_layers,
         )
 
 

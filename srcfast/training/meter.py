@@ -24,6 +24,7 @@ class StepMeter:
 
     with the necessary FLOPs of `srcfast.memory.flops.training_flops` (nothing recomputed, no padding). Parameters of a base
     that is trained itself are added to the adapter's as a third, for they take 6 FLOPs a weight and token where 4 are counted.
+    Projector and vision tower are not counted, with adapters or without.
     The peak rate is `peak_flops`, of the data sheet or measured. peak_memory_bytes is the peak of memory allocated on the GPU,
     on a CPU the peak resident memory of the process. A number that can't be known is None.
 
@@ -34,7 +35,8 @@ class StepMeter:
 
     def __init__(self, model: HasDecoder, head_rows: Callable[[Forest], int]) -> None:
         weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        adapters = sum(parameter.numel() for name, parameter in weights if ".lora_" in name)
+        of_decoder = [(name, parameter) for name, parameter in weights if not name.startswith("vision.")]
+        adapters = sum(parameter.numel() for name, parameter in of_decoder if ".lora_" in name)
         base = sum(parameter.numel() for name, parameter in weights if ".layers." in name and ".lora_" not in name)
         self.adapter_parameters = adapters + base // 3
         self.head_rows = head_rows
