@@ -28,6 +28,7 @@ LEAST_CHUNK_ROWS = 512  # of a CPU: its products of fewer rows take up to half a
 CACHED_ROWS = 128  # of a chunk that a CPU takes through softmax at a time
 COLUMNS = 2048  # of a CPU's logits that are made at a time, and of a half-precision head that are fp32 meanwhile
 GPU_CHUNK_ELEMENTS = 7 << 23  # 224 MiB: the head is read once a chunk, so chunks are as tall as memory allows
+READ_BEHIND = 64  # columns behind a row of halves that a CPU's products may read
 BLOCK = 4096  # columns that a row's program handles at a time
 
 
@@ -209,6 +210,9 @@ def _rows_torch(
             x *= (factor if coefficient is None else factor * coefficient[rows])[:, None]
             # In bf16 it takes the first half of the logits' bytes, hence the copy that `to` makes.
             residual[rows] = x.to(residual_dtype)
+    if residual is not None and residual_dtype != logits.dtype:
+        # A CPU's products of halves read on behind a row, to a multiple of 32, and multiply by 0 what may be NaN there.
+        logits.view(residual_dtype)[:, logits.shape[1] :][:, :READ_BEHIND] = 0
     return logps, residual
 
 

@@ -177,6 +177,17 @@ def test_without_gradients_nothing_is_formed_for_them(monkeypatch: pytest.Monkey
     assert asked == [None, torch.float32]
 
 
+@pytest.mark.parametrize("rows", [33, 66, 104])
+def test_gradients_of_bf16_inputs_are_finite_whatever_lies_behind_a_row(rows: int) -> None:
+    """oneDNN's products of bf16 on a CPU with AMX read rows of other lengths than multiples of 32 to such a multiple."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(581, 128, generator=generator).bfloat16()
+    for _ in range(4):
+        hidden = torch.randn(rows, 128, generator=generator).bfloat16().requires_grad_()
+        linear_logprob(hidden, weight, torch.arange(rows)).sum().backward()
+        assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
+
+
 def test_bf16_logits_keep_fp32_s_precision() -> None:
     hidden, weight, _, targets = problem(300, 512, 5000, seed=6, dtype=torch.float32)
     hidden, weight = 3.0 * hidden.bfloat16(), weight.bfloat16()
