@@ -46,6 +46,7 @@ class Case:
     vision_offload: bool = False
     workers: int = 0
     optimizer: Any = "adamw"
+    tower_layers: int | None = None  # with adapters, as the projector's; None: without
 
     def numbers(self) -> Case:
         return replace(self, checkpointing=0, vision_offload=False, workers=0)
@@ -53,6 +54,7 @@ class Case:
     def __str__(self) -> str:
         parts = [self.stage, self.dtype, self.quantize or "whole", self.optimizer]
         parts += [f"every{self.checkpointing}"] * bool(self.checkpointing) + ["dropout"] * bool(self.dropout)
+        parts += [] if self.tower_layers is None else [f"projector tower{self.tower_layers}"]
         return " ".join(parts + ["offload"] * self.vision_offload + ["worker"] * self.workers)
 
 
@@ -110,6 +112,8 @@ def train_on(
     on a GPU not, so that a few scales differ by a step.
     """
     lora = LoRAConfig(r=4, alpha=8.0, dropout=case.dropout)
+    if case.tower_layers is not None:
+        lora = lora.replace(projector=True, tower_layers=case.tower_layers)
     model = load_lvlm(
         path, quantize=case.quantize, dtype=DTYPES[case.dtype], device="cpu" if case.quantize else device, lora=lora
     ).to(device)

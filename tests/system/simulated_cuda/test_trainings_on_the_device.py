@@ -39,6 +39,11 @@ OPTIMIZERS = [
     Case("rationale", "fp32", optimizer="paged_adamw"),
     Case("dpo", "fp32", optimizer="paged_adamw_8bit"),
 ]
+OF_VISION = [
+    Case("dpo", "bf16", vision_offload=True, workers=1, tower_layers=2),
+    Case("rationale", "fp32", quantize="nf4", checkpointing=2, dropout=0.2, vision_offload=True, tower_layers=0),
+    Case("dpo", "fp32", dropout=0.2, tower_layers=1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def nothing_stays() -> Iterator[None]:
 
 
 def test_each_two_values_of_two_settings_meet_in_a_case() -> None:
-    rows = [list(vars(case).values())[:-1] for case in CASES]
+    rows = [list(vars(case).values())[:-2] for case in CASES]
     for one, other in combinations(zip(*rows, strict=True), 2):
         assert len(set(zip(one, other, strict=True))) == len(set(one)) * len(set(other))
 
 
-@pytest.mark.parametrize("case", CASES + OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("case", CASES + OPTIMIZERS + OF_VISION, ids=str)
 def test_a_training_gives_the_cpus_numbers_and_leaves_no_memory(
     case: Case, samples: list[Sample], on_cpu: Any, nothing_stays: None
 ) -> None:
@@ -111,7 +116,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], OF_VISION[0]], ids=str)
 def test_a_training_that_was_stopped_continues_bit_for_bit(
     case: Case, samples: list[Sample], tmp_path: Path, nothing_stays: None
 ) -> None:

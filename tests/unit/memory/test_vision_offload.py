@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from srcfast.config.load import load_config
+from srcfast.config.settings import LoRAConfig
 from srcfast.memory.forecast import forecast_training
 from srcfast.memory.model_sizes import ModelSizes
 from srcfast.memory.plan import policy_sizes
 from srcfast.models import ImageFeatures
+from srcfast.models.lora import add_lora, remove_adapter
 from srcfast.stages.policy import load_model
 
 
@@ -77,6 +81,50 @@ def test_the_forecast_is_lower_by_the_tower_but_while_images_are_encoded() -> No
     few = forest.times(0.001)
     one, other = (forecast_training(sizes, few, images=64) for sizes in (kept, waiting))
     assert one.peak == pytest.approx(other.peak)  # now it is the images
+
+
+@pytest.mark.simulated
+def test_what_a_step_reads_is_on_the_device_with_adapters_and_waits_again_without_them() -> None:
+    """Adapters come and go while the tower's weights wait on the host, as in the stages of a calibration."""
+    model = load_model(load_config(None, ["model.device=cuda"]), None)
+    whole = {name for name, _ in model.vision.named_parameters()}
+    expected = [one.cpu() for one in model.encode_images([image("a")])]
+
+    def waiting() -> set[str]:
+        return {name for name, parameter in model.vision.named_parameters() if not parameter.is_cuda}
+
+    model.vision.to_host()
+    assert waiting() == whole
+    for layers in (0, 2):
+        add_lora(model, LoRAConfig(r=2, projector=True, tower_layers=layers))
+        read = ("model.multi_modal_projector.", *(f"model.vision_tower.encoder.layers.{3 - n}." for n in range(layers)))
+        assert waiting() == {name for name in whole if not name.startswith(read)}
+        (stored,) = model.encode_images([image("a")])
+        torch.testing.assert_close(model.vision.project([stored])[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
+        remove_adapter(model)
+        assert waiting() == whole
+    torch.testing.assert_close(model.encode_images([image("a")])[0].cpu(), expected[0])
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_forecast_counts_what_waits_beside_adapters(layers: int) -> None:
+    words = ["model.device=cuda", "lora.r=4", "lora.projector=true", f"lora.tower_layers={layers}"]
+    kept, waiting = (policy_sizes(load_config(None, [*words, f"model.vision_offload={x}"])) for x in ("false", "true"))
+    model = load_model(load_config(None, []), None)
+    read = sum(
+        parameter.nbytes
+        for name, parameter in model.vision.named_parameters()
+        if "projector" in name or any(f"layers.{3 - n}." in name for n in range(layers))
+    )
+    everything = sum(parameter.nbytes for parameter in model.vision.parameters())
+    assert kept.waiting_bytes == 0 and waiting.waiting_bytes == everything - read
+    assert waiting.weight_bytes == kept.weight_bytes - waiting.waiting_bytes
+    assert (waiting.lora, waiting.adapted_layers) == (kept.lora, layers)
+    add_lora(model, LoRAConfig(r=4, projector=True, tower_layers=layers))
+    found = ModelSizes.of(model)
+    assert found.lora is not None and kept.lora is not None
+    assert (found.lora, found.adapted_layers) == (replace(kept.lora, target_modules=found.lora.target_modules), layers)
+    assert {*found.lora.target_modules} == {*kept.lora.target_modules}
 
 
 @pytest.mark.gpu

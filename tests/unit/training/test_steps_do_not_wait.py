@@ -20,6 +20,7 @@ from srcfast.config.settings import DPOConfig, LoRAConfig, TrainingConfig
 from srcfast.data.rationale_pairs import RationalePair, build_raps
 from srcfast.data.records import Preference
 from srcfast.models import ImageFeatures, load_lvlm
+from srcfast.models.lora import add_lora
 from srcfast.stages.dpo import pair_denominator, preference_items, preference_loss, train_preference
 from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.pair_trees import pair_logit_rows
@@ -41,6 +42,7 @@ class Case:
     dropout: float = 0.0
     vision_offload: bool = False
     workers: int = 0
+    tower_layers: int | None = None  # with adapters, as the projector's; None: without
 
 
 CASES = {
@@ -49,6 +51,8 @@ CASES = {
     "bf16, NF4, vision on the host": Case(torch.bfloat16, quantize="nf4", vision_offload=True),
     "fp16, NF4, recomputed, dropout": Case(torch.float16, quantize="nf4", checkpointing=1, dropout=0.2),
     "fp16, vision on the host, a worker": Case(torch.float16, vision_offload=True, workers=1),
+    "bf16, projector, vision on the host": Case(torch.bfloat16, vision_offload=True, tower_layers=0),
+    "fp32, projector and tower, vision on the host, a worker": Case(torch.float32, None, 0, 0.0, True, 1, 2),
     "fp32": Case(torch.float32),
     "fp32, recomputed, dropout, vision on the host, a worker": Case(torch.float32, None, 2, 0.2, True, 1),
 }
@@ -78,9 +82,12 @@ def pair_of(rap: RationalePair) -> Preference:
 
 def model_and_features(case: Case, device: str, raps: list[RationalePair]) -> tuple[Any, ImageFeatures]:
     lora = LoRAConfig(r=4, alpha=8.0, dropout=case.dropout)
-    model = load_lvlm("embedded", quantize=case.quantize, dtype=case.dtype, device=device, lora=lora)
+    if case.tower_layers is not None:
+        lora = lora.replace(projector=True, tower_layers=case.tower_layers)
+    model = load_lvlm("embedded", quantize=case.quantize, dtype=case.dtype, device=device)
     if case.vision_offload:
         model.vision.to_host()
+    add_lora(model, lora)
     return model, ImageFeatures(model, image_loader([sample for sample, _ in raps]), batch_size=2)
 
 
