@@ -56,9 +56,15 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 class Trained:
     """The embedded base with an adapter, and what its training gave."""
 
-    def __init__(self, samples: Sequence[Sample], dtype: torch.dtype = torch.float64, lora: LoRAConfig = LORA) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        dtype: torch.dtype = torch.float64,
+        lora: LoRAConfig | Path = LORA,
+        shard: bool = False,
+    ) -> None:
         self.samples = samples
-        self.model = load_lvlm("embedded", dtype=dtype, lora=lora)
+        self.model = load_lvlm("embedded", dtype=dtype, lora=lora, shard=shard)
         self.features = ImageFeatures(self.model, image_loader(samples))
         self.history: list[dict[str, Any]] = []
 
@@ -137,7 +143,7 @@ def test_references_stay_those_of_the_base_while_the_adapter_is_trained(samples:
         now = trained.logprobs()
         assert float(np.abs(np.subtract(now, start)).max()) > 0.1
         save_adapter(trained.model, tmp_path)
-        again = Trained(samples, lora=tmp_path)  # type: ignore[arg-type]
+        again = Trained(samples, lora=tmp_path)
         np.testing.assert_allclose(now, again.logprobs(), rtol=1e-6)  # adapters are stored in fp64
         assert trained.features.encoded == 3
 
@@ -188,15 +194,22 @@ def test_a_training_that_was_stopped_continues_bit_for_bit(
 # Ranks ------------------------------------------------------------------------------------------------------------------
 
 
-def tune_on_ranks(folder: Path) -> dict[str, Any]:
-    trained = Trained(samples_in(folder)).tune(LOOP.replace(micro_batch_size=1, gradient_accumulation_steps=4))
+BY_RANKS = LOOP.replace(micro_batch_size=1, gradient_accumulation_steps=4)
+
+
+def tuned(folder: Path, shard: bool = False) -> dict[str, Any]:
+    trained = Trained(samples_in(folder), shard=shard).tune(BY_RANKS)
     return {"weights": trained.weights().tolist(), "norms": [row["grad_norm"] for row in trained.history]}
 
 
-def test_ranks_add_up_the_gradients_of_projector_and_tower(tmp_path: Path) -> None:
+def tuned_with_shared_layers(folder: Path) -> dict[str, Any]:
+    return tuned(folder, shard=True)
+
+
+@pytest.mark.parametrize("work", [tuned, tuned_with_shared_layers], ids=["whole", "shared"])
+def test_ranks_add_up_the_gradients_of_projector_and_tower(work: Callable[[Path], Any], tmp_path: Path) -> None:
     """Six samples in batches of four: the second has two, and an image's samples may be on two ranks."""
-    run: Callable[[Path], dict[str, Any]] = tune_on_ranks
-    alone = run(tmp_path)
-    for one in values_of(run_ranks(2, run, tmp_path)):
+    alone = tuned(tmp_path)
+    for one in values_of(run_ranks(2, work, tmp_path)):
         np.testing.assert_allclose(one["weights"], alone["weights"], rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(one["norms"], alone["norms"], rtol=1e-9)
