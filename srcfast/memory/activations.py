@@ -171,16 +171,17 @@ def adapted_image_bytes(model: ModelSizes) -> float:
     """Count the bytes that projector and tower save of an image with adapters, from the first adapted layer on.
 
     A position of width D saves the projector's input, that of its activation function and that of its second linear, and the
-    embedding. Of a tower's layer of widths H and F a patch saves 9 H + 4 F: inputs and outputs of both norms, queries, keys,
-    values and result, and what the MLP's activation function saves and returns.
+    embedding. Of a tower's layer of widths H and F a patch saves 8 H + 3 F: inputs and outputs of both norms, queries, keys,
+    values and result; what CLIP's activation function saves, and what it returns. The first layer's input, which needs no
+    gradient, is not saved.
     """
     vision, layers = model.vision, model.adapted_layers
     if vision is None or layers is None:
         return 0.0
     rank = 0 if model.lora is None else model.lora.r
     projector = vision.image_tokens * (vision.hidden + 3 * model.shapes.hidden + 2 * rank)
-    layer = vision.patches * (9 * vision.hidden + 4 * vision.intermediate + 6 * rank)
-    return float(model.dtype_bytes * (projector + layers * layer))
+    tower = layers * (8 * vision.hidden + 3 * vision.intermediate + 6 * rank) - (vision.hidden if layers else 0)
+    return float(model.dtype_bytes * (projector + vision.patches * tower))
 
 
 def _unsaved_bytes(model: ModelSizes, forest: ForestSizes) -> float:

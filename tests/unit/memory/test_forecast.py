@@ -11,12 +11,13 @@ import pytest
 import torch
 from helpers.live_tensors import LiveTensors
 from helpers.small_training import SHAPES, SmallModel, random_trees, run
+from PIL import Image
 
 from srcfast.config.settings import LoRAConfig, TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.logit_rows import response_logit_rows
 from srcfast.errors import ConfigError
-from srcfast.memory.activations import ForestSizes, activation_bytes, fullest_forest
+from srcfast.memory.activations import ForestSizes, activation_bytes, adapted_image_bytes, fullest_forest
 from srcfast.memory.forecast import (
     Forecast,
     forecast_training,
@@ -28,6 +29,7 @@ from srcfast.memory.forecast import (
 )
 from srcfast.memory.measure import SavedTensors, measured
 from srcfast.memory.model_sizes import ModelSizes, VisionSizes, limit_memory, memory_of
+from srcfast.models import load_lvlm
 from srcfast.models.lora import TARGETS
 from srcfast.models.quantized import NF4Linear
 
@@ -153,6 +155,30 @@ def test_the_same_sizes_come_from_a_model_and_from_its_tensors() -> None:
     assert found.lora is not None and from_tensors.lora is not None
     assert set(found.lora.target_modules) == set(from_tensors.lora.target_modules)
     assert (found.lora.r, found.lora.parameters) == (from_tensors.lora.r, from_tensors.lora.parameters)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_what_adapters_on_images_save_is_counted(layers: int) -> None:
+    model = load_lvlm("embedded", lora=LoRAConfig(r=8, alpha=16.0, projector=True, tower_layers=layers))
+    images = [Image.effect_noise((72, 72), 90.0).convert("RGB") for _ in range(5)]
+    stored = model.encode_images(images)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embeddings = torch.cat(model.vision.project(stored))
+    found = embeddings.nbytes + sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
+    sizes = ModelSizes.of(model)
+    # Of each norm and of attention a few numbers a row, too.
+    assert found / len(images) == pytest.approx(adapted_image_bytes(sizes), rel=0.005 if layers else 1e-9)
+    forest = ForestSizes.of(forest_of(np.random.default_rng(0)), "cpu")
+    without = activation_bytes(replace(sizes, adapted_layers=None), forest)
+    by_images = forest.tokens / 36 * adapted_image_bytes(sizes)
+    assert activation_bytes(sizes, forest).peak == pytest.approx(without.peak + by_images)
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["whole weights", "4 bits"])
