@@ -24,6 +24,7 @@ from srcfast.stages.logprobs import reference_logprobs
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import fine_tune_rationale
 from srcfast.training.checkpoint import TrainingCheckpoints
+from srcfast.training.meter import StepMeter
 from srcfast.world.samples import world_samples
 
 LORA = LoRAConfig(r=4, alpha=8.0, projector=True, tower_layers=1).seeded(3)
@@ -156,6 +157,12 @@ def test_without_its_part_on_images_a_trained_adapter_gives_other_log_probabilit
             if name.startswith(OF_VISION):
                 layer.lora_B.zero_()
     assert float(np.abs(np.subtract(trained.logprobs(), now)).max()) > 1e-3
+
+
+def test_mfu_counts_the_adapters_of_the_decoder_alone(samples: list[Sample]) -> None:
+    """128 rows and columns of q, k, v and o, and 384 beside 128 of gate, up and down, in five layers; rank 4."""
+    model = Trained(samples, torch.float32).model
+    assert StepMeter(model, lambda forest: 0).adapter_parameters == 5 * 4 * (4 * 256 + 3 * 512)
 
 
 # Continuing -------------------------------------------------------------------------------------------------------------
