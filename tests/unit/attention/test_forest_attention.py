@@ -91,7 +91,9 @@ def test_the_output_has_the_queries_type(dtype: torch.dtype) -> None:
 
 
 def test_autocast_on_a_cpu_does_not_round_the_products_of_small_segments() -> None:
-    forest = Forest.of([Tree((Segment(np.arange(9)), Segment(np.arange(5), parent=0), Segment(np.arange(7), parent=0)))])
+    forest = Forest.of(
+        [Tree((Segment(np.arange(9)), Segment(np.arange(5), parent=0), Segment(np.arange(7), parent=0)))]
+    )
     qkv = [x.detach().float().requires_grad_() for x in random_qkv(forest.num_tokens, 4, 2, 8, 0)]
     plain = forest_attention(*qkv, forest, "blocks")
     with torch.autocast("cpu", dtype=torch.bfloat16):
