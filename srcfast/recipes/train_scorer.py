@@ -36,6 +36,7 @@ from srcfast.data.rationale_format import ParsedResponse, parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.models import LVLM, ImageFeatures, load_lvlm
+from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.recipes.base_checkpoint import decoder_as_text_model
@@ -241,36 +242,61 @@ def tuned_candidates(
     file = output / f"candidates-{tuned_samples}.jsonl"
     if not file.exists():
         searched = [*samples[: recipe.searched_samples], *held_out]
-        raps, _ = build_raps(samples[recipe.searched_samples :][:tuned_samples])
-        model = load_lvlm(base, lora=LoRAConfig(r=16, alpha=32).seeded(seed))
-        features = ImageFeatures(model, image_loader([*samples, *held_out]), 1 << 30)
-        loop = TrainingConfig(
-            epochs=epochs,
-            micro_batch_size=8,
-            gradient_accumulation_steps=1,
-            token_budget=8192,
-            learning_rate=recipe.tuning_learning_rate,
-            activation_checkpointing=0,
-        ).seeded(seed)
-        fine_tune_rationale(model, raps, loop, features=features)
-        beams = CandidatesConfig(
-            num_candidates=recipe.num_candidates,
-            num_beams=4,
-            proposals=2,
-            top_p=1.0,
-            max_sentences=12,
-            max_sentence_tokens=24,
-            max_new_tokens=recipe.max_new_tokens,
-        )
+        learned = samples[recipe.searched_samples :][:tuned_samples]
+        model, features = tuned_base(base, learned, [*samples, *held_out], recipe, epochs, seed)
         with track("candidates", len(searched), "samples") as progress:
             generated = generate_candidates(
-                model, searched, beams, features=features, seed=seed, batch_size=64, progress=progress
+                model, searched, search_of(recipe), features=features, seed=seed, batch_size=64, progress=progress
             )
         write_jsonl(file, ({"sample_id": c.sample_id, "text": c.text} for of_sample in generated for c in of_sample))
     candidates = defaultdict(list)
     for _, row in read_jsonl(file):
         candidates[str(row["sample_id"])].append(str(row["text"]))
     return candidates
+
+
+def tuned_base(
+    base: str, learned: Sequence[Sample], pictured: Sequence[Sample], recipe: Recipe, epochs: int, seed: int
+) -> tuple[VisionLanguageModel, ImageFeatures]:
+    """Tune a new adapter of a base on samples' true rationales.
+
+    Args:
+        base: directory of the base, or "embedded".
+        learned: samples to tune it on.
+        pictured: all samples whose images the features can encode, `learned` among them.
+        recipe: with the learning rate.
+        epochs: how often it sees each sample.
+        seed: of the adapter's start and the order of samples.
+
+    Returns:
+        The tuned base, and the features of its images.
+    """
+    raps, _ = build_raps(learned)
+    model = load_lvlm(base, lora=LoRAConfig(r=16, alpha=32).seeded(seed))
+    features = ImageFeatures(model, image_loader(pictured), 1 << 30)
+    loop = TrainingConfig(
+        epochs=epochs,
+        micro_batch_size=8,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        learning_rate=recipe.tuning_learning_rate,
+        activation_checkpointing=0,
+    ).seeded(seed)
+    fine_tune_rationale(model, raps, loop, features=features)
+    return model, features
+
+
+def search_of(recipe: Recipe) -> CandidatesConfig:
+    """Return the settings of the search for candidates."""
+    return CandidatesConfig(
+        num_candidates=recipe.num_candidates,
+        num_beams=4,
+        proposals=2,
+        top_p=1.0,
+        max_sentences=12,
+        max_sentence_tokens=24,
+        max_new_tokens=recipe.max_new_tokens,
+    )
 
 
 def verified_variants(samples: Mapping[str, Sample], candidates: Mapping[str, Sequence[str]]) -> Variants:

@@ -7,7 +7,7 @@ each counts alike however many samples it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ TRAINING = ("rationale", "dpo")
 COUNTED = ("rationale", "candidates", "scores", "preferences", "dpo")  # stages that an arm's cost is the sum of
 
 Outcomes = dict[str, np.ndarray]  # evaluation set -> [seeds, samples], 1 or 0 for a sample that the model got right
+Measure = Callable[[np.ndarray], np.ndarray]  # see `interval_of`
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,36 @@ def interval(outcomes: Outcomes, resamples: int) -> list[float] | None:
     """Return [mean, low, high] of the mean over sets; None without a set. All sets share the draws of seeds."""
     if not outcomes:
         return None
-    rng = np.random.default_rng(0)
+
+    def mean_of(values: np.ndarray) -> Measure:
+        return lambda counts: counts @ values.T / values.shape[1]
+
     seeds = next(iter(outcomes.values())).shape[0]
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds  # [resamples, seeds]
+    return interval_of([(mean_of(values), values.shape[1]) for values in outcomes.values()], seeds, resamples)
+
+
+def interval_of(measures: Sequence[tuple[Measure, int]], seeds: int, resamples: int) -> list[float]:
+    """Return [mean, low, high] of a figure, the mean over seeds and sets.
+
+    Args:
+        measures: of each set, the figure as a function of how often each sample is drawn, and the number of samples n: from
+            counts [resamples, n] to [resamples, seeds], NaN where there is no figure. Resamples with a NaN are left out.
+        seeds: number of seeds.
+        resamples: of the bootstrap.
+    """
+    rng = np.random.default_rng(0)
+    of_seeds = _counts(rng, seeds, resamples) / seeds
     means = np.zeros(resamples)
-    for values in outcomes.values():
-        n = values.shape[1]
-        of_samples = rng.multinomial(n, np.full(n, 1 / n), resamples) / n  # [resamples, samples]
-        means += ((of_seeds @ values) * of_samples).sum(axis=1) / len(outcomes)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [float(np.mean([values.mean() for values in outcomes.values()])), float(low), float(high)]
+    for measure, n in measures:
+        means += (of_seeds * measure(_counts(rng, n, resamples))).sum(axis=1) / len(measures)
+    low, high = np.nanquantile(means, [0.025, 0.975])
+    once = [measure(np.ones((1, n), dtype=np.int64)).mean() for measure, n in measures]
+    return [float(np.mean(once)), float(low), float(high)]
+
+
+def _counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """Draw n of n with replacement; return how often each is drawn, [resamples, n] int64."""
+    return rng.multinomial(n, np.full(n, 1 / n), resamples)
 
 
 def _read_arm(study: Study, arm: str) -> ArmResults:

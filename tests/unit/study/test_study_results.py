@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.seeds import fresh_rng
 
-from srcfast.study.results import differences_table, interval, markdown
+from srcfast.study.results import differences_table, interval, interval_of, markdown
 
 
 def plain_interval(sets: list[np.ndarray], resamples: int, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -52,6 +52,19 @@ def test_an_interval_holds_95_percent() -> None:
     assert mean == 0.5
     # A quantile of 8,000 resamples has a standard error of about 0.0007, and proportions of 400 go in steps of 0.0025.
     assert [low, high] == pytest.approx([0.5 - 0.049, 0.5 + 0.049], abs=0.004)
+
+
+def test_a_figure_of_drawn_samples_may_be_missing_in_some_resamples() -> None:
+    """Two samples, of which one has a value: a resample without it (a quarter of all) has no figure and is left out."""
+    values, there = np.array([3.0, 0.0]), np.array([1, 0])
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        assert counts.sum(axis=1).tolist() == [2] * len(counts)
+        with np.errstate(invalid="ignore"):
+            return np.stack([counts @ values / (counts @ there), np.full(len(counts), 1.0)], axis=1)
+
+    mean, low, high = interval_of([(measure, 2)], 2, 400)
+    assert (mean, low, high) == (2.0, 1.0, 3.0)  # the seeds' figures are 3 and 1
 
 
 def test_a_table_has_signed_points_and_a_dash_where_nothing_can_be_verified() -> None:
