@@ -252,3 +252,64 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(
     assert [file.name for file in files if file.stat().st_mtime_ns != times[file]] == ["test-answer.json"]
     with pytest.raises(typer.BadParameter, match="another recipe"):
         study.main(**run | {"tuned": 9})
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_committed_result(study: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks/results/study/confidence.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    tables = study.tables(result, "world")
+    assert list(tables) == ["means", "findings", "aligned", "auroc", "risk_coverage"]
+    assert [name for name, table in tables.items() if table not in page] == []
+    assert study.findings(result["families"]["world"]) == result["findings"]["world"]
+
+
+def test_the_page_s_sentences_are_what_the_result_says(study: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks/results/study/confidence.json").read_text(encoding="utf-8"))
+    words = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    world, found = result["families"]["world"], result["findings"]["world"]
+    strongest = [f"test-{kind}-3" for kind in ("blurred", "covered", "noisy")]
+
+    def confidence(split: str, name: str, quality: str = "complete") -> dict[str, Any]:
+        return world[split]["references"][quality]["confidences"][name]
+
+    def of_u(split: str, quality: str, key: str = "mean") -> str:
+        return f"{confidence(split, 'u', quality)[key][0]:.2f}"
+
+    def aligned(split: str, quality: str) -> str:
+        return f"{100 * world[split]['references'][quality]['aligned'][0]:.1f}"
+
+    def listed(figures: list[str]) -> str:
+        return f"{', '.join(figures[:-1])} and {figures[-1]}"
+
+    falls = {quality: {name: len(of["falls"]) for name, of in found[quality].items()} for quality in QUALITIES}
+    assert falls["complete"] == {"u": 7, "score": 7, "rating": 8, "likelihood": 5, "agreement": 0, "mass": 0}
+    assert "u and score under 7 of 9 kinds, rating under 8" in words
+    assert all("test-noisy-1" not in found["complete"][name]["falls"] for name in ("u", "score", "rating"))
+    assert all(found[quality][name]["rises"] == [] for quality in QUALITIES for name in study.CONFIDENCES)
+    assert (falls["partial"]["u"], falls["answer"]["u"]) == (3, 0)
+    assert {falls[quality][name] for quality in QUALITIES for name in ("agreement", "mass")} == {0}
+    assert f"u goes from {of_u('test', 'complete')} to {listed([of_u(s, 'complete') for s in strongest])}" in words
+    assert f"where {aligned('test', 'complete')} % of the chosen" in words
+    assert f"then {listed([aligned(s, 'complete') for s in strongest])} %" in words
+    assert (
+        f"is {of_u('test', 'answer')} under sound pictures and {listed([of_u(s, 'answer') for s in strongest])}"
+        in words
+    )
+    assert f"from {aligned('test', 'answer')} % to {listed([aligned(s, 'answer') for s in strongest])} %" in words
+    assert f"is {listed([of_u('test', quality, 'auroc') for quality in QUALITIES])} with complete" in words
+    likelihood = [f"{confidence('test', 'likelihood', quality)['auroc'][0]:.2f}" for quality in QUALITIES]
+    assert f"the likelihood's {listed(likelihood)}" in words
+    right, wrong = (of_u("test", "complete", f"mean_{which}") for which in ("aligned", "others"))
+    assert f"Under sound pictures u is {right} where the choice is aligned and {wrong} where it isn't" in words
+    right, wrong = (of_u("test-blurred-3", "complete", f"mean_{which}") for which in ("aligned", "others"))
+    assert f"under `test-blurred-3` {right} and {wrong}." in words
+    both = {
+        name: [study.direction(confidence(split, name)["difference_aligned"]) for split in list(world)[1:]]
+        for name in study.CONFIDENCES
+    }
+    assert "falls" not in both["u"] + both["score"] + both["rating"] + both["agreement"]
+    assert both["likelihood"].count("falls") == 6 and both["mass"].count("falls") == 1
+    assert set(strongest) <= set(found["complete"]["likelihood"]["falls"])
