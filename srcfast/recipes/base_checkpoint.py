@@ -116,6 +116,26 @@ def new_lvlm(
     CLIPImageProcessorPil(size=size, crop_size=size, resample=3).save_pretrained(directory)
 
 
+@torch.no_grad()
+def take_decoder(model: LVLM, source: LVLM) -> None:
+    """Copy a trained decoder of the same size into a model with another tokenizer.
+
+    Rows of embedding and head go by token: a token that the source's tokenizer splits gets the mean of its parts.
+    """
+    tokens = [model.tokenizer.convert_ids_to_tokens(index) for index in range(len(model.tokenizer))]
+    known = source.tokenizer.get_vocab()
+    parts = [
+        [known[token]] if token in known else source.tokenizer.encode(text, add_special_tokens=False) or [0]
+        for token, text in zip(tokens, map(model.decode, ([index] for index in range(len(tokens)))), strict=True)
+    ]
+    weights = source.decoder.state_dict()
+    for name, parameter in model.decoder.named_parameters():
+        if parameter.shape == weights[name].shape:
+            parameter.copy_(weights[name])
+        else:
+            parameter.copy_(torch.stack([weights[name][rows].mean(0) for rows in parts]))  # [tokens, hidden]
+
+
 def decoder_as_text_model(model: LVLM, directory: Path) -> None:
     """Write an LVLM's decoder and tokenizer as a `LlamaForCausalLM` checkpoint."""
     config = model.vision.config.text_config

@@ -1,10 +1,11 @@
-"""Train a base of the study from random weights: an LVLM that sees all data families, and reasons over text alone.
+"""Train a base of the study: an LVLM that sees all data families, and reasons over text alone.
 
     python -m srcfast.recipes.families_base --output DIR --size 2m
 
 As the embedded base (`pretrain_base.py`): the tower learns dense labels, then decoder and projector learn captions and short
 answers about images, and tagged reasoning over facts given as text, last the same with mostly reasoning. No training data has
-rationales about images. A run that was stopped continues by the same command.
+rationales about images. The small base's decoder starts from the embedded base's. A run that was stopped continues by the same
+command.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from srcfast.data.jsonl import parse_object, replacing, write_json
 from srcfast.models import LVLM, load_lvlm
 from srcfast.models.lvlm import save_lvlm
-from srcfast.recipes.base_checkpoint import new_lvlm, train_tokenizer
+from srcfast.recipes.base_checkpoint import new_lvlm, take_decoder, train_tokenizer
 from srcfast.recipes.families import (
     CLASSES,
     IMAGE_SIZE,
@@ -66,6 +67,7 @@ class Recipe:
     vocabulary_size: int = 1000
     hidden_size: int = 128
     num_layers: int = 5
+    decoder: Literal["random", "embedded"] = "random"  # what its weights start from
     vision_size: int = 128
     vision_layers: int = 4
     samples: dict[str, int] = field(default_factory=_samples)  # questions of each family
@@ -73,14 +75,15 @@ class Recipe:
     tower_epochs: int = 8
     tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
-    language: Stage = Stage(1_800, 200, 16, 6, 3, 2e-3)
-    reasoning: Stage = Stage(600, 70, 6, 12, 4, 1.5e-3)
+    language: Stage = Stage(1_900, 100, 14, 8, 3, 1.5e-3)
+    reasoning: Stage = Stage(350, 50, 6, 12, 4, 1e-3)
     weight_decay: float = 0.05
     validation_samples: int = 300  # of each family
 
 
 RECIPES = {
-    "2m": Recipe(),
+    # In as many steps from random weights it learns to reason over facts for a fifth of the world's questions, not for most.
+    "2m": Recipe(decoder="embedded"),
     "25m": Recipe(
         hidden_size=384,
         num_layers=10,
@@ -174,6 +177,10 @@ def train_tower(work: Path, recipe: Recipe, pictures: dict[str, list[Picture]], 
         on_step=lambda step, total, loss: log(f"tower {step}/{total} loss {loss:.3f}") if step % 50 == 0 else None,
         unfinished=unfinished,
     )
+    if recipe.decoder == "embedded":
+        embedded = load_lvlm("embedded")
+        assert isinstance(embedded, LVLM)
+        take_decoder(model, embedded)
     save_lvlm(model, output)
     accuracy = {
         name: dense_accuracy(

@@ -99,7 +99,7 @@ class Recipe:
     def of_families(cls) -> Recipe:
         """Return the recipe of the study's R-Scorers."""
         families = {"world": 1_800, "clips": 1_000, "digits": 1_000, "charts": 1_000, "easy_vqa": 600}
-        return cls(families=families, held_out_samples=150, max_new_tokens=176)
+        return cls(families=families, held_out_samples=150, max_new_tokens=176, comparing_epochs=1, refining_draws=1)
 
 
 def main(

@@ -18,7 +18,7 @@ from srcfast.data.records import Sample
 from srcfast.errors import SrcfastError
 from srcfast.generation.generate import Prompt, generate_greedy
 from srcfast.models import ImageFeatures, load_lvlm
-from srcfast.recipes.base_checkpoint import train_tokenizer
+from srcfast.recipes.base_checkpoint import new_lvlm, take_decoder, train_tokenizer
 from srcfast.recipes.families import CLASSES, by_images, caption, labels_of, perceptions, read_family
 from srcfast.recipes.families_base import RECIPES, Recipe, train_base
 from srcfast.recipes.language import Writer
@@ -249,3 +249,25 @@ def test_each_digit_is_a_token() -> None:
     tokens = tokenizer.tokenize("There are 3456 or 12.5.")
     assert [token for token in tokens if any(c.isdigit() for c in token)] == ["Ġ3", "4", "5", "6", "Ġ1", "2", "5"]
     assert tokenizer.decode(tokenizer("There are 3456 or 12.5.").input_ids) == " There are 3456 or 12.5."
+
+
+def test_a_decoder_is_copied_by_token(base: Path, tmp_path: Path) -> None:
+    source = load_lvlm("embedded")
+    texts = ["USER: Is there a red square at the left? ASSISTANT: yes 12"] * 9
+    tokenizer = train_tokenizer(texts, 320, single_digits=True)
+    new_lvlm(tmp_path, tokenizer, hidden_size=128, num_layers=5, vision_layers=1, seed=int(fresh_rng().integers(99)))
+    model = load_lvlm(tmp_path)
+    take_decoder(model, source)
+    theirs, ours = source.decoder.state_dict(), model.decoder.state_dict()
+    embedding, copied = theirs["embed_tokens.weight"], ours["embed_tokens.weight"]
+    known = source.tokenizer.get_vocab()
+    shared = {token: index for token, index in tokenizer.get_vocab().items() if token in known}
+    assert {"<image>", "</s>", "e"} <= shared.keys()
+    for token, index in shared.items():
+        assert torch.equal(copied[index], embedding[known[token]]), token
+    # A word that the source's tokenizer splits: the mean of its parts.
+    for index in (index for token, index in tokenizer.get_vocab().items() if token not in known and token.isascii()):
+        parts = source.tokenizer(model.decode([index]), add_special_tokens=False).input_ids
+        torch.testing.assert_close(copied[index], embedding[parts].mean(0))
+    others = [name for name in theirs if theirs[name].shape[0] != len(known)]
+    assert others and all(torch.equal(ours[name], theirs[name]) for name in others)
