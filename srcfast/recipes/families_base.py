@@ -75,8 +75,8 @@ class Recipe:
     tower_epochs: int = 8
     tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
-    language: Stage = Stage(1_900, 100, 14, 8, 3, 1.5e-3)
-    reasoning: Stage = Stage(350, 50, 6, 12, 4, 1e-3)
+    language: Stage = Stage(1_500, 100, 14, 8, 3, 1.5e-3)
+    reasoning: Stage = Stage(250, 50, 6, 12, 4, 1e-3)
     weight_decay: float = 0.05
     validation_samples: int = 300  # of each family
 
