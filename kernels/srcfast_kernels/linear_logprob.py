@@ -247,6 +247,7 @@ def logprob_rows_kernel(
     WRITE_RESIDUAL: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    READ_BEHIND: tl.constexpr,
 ):
     """Process one row (a program): an online maximum and sum for each column of the block, then the residual over the logits."""
     row = tl.program_id(0).to(tl.int64)  # rows x V may exceed 2^31
@@ -286,6 +287,11 @@ def logprob_rows_kernel(
             # In bf16 the residual takes the first half of the row's logits: all threads have read before one writes.
             tl.debug_barrier()
             tl.store(residual_ptr + columns, residual.to(residual_ptr.dtype.element_ty), mask=inside)
+        if residual_ptr.dtype.element_ty != logits_ptr.dtype.element_ty:
+            behind = tl.arange(
+                0, READ_BEHIND
+            )  # zeros there, see `_rows_torch`: a GPU's products may run on a CPU, simulated
+            tl.store(residual_ptr + vocabulary + behind, 0.0, mask=behind < vocabulary)
 
 
 @triton.jit
@@ -337,6 +343,7 @@ def _rows_triton(
         WRITE_RESIDUAL=residual_dtype is not None,
         ACC=accumulator(logits.dtype),
         BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)),
+        READ_BEHIND=READ_BEHIND,
         num_warps=8,
     )
     return logps, None if residual_dtype is None else residual

@@ -28,7 +28,7 @@ from srcfast_kernels.dropout import BLOCK as DROPOUT_BLOCK
 from srcfast_kernels.dropout import dropout_kernel, threshold
 from srcfast_kernels.gather_rows import COPIES, TILE, backward_warps, gather_rows_backward_kernel, gather_rows_kernel
 from srcfast_kernels.linear_logprob import BLOCK as LOGPROB_BLOCK
-from srcfast_kernels.linear_logprob import logprob_rows_kernel
+from srcfast_kernels.linear_logprob import READ_BEHIND, logprob_rows_kernel
 from srcfast_kernels.linear_logprob_tiled import tile_backward_kernel, tile_forward_kernel, tiles_of
 from srcfast_kernels.nf4 import BLOCK as NF4_BLOCK
 from srcfast_kernels.nf4 import NESTED_BLOCKSIZE, QUANTIZED_VALUES, nf4_dequantize_kernel, nf4_quantize_kernel
@@ -93,6 +93,7 @@ def _logprob_cases() -> Iterator[Case]:
             "WRITE_RESIDUAL": residual is not None,
             "ACC": tl.float32,
             "BLOCK": LOGPROB_BLOCK,
+            "READ_BEHIND": READ_BEHIND,
         } | {name: None for name in ("bias_ptr", "coefficient_ptr") if name not in types}
         name = f"logprob_rows {variant}{' bias' if bias else ''}{' capped' if capped else ''}"
         yield Case(name, logprob_rows_kernel, types, constants, {"num_warps": 8})

@@ -188,6 +188,17 @@ def test_gradients_of_bf16_inputs_are_finite_whatever_lies_behind_a_row(rows: in
         assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("vocabulary", [3, 70, 301])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_zeros_follow_each_row_of_bf16_residuals(backend: str, vocabulary: int) -> None:
+    module = sys.modules["srcfast_kernels.linear_logprob"]
+    logits, targets = torch.randn(5, vocabulary), torch.randint(vocabulary, (5,))
+    _, residual = module._rows(backend, logits, targets, None, module.HeadSettings(), torch.bfloat16, None)
+    assert residual.shape == (5, vocabulary) and bool((residual != 0).any(1).all())
+    behind = logits.view(torch.bfloat16)[:, vocabulary:][:, :32]
+    assert behind.shape[1] == min(32, vocabulary) and bool((behind == 0).all())
+
+
 def test_bf16_logits_keep_fp32_s_precision() -> None:
     hidden, weight, _, targets = problem(300, 512, 5000, seed=6, dtype=torch.float32)
     hidden, weight = 3.0 * hidden.bfloat16(), weight.bfloat16()
