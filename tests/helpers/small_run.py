@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 SETTINGS = """
 name: small
 quiet: true
@@ -52,6 +54,17 @@ NOT_COMPARED = (
     "sha256",  # of a manifest entry, its times with it
 )
 NOT_COMPARED_FILES = ("environment.json", "summary.json", "report/index.html", ".lock")
+
+
+def write_study(folder: Path, arms: dict[str, Any], **values: Any) -> Path:
+    """Write a study of the smallest calibration, its runs in `folder`/small; values: further keys of the study."""
+    settings = yaml.safe_load(SETTINGS)
+    del settings["name"]
+    settings["seed"] = "{seed}"
+    tree = {"name": "small", "output": str(folder), "settings": settings, "arms": arms} | values
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return file
 
 
 class Server:

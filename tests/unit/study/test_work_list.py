@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from click.testing import Result
-from helpers.small_run import SETTINGS
+from helpers.small_run import write_study
 
 from srcfast.errors import ConfigError
 from srcfast.run.directory import RunDirectory
@@ -33,13 +32,7 @@ SHARED = [
 
 
 def small_study(folder: Path, arms: dict[str, Any], **values: Any) -> Study:
-    settings = yaml.safe_load(SETTINGS)
-    del settings["name"]
-    settings["seed"] = "{seed}"
-    tree = {"name": "small", "output": str(folder), "settings": settings, "arms": arms} | values
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    return read_study(file)
+    return read_study(write_study(folder, arms, **values))
 
 
 @pytest.fixture(scope="module")
