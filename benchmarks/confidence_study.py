@@ -210,25 +210,30 @@ def judge(
     """Judge a seed's candidates where there are no rows yet, by references of each quality; return rows by split and quality."""
     files = {(split, quality): folder / f"{split}-{quality}.json" for quality in QUALITIES for split in shown}
     missing = [key for key, file in files.items() if not file.exists()]
-    judges = {}
+    judges, candidates = {}, {split: read_candidates(folder / f"{split}.jsonl", shown[split]) for split, _ in missing}
     with track(f"{folder.name}: judging", sum(len(shown[split]) for split, _ in missing)) as progress:
         for split, quality in missing:
             stated: ReferenceQuality = quality if state_quality else "complete"
             if stated not in judges:
                 judges[stated] = load_scorer(scorer, quality=stated)
-            candidates: dict[str, list[Candidate]] = {sample.id: [] for sample in shown[split]}
-            for line, row in read_jsonl(folder / f"{split}.jsonl"):
-                candidate = Candidate.from_json(row, file=folder / f"{split}.jsonl", line=line)
-                candidates[candidate.sample_id].append(candidate)
             judged = [degrade_reference(sample, quality, seed) for sample in shown[split]]
-            scored = score_candidates(judges[stated], judged, candidates, BUDGET)
+            scored = score_candidates(judges[stated], judged, candidates[split], BUDGET)
             scores = {row["sample_id"]: row for row in scored}
-            write_json(files[split, quality], [outcome(of, scores.get(key)) for key, of in candidates.items()])
+            write_json(files[split, quality], [outcome(of, scores.get(key)) for key, of in candidates[split].items()])
             progress.advance(len(judged))
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {split: {} for split in shown}
     for (split, quality), file in files.items():
         rows[split][quality] = json.loads(file.read_text(encoding="utf-8"))
     return rows
+
+
+def read_candidates(file: Path, samples: Sequence[Sample]) -> dict[str, list[Candidate]]:
+    """Read a file's candidates by sample id, in the samples' order."""
+    candidates: dict[str, list[Candidate]] = {sample.id: [] for sample in samples}
+    for line, row in read_jsonl(file):
+        candidate = Candidate.from_json(row, file=file, line=line)
+        candidates[candidate.sample_id].append(candidate)
+    return candidates
 
 
 def outcome(candidates: Sequence[Candidate], scored: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -383,14 +388,14 @@ def summarise(family: Mapping[str, Mapping[str, Columns]]) -> dict[str, Any]:
 
 def findings(family: Mapping[str, Any]) -> dict[str, Any]:
     """Return {QUALITY: {CONFIDENCE: {"falls": splits, "rises": splits, "neither": splits}}} of all splits but the first."""
-    found: dict[str, Any] = {
+    moves: dict[str, Any] = {
         q: {name: {"falls": [], "rises": [], "neither": []} for name in CONFIDENCES} for q in QUALITIES
     }
     for split in list(family)[1:]:
         for quality, entry in family[split]["references"].items():
             for name, figures in entry["confidences"].items():
-                found[quality][name][direction(figures["difference"])].append(split)
-    return found
+                moves[quality][name][direction(figures["difference"])].append(split)
+    return moves
 
 
 def direction(difference: Sequence[float] | None) -> str:
