@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,18 +13,10 @@ import pytest
 
 from srcfast.config.load import load_config
 from srcfast.world.easy_vqa import read_easy_vqa
+from srcfast_benchmarks import calibration_study as study
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("base", "rationale", "iteration-1", "iteration-2", "iteration-3")
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calibration_study", ROOT / "benchmarks" / "calibration_study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_predictions(run: Path, model: str, right: dict[str, list[int]]) -> None:
@@ -36,7 +26,7 @@ def write_predictions(run: Path, model: str, right: dict[str, list[int]]) -> Non
         (run / "predictions" / model / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def test_figures_are_means_over_seeds_and_all_sets_count_by_sample(study: ModuleType, tmp_path: Path) -> None:
+def test_figures_are_means_over_seeds_and_all_sets_count_by_sample(tmp_path: Path) -> None:
     runs = [tmp_path / "0", tmp_path / "1"]
     write_predictions(runs[0], "base", {"world-test": [1, 0, 0, 0], "easy-test": [1, 1]})
     write_predictions(runs[1], "base", {"world-test": [1, 1, 0, 0], "easy-test": [0, 1]})
@@ -46,7 +36,7 @@ def test_figures_are_means_over_seeds_and_all_sets_count_by_sample(study: Module
     assert everything["n"] == 6 and everything["accuracy"] == pytest.approx(6 / 12)
 
 
-def test_gains_are_paired_by_sample(study: ModuleType, tmp_path: Path) -> None:
+def test_gains_are_paired_by_sample(tmp_path: Path) -> None:
     runs, controls = [tmp_path / "run"], [tmp_path / "control"]
     right = np.random.default_rng(0).integers(0, 2, 500)
     better = right.copy()
@@ -61,7 +51,7 @@ def test_gains_are_paired_by_sample(study: ModuleType, tmp_path: Path) -> None:
     assert study.gain("control", "iteration-1", ("world", "test"), runs, controls)["accuracy"] == 0.0
 
 
-def test_headroom_is_pooled_by_sample(study: ModuleType) -> None:
+def test_headroom_is_pooled_by_sample() -> None:
     def entry(n: int, first: float, best: float, following: float) -> dict[str, float]:
         shared = {"iteration": 1, "n_candidates": 3.0, "pass_at_n": 0.9, "scorer_oracle_agreement": 0.8}
         return shared | {"n": n, "pass_at_1": first, "best_of_n": best, "next_pass_at_1": following}
@@ -81,7 +71,7 @@ def page() -> str:
     return (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_the_pages_show_the_committed_result_s_tables(study: ModuleType, result: dict[str, Any], page: str) -> None:
+def test_the_pages_show_the_committed_result_s_tables(result: dict[str, Any], page: str) -> None:
     assert study.table(result) in page
     assert study.gains_table(result) in page
     assert study.headroom_table(result) in page

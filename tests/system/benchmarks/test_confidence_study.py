@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,19 +13,10 @@ import typer
 from helpers.seeds import fresh_rng
 
 from srcfast.data.records import Candidate
+from srcfast_benchmarks import confidence_study as study
 
 ROOT = Path(__file__).parents[3]
 QUALITIES = ("complete", "noisy", "partial", "answer")
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("confidence_study", ROOT / "benchmarks" / "confidence_study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["confidence_study"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # Areas ------------------------------------------------------------------------------------------------------
@@ -55,7 +43,7 @@ def plain_area(confidence: list[float], right: list[int]) -> float:
     return float(np.mean(areas))
 
 
-def test_areas_are_their_plain_definitions_with_ties_and_repeated_samples(study: ModuleType) -> None:
+def test_areas_are_their_plain_definitions_with_ties_and_repeated_samples() -> None:
     rng = fresh_rng()
     for _ in range(8):
         confidence = rng.integers(0, 3, 5) / 4 - 0.25  # many ties, and one of them at 0
@@ -68,7 +56,7 @@ def test_areas_are_their_plain_definitions_with_ties_and_repeated_samples(study:
             assert function(counts, confidence, right) == pytest.approx(expected, abs=1e-12)
 
 
-def test_areas_at_their_ends(study: ModuleType) -> None:
+def test_areas_at_their_ends() -> None:
     once = np.ones((1, 4), dtype=int)
     right = np.array([1, 1, 0, 0])
     best, worst, even = np.array([4.0, 3.0, 2.0, 1.0]), np.array([1.0, 2.0, 3.0, 4.0]), np.zeros(4)
@@ -90,7 +78,7 @@ def candidate(number: int, answer: str, logprob: float, tokens: int, aligned: bo
     )
 
 
-def test_an_outcome_is_of_the_candidate_of_the_highest_score(study: ModuleType) -> None:
+def test_an_outcome_is_of_the_candidate_of_the_highest_score() -> None:
     of = [
         candidate(0, "red", np.log(0.5), 4, False),
         candidate(1, " Blue", np.log(0.2), 5, True),
@@ -120,7 +108,7 @@ def test_an_outcome_is_of_the_candidate_of_the_highest_score(study: ModuleType) 
     assert study.outcome([], None) == {"candidates": 0, "aligned_candidates": 0.0, "aligned": False}
 
 
-def rows(study: ModuleType, u: list[float | None], aligned: list[int], **constant: float) -> list[dict[str, Any]]:
+def rows(u: list[float | None], aligned: list[int], **constant: float) -> list[dict[str, Any]]:
     """Rows of samples; None: a sample with one candidate."""
     made = []
     for value, right in zip(u, aligned, strict=True):
@@ -135,9 +123,9 @@ def near(value: Any) -> Any:
     return pytest.approx(value, abs=1e-5)  # figures have five places
 
 
-def test_figures_are_over_samples_with_a_pair_and_differences_are_paired(study: ModuleType) -> None:
-    sound = [rows(study, [0.9, 0.5, None, 0.7], [1, 0, 1, 1]), rows(study, [0.8, 0.6, 0.4, 0.6], [1, 1, 0, 1])]
-    worse = [rows(study, [0.6, 0.2, 0.9, 0.4], [1, 0, 0, 0]), rows(study, [0.5, 0.3, 0.1, 0.3], [1, 0, 0, 0])]
+def test_figures_are_over_samples_with_a_pair_and_differences_are_paired() -> None:
+    sound = [rows([0.9, 0.5, None, 0.7], [1, 0, 1, 1]), rows([0.8, 0.6, 0.4, 0.6], [1, 1, 0, 1])]
+    worse = [rows([0.6, 0.2, 0.9, 0.4], [1, 0, 0, 0]), rows([0.5, 0.3, 0.1, 0.3], [1, 0, 0, 0])]
     worse = [[row | ({"likelihood": 0.6} if "u" in row else {}) for row in of] for of in worse]
     columns = {"sound": dict.fromkeys(QUALITIES, study.columns_of(sound))}
     columns["worse"] = dict.fromkeys(QUALITIES, study.columns_of(worse))
@@ -179,7 +167,7 @@ def test_figures_are_over_samples_with_a_pair_and_differences_are_paired(study: 
     ],
 )
 def test_a_confidence_falls_or_rises_where_its_interval_is_on_one_side_of_0(
-    study: ModuleType, interval: list[float] | None, direction: str
+    interval: list[float] | None, direction: str
 ) -> None:
     assert study.direction(interval) == direction
 
@@ -187,7 +175,7 @@ def test_a_confidence_falls_or_rises_where_its_interval_is_on_one_side_of_0(
 # Pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_worse_pictures_are_of_the_same_samples(study: ModuleType, tmp_path: Path) -> None:
+def test_worse_pictures_are_of_the_same_samples(tmp_path: Path) -> None:
     shown = study.draw_pictures("world", ["test", "test-covered-3"], 5, 77, tmp_path)
     for sound, worse in zip(shown["test"], shown["test-covered-3"], strict=True):
         assert (sound.id, sound.question, sound.facts, sound.extra) == (
@@ -209,17 +197,13 @@ def test_worse_pictures_are_of_the_same_samples(study: ModuleType, tmp_path: Pat
         ({"family": ["words"]}, "--family"),
     ],
 )
-def test_what_is_no_pair_of_pictures_is_refused(
-    study: ModuleType, tmp_path: Path, options: dict[str, Any], words: str
-) -> None:
+def test_what_is_no_pair_of_pictures_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(typer.BadParameter, match=words):
         study.main(samples=4, work=tmp_path / "work", output=tmp_path / "result.json", threads=1, **options)
     assert not (tmp_path / "result.json").exists()
 
 
-def test_a_study_that_was_stopped_goes_on_where_it_was(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Any] = []
     tune = study.tuned_base
     monkeypatch.setattr(study, "tuned_base", lambda *words: (trained.append(words), tune(*words))[1])
@@ -257,7 +241,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(
 # The page ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_the_committed_result(study: ModuleType) -> None:
+def test_the_page_shows_the_committed_result() -> None:
     result = json.loads((ROOT / "benchmarks/results/study/confidence.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     tables = study.tables(result, "world")
@@ -266,7 +250,7 @@ def test_the_page_shows_the_committed_result(study: ModuleType) -> None:
     assert study.findings(result["families"]["world"]) == result["findings"]["world"]
 
 
-def test_the_page_s_sentences_are_what_the_result_says(study: ModuleType) -> None:
+def test_the_page_s_sentences_are_what_the_result_says() -> None:
     result = json.loads((ROOT / "benchmarks/results/study/confidence.json").read_text(encoding="utf-8"))
     words = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     world, found = result["families"]["world"], result["findings"]["world"]

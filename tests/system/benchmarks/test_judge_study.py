@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,19 +15,10 @@ from srcfast.recipes.train_scorer import is_faulty, raps_of
 from srcfast.stages.scorer_training import Variant, scorer_examples
 from srcfast.world.claims import VOCABULARY
 from srcfast.world.samples import world_samples
+from srcfast_benchmarks import judge_study as study
 
 ROOT = Path(__file__).parents[3]
 QUALITIES = ("complete", "noisy", "partial", "answer")
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("judge_study", ROOT / "benchmarks" / "judge_study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["judge_study"] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(mode: str, seed: int, pairs: list[Any], choices: list[Any], **more: Any) -> dict[str, Any]:
@@ -53,7 +41,7 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_figures_by_hand(study: ModuleType) -> None:
+def test_figures_by_hand() -> None:
     result = study.summarise(rows())
     mean, low, high = result["judges"]["S"]["noisy"]["pairwise"]
     assert mean == pytest.approx((2 / 3 + 1 / 3) / 2) and 0.0 <= low < mean < high <= 1.0
@@ -77,7 +65,7 @@ def test_figures_by_hand(study: ModuleType) -> None:
     assert "| S | noisy | 66.7 [" in study.table(result) and "| 0.200, 0.100 |" in study.table(result)
 
 
-def test_intervals_grow_with_what_differs_between_seeds_and_between_samples(study: ModuleType) -> None:
+def test_intervals_grow_with_what_differs_between_seeds_and_between_samples() -> None:
     same = (np.array([1.0, 1.0, 1.0]), np.array([2.0, 2.0, 2.0]))
     assert study.interval([same, same]) == [0.5, 0.5, 0.5]
     low, high = (np.zeros(50), np.ones(50)), (np.ones(50), np.ones(50))
@@ -87,7 +75,7 @@ def test_intervals_grow_with_what_differs_between_seeds_and_between_samples(stud
     assert mean == 0.5 and above - below == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)  # 2,000 resamples
 
 
-def test_outcomes_are_of_aligned_against_other_candidates(study: ModuleType) -> None:
+def test_outcomes_are_of_aligned_against_other_candidates() -> None:
     variants = {"a": [Variant("x", 0), Variant("y", 1), Variant("z", 0)], "b": [Variant("x", 1), Variant("y", 1)]}
     win = [[0.5, 0.8, 0.6], [0.2, 0.5, 0.1], [0.4, 0.9, 0.5]]
     scored = [
@@ -108,7 +96,7 @@ def test_outcomes_are_of_aligned_against_other_candidates(study: ModuleType) -> 
 
 
 @pytest.mark.parametrize("word", ["samples", "samples=x", "colour=3", "samples=1.5"])
-def test_settings_that_are_none_are_refused(study: ModuleType, word: str) -> None:
+def test_settings_that_are_none_are_refused(word: str) -> None:
     with pytest.raises(typer.BadParameter, match="NAME=NUMBER"):
         study.parse_settings([word])
     with pytest.raises(typer.BadParameter, match="each size once"):
@@ -117,9 +105,7 @@ def test_settings_that_are_none_are_refused(study: ModuleType, word: str) -> Non
         study.parse_judges(["embedded"])
 
 
-def test_a_study_that_was_stopped_goes_on_where_it_was(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def data(settings: Any, seed: int, folder: Path) -> Any:
         """True rationales and their corruptions stand for a model's candidates."""
         parts = [
