@@ -122,18 +122,17 @@ def take_decoder(model: LVLM, source: LVLM) -> None:
 
     Rows of embedding and head go by token: a token that the source's tokenizer splits gets the mean of its parts.
     """
-    tokens = [model.tokenizer.convert_ids_to_tokens(index) for index in range(len(model.tokenizer))]
-    known = source.tokenizer.get_vocab()
-    parts = [
-        [known[token]] if token in known else source.tokenizer.encode(text, add_special_tokens=False) or [0]
-        for token, text in zip(tokens, map(model.decode, ([index] for index in range(len(tokens)))), strict=True)
-    ]
+    known, parts = source.tokenizer.get_vocab(), []
+    for index, token in enumerate(model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer))))):
+        text = model.decode([index])
+        parts.append([known[token]] if token in known else source.tokenizer.encode(text, add_special_tokens=False))
     weights = source.decoder.state_dict()
+    by_token = (model.decoder.embed_tokens.weight, model.decoder.head_weight)  # [tokens, hidden] each
     for name, parameter in model.decoder.named_parameters():
-        if parameter.shape == weights[name].shape:
-            parameter.copy_(weights[name])
+        if any(parameter is each for each in by_token):
+            parameter.copy_(torch.stack([weights[name][rows].mean(0) for rows in parts]))
         else:
-            parameter.copy_(torch.stack([weights[name][rows].mean(0) for rows in parts]))  # [tokens, hidden]
+            parameter.copy_(weights[name])
 
 
 def decoder_as_text_model(model: LVLM, directory: Path) -> None:
