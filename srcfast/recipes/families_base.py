@@ -4,8 +4,8 @@
 
 As the embedded base (`pretrain_base.py`): the tower learns dense labels, then decoder and projector learn captions and short
 answers about images, and tagged reasoning over facts given as text, last the same with mostly reasoning. No training data has
-rationales about images. The small base's decoder starts from the embedded base's. A run that was stopped continues by the same
-command.
+rationales about images. The small base's decoder starts from the embedded base's. With `--start`, the training of an earlier base
+goes on: its tower is kept, the stages of language follow. A run that was stopped continues by the same command.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,7 +57,7 @@ def _samples() -> dict[str, int]:
 
 
 def _weights() -> dict[str, float]:
-    return {"world": 0.3, "clips": 0.15, "digits": 0.2, "charts": 0.25, "easy_vqa": 0.1}
+    return {"world": 0.25, "clips": 0.2, "digits": 0.25, "charts": 0.25, "easy_vqa": 0.05}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ RECIPES = {
 def main(
     output: Annotated[Path, typer.Option(help="directory for the checkpoint")],
     size: Annotated[Literal["2m", "25m"], typer.Option(help="of the base, in parameters")] = "2m",
+    start: Annotated[
+        Path | None, typer.Option(help="an earlier base of this size, to continue from; default: train a tower")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="of the language stage; default: the recipe's")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Train a base, and write it with TRAINING.json, the record of its training.
@@ -108,27 +113,37 @@ def main(
     again.
     """
     torch.set_num_threads(threads)
-    train_base(output, RECIPES[size])
+    recipe = RECIPES[size]
+    if steps is not None:
+        recipe = replace(recipe, language=replace(recipe.language, steps=steps))
+    train_base(output, recipe, start)
 
 
-def train_base(output: Path, recipe: Recipe, minutes: float = 5.0) -> None:
-    """Train the base of a recipe into `output`; a training is saved every so many minutes.
+def train_base(output: Path, recipe: Recipe, start: Path | None = None, minutes: float = 5.0) -> None:
+    """Train the base of a recipe into `output`.
+
+    Args:
+        output: directory for the checkpoint; `work` below it holds what a stopped run continues from.
+        recipe: of the base.
+        start: directory of an earlier base, from which the stages of language start; None: a tower is trained.
+        minutes: between two saves of a training.
 
     Raises:
         SrcfastError: the directory holds the work of another recipe.
     """
     started = time.monotonic()
     work = output / "work"
-    check_recipe(work, asdict(recipe))
+    weights = None if start is None else sha256((start / "model.safetensors").read_bytes()).hexdigest()
+    check_recipe(work, asdict(recipe) | ({"start": weights} if weights else {}))
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - started:.0f} s  {line}", file=sys.stderr, flush=True)
 
     pictures = draw_pictures(recipe.samples, recipe.seed, work, log)
-    if not (work / "tower" / "TRAINING.json").exists():
+    if start is None and not (work / "tower" / "TRAINING.json").exists():
         train_tower(work, recipe, pictures, minutes, log)
     if not (work / "language" / "TRAINING.json").exists():
-        train_stage(work, work / "tower", work / "language", recipe, "language", pictures, minutes, log)
+        train_stage(work, start or work / "tower", work / "language", recipe, "language", pictures, minutes, log)
     train_stage(work, work / "language", output, recipe, "reasoning", pictures, minutes, log)
 
 
@@ -284,10 +299,15 @@ def train_stage(
         unfinished=unfinished,
     )
     save_lvlm(model, output, dtype=torch.bfloat16)
-    record = parse_object((start / "TRAINING.json").read_bytes())
+    before = parse_object((start / "TRAINING.json").read_bytes())
+    # Another base's record is kept beside this one's; that of an earlier stage of this base is continued.
+    record = before
+    if name == "language" and "recipe" in before:
+        record = {"tower_accuracy": before["tower_accuracy"], "seconds": 0.0, "start": before}
     record |= measured(output, writer, recipe.samples, recipe.validation_samples, recipe.seed + 1, work / "pictures")
+    options = "--output DIR --size SIZE" + (" --start BASE" if "start" in record else "")
     record |= {
-        "command": "python -m srcfast.recipes.families_base --output DIR --size SIZE",
+        "command": f"python -m srcfast.recipes.families_base {options}",
         "recipe": asdict(recipe),
         "seconds": record["seconds"] + time.monotonic() - started,  # of the last start of each stage
     }

@@ -88,6 +88,20 @@ def test_a_stopped_training_continues_to_the_same_bytes(
     assert not list((tmp_path / "work").glob("*.safetensors"))
 
 
+def test_a_base_continues_from_another_with_its_tower(base: Path, small: Recipe, tmp_path: Path) -> None:
+    longer = replace(small, seed=5, validation_samples=3)
+    train_base(tmp_path / "longer", longer, start=base)
+    earlier, later = load_lvlm(base).state_dict(), load_lvlm(tmp_path / "longer").state_dict()
+    for name, weights in later.items():  # in three steps a norm may stay what it is in bf16
+        assert torch.equal(weights, earlier[name]) == ("vision_tower" in name) or "norm" in name
+    record = json.loads((tmp_path / "longer" / "TRAINING.json").read_text(encoding="utf-8"))
+    assert record["start"] == json.loads((base / "TRAINING.json").read_text(encoding="utf-8"))
+    assert record["recipe"]["seed"] == 5 and record["tower_accuracy"] == record["start"]["tower_accuracy"]
+    assert "start" not in record["start"] and not (tmp_path / "longer" / "work" / "tower").exists()
+    with pytest.raises(SrcfastError, match="another recipe"):
+        train_base(tmp_path / "longer", longer)
+
+
 def test_weights_and_moments_are_restored(tmp_path: Path) -> None:
     def training() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
         torch.manual_seed(1)
