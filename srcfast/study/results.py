@@ -2,7 +2,7 @@
 
 An interval is a 95 % percentile bootstrap over two crossed factors: each resample draws seeds with replacement and, in each
 evaluation set, samples with replacement; a sample stands for all seeds. A figure is the mean over the evaluation sets, of which
-each counts alike however many samples it has.
+each counts alike however many samples it has. Sets without their own images are controls, which have figures of their own alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from srcfast.study.settings import Study
 
 FIGURES = {"accuracy": "right", "alignment": "aligned"}  # and what a prediction calls them
 CAPTIONS = (
-    "Percent right / percent aligned, each with its 95 % interval over seeds and samples.",
+    "Percent right / percent aligned, each with its 95 % interval over seeds and samples; all sets: those with their own images.",
     "Differences in points, paired by seed and sample.",
 )
 TRAINING = ("rationale", "dpo")
@@ -39,7 +39,7 @@ class ArmResults:
         outcomes: of each figure; sets that the oracle can't verify have no alignment.
         updates: of all trainings, the mean over seeds.
         seconds, tokens: of the stages that produce the model, each counted as if the arm ran alone; means over seeds.
-        samples: of all evaluation sets.
+        samples: of all evaluation sets, controls included.
     """
 
     outcomes: dict[str, Outcomes]
@@ -57,9 +57,14 @@ def summarise(study: Study) -> dict[str, Any]:
     """
     results = {arm: _read_arm(study, arm) for arm in study.settings.arms}
     resamples, seeds = study.settings.resamples, study.settings.seeds
+    evaluation = next(iter(study.configs.values())).data.evaluation
+    controls = {f"{dataset.name}-{dataset.split}" for dataset in evaluation if dataset.images != "given"}
 
     def figures(of: Mapping[str, Outcomes]) -> dict[str, Any]:
-        whole = {figure: interval(outcomes, resamples) for figure, outcomes in of.items()}
+        whole = {
+            figure: interval({name: outcomes[name] for name in outcomes if name not in controls}, resamples)
+            for figure, outcomes in of.items()
+        }
         sets = {
             name: {
                 figure: interval({name: outcomes[name]}, resamples)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers.seeds import fresh_rng
+from helpers.small_run import write_study
 
-from srcfast.study.results import differences_table, interval, interval_of, markdown
+from srcfast.study import results
+from srcfast.study.results import ArmResults, differences_table, interval, interval_of, markdown
+from srcfast.study.settings import read_study
 
 
 def plain_interval(sets: list[np.ndarray], resamples: int, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -77,3 +82,18 @@ def test_a_table_has_signed_points_and_a_dash_where_nothing_can_be_verified() ->
     ]
     assert markdown(rows).splitlines()[1] == "| --- | --- | --- |"
     assert differences_table({"differences": {}}) == []
+
+
+def test_controls_without_their_images_are_no_part_of_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {"format": "world", "split": "test", "limit": 4}
+    sets = [seen | {"name": "world"}, seen | {"name": "gray", "images": "blank"}]
+    sets += [seen | {"name": "others", "images": "shuffled"}, seen | {"name": "more", "split": "validation"}]
+    study = read_study(write_study(tmp_path, {"arm": {"settings": {"data": {"evaluation": sets}}}}))
+    right = {"world-test": 0.25, "gray-test": 0.0, "others-test": 0.0, "more-validation": 0.75}
+    outcomes = {name: np.array([[1.0] * int(4 * share) + [0.0] * int(4 - 4 * share)]) for name, share in right.items()}
+    answers = ArmResults({"accuracy": outcomes, "alignment": {"gray-test": outcomes["gray-test"]}}, 1.0, 1.0, 1.0, 16)
+    monkeypatch.setattr(results, "_read_arm", lambda study, arm: answers)
+    arm = results.summarise(study)["arms"]["arm"]
+    assert arm["accuracy"][0] == 0.5
+    assert arm["alignment"] is None  # of controls alone
+    assert {name: figures["accuracy"][0] for name, figures in arm["sets"].items()} == right
