@@ -140,7 +140,7 @@ def test_references_stay_those_of_the_base_while_the_adapter_is_trained(samples:
     for _ in range(2):
         trained.tune()
         with disable_lora(trained.model):
-            assert trained.logprobs() == start
+            np.testing.assert_allclose(trained.logprobs(), start, rtol=1e-12)  # a CPU sums as data lie in memory
         now = trained.logprobs()
         assert float(np.abs(np.subtract(now, start)).max()) > 0.1
         save_adapter(trained.model, tmp_path)
