@@ -7,10 +7,10 @@ Training starts from the embedded base's decoder, which has learned to reason ov
 rationales, their corruptions, and candidates that tuned bases generate for these samples, since models make other faults than
 the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
 candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
-tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the
-qualities, which the prompt states. With `--start` training starts from the decoder of another base, and samples are those
-of all data families; `--writer` names the base that is tuned to write candidates, so that R-Scorers of several sizes have the
-same ones.
+tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the qualities, which the
+prompt states, and held-out candidates give each quality a temperature. With `--start` training starts from the decoder of
+another base, and samples are those of all data families; `--writer` names the base that is tuned to write candidates, so that
+R-Scorers of several sizes have the same ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from srcfast.models import LVLM, ImageFeatures, load_lvlm
 from srcfast.models.protocols import VisionLanguageModel
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
+from srcfast.models.verdict_temperature import CALIBRATION
 from srcfast.recipes.base_checkpoint import decoder_as_text_model
 from srcfast.recipes.families import read_family
 from srcfast.recipes.scorer_lessons import KINDS, checking_items, comparing_items, lesson_loss, lesson_weight
@@ -47,6 +48,7 @@ from srcfast.run.progress import track
 from srcfast.stages.candidates import generate_candidates
 from srcfast.stages.prompts import image_loader
 from srcfast.stages.rationale import fine_tune_rationale
+from srcfast.stages.scorer_calibration import calibrate_confidence
 from srcfast.stages.scorer_training import (
     ParsedRationale,
     ScorerExample,
@@ -65,6 +67,7 @@ from srcfast.world.samples import world_samples
 from srcfast.world.verification import verify_sample
 
 Variants = dict[str, list[Variant]]  # by sample id
+TOKEN_BUDGET = 32_768  # of a forward pass
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,16 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
             save_text_model(scorer.text_model, output / end)
     shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
     save_text_model(shipped.text_model, output)
+    if len(recipe.qualities) > 1:
+        examples = {
+            quality: [
+                with_quality(scorer_example(sample, best_tuned[sample.id]), sample, quality, recipe.seed)
+                for sample in held_out
+                if len(best_tuned[sample.id]) > 1
+            ]
+            for quality in recipe.qualities
+        }
+        write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), examples, TOKEN_BUDGET))
 
     record = {
         "command": "python -m srcfast.recipes.train_scorer --output DIR" + (" --start BASE" if recipe.families else ""),
@@ -368,7 +381,7 @@ def train_items(
                 learning_rate=recipe.learning_rate,
                 micro_batch_size=recipe.trees_per_step,
                 gradient_accumulation_steps=1,
-                token_budget=32_768,
+                token_budget=TOKEN_BUDGET,
                 warmup_ratio=0.05,
                 weight_decay=0.02,
                 activation_checkpointing=0,

@@ -15,6 +15,7 @@ from srcfast.data.records import Sample
 from srcfast.errors import SrcfastError
 from srcfast.models.scorer import load_scorer
 from srcfast.models.text_model import load_text_model
+from srcfast.models.verdict_temperature import CALIBRATION
 from srcfast.recipes import train_scorer
 from srcfast.recipes.train_scorer import Recipe, draw_samples, train_scorer_of
 from srcfast.recipes.unfinished import check_recipe
@@ -43,14 +44,17 @@ def written(samples: Sequence[Sample], held_out: Sequence[Sample], *_: Any) -> M
 
 def test_an_r_scorer_starts_from_a_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_scorer, "tuned_candidates", written)
-    train_scorer_of(TINY, tmp_path, str(base), str(base))
+    train_scorer_of(replace(TINY, qualities=("complete", "answer")), tmp_path, str(base), str(base))
     decoder, trained = (load_text_model(path).decoder.state_dict() for path in (tmp_path / "decoder", tmp_path))
     assert {name: tuple(tensor.shape) for name, tensor in decoder.items()} == {
         name: tuple(tensor.shape) for name, tensor in trained.items()
     }
     assert load_scorer(tmp_path).verdict_token_ids.numel() >= 2
     record = json.loads((tmp_path / "TRAINING.json").read_text(encoding="utf-8"))
-    assert {name.partition(",")[0] for name in record["held_out"]} == {"world", "clips", "easy_vqa"}
+    assert {name.partition(",")[0] for name in record["held_out"]} >= {"world", "clips", "easy_vqa"}
+    calibration = json.loads((tmp_path / CALIBRATION).read_text(encoding="utf-8"))
+    assert {quality: entry["pairs"] for quality, entry in calibration.items()} == {"complete": 18, "answer": 18}
+    assert all(entry["temperature"] > 0 for entry in calibration.values())
 
 
 def test_another_recipe_s_work_is_refused_before_anything_is_drawn(
