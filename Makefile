@@ -28,7 +28,7 @@ fault: $(NATIVE)
 fuzz: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz tests/system/malformed
 
-# Small faults put into a copy of the source, one after the other; each must fail its tests. `make mutants PART=3/10`: a tenth.
+# Small faults put into a copy of the source, one after the other; each must fail its tests. `make mutants PART=3/20`: a twentieth.
 mutants: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run_mutants.py $(if $(PART),--part $(PART))
 

@@ -1,7 +1,7 @@
 """Put each listed fault into a copy of the tree, run the tests that must notice it, and print which do.
 
 `faults/ROOM.toml` lists the faults of a room: a file, a snippet that occurs in it once, what replaces it, what that breaks, and
-the tests, of the same room, of which at least one must then fail. `make mutants` runs all, `make mutants PART=3/10` a tenth.
+the tests, of the same room, of which at least one must then fail. `make mutants` runs all, `make mutants PART=3/20` a twentieth.
 """
 
 from __future__ import annotations
