@@ -10,7 +10,7 @@ The functions need only sentences and a vocabulary of interchangeable words, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from random import Random
 
@@ -95,8 +95,11 @@ class _Words:
 
     def swap(self, sentence: str, match: re.Match[str], rng: Random) -> tuple[str, str, str]:
         """Replace a match, by a word in lower case where it is; return the new sentence, and both words in lower case."""
+        return self.replace(sentence, match, rng.choice(self.alternatives[match[0].lower()]))
+
+    def replace(self, sentence: str, match: re.Match[str], new: str) -> tuple[str, str, str]:
+        """Replace a match by `new`; return as `swap` does."""
         old = match[0].lower()
-        new = rng.choice(self.alternatives[old])
         shown = new[:1].upper() + new[1:] if match[0][:1].isupper() else new.lower()
         return sentence[: match.start()] + shown + sentence[match.end() :], old, new.lower()
 
@@ -118,11 +121,22 @@ def _swap_one(sentences: tuple[str, ...], rng: Random, words: _Words) -> tuple[t
     """
     matches = [(index, match) for index, sentence in enumerate(sentences) for match in words.find(sentence)]
     rng.shuffle(matches)
-    for index, match in matches:
-        swapped, old, new = words.swap(sentences[index], match, rng)
+    for index, match, alternative in _draw_alternatives(matches, rng, words):
+        swapped, old, new = words.replace(sentences[index], match, alternative)
         if swapped not in sentences:
             return (*sentences[:index], swapped, *sentences[index + 1 :]), old, new
     return None
+
+
+def _draw_alternatives(
+    matches: list[tuple[int, re.Match[str]]], rng: Random, words: _Words
+) -> Iterator[tuple[int, re.Match[str], str]]:
+    """Yield each match with one alternative, then with all: sentences that name most words of a class leave few new ones."""
+    for index, match in matches:
+        yield index, match, rng.choice(words.alternatives[match[0].lower()])
+    for index, match in matches:
+        alternatives = words.alternatives[match[0].lower()]
+        yield from ((index, match, each) for each in rng.sample(alternatives, len(alternatives)))
 
 
 def _misperceive(see: tuple[str, ...], think: tuple[str, ...], answer: str, rng: Random, words: _Words) -> Parts | None:

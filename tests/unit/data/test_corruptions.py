@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from srcfast.data.corruptions import KINDS, corrupt, swap_word
+from srcfast.data.corruptions import KINDS, corrupt, swap_one, swap_word
 from srcfast.errors import InputError
 
 VOCABULARY = {
@@ -125,6 +125,16 @@ def test_a_swapped_sentence_is_none_that_is_there_already():
     results = {r[0] for r in many("counterfactual", count=400, see=see, think=("So it is.",), answer="7")}
     assert len(results) > 5
     assert all(len(set(seen)) == len(seen) for seen in results)
+
+
+def test_a_word_is_swapped_wherever_one_alternative_is_new():
+    """Of eight colors seven are named: each word has seven alternatives, of which one makes a new sentence."""
+    colors = ("red", "blue", "green", "gray", "pink", "teal", "black", "white")
+    see = tuple(f"There is no {color} object." for color in colors[:-1])
+    for seed in range(50):
+        swapped = swap_one(see, random.Random(seed), {"color": colors})
+        assert swapped is not None and set(swapped) - set(see) == {"There is no white object."}
+    assert swap_one((*see, "There is no white object."), random.Random(0), {"color": colors}) is None
 
 
 def test_omitting_draws_among_all_sentences_where_the_conclusion_needs_none():
