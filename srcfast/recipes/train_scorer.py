@@ -7,10 +7,10 @@ Training starts from the embedded base's decoder, which has learned to reason ov
 rationales, their corruptions, and candidates that tuned bases generate for these samples, since models make other faults than
 the corruptions have; the oracle decides what is a fault. The R-Scorer first learns to check single claims, answers and
 candidates, then to compare candidates (see `scorer_lessons`), and last to compare the bases' candidates alone. Some bases are
-tuned on few rationales, for more diverse faults. With `--qualities` each tree's reference has one of the qualities, which the
-prompt states, and held-out candidates give each quality a temperature. With `--start` training starts from the decoder of
-another base, and samples are those of all data families; `--writer` names the base that is tuned to write candidates, so that
-R-Scorers of several sizes have the same ones.
+tuned on few rationales, for more diverse faults. With `--qualities` the reference of each tree of the last two stages has one of
+the qualities, which the prompt states, and held-out candidates give each quality a temperature. With `--start` training starts
+from the decoder of another base, and samples are those of all data families; `--writer` names the base that is tuned to write
+candidates, so that R-Scorers of several sizes have the same ones.
 """
 
 from __future__ import annotations
@@ -151,14 +151,15 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
         return with_quality(example, by_id[example.key], quality, recipe.seed)
 
     def mixed(candidates: int, draw: random.Random) -> list[ScorerExample]:
-        chosen = [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
-        return [stated(example, f"{candidates} candidates") for example in chosen]
+        return [with_generated(example, by_id[example.key], best_tuned, candidates, draw) for example in examples]
 
     def to_check(scorer: Scorer) -> list[TrainingItem]:
+        # Of complete references: what a worse one leaves out would teach not to look claims up.
         return checking_items(scorer, by_id, mixed(recipe.checked, rng), rng, recipe.drills, recipe.claims_per_drill)
 
     def to_compare(scorer: Scorer) -> list[TrainingItem]:
-        return comparing_items(scorer, by_id, mixed(recipe.compared, random.Random(f"comparing/{recipe.seed}")))
+        chosen = mixed(recipe.compared, random.Random(f"comparing/{recipe.seed}"))
+        return comparing_items(scorer, by_id, [stated(example, f"{recipe.compared} candidates") for example in chosen])
 
     def to_refine(scorer: Scorer) -> list[TrainingItem]:
         draw = random.Random(f"refining/{recipe.seed}")
