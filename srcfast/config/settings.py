@@ -390,6 +390,8 @@ class CurationConfig(Section):
     likelihood_weight: float = Field(0.0, ge=0, le=100)
     """With pairing `score`: choose the best by log S + this times its log-probability, in nats, by the policy that wrote it: of
     candidates that the R-Scorer can't tell apart, the likelier one is right more often; 0 = by S alone"""
+    right_answer: bool = False
+    """With pairing `score`: choose the best among the candidates with the right answer, none where there is none"""
     left_out_negatives: int = Field(0, ge=0, le=64)
     """Further pairs of each chosen response, tagged and of several sentences of perception: it is preferred to itself without one
     of these, with the pair's confidence; at most so many, 0 = none"""

@@ -305,11 +305,14 @@ def _propose(
     if row is None:
         return [], "not_scored"
     scores = row["scores"]
-    chosen = sorted(eligible, key=lambda i: (-_merit(scores[i], candidates[i], settings), i))  # the index breaks ties
+    choosable = [i for i in eligible if _is_right(candidates[i], sample)] if settings.right_answer else eligible
+    if not choosable:
+        return [], "same_correctness"
+    chosen = sorted(choosable, key=lambda i: (-_merit(scores[i], candidates[i], settings), i))  # the index breaks ties
     if settings.pair_choice == "disjoint":
-        chosen = chosen[: min(max_pairs, len(chosen) // 2)]
+        chosen = chosen[: min(max_pairs, len(eligible) // 2)]
     else:
-        chosen = chosen[:1] * min(max_pairs, len(chosen) - 1)
+        chosen = chosen[:1] * min(max_pairs, len(eligible) - 1)
     worst = sorted((i for i in eligible if i not in chosen), key=lambda i: (scores[i], -i))
     return list(zip(chosen, worst, strict=False)), None
 

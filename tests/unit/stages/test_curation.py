@@ -201,6 +201,20 @@ def test_likelihood_weighs_among_candidates_of_about_the_same_score_and_the_wors
     assert pair.extra["chosen_id"] == "s/2"  # a score of 0 has a logarithm, too
 
 
+def test_with_right_answers_the_best_of_them_goes_against_the_worst_of_all():
+    candidates = [candidate(0, "blue"), candidate(1), candidate(2), candidate(3, "green")]
+    scores = [row(candidates, [0.9, 0.5, 0.7, 0.1])]
+    settings = LOOSE.replace(right_answer=True, pairs_per_sample=3)
+    for choice, kept in (("best_against_worst", [("s/2", "s/3"), ("s/2", "s/1")]), ("disjoint", [("s/2", "s/3")])):
+        pairs, funnel = run(candidates, scores, settings.replace(pair_choice=choice))
+        assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == kept
+        assert funnel["dropped"]["margin"] == 1  # a wrong answer with a higher score is not rejected for a lower one
+    wrong = [candidate(k, answer) for k, answer in enumerate(("blue", "green"))]
+    pairs, funnel = run(wrong, [row(wrong, [0.9, 0.5])], settings)
+    assert not pairs and funnel["dropped"]["same_correctness"] == 1
+    assert run(wrong, [row(wrong, [0.9, 0.5])], settings.replace(right_answer=False))[0]
+
+
 def test_the_likeliest_right_candidate_goes_against_the_likeliest_others_whatever_the_scores():
     candidates = [candidate(0, "blue"), candidate(1), candidate(2), candidate(3, "green")]
     candidates = [replace(c, logprob=p) for c, p in zip(candidates, (-2.0, -5.0, -3.0, -4.0), strict=True)]
