@@ -38,6 +38,7 @@ YOUNGER = (
     ("curation", "left_out_negatives"),
     ("curation", "likelihood_weight"),
     ("curation", "rationale_pairs"),
+    ("curation", "right_answer"),
     ("dpo", "credit"),
     ("dpo", "quality_weight"),
     ("lora", "projector"),

@@ -77,6 +77,7 @@ DEFAULTS = {
     "curation.pairing": "score",
     "curation.left_out_negatives": 0,
     "curation.rationale_pairs": False,
+    "curation.right_answer": False,
     "dpo.epochs": 1,
     "dpo.micro_batch_size": 8,
     "dpo.gradient_accumulation_steps": 4,
