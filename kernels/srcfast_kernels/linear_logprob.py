@@ -288,9 +288,8 @@ def logprob_rows_kernel(
             tl.debug_barrier()
             tl.store(residual_ptr + columns, residual.to(residual_ptr.dtype.element_ty), mask=inside)
         if residual_ptr.dtype.element_ty != logits_ptr.dtype.element_ty:
-            behind = tl.arange(
-                0, READ_BEHIND
-            )  # zeros there, see `_rows_torch`: a GPU's products may run on a CPU, simulated
+            # Zeros behind the row, as `_rows_torch` writes them: where the device is simulated, its products run on a CPU.
+            behind = tl.arange(0, READ_BEHIND)
             tl.store(residual_ptr + vocabulary + behind, 0.0, mask=behind < vocabulary)
 
 
