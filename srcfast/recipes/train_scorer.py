@@ -192,7 +192,7 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
     shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
     save_text_model(shipped.text_model, output)
     if len(recipe.qualities) > 1:
-        examples = {
+        calibrating: dict[str, list[ScorerExample]] = {
             quality: [
                 with_quality(scorer_example(sample, best_tuned[sample.id]), sample, quality, recipe.seed)
                 for sample in held_out
@@ -200,7 +200,7 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
             ]
             for quality in recipe.qualities
         }
-        write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), examples, TOKEN_BUDGET))
+        write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), calibrating, TOKEN_BUDGET))
 
     record = {
         "command": "python -m srcfast.recipes.train_scorer --output DIR" + (" --start BASE" if recipe.families else ""),
