@@ -192,15 +192,12 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
     shipped = load_scorer(output / "refining", dtype=torch.bfloat16)
     save_text_model(shipped.text_model, output)
     if len(recipe.qualities) > 1:
-        calibrating: dict[str, list[ScorerExample]] = {
-            quality: [
-                with_quality(scorer_example(sample, best_tuned[sample.id]), sample, quality, recipe.seed)
-                for sample in held_out
-                if len(best_tuned[sample.id]) > 1
-            ]
+        of_candidates = candidate_examples(held_out, best_tuned)
+        by_quality = {
+            str(quality): [with_quality(each, by_id[each.key], quality, recipe.seed) for each in of_candidates]
             for quality in recipe.qualities
         }
-        write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), calibrating, TOKEN_BUDGET))
+        write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), by_quality, TOKEN_BUDGET))
 
     record = {
         "command": "python -m srcfast.recipes.train_scorer --output DIR" + (" --start BASE" if recipe.families else ""),
@@ -354,6 +351,11 @@ def with_generated(
     return scorer_example(sample, rng.sample(chosen, len(chosen)))
 
 
+def candidate_examples(samples: Sequence[Sample], variants: Variants) -> list[ScorerExample]:
+    """Build the examples of samples with at least two candidates, of these alone."""
+    return [scorer_example(sample, variants[sample.id]) for sample in samples if len(variants[sample.id]) > 1]
+
+
 def train_items(
     scorer: Scorer,
     items: Sequence[TrainingItem],
@@ -403,9 +405,7 @@ def held_out_scores(
         subset = [sample for sample in held_out if sample.extra["dataset"] == name]
         groups[name] = scorer_examples(raps_of(subset), rng, None, is_faulty=is_faulty)
         for variants, (tuned_samples, _) in zip(variants_by_base, recipe.tuned, strict=True):
-            comparable = [sample for sample in subset if len(variants[sample.id]) > 1]
-            examples = [scorer_example(sample, variants[sample.id]) for sample in comparable]
-            groups[f"{name}, candidates of a base tuned on {tuned_samples}"] = examples
+            groups[f"{name}, candidates of a base tuned on {tuned_samples}"] = candidate_examples(subset, variants)
     scores: dict[str, object] = {}
     for quality in recipe.qualities:
         for name, examples in groups.items():
