@@ -119,7 +119,7 @@ def test_an_adapter_of_peft_on_tower_or_projector_gives_peft_s_logits(targets: A
     ours = load_lvlm(tmp_path / "base", lora=tmp_path / "adapter")
     expected = oracle_logits(theirs, plain, QUESTIONS[1], [*IMAGES.values()], RESPONSES[0])
     assert float((expected - logits_of(plain)).abs().max()) > 0.05
-    assert_close(logits_of(ours), expected)
+    assert_close(logits_of(ours), expected, 1e-5)
 
 
 def test_ranks_that_differ_between_layers_of_one_number_are_written_for_each(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_ranks_that_differ_between_layers_of_one_number_are_written_for_each(tmp
     sizes = {name: len(layer.lora_A) for name, layer in adapters(again).items()}
     assert sizes.pop("layers.0.self_attn.q_proj") == 5 and set(sizes.values()) == {2} and len(sizes) == 4
     expected = oracle_logits(theirs, plain, QUESTIONS[1], [*IMAGES.values()], RESPONSES[0])
-    assert_close(logits_of(again), expected)
+    assert_close(logits_of(again), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("kind", "tower", "layers", "count"), CASES)
@@ -276,7 +276,7 @@ def test_stored_images_follow_each_change_of_the_adapter(config: LoRAConfig, bas
         with disable_lora(model):
             assert_close(stored_logits(model, features), plain, 1e-6)
         with folded_lora(model):
-            assert_close(stored_logits(model, features), adapted)
+            assert_close(stored_logits(model, features), adapted, 1e-5)
     assert features.encoded == 4 and features.missing(IMAGES) == []
     remove_adapter(model)
     assert torch.equal(stored_logits(model, features), plain) and features.encoded == 6
