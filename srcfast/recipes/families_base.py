@@ -4,8 +4,8 @@
 
 As the embedded base (`pretrain_base.py`): the tower learns dense labels, then decoder and projector learn captions and short
 answers about images, and tagged reasoning over facts given as text, last the same with mostly reasoning. No training data has
-rationales about images. The small base's decoder starts from the embedded base's. With `--start`, the training of an earlier base
-goes on: its tower is kept, the stages of language follow. A run that was stopped continues by the same command.
+rationales about images. The small base's decoder starts from the embedded base's. With `--start`, the stages of language continue
+from an earlier base, whose tower stays as it is. A run that was stopped continues by the same command.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ def train_base(output: Path, recipe: Recipe, start: Path | None = None, minutes:
     """
     started = time.monotonic()
     work = output / "work"
-    weights = None if start is None else sha256((start / "model.safetensors").read_bytes()).hexdigest()
-    check_recipe(work, asdict(recipe) | ({"start": weights} if weights else {}))
+    settings = asdict(recipe)
+    if start is not None:
+        settings["start"] = sha256((start / "model.safetensors").read_bytes()).hexdigest()
+    check_recipe(work, settings)
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - started:.0f} s  {line}", file=sys.stderr, flush=True)
@@ -299,11 +301,11 @@ def train_stage(
         unfinished=unfinished,
     )
     save_lvlm(model, output, dtype=torch.bfloat16)
-    before = parse_object((start / "TRAINING.json").read_bytes())
-    # Another base's record is kept beside this one's; that of an earlier stage of this base is continued.
-    record = before
-    if name == "language" and "recipe" in before:
-        record = {"tower_accuracy": before["tower_accuracy"], "seconds": 0.0, "start": before}
+    record = parse_object((start / "TRAINING.json").read_bytes())
+    if (
+        name == "language" and "recipe" in record
+    ):  # an earlier base's; a stage of this base continues the record before it
+        record = {"tower_accuracy": record["tower_accuracy"], "seconds": 0.0, "start": record}
     record |= measured(output, writer, recipe.samples, recipe.validation_samples, recipe.seed + 1, work / "pictures")
     options = "--output DIR --size SIZE" + (" --start BASE" if "start" in record else "")
     record |= {

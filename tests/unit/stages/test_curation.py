@@ -205,9 +205,9 @@ def test_with_right_answers_the_best_of_them_goes_against_the_worst_of_all():
     candidates = [candidate(0, "blue"), candidate(1), candidate(2), candidate(3, "green")]
     scores = [row(candidates, [0.9, 0.5, 0.7, 0.1])]
     settings = LOOSE.replace(right_answer=True, pairs_per_sample=3)
-    for choice, kept in (("best_against_worst", [("s/2", "s/3"), ("s/2", "s/1")]), ("disjoint", [("s/2", "s/3")])):
+    for choice, expected in (("best_against_worst", [("s/2", "s/3"), ("s/2", "s/1")]), ("disjoint", [("s/2", "s/3")])):
         pairs, funnel = run(candidates, scores, settings.replace(pair_choice=choice))
-        assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == kept
+        assert [(p.extra["chosen_id"], p.extra["rejected_id"]) for p in pairs] == expected
         assert funnel["dropped"]["margin"] == 1  # a wrong answer with a higher score is not rejected for a lower one
     wrong = [candidate(k, answer) for k, answer in enumerate(("blue", "green"))]
     pairs, funnel = run(wrong, [row(wrong, [0.9, 0.5])], settings)
