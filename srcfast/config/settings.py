@@ -26,24 +26,17 @@ MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
 MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
 
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
-YOUNGER = (
-    ("model", "backbone"),
-    *((section, "updates") for section in ("rationale", "dpo", "scorer_training")),
-    ("dpo", "preference_weight"),
-    ("scorer", "finalists"),
-    ("candidates", "plain_samples"),
-    ("scorer", "reference"),
-    ("scorer", "adaptive_confidence"),
-    ("scorer_training", "qualities"),
-    ("curation", "left_out_negatives"),
-    ("curation", "likelihood_weight"),
-    ("curation", "rationale_pairs"),
-    ("curation", "right_answer"),
-    ("dpo", "credit"),
-    ("dpo", "quality_weight"),
-    ("lora", "projector"),
-    ("lora", "tower_layers"),
-)
+_YOUNGER_NAMES = {
+    "model": ("backbone",),
+    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight"),
+    "lora": ("projector", "tower_layers"),
+    "rationale": ("updates",),
+    "candidates": ("plain_samples",),
+    "curation": ("left_out_negatives", "likelihood_weight", "rationale_pairs", "right_answer"),
+    "dpo": ("updates", "preference_weight", "credit", "quality_weight"),
+    "scorer_training": ("updates", "qualities"),
+}
+YOUNGER = tuple((section, name) for section, names in _YOUNGER_NAMES.items() for name in names)
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
 
@@ -133,9 +126,13 @@ class ScorerConfig(Section):
     finalists: int = Field(0, ge=0, le=128)
     """Rate each candidate alone first, then compare only so many that are rated highest, and as many that are rated lowest; 0 =
     no selection. For samples of many candidates; the measurement of headroom selects likewise"""
+    likelihood_weight: float = Field(0.0, ge=0, le=100)
+    """With finalists: the highest are those by log rating + this times the log-probability, as in `curation.likelihood_weight`"""
 
     @model_validator(mode="after")
     def _check_finalists(self) -> Self:
+        if self.likelihood_weight and not self.finalists:
+            raise ValueError(f"likelihood_weight: expected 0 without finalists, found {self.likelihood_weight}")
         if self.finalists and (self.pairs == "adaptive" or self.mode == "independent"):
             other = "pairs adaptive" if self.pairs == "adaptive" else "mode independent"
             raise ValueError(f"finalists: expected 0 with {other}, found {self.finalists}")

@@ -7,7 +7,8 @@ candidates are not compared (score 1/2, confidence 0). Where that leaves the bes
 many. Each round runs the tree again, so the saving is counted in tokens. A share of the samples is compared in full as well,
 to measure what the rounds miss.
 
-`scorer.finalists` sets the number of contenders on each side, however far their ratings are apart.
+`scorer.finalists` sets the number of contenders on each side, however far their ratings are apart. Those that may be best are
+then chosen by log rating + `scorer.likelihood_weight` log pi, the policy's likelihood being the prior, as curation chooses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from srcfast.config.settings import ScorerConfig
 
 SAME_SCORE = 1e-6  # candidates whose full scores are this near are equally good
+SMALLEST_SCORE = 1e-6  # of which a logarithm is taken
 
 
 @dataclass
@@ -56,17 +58,27 @@ class AdaptivePairs:
         """Return whether two rounds have fewer pairs than the tournament; if not, the tournament is run at once."""
         return num_candidates > 2 * self.contenders
 
-    def pairs(self, ratings: np.ndarray, wider: bool = False) -> list[tuple[int, int]]:
-        """Return the ordered pairs of the second round, from the ratings [n]; the index breaks ties.
+    def pairs(
+        self, ratings: np.ndarray, wider: bool = False, logprobs: np.ndarray | None = None
+    ) -> list[tuple[int, int]]:
+        """Return the ordered pairs of the second round; the index breaks ties.
 
-        With `wider` those of the second and the third: twice as many contenders, whatever the margin.
+        Args:
+            ratings: of each candidate alone, [n].
+            wider: return those of the second and the third round: twice as many contenders, whatever the margin.
+            logprobs: of the candidates, in nats, [n]; for `scorer.likelihood_weight` alone.
         """
         margin, count = self.margin, self.contenders
         if wider:
             margin, count = 1.0, 2 * count
         order = np.argsort(-ratings, kind="stable").tolist()
-        best = [i for i in order if ratings[i] >= ratings[order[0]] - margin][:count]
-        worst = [i for i in order[::-1] if ratings[i] <= ratings[order[-1]] + margin][:count]
+        by_merit = order
+        if (weight := self.settings.likelihood_weight) and logprobs is not None:
+            merits = np.log(np.maximum(ratings, SMALLEST_SCORE)) + weight * logprobs
+            by_merit = np.argsort(-merits, kind="stable").tolist()
+        best = [i for i in by_merit if ratings[i] >= ratings[order[0]] - margin][:count]
+        others = [i for i in order[::-1] if i not in best]
+        worst = [i for i in others if ratings[i] <= ratings[order[-1]] + margin][:count]
         chosen = sorted({*best, *worst})
         return [(i, j) for i in chosen for j in chosen if i != j]
 

@@ -30,10 +30,10 @@ from srcfast.data.rationale_format import parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import InputError
+from srcfast.stages.adaptive_pairs import SMALLEST_SCORE
 from srcfast.stages.derived_pairs import derived_pairs
 
 TRUE = "#true"  # what the id of a sample's rationale as a candidate ends with
-SMALLEST_SCORE = 1e-6  # of which a logarithm is taken
 BINS = 20  # of the histograms over [0, 1]
 
 # The funnel's steps: samples, then pairs, that pass each; and the reasons of drops, in the order in which they are tested.

@@ -145,7 +145,7 @@ def _score_block(
     results: Results | None = None
     tokens = 0
     if pairs and pairwise and adaptive is not None:
-        results, tokens = _in_rounds(scorer, samples, texts, pairs, token_budget, adaptive)
+        results, tokens = _in_rounds(scorer, samples, texts, _logprobs(candidates), pairs, token_budget, adaptive)
     elif pairs:
         comparisons, tokens = _compare(scorer, samples, texts, pairs, token_budget)
         results = (_pairwise if pairwise else _independent)(scorer, comparisons, sizes)
@@ -237,10 +237,20 @@ def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[
     return scorer.judge_tree(sample_reference(sample, scorer.quality), texts, pairs, key=sample.id)
 
 
+def _logprobs(candidates: Sequence[Sequence[Candidate]]) -> list[np.ndarray]:
+    """Return the log-probabilities of each sample's distinct texts, [n] each, of each text's first candidate."""
+    distinct = [{candidate.text: candidate.logprob for candidate in reversed(group)} for group in candidates]
+    return [
+        np.array([logprob[text] for text in dict.fromkeys(candidate.text for candidate in group)])
+        for logprob, group in zip(distinct, candidates, strict=True)
+    ]
+
+
 def _in_rounds(
     scorer: Scorer,
     samples: Sequence[Sample],
     texts: Sequence[Sequence[str]],
+    logprobs: Sequence[np.ndarray],
     full: Mapping[int, Sequence[tuple[int, int]]],
     token_budget: int,
     adaptive: AdaptivePairs,
@@ -262,7 +272,7 @@ def _in_rounds(
     check_numbers(scorer.text_model, p, comparisons.keys.tolist(), "verdicts")
     rated = comparisons.second == ALONE  # [M]
     ratings = {index: p[rated & (comparisons.sample == index)] for index in short}
-    chosen = {index: adaptive.pairs(ratings[index]) for index in short}
+    chosen = {index: adaptive.pairs(ratings[index], logprobs=logprobs[index]) for index in short}
     rounds = {index: [alone[index], chosen[index]] for index in short}
 
     def compare_more(pairs: Mapping[int, Sequence[tuple[int, int]]]) -> None:
@@ -276,7 +286,7 @@ def _in_rounds(
         so_far = _pairwise(scorer, _of_pairs(comparisons, chosen), sizes)()  # the host waits here, too
         for index in short:
             if adaptive.is_uncertain(so_far[index]["scores"], so_far[index]["confidence"], chosen[index]):
-                wider = adaptive.pairs(ratings[index], wider=True)
+                wider = adaptive.pairs(ratings[index], wider=True, logprobs=logprobs[index])
                 rounds[index].append([pair for pair in wider if pair not in chosen[index]])
                 chosen[index] = wider
         adaptive.counts["widened"] += sum(len(of_sample) > 2 for of_sample in rounds.values())

@@ -32,6 +32,7 @@ DEFAULTS = {
     "scorer.adaptive_confidence": 0.0,
     "scorer.adaptive_audit": 0.02,
     "scorer.finalists": 0,
+    "scorer.likelihood_weight": 0.0,
     "data.train": [],
     "data.evaluation": [],
     "lora.r": 64,

@@ -1,5 +1,7 @@
 """Adaptive pairs: the second round compares who may be best or worst; what is left out and what it costs is counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from test_scoring import candidates_of, sample, world
 
 from srcfast.config.load import load_config
 from srcfast.config.settings import CurationConfig, ScorerConfig
+from srcfast.errors import ConfigError
 from srcfast.models.scorer import ALONE, load_scorer
 from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.curation import curate
@@ -33,6 +36,38 @@ def test_finalists_are_as_many_of_the_highest_and_of_the_lowest_however_far_apar
     pairs = AdaptivePairs(ScorerConfig(finalists=2, adaptive_margin=0.0)).pairs(ratings)
     assert pairs == [(i, j) for i in (1, 2, 4, 6) for j in (1, 2, 4, 6) if i != j]
     assert [AdaptivePairs(ScorerConfig(finalists=2)).is_short(n) for n in (4, 5)] == [False, True]
+
+
+def test_with_likelihood_as_prior_the_highest_finalists_are_those_of_the_highest_posterior():
+    ratings, logprobs = np.array([0.8, 0.4, 0.2, 0.1, 0.05, 0.0]), np.array([-30.0, -20.0, -1.0, -2.0, 0.0, -25.0])
+    # log rating + 0.1 log pi: -3.2, -2.9, -1.7, -2.5, -3.0, and of a rating of 0 the smallest
+    pairs = AdaptivePairs(ScorerConfig(finalists=2, likelihood_weight=0.1)).pairs(ratings, logprobs=logprobs)
+    assert {i for pair in pairs for i in pair} == {2, 3, 4, 5}  # the lowest are by rating alone
+    without = AdaptivePairs(ScorerConfig(finalists=2)).pairs(ratings, logprobs=logprobs)
+    assert {i for pair in without for i in pair} == {0, 1, 4, 5}
+
+
+def test_the_candidate_of_the_highest_posterior_is_compared_though_it_is_rated_lowest():
+    adaptive = AdaptivePairs(ScorerConfig(finalists=1, likelihood_weight=100.0))
+    assert adaptive.pairs(np.array([0.3, 0.2, 0.1]), logprobs=np.array([-9.0, -8.0, -1.0])) == [(1, 2), (2, 1)]
+
+
+def test_scoring_gives_each_text_the_log_probability_of_its_first_candidate(scorer):
+    samples, groups = world(34, [9])
+    first, *others = groups[samples[0].id]
+    by_rating = np.argsort(score_candidates(scorer, samples, groups, 100_000)[0]["alone"], kind="stable").tolist()
+    likeliest = by_rating[len(by_rating) // 2]  # of a middling rating
+    spread = [replace(c, logprob=-1.0 if n == likeliest else -500.0) for n, c in enumerate((first, *others))]
+    again = replace(spread[by_rating[0]], id="again", logprob=0.0)  # a text that has been, likelier
+    adaptive = AdaptivePairs(ScorerConfig(finalists=1, likelihood_weight=10.0, adaptive_audit=0.0))
+    row = score_candidates(scorer, samples, {samples[0].id: [*spread, again]}, 100_000, adaptive=adaptive)[0]
+    compared = np.flatnonzero((np.array(row["raw"])[:-1, :-1] != 0.5).any(0)).tolist()
+    assert compared == sorted({likeliest, by_rating[0]})
+
+
+def test_a_weight_of_likelihood_wants_finalists():
+    with pytest.raises(ConfigError, match="likelihood_weight: expected 0 without finalists, found 0.1"):
+        load_config(None, ["scorer.likelihood_weight=0.1"])
 
 
 def test_of_many_candidates_the_finalists_alone_are_compared(scorer):
