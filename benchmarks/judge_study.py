@@ -1,11 +1,14 @@
 """How well do R-Scorers of several sizes judge with imperfect references? Pairwise against independent, by quality.
 
     python benchmarks/judge_study.py --judge 2M=embedded --seeds 3
+    python benchmarks/judge_study.py families=120 epochs=0 --base benchmarks/study/base-2m --judge 2M=benchmarks/study/judge-2m
 
 For each seed: two bases are tuned on different rationales. R-Scorers, which start from the checkpoints that `--judge` names,
 learn from true rationales, their corruptions, and the first base's candidates, whose faults the oracle counts; each tree's
 reference has one of four qualities, which its prompt states. Temperatures are fitted on candidates of the second base for the
 world's validation split, and everything is measured on those for its test split, with references made worse in the same ways.
+With `epochs=0` R-Scorers are measured as they come, with the temperatures beside them; with `families=N` on N test samples of
+each data family of the studies, whose candidates the base `--base` writes.
 
 What exists in the work folder is not made again: candidates, R-Scorers, and rows, one JSON file for each seed, R-Scorer, quality
 and mode. The result has agreement with the oracle on pairs of which one candidate is aligned and the other is not, as
@@ -35,6 +38,7 @@ from srcfast.data.records import Candidate, ReferenceQuality, Sample
 from srcfast.models.scorer import Scorer, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.models.verdict_temperature import CALIBRATION, reliability, softmax
+from srcfast.recipes.families import read_family
 from srcfast.recipes.scorer_lessons import checking_items, comparing_items
 from srcfast.recipes.train_scorer import (
     Recipe,
@@ -61,6 +65,7 @@ MODES = ("pairwise", "independent")
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 TRAINED = "trained.json"  # written last
 BUDGET = 16_384  # tokens of a forward pass
+FRESH = 200  # added to the seed of the families' test samples: no other study draws those
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Study:
     candidates: int = 5
     compared: int = 3  # candidates of a tree in training
     draws: int = 2  # trees of generated candidates alone for each sample
-    epochs: int = 1
+    epochs: int = 1  # 0 = R-Scorers as they come
+    families: int = 0  # test samples of each data family, in place of the world's; 0 = the world alone
     checking_epochs: int = 0  # first of the lessons that check claims alone; for a checkpoint that can't judge yet
     learning_rate: float = 4e-4
 
@@ -89,24 +95,25 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for what is made on the way")] = Path("runs/judges"),
     output: Annotated[Path, typer.Option(help="result file")] = ROOT / "benchmarks" / "results" / "judges.json",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    base: Annotated[str, typer.Option(help="directory of the base that writes candidates")] = "embedded",
 ) -> None:
     """Train, measure what has no row yet, and write the result file from all rows."""
     torch.set_num_threads(threads)
     study, judges = parse_settings(words or []), parse_judges(judge or ["2M=embedded"])
-    check_settings(work, study, judges)
+    check_settings(work, study, judges, base)
     for seed in range(seeds):
         folder = work / f"seed-{seed}"
-        data = draw_data(study, seed, folder)
+        data = draw_data(study, seed, folder, base)
         for size, start in judges.items():
             measure("before", size, start, data, seed, work / "rows")
-            checkpoint = folder / size
-            if not (checkpoint / TRAINED).exists():
+            checkpoint = folder / size if study.epochs else Path(start)
+            if study.epochs and not (checkpoint / TRAINED).exists():
                 train_judge(start, checkpoint, study, data, seed)
             measure("judges", size, str(checkpoint), data, seed, work / "rows")
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((work / "rows").glob("*.json"))]
     result = summarise([row for row in rows if row["seed"] < seeds and row["size"] in judges])
     result |= {"command": " ".join(["python benchmarks/judge_study.py", *sys.argv[1:]])}
-    result |= {"seeds": seeds, "settings": asdict(study), "checkpoints": judges}
+    result |= {"seeds": seeds, "settings": asdict(study), "checkpoints": judges, "base": base}
     write_json(output, result | {"device": environment() | {"platform": platform.platform()}})
     print(table(result))
 
@@ -134,17 +141,18 @@ def parse_judges(words: Sequence[str]) -> dict[str, str]:
     return judges
 
 
-def check_settings(work: Path, study: Study, judges: Mapping[str, str]) -> None:
+def check_settings(work: Path, study: Study, judges: Mapping[str, str], base: str) -> None:
     """Write settings into the work folder. Raises BadParameter where it was made with others: they would mix."""
     file = work / "settings.json"
     work.mkdir(parents=True, exist_ok=True)
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"study": asdict(study), "judges": {}}
+    wanted = {"study": asdict(study), "base": base}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else wanted | {"judges": {}}
     changed = [size for size, path in judges.items() if before["judges"].get(size, path) != path]
-    if before["study"] != asdict(study) or changed:
+    if any(before.get(name) != value for name, value in wanted.items()) or changed:
         raise typer.BadParameter(
             f"{file}: expected the same settings and checkpoints, found others. Name another --work"
         )
-    write_json(file, {"study": asdict(study), "judges": {**before["judges"], **judges}})
+    write_json(file, wanted | {"judges": {**before["judges"], **judges}})
 
 
 @dataclass(frozen=True)
@@ -157,9 +165,11 @@ class Data:
     variants: Variants
 
 
-def draw_data(study: Study, seed: int, folder: Path) -> Data:
+def draw_data(study: Study, seed: int, folder: Path, base: str) -> Data:
     """Draw a seed's samples, tune the two bases, and generate candidates; existing files of candidates are read."""
     images = folder / "images"
+    if study.families:
+        return draw_families(study, seed, folder, base)
     train = world_samples("scorer", study.samples + study.tuned, seed, image_dir=images)
     validation = world_samples("validation", study.validation, seed, image_dir=images)
     test = world_samples("test", study.test, seed, image_dir=images)
@@ -172,13 +182,31 @@ def draw_data(study: Study, seed: int, folder: Path) -> Data:
     # The judge learns from one model's candidates, and is measured on another's.
     for name in ("learned", "measured"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    learned = tuned_candidates(train, [], recipe, 0, folder / "learned", "embedded")
+    learned = tuned_candidates(train, [], recipe, 0, folder / "learned", base)
     others = replace(recipe, searched_samples=0, seed=seed + 1000)
     rationales = world_samples("train", study.tuned, seed, image_dir=images)
     held_out = [*validation, *test]
-    measured = tuned_candidates(rationales, held_out, others, 0, folder / "measured", "embedded")
+    measured = tuned_candidates(rationales, held_out, others, 0, folder / "measured", base)
     samples = {sample.id: sample for sample in (*train, *held_out)}
     return Data(train[: study.samples], validation, test, verified_variants(samples, {**learned, **measured}))
+
+
+def draw_families(study: Study, seed: int, folder: Path, base: str) -> Data:
+    """Draw a seed's test samples of all data families, tune one base, and generate candidates for the test samples."""
+    recipe = replace(
+        Recipe.of_families(),
+        seed=seed,
+        searched_samples=0,
+        tuned=((study.tuned, study.tuned_epochs),),
+        num_candidates=study.candidates,
+    )
+    families, images = list(recipe.families), folder / "images"
+    per_family = study.tuned // len(families)
+    tuned = [one for name in families for one in read_family(name, per_family, seed, images, "train")]
+    test = [one for name in families for one in read_family(name, study.families, seed + FRESH, images, "test")]
+    (folder / "measured").mkdir(parents=True, exist_ok=True)
+    measured = tuned_candidates(tuned, test, recipe, 0, folder / "measured", base)
+    return Data([], [], test, verified_variants({sample.id: sample for sample in test}, measured))
 
 
 def train_judge(start: str, checkpoint: Path, study: Study, data: Data, seed: int) -> None:

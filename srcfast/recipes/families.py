@@ -51,12 +51,14 @@ _OF_SCORERS = (
     "Question Facts Answer First Second Better Score first second tie A detail of the reference may be wrong missing"
 )
 Picture = list[Sample]
-Split = Literal["base", "scorer", "validation", "fit"]  # the last one is easy-VQA's in place of the first two
+Split = Literal[
+    "base", "train", "scorer", "validation", "test", "fit"
+]  # the last one is easy-VQA's in place of the first three
 
 
 def read_family(name: str, count: int, seed: int, images: Path, split: Split = "base") -> list[Sample]:
     """Draw samples of a family, only those with rationales; images are drawn into a directory."""
-    if name == "easy_vqa" and split != "validation":
+    if name == "easy_vqa" and split not in ("validation", "test"):
         split = "fit"
     dataset = DatasetConfig(name=name, format=name, split=split, limit=count, seed=seed)
     return [sample for sample in read_dataset(dataset, images, []) if sample.rationale]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import typer
 
+from srcfast.data.rationale_format import format_response
+from srcfast.recipes.families import FAMILIES
 from srcfast.recipes.train_scorer import is_faulty, raps_of
 from srcfast.stages.scorer_training import Variant, scorer_examples
 from srcfast.world.claims import VOCABULARY
@@ -106,7 +108,7 @@ def test_settings_that_are_none_are_refused(word: str) -> None:
 
 
 def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def data(settings: Any, seed: int, folder: Path) -> Any:
+    def data(settings: Any, seed: int, folder: Path, base: str) -> Any:
         """True rationales and their corruptions stand for a model's candidates."""
         parts = [
             world_samples(split, count, seed, image_dir=tmp_path / "images")
@@ -122,7 +124,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypat
     train = study.train_items
     monkeypatch.setattr(study, "train_items", lambda *words: (trained.append(words), train(*words)))
     work, output = tmp_path / "work", tmp_path / "result.json"
-    run = {"seeds": 1, "work": work, "output": output, "threads": 1, "judge": None}
+    run = {"seeds": 1, "work": work, "output": output, "threads": 1, "judge": None, "base": "embedded"}
     study.main(["draws=1", "candidates=3"], **run)
     result, files = json.loads(output.read_text()), sorted((work / "rows").iterdir())
     assert len(files) == 2 * 4 * 2 and len(trained) == 1
@@ -144,3 +146,34 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypat
     assert kept == [not file.name.startswith(of_one) for file in files]
     with pytest.raises(typer.BadParameter, match="--work"):
         study.main(["draws=2", "candidates=3"], **run)
+    with pytest.raises(typer.BadParameter, match="--work"):
+        study.main(["draws=1", "candidates=3"], **run | {"base": "another"})
+
+
+def test_a_judge_is_measured_as_it_comes_on_test_samples_of_all_families(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, Any] = {}
+
+    def candidates(tuned: Any, test: Any, recipe: Any, number: int, folder: Path, base: str) -> dict[str, list[str]]:
+        """A true rationale and a wrong answer to it stand for a model's candidates."""
+        written.update(tuned=tuned, test=test, base=base, tuned_samples=recipe.tuned[number][0])
+        return {
+            sample.id: [
+                format_response(sample.extra["see"], sample.extra["think"], answer, "tagged")
+                for answer in (sample.answer, "no" if sample.answer == "yes" else "yes")
+            ]
+            for sample in test
+        }
+
+    monkeypatch.setattr(study, "tuned_candidates", candidates)
+    monkeypatch.setattr(study, "train_judge", lambda *words: pytest.fail("an R-Scorer was trained"))
+    work, output = tmp_path / "work", tmp_path / "result.json"
+    words = ["families=2", "epochs=0", "tuned=10"]
+    study.main(words, judge=None, seeds=1, work=work, output=output, threads=1, base="somewhere")
+    result = json.loads(output.read_text())
+    assert list(result["judges"]["2M"]) == list(QUALITIES) and result["base"] == "somewhere"
+    splits = {name: {sample.extra["split"] for sample in written[name]} for name in ("tuned", "test")}
+    assert splits == {"tuned": {"train", "fit"}, "test": {"test"}}
+    assert {sample.extra["dataset"] for sample in written["test"]} == set(FAMILIES)
+    assert written["tuned_samples"] == len(written["tuned"]) == 10 and written["base"] == "somewhere"
