@@ -23,6 +23,7 @@ from srcfast.data.records import Sample
 from srcfast.models.head import Head
 from srcfast.models.scorer import ALONE, Scorer
 from srcfast.stages.scorer_training import ScorerExample, judge_tree_of, target_verdict
+from srcfast.stages.scoring import sample_reference
 from srcfast.training.items import Loss, TrainingItem
 from srcfast.world.claims import draw_claims, truth_of, vocabulary_of
 from srcfast.world.verification import verify_sample
@@ -85,12 +86,13 @@ class Labels:
         before = shown.rindex("</answer>" if "</answer>" in shown else "\n")
         self.last_token(segment, shown[:before].rstrip(), right, CLAIM)
 
-    def candidate(self, segment: int, shown: str) -> None:
-        """Label all claims of a candidate, its answer, and at its end the candidate as a whole."""
+    def candidate(self, segment: int, shown: str, claims: bool = True) -> None:
+        """Label all claims of a candidate if `claims`, its answer, and at its end the candidate as a whole."""
         end = shown.rindex("\n")
         verification = verify_sample(self.sample, parse_response(shown[shown.index(": ") + 2 : end]))
         assert verification is not None
-        self.claims(segment, shown, ((sentence, verdict != "false") for sentence, _, verdict in verification.claims))
+        if claims:
+            self.claims(segment, shown, ((sentence, truth != "false") for sentence, _, truth in verification.claims))
         self.answer(segment, shown, verification.answer_right)
         self.last_token(segment, shown[:end], verification.aligned, WHOLE)
 
@@ -139,18 +141,22 @@ def checking_items(
 def comparing_items(
     scorer: Scorer, samples: Mapping[str, Sample], examples: Sequence[ScorerExample]
 ) -> list[TrainingItem]:
-    """Build the trees that the R-Scorer compares candidates by, with labels for verdicts, claims and candidates."""
+    """Build the trees that the R-Scorer compares candidates by, with labels for verdicts, claims and candidates.
+
+    Where the reference is worse than the sample's own, claims have no labels: what it leaves out can't be looked up.
+    """
     items = []
     for example in examples:
         judge_tree = judge_tree_of(scorer, example)
         texts = [variant.text for variant in example.variants]
         pairs = list(zip(judge_tree.first.tolist(), judge_tree.second.tolist(), judge_tree.slots.tolist(), strict=True))
-        labels = Labels(scorer, samples[example.key])
+        sample = samples[example.key]
+        labels, complete = Labels(scorer, sample), example.reference == sample_reference(sample)
         for first, segment in {first: judge_tree.tree.segments[slot].parent for first, _, slot in pairs}.items():
-            labels.candidate(segment, f"First: {texts[first]}\n")
+            labels.candidate(segment, f"First: {texts[first]}\n", complete)
         for first, second, slot in pairs:
             if second != ALONE:
-                labels.candidate(slot, f"Second: {texts[second]}\nBetter:")
+                labels.candidate(slot, f"Second: {texts[second]}\nBetter:", complete)
             verdict = target_verdict(example, first, second, len(scorer.verdict_values))
             labels.rows.append((slot, judge_tree.tree.segments[slot].tokens.size - 1, verdict, VERDICT))
         items.append(labels.item(judge_tree.tree))
