@@ -5,8 +5,10 @@
 
 Corruptions and other bases' candidates differ from what the R-Scorer will judge: above all, few of them have the right answer by
 a wrong rationale. Of each sample's candidates aligned ones are chosen first, then those, then candidates with a wrong answer. The
-R-Scorer first rates a dozen alone, then compares four in both orders. Two thirds of the trees have a reference of a quality
-that is drawn, the others a complete one. Every tenth sample is held out, for temperatures and the record.
+R-Scorer first rates a dozen alone, then compares four in both orders where one is aligned and another is not, and last does the
+latter where it can and the former elsewhere: without samples whose candidates are all faulty ratings would be of use within a
+sample alone. Two thirds of the trees have a reference of a quality that is drawn, the others a complete one. Every tenth sample
+is held out, for temperatures and the record.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from srcfast.stages.scorer_training import (
 from srcfast.world.verification import verify_sample
 
 HELD_OUT = 10  # every tenth sample
+STAGES = ("rated", "compared", "mixed")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Adaptation:
     """All settings that determine what becomes of an R-Scorer and a run's candidates."""
 
     seed: int = 0
-    rated: int = 12  # candidates of a tree that are rated alone, in the first stage
-    compared: int = 4  # candidates of a tree in the second stage
+    rated: int = 12  # maximum number of candidates of a tree that are rated alone
+    compared: int = 4  # of a tree that are compared
     passes: int = 2  # over all samples, in each stage
     qualities: tuple[ReferenceQuality, ...] = ("complete", "noisy", "partial", "answer")
     complete: float = 1 / 3  # share of trees whose reference is complete in any case
@@ -70,6 +73,11 @@ class Written:
     aligned: list[Variant]
     right: list[Variant]
     wrong: list[Variant]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there are aligned candidates and others."""
+        return bool(self.aligned and (self.right or self.wrong))
 
     def choose(self, count: int, rng: random.Random) -> list[Variant]:
         """Choose up to `count`, half of them aligned where there are so many, then right ones, then others, in random order."""
@@ -141,18 +149,14 @@ def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written],
     held_out = written[::HELD_OUT]
     by_id = {each.sample.id: each.sample for each in learned}
     loop = Recipe(seed=adaptation.seed)
-    stages = (
-        ("rated", adaptation.rated, True, adaptation.rating_learning_rate),
-        ("compared", adaptation.compared, False, adaptation.comparing_learning_rate),
-    )
     begin = start
-    for stage, count, alone, learning_rate in stages:
+    for stage in STAGES:
         end = output / stage
         if not (end / "config.json").exists():
             scorer = load_scorer(begin)
-            examples = draw_examples(adaptation, learned, stage, count, alone)
-            items = comparing_items(scorer, by_id, examples)
-            train_items(scorer, items, replace(loop, learning_rate=learning_rate), 1)
+            items = comparing_items(scorer, by_id, draw_examples(adaptation, learned, stage))
+            rate = adaptation.rating_learning_rate if stage == "rated" else adaptation.comparing_learning_rate
+            train_items(scorer, items, replace(loop, learning_rate=rate), 1)
             save_text_model(scorer.text_model, end)
         begin = str(end)
     save_text_model(load_scorer(begin, dtype=torch.bfloat16).text_model, output)
@@ -170,23 +174,24 @@ def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written],
     write_json(output / "TRAINING.json", record)
 
 
-def draw_examples(
-    adaptation: Adaptation, written: Sequence[Written], stage: str, count: int, alone: bool
-) -> list[ScorerExample]:
-    """Draw a stage's examples, of each pass other candidates and qualities; `alone`: to be rated, not compared."""
+def draw_examples(adaptation: Adaptation, written: Sequence[Written], stage: str) -> list[ScorerExample]:
+    """Draw a stage's examples; each pass draws other candidates and qualities."""
     examples = []
     for number in range(adaptation.passes):
-        rng = random.Random(f"{stage}/{number}/{adaptation.seed}")
+        key = f"{stage}/{number}/{adaptation.seed}"
+        rng = random.Random(key)
         for each in written:
-            variants = each.choose(count, rng)
-            if len({variant.faults for variant in variants}) < (1 if alone else 2):
+            variants = each.choose(adaptation.rated if stage == "rated" else adaptation.compared, rng)
+            if stage == "mixed" and not each.comparable:
+                variants = each.choose(adaptation.rated, rng)
+            if not variants or (stage == "compared" and not each.comparable):
                 continue
             example = scorer_example(each.sample, variants)
-            if alone:
+            if stage == "rated" or not each.comparable:
                 example = replace(example, pairs=tuple((index, ALONE) for index in range(len(variants))))
             quality: ReferenceQuality = "complete"
             if rng.random() >= adaptation.complete:
-                quality = draw_quality(adaptation.qualities, f"{stage}/{number}/{adaptation.seed}/{each.sample.id}")
+                quality = draw_quality(adaptation.qualities, f"{key}/{each.sample.id}")
             examples.append(with_quality(example, each.sample, quality, adaptation.seed))
     return examples
 
@@ -196,11 +201,12 @@ def held_out_examples(
 ) -> list[ScorerExample]:
     """Build an example of each held-out sample that has aligned candidates and others, with references of this quality."""
     rng = random.Random(f"held out/{adaptation.seed}")
-    chosen = ((each.sample, each.choose(adaptation.compared, rng)) for each in written)
     return [
-        with_quality(scorer_example(sample, variants), sample, quality, adaptation.seed)
-        for sample, variants in chosen
-        if len({variant.faults for variant in variants}) == 2
+        with_quality(
+            scorer_example(each.sample, each.choose(adaptation.compared, rng)), each.sample, quality, adaptation.seed
+        )
+        for each in written
+        if each.comparable
     ]
 
 

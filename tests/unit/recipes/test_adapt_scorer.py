@@ -74,19 +74,22 @@ def test_half_of_the_chosen_are_aligned_then_right_answers_come_first(
     assert tuple(sum(text.startswith(str(name)) for text in chosen) for name in range(3)) == expected
 
 
-def test_examples_are_rated_or_compared_with_complete_references_in_the_share_asked_for(written: list[Written]) -> None:
-    rated = recipe.draw_examples(Adaptation(complete=1.0), written, "rated", 12, alone=True)
+def test_examples_are_rated_where_they_cannot_be_compared_with_references_as_asked_for(written: list[Written]) -> None:
+    rated = recipe.draw_examples(Adaptation(complete=1.0), written, "rated")
     assert len(rated) == 2 * len(written)
     references = {each.sample.id: sample_reference(each.sample) for each in written}
     for example in rated:
         assert example.pairs == tuple((n, ALONE) for n in range(3)) and example.reference == references[example.key]
-    compared = recipe.draw_examples(
-        Adaptation(complete=0.0, qualities=("answer",)), written, "compared", 2, alone=False
-    )
-    assert compared and all({variant.faults for variant in each.variants} == {0, 1} for each in compared)
+    worse = Adaptation(complete=0.0, qualities=("answer",), compared=2)
+    faulty, *others = [replace(written[0], aligned=[]), *written[1:]]
+    compared = recipe.draw_examples(worse, [faulty, *others], "compared")
+    assert [each.key for each in compared] == 2 * [each.sample.id for each in others]
+    assert all({variant.faults for variant in each.variants} == {0, 1} for each in compared)
     assert all(each.reference != references[each.key] for each in compared)
-    again = recipe.draw_examples(Adaptation(complete=0.0, qualities=("answer",)), written, "compared", 2, alone=False)
-    assert again == compared
+    assert recipe.draw_examples(worse, [faulty, *others], "compared") == compared
+    first, *mixed = recipe.draw_examples(worse, [faulty, *others], "mixed")[: len(written)]
+    assert first.key == faulty.sample.id and first.pairs == ((0, ALONE), (1, ALONE))
+    assert all(set(each.pairs) == {(0, 1), (1, 0), (0, ALONE), (1, ALONE)} for each in mixed)
 
 
 def test_an_r_scorer_goes_on_from_a_run(tmp_path: Path) -> None:
@@ -114,8 +117,8 @@ def test_an_r_scorer_goes_on_from_a_run(tmp_path: Path) -> None:
     before, after = (load_scorer(path).text_model.state_dict() for path in ("embedded", output))
     assert any(not before[name].equal(after[name].to(before[name].dtype)) for name in before)
 
-    times = [(output / stage / "config.json").stat().st_mtime_ns for stage in ("rated", "compared")]
+    times = [(output / stage / "config.json").stat().st_mtime_ns for stage in recipe.STAGES]
     recipe.adapt_scorer(small, "embedded", written, output)  # its stages are there
-    assert times == [(output / stage / "config.json").stat().st_mtime_ns for stage in ("rated", "compared")]
+    assert times == [(output / stage / "config.json").stat().st_mtime_ns for stage in recipe.STAGES]
     with pytest.raises(SrcfastError, match="another recipe"):
         recipe.adapt_scorer(replace(small, seed=1), "embedded", written, output)
