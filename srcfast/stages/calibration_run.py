@@ -72,8 +72,11 @@ class CalibrationRun:
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
+        uses = {"rationale"} | {use for dataset in config.data.train for use in dataset.use}
+        if config.iterations:
+            uses.add("calibration")
         self.rationale_samples, self.calibration_samples = (
-            read_training_samples(training_sets(config, use), config, images, rejected, use)
+            read_training_samples(training_sets(config, use), config, images, rejected, use) if use in uses else []
             for use in ("rationale", "calibration")
         )
         self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)

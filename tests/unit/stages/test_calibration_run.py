@@ -50,6 +50,22 @@ def test_a_training_and_an_evaluation_set_may_use_the_same_ids(model_dir: Path, 
     assert run.num_samples == 2
 
 
+def test_a_run_without_rounds_needs_no_data_to_calibrate_on(model_dir: Path, tmp_path: Path) -> None:
+    row = {"id": "0", "image": "0.png", "question": "what color", "answer": "red", "rationale": "It is red."}
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = f"data.train=[{{name: a, format: jsonl, path: {tmp_path}/rows.jsonl, use: [rationale]}}]"
+    words = [f"model.path={model_dir}", f"output={tmp_path / 'runs'}", data]
+    run = CalibrationRun(load_config(None, [*words, "iterations=0"]))
+    assert [sample.id for sample in run.rationale_samples] == ["0"] and run.calibration_samples == []
+    with pytest.raises(ConfigError, match="a dataset with use 'calibration'"):
+        CalibrationRun(load_config(None, [*words, "iterations=1", "name=other"]))
+    with pytest.raises(ConfigError, match="a dataset with use 'rationale'"):
+        CalibrationRun(
+            load_config(None, [*words[:2], data.replace("[rationale]", "[calibration]"), "iterations=0", "name=none"])
+        )
+
+
 def test_a_run_with_other_settings_leaves_the_files_of_the_finished_one(model_dir: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
     row = {"id": "0", "image": "0.png", "question": "what color", "answer": "red", "facts": ["It is so."]}
