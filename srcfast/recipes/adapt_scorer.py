@@ -14,7 +14,6 @@ is held out, for temperatures and the record.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from srcfast.models.scorer import ALONE, load_scorer
 from srcfast.models.text_model import save_text_model
 from srcfast.models.verdict_temperature import CALIBRATION
 from srcfast.recipes.scorer_lessons import comparing_items
-from srcfast.recipes.train_scorer import TOKEN_BUDGET, Recipe, parse_qualities, train_items
+from srcfast.recipes.train_scorer import TOKEN_BUDGET, Recipe, train_items
 from srcfast.recipes.unfinished import check_recipe
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.directory import RunDirectory
@@ -58,7 +57,7 @@ class Adaptation:
     seed: int = 0
     rated: int = 12  # maximum number of candidates of a tree that are rated alone
     compared: int = 4  # of a tree that are compared
-    passes: int = 2  # over all samples, in each stage
+    passes: tuple[int, int, int] = (2, 2, 6)  # over all samples, in each of STAGES
     qualities: tuple[ReferenceQuality, ...] = ("complete", "noisy", "partial", "answer")
     complete: float = 1 / 3  # share of trees whose reference is complete in any case
     rating_learning_rate: float = 6e-4
@@ -95,9 +94,6 @@ def main(
     run: Annotated[Path, typer.Option(help="directory of the run that has written candidates")],
     output: Annotated[Path, typer.Option(help="directory for the checkpoint")],
     start: Annotated[str, typer.Option(help="directory of the R-Scorer")] = "embedded",
-    qualities: Annotated[
-        str, typer.Option(help="of references: complete, noisy, partial, answer, by commas")
-    ] = "complete,noisy,partial,answer",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Train an R-Scorer further, and write it with its temperatures and TRAINING.json, the record of its training.
@@ -105,7 +101,7 @@ def main(
     A stage whose model exists in `output` is not run again.
     """
     torch.set_num_threads(threads)
-    adapt_scorer(Adaptation(qualities=parse_qualities(qualities)), start, read_run(run), output)
+    adapt_scorer(Adaptation(), start, read_run(run), output)
 
 
 def read_run(directory: Path) -> list[Written]:
@@ -138,7 +134,7 @@ def verified(sample: Sample, candidates: Iterable[Candidate]) -> Written:
 
 
 def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written], output: Path) -> None:
-    """Train in two stages, calibrate on the held-out samples, and write the checkpoint with TRAINING.json.
+    """Train in stages, calibrate on the held-out samples, and write the checkpoint with TRAINING.json.
 
     Raises:
         SrcfastError: the directory holds the work of another recipe.
@@ -163,7 +159,7 @@ def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written],
     by_quality = {str(quality): held_out_examples(adaptation, held_out, quality) for quality in adaptation.qualities}
     write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), by_quality, TOKEN_BUDGET))
     record = {
-        "command": " ".join(["python -m srcfast.recipes.adapt_scorer", *sys.argv[1:]]),
+        "command": "python -m srcfast.recipes.adapt_scorer --start JUDGE --run RUN --output DIR",
         "recipe": recipe,
         "held_out": {
             quality: evaluate_scorer(load_scorer(output), examples, TOKEN_BUDGET)
@@ -177,7 +173,7 @@ def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written],
 def draw_examples(adaptation: Adaptation, written: Sequence[Written], stage: str) -> list[ScorerExample]:
     """Draw a stage's examples; each pass draws other candidates and qualities."""
     examples = []
-    for number in range(adaptation.passes):
+    for number in range(adaptation.passes[STAGES.index(stage)]):
         key = f"{stage}/{number}/{adaptation.seed}"
         rng = random.Random(key)
         for each in written:

@@ -107,7 +107,7 @@ def test_an_r_scorer_goes_on_from_a_run(tmp_path: Path) -> None:
     assert [each.sample.facts for each in written] == [
         sample.facts for sample in samples
     ]  # complete, whatever the run's
-    output, small = tmp_path / "adapted", Adaptation(passes=1)
+    output, small = tmp_path / "adapted", Adaptation(passes=(1, 1, 1))
     recipe.adapt_scorer(small, "embedded", written, output)
     record = json.loads((output / "TRAINING.json").read_text(encoding="utf-8"))
     assert set(record["held_out"]) == set(QUALITIES)
