@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from srcfast.config.load import load_config
 from srcfast.errors import ConfigError, InputError
 from srcfast.study.settings import Study, read_judges, read_study
 
+ROOT = Path(__file__).parents[3]
 FILE = """\
 name: trial
 output: {output}
@@ -105,3 +107,24 @@ def test_figures_of_judges_are_read_and_another_form_is_refused(tmp_path: Path) 
         file.write_text(json.dumps({"judges": wrong}), encoding="utf-8")
         with pytest.raises(InputError, match="judges.json"):
             read_judges(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "study").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_settings_of_srcfast_s_own_studies_are_read(file: Path) -> None:
+    if "\narms:" not in file.read_text(encoding="utf-8"):  # of one calibration
+        assert load_config(file).data.train
+        return
+    study = read_study(file)
+    assert all(config.data.evaluation for config in study.configs.values())
+    if file.stem == "main":
+        assert set(study.settings.arms) >= {
+            "rationale",
+            "direct_answer",
+            "gold_sft",
+            "judged_sft",
+            "dpo",
+            "src",
+            "src_improved",
+        }
+        splits = {dataset.split for config in study.configs.values() for dataset in config.data.evaluation}
+        assert splits == {"test", "new_questions", "new_renderer", "generalisation"}
