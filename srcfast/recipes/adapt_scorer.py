@@ -1,4 +1,4 @@
-"""Continue an R-Scorer on the candidates of a run, whose faults the oracle counts: a policy makes faults of its own.
+"""Continue an R-Scorer on the candidates of a run, whose faults the oracle counts: each policy makes other faults.
 
     srcfast calibrate benchmarks/study/judge_candidates.yaml
     python -m srcfast.recipes.adapt_scorer --start JUDGE --run runs/judge-candidates --output DIR
@@ -41,6 +41,7 @@ from srcfast.stages.scorer_training import (
     Variant,
     draw_quality,
     evaluate_scorer,
+    in_each_quality,
     scorer_example,
     with_quality,
 )
@@ -156,15 +157,18 @@ def adapt_scorer(adaptation: Adaptation, start: str, written: Sequence[Written],
             save_text_model(scorer.text_model, end)
         begin = str(end)
     save_text_model(load_scorer(begin, dtype=torch.bfloat16).text_model, output)
-    by_quality = {str(quality): held_out_examples(adaptation, held_out, quality) for quality in adaptation.qualities}
+    rng = random.Random(f"held out/{adaptation.seed}")
+    examples = [
+        scorer_example(each.sample, each.choose(adaptation.compared, rng)) for each in held_out if each.comparable
+    ]
+    samples = {each.sample.id: each.sample for each in held_out}
+    by_quality = in_each_quality(examples, samples, adaptation.qualities, adaptation.seed)
     write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), by_quality, TOKEN_BUDGET))
+    shipped = load_scorer(output)
     record = {
         "command": "python -m srcfast.recipes.adapt_scorer --start JUDGE --run RUN --output DIR",
         "recipe": recipe,
-        "held_out": {
-            quality: evaluate_scorer(load_scorer(output), examples, TOKEN_BUDGET)
-            for quality, examples in by_quality.items()
-        },
+        "held_out": {quality: evaluate_scorer(shipped, stated, TOKEN_BUDGET) for quality, stated in by_quality.items()},
         "torch": torch.__version__,
     }
     write_json(output / "TRAINING.json", record)
@@ -190,20 +194,6 @@ def draw_examples(adaptation: Adaptation, written: Sequence[Written], stage: str
                 quality = draw_quality(adaptation.qualities, f"{key}/{each.sample.id}")
             examples.append(with_quality(example, each.sample, quality, adaptation.seed))
     return examples
-
-
-def held_out_examples(
-    adaptation: Adaptation, written: Sequence[Written], quality: ReferenceQuality
-) -> list[ScorerExample]:
-    """Build an example of each held-out sample that has aligned candidates and others, with references of this quality."""
-    rng = random.Random(f"held out/{adaptation.seed}")
-    return [
-        with_quality(
-            scorer_example(each.sample, each.choose(adaptation.compared, rng)), each.sample, quality, adaptation.seed
-        )
-        for each in written
-        if each.comparable
-    ]
 
 
 if __name__ == "__main__":

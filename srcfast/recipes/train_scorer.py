@@ -55,6 +55,7 @@ from srcfast.stages.scorer_training import (
     Variant,
     draw_quality,
     evaluate_scorer,
+    in_each_quality,
     scorer_example,
     scorer_examples,
     with_quality,
@@ -193,10 +194,7 @@ def train_scorer_of(recipe: Recipe, output: Path, start: str, writer: str) -> No
     save_text_model(shipped.text_model, output)
     if len(recipe.qualities) > 1:
         of_candidates = candidate_examples(held_out, best_tuned)
-        by_quality = {
-            str(quality): [with_quality(each, by_id[each.key], quality, recipe.seed) for each in of_candidates]
-            for quality in recipe.qualities
-        }
+        by_quality = in_each_quality(of_candidates, by_id, recipe.qualities, recipe.seed)
         write_json(output / CALIBRATION, calibrate_confidence(load_scorer(output), by_quality, TOKEN_BUDGET))
 
     record = {

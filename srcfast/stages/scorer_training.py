@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Unpack
@@ -324,6 +324,20 @@ def with_quality(
     return replace(example, reference=sample_reference(degrade_reference(sample, quality, seed, words), quality))
 
 
+def in_each_quality(
+    examples: Sequence[ScorerExample],
+    samples: Mapping[str, Sample],
+    qualities: Sequence[ReferenceQuality],
+    seed: int,
+    words: Vocabulary | None = None,
+) -> dict[str, list[ScorerExample]]:
+    """Return the examples of these samples, by id, with references in each of the qualities, by its name."""
+    return {
+        quality: [with_quality(each, samples[each.key], quality, seed, words) for each in examples]
+        for quality in qualities
+    }
+
+
 def draw_quality(qualities: Sequence[ReferenceQuality], key: str) -> ReferenceQuality:
     """Draw one of the qualities; the key decides."""
     return random.Random(f"quality/{key}").choice(qualities)
@@ -362,13 +376,12 @@ def split_examples(
             fix="add samples, or name the domain's words: scorer_training.vocabulary=FILE.yaml",
         )
     by_id = {sample.id: sample for sample in samples}
-
-    def requalified(example: ScorerExample, quality: ReferenceQuality) -> ScorerExample:
-        return with_quality(example, by_id[example.key], quality, config.seed, words)
-
     drawn = [draw_quality(settings.qualities, f"{config.seed}/{example.key}") for example in train]
-    train = [requalified(*pair) for pair in zip(train, drawn, strict=True)]
-    return train, {quality: [requalified(each, quality) for each in held_out] for quality in settings.qualities}
+    train = [
+        with_quality(example, by_id[example.key], quality, config.seed, words)
+        for example, quality in zip(train, drawn, strict=True)
+    ]
+    return train, in_each_quality(held_out, by_id, settings.qualities, config.seed, words)
 
 
 def may_be_faulty(sample: Sample, parts: Parts) -> bool:
