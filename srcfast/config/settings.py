@@ -26,7 +26,7 @@ MOST_TOKENS = 1 << 24  # of a forest, whose attention counts with 32 bits
 MOST_NEW_TOKENS = 1 << 17  # of a response, for each of which a random number is drawn beforehand
 
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
-_YOUNGER_NAMES = {
+YOUNGER = {
     "model": ("backbone",),
     "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight"),
     "lora": ("projector", "tower_layers"),
@@ -36,7 +36,6 @@ _YOUNGER_NAMES = {
     "dpo": ("updates", "preference_weight", "credit", "quality_weight"),
     "scorer_training": ("updates", "qualities"),
 }
-YOUNGER = tuple((section, name) for section, names in _YOUNGER_NAMES.items() for name in names)
 YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference")
 DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
 
@@ -579,9 +578,11 @@ class Config(Section):
         A setting that is younger than work which may have to be continued is left out while it has its default.
         """
         values = self.model_dump(mode="json")
-        for section, name in YOUNGER:
-            if getattr(getattr(self, section), name) == getattr(type(getattr(self, section))(), name):
-                del values[section][name]
+        for section, names in YOUNGER.items():
+            settings = getattr(self, section)
+            for name in names:
+                if getattr(settings, name) == getattr(type(settings)(), name):
+                    del values[section][name]
         for dataset in (*values["data"]["train"], *values["data"]["evaluation"]):
             for name in YOUNGER_OF_DATASETS:
                 if dataset[name] == DatasetConfig.model_fields[name].default:
