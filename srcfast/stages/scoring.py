@@ -239,11 +239,13 @@ def _tree(scorer: Scorer, sample: Sample, texts: Sequence[str], pairs: Sequence[
 
 def _logprobs(candidates: Sequence[Sequence[Candidate]]) -> list[np.ndarray]:
     """Return the log-probabilities of each sample's distinct texts, [n] each, of each text's first candidate."""
-    distinct = [{candidate.text: candidate.logprob for candidate in reversed(group)} for group in candidates]
-    return [
-        np.array([logprob[text] for text in dict.fromkeys(candidate.text for candidate in group)])
-        for logprob, group in zip(distinct, candidates, strict=True)
-    ]
+    logprobs = []
+    for group in candidates:
+        by_text: dict[str, float] = {}
+        for candidate in group:
+            by_text.setdefault(candidate.text, candidate.logprob)
+        logprobs.append(np.array(list(by_text.values())))
+    return logprobs
 
 
 def _in_rounds(
