@@ -51,9 +51,8 @@ _OF_SCORERS = (
     "Question Facts Answer First Second Better Score first second tie A detail of the reference may be wrong missing"
 )
 Picture = list[Sample]
-Split = Literal[
-    "base", "train", "scorer", "validation", "test", "fit"
-]  # the last one is easy-VQA's in place of the first three
+# The last one is easy-VQA's in place of the first three.
+Split = Literal["base", "train", "scorer", "validation", "test", "fit"]
 
 
 def read_family(name: str, count: int, seed: int, images: Path, split: Split = "base") -> list[Sample]:

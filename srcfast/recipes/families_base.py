@@ -302,9 +302,8 @@ def train_stage(
     )
     save_lvlm(model, output, dtype=torch.bfloat16)
     record = parse_object((start / "TRAINING.json").read_bytes())
-    if (
-        name == "language" and "recipe" in record
-    ):  # an earlier base's; a stage of this base continues the record before it
+    # A record of an earlier base stands beside this one; that of an earlier stage of this base is continued.
+    if name == "language" and "recipe" in record:
         record = {"tower_accuracy": record["tower_accuracy"], "seconds": 0.0, "start": record}
     record |= measured(output, writer, recipe.samples, recipe.validation_samples, recipe.seed + 1, work / "pictures")
     options = "--output DIR --size SIZE" + (" --start BASE" if "start" in record else "")

@@ -143,7 +143,7 @@ def comparing_items(
 ) -> list[TrainingItem]:
     """Build the trees that the R-Scorer compares candidates by, with labels for verdicts, claims and candidates.
 
-    Where the reference is worse than the sample's own, claims have no labels: what it leaves out can't be looked up.
+    Where the reference is worse than the complete one, claims have no labels: what it leaves out can't be looked up.
     """
     items = []
     for example in examples:

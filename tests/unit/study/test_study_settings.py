@@ -110,7 +110,7 @@ def test_figures_of_judges_are_read_and_another_form_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "study").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_settings_of_srcfast_s_own_studies_are_read(file: Path) -> None:
+def test_the_settings_of_the_repository_s_studies_are_read(file: Path) -> None:
     if "\narms:" not in file.read_text(encoding="utf-8"):  # of one calibration
         assert load_config(file).data.train
         return
