@@ -21,6 +21,7 @@ FLOORS = (
     "config",
     "attention",
     "run",
+    "endpoint",
     "world",
     "models",
     "generation",
