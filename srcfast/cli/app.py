@@ -271,6 +271,36 @@ def study(
     command.study(file, output, quiet)
 
 
+@settings_command("teach", "rationale", quiet=Quiet)
+def teach(
+    config: Config,
+    source: Source,
+    output: Output = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="address of an OpenAI-compatible server, as http://HOST:PORT/v1; the key is that of OPENAI_API_KEY"
+        ),
+    ] = None,
+    endpoint_model: Annotated[str | None, typer.Option(help="name that the server has for the model")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="requests at the same time")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=1024, help="how often a sample is asked at most")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="of the draws")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")] = 768,
+    max_tokens_total: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of all prompts and answers at most, those of earlier processes included"),
+    ] = None,
+    prompt_price: Annotated[float, typer.Option(min=0, help="price of a million tokens of prompts")] = 0.0,
+    completion_price: Annotated[float, typer.Option(min=0, help="price of a million tokens of answers")] = 0.0,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="cost at most, by these prices")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
+    ] = 120.0,
+) -> None:
+    """Have rationales written for samples without one, by a model behind an endpoint; writes a file for rationale.teacher."""
+
+
 @settings_command("commands", "rationale", model=Model, quiet=Quiet)
 def rationale(config: Config, source: Source, output: Output = None, profile: Profile = None) -> None:
     """Stage 1: fine-tune a LoRA adapter on rationale-answer pairs."""
