@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from srcfast.data.rationale_format import normalise_answer
@@ -36,7 +37,7 @@ def is_near(number: Fraction, gold: Fraction, tolerance: float) -> bool:
 
 
 def as_number(text: str) -> Fraction | None:
-    """Read a decimal number ("34.", "-1,200", "12%"), exactly; None: the text is no such number."""
-    text = text.strip(" *!\"'").removesuffix(".")
+    """Read a decimal number ("34.", "-1,200", "12%", wide digits), exactly; None: the text is no such number."""
+    text = unicodedata.normalize("NFKC", text).strip(" *!\"'").removesuffix(".")
     match = _NUMBER.fullmatch(text)
     return Fraction(match[1].replace(",", "")) if match and match[1].strip("+-") else None

@@ -9,24 +9,35 @@ The outputs of baselines and of every model go through the same parser; a respon
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from srcfast.data.sentence_marks import CLOSERS, STOPS, WIDE_FULL_STOP
 from srcfast.errors import InputError
 
 Format = Literal["tagged", "plain"]
 BARE_ANSWER_WORDS = 5  # a response without tags or "Answer:" is an answer if it has at most so many words
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han. Their words have about three letters.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 _ANY_TAG = re.compile(r"(</?(?:see|think|answer)>)")
 _TAGS = (
     ["<see>", "</see>", "<answer>", "</answer>"],
     ["<see>", "</see>", "<think>", "</think>", "<answer>", "</answer>"],
 )
-_ANSWER_MARK = re.compile(r"(?:\*\*)?\bAnswer:(?:\*\*)?", re.IGNORECASE)  # models like to print it bold
+# "Answer:" in a dozen languages. Models like to print it bold.
+_ANSWER_WORDS = (
+    r"\b(?:Answer|Antwort|R\u00e9ponse|Respuesta|Risposta|Resposta|Antwoord|Odpowied\u017a|\u041e\u0442\u0432\u0435\u0442|Cevap)"
+    "|\u7b54\u6848|\u7b54\u3048|\u56de\u7b54|\uc815\ub2f5|\ub2f5|\u0627\u0644\u0625\u062c\u0627\u0628\u0629|\u0909\u0924\u094d\u0924\u0930|\u0e04\u0e33\u0e15\u0e2d\u0e1a"
+)
+_ANSWER_MARK = re.compile(rf"(?:\*\*)?(?:{_ANSWER_WORDS})[ \u00a0]?[:\uff1a](?:\*\*)?", re.IGNORECASE)
 _LIST_MARKER = re.compile(r"\(?(?:\d{1,3}|[A-Za-z])[.)]")
-_BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+_CLOSING = f"[{re.escape(CLOSERS)}]*"
+_BOUNDARY = re.compile(rf"(?<=[.!?]){_CLOSING}\s+|(?:(?<=[{STOPS}])|(?<=[^\d]{WIDE_FULL_STOP})){_CLOSING}\s*|\n+")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Z](?:\.[A-Z])*)\.$")
+_FINAL = "\u3002\u0964\u06d4"  # full stops of other scripts, behind an answer
 _NUMBER_WORDS = {
     word: str(value)
     for value, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
@@ -99,7 +110,7 @@ def parse_response(text: str) -> ParsedResponse:
     """Parse a tagged, plain or bare response in time linear in its length; never raises.
 
     A tagged response has each block at most once, in order, the answer last and nothing after it. A plain one has one
-    `Answer:` and a single line after it. A bare one is a single line of at most five words.
+    `Answer:`, in one of a dozen languages, and a single line after it. A bare one is a single line of at most five words.
     """
     pieces = _ANY_TAG.split(text)  # text, tag, text, tag, ..., text
     if len(pieces) > 1:
@@ -115,7 +126,7 @@ def parse_response(text: str) -> ParsedResponse:
             return UNPARSED
         return ParsedResponse((), tuple(split_sentences(text[: mark.start()])), answer)
     bare = text.strip()
-    if bare and "\n" not in bare and len(bare.split()) <= BARE_ANSWER_WORDS:
+    if bare and "\n" not in bare and len(bare.split()) + len(_UNSPACED.findall(bare)) // 3 <= BARE_ANSWER_WORDS:
         return ParsedResponse((), (), bare)
     return UNPARSED
 
@@ -160,7 +171,7 @@ def with_answer_of(text: str, other: str) -> str | None:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") do not end one."""
+    """Split a text into sentences, in any script; decimals ("3.5"), abbreviations ("e.g.") and list markers ("2.") end none."""
     sentences: list[str] = []
     start = 0
     for boundary in _BOUNDARY.finditer(text):
@@ -181,8 +192,11 @@ def split_sentences(text: str) -> list[str]:
 
 
 def normalise_answer(text: str) -> str:
-    """Normalise an answer for comparison: case, final period, articles, number words, "grey" and bold print do not count."""
-    words = text.strip().lower().strip(" .!*\"'").split()
+    """Normalise an answer for comparison.
+
+    Case, width of letters and digits, final period, articles, number words, "grey" and bold print do not count.
+    """
+    words = unicodedata.normalize("NFKC", text).strip().lower().strip(f" .!*\"'{_FINAL}").split()
     words = [_NUMBER_WORDS.get(word, "gray" if word == "grey" else word) for word in words]
     while len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]

@@ -12,6 +12,7 @@ from srcfast.data.answers import is_right
 from srcfast.data.jsonl import read_jsonl
 from srcfast.data.rationale_format import bare_answer, format_response, parse_response
 from srcfast.data.records import Sample
+from srcfast.data.sentence_marks import STOPS, WIDE_FULL_STOP
 from srcfast.errors import InputError
 
 RationalePair = tuple[Sample, str]  # a sample and its response's text: rationale, then answer
@@ -117,4 +118,4 @@ def _read_rationale(text: str) -> tuple[tuple[str, ...], tuple[str, ...], str | 
 def _as_sentence(text: str) -> str:
     """End the text with a full stop unless it ends a sentence already."""
     text = text.strip()
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    return text if text.endswith((".", "!", "?", *STOPS, WIDE_FULL_STOP)) else f"{text}."

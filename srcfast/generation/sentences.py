@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
-_CLOSERS = r"[\"'\u201d\u2019)\]]*"
+from srcfast.data.sentence_marks import CLOSERS, STOPS, WIDE_FULL_STOP
+
+_CLOSERS = f"[{re.escape(CLOSERS)}]*"
 # A full stop after a digit may be a decimal point, and after a short word an abbreviation: the next character tells.
 _ENDED = re.compile(
-    rf"(?:[!?\u2026]{_CLOSERS}|(?<![\d.])\.{_CLOSERS}|\d\.(?:{_CLOSERS[:-1]}+)|\.\.\.{_CLOSERS}|\n)\s*$"
+    rf"(?:[!?\u2026{STOPS}]{_CLOSERS}|(?<![\d.])\.{_CLOSERS}|(?<!\d){WIDE_FULL_STOP}{_CLOSERS}"
+    rf"|\d\.(?:{_CLOSERS[:-1]}+)|\.\.\.{_CLOSERS}|\n)\s*$"
 )
 _ABBREVIATED = re.compile(
     r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|Fig|No|cf)|\b[A-Za-z](?:\.[A-Za-z])*)\.\s*$"  # the letters of e.g., U.S.
 )
 _AFTER_NUMBER = re.compile(r"(?:\d|(?<![\w.])[a-z])\.(?:\s+|\s*<)\S*$")  # or a lone letter: "It is b. Then"
 
-TERMINATORS = ".!?\u2026\n"
+TERMINATORS = f".!?\u2026\n{STOPS}{WIDE_FULL_STOP}"
 
 
 def sentence_ended(text: str) -> bool:
@@ -44,7 +47,9 @@ class SentenceEnds:
         self.tokenizer = tokenizer
         self.may_end = np.zeros(vocabulary, dtype=bool)
         for token in range(min(vocabulary, len(tokenizer))):
-            self.may_end[token] = any(mark in tokenizer.decode([token]) for mark in TERMINATORS)
+            text = tokenizer.decode([token])
+            # A part of a character's bytes may be the last one of a full stop.
+            self.may_end[token] = "\ufffd" in text or any(mark in text for mark in TERMINATORS)
 
     @staticmethod
     @lru_cache(maxsize=4)

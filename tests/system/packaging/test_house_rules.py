@@ -47,9 +47,9 @@ ALLOWED |= {
     "world": {"errors", "data"},
     "__main__": {"cli"},
 }
-# Of `data`, the rooms that compute stand on these alone: a forest, its batches, its rows, JSON lines.
+# Of `data`, the rooms that compute stand on these alone: a forest, its batches, its rows, JSON lines, ends of sentences.
 COMPUTING = ("attention", "generation", "memory", "training")
-FOUNDATIONS = {f"srcfast.data.{name}" for name in ("batching", "forest", "jsonl", "logit_rows")}
+FOUNDATIONS = {f"srcfast.data.{name}" for name in ("batching", "forest", "jsonl", "logit_rows", "sentence_marks")}
 
 
 def is_module(name: str) -> bool:

@@ -325,3 +325,74 @@ def test_an_answer_s_mark_is_where_it_begins() -> None:
     assert answer_position("<see> A. </see> <answer> red </answer>") == 16
     assert answer_position("A is so. **Answer:** red") == 9
     assert answer_position("red") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "\u6709\u7403\u3002\u5728\u5de6\u8fb9\uff01\u662f\u5417\uff1f3.5\u7c73\u3002",
+            ["\u6709\u7403\u3002", "\u5728\u5de6\u8fb9\uff01", "\u662f\u5417\uff1f", "3.5\u7c73\u3002"],
+        ),
+        (
+            "\u4ed6\u8bf4\uff1a\u201c\u597d\u3002\u201d\u8d70\u4e86\u3002",
+            ["\u4ed6\u8bf4\uff1a\u201c\u597d\u3002\u201d", "\u8d70\u4e86\u3002"],
+        ),
+        (
+            "\u8d64\u3044\uff0e\u5024\u306f\uff13\uff0e\uff15\u3060\uff0e",
+            ["\u8d64\u3044\uff0e", "\u5024\u306f\uff13\uff0e\uff15\u3060\uff0e"],
+        ),
+        (
+            "\u092f\u0939 \u0932\u093e\u0932 \u0939\u0948\u0964 \u0928\u0939\u0940\u0902\u0964",
+            ["\u092f\u0939 \u0932\u093e\u0932 \u0939\u0948\u0964", "\u0928\u0939\u0940\u0902\u0964"],
+        ),
+        (
+            "\u0623\u062d\u0645\u0631\u061f \u0646\u0639\u0645.",
+            ["\u0623\u062d\u0645\u0631\u061f", "\u0646\u0639\u0645."],
+        ),
+    ],
+)
+def test_sentences_end_in_other_scripts(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+    tagged = f"<see> {text} </see> <answer> 1 </answer>"
+    assert parse_response(tagged) == ParsedResponse(tuple(sentences), (), "1")
+    assert format_response(sentences, (), "1", "tagged") == f"<see> {' '.join(sentences)} </see> <answer> 1 </answer>"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *("Antwort:", "R\u00e9ponse :", "Respuesta:", "Risposta:", "\u041e\u0442\u0432\u0435\u0442:", "\uc815\ub2f5:"),
+        *("\u7b54\u6848\uff1a", "**\u7b54\u6848\uff1a**", "\u7b54\u3048\uff1a"),
+        *("\u0627\u0644\u0625\u062c\u0627\u0628\u0629:", "\u0909\u0924\u094d\u0924\u0930:"),
+    ],
+)
+def test_the_mark_of_the_answer_in_other_languages(mark: str) -> None:
+    assert parse_response(f"It is so. {mark} 2") == ParsedResponse((), ("It is so.",), "2")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\u7ea2\u8272", "\u7ea2\u8272"),
+        ("\u4e2d\u534e\u4eba\u6c11\u5171\u548c\u56fd", "\u4e2d\u534e\u4eba\u6c11\u5171\u548c\u56fd"),
+        ("\u7ea2" * 14, "\u7ea2" * 14),  # 1 + 4 words
+        ("\u7ea2" * 15, None),
+        ("\u0e2a\u0e35\u0e41\u0e14\u0e07", "\u0e2a\u0e35\u0e41\u0e14\u0e07"),
+    ],
+)
+def test_a_sentence_without_spaces_is_no_bare_answer(text: str, answer: str | None) -> None:
+    assert parse_response(text).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("\uff12\u500b\u3002", "2\u500b"),
+        ("\uff32\uff45\uff44", "red"),
+        ("\u0939\u093e\u0901\u0964", "\u0939\u093e\u0901"),
+        ("\u7ea2 \u8272", "\u7ea2 \u8272"),
+    ],
+)
+def test_answers_in_other_scripts_are_normalised(text: str, normal: str) -> None:
+    assert normalise_answer(text) == normal

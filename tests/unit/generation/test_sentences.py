@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srcfast.generation.sentences import TERMINATORS, needs_next, sentence_ended
+from srcfast.generation.sentences import TERMINATORS, SentenceEnds, needs_next, sentence_ended
 
 ENDED = [
     "There is a dog.",
@@ -28,6 +28,16 @@ ENDED = [
     "The answer is no.",
     "It costs 3.5. Then",
     "The answer is b. Then",
+    "\u6709\u4e00\u53ea\u72d7\u3002",  # Chinese
+    "\u662f\u7ea2\u8272\u7684\u5417\uff1f",
+    "\u4ed6\u8bf4\uff1a\u201c\u4e0d\uff01\u201d",
+    "\u8d64\u3044\uff0e",  # Japanese
+    "\u300c\u8d64\u3044\u3002\u300d",
+    "\u092f\u0939 \u0932\u093e\u0932 \u0939\u0948\u0964",  # Hindi
+    "\u0647\u0644 \u0647\u0630\u0627 \u0623\u062d\u0645\u0631\u061f",  # Arabic
+    "\u06cc\u06c1 \u0633\u0631\u062e \u06c1\u06d2\u06d4",  # Urdu
+    "\u12ed\u1205 \u1240\u12ed \u1290\u12cd\u1362",  # Amharic
+    "\u17a2\u178f\u17cb\u1791\u17c1\u17d4",  # Khmer
 ]
 OPEN = [
     "See e.g",
@@ -39,6 +49,9 @@ OPEN = [
     "<answer> 3 </answer>",
     "",
     "Mr. Smith has 3",
+    "\u6709\u4e00\u53ea\u72d7\uff0c",
+    "\u503c\u662f3.5",
+    "\u5024\u306f\uff13\uff0e",  # a wide decimal point, or the end
 ]
 UNDECIDED = [
     "It is 3.5 m.",
@@ -95,3 +108,19 @@ def test_every_ended_text_holds_a_terminator() -> None:
     """Beam search looks at a text only after a token with one of them, or while it waits for the next character."""
     for text in ENDED:
         assert set(text) & set(TERMINATORS)
+
+
+def test_a_full_stop_whose_bytes_are_several_tokens_is_looked_for() -> None:
+    """A byte-level tokenizer without the whole character: its tokens are single bytes, which decode to no character."""
+
+    class Bytes:
+        def __len__(self) -> int:
+            return 256
+
+        def decode(self, token_ids: list[int]) -> str:
+            return bytes(token_ids).decode("utf-8", errors="replace")
+
+    ends = SentenceEnds(Bytes(), 256)
+    first, second = "\u72d7\u3002", "Yes. "
+    tokens = list((first + second + "\u732b").encode())
+    assert ends.cut(tokens) == [6, 6 + 4, 6 + 5 + 3]
