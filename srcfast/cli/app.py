@@ -271,10 +271,11 @@ def study(
     command.study(file, output, quiet)
 
 
-@settings_command("teach", "rationale", quiet=Quiet)
+@settings_command("teach", "candidates", model=Model, quiet=Quiet)
 def teach(
     config: Config,
     source: Source,
+    adapter: Adapter = None,
     output: Output = None,
     endpoint: Annotated[
         str | None,
@@ -298,7 +299,7 @@ def teach(
         float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
     ] = 120.0,
 ) -> None:
-    """Have rationales written for samples without one, by a model behind an endpoint; writes a file for rationale.teacher."""
+    """Have rationales written for samples without one, by an endpoint's model or by --model; for rationale.teacher."""
 
 
 @settings_command("commands", "rationale", model=Model, quiet=Quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ from srcfast.cli.inputs import (
     require_option,
 )
 from srcfast.cli.table import results_table
+from srcfast.cli.teach import asked_directory, rejected_beside, write_taught
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
@@ -44,6 +45,7 @@ from srcfast.stages.candidates import search_candidates
 from srcfast.stages.datasets import draw, read_evaluation_sets, read_vocabulary
 from srcfast.stages.dpo import tune_preferences
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
+from srcfast.stages.local_teaching import draws_in_chunks, taught_by
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
@@ -53,6 +55,7 @@ from srcfast.stages.scorer_training import evaluate_scorer, split_examples, trai
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_inputs import COMMAND, InputRecord
 from srcfast.stages.stage_run import sampling_stage, training_stage
+from srcfast.stages.teaching import Drawing, instructed, needs_no_teacher
 
 
 @contextmanager
@@ -131,6 +134,38 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
     with sampling_stage("candidates", config, output, len(samples), ("candidates",), made_of) as stage:
         files = search_candidates(stage, policy, samples, config.seed)
         distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
+
+
+@on_ranks("candidates")
+def teach_here(config: Config, source: Source, adapter: Path | None, output: Path, drawing: Drawing) -> None:
+    """Sample rationales of each sample that has none, and write those that reach its answer to `output`."""
+    directory = asked_directory(output)
+    with rejected_beside(output) as rejected:
+        samples = read_all(config, source, "rationale", rejected)
+        asked = [sample for sample in samples if needs_no_teacher(sample) is None]
+        shown = asked if adapter is not None else list(map(instructed, asked))
+        policy = Policy(config, shown, adapter)
+        shown = fitting.split_fitting(shown, fitting.check_fits(policy.model), config, rejected)
+    fits = {sample.id for sample in shown}
+    asked = [sample for sample in asked if sample.id in fits]
+    made_of = InputRecord(directory, {COMMAND: shown})
+    with sampling_stage("teach", config, directory, len(shown), (), made_of) as stage:
+        chunks = stage.chunks(policy=policy.hash, drawing=partial(asdict, drawing))
+        files = draws_in_chunks(
+            chunks,
+            policy.model,
+            shown,
+            drawing,
+            config.candidates,
+            features=policy.features,
+            seed=config.seed,
+        )
+
+        def write() -> None:
+            taught = taught_by(asked, files.rows())
+            write_taught(config, output, samples, taught, {"rejected": len(rejected), **files.counts()})
+
+        distributed.run_on_rank_zero(write)
 
 
 @on_ranks("scores")

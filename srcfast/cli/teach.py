@@ -1,14 +1,18 @@
-"""The command `teach`: have rationales written by a model behind an endpoint."""
+"""The command `teach`: have rationales written, by a model behind an endpoint or by one that is loaded here."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from srcfast.cli.inputs import Source, check_output, is_rank_zero, read_all, require_option
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_json, write_jsonl
+from srcfast.data.records import Sample
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget, Limit
 from srcfast.endpoint.client import Endpoint
@@ -22,6 +26,7 @@ from srcfast.stages.teaching import teach as teach_samples
 def teach(
     config: Config,
     source: Source,
+    adapter: Path | None,
     output: Path | None,
     endpoint: str | None,
     endpoint_model: str | None,
@@ -35,20 +40,31 @@ def teach(
     max_cost: float | None,
     timeout: float,
 ) -> None:
-    """Ask for a rationale of each sample, write those that reach the gold answer to `output`, and print what came of all.
+    """Have a rationale written for each sample, write those that reach the gold answer to `output`, and print what came of all.
 
-    Answers are logged in a directory beside `output`, so that the same command asks only what is missing. Where it ends early,
-    `output` has what is there so far.
+    What was drawn is in a directory beside `output`, so that the same command continues. Where it ends early, `output` has what
+    an endpoint has written so far.
 
     Raises:
         SrcfastError: the budget is spent, or samples remain unanswered.
     """
     output = require_option(output, "--output", "a file for the rationales")
-    if endpoint is None or endpoint_model is None:
-        missing = "--endpoint" if endpoint is None else "--endpoint-model"
-        raise ConfigError(
-            f"{missing}: expected a server's address and its name for the model, found nothing. Fix: name both"
-        )
+    for path in (output, rejected_file(output)):
+        check_output(config, path, *source.paths, adapter, is_file=True)
+    check_output(config, asked_directory(output), *source.paths, adapter)
+    drawing = Drawing(draws, temperature, max_tokens)
+    if endpoint is None:
+        from srcfast.cli.commands import teach_here
+
+        if endpoint_model is not None or max_tokens_total is not None or max_cost is not None:
+            raise ConfigError("--endpoint: expected a server's address beside its options, found none. Fix: name it")
+        if config.model.path == "embedded" and adapter is None:
+            expected = "a teacher: --endpoint with --endpoint-model, or --model (the embedded one with --adapter)"
+            raise ConfigError(f"--endpoint: expected {expected}, found none. Fix: name one")
+        teach_here(config, source=source, adapter=adapter, output=output, drawing=drawing)
+        return
+    if endpoint_model is None:
+        raise ConfigError("--endpoint-model: expected the server's name for the model, found nothing. Fix: name it")
     server = Endpoint.from_environment(endpoint, endpoint_model, timeout)
     limits = [] if max_tokens_total is None else [Limit("tokens", max_tokens_total)]
     if max_cost is not None:
@@ -57,43 +73,71 @@ def teach(
                 "--max-cost: expected prices, found none. Fix: name --prompt-price and --completion-price"
             )
         limits.append(Limit("cost", max_cost, prompt_price / 1e6, completion_price / 1e6))
-    for path in (output, rejected_file := output.with_name(f"{output.name}.rejected.jsonl")):
-        check_output(config, path, *source.paths, is_file=True)
-    directory = output.with_name(f"{output.name}.asked")
-    check_output(config, directory, *source.paths)
     if not is_rank_zero():
         return
-    with lock_directory(directory):
-        rejected: list[dict[str, object]] = []
-        try:
+    with lock_directory(asked_directory(output)):
+        with rejected_beside(output) as rejected:
             samples = read_all(config, source, "rationale", rejected)
-        finally:
-            if rejected:
-                write_jsonl(rejected_file, rejected)
-        left_out = Counter(filter(None, map(needs_no_teacher, samples)))
-        samples = [sample for sample in samples if needs_no_teacher(sample) is None]
-        taught, drawing = Taught(), Drawing(draws, temperature, max_tokens)
-        log = AnswerLog(directory / "answers.jsonl")
+        taught = Taught()
+        log = AnswerLog(asked_directory(output) / "answers.jsonl")
         budget = Budget(limits, log.prompt_tokens, log.completion_tokens)
+        asked = [sample for sample in samples if needs_no_teacher(sample) is None]
         try:
-            with track("teach", len(samples), quiet=config.quiet) as progress:
-                teach_samples(server, samples, drawing, log, budget, concurrency, progress, taught)
+            with track("teach", len(asked), quiet=config.quiet) as progress:
+                teach_samples(server, asked, drawing, log, budget, concurrency, progress, taught)
         finally:
             log.close()
-            write_jsonl(output, rows_in_order(samples, taught))
-            cost = (budget.prompt_tokens * prompt_price + budget.completion_tokens * completion_price) / 1e6
-            funnel = {
-                "samples": len(samples) + left_out.total(),
-                "taught": len(taught.entries),
-                "dropped": dict(left_out + Counter(taught.reasons.values())),
-                "not_asked": len(samples) - len(taught.entries) - len(taught.reasons),
-                "draws": dict(taught.draws),
-                "rejected": len(rejected),
-                "prompt_tokens": budget.prompt_tokens,
-                "completion_tokens": budget.completion_tokens,
-            } | ({"cost": cost} if prompt_price or completion_price else {})
-            write_json(directory / "funnel.json", funnel)
-            if not config.quiet:
-                print(json.dumps(funnel, indent=2))
+            counts: dict[str, float] = {"rejected": len(rejected)}
+            counts |= {"prompt_tokens": budget.prompt_tokens, "completion_tokens": budget.completion_tokens}
+            if prompt_price or completion_price:
+                counts["cost"] = (
+                    budget.prompt_tokens * prompt_price + budget.completion_tokens * completion_price
+                ) / 1e6
+            write_taught(config, output, samples, taught, counts)
     if unanswered := Counter(taught.reasons.values())["unanswered"]:
         raise SrcfastError(f"{unanswered} samples were not answered. Fix: the same command asks them again")
+
+
+def asked_directory(output: Path) -> Path:
+    """Return the directory of what was drawn for an output."""
+    return output.with_name(f"{output.name}.asked")
+
+
+def rejected_file(output: Path) -> Path:
+    """Return the file of records that could not be read."""
+    return output.with_name(f"{output.name}.rejected.jsonl")
+
+
+@contextmanager
+def rejected_beside(output: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list for bad records, and write those that it then has."""
+    rejected: list[dict[str, Any]] = []
+    try:
+        yield rejected
+    finally:
+        if rejected and is_rank_zero():
+            write_jsonl(rejected_file(output), rejected)
+
+
+def write_taught(
+    config: Config, output: Path, samples: Sequence[Sample], taught: Taught, counts: Mapping[str, float]
+) -> None:
+    """Write a teacher's file and the funnel, and print the latter.
+
+    Args:
+        samples: all that were read.
+        counts: further figures of the funnel.
+    """
+    write_jsonl(output, rows_in_order(samples, taught))
+    left_out = Counter(filter(None, map(needs_no_teacher, samples)))
+    funnel = {
+        "samples": len(samples),
+        "taught": len(taught.entries),
+        "dropped": dict(left_out + Counter(taught.reasons.values())),
+        "not_asked": len(samples) - len(taught.entries) - len(taught.reasons) - left_out.total(),
+        "draws": dict(taught.draws),
+        **counts,
+    }
+    write_json(asked_directory(output) / "funnel.json", funnel)
+    if not config.quiet:
+        print(json.dumps(funnel, indent=2))

@@ -1,4 +1,4 @@
-"""Teaching: rationales for samples that have none, written by a model behind an endpoint.
+"""Teaching: rationales for samples that have none, written by a model behind an endpoint, or here (`local_teaching`).
 
 The model sees pictures and question, never the gold answer, and states rationale and answer. A draw is taken if its answer is the
 gold one and stage 1 can train on it; a sample is asked again, at most `draws` times, until one is (rejection sampling as in STaR,
@@ -13,7 +13,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from srcfast.data.images import load_image
 from srcfast.data.rationale_format import ParsedResponse, parse_response, tagged_rationale
 from srcfast.data.rationale_pairs import TeacherRationale, build_raps
 from srcfast.data.records import Sample
-from srcfast.data.turns import SYSTEM, USER, Turn, messages_of
+from srcfast.data.turns import messages_of
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget
 from srcfast.endpoint.client import Answer, Endpoint, Refused
@@ -94,20 +94,26 @@ def teach(
 
     def following(owner: tuple[Sample, int], outcome: Outcome) -> Request[tuple[Sample, int]] | None:
         sample, draw = owner
-        entry, reason = read_draw(sample, outcome)
-        taught.draws[reason or "taken"] += 1
-        is_last = draw + 1 == drawing.draws or not isinstance(outcome, Answer)
-        if entry is None and not is_last:
+        taken = take_draw(taught, sample, outcome)
+        if not taken and isinstance(outcome, Answer) and draw + 1 < drawing.draws:
             return request_of(sample, draw + 1, drawing)
-        if entry is not None:
-            taught.entries[sample.id] = entry
-        else:
-            taught.reasons[sample.id] = reason
         progress.advance(1, budget.prompt_tokens + budget.completion_tokens - progress.tokens)
         return None
 
     asked = (request_of(sample, 0, drawing) for sample in samples)
     ask_many(endpoint, asked, following, log, budget, concurrency)
+
+
+def take_draw(taught: Taught, sample: Sample, outcome: Outcome) -> bool:
+    """Return whether a draw is taken, and put it, or the reason why it isn't, into `taught`."""
+    entry, reason = read_draw(sample, outcome)
+    taught.draws[reason or "taken"] += 1
+    if entry is None:
+        taught.reasons[sample.id] = reason
+        return False
+    taught.entries[sample.id] = entry
+    taught.reasons.pop(sample.id, None)
+    return True
 
 
 def read_draw(sample: Sample, outcome: Outcome) -> tuple[TeacherRationale | None, str]:
@@ -136,28 +142,31 @@ def rationale_text(parsed: ParsedResponse) -> str:
     return tagged_rationale(parsed.perception, parsed.reasoning) if parsed.perception else parsed.rationale
 
 
+def instructed(sample: Sample) -> Sample:
+    """Return a sample whose question is followed by the instructions: chat templates of several families know no system text."""
+    return replace(sample, question=f"{sample.question}\n\n{INSTRUCTIONS}")
+
+
 def request_of(sample: Sample, draw: int, drawing: Drawing) -> Request[tuple[Sample, int]]:
     """Return the request for a draw."""
     return Request((sample, draw), partial(build_body, sample, draw, drawing))
 
 
 def build_body(sample: Sample, draw: int, drawing: Drawing) -> Body:
-    """Build the chat request for a draw: instructions, turns and question, pictures where they stand.
+    """Build the chat request for a draw: turns, question and instructions, pictures where they stand.
 
     Raises:
         InputError: a picture can't be read.
     """
-    turns = [Turn(SYSTEM, INSTRUCTIONS), *sample.turns]
-    if sample.turns and sample.turns[0].role == SYSTEM:  # one system message, as chat templates want it
-        turns = [Turn(SYSTEM, f"{sample.turns[0].text}\n\n{INSTRUCTIONS}"), *sample.turns[1:]]
+    sample = instructed(sample)
     pictures = [load_image(sample.image_root, name) for name in sample.images]
     sampling: dict[str, Any] = {"temperature": drawing.temperature, "seed": draw}
-    messages = messages_of(turns, sample.question, len(pictures))
+    messages = messages_of(sample.turns, sample.question, len(pictures))
     encoded = [_encoded(picture) for picture in pictures]
     body = {"messages": _with_pictures(messages, [_data_url(*each) for each in encoded]), **sampling}
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
     content = {"messages": _with_pictures(messages, hashes), **sampling, "max_tokens": drawing.max_tokens}
-    characters = sum(len(turn.text) for turn in (*turns, Turn(USER, sample.question)))
+    characters = len(sample.question) + sum(len(turn.text) for turn in sample.turns)
     pixels = sum(min(picture.width * picture.height, LONGEST_SIDE**2) for picture in pictures)
     return Body(body, content, characters / 3 + pixels / PATCH + 1, drawing.max_tokens)
 

@@ -46,7 +46,7 @@ def write_samples(folder: Path, count: int, **more: object) -> Path:
 
 
 def number_of(body: dict[str, Any]) -> int:
-    return int(question_of(body).split()[-1])
+    return int(question_of(body).split()[1])
 
 
 def response(answer: object) -> str:
@@ -233,5 +233,8 @@ def test_an_output_that_would_replace_the_data_is_refused(tmp_path: Path) -> Non
     data = write_samples(tmp_path, 1)
     result = run(data, "http://127.0.0.1:1/v1", "--output", str(data))
     assert result.exit_code == 2 and "apart from the inputs" in result.output
-    result = CliRunner().invoke(app, ["teach", "--data", str(data), "--output", str(tmp_path / "o")])
-    assert result.exit_code == 2 and "--endpoint: expected" in result.output
+    words = ["teach", "--data", str(data), "--output", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "--endpoint: expected a teacher" in result.output
+    result = CliRunner().invoke(app, [*words, "--endpoint", "http://127.0.0.1:1/v1"])
+    assert result.exit_code == 2 and "--endpoint-model: expected" in result.output

@@ -92,11 +92,12 @@ def test_a_request_has_pictures_where_they_stand_and_no_gold_answer(tmp_path: Pa
     )
     request = build_body(asked, 3, Drawing(temperature=0.5, max_tokens=99))
     messages = request.body["messages"]
-    assert messages[0] == {"role": "system", "content": f"Be brief.\n\n{INSTRUCTIONS}"}
+    assert messages[0] == {"role": "system", "content": "Be brief."}
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[2]["content"] == "A cube."
     last = messages[3]["content"]
     assert [part["type"] for part in last] == ["text", "image_url", "text", "image_url", "text"]
+    assert last[4]["text"] == f"?\n\n{INSTRUCTIONS}"
     urls = [messages[1]["content"][0]["image_url"]["url"], last[1]["image_url"]["url"], last[3]["image_url"]["url"]]
     assert [url.split(";")[0] for url in urls] == ["data:image/png", "data:image/jpeg", "data:image/png"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
@@ -121,10 +122,7 @@ def test_the_content_changes_with_a_picture_s_pixels_alone(tmp_path: Path) -> No
 
 def test_text_alone_is_sent_as_text() -> None:
     request = build_body(sample(), 0, Drawing())
-    assert request.body["messages"] == [
-        {"role": "system", "content": INSTRUCTIONS},
-        {"role": "user", "content": "How many?"},
-    ]
+    assert request.body["messages"] == [{"role": "user", "content": f"How many?\n\n{INSTRUCTIONS}"}]
 
 
 def test_lines_are_in_the_samples_order() -> None:
