@@ -401,6 +401,20 @@ def convert(
     tools.convert(source, target, from_format, to_format, image_root)
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="LVLM checkpoint directory, or 'embedded'")],
+    words: Words = None,
+    image: Annotated[list[Path] | None, typer.Option(help="image that the questions are about; may be given again")] = None,
+    adapter: Adapter = None,
+    question: Annotated[str | None, typer.Option(help="one question; default: those that are typed in, a line each")] = None,
+) -> None:
+    """Ask a model about images: what it saw, what it concluded and its answer are shown apart."""
+    from srcfast.cli import chat as command
+
+    command.chat(model, words or [], image or [], adapter, question)
+
+
 @settings_command("model_tools", None, model=Model)
 def merge(config: Config, adapter: Adapter = None, output: Output = None) -> None:
     """Merge an adapter into its base and write a checkpoint that transformers reads."""
