@@ -290,11 +290,13 @@ def teach(
     max_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")] = 768,
     max_tokens_total: Annotated[
         int | None,
-        typer.Option(min=1, help="tokens of all prompts and answers at most, those of earlier processes included"),
+        typer.Option(
+            min=1, max=10**15, help="tokens of all prompts and answers at most, those of earlier processes included"
+        ),
     ] = None,
-    prompt_price: Annotated[float, typer.Option(min=0, help="price of a million tokens of prompts")] = 0.0,
-    completion_price: Annotated[float, typer.Option(min=0, help="price of a million tokens of answers")] = 0.0,
-    max_cost: Annotated[float | None, typer.Option(min=0, help="cost at most, by these prices")] = None,
+    prompt_price: Annotated[float, typer.Option(min=0, max=1e9, help="price of a million tokens of prompts")] = 0.0,
+    completion_price: Annotated[float, typer.Option(min=0, max=1e9, help="price of a million tokens of answers")] = 0.0,
+    max_cost: Annotated[float | None, typer.Option(min=0, max=1e12, help="cost at most, by these prices")] = None,
     timeout: Annotated[
         float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
     ] = 120.0,
@@ -405,9 +407,13 @@ def convert(
 def chat(
     model: Annotated[str, typer.Argument(help="LVLM checkpoint directory, or 'embedded'")],
     words: Words = None,
-    image: Annotated[list[Path] | None, typer.Option(help="image that the questions are about; may be given again")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="image that the questions are about; may be given again")
+    ] = None,
     adapter: Adapter = None,
-    question: Annotated[str | None, typer.Option(help="one question; default: those that are typed in, a line each")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="one question; default: those that are typed in, a line each")
+    ] = None,
 ) -> None:
     """Ask a model about images: what it saw, what it concluded and its answer are shown apart."""
     from srcfast.cli import chat as command

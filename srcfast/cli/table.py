@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from srcfast.data.answer_rules import TEXTS
 from srcfast.errors import printable
 
 
@@ -37,7 +38,10 @@ def results_table(summary: dict[str, Any]) -> Table:
     entries = summary["evaluations"]
     for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
         rows = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
+        rule = TEXTS.get(rows[0].get("rule", ""), "")
         table.add_row(Text(printable(f"{dataset} {split} ({rows[0]['n']})"), style="bold"))
+        if rule != TEXTS["exact"]:
+            table.add_row(Text(rule, style="dim"))
         for entry in rows:
             table.add_row(
                 Text(printable(f"  {entry['model']}")),  # Text: rich must not interpret markup in a name
@@ -46,6 +50,9 @@ def results_table(summary: dict[str, Any]) -> Table:
                 _share(entry["right_answer_wrong_rationale"], None),
                 str(entry["unparsed"]),
             )
+            if scores := entry.get("scores"):
+                texts = [f"{name} {100 * value:.1f}" for name, value in scores.items()]
+                table.add_row(Text(printable(f"    {', '.join(texts)}"), style="dim"))
         table.add_section()
     return table
 

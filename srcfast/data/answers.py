@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from fractions import Fraction
 
 from srcfast.data.rationale_format import normalise_answer
 from srcfast.data.records import Sample
 
+_LETTER = re.compile(r"(?P<open>\(?)(?P<letter>[A-Z])(?P<mark>[).:]*)(?P<rest>(?:\s.*)?)", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})?(?:\.[0-9]{1,15})?) ?%?")
 
 
@@ -17,11 +19,16 @@ def is_right(sample: Sample, answer: str | None) -> bool:
 
     With `tolerance` in the sample's `extra`, a share of the gold number, every number within it is right as well. 0.05 is
     ChartQA's relaxed accuracy (Masry et al., 2022), but for the sign "%", which does not count: the question names the unit.
+    With lettered `options` in `extra` an answer is also right as "B.", "(B) red" or as the text of the right option alone; with
+    `answers`, a list, if it is one of them.
     """
     if answer is None:
         return False
-    if normalise_answer(answer) == normalise_answer(sample.answer):
+    if any(normalise_answer(answer) == normalise_answer(gold) for gold in gold_answers(sample)):
         return True
+    options = sample.extra.get("options")
+    if isinstance(options, Mapping) and (gold_letter := chosen_option(options, sample.answer)) is not None:
+        return chosen_option(options, answer) == gold_letter
     tolerance = sample.extra.get("tolerance")
     if (
         not isinstance(tolerance, int | float) or not 0 < tolerance < 1
@@ -29,6 +36,25 @@ def is_right(sample: Sample, answer: str | None) -> bool:
         return False
     number, gold = as_number(answer), as_number(sample.answer)
     return number is not None and gold is not None and is_near(number, gold, tolerance)
+
+
+def gold_answers(sample: Sample) -> list[str]:
+    """Return a sample's gold answers: its answer, then others of `answers` in its `extra`."""
+    others = sample.extra.get("answers")
+    others = others if isinstance(others, list) else []
+    return [sample.answer, *(other for other in others if isinstance(other, str))]
+
+
+def chosen_option(options: Mapping[str, str], answer: str) -> str | None:
+    """Return the letter of the option that an answer names by its letter, its text, or both; None: none, or several."""
+    text = answer.strip(" *\"'")
+    if (match := _LETTER.fullmatch(text)) and match["letter"] in options:
+        rest = match["rest"].strip()
+        # "A red car" is no letter with a text, unless option A says "red car".
+        if not rest or match["mark"] or normalise_answer(rest) == normalise_answer(options[match["letter"]]):
+            return match["letter"]
+    said = [letter for letter, option in options.items() if normalise_answer(option) == normalise_answer(text)]
+    return said[0] if len(said) == 1 else None
 
 
 def is_near(number: Fraction, gold: Fraction, tolerance: float) -> bool:

@@ -20,7 +20,9 @@ from srcfast.errors import InputError
 Format = Literal["tagged", "plain"]
 BARE_ANSWER_WORDS = 5  # a response without tags or "Answer:" is an answer if it has at most so many words
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han. Their words have about three letters.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 _ANY_TAG = re.compile(r"(</?(?:see|think|answer)>)")
 _TAGS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import hashlib
@@ -150,7 +151,8 @@ def _samples(
     if isinstance(names, InputError):
         raise fields.error("image", names.expected, names.found, names.fix)
     question, answer, rationale = fields.text("question"), fields.answer("answer"), fields.optional_text("rationale")
-    extra = fields.rest()
+    answer, *others = _answers(answer)
+    extra = fields.rest() | ({"answers": others} if others else {})
     options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}
     if "category" in extra:
         extra.setdefault("ability", extra["category"])
@@ -168,6 +170,18 @@ def _samples(
 def _paths(cell: str) -> list[str]:
     """Return the paths of a cell: one, or a list of them as Python or JSON write it."""
     return re.findall(r"[\"']([^\"']+)[\"']", cell) if re.fullmatch(r"\s*\[.*\]\s*", cell) else [cell]
+
+
+def _answers(cell: str) -> list[str]:
+    """Return the gold answers of a cell: one, or a list of them as Python or JSON write it, as in DocVQA's tables."""
+    if not re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL):
+        return [cell]
+    try:
+        answers = ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # a text in brackets
+        return [cell]
+    is_list = isinstance(answers, list) and answers and all(isinstance(one, str) and one.strip() for one in answers)
+    return list(dict.fromkeys(answers)) if is_list else [cell]
 
 
 def _in_order(fields: Fields, names: list[str], texts: list[str]) -> tuple[list[str], list[str]]:

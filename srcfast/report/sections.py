@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from srcfast.data.answer_rules import TEXTS
 from srcfast.report.run_files import RunFiles
 
 SAMPLE_STEPS = {
@@ -67,6 +68,12 @@ class Split:
     name: str
     evaluations: list[dict[str, Any]]
     base: dict[str, Any] | None  # evaluation of the base model
+
+    @property
+    def rule(self) -> str:
+        """Which answers are right, unless it is those that are equal."""
+        rule = str(self.evaluations[0].get("rule", "")) if self.evaluations else ""
+        return "" if rule == "exact" else TEXTS.get(rule, "")
 
     @property
     def has_cases(self) -> bool:

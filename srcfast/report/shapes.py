@@ -55,6 +55,8 @@ class Evaluation(Shape):
     rationale_accuracy_ci95: Interval = None
     right_answer_wrong_rationale: Measure = None
     unparsed: Count = 0
+    rule: str = ""
+    scores: dict[str, Number] = {}
     cases: Cases | None = None
     by_ability: dict[str, Ability] = {}
 

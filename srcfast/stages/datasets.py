@@ -11,6 +11,7 @@ from typing import Any
 
 from srcfast.config.settings import DRAWN, Config, DatasetConfig
 from srcfast.config.yaml import read_yaml
+from srcfast.data.answer_rules import Rule, rule_of
 from srcfast.data.corruptions import Vocabulary
 from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
@@ -39,6 +40,7 @@ class EvaluationSet:
     name: str
     split: str
     samples: list[Sample]
+    rule: Rule = "exact"  # by which answers are right
 
     @property
     def label(self) -> str:
@@ -128,7 +130,8 @@ def read_evaluation_sets(
         if not samples:
             raise _no_samples(dataset, "data.evaluation")
         samples = degraded_references(samples, dataset, config)
-        evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples))
+        rule = rule_of(samples) if dataset.rule == "auto" else dataset.rule
+        evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples, rule))
     return evaluation_sets
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from srcfast.config.settings import Config, EvaluationConfig
-from srcfast.data.answers import is_right
+from srcfast.data.answer_rules import Rule, RuleScores, is_right_by
 from srcfast.data.convert import letters_of, write_predictions_tsv
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl, write_jsonl
@@ -90,18 +90,21 @@ def answer_greedily(
         return [predict(s, model.decode(response.token_ids)) for s, response in zip(samples, generated, strict=True)]
 
 
-def write_predictions(path: Path, samples: Sequence[Sample], predictions: Iterable[Prediction]) -> Counts:
+def write_predictions(
+    path: Path, samples: Sequence[Sample], predictions: Iterable[Prediction], rule: Rule = "exact"
+) -> Counts:
     """Write `path`.jsonl with everything, and `path`.tsv as VLMEvalKit scores it (the bare answer in `prediction`).
 
     Args:
         path: without its ending.
         samples: those of the predictions, in their order.
         predictions: consumed one at a time; none stays in memory once it is written.
+        rule: by which answers are right.
 
     Returns:
         The counts that the summary is made of.
     """
-    counts = Counts()
+    counts = Counts(rule)
     write_jsonl(f"{path}.jsonl", (prediction.to_json() for prediction in counts.counted(predictions)))
     written = zip(samples, read_jsonl(f"{path}.jsonl"), strict=True)
     letters = letters_of(sample.extra.get("options") for sample in samples)
@@ -120,17 +123,21 @@ def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def predict(sample: Sample, text: str) -> Prediction:
-    """Parse and verify one response."""
+def predict(sample: Sample, text: str, rule: Rule = "exact") -> Prediction:
+    """Parse and verify one response; its answer is right by a rule."""
     parsed = parse_response(text)
-    right = is_right(sample, parsed.answer)
+    right = is_right_by(rule, sample, parsed.answer)
     return Prediction(sample, text, parsed.rationale, parsed.answer, right, verify_sample(sample, parsed))
 
 
 class Counts:
-    """The counts of predictions that `summarise` needs; they take the same memory for any number of predictions."""
+    """The counts of predictions that `summarise` needs; they take the same memory for any number of predictions.
 
-    def __init__(self) -> None:
+    Those of HallusionBench's figures and questions grow with these.
+    """
+
+    def __init__(self, rule: Rule = "exact") -> None:
+        self.of_rule = RuleScores(rule)
         self.of_all: Counter[str] = Counter()
         self.of_ability: dict[str, Counter[str]] = defaultdict(Counter)
         self.cases = dict.fromkeys(CASES, 0)
@@ -144,6 +151,7 @@ class Counts:
     def add(self, prediction: Prediction) -> None:
         """Count one prediction."""
         judgement = prediction.judgement
+        self.of_rule.add(prediction.sample, prediction.answer, prediction.right)
         values: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
         if judgement is not None:
             self.cases[judgement.case] += 1
@@ -162,10 +170,10 @@ class Counts:
 def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples: int, seed: int) -> dict[str, Any]:
     """Return one entry of `summary.json`'s `evaluations`.
 
-    `accuracy` is the share of right answers; `alignment` the share of samples whose answer is right and whose
-    rationale is right and leads to it; `rationale_accuracy` the share whose rationale is right. A response that does
-    not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples. Shares of alignment and rationales are
-    over the samples that the oracle can verify.
+    `accuracy` is the share of right answers, by `rule`; `scores` has what the rule's benchmarks report beside it; `alignment` is
+    the share of samples whose answer is right and whose rationale is right and leads to it; `rationale_accuracy` the share whose
+    rationale is right. A response that does not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples.
+    Shares of alignment and rationales are over the samples that the oracle can verify.
     """
     totals = counts.of_all
     n, verified = totals["n"], totals["verified"]
@@ -176,6 +184,8 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
         "n": n,
         "accuracy": totals["right"] / n,
         "accuracy_ci95": _interval_of_share(totals["right"], n, resamples, seed),
+        "rule": counts.of_rule.rule,
+        "scores": counts.of_rule.scores(),
         "unparsed": totals["unparsed"],
         "by_ability": {
             ability: {
@@ -251,7 +261,7 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Write the predictions on an evaluation set to `path` (without ending); return its entry of `summary.json`."""
     return summarise(
-        write_predictions(path, dataset.samples, predictions_of(dataset.samples, answers)),
+        write_predictions(path, dataset.samples, predictions_of(dataset.samples, answers, dataset.rule), dataset.rule),
         model=model,
         dataset=dataset.name,
         split=dataset.split,
@@ -260,6 +270,6 @@ def write_evaluation(
     )
 
 
-def predictions_of(samples: Sequence[Sample], answers: ChunkFiles) -> Iterator[Prediction]:
+def predictions_of(samples: Sequence[Sample], answers: ChunkFiles, rule: Rule = "exact") -> Iterator[Prediction]:
     """Yield the samples' answers, parsed and verified as they are read, one at a time."""
-    return (predict(sample, row["text"]) for sample, row in zip(samples, answers.rows(), strict=True))
+    return (predict(sample, row["text"], rule) for sample, row in zip(samples, answers.rows(), strict=True))

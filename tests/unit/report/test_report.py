@@ -10,12 +10,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pytest
 from helpers.made_up_run import MODELS, make_run
 from PIL import Image
+from rich.console import Console
 
+from srcfast.cli.table import results_table
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.report import plots
@@ -243,6 +246,28 @@ def test_a_run_that_was_only_evaluated_gives_a_page(tmp_path: Path) -> None:
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "42.9" in html and html.count("Not measured in this run.") >= 5
     assert Elements(html).open == []
+
+
+def test_rules_and_their_figures_are_named_on_the_page_and_in_the_table(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"model": "base", "dataset": "mmstar", "split": "test", "n": 7, "accuracy": 3 / 7}
+    row |= {"accuracy_ci95": [0.0, 0.9], "alignment": None, "right_answer_wrong_rationale": None, "unparsed": 1}
+    others = row | {"dataset": "pope", "rule": "yes_no", "scores": {"f1": 0.654, "recall": 0.5}}
+    rows = [
+        row | {"rule": "choice", "scores": {"chance": 0.25}},
+        others,
+        row | {"dataset": "own", "rule": "exact", "scores": {}},
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluations": rows, "seconds": 4.0}))
+    html = " ".join(write_report(tmp_path).read_text(encoding="utf-8").split())
+    assert "mmstar, test: multiple choice: the right option&#39;s letter or text. base: chance 25.0 %." in html
+    assert "pope, test: yes or no" in html and "base: f1 65.4 %; recall 50.0 %." in html
+    assert "own, test: " not in html
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(results_table({"evaluations": rows}))
+    shown = captured.get()
+    assert "chance 25.0" in shown and "f1 65.4, recall 50.0" in shown and shown.count("multiple choice") == 1
+    assert "equal to the gold" not in shown
 
 
 @pytest.mark.usefixtures("no_plots")
