@@ -30,6 +30,7 @@ from srcfast.cli.teach import asked_directory, rejected_beside, write_taught
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
+from srcfast.data.rationale_pairs import read_teacher, with_teacher
 from srcfast.data.readers import read_logprob_rows
 from srcfast.errors import ConfigError
 from srcfast.memory.out_of_memory import explain_out_of_memory
@@ -303,6 +304,8 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     check_output(config, output, source.paths)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
+    if config.rationale.teacher is not None:
+        samples = with_teacher(samples, read_teacher(config.rationale.teacher))
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
     model, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,17 @@ def read_teacher(path: str | Path) -> dict[str, TeacherRationale]:
             raise InputError(file=path, line=line, field="id", expected="an id that no other line has", found=row["id"])
         entries[row["id"]] = TeacherRationale(row["rationale"], row.get("answer"))
     return entries
+
+
+def with_teacher(samples: Sequence[Sample], teacher: Mapping[str, TeacherRationale]) -> list[Sample]:
+    """Return the samples, those of whom the teacher has an entry that doesn't contradict the answer with its rationale."""
+    entries = [teacher.get(sample.id) for sample in samples]
+    return [
+        replace(sample, rationale=entry.rationale)
+        if entry is not None and (entry.answer is None or is_right(sample, entry.answer))
+        else sample
+        for sample, entry in zip(samples, entries, strict=True)
+    ]
 
 
 def build_raps(

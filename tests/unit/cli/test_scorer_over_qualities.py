@@ -80,3 +80,21 @@ def test_a_training_replaces_the_calibration_of_the_r_scorer_that_it_starts_from
     assert result.exit_code == 0, result.output
     calibration = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert list(calibration) == ["complete"] and calibration["complete"]["temperature"] != 7.0
+
+
+def test_a_teacher_s_rationales_train_as_the_samples_own_do(srcfast: Srcfast, world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"facts": []} for line in world.read_text().splitlines()]
+    entries = [{"id": row["id"], "rationale": row["rationale"], "answer": row["answer"]} for row in rows]
+    entries.append({"id": "another", "rationale": "It is so.", "answer": "no"})
+    teacher = write_rows(tmp_path / "taught.jsonl", entries)
+    own = write_rows(tmp_path / "own.jsonl", rows)
+    without = write_rows(tmp_path / "without.jsonl", [row | {"rationale": None} for row in rows])
+    words = ("--image-root", world.parent, *LOOP, "scorer_training.qualities=[answer]", "scorer_training.held_out=0.4")
+    results = []
+    for name, data, more in (("own", own, ()), ("taught", without, (f"rationale.teacher={teacher}",))):
+        done = srcfast("scorer", "--data", data, "--output", tmp_path / name, *words, *more)
+        assert done.exit_code == 0, done.output
+        results.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+    refused = srcfast("scorer", "--data", without, "--output", tmp_path / "none", *words)
+    assert refused.exit_code == 2 and "with rationales" in refused.output

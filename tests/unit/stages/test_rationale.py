@@ -14,7 +14,7 @@ from PIL import Image
 from srcfast.config.settings import TrainingConfig
 from srcfast.data.forest import Forest
 from srcfast.data.rationale_format import parse_response
-from srcfast.data.rationale_pairs import TeacherRationale, build_raps, read_teacher
+from srcfast.data.rationale_pairs import TeacherRationale, build_raps, read_teacher, with_teacher
 from srcfast.data.records import Sample
 from srcfast.errors import InputError
 from srcfast.stages.prompts import image_loader
@@ -187,3 +187,13 @@ def test_forests_of_a_batch_add_up_to_the_mean_over_all_its_tokens() -> None:
     assert len({tokens for _, tokens in found}) > 1
     assert sum(losses) == pytest.approx(-sum(logprob.item() for logprob, _ in found) / total, rel=1e-10)
     assert max(greatest) < 0.0
+
+
+def test_a_teacher_s_entry_is_taken_unless_it_contradicts_the_answer() -> None:
+    samples = [Sample(str(n), (), "Which?", "red", rationale="Own.") for n in range(4)]
+    entries = {
+        "0": TeacherRationale("It is red.", "Red."),
+        "1": TeacherRationale("It is blue.", "blue"),
+        "2": TeacherRationale("It is red."),
+    }
+    assert [sample.rationale for sample in with_teacher(samples, entries)] == ["It is red.", "Own.", "It is red.", "Own."]
