@@ -105,7 +105,7 @@ setup(
     },
     package_data={
         "srcfast": ["config/presets/*.yaml", "world/*.yaml", "world/assets/*/*", "report/templates/*"],
-        "srcfast_benchmarks": ["*.yaml", "study/*.yaml", "study/base-2m/*", "study/judge-2m/*"],
+        "srcfast_benchmarks": ["study/*.yaml", "study/base-2m/*", "study/judge-2m/*"],
     },
     install_requires=[
         "torch>=2.11,<2.14",  # what is tested; a looser bound pulls gigabytes of another CUDA

@@ -1,4 +1,7 @@
-"""Write all committed results as text: `python -m srcfast_benchmarks.summary` writes docs/benchmarks.md and the README's part."""
+"""Write all committed results as text: `python -m srcfast_benchmarks.summary`.
+
+It writes docs/benchmarks.md, and between marks the README's tables and those of the study in docs/results.md.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from typing import Any
 
 from srcfast_benchmarks import BENCHMARKS, GENERAL_STAGES, STAGES
 from srcfast_benchmarks.harness import RESULTS, describe, grouped
+from srcfast_benchmarks.study_tables import readme_tables, results_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+PAGE, STUDY_PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN = "<!-- performance: written by python -m srcfast_benchmarks.summary -->"
 END = "<!-- end of performance -->"
+STUDY_BEGIN = "<!-- study: written by python -m srcfast_benchmarks.summary -->"
+STUDY_END = "<!-- end of study -->"
 MACHINE = ("gpu", "cpu", "threads", "torch", "git_commit", "versions")
 OURS = "srcfast"
 NO_GPU = (
@@ -313,13 +319,24 @@ def performance() -> str:
 
 
 def readme() -> str:
-    """The README with its section as the results have it."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{performance()}\n{END}{after}"
+    """The README with its sections as the results have them."""
+    text = between(README.read_text(encoding="utf-8"), BEGIN, END, performance())
+    return between(text, STUDY_BEGIN, STUDY_END, readme_tables())
+
+
+def study_page() -> str:
+    """docs/results.md with the study's tables as its result has them."""
+    return between(STUDY_PAGE.read_text(encoding="utf-8"), STUDY_BEGIN, STUDY_END, results_tables())
+
+
+def between(text: str, begin: str, end: str, part: str) -> str:
+    """Return a text with another part between two marks."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{part}\n{end}{after}"
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    STUDY_PAGE.write_text(study_page(), encoding="utf-8")

@@ -122,4 +122,5 @@ def test_memory_is_what_a_call_holds_at_its_peak(tmp_path: Path) -> None:
 def test_the_page_is_what_the_committed_results_say() -> None:
     assert summary.PAGE.read_text(encoding="utf-8") == summary.page()
     assert summary.README.read_text(encoding="utf-8") == summary.readme()
+    assert summary.STUDY_PAGE.read_text(encoding="utf-8") == summary.study_page()
     assert harness.RESULTS.is_dir()
