@@ -53,18 +53,25 @@ def results_tables() -> str:
     summary, blind = read()
     arms, differences = summary["arms"], summary["differences"]
     sets = list(arms["rationale"]["sets"])
-    own, controls = ([name for name in sets if is_control(name) == wanted] for wanted in (False, True))
+    with_pictures, controls = ([name for name in sets if is_control(name) == wanted] for wanted in (False, True))
     parts = [
         "Over all sets with their own pictures, each counting alike; updates and seconds are of a seed, as if the arm ran alone:",
         markdown([["arm", "round", "right, %", "aligned, %", "updates", "seconds"], *arm_rows(arms)]),
         "Right / aligned by set, percent; the last row is a blind guess:",
-        markdown([["arm", *own], *by_set(arms, own), ["blind", *blind_cells(blind, own)]]),
+        markdown(
+            [["arm", *with_pictures], *by_set(arms, with_pictures), ["blind", *blind_cells(blind, with_pictures)]]
+        ),
         "Differences in points, paired by seed and sample:",
         markdown(
             [["difference", "right", "aligned"], *([each, *figures(differences[each], True)] for each in differences)]
         ),
         "The same by set, aligned:",
-        markdown([["difference", *own], *([each, *aligned(differences[each], own)] for each in differences)]),
+        markdown(
+            [
+                ["difference", *with_pictures],
+                *([each, *aligned(differences[each], with_pictures)] for each in differences),
+            ]
+        ),
         "Without their own pictures, right / aligned in percent:",
         markdown([["arm", *controls], *by_set(arms, controls)]),
     ]

@@ -1,4 +1,4 @@
-"""A stand-in for an OpenAI-compatible server: answers by a function, fails as it is told, and remembers what it was asked."""
+"""A stand-in for an OpenAI-compatible server: answers and fails by a function, and records what it was asked."""
 
 from __future__ import annotations
 
