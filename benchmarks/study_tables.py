@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srcfast.study.results import FIGURES, markdown, percent
+from srcfast.study.settings import JUDGED
 from srcfast_benchmarks.harness import RESULTS
 
 STUDY = RESULTS / "study" / "summary.json"  # of `srcfast study benchmarks/study/main.yaml`
@@ -77,7 +78,7 @@ def results_tables() -> str:
     ]
     if summary["judges"]:
         parts += [
-            "How often the R-Scorer prefers the aligned one of two candidates, percent of pairs:",
+            "How often the R-Scorer prefers the aligned one of two candidates, by what its references have, percent of pairs:",
             judges(summary["judges"]),
         ]
     return "\n\n".join([*parts, *examples()]) + "\n"
@@ -144,7 +145,7 @@ def aligned(of: Mapping[str, Any], sets: Sequence[str]) -> list[str]:
 
 def judges(of: Mapping[str, Any]) -> str:
     """A row an R-Scorer and quality: pairwise and independent."""
-    rows = [["R-Scorer", "reference", "pairwise", "independent"]]
+    rows = [["R-Scorer", "reference", *JUDGED]]
     for size, qualities in of.items():
-        rows += [[size, quality, *map(percent, modes.values())] for quality, modes in qualities.items()]
+        rows += [[size, quality, *(percent(modes[mode]) for mode in JUDGED)] for quality, modes in qualities.items()]
     return markdown(rows)

@@ -117,3 +117,28 @@ def test_what_answers_alone_are_better_at(summary: dict[str, Any]) -> None:
         key=lambda arm: summary["arms"][arm]["alignment"][0],
     )
     assert best == "src_improved"
+
+
+def test_the_r_scorer_s_figures_on_the_page(summary: dict[str, Any], page: str) -> None:
+    result = json.loads((study_tables.STUDY.parent / "judges.json").read_text(encoding="utf-8"))
+    assert summary["judges"] == result["judges"] and result["seeds"] == 3 and result["settings"]["families"] == 80
+    [(size, qualities)] = result["judges"].items()
+    assert list(qualities) == ["complete", "noisy", "partial", "answer"]
+
+    def listed(mode: str) -> str:
+        first, second, third, last = (f"{100 * modes[mode][0]:.1f}" for modes in qualities.values())
+        return f"{first}, {second}, {third} and {last}"
+
+    assert f"in {listed('pairwise')} % of pairs" in page and f"rated one by one in {listed('independent')}" in page
+    assert all(low < 0 < high for _, low, high in result["differences"][size].values())
+    curves = {quality: modes["pairwise"] for quality, modes in result["coverage"][size].items()}
+    whole = [next(e for e in curve if e["coverage"] == 1.0)["choices"] for curve in curves.values()]
+    half = [next(e for e in curve if e["coverage"] == 0.5) for curve in curves.values()]
+    assert f"for {100 * min(whole):.0f} to {100 * max(whole):.0f} % of the samples" in page
+    choices = [entry["choices"] for entry in half]
+    assert f"for {100 * min(choices):.0f} to {100 * max(choices):.0f} % of the half" in page
+    assert all(0.99 <= entry["pairs"] < 1 for entry in half) and "surer half of the pairs 99 % are right" in page
+    errors = result["calibration"][size].values()
+    after, before = ([of[f"ece_{when}"] for of in errors] for when in ("after", "before"))
+    assert f"{min(after):.3f} to {max(after):.3f} with its temperatures" in page
+    assert f"{min(before):.3f} to {max(before):.3f} without" in page
