@@ -51,6 +51,7 @@ FUNCTIONS_OF_OURS = {"write_text"}  # of srcfast.data.jsonl, called by its bare 
 NAMING = {"naming", "naming_tensors", "replacing"}
 # Functions that hold a stream without naming it, and why.
 KNOWN = {
+    ("endpoint/client.py", "_post", "open"): "a request to a server, no file",
     ("run/lock.py", "_lock", "os.open"): "an error of its own names the directory",
     ("run/lock.py", "_lock", "open"): "an error of its own names the directory",
     ("recipes/base_checkpoint.py", "new_lvlm", "save_pretrained"): "a recipe, which no command runs",
