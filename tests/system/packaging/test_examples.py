@@ -40,7 +40,9 @@ def test_each_stage_fits(name: str, tmp_path: Path) -> None:
 def test_the_commands_at_its_head_exist(name: str) -> None:
     text = (ROOT / "examples" / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"models/{MODELS[name]}-Instruct" in text
-    head = re.sub(r"^# ?", "", "\n".join(line for line in text.splitlines() if line.startswith("#")), flags=re.MULTILINE)
+    head = re.sub(
+        r"^# ?", "", "\n".join(line for line in text.splitlines() if line.startswith("#")), flags=re.MULTILINE
+    )
     lines = [shlex.split(line, comments=True) for line in head.replace("\\\n", " ").splitlines() if "srcfast " in line]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert [words[words.index("srcfast") + 1] for words in lines] == ["teach", "scorer", "estimate", "calibrate"]

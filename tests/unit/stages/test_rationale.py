@@ -196,4 +196,9 @@ def test_a_teacher_s_entry_is_taken_unless_it_contradicts_the_answer() -> None:
         "1": TeacherRationale("It is blue.", "blue"),
         "2": TeacherRationale("It is red."),
     }
-    assert [sample.rationale for sample in with_teacher(samples, entries)] == ["It is red.", "Own.", "It is red.", "Own."]
+    assert [sample.rationale for sample in with_teacher(samples, entries)] == [
+        "It is red.",
+        "Own.",
+        "It is red.",
+        "Own.",
+    ]
