@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from srcfast.cli import inputs
-from srcfast.data.images import load_image
+from srcfast.data.images import check_image
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
 from srcfast.data.turns import IMAGE_MARK
@@ -26,12 +27,13 @@ def chat(model: str, words: Sequence[str], images: Sequence[Path], adapter: Path
     config = inputs.settings(words, None, model=model)
     root, names = below_one_root(images)
     for name in names:
-        load_image(root, name)  # before the model, whose loading takes long
+        check_image(root, name)  # before the model, whose loading takes long
     lvlm = load_model(config, adapter)
     console = Console(highlight=False)
+    asked = Sample("question", names, "", "", image_root=root)
+    features = features_of(lvlm, [asked])  # the images are encoded once
     for text in [question] if question is not None else questions(console):
-        sample = Sample("question", names, text.replace(IMAGE_MARK, ""), "", image_root=root)
-        features = features_of(lvlm, [sample])
+        sample = replace(asked, question=text.replace(IMAGE_MARK, ""))
         [prediction] = answer_greedily(lvlm, [sample], features, config.evaluation.max_new_tokens, batch_size=1)
         console.print(shown_response(prediction.text))
 
