@@ -26,7 +26,7 @@ from srcfast.cli.inputs import (
     require_option,
 )
 from srcfast.cli.table import results_table
-from srcfast.cli.teach import asked_directory, rejected_beside, write_taught
+from srcfast.cli.teach import asked_directory, rejected_file, write_taught
 from srcfast.config.settings import Config
 from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
@@ -141,7 +141,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
 def teach_here(config: Config, source: Source, adapter: Path | None, output: Path, drawing: Drawing) -> None:
     """Sample rationales of each sample that has none, and write those that reach its answer to `output`."""
     directory = asked_directory(output)
-    with rejected_beside(output) as rejected:
+    with rejected_records(directory, rejected_file(output)) as rejected:
         samples = read_all(config, source, "rationale", rejected)
         asked = [sample for sample in samples if needs_no_teacher(sample) is None]
         shown = asked if adapter is not None else list(map(instructed, asked))

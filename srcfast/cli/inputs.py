@@ -190,8 +190,10 @@ def read_all(config: Config, source: Source, use: str, rejected: list[dict[str, 
 
 
 @contextmanager
-def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield a list for bad records; on rank 0 write it to `rejected.jsonl` in `output`, also where reading ends in an error.
+def rejected_records(output: Path, file: Path | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list for bad records; on rank 0 write it to `file`, also where reading ends in an error.
+
+    The file is `rejected.jsonl` in `output` unless it is named.
 
     A file that an earlier command has left is removed if no record is bad.
 
@@ -202,7 +204,7 @@ def rejected_records(output: Path) -> Iterator[list[dict[str, Any]]]:
     try:
         yield rejected
     finally:
-        file = output / "rejected.jsonl"
+        file = file or output / "rejected.jsonl"
         if is_rank_zero() and (rejected or file.is_file()):
             with lock_directory(output):
                 if rejected:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from srcfast.cli.inputs import Source, check_output, is_rank_zero, read_all, require_option
+from srcfast.cli.inputs import Source, check_output, is_rank_zero, read_all, rejected_records, require_option
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_json, write_jsonl
 from srcfast.data.records import Sample
@@ -75,9 +73,9 @@ def teach(
         limits.append(Limit("cost", max_cost, prompt_price / 1e6, completion_price / 1e6))
     if not is_rank_zero():
         return
+    with rejected_records(asked_directory(output), rejected_file(output)) as rejected:
+        samples = read_all(config, source, "rationale", rejected)
     with lock_directory(asked_directory(output)):
-        with rejected_beside(output) as rejected:
-            samples = read_all(config, source, "rationale", rejected)
         taught = Taught()
         log = AnswerLog(asked_directory(output) / "answers.jsonl")
         budget = Budget(limits, log.prompt_tokens, log.completion_tokens)
@@ -106,17 +104,6 @@ def asked_directory(output: Path) -> Path:
 def rejected_file(output: Path) -> Path:
     """Return the file of records that could not be read."""
     return output.with_name(f"{output.name}.rejected.jsonl")
-
-
-@contextmanager
-def rejected_beside(output: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield a list for bad records, and write those that it then has."""
-    rejected: list[dict[str, Any]] = []
-    try:
-        yield rejected
-    finally:
-        if rejected and is_rank_zero():
-            write_jsonl(rejected_file(output), rejected)
 
 
 def write_taught(
