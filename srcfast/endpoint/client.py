@@ -192,13 +192,13 @@ def _error_of(endpoint: Endpoint, error: urllib.error.HTTPError, deadline: float
         said = _read(error, deadline).decode("utf-8", "replace").strip()
     except (_MayPass, OSError, http.client.HTTPException):
         said = ""
-    found = f"HTTP status {error.code}" + (f": {shorten(endpoint.without_key(said))}" if said else "")
+    status = f"HTTP status {error.code}" + (f": {shorten(endpoint.without_key(said))}" if said else "")
     if error.code in AGAIN:
-        return _MayPass(found, _seconds(error.headers.get("Retry-After")))
+        return _MayPass(status, _seconds(error.headers.get("Retry-After")))
     if error.code in THIS_REQUEST:
-        return Refused(f"{endpoint.url}: expected an answer, found {found}")
+        return Refused(f"{endpoint.url}: expected an answer, found {status}")
     fix = f"see to the address, the model's name ({endpoint.model}) and the key in {KEY}"
-    return EndpointError(f"{endpoint.url}: expected an answer, found {found}. Fix: {fix}")
+    return EndpointError(f"{endpoint.url}: expected an answer, found {status}. Fix: {fix}")
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -21,9 +21,12 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True)
 class Body:
-    """A request, and what identifies it: the content has hashes in place of pictures."""
+    """A request, and what identifies it: the content has hashes in place of pictures.
 
-    body: Mapping[str, Any]
+    The body is written only if the log has no answer: its pictures take longest.
+    """
+
+    body: Callable[[], Mapping[str, Any]]
     content: Mapping[str, Any]
     estimate: float  # tokens of the prompt
     max_tokens: int  # that the answer should be allowed
@@ -125,7 +128,7 @@ def _answer(endpoint: Endpoint, body: Body, log: AnswerLog, budget: Budget, stop
         try:
             if stop.is_set():
                 raise Unanswered("stopped before the request was sent")
-            answer = ask(endpoint, {**body.body, "max_tokens": granted}, stop)
+            answer = ask(endpoint, {**body.body(), "max_tokens": granted}, stop)
             used = (
                 round(body.estimate) if answer.prompt_tokens is None else answer.prompt_tokens,
                 granted if answer.completion_tokens is None else answer.completion_tokens,

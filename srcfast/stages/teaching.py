@@ -162,8 +162,10 @@ def build_body(sample: Sample, draw: int, drawing: Drawing) -> Body:
     pictures = [load_image(sample.image_root, name) for name in sample.images]
     sampling: dict[str, Any] = {"temperature": drawing.temperature, "seed": draw}
     messages = messages_of(sample.turns, sample.question, len(pictures))
-    encoded = [_encoded(picture) for picture in pictures]
-    body = {"messages": _with_pictures(messages, [_data_url(*each) for each in encoded]), **sampling}
+
+    def body() -> dict[str, Any]:
+        return {"messages": _with_pictures(messages, list(map(_data_url, pictures))), **sampling}
+
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
     content = {"messages": _with_pictures(messages, hashes), **sampling, "max_tokens": drawing.max_tokens}
     characters = len(sample.question) + sum(len(turn.text) for turn in sample.turns)
@@ -186,19 +188,15 @@ def _with_pictures(messages: Sequence[dict[str, Any]], urls: Sequence[str]) -> l
     return with_pictures
 
 
-def _encoded(picture: Image.Image) -> tuple[str, bytes]:
-    """Return a picture's media type and bytes: small ones without loss, photographs as JPEG."""
+def _data_url(picture: Image.Image) -> str:
+    """Return a picture as a data URL: small ones without loss, photographs as JPEG."""
     if max(picture.size) > LONGEST_SIDE:
         picture = picture.copy()
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     media, options = ("png", {}) if picture.width * picture.height <= LOSSLESS else ("jpeg", {"quality": QUALITY})
     buffer = io.BytesIO()
     picture.save(buffer, media, **options)
-    return f"image/{media}", buffer.getvalue()
-
-
-def _data_url(media: str, data: bytes) -> str:
-    return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"
+    return f"data:image/{media};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def rows_in_order(samples: Sequence[Sample], taught: Taught) -> Iterator[dict[str, str]]:

@@ -28,7 +28,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request_of(text: str) -> Request[str]:
     body = {"messages": [{"role": "user", "content": text}]}
-    return Request(text, partial(Body, body, body, 10.0, 100))
+    return Request(text, partial(Body, lambda: body, body, 10.0, 100))
 
 
 def run(

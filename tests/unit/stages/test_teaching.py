@@ -91,7 +91,8 @@ def test_a_request_has_pictures_where_they_stand_and_no_gold_answer(tmp_path: Pa
         image_root=tmp_path,
     )
     request = build_body(asked, 3, Drawing(temperature=0.5, max_tokens=99))
-    messages = request.body["messages"]
+    body = request.body()
+    messages = body["messages"]
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[2]["content"] == "A cube."
@@ -103,8 +104,8 @@ def test_a_request_has_pictures_where_they_stand_and_no_gold_answer(tmp_path: Pa
     pictures = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
     assert [picture.size for picture in pictures] == [(20, 10), (700, 600), (2048, 32)]
     assert pictures[0].convert("RGB").getpixel((5, 5)) == (255, 0, 0)
-    assert (request.body["temperature"], request.body["seed"], request.max_tokens) == (0.5, 3, 99)
-    assert "SECRET" not in str(request.body) and "data:" not in str(request.content)
+    assert (body["temperature"], body["seed"], request.max_tokens) == (0.5, 3, 99)
+    assert "SECRET" not in str(body) and "data:" not in str(request.content)
 
 
 def test_the_content_changes_with_a_picture_s_pixels_alone(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_the_content_changes_with_a_picture_s_pixels_alone(tmp_path: Path) -> No
 
 def test_text_alone_is_sent_as_text() -> None:
     request = build_body(sample(), 0, Drawing())
-    assert request.body["messages"] == [{"role": "user", "content": f"How many?\n\n{INSTRUCTIONS}"}]
+    assert request.body()["messages"] == [{"role": "user", "content": f"How many?\n\n{INSTRUCTIONS}"}]
 
 
 def test_lines_are_in_the_samples_order() -> None:
