@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from srcfast.data.answer_rules import TEXTS
+from srcfast.data.answer_rules import rule_text
 from srcfast.errors import printable
 
 
@@ -38,9 +38,8 @@ def results_table(summary: dict[str, Any]) -> Table:
     entries = summary["evaluations"]
     for dataset, split in dict.fromkeys((entry["dataset"], entry["split"]) for entry in entries):
         rows = [entry for entry in entries if (entry["dataset"], entry["split"]) == (dataset, split)]
-        rule = TEXTS.get(rows[0].get("rule", ""), "")
         table.add_row(Text(printable(f"{dataset} {split} ({rows[0]['n']})"), style="bold"))
-        if rule != TEXTS["exact"]:
+        if rule := rule_text(rows[0]):
             table.add_row(Text(rule, style="dim"))
         for entry in rows:
             table.add_row(

@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from srcfast.data.answers import gold_answers, is_right
 from srcfast.data.rationale_format import normalise_answer
@@ -32,6 +32,12 @@ TOLERANCE = 0.05  # of `relaxed`
 LEAST_SIMILARITY = 0.5  # of ANLS
 _WORDS = re.compile(r"[^\W\d_]+")
 _IDS = re.compile(r"_(\d+)_(\d+)_(\d+)$")  # set, figure and question at the end of HallusionBench's indexes
+
+
+def rule_text(entry: Mapping[str, Any]) -> str:
+    """Return which answers are right in an evaluation of `summary.json`; empty where it is equal ones, or not stated."""
+    rule = entry.get("rule", "exact")
+    return "" if rule == "exact" else TEXTS.get(rule, "")
 
 
 def rule_of(samples: Sequence[Sample]) -> Rule:

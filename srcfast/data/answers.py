@@ -10,7 +10,7 @@ from fractions import Fraction
 from srcfast.data.rationale_format import normalise_answer
 from srcfast.data.records import Sample
 
-_LETTER = re.compile(r"(?P<open>\(?)(?P<letter>[A-Z])(?P<mark>[).:]*)(?P<rest>(?:\s.*)?)", re.DOTALL)
+_LETTER = re.compile(r"\(?(?P<letter>[A-Z])(?P<mark>[).:]*)(?P<rest>(?:\s.*)?)", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})?(?:\.[0-9]{1,15})?) ?%?")
 
 
@@ -24,7 +24,7 @@ def is_right(sample: Sample, answer: str | None) -> bool:
     """
     if answer is None:
         return False
-    if any(normalise_answer(answer) == normalise_answer(gold) for gold in gold_answers(sample)):
+    if normalise_answer(answer) in map(normalise_answer, gold_answers(sample)):
         return True
     options = sample.extra.get("options")
     if isinstance(options, Mapping) and (gold_letter := chosen_option(options, sample.answer)) is not None:
@@ -53,7 +53,8 @@ def chosen_option(options: Mapping[str, str], answer: str) -> str | None:
         # "A red car" is no letter with a text, unless option A says "red car".
         if not rest or match["mark"] or normalise_answer(rest) == normalise_answer(options[match["letter"]]):
             return match["letter"]
-    said = [letter for letter, option in options.items() if normalise_answer(option) == normalise_answer(text)]
+    normal = normalise_answer(text)
+    said = [letter for letter, option in options.items() if normalise_answer(option) == normal]
     return said[0] if len(said) == 1 else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from srcfast.data.answer_rules import TEXTS
+from srcfast.data.answer_rules import rule_text
 from srcfast.report.run_files import RunFiles
 
 SAMPLE_STEPS = {
@@ -72,8 +72,7 @@ class Split:
     @property
     def rule(self) -> str:
         """Which answers are right, unless it is those that are equal."""
-        rule = str(self.evaluations[0].get("rule", "")) if self.evaluations else ""
-        return "" if rule == "exact" else TEXTS.get(rule, "")
+        return rule_text(self.evaluations[0]) if self.evaluations else ""
 
     @property
     def has_cases(self) -> bool:
