@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, DatasetConfig
 from srcfast.data.answers import is_right
 from srcfast.data.jsonl import write_json
 from srcfast.data.records import Sample
@@ -41,15 +41,17 @@ def main(
     study = read_study(path)
     arm = next(iter(study.settings.arms))
     with tempfile.TemporaryDirectory() as images:
-        rights = [guessed(study.configs[arm, seed], Path(images)) for seed in range(study.settings.seeds)]
+        first, folder = study.configs[arm, 0].data.evaluation, Path(images)
+        sets = [(each, read_dataset(each, folder, [])) for each in first if each.images == "given"]
+        rights = [guessed(study.configs[arm, seed], sets, folder) for seed in range(study.settings.seeds)]
     outcomes = {name: np.stack([right[name] for right in rights]) for name in rights[0]}
     resamples = study.settings.resamples
-    sets = {name: {"accuracy": interval({name: of_set}, resamples)} for name, of_set in outcomes.items()}
+    figures = {name: {"accuracy": interval({name: of_set}, resamples)} for name, of_set in outcomes.items()}
     result: dict[str, Any] = {"command": " ".join(["python benchmarks/blind_guess.py", *sys.argv[1:]])}
-    write_json(output, result | {"accuracy": interval(outcomes, resamples), "sets": sets})
+    write_json(output, result | {"accuracy": interval(outcomes, resamples), "sets": figures})
 
 
-def guessed(config: Config, images: Path) -> Outcomes:
+def guessed(config: Config, sets: Sequence[tuple[DatasetConfig, list[Sample]]], images: Path) -> Outcomes:
     """Return by evaluation set whether the guess for each sample is right: [samples], 1.0 or 0.0."""
     answers: dict[tuple[str, str | None], Counter[str]] = {}
     for dataset in config.data.train:
@@ -57,11 +59,8 @@ def guessed(config: Config, images: Path) -> Outcomes:
             for kind in (sample.extra.get("kind"), None):
                 answers.setdefault((dataset.format, kind), Counter())[sample.answer] += 1
     return {
-        f"{dataset.name}-{dataset.split}": np.array(
-            [float(is_right(one, guess(one, dataset.format, answers))) for one in read_dataset(dataset, images, [])]
-        )
-        for dataset in config.data.evaluation
-        if dataset.images == "given"
+        dataset.label: np.array([float(is_right(one, guess(one, dataset.format, answers))) for one in samples])
+        for dataset, samples in sets
     }
 
 

@@ -26,16 +26,16 @@ def page() -> str:
     return " ".join(text[text.index("## The study") : text.index("### An earlier study")].split())
 
 
-def shown(value: list[float], sign: int = 1) -> str:
+def shown(value: list[float], sign: int = 1) -> tuple[str, str]:
     """As the page writes a difference: `3.4 points of alignment (2.4 to 4.5)`, without the words."""
     low, high = sorted((sign * value[1], sign * value[2]))
-    return f"{100 * sign * value[0]:.1f}", f"({100 * low:.1f} to {100 * high:.1f})"  # type: ignore[return-value]
+    return f"{100 * sign * value[0]:.1f}", f"({100 * low:.1f} to {100 * high:.1f})"
 
 
 def test_the_result_has_the_arms_and_differences_of_its_settings(summary: dict[str, Any]) -> None:
     study = read_study(ROOT / "benchmarks" / "study" / "main.yaml")
     assert list(summary) == ["arms", "differences", "judges"]
-    assert list(summary["arms"]) == list(study.settings.arms) == [name for name in summary["arms"]]
+    assert list(summary["arms"]) == list(study.settings.arms)
     assert set(summary["arms"]) == set(study_tables.ARMS) and len(study_tables.ARMS) == 12
     assert list(summary["differences"]) == list(study.settings.differences)
     assert {arm["seeds"] for arm in summary["arms"].values()} == {5}
@@ -92,11 +92,13 @@ def test_what_the_page_calls_a_gain_leaves_0_out_and_what_it_calls_none_does_not
         _, low, high = entry[figure]
         return (low > 0) - (high < 0)
 
-    own = [name for name in differences["src_improved - rationale"]["sets"] if not study_tables.is_control(name)]
+    with_pictures = [
+        name for name in differences["src_improved - rationale"]["sets"] if not study_tables.is_control(name)
+    ]
     gains = {"world-test", "world-new_renderer", "digits-test", "easy-vqa-test"}
-    assert {name for name in own if sign("src_improved - rationale", of=name)} == gains
+    assert {name for name in with_pictures if sign("src_improved - rationale", of=name)} == gains
     assert sign("src_improved - rationale") == sign("src_improved - gold_sft") == 1
-    assert not any(sign("src_improved - gold_sft", of=name) for name in own)
+    assert not any(sign("src_improved - gold_sft", of=name) for name in with_pictures)
     assert sign("src_improved - gold_sft", "accuracy") == sign("src_improved - judged_sft") == 0
     assert sign("src - judged_sft") == sign("src - judged_sft", "accuracy") == -1
     assert (

@@ -87,11 +87,11 @@ def test_a_teacher_s_rationales_train_as_the_samples_own_do(srcfast: Srcfast, wo
     entries = [{"id": row["id"], "rationale": row["rationale"], "answer": row["answer"]} for row in rows]
     entries.append({"id": "another", "rationale": "It is so.", "answer": "no"})
     teacher = write_rows(tmp_path / "taught.jsonl", entries)
-    own = write_rows(tmp_path / "own.jsonl", rows)
+    stated = write_rows(tmp_path / "stated.jsonl", rows)
     without = write_rows(tmp_path / "without.jsonl", [row | {"rationale": None} for row in rows])
     words = ("--image-root", world.parent, *LOOP, "scorer_training.qualities=[answer]", "scorer_training.held_out=0.4")
     results = []
-    for name, data, more in (("own", own, ()), ("taught", without, (f"rationale.teacher={teacher}",))):
+    for name, data, more in (("stated", stated, ()), ("taught", without, (f"rationale.teacher={teacher}",))):
         done = srcfast("scorer", "--data", data, "--output", tmp_path / name, *words, *more)
         assert done.exit_code == 0, done.output
         results.append((tmp_path / name / "model.safetensors").read_bytes())

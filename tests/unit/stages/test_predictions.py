@@ -29,7 +29,7 @@ def test_a_table_s_question_options_and_split_come_back_with_the_bare_answer(tmp
     assert (second["question"], second["prediction"], second["A"], second["split"]) == ("How many?", "", "", "")
 
 
-def read_table(folder: Path, rows: list[dict[str, str]]) -> tuple[EvaluationSet, Config]:
+def read_table(folder: Path, rows: list[dict[str, str]], **more: str) -> EvaluationSet:
     """Write a table as VLMEvalKit's, each row with the same picture, and read it as an evaluation set."""
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     lines = [["image_path", *rows[0]]] + [["a.png", *row.values()] for row in rows]
@@ -40,15 +40,16 @@ def read_table(folder: Path, rows: list[dict[str, str]]) -> tuple[EvaluationSet,
         "path": str(folder / "t.tsv"),
         "image_root": str(folder),
         "split": "test",
+        **more,
     }
     config = Config(data={"evaluation": [dataset]}, output=str(folder / "out"))
     [read] = read_evaluation_sets(config.data.evaluation, config, folder / "images", [])
-    return read, config
+    return read
 
 
 def entry_of(folder: Path, rows: list[dict[str, str]], texts: list[str]) -> dict[str, Any]:
     """Return the summary's entry of these responses to a table's rows."""
-    dataset, config = read_table(folder, rows)
+    dataset = read_table(folder, rows)
     made = [predict(sample, text, dataset.rule) for sample, text in zip(dataset.samples, texts, strict=True)]
     counts = write_predictions(folder / "p", dataset.samples, iter(made), dataset.rule)
     return summarise(counts, model="m", dataset="t", split="test", resamples=100, seed=0)
@@ -78,9 +79,7 @@ def test_a_table_of_yes_and_no_has_figures_and_questions(tmp_path: Path) -> None
 
 def test_a_table_with_several_answers_in_a_cell(tmp_path: Path) -> None:
     cells = ["['12 May', \"May 12\"]", "[red]", "['one']"]
-    dataset, _ = read_table(
-        tmp_path, [{"index": str(n), "question": "When?", "answer": a} for n, a in enumerate(cells)]
-    )
+    dataset = read_table(tmp_path, [{"index": str(n), "question": "When?", "answer": a} for n, a in enumerate(cells)])
     assert [(s.answer, s.extra.get("answers")) for s in dataset.samples] == [
         ("12 May", ["May 12"]),
         ("[red]", None),  # a text in brackets
@@ -90,14 +89,6 @@ def test_a_table_with_several_answers_in_a_cell(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_is_named_wins(tmp_path: Path) -> None:
-    table = {
-        "name": "t",
-        "format": "vlmeval_tsv",
-        "path": str(tmp_path / "t.tsv"),
-        "image_root": str(tmp_path),
-        "split": "test",
-    }
-    read_table(tmp_path, [{"index": "1", "question": "How much?", "answer": "100"}])
-    config = Config(data={"evaluation": [table | {"rule": "relaxed"}]}, output=str(tmp_path / "out"))
-    [dataset] = read_evaluation_sets(config.data.evaluation, config, tmp_path / "images", [])
+    rows = [{"index": "1", "question": "How much?", "answer": "100"}]
+    dataset = read_table(tmp_path, rows, rule="relaxed")
     assert dataset.rule == "relaxed" and predict(dataset.samples[0], "104", dataset.rule).right
