@@ -62,10 +62,12 @@ def chat_server(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[ChatS
                 server.headers.append(dict(self.headers))
             try:
                 assert self.path == "/v1/chat/completions"
-                self.answer(body, reply(body, before))
+                how = reply(body, before)
+                time.sleep(how.delay)
             finally:
                 with lock:
-                    running -= 1
+                    running -= 1  # before the client can have the reply and send its next request
+            self.answer(body, how)
 
         def do_GET(self) -> None:  # as a followed redirect would
             with lock:
@@ -73,22 +75,21 @@ def chat_server(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[ChatS
             self.send_error(404)
 
         def answer(self, body: dict[str, Any], how: Reply) -> None:
-            time.sleep(how.delay)
             finish = "length" if how.truncated else "stop"
             row: dict[str, Any] = {"choices": [{"message": {"content": how.text}, "finish_reason": finish}]}
             if how.usage is not None:
                 row["usage"] = {"prompt_tokens": how.usage[0], "completion_tokens": how.usage[1]}
             data = json.dumps(row).encode() if how.raw is None else how.raw
+            if how.status == 200 and how.raw is None and not how.cut:
+                with lock:
+                    server.answered.append(body)
+                    server.tokens += sum(how.usage or (0, 0))
             self.send_response(how.status)
             for name, value in how.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if how.cut else data)
-            if how.status == 200 and how.raw is None and not how.cut:
-                with lock:
-                    server.answered.append(body)
-                    server.tokens += sum(how.usage or (0, 0))
 
         def log_message(self, *_: Any) -> None: ...
 
