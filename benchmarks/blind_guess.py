@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.data.answers import is_right
 from srcfast.data.jsonl import write_json
 from srcfast.data.records import Sample

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import typer
 
-from srcfast.config.settings import DatasetConfig
+from srcfast.config.datasets import DatasetConfig
 from srcfast.data.jsonl import read_jsonl, write_json, write_jsonl
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, ReferenceQuality, Sample

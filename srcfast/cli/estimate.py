@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from srcfast.cli.table import table
-from srcfast.config.settings import Config, CurationConfig, DatasetConfig
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.settings import Config, CurationConfig
 from srcfast.data.forest import Forest
 from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.advice import advice, largest_value, with_setting

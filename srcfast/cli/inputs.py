@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srcfast.config.datasets import DatasetConfig
 from srcfast.config.load import known_settings, load_config
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.config.yaml import dump_yaml
 from srcfast.data.containers import is_table
 from srcfast.data.in_order import InOrder, samples_in_order

@@ -10,7 +10,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from srcfast.config.settings import Config, DatasetConfig, Preset, Section
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.section import Section
+from srcfast.config.settings import Config, Preset
 from srcfast.config.yaml import note_lines, parse_yaml, read_yaml
 from srcfast.errors import ConfigError, shorten
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from srcfast.config.settings import DatasetConfig
+from srcfast.config.datasets import DatasetConfig
 from srcfast.data.images import load_image
 from srcfast.data.records import Sample
 from srcfast.recipes.language import Drawn, Stage, Writer

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srcfast.config.settings import DRAWN, Config, DatasetConfig
+from srcfast.config.datasets import DRAWN, DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.config.yaml import read_yaml
 from srcfast.data.answer_rules import Rule, rule_of
 from srcfast.data.corruptions import Vocabulary

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from srcfast.config.datasets import DatasetConfig
 from srcfast.config.load import config_of
-from srcfast.config.settings import Config, DatasetConfig, Section
+from srcfast.config.section import Section
+from srcfast.config.settings import Config
 from srcfast.config.yaml import read_yaml
 from srcfast.data.file_names import check_file_name
 from srcfast.errors import ConfigError, InputError, shorten

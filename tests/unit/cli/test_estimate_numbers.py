@@ -14,7 +14,8 @@ import pytest
 from srcfast import calibrate
 from srcfast.cli import estimate
 from srcfast.cli.estimate import StageEstimate, _count, _estimate_stage, _known, _summary, sample_flops
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.data.forest import Forest
 from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.plan import Lengths, policy_sizes, typical_tree

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from srcfast.cli.app import app
+from srcfast.config.datasets import DatasetConfig
 from srcfast.config.load import load_config
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.errors import ConfigError
 from srcfast.training.profiler import parse_steps
 from srcfast.units import parse_bytes

@@ -1,6 +1,7 @@
 """Every default, literally: a changed one changes what runs compute that say nothing of it, and belongs in the changelog."""
 
-from srcfast.config.settings import CandidatesConfig, Config, DatasetConfig, DPOConfig, LoRAConfig
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.settings import CandidatesConfig, Config, DPOConfig, LoRAConfig
 from srcfast.data.jsonl import flatten
 
 DEFAULTS = {

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from srcfast.cli.app import app
 from srcfast.cli.inputs import Source, check_output, datasets
-from srcfast.config.settings import Config, DatasetConfig
+from srcfast.config.datasets import DatasetConfig
+from srcfast.config.settings import Config
 from srcfast.data.convert import convert
 from srcfast.data.readers import read_logprob_rows, read_preferences, read_samples
 from srcfast.errors import ConfigError, InputError

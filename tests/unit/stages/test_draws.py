@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srcfast.config.settings import DatasetConfig
+from srcfast.config.datasets import DatasetConfig
 from srcfast.data.records import Candidate, Sample
 from srcfast.stages.candidates import diversity
 from srcfast.stages.datasets import draw, draw_round, read_dataset

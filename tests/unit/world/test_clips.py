@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from srcfast.config.settings import DatasetConfig
+from srcfast.config.datasets import DatasetConfig
 from srcfast.data.rationale_format import ParsedResponse, format_response, parse_response, tagged_rationale
 from srcfast.errors import InputError
 from srcfast.models import load_lvlm
