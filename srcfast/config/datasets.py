@@ -11,7 +11,7 @@ from srcfast.data.file_names import as_stored, check_file_name
 from srcfast.data.records import ReferenceQuality
 
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
-YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "reference", "rule")
+YOUNGER_OF_DATASETS = ("follow_links", "duplicate_ids", "images", "rationales", "reference", "rule")
 DRAWN = ("world", "clips", "digits", "charts")  # formats whose samples are drawn, as many as are asked for
 
 
@@ -45,6 +45,8 @@ class DatasetConfig(Section):
     images: Literal["given", "shuffled", "blank"] = "given"
     """`shuffled`: each sample with another one's images; `blank`: plain gray ones. Of an evaluation set, these controls show what
     a model answers without seeing"""
+    rationales: Literal["given", "none"] = "given"
+    """`none`: leave out the samples' rationales and facts, as in data of questions and answers alone, which `srcfast teach` is for"""
     reference: ReferenceQuality = "complete"
     """What of a sample's facts, or else of its rationale, the R-Scorer sees: `complete`: all; `noisy`: one word or number is
     wrong; `partial`: half is left out; `answer`: all but the answer is. For studies of judging; stage 1 and the oracle see all"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class EvaluationSet:
 def read_dataset(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[str, Any]]) -> list[Sample]:
     """Read a dataset's samples and append its bad records to `rejected`; images that are made are written to `image_dir`."""
     samples = _read_samples(dataset, image_dir, rejected)
+    if dataset.rationales == "none":
+        samples = [replace(sample, rationale=None, facts=()) for sample in samples]
     if dataset.images == "blank":
         return blank_images(samples, image_dir)
     return shuffled_images(samples, dataset.seed) if dataset.images == "shuffled" else samples

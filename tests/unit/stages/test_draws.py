@@ -62,6 +62,24 @@ def test_a_format_that_is_drawn_gives_as_many_samples_as_are_asked_for(format: s
     assert {sample.images[0] for sample in samples} == {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_dataset_without_rationales_has_neither_them_nor_facts(tmp_path: Path) -> None:
+    row = {
+        "id": "a",
+        "images": [],
+        "question": "What?",
+        "answer": "red",
+        "rationale": "It is red.",
+        "facts": ["A red cup."],
+        "x": 1,
+    }
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    dataset = DatasetConfig(name="some", format="jsonl", path=str(tmp_path / "data.jsonl"))
+    (given,) = read_dataset(dataset, tmp_path, [])
+    assert (given.rationale, given.facts) == ("It is red.", ("A red cup.",))
+    (bare,) = read_dataset(dataset.replace(rationales="none"), tmp_path, [])
+    assert bare.to_json() == {"id": "a", "images": [], "question": "What?", "answer": "red", "x": 1}
+
+
 def test_diversity_of_candidates_of_different_lengths() -> None:
     """Bigrams {12, 23, 34, 45} and {12, 23}: 2 of 4 in common; the third shares none with either."""
     group = [
