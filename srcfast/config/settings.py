@@ -293,7 +293,7 @@ class DPOConfig(TrainingConfig):
     preference_weight: float = Field(1.0, ge=0, le=1000)
     """Weight of the preference loss. 0 = none: with sft_weight above 0 the stage then fine-tunes on the chosen responses, each
     weighted by its pair's confidence"""
-    sft_weight: float = Field(0.1, ge=0, le=1000)
+    sft_weight: float = Field(1.0, ge=0, le=1000)
     """Weight of the mean negative log-likelihood of the chosen response's tokens, added to the loss; 0 = none"""
     quality_weight: float = Field(0.0, ge=0, le=1000)
     """Weight of the quality loss, which pulls the chosen response's reward above 0 and the rejected one's below, each by itself

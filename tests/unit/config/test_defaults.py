@@ -97,7 +97,7 @@ DEFAULTS = {
     "dpo.credit": "response",
     "dpo.label_smoothing": 0.0,
     "dpo.preference_weight": 1.0,
-    "dpo.sft_weight": 0.1,
+    "dpo.sft_weight": 1.0,
     "dpo.quality_weight": 0.0,
     "dpo.rehearsal_weight": 0.0,
     "dpo.reuse_generation_logprobs": True,
