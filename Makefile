@@ -9,8 +9,12 @@ NATIVE := kernels/srcfast_kernels/_native.so
 
 .PHONY: demo test simulated fault fuzz mutants oldest lint clean
 
+# Rationales for questions that have answers alone, an R-Scorer from them, the calibration. The same command continues.
 demo: $(NATIVE)
-	$(BIN)/python -m srcfast calibrate srcfast/world/demo.yaml
+	$(BIN)/python -m srcfast rationale srcfast/world/demo.yaml --output runs/demo-teacher
+	$(BIN)/python -m srcfast teach srcfast/world/from_answers.yaml --adapter runs/demo-teacher --output runs/demo-taught.jsonl
+	$(BIN)/python -m srcfast scorer srcfast/world/from_answers.yaml --output runs/demo-r-scorer
+	$(BIN)/python -m srcfast calibrate srcfast/world/from_answers.yaml
 
 test: $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not simulated and not fault and not fuzz"

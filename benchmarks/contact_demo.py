@@ -24,7 +24,7 @@ TINY = (
     "evaluation={max_new_tokens: 96, batch_size: 4, headroom_samples: 2, bootstrap_resamples: 100}",
 )
 STORED = ("model", "dataset", "split", "n", "accuracy", "accuracy_ci95", "alignment", "alignment_ci95")
-ON_A_CPU = ROOT / "benchmarks" / "results" / "demo.json"
+ON_A_CPU = ROOT / "benchmarks" / "results" / "demo_calibration.json"
 
 
 def cases(context: Context) -> Cases:

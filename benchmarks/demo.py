@@ -2,7 +2,8 @@
 
     python benchmarks/demo.py
 
-Runs `srcfast/world/demo.yaml` as `make demo` does, from nothing, in a process of its own; writes `benchmarks/results/demo.json`.
+Runs the commands of `make demo` from nothing, each in a process, and writes `benchmarks/results/demo.json`; then the calibration
+of `srcfast/world/demo.yaml` alone, and writes `benchmarks/results/demo_calibration.json`, with which first contact compares a GPU's.
 """
 
 from __future__ import annotations
@@ -13,27 +14,53 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from srcfast.data.jsonl import write_json
 from srcfast.run.environment import environment
 
 ROOT = Path(__file__).parents[1]
-KEPT = ("seconds", "peak_rss_bytes", "stages", "evaluations")
+RESULTS = ROOT / "benchmarks" / "results"
+WORLD = "srcfast/world"
+COMMANDS = (
+    f"rationale {WORLD}/demo.yaml --output runs/demo-teacher",
+    f"teach {WORLD}/from_answers.yaml --adapter runs/demo-teacher --output runs/demo-taught.jsonl",
+    f"scorer {WORLD}/from_answers.yaml --output runs/demo-r-scorer",
+    f"calibrate {WORLD}/from_answers.yaml",
+)
+STORED = ("seconds", "peak_rss_bytes", "stages", "evaluations")
 
 
 def main() -> None:
-    """One run from nothing, with the machine to itself."""
-    with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "srcfast", "calibrate", "srcfast/world/demo.yaml", f"output={output}"]
-        start = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True)
-        wall_seconds = time.perf_counter() - start
-        summary = json.loads((Path(output) / "demo" / "summary.json").read_text(encoding="utf-8"))
-    result = {"command": "python benchmarks/demo.py", "device": environment() | {"platform": platform.platform()}}
-    result |= {"wall_seconds": wall_seconds} | {key: summary[key] for key in KEPT}
-    write_json(ROOT / "benchmarks" / "results" / "demo.json", result)
-    print(f"{wall_seconds:.0f} s, {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    """Both from nothing, with the machine to themselves."""
+    measure(COMMANDS, RESULTS / "demo.json")
+    measure([f"calibrate {WORLD}/demo.yaml"], RESULTS / "demo_calibration.json")
+
+
+def measure(commands: Sequence[str], output: Path) -> None:
+    """Run the commands in an empty folder, one after the other, and write what they took and what came of the run."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for words in commands:
+            arguments = words.replace(WORLD, str(ROOT / WORLD)).split()
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "srcfast", *arguments], cwd=folder, check=True)
+            seconds[f"srcfast {words}"] = time.perf_counter() - start
+        results = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for name in ("funnel", "summary")
+            for path in Path(folder).glob(f"runs/*/{name}.json")
+        }
+    result: dict[str, Any] = {"command": "python benchmarks/demo.py"}
+    result |= {"device": environment() | {"platform": platform.platform()}}
+    result |= {"wall_seconds": sum(seconds.values()), "commands": seconds}
+    if "demo-r-scorer" in results:
+        result |= {"taught": results["demo-taught.jsonl.asked"], "r_scorer": results["demo-r-scorer"]["held_out"]}
+    result |= {key: results["demo"][key] for key in STORED}
+    write_json(output, result)
+    print(f"{output.name}: {result['wall_seconds']:.0f} s, {results['demo']['peak_rss_bytes'] / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class DatasetConfig(Section):
     """`shuffled`: each sample with another one's images; `blank`: plain gray ones. Of an evaluation set, these controls show what
     a model answers without seeing"""
     rationales: Literal["given", "none"] = "given"
-    """`none`: leave out the samples' rationales and facts, as in data of questions and answers alone, which `srcfast teach` is for"""
+    """`none`: leave out the samples' rationales and facts, as in data of questions and answers alone, for which
+    `srcfast teach` has rationales written"""
     reference: ReferenceQuality = "complete"
     """What of a sample's facts, or else of its rationale, the R-Scorer sees: `complete`: all; `noisy`: one word or number is
     wrong; `partial`: half is left out; `answer`: all but the answer is. For studies of judging; stage 1 and the oracle see all"""
