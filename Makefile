@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := kernels/srcfast_kernels/_native.so
 
-.PHONY: demo test simulated fault fuzz mutants oldest lint clean
+.PHONY: demo test simulated fault fuzz mutants oldest lint site clean
 
 # Rationales for questions that have answers alone, an R-Scorer from them, the calibration. The same command continues.
 demo: $(NATIVE)
@@ -48,11 +48,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The documentation as pages to open or to serve, in site/; `make test` builds it, too.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'srcfast needs Python 3.11 or newer: make PYTHON=...')"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,report,data]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,report,data,docs]"
 	touch $(STAMP)
 
 # Built after the installation, against the torch that will load it. Without a compiler srcfast runs, slower in places: see
@@ -61,4 +65,4 @@ $(NATIVE): $(STAMP) $(wildcard csrc/*)
 	-$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 clean:
-	rm -rf .oldest $(NATIVE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .oldest $(NATIVE) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
