@@ -27,7 +27,7 @@ from srcfast.cli.inputs import (
 )
 from srcfast.cli.table import results_table
 from srcfast.cli.teach import asked_directory, rejected_file, write_taught
-from srcfast.config.settings import Config
+from srcfast.config.settings import Config, LoRAConfig
 from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.rationale_pairs import read_teacher, with_teacher
@@ -80,6 +80,12 @@ def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]
     return decorate
 
 
+def say_what_servers_take(config: Config, lora: LoRAConfig) -> None:
+    """Print that an adapter of projector or tower is merged before it is served."""
+    if (lora.projector or lora.tower_layers) and not config.quiet:
+        print("to serve: srcfast merge first; vLLM and SGLang take adapters of the language model alone")
+
+
 def calibrate(config: Config, profile: range | None = None) -> None:
     """Run all stages, then print the results and the path of the page.
 
@@ -95,6 +101,7 @@ def calibrate(config: Config, profile: range | None = None) -> None:
         summary = json.loads((config.run_path / "summary.json").read_text(encoding="utf-8"))
         Console().print(results_table(summary))
     print(f"page: {page}")
+    say_what_servers_take(config, config.lora)
 
 
 @on_ranks("rationale")
@@ -112,6 +119,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     with training_stage("rationale", config, output, steps, lambda: [policy.model], profile) as stage:
         tune_rationale(stage, policy, pairs, loop)
         policy.save(output)
+        say_what_servers_take(config, policy.model.lora_config)
         stage.result = {
             "model": str(policy.model.path),
             "samples": len(pairs) + dropped.total(),
@@ -226,6 +234,7 @@ def dpo(
     with training_stage("dpo", config, output, steps, lambda: [policy.model], profile) as stage:
         tune_preferences(stage, policy, pairs, settings)
         policy.save(output)
+        say_what_servers_take(config, policy.model.lora_config)
         stage.result = {"model": str(policy.model.path), "pairs": len(pairs), "references_computed": missing}
 
 

@@ -31,7 +31,6 @@ from srcfast.models.vision_adapters import (
     tower_layer,
     vision_linears,
     vision_of,
-    vision_patterns,
 )
 from srcfast_kernels import swiglu
 from srcfast_kernels.dropout import dropout_product
@@ -332,18 +331,15 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
         f"base_model.model.{_full_name(model, name)}.weight": parameter for name, parameter in parameters.items()
     }
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
-    # A pattern, not names: the vision tower has q_proj and the like, too, and must stay as it is.
-    targets = "|".join(sorted(config.target_modules, key=lambda name: (*TARGETS, name).index(name)))
-    scope = r".*\." if prefix == "model" else rf".*{prefix.rpartition('.')[2]}\..*"
-    pattern = rf"{scope}({targets})"
+    # Lists alone: servers read no regular expression here. The vision tower has q_proj and the like, too, and must stay as it is.
+    targets = sorted(config.target_modules, key=lambda name: (*TARGETS, name).index(name))
+    excluded = None if prefix == "model" else rf"(?!.*{prefix.rpartition('.')[2]}\.).*"
     layers = adapters(model)
-    if any(
+    of_vision = any(map(is_of_vision, layers))
+    if of_vision or any(
         name not in layers for name in _named_linears(model.decoder) if name.rpartition(".")[2] in config.target_modules
     ):
-        # Some layers alone, each by its name.
-        pattern = "|".join(re.escape(f"{prefix}.{name}") for name in layers if not is_of_vision(name))
-    of_vision = [name for name in layers if is_of_vision(name)]
-    pattern = "|".join([pattern, *vision_patterns(of_vision)])
+        targets, excluded = [_full_name(model, name) for name in layers], None
     # A tower's layers have numbers, too.
     named = {_full_name(model, name) if of_vision else name: layer for name, layer in layers.items()}
     rank, ranks = _common({name: len(layer.lora_A) for name, layer in named.items()})
@@ -355,7 +351,8 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": pattern,
+        "target_modules": targets,
+        **({"exclude_modules": excluded} if excluded else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

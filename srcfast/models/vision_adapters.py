@@ -7,7 +7,6 @@ Adapters of the decoder are named from the decoder on ("layers.0.mlp.up_proj"), 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -108,16 +107,3 @@ def stored_name(key: str) -> str | None:
     """
     start = max(key.find(PROJECTOR), key.find(TOWER))
     return None if start < 0 else key[start:].replace(f"{TOWER}vision_model.", TOWER)
-
-
-def vision_patterns(names: Collection[str]) -> list[str]:
-    """Return regular expressions that match these names, after "model.", and no other linear's."""
-    tower = [match for name in names if name.startswith(TOWER) and (match := _LAYER.match(name))]
-    patterns = [re.escape(f"model.{name}") for name in names if name.startswith(PROJECTOR)]
-    if not tower:
-        return patterns
-    layers, linears = (list(dict.fromkeys(match[group] for match in tower)) for group in (2, 3))
-    if len(tower) < len(layers) * len(linears):  # other linears in each layer
-        return patterns + [re.escape(f"model.{match[0]}") for match in tower]
-    within = "|".join(map(re.escape, linears))
-    return [*patterns, rf"{re.escape(f'model.{tower[0][1]}')}({'|'.join(layers)})\.({within})"]

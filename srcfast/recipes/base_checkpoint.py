@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from srcfast.data.jsonl import write_json
 from srcfast.models import LVLM, TextModel
 from srcfast.models.text_model import load_tokenizer, save_text_model
 
@@ -114,6 +115,15 @@ def new_lvlm(
     tokenizer.save_pretrained(directory)
     size = {"height": image_size, "width": image_size}
     CLIPImageProcessorPil(size=size, crop_size=size, resample=3).save_pretrained(directory)
+    # What transformers' AutoProcessor needs beside these; srcfast reads it from config.json.
+    processor = {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,  # the class token, which the strategy leaves out
+        "patch_size": patch_size,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    write_json(directory / "processor_config.json", processor)
 
 
 @torch.no_grad()

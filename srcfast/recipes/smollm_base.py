@@ -187,8 +187,9 @@ def new_checkpoint(directory: Path, tower: Path, language: Path, seed: int) -> N
     model.lm_head.load_state_dict(text.lm_head.state_dict())
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    with replacing(directory / "preprocessor_config.json") as copy:
-        copy.write((tower / "preprocessor_config.json").read_bytes())
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        with replacing(directory / name) as copy:
+            copy.write((tower / name).read_bytes())
 
 
 if __name__ == "__main__":

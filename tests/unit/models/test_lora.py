@@ -355,7 +355,7 @@ def test_the_written_settings_are_those_of_the_adapter(tmp_path: Path) -> None:
         "use_rslora": False,
     }
     assert {name: settings[name] for name in expected} == expected
-    assert settings["target_modules"].endswith("(q_proj|v_proj)")
+    assert settings["target_modules"] == ["q_proj", "v_proj"] and "exclude_modules" not in settings
     assert "rank_pattern" not in settings and "alpha_pattern" not in settings
 
 
