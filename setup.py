@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 STUDY = [  # whose data files the formats digits and charts read; another version's could be others
@@ -89,6 +90,15 @@ class BuildNative(build_ext):
             super().copy_extensions_to_source()
 
 
+class Wheel(bdist_wheel):
+    """Tag a wheel for its platform where it holds the native library, for all where it does not, and for no one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = bool(self.get_finalized_command("build_ext").get_outputs())
+        self.root_is_pure = not built
+        return ("py3", "none", super().get_tag()[2] if built else "any")
+
+
 setup(
     name="srcfast",
     version="0.1.0",
@@ -123,6 +133,6 @@ setup(
     ],
     extras_require=EXTRAS,
     ext_modules=[NATIVE],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     entry_points={"console_scripts": ["srcfast = srcfast.cli.app:app"]},
 )

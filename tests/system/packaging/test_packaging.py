@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from email.message import Message
@@ -121,6 +122,8 @@ def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
     if shutil.which("c++"):
         expected.add("srcfast_kernels/_native.so")
     assert held_by(wheel) == expected
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_") if shutil.which("c++") else "any"
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")  # the library is for a platform and for any Python
     for needed in (
         "srcfast_kernels/linear_logprob.py",
         "srcfast_benchmarks/linear_logprob.py",
@@ -135,6 +138,10 @@ def test_a_wheel_holds_the_packages_whole_and_nothing_else(wheel):
 def test_without_a_compiler_the_wheel_is_whole_but_for_the_native_library(wheel, tmp_path):
     built = build_wheel(tmp_path, CXX="/bin/false", CC="/bin/false")
     assert held_by(built) == held_by(wheel) - {"srcfast_kernels/_native.so"}
+    assert built.name.endswith("-py3-none-any.whl")
+    [about] = [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".dist-info/WHEEL")]
+    fields = email.message_from_bytes(zipfile.ZipFile(built).read(about))
+    assert (fields["Tag"], fields["Root-Is-Purelib"]) == ("py3-none-any", "true")
 
 
 def test_the_advised_build_asks_for_what_a_build_without_isolation_lacks():
