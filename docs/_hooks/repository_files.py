@@ -1,11 +1,13 @@
 """A hook of MkDocs: pages of the repository that lie outside docs/, and files that pages link to, become pages of the site.
 
 The repository has no public address yet, so a link to a file must lead to a copy of it. Copies are under `repository/`, at the
-path of the file in the repository; a source file is shown as a block of code, a folder as a list of its files.
+path of the file in the repository; a source file is shown as a block of code, a notebook by its cells, and a folder as a list of
+its files.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -98,9 +100,10 @@ def content(path: PurePosixPath) -> str:
     text = file.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text
-    language = {".py": "python", ".cpp": "cpp", ".yaml": "yaml", ".cff": "yaml", ".ipynb": "json"}.get(
-        path.suffix, "text"
-    )
+    if path.suffix == ".ipynb":
+        cells = [(cell["cell_type"] == "code", "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+        return "\n\n".join(f"```python\n{source}\n```" if is_code else source for is_code, source in cells) + "\n"
+    language = {".py": "python", ".cpp": "cpp", ".yaml": "yaml", ".cff": "yaml"}.get(path.suffix, "text")
     return f"# {path}\n\n````{language}\n{text.rstrip()}\n````\n"
 
 
