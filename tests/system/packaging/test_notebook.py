@@ -64,7 +64,9 @@ def test_its_cells_run_in_order_and_again(tmp_path: Path) -> None:
     assert sum(ours != theirs for ours, theirs in zip(cells, CODE, strict=True)) == 1
     said = run_cells(cells, tmp_path)
     assert written(tmp_path) == [("base", 8), ("rationale", 8), ("iteration-1", 8)]
-    assert said.count("<PIL.Image.Image ") == 9  # pictures of six samples and of three with candidates, shown as what they are
+    assert (
+        said.count("<PIL.Image.Image ") == 9
+    )  # pictures of six samples and of three with candidates, shown as what they are
     scores = [float(number) for number in re.findall(r"^  (\d\.\d\d)  ", said, re.MULTILINE)]
     assert len(scores) > 3 and all(0 <= score <= 1 for score in scores)
     assert said.count("aligned:") == 3
