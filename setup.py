@@ -39,6 +39,7 @@ EXTRAS = {
         "easy-vqa>=1.0",
         "pyarrow>=15",
         "datasets>=3",  # writes the files that are read
+        "playwright>=1.45",  # opens pages in an installed Chromium
         *STUDY,
         "setuptools>=77",  # a test builds the wheel
     ],
