@@ -3,7 +3,7 @@ FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
 
 ARG TORCH_VERSION=2.11.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
-# none: without FlashAttention, whose build takes long; PyTorch's own kernel is used then.
+# none: without FlashAttention, whose build takes long; PyTorch's kernel is used then.
 ARG FLASH_ATTN=flash-attn>=2.8,<3
 
 RUN apt-get update \
