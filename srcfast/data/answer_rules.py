@@ -2,9 +2,11 @@
 
 exact     equal to the gold answer, both normalised (`srcfast.data.answers`)
 choice    multiple choice: the right option's letter, or its text (MMStar, MMBench, ...)
-relaxed   numbers within 5 % of the gold one; else exact (ChartQA: Masry et al. 2022)
+relaxed   numbers within 5 % of a gold one; else exact (ChartQA: Masry et al. 2022)
 yes_no    an answer with the word yes or no, but not both (POPE: Li et al. 2023; HallusionBench: Guan et al. 2024)
 anls      average normalised Levenshtein similarity, below one half 0 (DocVQA: Mathew et al. 2021)
+
+Where the evaluators of VLMEvalKit and lmms-eval decide otherwise is written in docs/data.md.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import Any, Literal, get_args
 from srcfast.data.answers import gold_answers, is_right
 from srcfast.data.rationale_format import normalise_answer
 from srcfast.data.records import Sample
+from srcfast.data.vlmeval import QUESTION_KEY
 
 Rule = Literal["exact", "choice", "relaxed", "yes_no", "anls"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 TEXTS: dict[str, str] = {
     "exact": "answers equal to the gold one, but for case, articles, final periods and number words",
-    "choice": "multiple choice: the right option's letter or text",
-    "relaxed": "relaxed accuracy: numbers within 5 % of the gold one, other answers exact",
+    "choice": "multiple choice: the right option's letter or text; chance: a guess among the options",
+    "relaxed": "relaxed accuracy: numbers within 5 % of a gold one, without % and currency signs, other answers exact; "
+    "pix2struct: by the reference code, in which 5% is 0.05 and a number with commas a text",
     "yes_no": "yes or no: an answer with one of the two words; yes is positive",
     "anls": "accuracy: equal to a gold answer; ANLS: normalised Levenshtein similarity to the nearest one, 0 below 0.5",
 }
@@ -32,6 +36,8 @@ TOLERANCE = 0.05  # of `relaxed`
 LEAST_SIMILARITY = 0.5  # of ANLS
 _WORDS = re.compile(r"[^\W\d_]+")
 _IDS = re.compile(r"_(\d+)_(\d+)_(\d+)$")  # set, figure and question at the end of HallusionBench's indexes
+CATEGORY_COLUMNS = ("split", "category", "l2-category", "l2_category")  # of VLMEvalKit's tables
+_ROTATION = 10**6  # MMBench: the indexes of a question with its options rotated differ by multiples of this
 
 
 def rule_text(entry: Mapping[str, Any]) -> str:
@@ -66,6 +72,35 @@ def is_right_by(rule: Rule, sample: Sample, answer: str | None) -> bool:
     return is_right(sample, answer)
 
 
+def categories_of(rule: Rule, sample: Sample) -> list[tuple[str, str]]:
+    """Return (column, value) of a sample's categories. By `yes_no` it may be in several: POPE's "popular,random"."""
+    cells = [(column, sample.extra.get(column)) for column in CATEGORY_COLUMNS]
+    values = [(column, cell) for column, cell in cells if isinstance(cell, str) and cell.strip()]
+    if rule != "yes_no":
+        return values
+    return [
+        (column, name) for column, cell in values for name in dict.fromkeys(map(str.strip, cell.split(","))) if name
+    ]
+
+
+def right_by_pix2struct(answer: str, gold: str) -> bool:
+    """Return whether an answer is right by the code that VLMEvalKit and lmms-eval score ChartQA with.
+
+    Source: relaxed_correctness in pix2struct/metrics.py.
+    """
+    number, target = _as_float(answer.strip()), _as_float(gold)
+    if number is None or not target:
+        return answer.strip().lower() == gold.lower()
+    return abs(number - target) / abs(target) <= TOLERANCE
+
+
+def _as_float(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
 def yes_or_no(answer: str) -> str | None:
     """Return "yes" or "no" if that word alone of the two is in an answer, else None."""
     words = {word.lower() for word in _WORDS.findall(answer)} & {"yes", "no"}
@@ -95,38 +130,59 @@ def edit_distance(first: str, second: str) -> int:
 
 @dataclass
 class RuleScores:
-    """The figures that a rule reports beside accuracy, counted prediction by prediction."""
+    """The figures that a rule reports beside accuracy, counted prediction by prediction.
+
+    Of figures, questions and rotations one truth value each is stored.
+    """
 
     rule: Rule
     _counts: Counter[str] = field(default_factory=Counter)
     _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _groups: dict[tuple[str, ...], bool] = field(
-        default_factory=dict
-    )  # whether all answers of a figure or question are right
+    _groups: dict[tuple[str, ...], bool] = field(default_factory=dict)  # whether all answers of a group are right
 
-    def add(self, sample: Sample, answer: str | None, right: bool) -> None:
-        """Count one prediction."""
-        self._counts["n"] += 1
+    def add(self, sample: Sample, answer: str | None, right: bool, times: int = 1) -> None:
+        """Count one prediction, `times` over: VLMEvalKit counts POPE's questions once for each of their categories."""
+        self._counts["n"] += times
         if self.rule == "choice":
             self._sums["chance"] += 1 / len(sample.extra["options"]) if has_options(sample) else 0.0
+            if (rotated := _rotated(sample)) is not None:
+                self._counts["rotated"] += 1
+                self._count_group(("circular", *rotated), right)
+        elif self.rule == "relaxed":
+            golds = gold_answers(sample)
+            self._sums["pix2struct"] += answer is not None and any(right_by_pix2struct(answer, gold) for gold in golds)
         elif self.rule == "anls":
             golds = gold_answers(sample)
             self._sums["anls"] += 0.0 if answer is None else max(similarity(answer, gold) for gold in golds)
         elif self.rule == "yes_no":
             said, gold = (None if answer is None else yes_or_no(answer)), normalise_answer(sample.answer)
-            self._counts[f"{said} for {gold}"] += 1
+            self._counts[f"{said} for {gold}"] += times
+            self._counts["repeated"] += times - 1
+            self._counts["right"] += times * right
             if ids := _IDS.search(sample.id):
-                category, (of, figure, question) = str(sample.extra.get("l2-category", "")), ids.groups()
-                for group in (("figure", category, of, figure), ("question", category, of, question)):
-                    self._groups[group] = self._groups.get(group, True) and right
+                category, (of, figure, question) = _second_category(sample), ids.groups()
+                self._count_group(("fAcc", category, of, figure), right)
+                self._count_group(("qAcc", category, of, question), right)
+
+    def _count_group(self, group: tuple[str, ...], right: bool) -> None:
+        self._groups[group] = self._groups.get(group, True) and right
+
+    def _shares_of_groups(self, *names: str) -> dict[str, float]:
+        """Return for each name the share of its groups of which all answers are right, where it has groups."""
+        of_names = {name: [right for group, right in self._groups.items() if group[0] == name] for name in names}
+        return {name: sum(groups) / len(groups) for name, groups in of_names.items() if groups}
 
     def scores(self) -> dict[str, float]:
-        """Return the figures by name: chance; or anls; or precision, recall, f1 and the share of yes, with fAcc and qAcc."""
+        """Return the figures by name.
+
+        chance, and of rotated questions circular; or pix2struct; or anls; or precision, recall, f1 and the share of yes, with
+        fAcc and qAcc, and with the accuracy over categories where samples are in several.
+        """
         n = self._counts["n"]
-        if self.rule in ("choice", "anls"):
-            return {name: total / n for name, total in self._sums.items()}
         if self.rule != "yes_no":
-            return {}
+            # Without a question that occurs twice these are no rotations.
+            circular = self._shares_of_groups("circular") if self._counts["rotated"] > len(self._groups) else {}
+            return {name: total / n for name, total in self._sums.items()} | circular
         hits, false_alarms = self._counts["yes for yes"], self._counts["yes for no"]
         positives = sum(self._counts[f"{said} for yes"] for said in ("yes", "no", None))
         precision, recall = _share(hits, hits + false_alarms), _share(hits, positives)
@@ -137,10 +193,21 @@ class RuleScores:
             "share_of_yes": (hits + false_alarms) / n,
             "neither_yes_nor_no": sum(self._counts[f"None for {gold}"] for gold in ("yes", "no")) / n,
         }
-        for kind, name in (("figure", "fAcc"), ("question", "qAcc")):
-            if groups := [right for group, right in self._groups.items() if group[0] == kind]:
-                scores[name] = sum(groups) / len(groups)
-        return scores
+        if self._counts["repeated"]:
+            scores["accuracy_over_categories"] = self._counts["right"] / n
+        return scores | self._shares_of_groups("fAcc", "qAcc")
+
+
+def _second_category(sample: Sample) -> str:
+    return str(sample.extra.get("l2-category", sample.extra.get("l2_category", "")))
+
+
+def _rotated(sample: Sample) -> tuple[str, str] | None:
+    """Return what the rotations of a table's question have in common, question and index; None: it is of no such table."""
+    question, index = sample.extra.get(QUESTION_KEY), str(sample.extra.get("g_index", sample.id))
+    if question is None or not index.isascii() or not index.isdecimal():
+        return None
+    return str(question), str(int(index[-18:]) % _ROTATION)
 
 
 def _share(part: float, whole: float) -> float:

@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 
-from srcfast.data.answer_rules import RuleScores, edit_distance, is_right_by, rule_of, similarity, yes_or_no
+from srcfast.data.answer_rules import (
+    RuleScores,
+    categories_of,
+    edit_distance,
+    is_right_by,
+    right_by_pix2struct,
+    rule_of,
+    similarity,
+    yes_or_no,
+)
 from srcfast.data.answers import chosen_option, is_right
 from srcfast.data.records import Sample
+from srcfast.data.vlmeval import QUESTION_KEY
 
 OPTIONS = {"A": "red car", "B": "blue", "C": "A", "D": "a blue car"}
 
@@ -39,8 +49,27 @@ def sample(answer: str, id: str = "s", **extra: Any) -> Sample:
         ("A blue car", "D"),  # not option A
         ("A green car", None),
         ("E", None),
-        ("b", None),  # a letter is a capital
+        ("b", "B"),
+        ("(b)", "B"),
+        ("b. blue", "B"),
+        ("B, blue", "B"),
+        ("B. A green car", "B"),  # A is an article
+        ("The answer is B.", "B"),
+        ("The correct answer is (B).", "B"),
+        ("option B", "B"),
+        ("I choose B", "B"),
+        ("Answer: **B**", "B"),
+        ("(B) or so", "B"),
+        ("The answer is A car.", None),
+        ("It is not B", None),
+        ("U.S.A", None),
+        ("vitamin B", None),
+        ("The answer is b", None),  # in a sentence a letter is a capital
         ("B or C", None),
+        ("B, C", None),
+        ("B. or C.", None),
+        ("The answer is B or C", None),
+        ("BC", None),
         ("green", None),
         ("", None),
     ],
@@ -68,6 +97,48 @@ def test_any_of_several_gold_answers_is_right() -> None:
     assert not is_right(sample("12 May", answers="May 12"), "May 12")
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "ours", "theirs"),
+    [
+        ("100", "105", True, True),
+        ("100", "106", False, False),
+        ("12", "12%", True, False),  # theirs is 0.12
+        ("12%", "12", True, False),
+        ("12%", "12.5%", True, True),
+        ("0.12", "12%", False, True),
+        ("1200", "1,200", True, False),
+        ("1,200", "1,200", True, True),
+        ("1,200", "1250", True, False),
+        ("$5", "5.1", True, False),
+        ("5", "$5.10", True, False),
+        ("-5", "-$5", True, False),
+        ("5", "5 \u20ac", True, False),
+        ("5", "$", False, False),
+        ("5", "$%", False, False),
+        ("2010", "2012", True, True),  # a year is a number: neither rule knows better
+        ("0", "0.0", True, False),
+        ("0", "0.01", False, False),
+        ("two", "2", True, False),
+        ("Red", "red", True, True),
+        ("Red", "red.", True, False),
+        ("100", "1e2", False, True),
+        ("100", "nan", False, False),
+        ("100", "", False, False),
+    ],
+)
+def test_relaxed_numbers_by_both_rules(gold: str, answer: str, ours: bool, theirs: bool) -> None:
+    assert is_right_by("relaxed", sample(gold), answer) == ours
+    assert right_by_pix2struct(answer, gold) == theirs
+    assert counted("relaxed", [(sample(gold), answer), (sample(gold), None)]) == {"pix2struct": theirs / 2}
+
+
+def test_relaxed_numbers_near_any_gold_answer() -> None:
+    asked = sample("100", answers=["200", "red"])
+    assert all(is_right_by("relaxed", asked, answer) for answer in ("98", "190", "Red"))
+    assert not is_right_by("relaxed", asked, "150")
+    assert counted("relaxed", [(asked, "190"), (asked, "150")]) == {"pix2struct": 0.5}
+
+
 def test_relaxed_numbers_of_samples_without_a_tolerance() -> None:
     assert is_right_by("relaxed", sample("100"), "105") and not is_right_by("relaxed", sample("100"), "105.1")
     assert not is_right_by("exact", sample("100"), "105") and not is_right_by("relaxed", sample("red"), "blue")
@@ -86,6 +157,9 @@ def test_relaxed_numbers_of_samples_without_a_tolerance() -> None:
         ("I do not know", None),
         ("", None),
         ("NO!", "no"),
+        ("no, there is none", "no"),
+        ("**Yes**", "yes"),
+        ("yes/no", None),
     ],
 )
 def test_yes_or_no(answer: str, said: str | None) -> None:
@@ -172,3 +246,105 @@ def test_figures_and_questions_of_hallusionbench_are_right_as_a_whole() -> None:
     )
     assert scores["fAcc"] == pytest.approx(2 / 3)  # of figures illusion 0, illusion 1, math 0
     assert scores["qAcc"] == pytest.approx(2 / 3)  # of questions illusion 1, illusion 2, math 1
+
+
+def test_hallusionbench_s_figures_are_those_of_its_paper_s_loop() -> None:
+    """aAcc, fAcc and qAcc (Guan et al. 2024): all answers, figures and questions without a wrong answer, by nested loops."""
+    rng = random.Random(5)
+    rows = [
+        (f"VD_{of}_1_{group}_{figure}_{question}", of, rng.random() < 0.7)
+        for of in ("math", "ocr")
+        for group in range(3)
+        for figure in range(rng.randint(1, 3))
+        for question in range(rng.randint(1, 3))
+    ]
+    for name in ("l2-category", "l2_category"):
+        scores = counted("yes_no", [(sample("yes", i, **{name: of}), "yes" if ok else "no") for i, of, ok in rows])
+        for figure_or_question, part in (("fAcc", 4), ("qAcc", 5)):
+            right = total = 0
+            for of in ("math", "ocr"):
+                for group in range(3):
+                    for member in range(3):
+                        asked = [
+                            ok
+                            for i, l2, ok in rows
+                            if l2 == of and i.split("_")[3] == str(group) and i.split("_")[part] == str(member)
+                        ]
+                        total += bool(asked)
+                        right += bool(asked) and all(asked)
+            assert scores[figure_or_question] == pytest.approx(right / total)
+
+
+def test_pope_s_figures_count_a_question_once_for_each_of_its_categories() -> None:
+    """POPE_rating of VLMEvalKit repeats a row for each category before it counts; here the rows are repeated by hand."""
+    rng = random.Random(8)
+    rows = [
+        (
+            rng.choice(["Yes", "No"]),
+            rng.choice(["yes", "no", "what?"]),
+            rng.sample(["adversarial", "popular", "random"], k),
+        )
+        for k in (1, 2, 3) * 20
+    ]
+    scores = RuleScores("yes_no")
+    for gold, answer, categories in rows:
+        asked = sample(gold, category=",".join(categories))
+        assert categories_of("yes_no", asked) == [("category", name) for name in categories]
+        assert categories_of("choice", asked) == [("category", ",".join(categories))]
+        scores.add(asked, answer, answer == gold.lower(), len(categories))
+    repeated = [(gold == "Yes", answer) for gold, answer, categories in rows for _ in categories]
+    true = sum(answer == "yes" for gold, answer in repeated if gold)
+    false = sum(answer == "yes" for gold, answer in repeated if not gold)
+    missed = sum(answer != "yes" for gold, answer in repeated if gold)
+    precision, recall = true / (true + false), true / (true + missed)
+    n = len(repeated)
+    assert n == 120 and scores.scores() == {
+        "precision": pytest.approx(precision),
+        "recall": pytest.approx(recall),
+        "f1": pytest.approx(2 * precision * recall / (precision + recall)),
+        "share_of_yes": pytest.approx((true + false) / n),
+        "neither_yes_nor_no": pytest.approx(sum(answer == "what?" for _, answer in repeated) / n),
+        "accuracy_over_categories": pytest.approx(
+            sum((answer == "yes") == gold and answer != "what?" for gold, answer in repeated) / n
+        ),
+    }
+
+
+def test_anls_is_that_of_its_paper_s_loop() -> None:
+    """1 - NL where NL, edits by the longer text's length, is at most one half; the best gold answer counts (Biten et al. 2019)."""
+
+    def distance(first: str, second: str) -> int:
+        if not first or not second:
+            return len(first) + len(second)
+        return min(
+            distance(first[1:], second) + 1,
+            distance(first, second[1:]) + 1,
+            distance(first[1:], second[1:]) + (first[0] != second[0]),
+        )
+
+    rng = random.Random(3)
+    rows, expected = [], []
+    for _ in range(60):
+        golds = ["".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+        answer = "".join(rng.choices("ab", k=rng.randint(1, 5)))
+        rows.append((sample(golds[0], answers=golds[1:]), answer))
+        best = 0.0
+        for gold in golds:
+            share = distance(answer, gold) / max(len(answer), len(gold))
+            best = max(best, 1 - share if share <= 0.5 else 0.0)
+        expected.append(best)
+    assert 0 in expected and 0.5 in expected and 1 in expected
+    assert counted("anls", rows)["anls"] == pytest.approx(sum(expected) / len(expected))
+
+
+def test_a_rotated_question_is_right_if_it_is_in_all_rotations() -> None:
+    def rotated(index: int, question: str = "Which?", **more: Any) -> Sample:
+        return sample("A", str(index), options={"A": "x", "B": "y"}, **{QUESTION_KEY: question}, **more)
+
+    rows = [(7, "A"), (1_000_007, "A"), (8, "A"), (2_000_008, "B"), (9, "A")]
+    assert counted("choice", [(rotated(i), said) for i, said in rows])["circular"] == pytest.approx(2 / 3)
+    assert "circular" not in counted(
+        "choice", [(rotated(7), "A"), (rotated(1_000_007, "What?"), "A"), (rotated(9), "A")]
+    )
+    assert counted("choice", [(rotated(1, g_index="3"), "A"), (rotated(2, g_index="3"), "B")])["circular"] == 0.0
+    assert "circular" not in counted("choice", [(sample("A", "x", options=OPTIONS), "A"), (rotated(7), "A")])
