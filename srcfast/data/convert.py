@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srcfast.data.answers import gold_answers
 from srcfast.data.jsonl import replacing, write_jsonl
 from srcfast.data.readers import PREFERENCES, SAMPLES, holds_preferences, read_preferences, read_samples
 from srcfast.data.records import Preference, Record, Sample, hidden_keys
 from srcfast.data.turns import ASSISTANT, IMAGE_MARK, SYSTEM, USER, Turn, count_marks, message_parts
-from srcfast.data.vlmeval import OPTION_LETTERS, write_table, write_vlmeval_tsv
+from srcfast.data.vlmeval import OPTION_LETTERS, QUESTION_KEY, write_table, write_vlmeval_tsv
 from srcfast.errors import InputError
 
 SAMPLE_FORMATS = ("auto", *SAMPLES, "vlmeval_tsv")
@@ -21,6 +22,17 @@ PREFERENCE_FORMATS = ("auto", *PREFERENCES)
 TARGETS = ("jsonl", "llava", "trl", "vlmeval_tsv")  # formats that are written, too
 _TURN_KEYS = {"id", "image", "images", "conversations", "rationale", "facts"}
 _MESSAGE_KEYS = {"prompt", "chosen", "rejected", "images", "image", "turns"}
+_PREDICTION_KEYS = {
+    "index",
+    "question",
+    "answer",
+    "prediction",
+    "rationale",
+    "ability",
+    "image",
+    "image_path",
+    QUESTION_KEY,
+}
 _SPEAKERS = {SYSTEM: "system", USER: "human", ASSISTANT: "gpt"}
 
 
@@ -160,34 +172,51 @@ def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def write_predictions_tsv(path: str | Path, rows: Iterable[Mapping[str, Any]], letters: Sequence[str]) -> int:
+def write_predictions_tsv(path: str | Path, rows: Iterable[tuple[Sample, str, str]], columns: Mapping[str, Any]) -> int:
     """Write predictions as a table that VLMEvalKit can score; return the number of rows.
 
     Args:
-        rows: index (or id), question, answer, prediction (the bare answer), and if known rationale, category (or
-            ability), split, and options (capital letter -> text; options in another form are left out).
-        letters: of all rows' options, see `letters_of`; each has a column.
+        rows: sample, prediction (the bare answer) and rationale.
+        columns: of `prediction_columns` of all samples.
     """
-    columns = ("index", "question", *letters, "answer", "prediction", "rationale", "category", "split")
-    return write_table(path, columns, map(_prediction_row, rows))
+    return write_table(path, list(columns), (_prediction_row(*row) for row in rows))
 
 
-def letters_of(options: Iterable[object]) -> list[str]:
-    """Return the letters that occur in any of these options, in alphabetical order."""
-    letters = {letter for row_options in options for letter in _lettered(row_options)}
-    return [letter for letter in OPTION_LETTERS if letter in letters]
+def prediction_columns(samples: Iterable[Sample]) -> dict[str, None]:
+    """Return the columns of the predictions on these samples: those of their table, without pictures and empty ones.
+
+    VLMEvalKit's evaluators read the table's further columns (split, category, l2-category, ...) out of the predictions, and take
+    each that is there for filled in.
+    """
+    letters, more = set(), {}
+    for sample in samples:
+        letters |= _lettered(sample.extra.get("options")).keys()
+        more |= dict.fromkeys(_further_cells(sample))
+    ordered = [letter for letter in OPTION_LETTERS if letter in letters]
+    return dict.fromkeys(("index", "question", *ordered, "answer", "prediction", "rationale", *more))
 
 
-def _prediction_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _prediction_row(sample: Sample, prediction: str, rationale: str) -> dict[str, Any]:
+    golds = gold_answers(sample)
     return {
-        "index": row["index"] if "index" in row else row["id"],
-        "question": row["question"],
-        "answer": row["answer"],
-        "prediction": row["prediction"],
-        "rationale": row.get("rationale"),
-        "category": row.get("category") or row.get("ability"),
-        "split": row.get("split"),
-        **_lettered(row.get("options")),
+        "index": sample.id,
+        "question": sample.extra.get(QUESTION_KEY, sample.question),
+        "answer": golds[0] if len(golds) == 1 else str(golds),  # a list as VLMEvalKit's tables have it
+        "prediction": prediction,
+        "rationale": rationale,
+        **_lettered(sample.extra.get("options")),
+        **_further_cells(sample),
+    }
+
+
+def _further_cells(sample: Sample) -> dict[str, Any]:
+    """Return a sample's further fields that a cell can hold; its ability is its category, if it has no other."""
+    fields = {"category": sample.extra["ability"]} if "ability" in sample.extra else {}
+    fields |= {name: value for name, value in sample.extra.items() if name not in _PREDICTION_KEYS}
+    return {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, str | int | float) and str(value).strip() and name not in OPTION_LETTERS
     }
 
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srcfast.config.settings import Config, EvaluationConfig
-from srcfast.data.answer_rules import Rule, RuleScores, is_right_by
-from srcfast.data.convert import letters_of, write_predictions_tsv
+from srcfast.data.answer_rules import CATEGORY_COLUMNS, Rule, RuleScores, categories_of, is_right_by
+from srcfast.data.convert import prediction_columns, write_predictions_tsv
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl, write_jsonl
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
-from srcfast.data.vlmeval import QUESTION_KEY
 from srcfast.generation.buffers import DecodingMemory
 from srcfast.generation.generate import Features, generate_greedy
 from srcfast.models.lora import folded_lora
@@ -31,6 +31,8 @@ from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chu
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
 from srcfast.stages.datasets import EvaluationSet
 from srcfast.world.verification import CASES, Verification, verify_sample
+
+MOST_CATEGORIES = 256  # values of a column; one with more names samples, not categories
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,9 @@ def write_predictions(
     counts = Counts(rule)
     write_jsonl(f"{path}.jsonl", (prediction.to_json() for prediction in counts.counted(predictions)))
     written = zip(samples, read_jsonl(f"{path}.jsonl"), strict=True)
-    letters = letters_of(sample.extra.get("options") for sample in samples)
-    write_predictions_tsv(f"{path}.tsv", (_table_row(sample, row) for sample, (_, row) in written), letters)
+    rows = ((sample, row["prediction"], row["rationale"]) for sample, (_, row) in written)
+    write_predictions_tsv(f"{path}.tsv", rows, prediction_columns(samples))
     return counts
-
-
-def _table_row(sample: Sample, row: dict[str, Any]) -> dict[str, Any]:
-    """Add back the VLMEvalKit columns that are not fields of a Sample: the question without its options, options, split."""
-    extra = sample.extra
-    return row | {
-        "question": extra.get(QUESTION_KEY, row["question"]),
-        "options": extra.get("options"),
-        "category": extra.get("category"),
-        "split": extra.get("split"),
-    }
 
 
 def predict(sample: Sample, text: str, rule: Rule = "exact") -> Prediction:
@@ -133,11 +124,12 @@ def predict(sample: Sample, text: str, rule: Rule = "exact") -> Prediction:
 class Counts:
     """The counts of predictions that `summarise` needs; they take the same memory for any number of predictions.
 
-    Those of HallusionBench's figures and questions grow with these.
+    Those of HallusionBench's figures and questions, of rotated questions and of categories grow with these.
     """
 
     def __init__(self, rule: Rule = "exact") -> None:
         self.of_rule = RuleScores(rule)
+        self.of_categories: dict[tuple[str, str], CategoryCounts] = defaultdict(partial(CategoryCounts, rule))
         self.of_all: Counter[str] = Counter()
         self.of_ability: dict[str, Counter[str]] = defaultdict(Counter)
         self.cases = dict.fromkeys(CASES, 0)
@@ -150,8 +142,12 @@ class Counts:
 
     def add(self, prediction: Prediction) -> None:
         """Count one prediction."""
-        judgement = prediction.judgement
-        self.of_rule.add(prediction.sample, prediction.answer, prediction.right)
+        judgement, sample = prediction.judgement, prediction.sample
+        categories = categories_of(self.of_rule.rule, sample)
+        for category in categories:
+            self.of_categories[category].add(prediction)
+        times = max(1, sum(column == "category" for column, _ in categories))
+        self.of_rule.add(sample, prediction.answer, prediction.right, times)
         values: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
         if judgement is not None:
             self.cases[judgement.case] += 1
@@ -162,16 +158,36 @@ class Counts:
                 "perception_right": judgement.perception_right,
                 "reasoning_right": judgement.reasoning_right,
             }
-        for counts in (self.of_all, self.of_ability[str(prediction.sample.extra.get("ability", "all"))]):
+        for counts in (self.of_all, self.of_ability[str(sample.extra.get("ability", "all"))]):
             for name, value in values.items():
                 counts[name] += value
+
+
+@dataclass
+class CategoryCounts:
+    """The counts of one category's predictions."""
+
+    rule: Rule
+    n: int = 0
+    right: int = 0
+    of_rule: RuleScores = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.of_rule = RuleScores(self.rule)
+
+    def add(self, prediction: Prediction) -> None:
+        """Count one prediction."""
+        self.n += 1
+        self.right += prediction.right
+        self.of_rule.add(prediction.sample, prediction.answer, prediction.right)
 
 
 def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples: int, seed: int) -> dict[str, Any]:
     """Return one entry of `summary.json`'s `evaluations`.
 
-    `accuracy` is the share of right answers, by `rule`; `scores` has what the rule's benchmarks report beside it; `alignment` is
-    the share of samples whose answer is right and whose rationale is right and leads to it; `rationale_accuracy` the share whose
+    `accuracy` is the share of right answers, by `rule`; `scores` has what the rule's benchmarks report beside it, and
+    `by_category` both for each value of the columns CATEGORY_COLUMNS that has 2 to MOST_CATEGORIES of them. `alignment` is the
+    share of samples whose answer is right and whose rationale is right and leads to it; `rationale_accuracy` the share whose
     rationale is right. A response that does not parse counts as wrong. Intervals are 95 % percentile bootstraps over samples.
     Shares of alignment and rationales are over the samples that the oracle can verify.
     """
@@ -195,6 +211,7 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
             }
             for ability, group in sorted(counts.of_ability.items())
         },
+        "by_category": _by_category(counts, resamples, seed),
     }
     if not verified:
         return entry | {"rationale_accuracy": None, "right_answer_wrong_rationale": None, "alignment": None}
@@ -208,6 +225,24 @@ def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples
         "alignment_ci95": _interval_of_share(totals["aligned"], verified, resamples, seed),
         "cases": dict(counts.cases),
     }
+
+
+def _by_category(counts: Counts, resamples: int, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return n, accuracy with its interval, and the rule's scores, by column and value."""
+    by_column: dict[str, dict[str, dict[str, Any]]] = {}
+    for column in CATEGORY_COLUMNS:
+        values = {value: group for (of, value), group in sorted(counts.of_categories.items()) if of == column}
+        if 2 <= len(values) <= MOST_CATEGORIES:
+            by_column[column] = {
+                value: {
+                    "n": group.n,
+                    "accuracy": group.right / group.n,
+                    "accuracy_ci95": _interval_of_share(group.right, group.n, resamples, seed),
+                    "scores": group.of_rule.scores(),
+                }
+                for value, group in values.items()
+            }
+    return by_column
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:

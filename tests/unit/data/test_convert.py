@@ -14,7 +14,7 @@ import pytest
 from helpers.seeds import fresh_rng
 from PIL import Image
 
-from srcfast.data.convert import convert, letters_of, write_predictions_tsv
+from srcfast.data.convert import convert, prediction_columns, write_predictions_tsv
 from srcfast.data.readers import read_preferences, read_samples
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import write_vlmeval_tsv
@@ -196,26 +196,43 @@ def test_good_records_are_converted_and_bad_ones_handed_out(root: Path) -> None:
 
 
 def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
-    rows = [
-        {"id": "1", "question": "a\tb\nc", "answer": "A", "prediction": "B", "options": {"A": "x", "B": "y"}},
-        {"index": 2, "question": "q", "answer": "yes", "prediction": "", "rationale": 'It "is".', "ability": "logic"},
+    samples = [
+        Sample("1", (), "a\tb\nc", "A", extra={"options": {"A": "x", "B": "y"}, "hint": "h", "nested": [1]}),
+        Sample("2", (), "q", "yes", extra={"ability": "logic", "hint": " ", "prediction": "old", "set": 7}),
     ]
-    letters = letters_of(row.get("options") for row in rows)
-    assert write_predictions_tsv(tmp_path / "p.tsv", iter(rows), letters) == 2
+    columns, rows = prediction_columns(samples), [(samples[0], "B", ""), (samples[1], "", 'It "is".')]
+    assert write_predictions_tsv(tmp_path / "p.tsv", iter(rows), columns) == 2
     with open(tmp_path / "p.tsv", encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file, delimiter="\t"))
-    assert list(read[0]) == ["index", "question", "A", "B", "answer", "prediction", "rationale", "category", "split"]
+    assert list(read[0]) == [
+        "index",
+        "question",
+        "A",
+        "B",
+        "answer",
+        "prediction",
+        "rationale",
+        "hint",
+        "category",
+        "set",
+    ]
     assert [row["index"] for row in read] == ["1", "2"] and [row["prediction"] for row in read] == ["B", ""]
-    assert read[0]["question"] == "a\tb\nc" and read[0]["B"] == "y"
-    assert read[1]["rationale"] == 'It "is".' and read[1]["category"] == "logic"
+    assert read[0]["question"] == "a\tb\nc" and read[0]["B"] == "y" and read[0]["hint"] == "h"
+    assert read[1]["rationale"] == 'It "is".' and (read[1]["category"], read[1]["set"], read[1]["hint"]) == (
+        "logic",
+        "7",
+        "",
+    )
 
 
 @pytest.mark.parametrize("options", [["A", "B"], {"a": "red"}, "ABLE", None])
 def test_options_in_another_form_do_not_stop_the_predictions(tmp_path: Path, options: object) -> None:
-    row = {"id": "1", "question": "q", "answer": "a", "prediction": "a", "options": options}
-    assert write_predictions_tsv(tmp_path / "p.tsv", [row], letters_of([options])) == 1
-    header = "index\tquestion\tanswer\tprediction\trationale\tcategory\tsplit"
-    assert (tmp_path / "p.tsv").read_text().splitlines() == [header, "1\tq\ta\ta\t\t\t"]
+    sample = Sample("1", (), "q", "a", extra={"options": options} if isinstance(options, list | dict) else {})
+    assert write_predictions_tsv(tmp_path / "p.tsv", [(sample, "a", "")], prediction_columns([sample])) == 1
+    assert (tmp_path / "p.tsv").read_text().splitlines() == [
+        "index\tquestion\tanswer\tprediction\trationale",
+        "1\tq\ta\ta\t",
+    ]
 
 
 def test_a_lone_carriage_return_survives_a_table(root: Path) -> None:

@@ -27,6 +27,7 @@ def test_a_table_s_question_options_and_split_come_back_with_the_bare_answer(tmp
     assert (first["question"], first["A"], first["B"], first["split"]) == ("Which?", "red", "blue", "dev")
     assert (first["prediction"], first["category"], first["rationale"]) == ("B", "color", "It is blue.")
     assert (second["question"], second["prediction"], second["A"], second["split"]) == ("How many?", "", "", "")
+    assert set(first) == {"index", "question", "A", "B", "answer", "prediction", "rationale", "split", "category"}
 
 
 def read_table(folder: Path, rows: list[dict[str, str]], **more: str) -> EvaluationSet:
@@ -64,6 +65,85 @@ def test_a_table_of_multiple_choice_has_its_abilities_and_its_chance(tmp_path: P
     assert (entry["rule"], entry["accuracy"]) == ("choice", pytest.approx(2 / 3))
     assert entry["scores"] == {"chance": pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)}
     assert {name: of["accuracy"] for name, of in entry["by_ability"].items()} == {"colour": 0.5, "math": 1.0}
+
+
+def test_mmstar_s_abilities_have_samples_scores_and_intervals(tmp_path: Path) -> None:
+    """Its six abilities (Chen et al. 2024), each with one or two axes in `l2_category`."""
+    abilities = ["coarse perception", "fine-grained perception", "instance reasoning", "logical reasoning", "math"]
+    abilities += ["science & technology"]
+    rows, texts, right = [], [], {}
+    for n in range(60):
+        ability = abilities[n % 6]
+        rows.append(
+            {"index": str(n), "question": "Which?", "answer": "B", **dict.fromkeys("ABCD", ""), "category": ability}
+        )
+        rows[-1] |= {
+            "A": "red",
+            "B": "blue",
+            "C": "green",
+            "D": "gray" if n % 6 else "",
+            "l2_category": f"axis {n % 12}",
+        }
+        texts.append("B" if n % (2 + n % 6) == 0 else "A")
+        right.setdefault(ability, []).append(texts[-1] == "B")
+    entry = entry_of(tmp_path, rows, texts)
+    assert list(entry["by_category"]) == ["category", "l2_category"] and len(entry["by_category"]["l2_category"]) == 12
+    for ability in abilities:
+        of, hits = entry["by_category"]["category"][ability], right[ability]
+        assert (of["n"], of["accuracy"]) == (10, sum(hits) / 10)
+        assert of["scores"] == {"chance": pytest.approx(1 / 3 if ability == abilities[0] else 1 / 4)}
+        low, high = of["accuracy_ci95"]
+        assert low <= of["accuracy"] <= high and (low < high) == (0 < sum(hits) < 10)
+    assert entry["scores"]["chance"] == pytest.approx((10 / 3 + 50 / 4) / 60)
+    axes = entry["by_category"]["l2_category"].values()
+    assert sum(of["n"] * of["accuracy"] for of in axes) == pytest.approx(60 * entry["accuracy"])
+
+
+def test_pope_s_categories_have_figures_each(tmp_path: Path) -> None:
+    rows = [
+        {"index": str(n), "question": "Is there?", "answer": gold, "category": category}
+        for n, (gold, category) in enumerate([("Yes", "random,popular"), ("No", "popular"), ("No", "random")])
+    ]
+    entry = entry_of(tmp_path, rows, ["yes", "yes", "no"])
+    random, popular = (entry["by_category"]["category"][name] for name in ("random", "popular"))
+    assert (random["n"], random["accuracy"], random["scores"]["f1"]) == (2, 1.0, 1.0)
+    assert (popular["n"], popular["accuracy"], popular["scores"]["f1"]) == (2, 0.5, pytest.approx(2 / 3))
+    assert entry["accuracy"] == pytest.approx(2 / 3) and entry["scores"]["accuracy_over_categories"] == 0.75
+    assert entry["scores"]["f1"] == pytest.approx(
+        2 * (2 / 3) / (2 / 3 + 1)
+    )  # 2 of 3 said yes are right, none is missed
+
+
+def test_a_column_with_one_value_or_too_many_has_no_categories(tmp_path: Path) -> None:
+    rows = [
+        {
+            "index": str(n),
+            "question": "What?",
+            "answer": "x",
+            "category": str(n),
+            "split": "dev",
+            "l2-category": str(n % 256),
+        }
+        for n in range(257)
+    ]
+    assert list(entry_of(tmp_path, rows, ["x"] * 257)["by_category"]) == ["l2-category"]
+
+
+def test_predictions_have_the_columns_of_their_table(tmp_path: Path) -> None:
+    """Its evaluators read l2-category and the like there, and take a column that is there for filled in."""
+    rows = [
+        {
+            "index": "VD_ocr_1_0_0_0",
+            "question": "Is it?",
+            "answer": "['12 May', 'May 12']",
+            "category": "VD",
+            "l2-category": "ocr",
+        }
+    ]
+    entry_of(tmp_path, rows, ["12 May"])
+    with open(tmp_path / "p.tsv", encoding="utf-8", newline="") as file:
+        [row] = csv.DictReader(file, delimiter="\t")
+    assert row == rows[0] | {"prediction": "12 May", "rationale": ""}
 
 
 def test_a_table_of_yes_and_no_has_figures_and_questions(tmp_path: Path) -> None:
