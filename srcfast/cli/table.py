@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from srcfast.data.answer_rules import rule_text
 from srcfast.errors import printable
+
+MOST_SHOWN = 20  # categories of a column in the table of results
 
 
 def table(title: str, rows: Sequence[Sequence[str]], header: bool = False) -> None:
@@ -50,10 +52,21 @@ def results_table(summary: dict[str, Any]) -> Table:
                 str(entry["unparsed"]),
             )
             if scores := entry.get("scores"):
-                texts = [f"{name} {100 * value:.1f}" for name, value in scores.items()]
-                table.add_row(Text(printable(f"    {', '.join(texts)}"), style="dim"))
+                table.add_row(Text(printable(f"    {_figures(scores)}"), style="dim"))
+            for values in entry.get("by_category", {}).values():
+                for value, group in list(values.items())[:MOST_SHOWN]:
+                    figures = f"; {_figures(group['scores'])}" if group.get("scores") else ""
+                    label = Text(printable(f"    {value} ({group['n']}){figures}"), style="dim")
+                    table.add_row(label, _share(group["accuracy"], group.get("accuracy_ci95")))
+                if len(values) > MOST_SHOWN:
+                    table.add_row(Text(f"    and {len(values) - MOST_SHOWN} more in summary.json", style="dim"))
         table.add_section()
     return table
+
+
+def _figures(scores: Mapping[str, float]) -> str:
+    """Write a rule's figures in percent."""
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
 def _share(value: float | None, interval: list[float] | None) -> str:

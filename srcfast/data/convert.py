@@ -188,7 +188,8 @@ def prediction_columns(samples: Iterable[Sample]) -> dict[str, None]:
     VLMEvalKit's evaluators read the table's further columns (split, category, l2-category, ...) out of the predictions, and take
     each that is there for filled in.
     """
-    letters, more = set(), {}
+    letters: set[str] = set()
+    more: dict[str, None] = {}
     for sample in samples:
         letters |= _lettered(sample.extra.get("options")).keys()
         more |= dict.fromkeys(_further_cells(sample))

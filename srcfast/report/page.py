@@ -56,6 +56,7 @@ def render(run: RunFiles, image_roots: Iterable[Path] | None = None) -> str:
             headline=sections.headline(run),
             splits=sections.splits(run),
             abilities=sections.abilities(run),
+            categories=sections.categories(run),
             training=sections.training(run),
             funnels=sections.funnels(run),
             rates=sections.rates(run),

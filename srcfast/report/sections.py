@@ -104,6 +104,19 @@ class AbilityTable:
 
 
 @dataclass(frozen=True)
+class CategoryTable:
+    """The measures on a split by the values of a column, of each model in the order of `models`."""
+
+    dataset: str
+    split: str
+    column: str
+    models: list[str]
+    scores: list[str]  # names of what the rule reports beside accuracy; chance, which all models share, apart
+    has_chance: bool
+    rows: list[tuple[str, int, float | None, list[dict[str, Any]]]]  # value, samples, chance, entries
+
+
+@dataclass(frozen=True)
 class TrainingStage:
     """End of a training stage: means over the last tenth of its steps, of the measures that the stage has."""
 
@@ -183,9 +196,11 @@ def splits(run: RunFiles) -> list[Split]:
 
 
 def abilities(run: RunFiles) -> list[AbilityTable]:
-    """Collect accuracy and alignment by ability, for splits with more than one ability."""
+    """Collect accuracy and alignment by ability, for splits with more than one ability that is no category of `categories`."""
     tables = []
     for split in splits(run):
+        if any("category" in row.get("by_category", {}) for row in split.evaluations):
+            continue
         groups = {row["model"]: row["by_ability"] for row in split.evaluations if row.get("by_ability")}
         names = sorted({name for group in groups.values() for name in group})
         if len(names) < 2:
@@ -199,6 +214,29 @@ def abilities(run: RunFiles) -> list[AbilityTable]:
             count = max(ability.get("n", 0) for ability in of_models)
             rows.append((name, count, [ability.get(key) for key in measures for ability in of_models]))
         tables.append(AbilityTable(split.dataset, split.name, list(groups), list(measures.values()), rows))
+    return tables
+
+
+def categories(run: RunFiles) -> list[CategoryTable]:
+    """Collect accuracy and the rule's scores by the columns that an evaluation set has categories in."""
+    tables = []
+    for split in splits(run):
+        columns = dict.fromkeys(column for row in split.evaluations for column in row.get("by_category", {}))
+        for column in columns:
+            groups = {row["model"]: row.get("by_category", {}).get(column, {}) for row in split.evaluations}
+            values = dict.fromkeys(value for group in groups.values() for value in group)
+            entries = [entry for group in groups.values() for entry in group.values()]
+            names = dict.fromkeys(name for entry in entries for name in entry.get("scores", {}))
+            rows = []
+            for value in values:
+                of_models = [group.get(value, {}) for group in groups.values()]
+                chances = [entry["scores"]["chance"] for entry in of_models if "chance" in entry.get("scores", {})]
+                n = max(entry.get("n", 0) for entry in of_models)
+                rows.append((value, n, chances[0] if chances else None, of_models))
+            scores = [name for name in names if name != "chance"]
+            tables.append(
+                CategoryTable(split.dataset, split.name, column, list(groups), scores, "chance" in names, rows)
+            )
     return tables
 
 

@@ -40,6 +40,15 @@ class Ability(Shape):
     alignment: Measure = None
 
 
+class Category(Shape):
+    """Measures of one category."""
+
+    n: Count
+    accuracy: Number
+    accuracy_ci95: Interval = None
+    scores: dict[str, Number] = {}
+
+
 class Evaluation(Shape):
     """An evaluation in `summary.json`: one model on one dataset."""
 
@@ -59,6 +68,7 @@ class Evaluation(Shape):
     scores: dict[str, Number] = {}
     cases: Cases | None = None
     by_ability: dict[str, Ability] = {}
+    by_category: dict[str, dict[str, Category]] = {}
 
 
 class Histogram(Shape):

@@ -397,6 +397,10 @@ SUMMARIES: dict[str, tuple[dict[str, Any], str]] = {
     "an interval of three": ({"evaluations": [EVALUATED | {"accuracy_ci95": [0, 1, 2]}]}, "accuracy_ci95"),
     "cases without one": ({"evaluations": [EVALUATED | {"cases": {"both_right": 3}}]}, "cases"),
     "an ability that is a number": ({"evaluations": [EVALUATED | {"by_ability": {"counting": 3}}]}, "counting"),
+    "a category without a count": (
+        {"evaluations": [EVALUATED | {"by_category": {"split": {"dev": {"accuracy": 0.5}}}}]},
+        "split.dev.n",
+    ),
     "a headroom without pass@1": ({"headroom": [{**HEADROOM, "pass_at_1": None}]}, "headroom.0.pass_at_1"),
     "a funnel that is a list": ({"funnel": []}, "'funnel'"),
     "a funnel's count with a point": ({"funnel": {"iteration-1": {"kept": 1.5}}}, "kept"),

@@ -94,6 +94,7 @@ def evil_run(path: Path, evil: str) -> Path:
         "right_answer_wrong_rationale": 0.25,
         "unparsed": 0,
         "by_ability": {evil: {"n": 2, "accuracy": 0.5, "alignment": None}, "b": {"n": 2, "accuracy": 1.0}},
+        "by_category": {evil: {evil: {"n": 2, "accuracy": 0.5, "scores": {evil: 0.5}}}},
         "cases": {
             "both_right": 1,
             "right_answer_wrong_rationale": 1,
@@ -168,8 +169,9 @@ STYLES = re.compile(r"\x1b\[[0-9;]*m")  # rich's own
 def test_the_results_table_shows_names_as_they_are(evil: str) -> None:
     entry = {"dataset": evil, "split": "test", "model": evil, "n": 4, "accuracy": 0.5, "accuracy_ci95": [0.2, 0.8]}
     entry |= {"alignment": None, "right_answer_wrong_rationale": None, "unparsed": 0}
+    entry["by_category"] = {evil: {evil: {"n": 1, "accuracy": 1.0, "scores": {evil: 0.5}}}}
     text = STYLES.sub("", shown(lambda console: console.print(results_table({"evaluations": [entry]}))))
-    assert text.count(printable(evil)) == 2 and not OBEYED.search(text)
+    assert text.count(printable(evil)) == 4 and not OBEYED.search(text)
 
 
 @pytest.mark.parametrize("evil", (*TERMINAL, *MARKUP))

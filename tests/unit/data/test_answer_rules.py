@@ -311,7 +311,7 @@ def test_pope_s_figures_count_a_question_once_for_each_of_its_categories() -> No
 
 
 def test_anls_is_that_of_its_paper_s_loop() -> None:
-    """1 - NL where NL, edits by the longer text's length, is at most one half; the best gold answer counts (Biten et al. 2019)."""
+    """1 - NL where NL, edits by the longer length, is at most one half; the best gold answer counts (Biten et al. 2019)."""
 
     def distance(first: str, second: str) -> int:
         if not first or not second:

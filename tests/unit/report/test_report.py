@@ -252,14 +252,20 @@ def test_rules_and_their_figures_are_named_on_the_page_and_in_the_table(tmp_path
     row: dict[str, Any] = {"model": "base", "dataset": "mmstar", "split": "test", "n": 7, "accuracy": 3 / 7}
     row |= {"accuracy_ci95": [0.0, 0.9], "alignment": None, "right_answer_wrong_rationale": None, "unparsed": 1}
     others = row | {"dataset": "pope", "rule": "yes_no", "scores": {"f1": 0.654, "recall": 0.5}}
+    values = {
+        f"v{number:02}": {"n": 3, "accuracy": 0.5, "accuracy_ci95": [0.2, 0.75], "scores": {}} for number in range(23)
+    }
+    values["v00"] = {"n": 4, "accuracy": 0.123, "scores": {"chance": 0.25, "circular": 0.111}}
     rows = [
-        row | {"rule": "choice", "scores": {"chance": 0.25}},
+        row | {"rule": "choice", "scores": {"chance": 0.25}, "by_category": {"l2_category": values}},
         others,
         row | {"dataset": "own", "rule": "exact", "scores": {}},
     ]
     (tmp_path / "summary.json").write_text(json.dumps({"evaluations": rows, "seconds": 4.0}))
     html = " ".join(write_report(tmp_path).read_text(encoding="utf-8").split())
-    assert "mmstar, test: multiple choice: the right option&#39;s letter or text. base: chance 25.0 %." in html
+    assert "the right option&#39;s letter or text; chance: a guess among the options. base: chance 25.0 %." in html
+    assert "<h3>mmstar, test, by l2_category</h3>" in html and html.count("50.0 <small>[20.0, 75.0]</small>") == 22
+    assert '<td class="text">v00</td> <td>4</td> <td>25.0</td> <td>12.3</td> <td>11.1</td>' in html
     assert "pope, test: yes or no" in html and "base: f1 65.4 %; recall 50.0 %." in html
     assert "own, test: " not in html
     console = Console(width=200)
@@ -268,6 +274,8 @@ def test_rules_and_their_figures_are_named_on_the_page_and_in_the_table(tmp_path
     shown = captured.get()
     assert "chance 25.0" in shown and "f1 65.4, recall 50.0" in shown and shown.count("multiple choice") == 1
     assert "equal to the gold" not in shown
+    assert "v00 (4); chance 25.0, circular 11.1" in shown and "v19 (3)" in shown and "50.0 ± 27.5" in shown
+    assert "v20" not in shown and "and 3 more in summary.json" in shown
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -54,6 +54,26 @@ def test_a_table_of_abilities_has_the_samples_once_and_a_column_a_model() -> Non
     assert table.rows == [("color", 10, [0.7, 0.8]), ("count", 30, [0.1, 0.4])]
 
 
+def test_a_table_of_categories_has_chance_once_and_each_model_s_figures() -> None:
+    def of(n: int, accuracy: float, **scores: float) -> dict[str, Any]:
+        return {"n": n, "accuracy": accuracy, "accuracy_ci95": [0.0, 1.0], "scores": scores}
+
+    base = evaluation("base", 0.25, math=(4, 0.5), logic=(6, 0.1))
+    base["by_category"] = {"category": {"logic": of(6, 0.1, chance=0.25), "math": of(4, 0.5, chance=0.5, circular=0.2)}}
+    last = evaluation("iteration-1", 0.5) | {"by_category": {"category": {"math": of(4, 0.75, chance=0.5)}}}
+    (table,) = sections.categories(run_of(evaluations=[base, last]))
+    assert (table.column, table.models, table.scores, table.has_chance) == (
+        "category",
+        ["base", "iteration-1"],
+        ["circular"],
+        True,
+    )
+    assert [(value, n, chance) for value, n, chance, _ in table.rows] == [("logic", 6, 0.25), ("math", 4, 0.5)]
+    assert [entry.get("accuracy") for *_, entries in table.rows for entry in entries] == [0.1, None, 0.5, 0.75]
+    assert sections.abilities(run_of(evaluations=[base, last])) == []  # they are the categories
+    assert sections.categories(run_of(evaluations=[evaluation("base", 0.1)])) == []
+
+
 def test_a_headline_goes_from_the_first_model_to_the_last_and_counts_the_pairs_of_all_rounds() -> None:
     rows = [evaluation("base", 0.25), evaluation("rationale", 0.375), evaluation("iteration-2", 0.5)]
     funnel = {
