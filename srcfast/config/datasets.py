@@ -51,8 +51,9 @@ class DatasetConfig(Section):
     reference: ReferenceQuality = "complete"
     """What of a sample's facts, or else of its rationale, the R-Scorer sees: `complete`: all; `noisy`: one word or number is
     wrong; `partial`: half is left out; `answer`: all but the answer is. For studies of judging; stage 1 and the oracle see all"""
-    rule: Literal["auto", "exact", "choice", "relaxed", "yes_no", "anls"] = "auto"
-    """Of an evaluation set: which answers are right (docs/data.md); `auto`: `choice` or `yes_no` where all samples are so"""
+    rule: Literal["auto", "exact", "choice", "relaxed", "yes_no", "anls", "judge"] = "auto"
+    """Of an evaluation set: which answers are right (docs/data.md); `auto`: `choice`, `yes_no` or `judge` where all samples
+    are so"""
     use: tuple[Literal["rationale", "calibration"], ...] = ("rationale", "calibration")
     """For a training dataset: `rationale`: stage 1 trains on it; `calibration`: stages 2 to 4 draw their samples from it"""
 

@@ -31,6 +31,7 @@ YOUNGER = {
     "curation": ("left_out_negatives", "likelihood_weight", "rationale_pairs", "right_answer"),
     "dpo": ("updates", "preference_weight", "credit", "quality_weight"),
     "scorer_training": ("updates", "qualities"),
+    "evaluation": ("judge_endpoint", "judge_model", "judge_concurrency", "judge_max_tokens", "judge_token_limit"),
 }
 
 
@@ -353,6 +354,17 @@ class EvaluationConfig(Section):
     headroom_samples: int = Field(500, ge=0, le=MOST)
     """Maximum number of samples of each evaluation dataset for pass@N and best-of-N, which need candidates and scores; 0 = not
     measured. Only samples that the embedded world's oracle can verify count"""
+    judge_endpoint: str | None = None
+    """Address of an OpenAI-compatible server (http://HOST:PORT/v1) with a model that scores free answers; needed for evaluation
+    sets of the rule `judge` alone. A key is read from the environment variable OPENAI_API_KEY"""
+    judge_model: str | None = None
+    """The server's name for this model"""
+    judge_concurrency: int = Field(8, ge=1, le=256)
+    """Requests to the judge at the same time"""
+    judge_max_tokens: int = Field(1024, ge=16, le=MOST_NEW_TOKENS)
+    """Maximum number of tokens of a reply of the judge"""
+    judge_token_limit: int = Field(0, ge=0, le=MOST)
+    """Maximum number of tokens, of requests and replies, for the answers of a model to an evaluation set; 0 = no limit"""
 
 
 class CheckpointConfig(Section):

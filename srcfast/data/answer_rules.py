@@ -5,6 +5,7 @@ choice    multiple choice: the right option's letter, or its text (MMStar, MMBen
 relaxed   numbers within 5 % of a gold one; else exact (ChartQA: Masry et al. 2022)
 yes_no    an answer with the word yes or no, but not both (POPE: Li et al. 2023; HallusionBench: Guan et al. 2024)
 anls      average normalised Levenshtein similarity, below one half 0 (DocVQA: Mathew et al. 2021)
+judge     a free answer that a judge scores at least as high as the reference's (LLaVA-Bench: Liu et al. 2023)
 
 Where the evaluators of VLMEvalKit and lmms-eval decide otherwise is written in docs/data.md.
 """
@@ -20,9 +21,9 @@ from typing import Any, Literal, get_args
 from srcfast.data.answers import gold_answers, is_right
 from srcfast.data.rationale_format import normalise_answer
 from srcfast.data.records import Sample
-from srcfast.data.vlmeval import QUESTION_KEY
+from srcfast.data.vlmeval import QUESTION_KEY, REFERENCE_KEY
 
-Rule = Literal["exact", "choice", "relaxed", "yes_no", "anls"]
+Rule = Literal["exact", "choice", "relaxed", "yes_no", "anls", "judge"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 TEXTS: dict[str, str] = {
     "exact": "answers equal to the gold one, but for case, articles, final periods and number words",
@@ -30,6 +31,8 @@ TEXTS: dict[str, str] = {
     "relaxed": "relaxed accuracy: numbers within 5 % of a gold one, without % and currency signs, other answers exact; "
     "pix2struct: by the reference code, in which 5% is 0.05 and a number with commas a text",
     "yes_no": "yes or no: an answer with one of the two words; yes is positive",
+    "judge": "free answers: accuracy: scored at least as high as the reference's answer; relative: the answers' scores by "
+    "those of the references, from 1 to 10, means over both orders of the two; unscored: without scores of the judge",
     "anls": "accuracy: equal to a gold answer; ANLS: normalised Levenshtein similarity to the nearest one, 0 below 0.5",
 }
 TOLERANCE = 0.05  # of `relaxed`
@@ -42,16 +45,22 @@ _ROTATION = 10**6  # MMBench: the indexes of a question with its options rotated
 
 def rule_text(entry: Mapping[str, Any]) -> str:
     """Return which answers are right in an evaluation of `summary.json`; empty where it is equal ones, or not stated."""
-    rule = entry.get("rule", "exact")
-    return "" if rule == "exact" else TEXTS.get(rule, "")
+    rule, judge = entry.get("rule", "exact"), entry.get("judge")
+    text = "" if rule == "exact" else TEXTS.get(rule, "")
+    return f"{text}; judge {judge['model']}, prompt {judge['prompt_sha256'][:12]}" if judge else text
 
 
 def rule_of(samples: Sequence[Sample]) -> Rule:
-    """Return the rule that samples call for: choice if all have options, yes_no if all answers are yes or no, else exact."""
+    """Return the rule that samples call for.
+
+    choice if all have options, yes_no if all answers are yes or no, judge if all are of LLaVA-Bench's table, else exact.
+    """
     if samples and all(has_options(sample) for sample in samples):
         return "choice"
     if samples and all(normalise_answer(sample.answer) in ("yes", "no") for sample in samples):
         return "yes_no"
+    if samples and all(REFERENCE_KEY in sample.extra for sample in samples):
+        return "judge"
     return "exact"
 
 
@@ -128,21 +137,38 @@ def edit_distance(first: str, second: str) -> int:
     return distances[-1]
 
 
+@dataclass(frozen=True)
+class JudgeScores:
+    """What a judge gave the reference's answer and the model's, from 1 to 10."""
+
+    reference: float
+    prediction: float
+
+
 @dataclass
 class RuleScores:
     """The figures that a rule reports beside accuracy, counted prediction by prediction.
 
-    Of figures, questions and rotations one truth value each is stored.
+    Of figures, questions and rotations one truth value each is stored, of answers that a judge scored their scores.
     """
 
     rule: Rule
+    judged: list[JudgeScores] = field(default_factory=list)
     _counts: Counter[str] = field(default_factory=Counter)
     _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _groups: dict[tuple[str, ...], bool] = field(default_factory=dict)  # whether all answers of a group are right
 
-    def add(self, sample: Sample, answer: str | None, right: bool, times: int = 1) -> None:
-        """Count one prediction, `times` over: VLMEvalKit counts POPE's questions once for each of their categories."""
+    def add(
+        self, sample: Sample, answer: str | None, right: bool, times: int = 1, judged: JudgeScores | None = None
+    ) -> None:
+        """Count one prediction, `times` over: VLMEvalKit counts POPE's questions once for each of their categories.
+
+        Args:
+            judged: by the rule `judge`, None where the judge gave no scores.
+        """
         self._counts["n"] += times
+        if judged is not None:
+            self.judged.append(judged)
         if self.rule == "choice":
             self._sums["chance"] += 1 / len(sample.extra["options"]) if has_options(sample) else 0.0
             if (rotated := _rotated(sample)) is not None:
@@ -176,9 +202,13 @@ class RuleScores:
         """Return the figures by name.
 
         chance, and of rotated questions circular; or pix2struct; or anls; or precision, recall, f1 and the share of yes, with
-        fAcc and qAcc, and with the accuracy over categories where samples are in several.
+        fAcc and qAcc, and with the accuracy over categories where samples are in several; or relative, prediction and reference,
+        of which the last two are shares of 10, and the share of unscored answers.
         """
         n = self._counts["n"]
+        if self.rule == "judge":
+            unscored = {"unscored": 1 - len(self.judged) / n}
+            return relative_scores(self.judged) | unscored if self.judged else unscored
         if self.rule != "yes_no":
             # Without a question that occurs twice these are no rotations.
             circular = self._shares_of_groups("circular") if self._counts["rotated"] > len(self._groups) else {}
@@ -196,6 +226,16 @@ class RuleScores:
         if self._counts["repeated"]:
             scores["accuracy_over_categories"] = self._counts["right"] / n
         return scores | self._shares_of_groups("fAcc", "qAcc")
+
+
+def relative_scores(judged: Sequence[JudgeScores]) -> dict[str, float]:
+    """Return LLaVA-Bench's figures: scores of answers by those of references, and the means of both, divided by 10."""
+    prediction, reference = sum(one.prediction for one in judged), sum(one.reference for one in judged)
+    return {
+        "relative": prediction / reference,
+        "prediction": prediction / len(judged) / 10,
+        "reference": reference / len(judged) / 10,
+    }
 
 
 def _second_category(sample: Sample) -> str:

@@ -28,6 +28,7 @@ OPTION_LETTERS = string.ascii_uppercase
 QUESTION_KEY = "vlmeval_question"  # the question of the table, without the options
 _NUMBERED_MARK = re.compile(r"<image ([1-9]\d{0,3})>", re.ASCII)  # as in MMMU's tables
 _COLUMNS = ("index", "image", "question", "answer")
+REFERENCE_KEY = "gpt4_ans"  # the reference's answers in LLaVA-Bench's table, which has no other
 
 
 def read_vlmeval_tsv(
@@ -35,8 +36,8 @@ def read_vlmeval_tsv(
 ) -> Iterator[tuple[int, Sample | InputError]]:
     """Yield (line, sample or its error), and write each image once into `image_output`.
 
-    Columns: index, image (or image_path, below `image_root`), question, answer; optional: hint, A, B, ..., category,
-    l2-category, split, rationale.
+    Columns: index, image (or image_path, below `image_root`), question, answer (or gpt4_ans); optional: hint, A, B, ...,
+    category, l2-category, split, rationale.
     Options are appended to the question as in VLMEvalKit's multiple-choice prompt. Images stand where the texts have marks,
     `<image>` for each in their order or `<image 1>` for the first, and before the text where they have none.
 
@@ -67,7 +68,8 @@ def _rows(path: str | Path) -> Iterator[Row]:
             reader = csv.reader(lines(), delimiter="\t", strict=True)
             header = next(reader, [])
             names = ", ".join(header)
-            needed = {name for name in _COLUMNS if name != "image" or "image_path" not in header}
+            stand_ins = {"image": "image_path", "answer": REFERENCE_KEY}
+            needed = {name for name in _COLUMNS if stand_ins.get(name) not in header}
             if not needed <= set(header) or len(set(header)) < len(header) or not is_unicode(names, header):
                 expected = f"columns {', '.join(_COLUMNS)} (or image_path), each once, in UTF-8"
                 raise InputError(file=path, line=1, field="header", expected=expected, found=ascii(names[:200]))
@@ -150,9 +152,10 @@ def _samples(
         raise fields.error("image", "base64, or the index of a row that has it", cell)
     if isinstance(names, InputError):
         raise fields.error("image", names.expected, names.found, names.fix)
-    question, answer, rationale = fields.text("question"), fields.answer("answer"), fields.optional_text("rationale")
-    answer, *others = _answers(answer)
-    extra = fields.rest() | ({"answers": others} if others else {})
+    question, rationale = fields.text("question"), fields.optional_text("rationale")
+    reference = {} if "answer" in row else {REFERENCE_KEY: fields.answer(REFERENCE_KEY)}
+    answer, *others = reference.values() if reference else _answers(fields.answer("answer"))
+    extra = fields.rest() | ({"answers": others} if others else {}) | reference
     options = {letter: extra.pop(letter) for letter in OPTION_LETTERS if letter in extra}
     if "category" in extra:
         extra.setdefault("ability", extra["category"])

@@ -62,17 +62,17 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
 
     @classmethod
-    def from_environment(cls, url: str, model: str, timeout: float) -> Endpoint:
-        """Check an address, and read the key from the environment.
+    def from_environment(cls, url: str, model: str, timeout: float, option: str = "--endpoint") -> Endpoint:
+        """Check an address, which `option` names, and read the key from the environment.
 
         Raises:
             ConfigError: the address is none of HTTP, or has a name and password in it; or the key can't be sent.
         """
         parts = urllib.parse.urlsplit(url)
         if parts.username is not None or parts.password is not None:
-            raise ConfigError(f"--endpoint: expected no name or password in the address, found some. Fix: set {KEY}")
+            raise ConfigError(f"{option}: expected no name or password in the address, found some. Fix: set {KEY}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"--endpoint: expected http://HOST:PORT/v1, found {url!r}")
+            raise ConfigError(f"{option}: expected http://HOST:PORT/v1, found {url!r}")
         key = os.environ.get(KEY, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise ConfigError(f"{KEY}: expected a key of visible ASCII characters, found others")

@@ -49,6 +49,13 @@ class Category(Shape):
     scores: dict[str, Number] = {}
 
 
+class Judge(Shape):
+    """Who scored free answers, and by which prompt."""
+
+    model: str
+    prompt_sha256: str
+
+
 class Evaluation(Shape):
     """An evaluation in `summary.json`: one model on one dataset."""
 
@@ -69,6 +76,7 @@ class Evaluation(Shape):
     cases: Cases | None = None
     by_ability: dict[str, Ability] = {}
     by_category: dict[str, dict[str, Category]] = {}
+    judge: Judge | None = None
 
 
 class Histogram(Shape):

@@ -18,6 +18,7 @@ from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample, of_record
 from srcfast.errors import ConfigError, InputError
+from srcfast.stages.free_answers import judge_endpoint
 from srcfast.world.charts import CHARTS
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.digits import DIGITS
@@ -123,6 +124,7 @@ def read_evaluation_sets(
 
     Raises:
         InputError: one is empty, or has more bad samples than `max_rejected`.
+        ConfigError: one needs a judge, and the settings name none.
     """
     evaluation_sets = []
     for dataset in datasets:
@@ -134,6 +136,8 @@ def read_evaluation_sets(
             raise _no_samples(dataset, "data.evaluation")
         samples = degraded_references(samples, dataset, config)
         rule = rule_of(samples) if dataset.rule == "auto" else dataset.rule
+        if rule == "judge":
+            judge_endpoint(config)  # before a model answers
         evaluation_sets.append(EvaluationSet(dataset.name, dataset.split, samples, rule))
     return evaluation_sets
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from srcfast.config.settings import Config, EvaluationConfig
-from srcfast.data.answer_rules import CATEGORY_COLUMNS, Rule, RuleScores, categories_of, is_right_by
+from srcfast.data.answer_rules import CATEGORY_COLUMNS, JudgeScores, Rule, RuleScores, categories_of, is_right_by
 from srcfast.data.convert import prediction_columns, write_predictions_tsv
 from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.jsonl import read_jsonl, write_jsonl
@@ -30,6 +30,7 @@ from srcfast.models.sharding import in_step_with
 from srcfast.run.chunks import BATCHES, ChunkFiles, ChunkResult, Chunks, run_chunks
 from srcfast.stages.candidates import Progress, decoding_memory, prompts_of
 from srcfast.stages.datasets import EvaluationSet
+from srcfast.stages.free_answers import free_answer, judge_answers, prompt_hash
 from srcfast.world.verification import CASES, Verification, verify_sample
 
 MOST_CATEGORIES = 256  # values of a column; one with more names samples, not categories
@@ -45,10 +46,17 @@ class Prediction:
     answer: str | None  # None: the response did not parse
     right: bool
     judgement: Verification | None  # None: the sample carries no scene to check a rationale against
+    judged: JudgeScores | str | None = None  # of a free answer: the judge's scores, or why there are none
+
+    @property
+    def scores(self) -> JudgeScores | None:
+        """The judge's scores, if there are some."""
+        return self.judged if isinstance(self.judged, JudgeScores) else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of `predictions`: `prediction` is the bare answer, as VLMEvalKit scores it."""
-        return {
+        scores = asdict(self.judged) if isinstance(self.judged, JudgeScores) else {"unscored": self.judged}
+        return ({} if self.judged is None else {"judged": scores}) | {
             "id": self.sample.id,
             "question": self.sample.question,
             "answer": self.sample.answer,
@@ -121,6 +129,12 @@ def predict(sample: Sample, text: str, rule: Rule = "exact") -> Prediction:
     return Prediction(sample, text, parsed.rationale, parsed.answer, right, verify_sample(sample, parsed))
 
 
+def predict_judged(sample: Sample, text: str, judged: JudgeScores | str) -> Prediction:
+    """Parse one response to a question that calls for a free answer; it is right if it scores as high as the reference's."""
+    right = isinstance(judged, JudgeScores) and judged.prediction >= judged.reference
+    return Prediction(sample, text, parse_response(text).rationale, free_answer(text), right, None, judged)
+
+
 class Counts:
     """The counts of predictions that `summarise` needs; they take the same memory for any number of predictions.
 
@@ -130,6 +144,7 @@ class Counts:
     def __init__(self, rule: Rule = "exact") -> None:
         self.of_rule = RuleScores(rule)
         self.of_categories: dict[tuple[str, str], CategoryCounts] = defaultdict(partial(CategoryCounts, rule))
+        self.unscored: Counter[str] = Counter()  # free answers without scores, by reason
         self.of_all: Counter[str] = Counter()
         self.of_ability: dict[str, Counter[str]] = defaultdict(Counter)
         self.cases = dict.fromkeys(CASES, 0)
@@ -147,7 +162,8 @@ class Counts:
         for category in categories:
             self.of_categories[category].add(prediction)
         times = max(1, sum(column == "category" for column, _ in categories))
-        self.of_rule.add(sample, prediction.answer, prediction.right, times)
+        self.of_rule.add(sample, prediction.answer, prediction.right, times, prediction.scores)
+        self.unscored.update([prediction.judged] if isinstance(prediction.judged, str) else [])
         values: dict[str, int] = {"n": 1, "right": prediction.right, "unparsed": prediction.answer is None}
         if judgement is not None:
             self.cases[judgement.case] += 1
@@ -179,7 +195,7 @@ class CategoryCounts:
         """Count one prediction."""
         self.n += 1
         self.right += prediction.right
-        self.of_rule.add(prediction.sample, prediction.answer, prediction.right)
+        self.of_rule.add(prediction.sample, prediction.answer, prediction.right, judged=prediction.scores)
 
 
 def summarise(counts: Counts, *, model: str, dataset: str, split: str, resamples: int, seed: int) -> dict[str, Any]:
@@ -294,15 +310,47 @@ def answers_in_chunks(
 def write_evaluation(
     path: Path, answers: ChunkFiles, dataset: EvaluationSet, model: str, config: Config
 ) -> dict[str, Any]:
-    """Write the predictions on an evaluation set to `path` (without ending); return its entry of `summary.json`."""
-    return summarise(
-        write_predictions(path, dataset.samples, predictions_of(dataset.samples, answers, dataset.rule), dataset.rule),
-        model=model,
-        dataset=dataset.name,
-        split=dataset.split,
-        resamples=config.evaluation.bootstrap_resamples,
-        seed=config.seed,
+    """Write the predictions on an evaluation set to `path` (without ending); return its entry of `summary.json`.
+
+    Free answers go to the judge first; its replies are in a directory beside the predictions.
+    """
+    samples, resamples = dataset.samples, config.evaluation.bootstrap_resamples
+    if dataset.rule == "judge":
+        predictions = judged_predictions(config, samples, answers, path.with_name(f"{path.name}.asked"))
+    else:
+        predictions = predictions_of(samples, answers, dataset.rule)
+    counts = write_predictions(path, samples, predictions, dataset.rule)
+    labels = {"model": model, "dataset": dataset.name, "split": dataset.split}
+    entry = summarise(counts, **labels, resamples=resamples, seed=config.seed)
+    return entry | (_judge_entry(counts, config) if dataset.rule == "judge" else {})
+
+
+def judged_predictions(
+    config: Config, samples: Sequence[Sample], answers: ChunkFiles, asked: Path
+) -> Iterator[Prediction]:
+    """Have all answers scored, then yield them with their scores. Raises what `judge_answers` does."""
+    texts = (row["text"] for row in answers.rows())
+    judgements = judge_answers(
+        config, ((sample, free_answer(text)) for sample, text in zip(samples, texts, strict=True)), asked
     )
+    rows = zip(samples, answers.rows(), strict=True)
+    return (predict_judged(sample, row["text"], judgements[sample.id]) for sample, row in rows)
+
+
+def _judge_entry(counts: Counts, config: Config) -> dict[str, Any]:
+    """Return who judged by which prompt, what has no scores, and the 95 % bootstrap interval of the relative score."""
+    judge: dict[str, Any] = {
+        "model": config.evaluation.judge_model,
+        "prompt_sha256": prompt_hash(),
+        "unscored": dict(counts.unscored),
+    }
+    if judged := counts.of_rule.judged:
+        scores = np.array([(one.prediction, one.reference) for one in judged])
+        generator, n = np.random.default_rng(config.seed), len(judged)
+        resamples = range(config.evaluation.bootstrap_resamples)
+        sums = np.array([scores[generator.integers(n, size=n)].sum(axis=0) for _ in resamples])
+        judge["relative_ci95"] = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975]).tolist()
+    return {"judge": judge}
 
 
 def predictions_of(samples: Sequence[Sample], answers: ChunkFiles, rule: Rule = "exact") -> Iterator[Prediction]:

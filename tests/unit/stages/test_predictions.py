@@ -10,8 +10,9 @@ from PIL import Image
 from srcfast.config.settings import Config
 from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
+from srcfast.errors import ConfigError
 from srcfast.stages.datasets import EvaluationSet, read_evaluation_sets
-from srcfast.stages.evaluation import predict, summarise, write_predictions
+from srcfast.stages.evaluation import predict, predict_judged, summarise, write_predictions
 
 
 def test_a_table_s_question_options_and_split_come_back_with_the_bare_answer(tmp_path: Path) -> None:
@@ -30,7 +31,9 @@ def test_a_table_s_question_options_and_split_come_back_with_the_bare_answer(tmp
     assert set(first) == {"index", "question", "A", "B", "answer", "prediction", "rationale", "split", "category"}
 
 
-def read_table(folder: Path, rows: list[dict[str, str]], **more: str) -> EvaluationSet:
+def read_table(
+    folder: Path, rows: list[dict[str, str]], evaluation: dict[str, str] | None = None, **more: str
+) -> EvaluationSet:
     """Write a table as VLMEvalKit's, each row with the same picture, and read it as an evaluation set."""
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     lines = [["image_path", *rows[0]]] + [["a.png", *row.values()] for row in rows]
@@ -43,7 +46,7 @@ def read_table(folder: Path, rows: list[dict[str, str]], **more: str) -> Evaluat
         "split": "test",
         **more,
     }
-    config = Config(data={"evaluation": [dataset]}, output=str(folder / "out"))
+    config = Config(data={"evaluation": [dataset]}, output=str(folder / "out"), evaluation=evaluation or {})
     [read] = read_evaluation_sets(config.data.evaluation, config, folder / "images", [])
     return read
 
@@ -172,3 +175,29 @@ def test_a_rule_that_is_named_wins(tmp_path: Path) -> None:
     rows = [{"index": "1", "question": "How much?", "answer": "100"}]
     dataset = read_table(tmp_path, rows, rule="relaxed")
     assert dataset.rule == "relaxed" and predict(dataset.samples[0], "104", dataset.rule).right
+
+
+def test_llava_bench_s_table_calls_for_a_judge(tmp_path: Path) -> None:
+    """Its columns (VLMEvalKit's LLaVABench.tsv): the reference's answers are in gpt4_ans, and no other answer is there."""
+    rows = [
+        {
+            "index": "1",
+            "question": "What?",
+            "caption": "A dog.",
+            "gpt4_ans": "[A dog, seen from above]",
+            "category": "conv",
+        }
+    ]
+    with pytest.raises(ConfigError, match="evaluation.judge_endpoint: expected a judge"):
+        read_table(tmp_path, rows)
+    dataset = read_table(tmp_path, rows, {"judge_endpoint": "http://localhost:1/v1", "judge_model": "m"})
+    [sample] = dataset.samples
+    assert (
+        dataset.rule == "judge" and sample.answer == "[A dog, seen from above]" and sample.extra["caption"] == "A dog."
+    )
+    made = [predict_judged(sample, "It is a dog, which somebody has photographed.", "unreadable")]
+    write_predictions(tmp_path / "p", dataset.samples, iter(made), dataset.rule)
+    with open(tmp_path / "p.tsv", encoding="utf-8", newline="") as file:
+        [row] = csv.DictReader(file, delimiter="\t")
+    answer = {"answer": sample.answer, "prediction": "It is a dog, which somebody has photographed.", "rationale": ""}
+    assert row == rows[0] | answer
