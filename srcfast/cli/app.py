@@ -404,6 +404,21 @@ def convert(
 
 
 @app.command()
+def export(
+    predictions: Annotated[Path, typer.Argument(help="predictions of an evaluation: predictions/SET.tsv")],
+    to: Annotated[str, typer.Option(help="whose files to write: vlmevalkit, lmms_eval")],
+    model: Annotated[str, typer.Option(help="name of the model in the files' names")],
+    dataset: Annotated[str, typer.Option(help="VLMEvalKit's name of the data set, or lmms-eval's of the task")],
+    format: Annotated[str, typer.Option(help="of VLMEvalKit's file: xlsx, tsv, json")] = "xlsx",
+    output: Output = None,
+) -> None:
+    """Write predictions, with the bare answers, as files that VLMEvalKit or lmms-eval reads."""
+    from srcfast.cli import tools
+
+    tools.export(predictions, to, model, dataset, format, output)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="LVLM checkpoint directory, or 'embedded'")],
     words: Words = None,

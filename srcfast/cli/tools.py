@@ -1,4 +1,4 @@
-"""The commands that need no PyTorch: config, convert, bench, report, world."""
+"""The commands that need no PyTorch: config, convert, export, bench, report, world."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from srcfast.config.load import load_with_sources
 from srcfast.config.settings import Config
 from srcfast.config.show import annotated_yaml, json_schema
 from srcfast.data.convert import convert as convert_records
+from srcfast.data.evaluator_files import FORMATS, write_lmms_eval, write_vlmevalkit
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.stage_rows import read_scores
 from srcfast.errors import ConfigError, SrcfastError, printable
@@ -69,6 +70,20 @@ def convert(source: Path, target: Path, from_format: str | None, to_format: str 
     if lost:
         names = ", ".join(f"{name} ({times})" for name, times in sorted(lost.items()))
         print(f"fields that {target_format} can't carry and that were left out: {printable(names)}")
+
+
+def export(predictions: Path, to: str, model: str, dataset: str, format: str, output: Path | None) -> None:
+    """Write predictions as files of VLMEvalKit or lmms-eval below `output`, and print their paths."""
+    output = require_option(output, "--output", "a folder for the files")
+    inputs.check_output(None, output, predictions)
+    if format not in FORMATS:
+        raise ConfigError(f"--format: expected {', '.join(FORMATS)}, found {format!r}")
+    if to == "vlmevalkit":
+        print(write_vlmevalkit(predictions, output, model, dataset, format))
+    elif to == "lmms_eval":
+        print(*write_lmms_eval(predictions, output, model, dataset), sep="\n")
+    else:
+        raise ConfigError(f"--to: expected vlmevalkit or lmms_eval, found {to!r}")
 
 
 def curate(config: Config, source: Source, candidates: Path | None, scores: Path | None, output: Path | None) -> None:
