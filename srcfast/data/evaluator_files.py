@@ -1,4 +1,4 @@
-"""Write predictions as VLMEvalKit and lmms-eval write their own, so that these score the bare answers.
+"""Write predictions in the forms of VLMEvalKit and lmms-eval, so that these score the bare answers.
 
 VLMEvalKit's form is that of `infer_data_job` in vlmeval/inference.py: the table's columns without pictures, and `prediction`.
 lmms-eval's are those of `save_results_samples` in lmms_eval/loggers/evaluation_tracker.py, and what its model `from_log` reads.
@@ -23,12 +23,12 @@ from srcfast.errors import InputError
 
 Format = Literal["xlsx", "tsv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-RUN = "T00000000-000000"  # a run of VLMEvalKit, by the pattern of its names; older than all of its own
+RUN = "T00000000-000000"  # a run of VLMEvalKit, by the pattern of their names
 LONGEST_CELL = 32_767  # characters, of a spreadsheet
 _NEEDED = ("index", "question", "answer", "prediction")
 _NUMBERS = ("index", "g_index")  # columns that VLMEvalKit compares as numbers
 _WHOLE = re.compile(r"0|[1-9]\d{0,14}", re.ASCII)
-_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|_(?=x[0-9A-Fa-f]{4}_)")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _DATE = (1980, 1, 1, 0, 0, 0)  # of the files in a spreadsheet, so that the same predictions give the same bytes
 
 
@@ -174,7 +174,7 @@ def _write_xlsx(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def _cell(path: Path, value: str | int | None) -> str:
-    """Write a cell. Characters that XML can't hold, and texts that look like their escapes, are escaped as _x0000_."""
+    """Write a cell. Characters that XML can't hold are written as _x0000_, as spreadsheets have them."""
     if value is None or value == "":
         return "<c/>"
     if isinstance(value, int):
@@ -183,4 +183,4 @@ def _cell(path: Path, value: str | int | None) -> str:
         expected, fix = f"cells of at most {LONGEST_CELL} characters", "--format tsv"
         raise InputError(file=path, field="record", expected=expected, found=f"one of {len(value)}", fix=fix)
     text = _NOT_XML.sub(lambda match: f"_x{ord(match[0]):04X}_", value)
-    return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(text)}</t></is></c>'
+    return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(text, {chr(13): "&#13;"})}</t></is></c>'

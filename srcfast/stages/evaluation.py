@@ -34,6 +34,7 @@ from srcfast.stages.free_answers import free_answer, judge_answers, prompt_hash
 from srcfast.world.verification import CASES, Verification, verify_sample
 
 MOST_CATEGORIES = 256  # values of a column; one with more names samples, not categories
+_ENDS = [0.025, 0.975]  # of an interval, as quantiles
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> list[fl
     # How often a resample has each distinct value is multinomial, so no sample is drawn by itself. One resample after the
     # other: all at once would take gigabytes where there are many distinct values.
     means = [generator.multinomial(n, counts / n) @ levels / n for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, _ENDS)
     return [float(low), float(high)]
 
 
@@ -349,7 +350,7 @@ def _judge_entry(counts: Counts, config: Config) -> dict[str, Any]:
         generator, n = np.random.default_rng(config.seed), len(judged)
         resamples = range(config.evaluation.bootstrap_resamples)
         sums = np.array([scores[generator.integers(n, size=n)].sum(axis=0) for _ in resamples])
-        judge["relative_ci95"] = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975]).tolist()
+        judge["relative_ci95"] = np.quantile(sums[:, 0] / sums[:, 1], _ENDS).tolist()
     return {"judge": judge}
 
 

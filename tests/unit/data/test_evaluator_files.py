@@ -1,4 +1,4 @@
-"""Predictions in the forms in which VLMEvalKit and lmms-eval write their own, read as these read them."""
+"""Predictions in the forms of VLMEvalKit and lmms-eval, read as these read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [
         "question": 'a\tb\n<c> & "d"',
         "answer": "Yes",
         "prediction": "Yes, it is.",
-        "rationale": "\x07 _x0041_",
+        "rationale": "\x07 _x0041_\r\n",
         "l2": "",
     },
     {"index": "10", "question": "q", "answer": "['12 May', 'May 12']", "prediction": "", "rationale": "", "l2": "ocr"},
@@ -72,7 +72,7 @@ def test_vlmevalkit_s_files_are_where_it_looks_with_all_columns(tmp_path: Path) 
     assert first == ROWS[0] | {"index": 0, "l2": None} and second == ROWS[1] | {"index": 10, "rationale": None}
     header, one, two = cells(paths[2])
     assert header == list(ROWS[0])
-    assert one == ["0 as a number", ROWS[0]["question"], "Yes", "Yes, it is.", "_x0007_ _x005F_x0041_", None]
+    assert one == ["0 as a number", ROWS[0]["question"], "Yes", "Yes, it is.", "_x0007_ _x0041_\r\n", None]
     assert two == ["10 as a number", "q", "['12 May', 'May 12']", None, None, "ocr"]
 
 
