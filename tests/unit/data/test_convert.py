@@ -198,7 +198,13 @@ def test_good_records_are_converted_and_bad_ones_handed_out(root: Path) -> None:
 def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
     samples = [
         Sample("1", (), "a\tb\nc", "A", extra={"options": {"A": "x", "B": "y"}, "hint": "h", "nested": [1]}),
-        Sample("2", (), "q", "yes", extra={"ability": "logic", "hint": " ", "prediction": "old", "set": 7}),
+        Sample(
+            "2",
+            (),
+            "q",
+            "yes",
+            extra={"ability": "logic", "hint": " ", "prediction": "old", "set": 7, "answers": ["no"]},
+        ),
     ]
     columns, rows = prediction_columns(samples), [(samples[0], "B", ""), (samples[1], "", 'It "is".')]
     assert write_predictions_tsv(tmp_path / "p.tsv", iter(rows), columns) == 2
@@ -217,6 +223,7 @@ def test_predictions_are_a_table_with_the_bare_answer(tmp_path: Path) -> None:
         "set",
     ]
     assert [row["index"] for row in read] == ["1", "2"] and [row["prediction"] for row in read] == ["B", ""]
+    assert (read[0]["answer"], read[1]["answer"]) == ("A", "['yes', 'no']")
     assert read[0]["question"] == "a\tb\nc" and read[0]["B"] == "y" and read[0]["hint"] == "h"
     assert read[1]["rationale"] == 'It "is".' and (read[1]["category"], read[1]["set"], read[1]["hint"]) == (
         "logic",
