@@ -26,12 +26,12 @@ PICTURES = {
 
 
 def write_report(run_dir: Path, image_roots: Iterable[Path] = ()) -> Path:
-    """Render `report/index.html` of a run directory from the files that exist, and return its path.
+    """Render `report/index.html` of a run directory from the files that exist, and return its path; the run may not be done.
 
     Images are shown that lie in the run's directory or in `image_roots`. Without matplotlib the page has no plots and says so.
 
     Raises:
-        InputError: `summary.json` is missing, or a file is damaged.
+        InputError: there is no run, or a file is damaged.
         ConfigError: `config.yaml` is damaged.
     """
     run_dir = Path(run_dir)
@@ -51,6 +51,7 @@ def render(run: RunFiles, image_roots: Iterable[Path] | None = None) -> str:
             run=run,
             name=str(run.config.get("name") or run.path.resolve().name),
             subtitle=_subtitle(run),
+            state=sections.state(run),
             figures={name: draw(run) for name, draw in PICTURES.items()} if plots.can_plot() else {},
             case_names=plots.CASE_NAMES,
             headline=sections.headline(run),
@@ -86,6 +87,7 @@ def templates() -> Environment:
         "points": lambda change: f"{100 * change:+.1f}",
         "number": format,  # value|number(",.2f")
         "duration": sections.duration,
+        "moment": sections.moment,
         "words": sections.words,
     }
     environment.filters.update(filters)

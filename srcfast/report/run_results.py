@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from srcfast.data.jsonl import write_json, write_shards
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.report.gallery import image_names
+from srcfast.report.manifest_summary import summary_of
 from srcfast.report.page import write_report
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.curation import TRUE
@@ -28,51 +29,15 @@ def write_preferences(run: CalibrationRun, iteration: int, pairs: Sequence[Prefe
 
 def write_summary(run: CalibrationRun) -> None:
     """Write `summary.json` from the manifest, with the share of the headroom that the next model recovers, and the page."""
-    manifest, headroom = run.directory.manifest(), []
+    summary = summary_of(run.directory.manifest())
     samples_of = {(dataset.name, dataset.split): samples for dataset, samples in run.headroom_sets()}
-    for entry in _entries(manifest, "headroom"):
+    for index, entry in enumerate(summary["headroom"]):
         name, split = entry["dataset"], entry["split"]
         after = run.artifacts.aligned(f"iteration-{entry['iteration']}", name, split, samples_of[name, split])
-        headroom.append(with_next(entry, after))
-    summary = {
-        "evaluations": _entries(manifest, "evaluation"),
-        "headroom": headroom,
-        "funnel": _of_stages(manifest, "preferences", "funnel"),
-        "diversity": _of_stages(manifest, "candidates", "diversity"),
-        "adaptive": _where_present(manifest, "adaptive"),
-        "rejected": run.num_rejected,
-        "stages": [
-            {
-                "name": name,
-                "seconds": stage["seconds"],
-                "tokens_per_second": stage["tokens"] / max(stage["seconds"], 1e-9),
-                "memory": stage.get("memory"),
-            }
-            for name, stage in manifest.items()
-        ],
-        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest.values()),
-        "seconds": sum(stage["seconds"] for stage in manifest.values()),
-    }
-    if calibration := _where_present(manifest, "calibration"):
-        summary["calibration"] = calibration
+        summary["headroom"][index] = with_next(entry, after)
+    summary["rejected"] = run.num_rejected
     write_json(run.directory.summary_file, summary)
     write_report(run.directory.path, {sample.image_root for sample in run.samples.values()})
-
-
-def _of_stages(manifest: Mapping[str, Mapping[str, Any]], kind: str, key: str) -> dict[str, Any]:
-    """Return a value of all stages of a kind, by what their names have before it: iteration-1/dpo -> iteration-1."""
-    suffix = f"/{kind}"
-    return {name.removesuffix(suffix): stage[key] for name, stage in manifest.items() if name.endswith(suffix)}
-
-
-def _where_present(manifest: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """Return a value of the stages that have it, by what their names have before the kind."""
-    return {name.partition("/")[0]: stage[key] for name, stage in manifest.items() if key in stage}
-
-
-def _entries(manifest: Mapping[str, Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Return the entries, one per dataset, of all stages of a kind."""
-    return [entry for entries in _of_stages(manifest, kind, "entries").values() for entry in entries]
 
 
 def _gallery(run: CalibrationRun, iteration: int, pairs: Sequence[Preference]) -> list[dict[str, Any]]:

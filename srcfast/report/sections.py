@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from srcfast.data.answer_rules import rule_text
@@ -127,6 +127,29 @@ class TrainingStage:
 
 
 @dataclass(frozen=True)
+class State:
+    """How far a run is that is not done.
+
+    Attributes:
+        finished: names of the finished stages.
+        current: name of the stage that is under way or was stopped, empty where none is.
+        amount: of it, such as `12 of 40 steps`; empty if it is not known.
+        share: of it that is done, from 0 to 1.
+        seconds_left: of it, by its speed so far; None if it is not known.
+        written: when its progress was recorded, in seconds since 1970; 0: never.
+        to_come: names of the stages after it.
+    """
+
+    finished: list[str]
+    current: str
+    amount: str
+    share: float
+    seconds_left: float | None
+    written: float
+    to_come: list[str]
+
+
+@dataclass(frozen=True)
 class Bar:
     """A horizontal bar with a label before it and a text behind it."""
 
@@ -158,6 +181,30 @@ def duration(seconds: float) -> str:
 def words(name: str) -> str:
     """Turn a name into words: two_words -> two words."""
     return name.replace("_", " ")
+
+
+def moment(seconds: float) -> str:
+    """Format seconds since 1970 as 2026-01-31 12:05:00 UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def state(run: RunFiles) -> State | None:
+    """Collect how far a run is; None for one that is done."""
+    if not run.remaining:
+        return None
+    progress = run.progress
+    if progress is None:
+        return State(run.finished, "", "", 0.0, None, 0.0, run.remaining)
+    done, total = progress["done"], progress["total"]
+    return State(
+        run.finished,
+        current=progress["stage"],
+        amount=f"{done:,} of {total:,} {progress['unit']}",
+        share=min(1.0, done / max(1, total)),
+        seconds_left=max(0, total - done) * progress["seconds"] / done if done else None,
+        written=progress["written"],
+        to_come=[name for name in run.remaining if name != progress["stage"]],
+    )
 
 
 def headline(run: RunFiles) -> Headline | None:

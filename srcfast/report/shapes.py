@@ -141,6 +141,27 @@ class Stage(Shape):
     tokens_per_second: Measure = None
 
 
+class FinishedStage(Shape):
+    """An entry of `manifest.json`, of which a summary is made."""
+
+    seconds: Seconds
+    tokens: Count
+    peak_rss_bytes: Count
+    entries: list[dict[str, Any]] = []
+
+
+class Progress(Shape):
+    """`progress.json`: how much of a stage is done."""
+
+    stage: str
+    done: Count
+    total: Count
+    unit: str
+    tokens: Count
+    seconds: Seconds
+    written: Seconds
+
+
 class Summary(Shape):
     """`summary.json`."""
 
@@ -209,6 +230,7 @@ class EvaluationSettings(Shape):
 class Settings(Shape):
     """The settings in `config.yaml` that the page shows."""
 
+    iterations: Annotated[int, Field(ge=0, le=100)] = 1
     model: dict[str, Any] = {}
     candidates: dict[str, Any] = {}
     evaluation: EvaluationSettings = EvaluationSettings()

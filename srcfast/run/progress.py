@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from srcfast.errors import printable
+from srcfast.data.jsonl import replacing
+from srcfast.errors import InputError, printable
 
 LINE_INTERVAL = 10.0  # seconds between two lines on a stderr that is no terminal
+FILE_INTERVAL = 1.0  # seconds between two writes of the progress file
+PROGRESS_FILE = "progress.json"
 
 
 class StageProgress:
-    """Count and show a stage's units and tokens. The counters remain readable after `close`."""
+    """Count and show a stage's units and tokens. The counters remain readable after `close`.
 
-    def __init__(self, name: str, total: int, unit: str = "samples", quiet: bool = False) -> None:
+    Args:
+        name, total, unit, quiet, file: see `track`.
+    """
+
+    def __init__(
+        self, name: str, total: int, unit: str = "samples", quiet: bool = False, file: Path | None = None
+    ) -> None:
         self.name, self.total, self.unit = printable(name), total, unit
+        self._file, self._last_write = file, 0.0
         self.done = 0
         self.tokens = 0
         self.on_advance: Callable[[], None] | None = None  # called at each advance
@@ -38,6 +50,7 @@ class StageProgress:
             )
             self._task = self._bar.add_task(self.name, total=max(1, total), state="")
             self._bar.start()
+        self._write()
 
     @property
     def seconds(self) -> float:
@@ -61,6 +74,8 @@ class StageProgress:
         self.tokens += tokens
         if self.on_advance is not None:
             self.on_advance()
+        if time.perf_counter() - self._last_write >= FILE_INTERVAL:
+            self._write()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, state=self._state())
         elif self._lines and time.perf_counter() - self._last_line >= LINE_INTERVAL:
@@ -75,6 +90,24 @@ class StageProgress:
     def line(self) -> str:
         """Return the state as text: `candidates 320/1000 samples, 45.0 samples/s, 8,200 tokens/s, 0:00:15 left`."""
         return f"{self.name} {self._state()}"
+
+    def _write(self) -> None:
+        """Write the counters to the progress file, if there is one."""
+        if self._file is None:
+            return
+        self._last_write = time.perf_counter()
+        values = {
+            "stage": self.name,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "written": time.time(),
+        }
+        # For display alone: a full disk ends the run where a result is lost, not here.
+        with suppress(OSError, InputError), replacing(self._file, durable=False) as file:
+            file.write(json.dumps(values).encode() + b"\n")
 
     def _state(self) -> str:
         rate = self.done / max(self.seconds, 1e-9)
@@ -93,6 +126,7 @@ class StageProgress:
         if self._ended is not None:
             return
         self._ended = time.perf_counter()
+        self._write()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, state=self._state())
             self._bar.stop()
@@ -100,7 +134,9 @@ class StageProgress:
             print(self.line(), file=sys.stderr, flush=True)
 
 
-def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> closing[StageProgress]:
+def track(
+    name: str, total: int, unit: str = "samples", quiet: bool = False, file: Path | None = None
+) -> closing[StageProgress]:
     """Show a stage's progress: a bar on a terminal, else a line on stderr every ten seconds and at the end.
 
     Args:
@@ -108,8 +144,9 @@ def track(name: str, total: int, unit: str = "samples", quiet: bool = False) -> 
         total: units to do.
         unit: what is counted.
         quiet: show nothing, and only count.
+        file: of the counters for other processes, written at the beginning, at most once a second, and at the end.
     """
-    return closing(StageProgress(name, total, unit, quiet))
+    return closing(StageProgress(name, total, unit, quiet, file))
 
 
 def peak_rss_bytes() -> int:

@@ -25,7 +25,7 @@ from srcfast.models.scorer import Scorer, scorer_hash
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.chunks import remove_chunks
 from srcfast.run.directory import SINGLE_SETTINGS, RunDirectory, StageMetrics, iteration_of, settings_of
-from srcfast.run.progress import peak_rss_bytes, track
+from srcfast.run.progress import PROGRESS_FILE, peak_rss_bytes, track
 from srcfast.stages.datasets import (
     EvaluationSet,
     draw_round,
@@ -160,16 +160,18 @@ class CalibrationRun:
             return
         kind = name.rpartition("/")[2]
         forecast = forecast_stage(self.config, kind, images=self.num_samples)
+        checkpoint = directory.checkpoint(name)
+        progress_file = checkpoint / PROGRESS_FILE if distributed.is_rank_zero() else None
         with (
             explain_out_of_memory(self.config, kind),
             measured(self.config.model.device, self._parameters) as measurement,
-            track(name, total, unit, quiet=self.config.quiet) as progress,
+            track(name, total, unit, quiet=self.config.quiet, file=progress_file) as progress,
         ):
             stage = StageRun(
                 kind=kind,
                 config=self.config,
                 output=directory.path,
-                checkpoint_dir=directory.checkpoint(name),
+                checkpoint_dir=checkpoint,
                 settings=settings | {key: resolved[key] for key in checkpoint_sections},
                 progress=progress,
                 metrics=StageMetrics(directory.metrics_file, name),
@@ -191,7 +193,7 @@ class CalibrationRun:
             directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
 
         distributed.run_on_rank_zero(finish)
-        remove_chunks(directory.checkpoint(name))
+        remove_chunks(checkpoint)
         distributed.end_startup_timeout()
 
     def _is_finished(self, name: str, settings: dict[str, Any]) -> bool:
