@@ -24,6 +24,10 @@ EXTRAS = {
     "study": [*STUDY, "gguf>=0.17"],
     "smolvlm": ["num2words>=0.5"],  # its processor imports it
     "docs": ["mkdocs-material>=9.6,<10", "mkdocs>=1.6,<2"],  # `make site`
+    "tensorboard": ["tensorboard>=2.16"],
+    "wandb": ["wandb>=0.20"],
+    "trackio": ["trackio>=0.20"],
+    "mlflow": ["mlflow>=3"],
     "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.0", "peft>=0.15", "matplotlib>=3.8"],
     "test": [
         "pytest>=8",

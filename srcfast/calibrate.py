@@ -31,6 +31,7 @@ from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import stage_references
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_run import StageRun
+from srcfast.trackers.tracking import check_installed, tracking
 
 
 def calibrate(config: Config, profile: range | None = None) -> Path:
@@ -40,14 +41,16 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
         profile: the steps of each training stage to profile, into the run directory's `profile/STAGE/`.
 
     Raises:
-        ConfigError: the run directory holds a stage that was finished, or begun, with other settings.
+        ConfigError: the run directory holds a stage that was finished, or begun, with other settings; or a tracker is not
+            installed.
         SrcfastError: another process works in the run directory.
         Interrupted: a signal stopped the run; the same call continues.
         InputError: data that can't be used, by file, line and field.
     """
-    with exclusive_lock(config.run_path, whole=True):
+    check_installed(config, config.run_path)
+    with exclusive_lock(config.run_path, whole=True), tracking(config, config.run_path) as trackers:
         with explain_out_of_memory(config, "evaluation"):  # the first stage that needs the model
-            run = CalibrationRun(config, profile)
+            run = CalibrationRun(config, profile, trackers)
         evaluate(run, "base", adapter=None)
         rationale(run)
         evaluate(run, "rationale", run.directory.adapter(0))

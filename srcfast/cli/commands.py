@@ -57,6 +57,7 @@ from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_inputs import COMMAND, InputRecord
 from srcfast.stages.stage_run import sampling_stage, training_stage
 from srcfast.stages.teaching import Drawing, instructed, needs_no_teacher
+from srcfast.trackers.tracking import check_installed
 
 
 @contextmanager
@@ -109,6 +110,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
     """Train an adapter on rationale-answer pairs, and save it in `output`."""
     output = require_option(output, "--output", "a folder for the adapter")
     check_output(config, output, source.paths)
+    check_installed(config, output)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
         policy = Policy(config, samples)
@@ -216,6 +218,7 @@ def dpo(
         )
     output = require_option(output, "--output", "a folder for the adapter")
     check_output(config, output, source.paths, adapter)
+    check_installed(config, output)
     with rejected_records(output) as rejected:
         pairs = read_preference_file(config, source, rejected)
         policy = Policy(config, pairs)
@@ -311,6 +314,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = require_option(output, "--output", "a folder for the R-Scorer")
     check_output(config, output, source.paths)
+    check_installed(config, output)
     with rejected_records(output) as rejected:
         samples = read_all(config, source, "rationale", rejected)
     if config.rationale.teacher is not None:

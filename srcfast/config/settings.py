@@ -409,6 +409,9 @@ class Config(Section):
     bad record stops the run"""
     quiet: bool = False
     """Show no progress and no tables"""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Programs that draw curves, to which rank 0 logs each step and the results of stages, too. They write below the run's
+    directory and send nothing, unless the user's environment names a server. `pip install 'srcfast[NAME]'` brings one"""
     threads: int = Field(0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 = PyTorch's default"""
     preset: Preset | None = None
@@ -467,6 +470,7 @@ class Config(Section):
         A setting that is younger than work which may have to be continued is left out while it has its default.
         """
         values = self.model_dump(mode="json")
+        del values["trackers"]  # which change no result
         for section, names in YOUNGER.items():
             settings = getattr(self, section)
             for name in names:

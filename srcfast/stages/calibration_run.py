@@ -38,6 +38,7 @@ from srcfast.stages.headroom import headroom_samples
 from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.stage_inputs import FIELDS, JUDGED, PROMPT, InputRecord, StageInputs
 from srcfast.stages.stage_run import StageRun
+from srcfast.trackers.tracking import Trackers, results_of
 
 Work = Callable[[StageRun], dict[str, Any]]  # does a stage's work and returns what the manifest records of it
 # Names of the training sets among the inputs.
@@ -57,6 +58,7 @@ class CalibrationRun:
 
     Attributes:
         config: of the run.
+        trackers: to which steps and the results of stages are logged.
         directory: of the run.
         artifacts: what finished stages have written.
         policy: the LVLM in memory.
@@ -67,8 +69,8 @@ class CalibrationRun:
         num_rejected: bad samples that were left out.
     """
 
-    def __init__(self, config: Config, profile: range | None = None) -> None:
-        self.config, self.profile = config, profile
+    def __init__(self, config: Config, profile: range | None = None, trackers: Trackers | None = None) -> None:
+        self.config, self.profile, self.trackers = config, profile, trackers or Trackers({})
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
@@ -168,6 +170,7 @@ class CalibrationRun:
             track(name, total, unit, quiet=self.config.quiet, file=progress_file) as progress,
         ):
             stage = StageRun(
+                name=name,
                 kind=kind,
                 config=self.config,
                 output=directory.path,
@@ -175,6 +178,7 @@ class CalibrationRun:
                 settings=settings | {key: resolved[key] for key in checkpoint_sections},
                 progress=progress,
                 metrics=StageMetrics(directory.metrics_file, name),
+                trackers=self.trackers,
                 profile_dir=directory.path / "profile" / name,
                 profile=self.profile,
                 forecast=forecast if adapted else replace(forecast, adapter=0.0),
@@ -182,6 +186,7 @@ class CalibrationRun:
             )
             entry = work(stage)
             distributed.barrier_with_heartbeat()  # rank 0 removes nothing that another rank still reads
+        tracked = results_of(name, entry)
         assert stage.forecast is not None
         entry["memory"] = measurement.record(stage.forecast, self._models())
         self.scorer = None
@@ -189,6 +194,7 @@ class CalibrationRun:
         entry["peak_rss_bytes"] = peak_rss_bytes()  # of this process alone: a run that was continued had others before
 
         def finish() -> None:
+            self.trackers.log(*tracked)  # before the manifest: a finished stage does not run again
             entry["inputs"] = self.inputs.of(self._inputs_of(name))
             directory.finish_stage(name, settings, progress.seconds, progress.tokens, **entry)
 

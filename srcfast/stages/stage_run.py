@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from srcfast.run.lock import exclusive_lock
 from srcfast.run.progress import StageProgress, peak_rss_bytes, track
 from srcfast.stages.nonfinite import dump_nonfinite_batch
 from srcfast.stages.stage_inputs import InputRecord
+from srcfast.trackers.tracking import Trackers, tracking
 from srcfast.training.checkpoint import TrainingCheckpoints
 from srcfast.training.items import Metrics, TrainingItem
 from srcfast.training.profiler import StepProfiler
@@ -48,6 +49,7 @@ class StageRun:
     """The surroundings of a stage's work.
 
     Attributes:
+        name: in a run, `KIND` or `iteration-K/KIND`; with a command the kind.
         kind: which stage, as forecasts name it: rationale, candidates, scores, preferences, dpo, evaluation, headroom, scorer.
         config: of the run.
         output: the run's directory, or the command's.
@@ -55,6 +57,7 @@ class StageRun:
         settings: those that the result depends on.
         progress: of the stage.
         metrics: of the training's steps.
+        trackers: to which the steps are logged, too.
         profile_dir: where steps are profiled to.
         profile: the steps to profile.
         forecast: of the memory; a training replaces the typical one by that of its items.
@@ -63,6 +66,7 @@ class StageRun:
         result: what a command's `summary.json` says beside the training's figures.
     """
 
+    name: str
     kind: str
     config: Config
     output: Path
@@ -70,6 +74,7 @@ class StageRun:
     settings: Mapping[str, Any]
     progress: StageProgress
     metrics: StageMetrics
+    trackers: Trackers
     profile_dir: Path
     profile: range | None = None
     forecast: Forecast | None = None
@@ -136,6 +141,7 @@ class StageRun:
             self.metrics.restart()
         self.history.append(metrics)
         self.metrics.write(metrics)
+        self.trackers.log(self.name, metrics["step"], metrics)
         self.progress.advance(1, tokens=metrics["tokens"])
 
     def _on_items(self, loop: TrainingConfig, items: Sequence[TrainingItem]) -> None:
@@ -146,6 +152,8 @@ class StageRun:
         """Restore the metrics and the progress of the steps that a stopped process has done, in so many seconds."""
         self.history = list(history)
         self.metrics.restart(history)
+        for metrics in history:  # a tracker may lack some of them
+            self.trackers.log(self.name, metrics["step"], metrics)
         self.progress.resume(len(history), sum(metrics["tokens"] for metrics in history), seconds)
 
 
@@ -194,6 +202,7 @@ def command_stage(
     models: Callable[[], Sequence[nn.Module]],
     profile: range | None = None,
     inputs: Callable[[], Mapping[str, str]] = dict,
+    tracked: bool = False,
 ) -> Iterator[CommandStage]:
     """Run one stage as a command, alone in its output directory; the same command continues one that was stopped.
 
@@ -209,13 +218,16 @@ def command_stage(
         models: returns the models in memory, whose memory is measured.
         profile: steps of a training to profile.
         inputs: see `StageRun`.
+        tracked: log the steps to the trackers of the settings.
     """
     resolved = config.identity()
-    with exclusive_lock(output), ExitStack() as timing:
+    log = tracking(config, output) if tracked else nullcontext(Trackers({}))
+    with exclusive_lock(output), log as trackers, ExitStack() as timing:
         measurement = timing.enter_context(
             measured(config.model.device, lambda: [p for model in models() for p in model.parameters()])
         )
         stage = CommandStage(
+            name=kind,
             kind=kind,
             config=config,
             output=output,
@@ -223,6 +235,7 @@ def command_stage(
             settings={key: resolved[key] for key in ("seed", "model", *sections)},
             progress=timing.enter_context(track(kind, total, unit, quiet=config.quiet)),
             metrics=StageMetrics(output / "metrics.jsonl"),
+            trackers=trackers,
             profile_dir=output / "profile",
             profile=profile,
             inputs=inputs,
@@ -253,4 +266,6 @@ def training_stage(
 ) -> AbstractContextManager[CommandStage]:
     """Open the stage of a command that trains a model."""
     sections = ("lora", "scorer", "curation", "scorer_training" if name == "scorer" else name)
-    return command_stage(name, config, output, steps, "steps", sections=sections, models=models, profile=profile)
+    return command_stage(
+        name, config, output, steps, "steps", sections=sections, models=models, profile=profile, tracked=True
+    )

@@ -21,6 +21,7 @@ FLOORS = (
     "config",
     "attention",
     "run",
+    "trackers",
     "endpoint",
     "world",
     "models",

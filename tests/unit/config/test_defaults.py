@@ -12,6 +12,7 @@ DEFAULTS = {
     "iterations": 1,
     "max_rejected": 1000,
     "quiet": False,
+    "trackers": [],
     "threads": 0,
     "preset": None,
     "memory": None,

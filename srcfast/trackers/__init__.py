@@ -1,0 +1,1 @@
+"""Programs that draw a run's curves: TensorBoard, Weights & Biases, trackio, MLflow."""
