@@ -155,6 +155,12 @@ class RunDirectory:
                 )
         return entries
 
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """Read the metrics of a training's steps; a malformed row is passed over, as `check_metrics` warns of it."""
+        lines = read_lines(self.metrics_file) if self.metrics_file.is_file() else ()
+        rows = [row for _, row in lines if not isinstance(row, InputError)]
+        return [row for row in rows if row.get("stage") == stage and type(row.get("step")) is int]
+
     def written_by(self, stage: str) -> list[Path]:
         """List the files that a finished stage has written for later stages."""
         of, _, kind = stage.rpartition("/")

@@ -70,7 +70,7 @@ class CalibrationRun:
     """
 
     def __init__(self, config: Config, profile: range | None = None, trackers: Trackers | None = None) -> None:
-        self.config, self.profile, self.trackers = config, profile, trackers or Trackers({})
+        self.config, self.profile, self.trackers = config, profile, Trackers({}) if trackers is None else trackers
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
@@ -159,6 +159,7 @@ class CalibrationRun:
         settings = {key: value for key, value in settings.items() if value is not None}
         if distributed.run_on_rank_zero(lambda: self._is_finished(name, settings)):
             remove_chunks(directory.checkpoint(name))
+            self._track_finished(name)
             return
         kind = name.rpartition("/")[2]
         forecast = forecast_stage(self.config, kind, images=self.num_samples)
@@ -201,6 +202,13 @@ class CalibrationRun:
         distributed.run_on_rank_zero(finish)
         remove_chunks(checkpoint)
         distributed.end_startup_timeout()
+
+    def _track_finished(self, name: str) -> None:
+        """Log what a finished stage gave: a tracker may lack some of it, or all where it is new to the run."""
+        if self.trackers:
+            for row in self.directory.metrics(name):
+                self.trackers.log(name, row["step"], row)
+            self.trackers.log(*results_of(name, self.directory.manifest()[name]))
 
     def _is_finished(self, name: str, settings: dict[str, Any]) -> bool:
         """Return whether the manifest lists a stage; before the first that it does not list, write `inputs.jsonl`."""

@@ -71,7 +71,8 @@ class WandB:
     def __init__(self, directory: Path, name: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        self._logged = LoggedSteps(directory / "wandb.json")
+        # W&B buffers what it writes: a process that is killed loses it.
+        self._logged = LoggedSteps(directory / "wandb.json", at_once=False)
         directory.mkdir(parents=True, exist_ok=True)
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
@@ -99,6 +100,7 @@ class WandB:
     def close(self, finished: bool) -> None:
         """End the run."""
         self._run.finish(exit_code=0 if finished else 1)
+        self._logged.save()
 
 
 def import_trackio(directory: Path) -> Any:

@@ -37,10 +37,12 @@ class LoggedSteps:
 
     Args:
         file: `{"run": id, "count": steps, "steps": {stage: last step}}`; one that is missing or damaged begins a new run.
+        at_once: write the file at each step, for a tracker that has a step on disk soon; else `save` alone writes it, and what a
+            process had logged that was killed before counts as not logged.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, at_once: bool = True) -> None:
+        self._file, self._at_once = file, at_once
         self.run, self.count, self._steps = uuid.uuid4().hex, 0, dict[str, int]()
         self.continued = False
         try:
@@ -61,7 +63,7 @@ class LoggedSteps:
     def name_run(self, run: str) -> None:
         """Store an id that the tracker has given the run."""
         self.run = run
-        self._write()
+        self.save()
 
     def is_new(self, stage: str, step: int) -> bool:
         """Return whether this step of a stage, or a later one, has not been logged yet."""
@@ -71,9 +73,11 @@ class LoggedSteps:
         """Record a step as logged."""
         self._steps[stage] = step
         self.count += 1
-        self._write()
+        if self._at_once:
+            self.save()
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write the file."""
         # Not flushed to the disk: a power cut costs a step that is logged twice, and a flush would cost time at each step.
         with replacing(self._file, durable=False) as file:
             file.write(json.dumps({"run": self.run, "count": self.count, "steps": self._steps}).encode() + b"\n")

@@ -37,6 +37,8 @@ BACKENDS: Mapping[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
     "trackio": Trackio,
     "mlflow": MLflow,
 }
+# What stages other than evaluations and headroom return for the manifest.
+RESULTS = ("diversity", "calibration", "adaptive", "funnel", "references")
 # Read when the packages are imported. They would report their use to their makers; and a server that does not answer would be
 # waited for longer than the ranks wait for each other.
 ENVIRONMENT = {
@@ -76,6 +78,10 @@ class Trackers:
                     tracker.begin(stage, step)
                     self._begun.add((name, stage))
                 tracker.log(stage, step, values)
+
+    def __bool__(self) -> bool:
+        """Return whether there is a tracker."""
+        return bool(self._trackers)
 
     def close(self, finished: bool) -> None:
         """Close all trackers; see `Tracker.close`."""
@@ -166,7 +172,7 @@ def results_of(name: str, result: Mapping[str, Any]) -> tuple[str, int, dict[str
 
     Args:
         name: of the stage.
-        result: what it returned for the manifest.
+        result: what it returned for the manifest, or its entry there.
     """
     of, _, kind = name.rpartition("/")
     number = iteration_of(name)
@@ -179,4 +185,4 @@ def results_of(name: str, result: Mapping[str, Any]) -> tuple[str, int, dict[str
             for entry in result["entries"]
         }
         return kind, step, numbers_of(sets)
-    return kind, number, {} if kind in ("rationale", "dpo") else numbers_of(result)
+    return kind, number, numbers_of({key: result[key] for key in RESULTS if key in result})
