@@ -507,10 +507,23 @@ def report(
         typer.Option(help="directory whose images may be shown, too; may be given several times"),
     ] = None,
 ) -> None:
-    """Write a run's page again."""
+    """Write a run's page again; the run may not be done."""
     from srcfast.cli import tools
 
     tools.report(run, image_root or ())
+
+
+@app.command()
+def watch(
+    run: Annotated[
+        Path, typer.Argument(help="run directory, such as runs/demo; the run may be under way, or not begun")
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port on 127.0.0.1; 0: one that is free")] = 0,
+) -> None:
+    """Serve a page about a run on this machine: stage, time left, curves, newest candidates. Ctrl-C ends it."""
+    from srcfast.cli import tools
+
+    tools.watch(run, port)
 
 
 @app.command()

@@ -1,8 +1,9 @@
-"""The commands that need no PyTorch: config, convert, export, bench, report, world."""
+"""The commands that need no PyTorch: config, convert, export, bench, report, watch, world."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,8 +21,9 @@ from srcfast.data.convert import convert as convert_records
 from srcfast.data.evaluator_files import FORMATS, write_lmms_eval, write_vlmevalkit
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.stage_rows import read_scores
-from srcfast.errors import ConfigError, SrcfastError, printable
+from srcfast.errors import ConfigError, Interrupted, SrcfastError, printable
 from srcfast.report.page import write_report
+from srcfast.report.watch import ADDRESS, live_server
 from srcfast.run.lock import lock_directory
 from srcfast.stages.curation import curate as curate_pairs
 from srcfast.stages.stage_inputs import COMMAND, JUDGED, InputRecord
@@ -140,6 +142,28 @@ def report(run: Path, image_roots: Sequence[Path]) -> None:
     print(page)
     if count := page.read_text(encoding="utf-8").count("image not available: gone"):
         print(f"images that are gone, broken or outside of {run}: {count}. Fix: --image-root DIR shows those below DIR")
+
+
+def watch(run: Path, port: int) -> None:
+    """Serve the live page of a run directory until SIGINT, which ends the command without an error.
+
+    Raises:
+        ConfigError: the port can't be used.
+        Interrupted: by another signal.
+    """
+    try:
+        server = live_server(run, port)
+    except OSError as error:
+        raise ConfigError(
+            f"--port: expected a free port, found {port} ({error.strerror}). Fix: leave it out"
+        ) from error
+    with server:
+        try:
+            print(f"http://{ADDRESS}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+        except Interrupted as stop:
+            if stop.status != 128 + signal.SIGINT:
+                raise
 
 
 def world(output: Path | None, split: str, count: int, seed: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from srcfast.run import progress
-from srcfast.run.progress import StageProgress
+from srcfast.run.progress import StageProgress, track
 
 
 @pytest.fixture
@@ -41,3 +44,33 @@ def test_a_stage_that_goes_on_counts_what_was_done_before(clock: list[float]) ->
     assert (stage.done, stage.tokens, stage.seconds, stage.tokens_per_second) == (40, 800, 20.0, 40.0)
     assert stage.line() == "scores 40/100 samples, 2.0 samples/s, 40 tokens/s, 0:00:30 left"
     assert told == [30, 40]
+
+
+def test_the_progress_file_is_written_at_most_once_a_second(clock: list[float], tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint" / "progress.json"
+
+    def written() -> tuple[int, int, float]:
+        row = json.loads(file.read_text(encoding="utf-8"))
+        assert (row["stage"], row["unit"], row["tokens"]) == ("dpo", "steps", 3 * row["done"])
+        return row["done"], row["total"], row["seconds"]
+
+    stage = StageProgress("dpo", 9, "steps", quiet=True, file=file)
+    assert written() == (0, 9, 0.0)
+    clock[0] += 0.75
+    stage.advance(1, tokens=3)
+    assert written() == (0, 9, 0.0)
+    clock[0] += 0.25
+    stage.advance(1, tokens=3)
+    assert written() == (2, 9, 1.0)
+    stage.advance(1, tokens=3)
+    stage.close()
+    assert written() == (3, 9, 1.0)
+
+
+def test_a_progress_file_that_can_t_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    (tmp_path / "b").mkdir()
+    for file in (tmp_path / "a" / "progress.json", tmp_path / "b"):
+        with track("dpo", 1, quiet=True, file=file) as stage:
+            stage.advance()
+        assert stage.done == 1
