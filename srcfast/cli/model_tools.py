@@ -109,7 +109,7 @@ OPTIONAL = {
     "easy-vqa": "the demo's second dataset (pip install easy-vqa)",
     "num2words": "SmolVLM's processor (pip install 'srcfast[smolvlm]')",
     **{
-        name: f"a tracker, for trackers={name} (pip install 'srcfast[{name}]')"
+        name: f"a tracker, for `trackers: [{name}]` (pip install 'srcfast[{name}]')"
         for name in ("tensorboard", "wandb", "trackio", "mlflow")
     },
     "peft": "tests of adapters against PEFT (pip install 'srcfast[test]')",
