@@ -23,7 +23,7 @@ def _prefixed(stage: str, step: int, values: Mapping[str, float]) -> dict[str, f
 
 
 class TensorBoard:
-    """Event files in `trackers/tensorboard/STAGE/`: each stage is a run of TensorBoard's, with its own steps.
+    """Event files in `trackers/tensorboard/STAGE/`: each stage is a run of TensorBoard's, whose steps count from 0.
 
     Args:
         directory: of the run's trackers.
@@ -88,11 +88,11 @@ class WandB:
         self._logged.name_run(self._run.id)
 
     def begin(self, stage: str, step: int) -> None:
-        """Have the stage's values drawn over its own steps."""
+        """Have the stage's values drawn over the steps of the stage."""
         self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Log a step, unless an earlier attempt did. W&B's own step counts over all stages: it may not fall."""
+        """Log a step, unless an earlier attempt did. The step of W&B itself counts over all stages: it may not fall."""
         if self._logged.is_new(stage, step):
             self._run.log(_prefixed(stage, step, values), step=self._logged.count, commit=True)
             self._logged.add(stage, step)
@@ -110,13 +110,13 @@ def import_trackio(directory: Path) -> Any:
         ImportError: it is missing.
         ValueError: it was imported for another run: it reads its folder once a process.
     """
-    own = "TRACKIO_DIR" not in os.environ
+    is_default = "TRACKIO_DIR" not in os.environ
     folder = Path(os.environ.setdefault("TRACKIO_DIR", str((directory / "trackio").absolute())))
     try:
         import trackio
         from trackio.utils import TRACKIO_DIR
     finally:
-        if own:
+        if is_default:
             del os.environ["TRACKIO_DIR"]
     if Path(TRACKIO_DIR) != folder:
         fix = "Fix: set TRACKIO_DIR to one folder for all runs"
@@ -154,7 +154,7 @@ class Trackio:
         """Do nothing: trackio has no stages."""
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Log a step, unless an earlier attempt did. Trackio's own step counts over all stages."""
+        """Log a step, unless an earlier attempt did. The step of trackio itself counts over all stages."""
         if self._logged.is_new(stage, step):
             self._run.log(_prefixed(stage, step, values), step=self._logged.count)
             self._logged.add(stage, step)
@@ -195,7 +195,7 @@ class MLflow:
             self._client.log_batch(self._logged.run, params=params[begin : begin + MLFLOW_BATCH])
 
     def begin(self, stage: str, step: int) -> None:
-        """Do nothing: MLflow's metrics have steps of their own."""
+        """Do nothing: MLflow's metrics each have steps."""
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Log a step, unless an earlier attempt did."""

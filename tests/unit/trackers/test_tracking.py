@@ -24,7 +24,7 @@ SERVERS = ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIM
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*SERVERS, *module.ENVIRONMENT):
         monkeypatch.setenv(name, "x")  # so that what is set in a test is taken back
         monkeypatch.delenv(name)
@@ -133,7 +133,7 @@ class StandIns:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
-    """Stand-ins in place of all four packages; trackio's folder is the one of its first import, as it is with the real one."""
+    """Stand-ins for all four packages; trackio's folder is the one of its first import, as it is with the real one."""
     made = StandIns()
     monkeypatch.setitem(sys.modules, "wandb", made.wandb())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made.tensorboard())
