@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from srcfast.cli import inputs
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.data.images import check_image
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.records import Sample
@@ -28,7 +29,8 @@ def chat(model: str, words: Sequence[str], images: Sequence[Path], adapter: Path
     root, names = below_one_root(images)
     for name in names:
         check_image(root, name)  # before the model, whose loading takes long
-    lvlm = load_model(config, adapter)
+    config, options = from_hub(config, {"adapter": adapter}, models=["model"])
+    lvlm = load_model(config, options["adapter"])
     console = Console(highlight=False)
     asked = Sample("question", names, "", "", image_root=root)
     features = features_of(lvlm, [asked])  # the images are encoded once

@@ -25,6 +25,7 @@ from srcfast.cli.inputs import (
     rejected_records,
     require_option,
 )
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.table import results_table
 from srcfast.cli.teach import asked_directory, rejected_file, write_taught
 from srcfast.config.settings import Config, LoRAConfig
@@ -33,6 +34,8 @@ from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.rationale_pairs import read_teacher, with_teacher
 from srcfast.data.readers import read_logprob_rows
 from srcfast.errors import ConfigError
+from srcfast.hub.names import shown_model
+from srcfast.hub.pins import Data, Model, pinned
 from srcfast.memory.out_of_memory import explain_out_of_memory
 from srcfast.models.scorer import scorer_hash
 from srcfast.models.text_model import save_text_model
@@ -67,13 +70,23 @@ def on_all_ranks(config: Config) -> Iterator[Config]:
         yield config if distributed.is_rank_zero() else config.replace(quiet=True)
 
 
-def on_ranks(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command, whose first argument is the settings, to run on all ranks and to explain errors of memory."""
+def on_ranks(stage: str, reads: Model = "model") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command, whose first argument is the settings, to run on all ranks and to explain errors of memory.
+
+    What settings and options name of the Hub is downloaded first; `reads`: the model that the command loads.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(config: Config, **options: Any) -> None:
             with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
+                output: Path | None = options.get("output")
+                if output is not None and "drawing" in options:  # a file of `teach`, whose draws are beside it
+                    output = asked_directory(output)
+                elif stage == "preferences":  # a file of `logprob`, whose chunks name the weights that they are of
+                    output = None
+                data: Data | None = {"evaluation": "evaluation", "dpo": None}.get(stage, "train")
+                local, options = from_hub(local, options, models=[reads], data=data, directory=output)
                 command(local, **options)
 
         return run
@@ -95,6 +108,8 @@ def calibrate(config: Config, profile: range | None = None) -> None:
     """
     check_output(config, config.run_path, option="output and name")
     with on_all_ranks(config) as local:
+        models: tuple[Model, ...] = ("model", "scorer") if config.iterations else ("model",)
+        local = pinned(local, config.run_path, models=models, data=("train", "evaluation"))
         page = calibration.calibrate(local, profile)
         if not distributed.is_rank_zero():
             return
@@ -123,7 +138,7 @@ def rationale(config: Config, source: Source, output: Path | None, profile: rang
         policy.save(output)
         say_what_servers_take(config, policy.model.lora_config)
         stage.result = {
-            "model": str(policy.model.path),
+            "model": shown_model(policy.model.path),
             "samples": len(pairs) + dropped.total(),
             "pairs": len(pairs),
             "dropped": dict(dropped),
@@ -179,7 +194,7 @@ def teach_here(config: Config, source: Source, adapter: Path | None, output: Pat
         distributed.run_on_rank_zero(write)
 
 
-@on_ranks("scores")
+@on_ranks("scores", "scorer")
 def score(config: Config, source: Source, candidates: Path | None, output: Path | None) -> None:
     """Score candidates, and write the scores into shards in `output`."""
     output = require_option(output, "--output", "a folder for the scores")
@@ -238,7 +253,7 @@ def dpo(
         tune_preferences(stage, policy, pairs, settings)
         policy.save(output)
         say_what_servers_take(config, policy.model.lora_config)
-        stage.result = {"model": str(policy.model.path), "pairs": len(pairs), "references_computed": missing}
+        stage.result = {"model": shown_model(policy.model.path), "pairs": len(pairs), "references_computed": missing}
 
 
 @on_ranks("evaluation")
@@ -269,7 +284,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
                 config.evaluation,
                 features=policy.features,
             )
-            path, model = output / "predictions" / name, "base" if adapter is None else str(adapter)
+            path, model = output / "predictions" / name, "base" if adapter is None else shown_model(adapter)
             write = partial(write_evaluation, path, answers, evaluation_set, model, config)
             entries.append(distributed.run_on_rank_zero(write))
         summary = {"evaluations": entries, "rejected": len(rejected)}
@@ -309,7 +324,7 @@ def logprob(
         remove_chunks(directory)
 
 
-@on_ranks("scorer_training")
+@on_ranks("scorer_training", "scorer")
 def scorer(config: Config, source: Source, output: Path | None, profile: range | None = None) -> None:
     """Train the R-Scorer, and write its checkpoint and, in `summary.json`, its held-out accuracy."""
     output = require_option(output, "--output", "a folder for the R-Scorer")

@@ -16,6 +16,7 @@ from srcfast.cli.table import table
 from srcfast.config.datasets import DatasetConfig
 from srcfast.config.settings import Config, CurationConfig
 from srcfast.data.forest import Forest
+from srcfast.hub.pins import pinned
 from srcfast.memory.activations import ForestSizes, activation_bytes
 from srcfast.memory.advice import advice, largest_value, with_setting
 from srcfast.memory.flops import attended_of, decode_flops, forward_flops, peak_flops, training_flops
@@ -86,6 +87,7 @@ def estimate(
         text_tokens, response_tokens: of a typical sample.
         as_json: print JSON instead of tables.
     """
+    config = pinned(config, None, models=["model", "scorer"], weights=False)
     lengths = Lengths(text_tokens, response_tokens)
     capacity = device_memory(config) if memory is None else float(parse_bytes(memory))
     rate = flops or _device_rate(config, mfu)

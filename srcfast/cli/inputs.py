@@ -22,12 +22,13 @@ from srcfast.data.jsonl import COMPLETE, check_writable, read_shards, write_json
 from srcfast.data.readers import SAMPLES, check_rejected, read_preferences
 from srcfast.data.records import Candidate, Preference, Sample
 from srcfast.errors import ConfigError, InputError
+from srcfast.hub.names import RECORD
 from srcfast.launch import read_launch
 from srcfast.run.lock import lock_directory
 from srcfast.stages.datasets import read_training_samples, training_sets
 
 # Files that commands write in their --output.
-FILES = (COMPLETE, "00000.jsonl", "inputs.jsonl", "metrics.jsonl", "rejected.jsonl", "summary.json")
+FILES = (COMPLETE, "00000.jsonl", RECORD, "inputs.jsonl", "metrics.jsonl", "rejected.jsonl", "summary.json")
 MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 # What commands and runs write in their output: its other files and folders stay as they are.
 WRITTEN = re.compile(

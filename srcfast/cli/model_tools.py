@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.text import Text
 
 from srcfast.attention.forest_attention import available_backends
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.inputs import Source, check_output, read_all, rejected_records, require_option
 from srcfast.cli.table import table
 from srcfast.config.settings import Config
 from srcfast.data.images import load_image
 from srcfast.data.rationale_pairs import build_raps, read_teacher
-from srcfast.errors import ConfigError, SrcfastError, printable
+from srcfast.errors import ConfigError, InputError, SrcfastError, printable
+from srcfast.hub.names import model_name
 from srcfast.memory.plan import policy_sizes
 from srcfast.models.checkpoint import read_config, stored_dtypes
 from srcfast.models.embedded import checkpoint_directory
@@ -44,6 +46,8 @@ def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
     check_output(config, output, adapter)
     if config.model.quantize != "none":
         raise ConfigError("model.quantize: expected none (an adapter is merged into whole weights), found nf4")
+    config, options = from_hub(config, {"adapter": adapter}, models=["model"], directory=output)
+    adapter = options["adapter"]
     dtypes = stored_dtypes(checkpoint_directory(config.model.path, "base"))
     if as_stored := "dtype" not in config.model.model_fields_set:
         widest = str(reduce(torch.promote_types, dtypes.values() or [torch.float32])).removeprefix("torch.")
@@ -58,8 +62,9 @@ def merge(config: Config, adapter: Path | None, output: Path | None) -> None:
 
 def inspect(config: Config, source: Source, index: int) -> None:
     """Print one sample decoded: the prompt, which has no loss, dimmed; the response, which has, in green."""
+    config, options = from_hub(config, {"source": source}, models=["model"], data="train")
     with rejected_records(Path(config.output)) as rejected:
-        samples = read_all(config, source, "rationale", rejected)
+        samples = read_all(config, options["source"], "rationale", rejected)
     if index >= len(samples):
         raise ConfigError(f"--index: expected less than {len(samples)} (the number of samples), found {index}")
     sample, teacher = samples[index], config.rationale.teacher
@@ -165,10 +170,15 @@ def doctor(as_json: bool) -> None:
 def doctor_model(model: str, as_json: bool) -> None:
     """Print whether a model runs, on which backbone, and what it needs; config and processor are read, weights are not.
 
+    Of a name of the Hub the cache is read, without a request.
+
     Raises:
-        InputError: it does not run, with what it would need.
+        InputError: it does not run, with what it would need, or it was not downloaded.
     """
     path = checkpoint_directory(model, "base")
+    if model_name(str(path)) is not None:
+        fix = f"srcfast estimate --model {model} downloads its config and processor"
+        raise InputError(file=model, expected="a directory, or a repository in the cache", found="neither", fix=fix)
     config = read_config(path)
     handwritten = is_handwritten(config)
     if not handwritten:

@@ -10,6 +10,7 @@ from rich.console import Console
 from srcfast import distributed
 from srcfast.cli.table import table
 from srcfast.data.jsonl import check_writable, write_json, write_text
+from srcfast.hub.pins import pinned
 from srcfast.study.page import write_page
 from srcfast.study.results import CAPTIONS, arms_table, differences_table, markdown, summarise
 from srcfast.study.settings import read_study
@@ -25,6 +26,10 @@ def study(file: Path, output: Path | None, quiet: bool) -> None:
         check_writable(path, is_file=True)
     config = next(iter(plan.configs.values()))
     with distributed.process_group(timedelta(seconds=config.distributed.timeout_seconds), config.model.device):
+        for item, settings in plan.configs.items():  # once for all arms and seeds: a branch may move meanwhile
+            plan.configs[item] = pinned(
+                settings, plan.settings.path, models=("model", "scorer"), data=("train", "evaluation")
+            )
         run_study(plan, quiet or not distributed.is_rank_zero(), Console(stderr=True).print)
         if not distributed.is_rank_zero():
             return

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.inputs import Source, check_output, is_rank_zero, read_all, rejected_records, require_option
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import write_json, write_jsonl
@@ -73,6 +74,8 @@ def teach(
         limits.append(Limit("cost", max_cost, prompt_price / 1e6, completion_price / 1e6))
     if not is_rank_zero():
         return
+    config, options = from_hub(config, {"source": source}, data="train", directory=asked_directory(output))
+    source = options["source"]
     with rejected_records(asked_directory(output), rejected_file(output)) as rejected:
         samples = read_all(config, source, "rationale", rejected)
     with lock_directory(asked_directory(output)):

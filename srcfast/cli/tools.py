@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from srcfast.cli import inputs
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.inputs import Source, is_rank_zero, read_candidates, require_option
 from srcfast.config.load import load_with_sources
 from srcfast.config.settings import Config
@@ -97,8 +98,9 @@ def curate(config: Config, source: Source, candidates: Path | None, scores: Path
     inputs.check_output(config, output, source.paths, candidates, scores)
     if not is_rank_zero():
         return
+    config, options = from_hub(config, {"source": source}, data="train", directory=output)
     with inputs.rejected_records(output) as rejected:
-        samples = inputs.read_all(config, source, "calibration", rejected)
+        samples = inputs.read_all(config, options["source"], "calibration", rejected)
     with lock_directory(output):
         made_of = InputRecord(output, {COMMAND: samples})
         made_of.check_made_of(directory)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.jsonl import parse_object, regular, write_json
 from srcfast.errors import InputError, SrcfastError
+from srcfast.hub.names import name_of
 from srcfast.models.checkpoint import READ, read_file, save_tensors
 from srcfast.models.peft_settings import COMPUTED, PeftSettings
 from srcfast.models.protocols import HasDecoder, TransformerDecoder
@@ -344,10 +345,12 @@ def save_adapter(model: HasDecoder, directory: str | Path) -> None:
     named = {_full_name(model, name) if of_vision else name: layer for name, layer in layers.items()}
     rank, ranks = _common({name: len(layer.lora_A) for name, layer in named.items()})
     alpha, alphas = _common({name: layer.alpha for name, layer in named.items()})
+    base = name_of(model.path)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.path),
+        "base_model_name_or_path": str(model.path) if base is None else base.repository,
+        **({} if base is None else {"revision": base.revision}),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,

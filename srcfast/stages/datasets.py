@@ -19,6 +19,7 @@ from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample, of_record
 from srcfast.errors import ConfigError, InputError
 from srcfast.stages.free_answers import judge_endpoint
+from srcfast.hub.names import local_data
 from srcfast.world.charts import CHARTS
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.digits import DIGITS
@@ -66,10 +67,11 @@ def _read_samples(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[s
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
     roots = [dataset.image_root] if isinstance(dataset.image_root, str) else dataset.image_root
+    paths = [dataset.path] if isinstance(dataset.path, str) else dataset.path or [""]
     samples = read_samples(
-        dataset.path or "",
+        [local_data(path) for path in paths],
         format=dataset.format,
-        image_root=None if roots is None else [Path(root) for root in roots],
+        image_root=None if roots is None else [Path(local_data(root)) for root in roots],
         rejected=rejected,
         check_images=dataset.check_images,
         follow_links=dataset.follow_links,

@@ -22,6 +22,7 @@ FLOORS = (
     "attention",
     "run",
     "trackers",
+    "hub",
     "endpoint",
     "world",
     "models",
