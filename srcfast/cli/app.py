@@ -159,10 +159,13 @@ Words = Annotated[
         autocompletion=complete_words,
     ),
 ]
-Model = Annotated[str | None, typer.Option(help="LLaVA checkpoint directory, or 'embedded' (model.path)")]
-Adapter = Annotated[Path | None, typer.Option(help="directory of a LoRA adapter in PEFT's format")]
+Model = Annotated[
+    str | None, typer.Option(help="LVLM checkpoint directory, name on the Hub, or 'embedded' (model.path)")
+]
+Adapter = Annotated[Path | None, typer.Option(help="directory, or name on the Hub, of a LoRA adapter in PEFT's format")]
 ScorerPath = Annotated[
-    str | None, typer.Option("--scorer", help="R-Scorer checkpoint directory, or 'embedded' (scorer.path)")
+    str | None,
+    typer.Option("--scorer", help="R-Scorer checkpoint directory, name on the Hub, or 'embedded' (scorer.path)"),
 ]
 Data = Annotated[
     list[Path] | None,
@@ -420,7 +423,7 @@ def export(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="LVLM checkpoint directory, or 'embedded'")],
+    model: Annotated[str, typer.Argument(help="LVLM checkpoint directory, name on the Hub, or 'embedded'")],
     words: Words = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="image that the questions are about; may be given again")
@@ -439,6 +442,29 @@ def chat(
 @settings_command("model_tools", None, model=Model)
 def merge(config: Config, adapter: Adapter = None, output: Output = None) -> None:
     """Merge an adapter into its base and write a checkpoint that transformers reads."""
+
+
+@app.command()
+def push(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_DIRECTORY", help="run directory, or that of an adapter or a checkpoint")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository; created if it is missing")],
+    merged: Annotated[
+        Path | None, typer.Option(help="directory that `srcfast merge` wrote, to upload in place of the run's adapter")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="of the repository")] = True,
+    revision: Annotated[str | None, typer.Option(help="branch; created if it is missing; default: main")] = None,
+    licence: Annotated[str | None, typer.Option(help="identifier for the model card, such as apache-2.0")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the model card and the files, and send nothing")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="directory for the card of a dry run")] = None,
+) -> None:
+    """Upload a run's adapter, or a merged checkpoint, with a model card to the Hugging Face Hub; the token is HF_TOKEN's."""
+    from srcfast.cli import push as command
+
+    command.push(source, repository, merged, private, revision, licence, dry_run, output)
 
 
 @settings_command("commands", "scorer_training", scorer=ScorerPath, quiet=Quiet)

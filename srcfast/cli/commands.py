@@ -15,6 +15,7 @@ from rich.console import Console
 
 from srcfast import calibrate as calibration
 from srcfast import distributed
+from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.inputs import (
     Source,
     check_output,
@@ -25,7 +26,6 @@ from srcfast.cli.inputs import (
     rejected_records,
     require_option,
 )
-from srcfast.cli.hub_inputs import from_hub
 from srcfast.cli.table import results_table
 from srcfast.cli.teach import asked_directory, rejected_file, write_taught
 from srcfast.config.settings import Config, LoRAConfig

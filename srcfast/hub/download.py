@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from srcfast.data.jsonl import write_text
 from srcfast.errors import SrcfastError
-from srcfast.hub.names import HubName, cached_commit, dataset_folder, reference_file
+from srcfast.hub.names import HubName, cached_commit, dataset_folder, reference_file, repository_folder
 
 Result = TypeVar("Result")
 
@@ -19,10 +20,12 @@ SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of a checkpo
 LEFT_OUT = ("consolidated*.safetensors", "*/*")
 # Of a dataset's folder: images, and what `datasets` saves.
 IN_FOLDERS = tuple(
-    f"*.{suffix}" for of in ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "arrow", "json") for suffix in (of, of.upper())
+    f"*.{suffix}"
+    for of in ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "arrow", "json")
+    for suffix in (of, of.upper())
 )
 POLL = 0.2  # seconds between two looks at a download
-CONNECTION = "see to the network, or set HF_HUB_OFFLINE=1 to use what the cache has"
+CONNECTION = "see to the network and run the same command again, or set HF_HUB_OFFLINE=1 to use what the cache has"
 FIXES = {
     401: "set HF_TOKEN to a token that may do this, and correct the name",
     403: "accept the repository's terms on its page, and set HF_TOKEN to a token that may do this",
@@ -100,6 +103,7 @@ def _snapshot(
 ) -> None:
     """Download the files of one commit, to a directory or else into huggingface_hub's cache. Raises SrcfastError."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import tqdm
 
     stopped = threading.Event()
@@ -115,7 +119,7 @@ def _snapshot(
                 raise RuntimeError("the command was stopped")
             return super().update(n)
 
-    options = {
+    options: dict[str, Any] = {
         "repo_type": name.kind,
         "allow_patterns": allowed,
         "ignore_patterns": ignored or None,
@@ -124,10 +128,21 @@ def _snapshot(
         "tqdm_class": Progress,
         "local_dir": directory,
     }
+    if (_trees(name, directory) / f"{commit}.json").is_file():  # the list of the commit's files: no request is needed
+        with suppress(LocalEntryNotFoundError):
+            snapshot_download(name.repository, revision=commit, local_files_only=True, **options)
+            return
     work = lambda: snapshot_download(name.repository, revision=commit, **options)  # noqa: E731
     asked(name.label, lambda: _with_heartbeat(work, stopped))
     if not name.is_pinned:
-        write_text(reference_file(name), commit)  # so that the cache knows the branch's commit where there is no network
+        write_text(
+            reference_file(name), commit
+        )  # so that the cache knows the branch's commit where there is no network
+
+
+def _trees(name: HubName, directory: Path | None) -> Path:
+    """Return where huggingface_hub stores the lists of commits' files."""
+    return (repository_folder(name) if directory is None else directory / ".cache" / "huggingface") / "trees"
 
 
 def _with_heartbeat(work: Callable[[], Result], stopped: threading.Event) -> Result:
@@ -187,9 +202,11 @@ def _error(label: str, error: Exception) -> SrcfastError:
         return SrcfastError(f"{label}: expected owner/name, found no name that the Hub allows. Fix: correct the name")
     if is_offline() and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         fix = "run the command once without HF_HUB_OFFLINE, or name a local directory"
-        return SrcfastError(f"{label}: expected all files in the cache, since HF_HUB_OFFLINE is set, found not all. Fix: {fix}")
+        return SrcfastError(
+            f"{label}: expected all files in the cache, since HF_HUB_OFFLINE is set, found not all. Fix: {fix}"
+        )
     if status is not None:
         fix = FIXES.get(status, "wait, and run the same command again; what was transferred is not repeated")
         return SrcfastError(f"{label}: expected a reply of {endpoint()}, found status {status}. Fix: {fix}")
     reason = type(chain[-1]).__name__
-    return SrcfastError(f"{label}: expected a connection to {endpoint()}, found {reason}. Fix: {CONNECTION}")
+    return SrcfastError(f"{label}: expected a whole reply of {endpoint()}, found {reason}. Fix: {CONNECTION}")

@@ -76,13 +76,18 @@ def dataset_folder(repository: str) -> Path:
     return Path(constants.HF_ASSETS_CACHE) / "srcfast" / "datasets" / repository.replace("/", "--")
 
 
-def reference_file(name: HubName) -> Path:
-    """Return the file that holds the commit of a branch or tag when it was last downloaded."""
+def repository_folder(name: HubName) -> Path:
+    """Return where huggingface_hub's cache has a model."""
     from huggingface_hub import constants
 
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}"
+
+
+def reference_file(name: HubName) -> Path:
+    """Return the file that holds the commit of a branch or tag when it was last downloaded."""
     if name.kind == "dataset":
         return dataset_folder(name.repository) / "refs" / quote(name.revision, safe="")
-    return Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}" / "refs" / name.revision
+    return repository_folder(name) / "refs" / name.revision
 
 
 def cached_commit(name: HubName) -> str | None:
@@ -98,14 +103,12 @@ def cached_commit(name: HubName) -> str | None:
 
 def cached_directory(name: HubName) -> Path | None:
     """Return the directory of what was downloaded of a repository, None where there is nothing."""
-    from huggingface_hub import constants
-
     if (commit := cached_commit(name)) is None:
         return None
     if name.kind == "dataset":
         directory = dataset_folder(name.repository) / commit
     else:
-        directory = Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}" / "snapshots" / commit
+        directory = repository_folder(name) / "snapshots" / commit
     return directory if directory.is_dir() else None
 
 

@@ -57,7 +57,9 @@ def pinned(
         if (name := model_name(settings.path)) is not None:
             changes[section] = settings.model_copy(update={"path": _at_commit(name, commits)})
     if sets:
-        pinned_sets = {key: tuple(_pinned_dataset(each, commits) for each in datasets) for key, datasets in sets.items()}
+        pinned_sets: dict[str, Any] = {
+            key: tuple(_pinned_dataset(each, commits) for each in datasets) for key, datasets in sets.items()
+        }
         changes["data"] = config.data.model_copy(update=pinned_sets)
     # Copies, which know which settings were set; `replace` would set all.
     return config.model_copy(update=changes)
@@ -105,7 +107,11 @@ def _raise(error: BaseException) -> dict[str, str]:
 def _fetch_all(names: Sequence[HubName], directory: Path | None, quiet: bool, weights: bool) -> dict[str, str]:
     """Download each name at its recorded commit, else at the one that its revision has now, which is recorded before."""
     commits = {} if directory is None else read_record(directory)
-    new = {name.label: commit_of(name) for name in {each.label: each for each in names}.values() if name.label not in commits}
+    new = {
+        name.label: commit_of(name)
+        for name in {each.label: each for each in names}.values()
+        if name.label not in commits
+    }
     if directory is not None and new:
         with lock_directory(directory):
             commits = new | read_record(directory)  # another process may have recorded one meanwhile
@@ -126,7 +132,10 @@ def read_record(directory: Path) -> dict[str, str]:
         if not all(isinstance(commit, str) and is_commit(commit) for commit in values.values()):
             raise ValueError("a value that is no commit")
     except (OSError, ValueError) as error:
-        expected, fix = "commits by the names of repositories", "put it back as it was, or take another output directory"
+        expected, fix = (
+            "commits by the names of repositories",
+            "put it back as it was, or take another output directory",
+        )
         raise InputError(file=file, expected=expected, found=error, fix=fix) from error
     return values
 

@@ -7,13 +7,36 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 LARGE = 1024  # bytes from which a file goes by LFS, as do all safetensors
+
+# A small repository, what of it is read, and a token.
+SECRET = "hf_a_token_of_this_test"
+FILES = {
+    "config.json": b'{"a": 1}',
+    "model.safetensors": b"weights" * 400,
+    "tokenizer.model": b"pieces",
+    "vocab.txt": b"words",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"pickle",
+    "weights.pt": b"pickle",
+    "state.pkl": b"pickle",
+    "modeling.py": b"import os",
+    "consolidated.safetensors": b"again" * 400,
+    "onnx/model.json": b"{}",
+    "original/model.safetensors": b"other" * 400,
+    "README.md": b"card",
+}
+READ = {"config.json", "model.safetensors", "tokenizer.model", "vocab.txt", "chat_template.jinja"}
 
 
 @dataclass
@@ -81,6 +104,22 @@ def oid(path: str, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest() if is_large(path, data) else git_hash(data)
 
 
+def use_hub(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | None = None) -> None:
+    """Make huggingface_hub in this process use the stand-in, and a cache in `home`."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(home / "assets"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in has LFS alone
+    with suppress(ImportError):  # older versions don't ask who calls
+        from huggingface_hub.utils import _detect_agent
+
+        monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}}, raising=False)
+
+
 @contextmanager
 def hub_server() -> Iterator[Hub]:
     """Run the stand-in while the body runs."""
@@ -104,7 +143,11 @@ def hub_server() -> Iterator[Hub]:
             if isinstance(how, int):
                 # A server may quote what it was sent.
                 return self.reply({"error": f"refused: {self.headers.get('Authorization')}"}, how)
-            if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}" and "/lfs/" not in path:
+            if (
+                hub.token is not None
+                and self.headers.get("Authorization") != f"Bearer {hub.token}"
+                and "/lfs/" not in path
+            ):
                 return self.reply({"error": "Invalid credentials"}, 401)
             with lock:
                 self.answer(path, body, how == "cut")
@@ -159,7 +202,7 @@ def hub_server() -> Iterator[Hub]:
             if action == "preupload":
                 return self.preupload(json.loads(body), files)
             assert action == "commit", path
-            self.commit(repository, revision, body)
+            self.commit(repository, f"{hub.url}/{name}", revision, body)
 
         def entry(self, file: str, data: bytes) -> dict[str, Any]:
             entry: dict[str, Any] = {"type": "file", "path": file, "size": len(data), "oid": git_hash(data)}
@@ -194,7 +237,7 @@ def hub_server() -> Iterator[Hub]:
                 rows.append(row)
             self.reply({"transfer": "basic", "objects": rows})
 
-        def commit(self, repository: Repository, branch: str, body: bytes) -> None:
+        def commit(self, repository: Repository, address: str, branch: str, body: bytes) -> None:
             files = {}
             for line in map(json.loads, body.decode().splitlines()):
                 value = line["value"]
@@ -203,7 +246,7 @@ def hub_server() -> Iterator[Hub]:
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = hub.objects[value["oid"]]
             commit = repository.commit(files, branch)
-            self.reply({"commitUrl": f"{hub.url}/commit/{commit}", "commitOid": commit, "success": True})
+            self.reply({"commitUrl": f"{address}/commit/{commit}", "commitOid": commit, "success": True})
 
         def resolve(self, repository: Repository, revision: str, file: str, cut: bool) -> None:
             commit = repository.at(revision)
@@ -229,7 +272,9 @@ def hub_server() -> Iterator[Hub]:
         def reply(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
             data = json.dumps(value).encode()
             self.send_response(status)
-            for key, text in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | (headers or {})).items():
+            for key, text in (
+                {"Content-Type": "application/json", "Content-Length": str(len(data))} | (headers or {})
+            ).items():
                 self.send_header(key, text)
             self.end_headers()
             if self.command != "HEAD":
