@@ -51,7 +51,7 @@ def test_a_commit_in_the_cache_needs_no_request(hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_branches_and_tags_are_told_apart(hub: Hub) -> None:
+def test_branches_and_tags_have_their_commits(hub: Hub) -> None:
     repository = hub.models["someone/model"]
     other = repository.commit({"config.json": b'{"a": 2}'}, "refs/pr/1")
     tagged = repository.commit({"config.json": b'{"a": 3}'}, "v1.0")
