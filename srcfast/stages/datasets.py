@@ -18,8 +18,8 @@ from srcfast.data.image_controls import blank_images, shuffled_images
 from srcfast.data.readers import check_rejected, read_samples
 from srcfast.data.records import Sample, of_record
 from srcfast.errors import ConfigError, InputError
-from srcfast.stages.free_answers import judge_endpoint
 from srcfast.hub.names import local_data
+from srcfast.stages.free_answers import judge_endpoint
 from srcfast.world.charts import CHARTS
 from srcfast.world.degraded_references import degrade_reference
 from srcfast.world.digits import DIGITS
