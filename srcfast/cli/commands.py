@@ -336,7 +336,7 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
         samples = with_teacher(samples, read_teacher(config.rationale.teacher))
     words = read_vocabulary(config.scorer_training.vocabulary)
     train, held_out = split_examples(config, samples, words)
-    model, loop = load_scorer_for(config), config.scorer_training.seeded(config.seed, config.deterministic)
+    model, loop = load_scorer_for(config, to_train=True), config.scorer_training.seeded(config.seed, config.deterministic)
     steps = num_updates(len(train), loop)
     with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
         with stage.training(model, train, loop) as hooks:

@@ -24,7 +24,7 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
 YOUNGER = {
     "model": ("backbone",),
-    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight"),
+    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight", "prompt"),
     "lora": ("projector", "tower_layers"),
     "rationale": ("updates",),
     "candidates": ("plain_samples",),
@@ -62,6 +62,10 @@ class ScorerConfig(Section):
     """R-Scorer: checkpoint directory of a text LLM, or `embedded`"""
     verdict: Literal["choice", "graded"] = "choice"
     """What the R-Scorer answers: `choice`: first, tie or second; `graded`: a grade from 1 to 5"""
+    prompt: Literal["auto", "trained", "instructions"] = "auto"
+    """What the R-Scorer reads around references and candidates: `trained`: the prompt of R-Scorers that were trained here;
+    `instructions`: for an instruct model that was not; `auto`: instructions for a model with a chat template and without the
+    files that are written beside a trained R-Scorer"""
     reference: ReferenceQuality = "complete"
     """What the prompt states of the references: they are `complete`, `noisy` (a detail may be wrong), `partial` (details are
     missing), or the `answer` alone. For an R-Scorer that was trained with `scorer_training.qualities`; a calibration that stands

@@ -30,8 +30,8 @@ def read_scores(directory: str | Path) -> Iterator[dict[str, Any]]:
 def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
     """Check a score row of n candidates. Raises InputError that names file, line and field.
 
-    Curation needs `sample_id`, `candidate_ids`, `scores`, `confidence`, the rates and the counts; `alone` and `win_probability`
-    are checked if they are present.
+    Curation needs `sample_id`, `candidate_ids`, `scores`, `confidence`, the rates and the counts; `alone`, `raw` and
+    `win_probability` are checked if they are present.
     """
     fields = Fields(row, file, line)
     fields.identifier("sample_id")
@@ -47,6 +47,9 @@ def check_scores(row: Mapping[str, Any], file: str | Path, line: int) -> None:
         fields.take(name, f"{n} numbers from 0 to 1", lambda value: _is_probabilities(value, n), FIX)
     for name in ("confidence", *(("win_probability",) if "win_probability" in row else ())):
         fields.take(name, f"{n} x {n} numbers from 0 to 1", is_matrix, FIX)
+    if "raw" in row:
+        expected = f"{n} or {n} x {n} numbers from 0 to 1"
+        fields.take("raw", expected, lambda value: _is_probabilities(value, n) or is_matrix(value), FIX)
     for name in (*_COUNTS, *_RATES):
         value = fields.number(name)
         if value < 0 or (name in _RATES and value > 1):

@@ -9,7 +9,7 @@ then on a single candidate (independent scoring, the baseline).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from srcfast.config.settings import LoRAConfig
 from srcfast.data.forest import Forest, Segment, Tree
+from srcfast.data.jsonl import json_hash
 from srcfast.data.prefixes import share_prefixes
 from srcfast.data.records import ReferenceQuality
 from srcfast.errors import InputError
@@ -26,11 +27,13 @@ from srcfast.models.chat import chat_text, user_turn
 from srcfast.models.checkpoint import model_hash
 from srcfast.models.embedded import checkpoint_directory
 from srcfast.models.head import Head
+from srcfast.models.judge_prompt import PROMPTS, Spelling, prompt_kind
 from srcfast.models.text_model import TextModel, load_text_model
 from srcfast.models.verdict_temperature import read_calibration
 from srcfast_kernels.transfers import to_device
 
 VerdictForm = Literal["choice", "graded"]
+PromptSetting = Literal["auto", "trained", "instructions"]
 
 # The value of each verdict token in p_ij: the first candidate's share of the win.
 VERDICT_VALUES: dict[str, tuple[float, ...]] = {
@@ -38,15 +41,6 @@ VERDICT_VALUES: dict[str, tuple[float, ...]] = {
     "graded": (1.0, 0.75, 0.5, 0.25, 0.0),
 }
 
-# The spellings to try, in order, and the instruction's words for them: each verdict must be one token of the
-# tokenizer. After a chat template the reply starts without a space, after "Better:" with one.
-_SPELLINGS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "choice": (
-        (("first", "tie", "second"), "first, tie or second"),
-        (("A", "C", "B"), "A for the first, B for the second, C for a tie"),
-    ),
-    "graded": ((("1", "2", "3", "4", "5"), "1 (the first is far better) to 5 (the second is), 3 for a tie"),),
-}
 # What the prompt states of the reference that follows.
 _NOTICES: dict[str, str] = {
     "complete": "",
@@ -54,8 +48,6 @@ _NOTICES: dict[str, str] = {
     "partial": "Details are missing from the reference.\n",
     "answer": "The reference is the answer alone.\n",
 }
-_INSTRUCTION = "Which response has the better rationale and answer? Reply {}.\n"  # chat models need one
-NOTHING = "none"  # the second candidate's text where one candidate is rated alone
 ALONE = -1  # the second candidate's index there
 CPU_TOKENS = 4096  # in one forward pass on a CPU: more would exceed its caches and take memory without gain
 
@@ -81,6 +73,7 @@ class Scorer(nn.Module):
         verdict_token_ids: [K] int64.
         verdict_values: [K] fp32, the first candidate's share of the win, see VERDICT_VALUES.
         quality: what the prompt states of the references of samples that it scores.
+        prompt_kind: which prompt it reads, a trained R-Scorer's or instructions.
         calibration: what `calibration.json` beside the checkpoint says of this quality; {} without it.
         temperature: by which verdict logits are divided before shares are taken of them.
     """
@@ -89,7 +82,11 @@ class Scorer(nn.Module):
     verdict_values: Tensor
 
     def __init__(
-        self, text_model: TextModel, verdict_form: VerdictForm = "choice", quality: ReferenceQuality = "complete"
+        self,
+        text_model: TextModel,
+        verdict_form: VerdictForm = "choice",
+        quality: ReferenceQuality = "complete",
+        prompt: PromptSetting = "trained",
     ) -> None:
         super().__init__()
         if verdict_form not in VERDICT_VALUES:
@@ -97,15 +94,23 @@ class Scorer(nn.Module):
         self.text_model = text_model
         self.verdict_form = verdict_form
         self.quality = quality
-        self.calibration = read_calibration(text_model.path, quality, verdict_form)
-        self.temperature = float(self.calibration.get("temperature", 1.0))
         tokenizer = text_model.tokenizer
         chat = bool(tokenizer.chat_template)
-        self.verdict_words, ids, replies = _verdict_tokens(tokenizer, verdict_form, chat)
+        self.prompt_kind = prompt_kind(prompt, text_model.path, chat)
+        if self.prompt_kind == "instructions" and not chat:
+            expected, fix = "a chat template, in which instructions stand", "set scorer.prompt=trained"
+            raise InputError(file=text_model.path, field="chat_template", expected=expected, found="none", fix=fix)
+        self.prompt = PROMPTS[self.prompt_kind]
+        is_trained = self.prompt_kind == "trained"  # a calibration is of the prompt that it was trained with
+        self.calibration = read_calibration(text_model.path, quality, verdict_form) if is_trained else {}
+        self.temperature = float(self.calibration.get("temperature", 1.0))
+        self.verdict_words, ids, self.spelling = _verdict_tokens(tokenizer, self.prompt.spellings[verdict_form], chat)
         self.register_buffer("verdict_token_ids", torch.tensor(ids), persistent=False)
         self.register_buffer("verdict_values", torch.tensor(VERDICT_VALUES[verdict_form]), persistent=False)
         self.opening, self.closing = (
-            _frame(tokenizer, _INSTRUCTION.format(replies)) if chat else _plain_frame(tokenizer)
+            _frame(tokenizer, self.prompt.instruction.format(replies=self.spelling.replies))
+            if chat
+            else _plain_frame(tokenizer)
         )
         self._encoded: dict[str, np.ndarray] = {}
 
@@ -161,10 +166,9 @@ class Scorer(nn.Module):
         for slot, (first, second) in enumerate(pairs):
             if first not in node_of:
                 node_of[first] = len(segments)
-                segments.append(Segment(self.encode(f"First: {texts[first]}\n"), 0))
+                segments.append(Segment(self.encode(self.prompt.first.format(text=texts[first])), 0))
             slots[slot] = len(segments)
-            shown = NOTHING if second == ALONE else texts[second]
-            tokens = self.encode(f"Second: {shown}\nBetter:")
+            tokens = self.encode(self._asked(None if second == ALONE else texts[second]))
             if len(self.closing):
                 tokens = np.concatenate([tokens, self.closing])
             segments.append(Segment(tokens, node_of[first]))
@@ -180,6 +184,12 @@ class Scorer(nn.Module):
         order = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         tree = Tree(tuple(segments), key=key)
         return JudgeTree(tree, order[:, 0], order[:, 1], slots)
+
+    def _asked(self, second: str | None) -> str:
+        """Write what follows the first candidate: the second one, None where the first is rated alone, and the question."""
+        if second is None:
+            return self.prompt.alone.format(alone=self.spelling.alone)
+        return self.prompt.second.format(text=second, replies=self.spelling.replies)
 
     def encode(self, text: str) -> np.ndarray:
         """Tokenize one segment, with a cache: a candidate is the second N - 1 times."""
@@ -273,8 +283,10 @@ def slot_hidden(scorer: Scorer, judged: Sequence[JudgeTree], token_budget: int) 
 
 
 def scorer_hash(scorer: Scorer) -> str:
-    """Hash what of an R-Scorer's files decides its scores: config, weights, and the temperature where it has one."""
+    """Hash what decides an R-Scorer's scores: config, weights, the temperature where it has one, instructions likewise."""
     weights = model_hash(scorer.text_model.path)
+    if scorer.prompt_kind == "instructions":
+        return f"{weights} instructions {json_hash(asdict(scorer.prompt))}"
     return weights if scorer.temperature == 1.0 else f"{weights} temperature {scorer.temperature!r}"
 
 
@@ -283,6 +295,7 @@ def load_scorer(
     *,
     verdict_form: VerdictForm = "choice",
     quality: ReferenceQuality = "complete",
+    prompt: PromptSetting = "trained",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     lora: str | Path | LoRAConfig | None = None,
@@ -295,27 +308,34 @@ def load_scorer(
         path: directory, or "embedded" for the small one that comes with the package.
         verdict_form: "choice" (first, tie, second) or "graded" (1 to 5).
         quality: of the references that it is to read.
+        prompt: that of a trained R-Scorer, instructions, or what the directory's files say ("auto").
         lora: an adapter's directory, or a LoRAConfig for a new adapter.
     """
     path = checkpoint_directory(path, "scorer")
-    return Scorer(load_text_model(path, dtype=dtype, device=device, lora=lora), verdict_form, quality).to(device)
+    text_model = load_text_model(path, dtype=dtype, device=device, lora=lora)
+    return Scorer(text_model, verdict_form, quality, prompt).to(device)
 
 
-def _verdict_tokens(tokenizer: Any, form: str, chat: bool) -> tuple[tuple[str, ...], list[int], str]:
-    """Choose the first spelling of which every verdict is one token; return words, token ids, words of the instruction."""
+def _verdict_tokens(
+    tokenizer: Any, spellings: Sequence[Spelling], chat: bool
+) -> tuple[tuple[str, ...], list[int], Spelling]:
+    """Choose the first spelling of which every verdict is one token; return its words, their token ids, and itself.
+
+    After a chat template the reply starts without a space, after "Better:" with one.
+    """
     leads = ("", " ") if chat else (" ", "")
     tried = []
-    for spelling, replies in _SPELLINGS[form]:
+    for spelling in spellings:
         for lead in leads:
-            words = tuple(lead + word for word in spelling)
+            words = tuple(lead + word for word in spelling.words)
             encoded = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
             ids = [tokens[0] for tokens in encoded if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id]
             if len(set(ids)) == len(words):
-                return words, ids, replies
+                return words, ids, spelling
             tried.append(", ".join(repr(word) for word in words))
     raise InputError(
         field="tokenizer",
-        expected=f"a tokenizer in which each verdict of the form {form!r} is one token",
+        expected="a tokenizer in which each verdict is one token",
         found=f"none of these spellings: {'; '.join(tried)}",
         fix="choose another verdict_form, or another scorer",
     )

@@ -25,6 +25,7 @@ PAIR_STEPS = {
 }
 RATES = {
     "order_flip_rate": "verdicts that flip with the order",
+    "order_shift": "mean advantage of the candidate that is shown first",
     "tie_rate": "ties",
     "mean_confidence": "mean confidence of comparisons",
     "mean_kept_confidence": "mean confidence of selected pairs",
@@ -36,6 +37,7 @@ RATE_FORMATS = {
     "mean_confidence": ".2f",
     "mean_kept_confidence": ".2f",
     "length_correlation": "+.2f",
+    "order_shift": "+.3f",
     "candidate_tokens": ",",
     "comparisons": ",",
 }

@@ -107,6 +107,7 @@ class Funnel(Shape):
     dropped: dict[str, Count] = {}
     pair_correctness: dict[str, Measure] = {}
     order_flip_rate: Measure = None
+    order_shift: Measure = None
     tie_rate: Measure = None
     mean_confidence: Measure = None
     mean_kept_confidence: Measure = None

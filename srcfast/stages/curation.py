@@ -185,13 +185,14 @@ def check_pairs_left(pairs: Sequence[Preference], funnel: Mapping[str, Any]) -> 
 class ScorerStatistics:
     """Rates and histograms over all scored candidates: do order or length sway the R-Scorer?
 
-    `order_flip_rate` is over unordered pairs, `tie_rate` over verdicts, `mean_confidence` over unordered pairs of distinct
+    `order_flip_rate` is over unordered pairs; `order_shift` is the mean of p - 1/2 over ordered pairs, above 0 where whoever is
+    shown first gains by it; `tie_rate` is over verdicts, `mean_confidence` over unordered pairs of distinct
     texts. `length_correlation` is Pearson's between score and response length in tokens, both taken from their mean within
     the sample, since scores compare candidates of one sample only.
     """
 
     def __init__(self) -> None:
-        self.flips = self.pairs = self.ties = self.verdicts = 0.0
+        self.flips = self.pairs = self.ties = self.verdicts = self.shifts = self.shifted_pairs = 0.0
         self.scores = np.zeros(BINS, dtype=np.int64)
         self.confidences = np.zeros(BINS, dtype=np.int64)
         self.confidence_sum = 0.0
@@ -207,6 +208,11 @@ class ScorerStatistics:
         for index, candidate in enumerate(candidates):
             first_of.setdefault(candidate.text, index)
         distinct = list(first_of.values())
+        raw = np.array(row.get("raw", 0.5), dtype=np.float64)
+        if raw.ndim == 2:  # of pairs; 1/2 where there is no comparison
+            shifts = raw[np.ix_(distinct, distinct)] - 0.5
+            self.shifts += float(shifts.sum() - shifts.trace()) / 2
+            self.shifted_pairs += row["pairs"]
         values = np.array(row["scores"], dtype=np.float64)[distinct]
         above = np.triu_indices(len(distinct), 1)
         confidences = np.array(row["confidence"], dtype=np.float64)[np.ix_(distinct, distinct)][above]
@@ -225,6 +231,7 @@ class ScorerStatistics:
         confidences = int(self.confidences.sum())
         return {
             "order_flip_rate": self.flips / self.pairs if self.pairs else None,
+            "order_shift": self.shifts / self.shifted_pairs if self.shifted_pairs else None,
             "tie_rate": self.ties / self.verdicts if self.verdicts else None,
             "length_correlation": float(self.products[2]) / norm if norm > 0.0 else None,
             "mean_confidence": self.confidence_sum / confidences if confidences else None,

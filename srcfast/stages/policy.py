@@ -140,14 +140,15 @@ def features_of(model: AnyLVLM, records: Sequence[Sample | Preference]) -> Image
     return ImageFeatures(model, image_loader(records), image_cache(capacity), images_at_once(sizes, capacity))
 
 
-def load_scorer_for(config: Config) -> Scorer:
-    """Load the R-Scorer of the settings."""
+def load_scorer_for(config: Config, to_train: bool = False) -> Scorer:
+    """Load the R-Scorer of the settings; one that is to be trained reads a trained R-Scorer's prompt."""
     _set_up_device(config)
     settings = config.scorer
     return load_scorer(
         settings.path,
         verdict_form=settings.verdict,
         quality=settings.reference,
+        prompt="trained" if to_train else settings.prompt,
         dtype=getattr(torch, settings.dtype),
         device=config.model.device,
     )

@@ -96,7 +96,7 @@ def replay(directory: Path) -> Metrics:
 def _replay_scorer(directory: Path, batch: StoredBatch) -> Metrics:
     """Run the batch again on the R-Scorer in this directory, which is trained whole."""
     stored = batch.config.scorer.replace(path=str(directory))
-    scorer = load_scorer_for(batch.config.replace(scorer=stored)).requires_grad_(True)
+    scorer = load_scorer_for(batch.config.replace(scorer=stored), to_train=True).requires_grad_(True)
     _check_weights(directory, scorer, batch.weights_sha256)
     return rerun_step(
         scorer.text_model,

@@ -24,6 +24,7 @@ DEFAULTS = {
     "model.vision_offload": False,
     "scorer.path": "embedded",
     "scorer.verdict": "choice",
+    "scorer.prompt": "auto",
     "scorer.reference": "complete",
     "scorer.mode": "pairwise",
     "scorer.token_budget": 16384,

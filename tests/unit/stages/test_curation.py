@@ -264,6 +264,23 @@ def test_random_pairing_depends_on_seed_and_sample_alone():
     assert all(a != b for a, b in (draw(seed) for seed in range(40)))
 
 
+def test_the_shift_by_order_is_the_mean_of_p_less_a_half_over_compared_pairs():
+    a = [candidate(i, text=text, sample_id="a") for i, text in enumerate(["It is. Answer: a", "It is. Answer: a", "b"])]
+    b = [candidate(i, sample_id="b") for i in range(3)]
+    half = [0.5] * 3
+    # Of a, whose first two texts are equal, (0, 2) alone counts: 0.9 and 0.4. Of b (1, 2) was not compared.
+    of_a = [[0.5, 0.5, 0.9], [0.5, 0.5, 0.9], [0.4, 0.4, 0.5]]
+    of_b = [[0.5, 0.6, 0.7], [0.8, 0.5, 0.5], [0.2, 0.5, 0.5]]
+    rows = [row(a, half, 0.5, pairs=1) | {"raw": of_a}, row(b, half, 0.5, pairs=2) | {"raw": of_b}]
+    _, funnel = curate([sample("a"), sample("b")], {"a": a, "b": b}, rows, LOOSE)
+    assert funnel["order_shift"] == pytest.approx((0.4 - 0.1 + 0.1 + 0.2 + 0.3 - 0.3) / 6)
+    without = row(a, half, 0.5)
+    del without["raw"]
+    for each in (without, without | {"raw": half}):  # of another scorer, and of candidates that were each rated alone
+        _, funnel = curate([sample("a")], {"a": a}, [each], LOOSE)
+        assert funnel["order_shift"] is None
+
+
 def test_rates_are_weighted_by_pairs_and_histograms_count_everything():
     a = [candidate(i, sample_id="a") for i in range(3)]
     b = [candidate(i, sample_id="b") for i in range(2)]
