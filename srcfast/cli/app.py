@@ -472,6 +472,35 @@ def scorer(config: Config, source: Source, output: Output = None, profile: Profi
     """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
 
 
+label_commands = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(label_commands, name="label", help="Have a person judge pairs of a run's candidates in a browser.")
+
+
+@label_commands.command("write")
+def write_label_page(
+    run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")],
+    output: Annotated[Path, typer.Option(help="page to write; PAGE.pairs.jsonl is written beside it")],
+    pairs: Annotated[int, typer.Option(min=1, max=10_000, help="pairs on the page at most")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the choice and of the order")] = 0,
+) -> None:
+    """Write a page of pairs: half of which the R-Scorer is least sure, half at random, each in random order."""
+    from srcfast.cli import label
+
+    label.write(run, output, pairs, seed)
+
+
+@label_commands.command("read")
+def read_labels(
+    labels: Annotated[list[Path], typer.Argument(help="files that were saved on the page")],
+    pairs: Annotated[Path, typer.Option(help="the page's PAGE.pairs.jsonl")],
+    output: Annotated[Path, typer.Option(help="file of verdicts to write, for scorer_training.verdicts")],
+) -> None:
+    """Check saved answers, write them as verdicts, and report how far people agree with each other and the R-Scorer."""
+    from srcfast.cli import label
+
+    label.read(labels, pairs, output)
+
+
 @app.command()
 def config(
     words: Words = None,

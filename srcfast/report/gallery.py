@@ -121,13 +121,16 @@ def _candidate(entry: shapes.Candidate, mark: str) -> Candidate:
     return Candidate(entry, mark, parsed.answer, with_verdicts(parsed.perception), with_verdicts(parsed.reasoning))
 
 
-def embedded_image(path: Path, root: Path = Path("/")) -> Picture | None:
-    """Read an image below `root`, scale it down to MAX_PIXELS, and encode it as a `data:` URI; None if it can't be read."""
+def embedded_image(path: Path, root: Path = Path("/"), max_pixels: int = MAX_PIXELS) -> Picture | None:
+    """Read an image below `root`, scale it down to `max_pixels` of its longer side, and encode it as a `data:` URI.
+
+    Returns None if it can't be read.
+    """
     try:
         picture = load_image(root, str(path.absolute()))
     except InputError:
         return None
-    picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    picture.thumbnail((max_pixels, max_pixels))
     photo = max(picture.size) > SMALL
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG" if photo else "PNG", **({"quality": 85} if photo else {"optimize": True}))
