@@ -472,6 +472,50 @@ def scorer(config: Config, source: Source, output: Output = None, profile: Profi
     """Train an R-Scorer on rationale-answer pairs and their corruptions, and report its held-out accuracy."""
 
 
+@app.command()
+def verdicts(
+    run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")],
+    output: Annotated[Path, typer.Option(help="file of verdicts to write, for scorer_training.verdicts")],
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            help="address of an OpenAI-compatible server, as http://HOST:PORT/v1; the key is that of OPENAI_API_KEY"
+        ),
+    ],
+    endpoint_model: Annotated[str, typer.Option(help="name that the server has for the model")],
+    pairs: Annotated[int, typer.Option(min=1, max=10**7, help="pairs at most, each asked in both orders")] = 500,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the choice of pairs")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="requests at the same time")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")] = 8,
+    max_tokens_total: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10**15, help="tokens of all prompts and answers at most, those of earlier processes included"
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
+    ] = 120.0,
+    quiet: Quiet = False,
+) -> None:
+    """Have pairs of a run's candidates judged by an endpoint's model, in both orders; for scorer_training.verdicts."""
+    from srcfast.cli import verdicts as command
+
+    command.verdicts(
+        run,
+        output,
+        endpoint,
+        endpoint_model,
+        pairs,
+        seed,
+        concurrency,
+        max_tokens,
+        max_tokens_total,
+        timeout,
+        quiet,
+    )
+
+
 label_commands = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(label_commands, name="label", help="Have a person judge pairs of a run's candidates in a browser.")
 

@@ -46,8 +46,11 @@ class AnswerLog:
             try:
                 self._count(row["prompt_tokens"], row["completion_tokens"])
                 if row["text"] is not None:
-                    self._answers[row["key"]] = Answer(row["text"], bool(row["truncated"]), None, None)
-            except (LookupError, TypeError) as error:
+                    first_token = row.get("first_token")
+                    if first_token is not None:
+                        first_token = {str(token): float(value) for token, value in first_token.items()}
+                    self._answers[row["key"]] = Answer(row["text"], bool(row["truncated"]), None, None, first_token)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
                 expected = "an answer {key, text, truncated, prompt_tokens, completion_tokens}"
                 fix = "restore the file, or remove it: all is asked again then"
                 raise InputError(file=path, line=line, expected=expected, found=error, fix=fix) from error
@@ -75,6 +78,8 @@ class AnswerLog:
         row: dict[str, Any] = {"key": key, "text": None if answer is None else answer.text}
         row |= {"truncated": answer is not None and answer.truncated}
         row |= {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+        if answer is not None and answer.first_token is not None:
+            row["first_token"] = dict(answer.first_token)
         with self._writing, naming(self._path):
             self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
             self._file.flush()

@@ -91,12 +91,14 @@ class Answer:
         text: of the message.
         truncated: whether the limit of tokens ended it.
         prompt_tokens, completion_tokens: that the endpoint counted; None where it doesn't say.
+        first_token: log-probabilities of what the first token may be, the likeliest ones; None where it doesn't say.
     """
 
     text: str
     truncated: bool
     prompt_tokens: int | None
     completion_tokens: int | None
+    first_token: Mapping[str, float] | None = None
 
 
 def ask(endpoint: Endpoint, body: Mapping[str, Any], stop: threading.Event) -> Answer:
@@ -135,7 +137,19 @@ def read_answer(reply: bytes) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _MayPass(f"a reply that is no chat completion ({type(error).__name__}: {error})") from error
     prompt, completion = (count if isinstance(count, int) and count >= 0 else None for count in counts)
-    return Answer(text, choice.get("finish_reason") == "length", prompt, completion)
+    return Answer(
+        text, choice.get("finish_reason") == "length", prompt, completion, _first_token(choice.get("logprobs"))
+    )
+
+
+def _first_token(logprobs: Any) -> dict[str, float] | None:
+    """Read the alternatives of an answer's first token; None where they are not there in the protocol's form."""
+    try:
+        alternatives = logprobs["content"][0]["top_logprobs"]
+        read = {str(each["token"]): each["logprob"] for each in alternatives}
+    except (LookupError, TypeError):
+        return None
+    return read if read and all(type(value) in (int, float) and value <= 0 for value in read.values()) else None
 
 
 class _MayPass(Exception):

@@ -24,6 +24,7 @@ class Reply:
     delay: float = 0.0  # seconds before the reply
     truncated: bool = False
     usage: tuple[int, int] | None = (50, 20)  # tokens of prompt and answer
+    first_token: dict[str, float] | None = None  # log-probabilities of its alternatives
 
 
 @dataclass
@@ -77,6 +78,9 @@ def chat_server(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[ChatS
         def answer(self, body: dict[str, Any], how: Reply) -> None:
             finish = "length" if how.truncated else "stop"
             row: dict[str, Any] = {"choices": [{"message": {"content": how.text}, "finish_reason": finish}]}
+            if how.first_token is not None:
+                alternatives = [{"token": token, "logprob": value} for token, value in how.first_token.items()]
+                row["choices"][0]["logprobs"] = {"content": [{**alternatives[0], "top_logprobs": alternatives}]}
             if how.usage is not None:
                 row["usage"] = {"prompt_tokens": how.usage[0], "completion_tokens": how.usage[1]}
             data = json.dumps(row).encode() if how.raw is None else how.raw

@@ -89,12 +89,28 @@ def test_a_log_is_read_back_without_a_line_that_was_cut_off(tmp_path: Path) -> N
         with again.claimed(key) as known:
             assert known is None
     again.add("three", Answer("x", True, None, None), (1, 1))
+    again.add("four", Answer("1", False, 5, 1, {"1": -0.25, "2": -2}), (5, 1))
     again.close()
     with AnswerLog(path).claimed("three") as known:
         assert known == Answer("x", True, None, None)
+    with AnswerLog(path).claimed("four") as known:
+        assert known == Answer("1", False, None, None, {"1": -0.25, "2": -2.0})
 
 
-@pytest.mark.parametrize("line", ['{"key": "one"}', "[]", "no JSON", '{"text": "a", "prompt_tokens": "1"}'])
+FIRST = '{"key": "k", "text": "a", "truncated": false, "prompt_tokens": 1, "completion_tokens": 1, "first_token": '
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{FIRST}[1]}}",
+        f'{FIRST}{{"1": "high"}}}}',
+        '{"key": "one"}',
+        "[]",
+        "no JSON",
+        '{"text": "a", "prompt_tokens": "1"}',
+    ],
+)
 def test_a_damaged_log_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(f"{line}\n")

@@ -43,6 +43,28 @@ def test_an_answer_and_what_was_sent_for_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("logprobs", "first_token"),
+    [
+        ('{"content": [{"top_logprobs": [{"token": "1", "logprob": -0.5}, {"token": " 2", "logprob": -1}]}]}', True),
+        ('{"content": [{"top_logprobs": [{"token": "1", "logprob": "-0.5"}]}]}', False),
+        ('{"content": [{"top_logprobs": [{"token": "1", "logprob": 0.5}]}]}', False),
+        ('{"content": [{"top_logprobs": [{"token": "1"}]}]}', False),
+        ('{"content": [{"top_logprobs": []}]}', False),
+        ('{"content": []}', False),
+        ('{"tokens": ["1"]}', False),
+        ("[1]", False),
+        ("null", False),
+    ],
+)
+def test_alternatives_of_the_first_token_are_read_where_they_have_the_protocol_s_form(
+    logprobs: str, first_token: bool
+) -> None:
+    raw = f'{{"choices": [{{"message": {{"content": "1"}}, "finish_reason": "stop", "logprobs": {logprobs}}}]}}'
+    answer, _ = asked([Reply(raw=raw.encode())])
+    assert answer == Answer("1", False, None, None, {"1": -0.5, " 2": -1} if first_token else None)
+
+
+@pytest.mark.parametrize(
     "failure",
     [
         Reply(status=429, headers={"Retry-After": "0.01"}),
