@@ -33,6 +33,7 @@ from srcfast.data.batching import num_updates
 from srcfast.data.jsonl import write_json, write_jsonl, write_shards
 from srcfast.data.rationale_pairs import read_teacher, with_teacher
 from srcfast.data.readers import read_logprob_rows
+from srcfast.data.verdicts import read_verdicts
 from srcfast.errors import ConfigError
 from srcfast.hub.names import shown_model
 from srcfast.hub.pins import Data, Model, pinned
@@ -55,12 +56,13 @@ from srcfast.stages.policy import Policy, load_scorer_for
 from srcfast.stages.rationale import rationale_pairs, tune_rationale
 from srcfast.stages.references import with_references
 from srcfast.stages.scorer_calibration import calibrate_confidence
-from srcfast.stages.scorer_training import evaluate_scorer, split_examples, train_scorer
+from srcfast.stages.scorer_training import ScorerExample, evaluate_scorer, split_examples, train_scorer
 from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_inputs import COMMAND, InputRecord
 from srcfast.stages.stage_run import sampling_stage, training_stage
 from srcfast.stages.teaching import Drawing, instructed, needs_no_teacher
 from srcfast.trackers.tracking import check_installed
+from srcfast.stages.verdict_examples import with_verdicts
 
 
 @contextmanager
@@ -330,13 +332,20 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
     output = require_option(output, "--output", "a folder for the R-Scorer")
     check_output(config, output, source.paths)
     check_installed(config, output)
-    with rejected_records(output) as rejected:
-        samples = read_all(config, source, "rationale", rejected)
-    if config.rationale.teacher is not None:
-        samples = with_teacher(samples, read_teacher(config.rationale.teacher))
-    words = read_vocabulary(config.scorer_training.vocabulary)
-    train, held_out = split_examples(config, samples, words)
-    model, loop = load_scorer_for(config, to_train=True), config.scorer_training.seeded(config.seed, config.deterministic)
+    settings = config.scorer_training
+    words = read_vocabulary(settings.vocabulary)
+    train: list[ScorerExample] = []
+    held_out: dict[str, list[ScorerExample]] = {}  # corruptions, by quality
+    if settings.verdict_share != 1.0:
+        with rejected_records(output) as rejected:
+            samples = read_all(config, source, "rationale", rejected)
+        if config.rationale.teacher is not None:
+            samples = with_teacher(samples, read_teacher(config.rationale.teacher))
+        train, held_out = split_examples(config, samples, words)
+    judged: dict[str, list[ScorerExample]] = {}  # verdicts held out, by quality
+    if settings.verdicts is not None:
+        train, judged = with_verdicts(config, read_verdicts(settings.verdicts), train, held_out, words)
+    model, loop = load_scorer_for(config, to_train=True), settings.seeded(config.seed, config.deterministic)
     steps = num_updates(len(train), loop)
     with training_stage("scorer", config, output, steps, lambda: [model], profile) as stage:
         with stage.training(model, train, loop) as hooks:
@@ -345,14 +354,21 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
         stage.stop_timing()
         if distributed.is_rank_zero():
             save_text_model(model.text_model, output)
-            results = {
-                name: evaluate_scorer(model, of, loop.token_budget, config.seed) for name, of in held_out.items()
+            results, agreement = (
+                {name: evaluate_scorer(model, of, loop.token_budget, config.seed) for name, of in by_quality.items()}
+                for by_quality in (held_out, judged)
+            )
+            both: dict[str, list[ScorerExample]] = {
+                name: [*held_out.get(name, ()), *judged.get(name, ())] for name in settings.qualities
             }
-            calibration = calibrate_confidence(model, held_out, loop.token_budget)
+            calibration = calibrate_confidence(model, both, loop.token_budget)
             write_json(output / CALIBRATION, calibration)
-            first = results[config.scorer_training.qualities[0]]
+            first = (results or agreement)[settings.qualities[0]]
             stage.result = {"model": config.scorer.path, "examples": len(train), "held_out": first}
             stage.result |= {"held_out_by_quality": results, "calibration": calibration}
+            if judged:
+                count = sum(bool(example.verdicts) for example in train)
+                stage.result["verdicts"] = {"examples": count, "held_out_by_quality": agreement}
             if not config.quiet:
-                shown = {**first, "calibration": calibration} if len(results) == 1 else stage.result
-                print(json.dumps(shown, indent=2))
+                is_plain = len(results) == 1 and not judged
+                print(json.dumps({**first, "calibration": calibration} if is_plain else stage.result, indent=2))

@@ -116,8 +116,14 @@ def check_output(
         OSError: it can't be written.
     """
     if config is not None:
-        models = (config.model.path, config.scorer.path, config.rationale.teacher, config.scorer_training.vocabulary)
-        inputs = (*inputs, *models, *(dataset.path for dataset in (*config.data.train, *config.data.evaluation)))
+        files = (config.rationale.teacher, config.scorer_training.vocabulary, config.scorer_training.verdicts)
+        inputs = (
+            *inputs,
+            config.model.path,
+            config.scorer.path,
+            *files,
+            *(dataset.path for dataset in (*config.data.train, *config.data.evaluation)),
+        )
     here = Path(os.path.realpath(output))
     names = [str(name) for path in inputs for name in ([path] if isinstance(path, str | Path) else path or ())]
     for path in (path for name in names if name != "embedded" for path in glob.glob(name) or [name]):

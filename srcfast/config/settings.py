@@ -30,7 +30,7 @@ YOUNGER = {
     "candidates": ("plain_samples",),
     "curation": ("left_out_negatives", "likelihood_weight", "rationale_pairs", "right_answer"),
     "dpo": ("updates", "preference_weight", "credit", "quality_weight"),
-    "scorer_training": ("updates", "qualities"),
+    "scorer_training": ("updates", "qualities", "verdicts", "verdict_share"),
     "evaluation": ("judge_endpoint", "judge_model", "judge_concurrency", "judge_max_tokens", "judge_token_limit"),
 }
 
@@ -342,6 +342,18 @@ class ScorerTrainingConfig(TrainingConfig):
     vocabulary: str | None = None
     """YAML of interchangeable words, {class: [word, word, ...]}, from which corruptions are made; default: the words of a
     sample's data family (clips, digits, charts), of others the embedded world's"""
+    verdicts: str | None = None
+    """JSON lines of verdicts on real candidates, as `srcfast label read` and `srcfast verdicts` write them, to train on beside
+    corruptions"""
+    verdict_share: float | None = Field(None, gt=0, le=1)
+    """Share of the examples that are of verdicts; what there is too much of is left out by lot. 1 = verdicts alone, without data;
+    default: all examples of both"""
+
+    @model_validator(mode="after")
+    def _check_verdicts(self) -> Self:
+        if self.verdict_share is not None and self.verdicts is None:
+            raise ValueError(f"verdict_share: expected none without verdicts, found {self.verdict_share}")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -180,4 +180,6 @@ def _example(row: Any) -> ScorerExample:
     example = TypeAdapter(ScorerExample).validate_python(row)
     if not all(0 <= first < len(example.variants) > second >= -1 for first, second in example.pairs):
         raise ValueError(f"pairs {example.pairs} of {len(example.variants)} variants")
+    if example.verdicts and len(example.verdicts) != len(example.pairs):
+        raise ValueError(f"{len(example.verdicts)} verdicts on {len(example.pairs)} pairs")
     return example

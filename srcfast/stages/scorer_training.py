@@ -25,6 +25,7 @@ from srcfast.data.logit_rows import row_positions
 from srcfast.data.rationale_format import Format, ParsedResponse, format_response, parse_response
 from srcfast.data.rationale_pairs import build_raps
 from srcfast.data.records import ReferenceQuality, Sample
+from srcfast.data.verdicts import Shares
 from srcfast.errors import ConfigError, InputError
 from srcfast.models.head import Head, check_numbers
 from srcfast.models.scorer import ALONE, JudgeTree, Scorer, slot_hidden, slot_rows
@@ -54,12 +55,14 @@ class ScorerExample:
     """One sample's comparisons before tokenising: its reference, variants, and the ordered pairs to compare.
 
     `pairs` are indices (first, second) into `variants`; second -1: the first alone, a win if faultless.
+    `verdicts` are a judge's shares of "first", "tie" and "second" for each pair; without them the faults decide.
     """
 
     key: str
     reference: str
     variants: tuple[Variant, ...]
     pairs: tuple[tuple[int, int], ...]
+    verdicts: tuple[Shares, ...] = ()
 
 
 def scorer_example(sample: Sample, variants: Sequence[Variant]) -> ScorerExample:
@@ -153,8 +156,14 @@ def _true_variants(truth: Parts, rng: Random, variants: int, format: Format) -> 
 def target_verdict(example: ScorerExample, first: int, second: int, num_verdicts: int) -> int:
     """Return the index of the right verdict on an ordered pair: 0 the first is better, ..., num_verdicts - 1 the second.
 
-    The middle one is a tie. Of five verdicts the outer ones mean a difference of two faults or more.
+    The middle one is a tie. Of five verdicts the outer ones mean a difference of two faults or more. Of a judge's shares the
+    likeliest decides, of first and second alike a tie.
     """
+    if example.verdicts:
+        better, tie, worse = example.verdicts[example.pairs.index((first, second))]
+        if better == worse or tie >= max(better, worse):
+            return num_verdicts // 2
+        return 0 if better > worse else num_verdicts - 1
     faults = example.variants[first].faults
     if second == ALONE:
         lead = -2 if faults else 2
@@ -165,7 +174,9 @@ def target_verdict(example: ScorerExample, first: int, second: int, num_verdicts
 
 
 def fault_name(example: ScorerExample, first: int, second: int) -> str:
-    """Name what a pair tests: the kind of the one fault there is, or "tie", "bad_or_worse", "alone"."""
+    """Name what a pair tests: the kind of the one fault there is, or "tie", "bad_or_worse", "alone", a judge's "verdict"."""
+    if example.verdicts:
+        return "verdict"
     if second == ALONE:
         return "alone"
     shown_first, shown_second = example.variants[first], example.variants[second]
@@ -211,14 +222,27 @@ def train_scorer(
 
 
 def scorer_items(scorer: Scorer, examples: Sequence[ScorerExample]) -> list[TrainingItem]:
-    """Build the items of `train_scorer`: each example's tree, and the right verdict of each of its slots."""
-    items = []
+    """Build the items of `train_scorer`: each example's tree, and what is right at each of its slots.
+
+    That is the index of the verdict, [slots] int64; where a judge has given shares, those of all verdicts, [slots, K] fp32.
+    """
+    items, verdicts = [], len(scorer.verdict_values)
     for example in examples:
         judge_tree = judge_tree_of(scorer, example)
-        pairs = zip(judge_tree.first.tolist(), judge_tree.second.tolist(), strict=True)
-        targets = [target_verdict(example, *pair, len(scorer.verdict_values)) for pair in pairs]
-        items.append(TrainingItem(judge_tree.tree, (judge_tree, torch.tensor(targets))))  # targets [slots] int64
+        pairs = list(zip(judge_tree.first.tolist(), judge_tree.second.tolist(), strict=True))
+        if example.verdicts:
+            given = dict(zip(example.pairs, example.verdicts, strict=True))
+            targets = torch.tensor([verdict_shares(given[pair], verdicts) for pair in pairs])
+        else:
+            targets = torch.tensor([target_verdict(example, *pair, verdicts) for pair in pairs])
+        items.append(TrainingItem(judge_tree.tree, (judge_tree, targets)))
     return items
+
+
+def verdict_shares(shares: Shares, num_verdicts: int) -> list[float]:
+    """Return a judge's shares over 3 or 5 verdicts: without grades, a side's is split between its two."""
+    first, tie, second = shares
+    return [first, tie, second] if num_verdicts == 3 else [first / 2, first / 2, tie, second / 2, second / 2]
 
 
 def num_slots(batch: Sequence[TrainingItem]) -> int:
@@ -233,11 +257,19 @@ def scorer_loss(scorer: Scorer) -> Loss:
         hidden: Tensor, forest: Forest, head: Head, items: Sequence[TrainingItem], slots: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = slot_rows(forest, [item.meta[0] for item in items]).numpy()  # [M]
-        right = torch.cat([item.meta[1] for item in items]).numpy()  # [M]
-        index = np.stack([row_positions(rows, hidden, forest, segment_ends(forest)), right])  # [2, M]
-        positions, targets = to_device(index, hidden.device)  # [M] each
+        positions = row_positions(rows, hidden, forest, segment_ends(forest))  # [M]
+        of_items = [item.meta[1] for item in items]
+        if all(right.ndim == 1 for right in of_items):
+            index = np.stack([positions, torch.cat(of_items).numpy()])  # [2, M]
+            positions, targets = to_device(index, hidden.device)  # [M] each
+            right = targets
+        else:
+            verdicts = len(scorer.verdict_values)
+            shares = [each if each.ndim == 2 else F.one_hot(each, verdicts).float() for each in of_items]
+            positions, targets = (to_device(each, hidden.device) for each in (positions, torch.cat(shares).numpy()))
+            right = targets.argmax(-1)
         logits = head.logits(hidden.index_select(0, positions), scorer.verdict_token_ids)  # [M, K]
-        hits = (logits.argmax(-1) == targets).sum()
+        hits = (logits.argmax(-1) == right).sum()
         return F.cross_entropy(logits, targets, reduction="sum") / slots, {"accuracy": hits / slots}
 
     return loss

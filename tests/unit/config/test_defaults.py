@@ -119,6 +119,8 @@ DEFAULTS = {
     "scorer_training.held_out": 0.1,
     "scorer_training.qualities": ["complete"],
     "scorer_training.vocabulary": None,
+    "scorer_training.verdicts": None,
+    "scorer_training.verdict_share": None,
     "evaluation.max_new_tokens": 384,
     "evaluation.batch_size": 32,
     "evaluation.cuda_graphs": True,
