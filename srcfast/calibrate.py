@@ -24,6 +24,7 @@ from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.candidates import diversity, search_candidates
 from srcfast.stages.dpo import tune_preferences
+from srcfast.stages.endpoint_scoring import scores_by_endpoint
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.fitting import pair_fits
 from srcfast.stages.headroom import measure_headroom
@@ -119,6 +120,8 @@ def headroom(run: CalibrationRun, iteration: int) -> None:
         run.policy.use(run.directory.adapter(iteration - 1))
         # Candidates of all sets first: the R-Scorer may have to take the policy's memory.
         searched = [search_candidates(stage, run.policy, samples, seed, dataset.label) for dataset, samples in sets]
+        if not sets:
+            return {"entries": []}
         scorer, scorer_hash = run.load_scorer()
         adaptive = AdaptivePairs.of(run.config.scorer) if run.config.scorer.finalists else None
         entries, quiet = [], StageProgress("scores", 0, quiet=True)  # the stage's progress counts samples once
@@ -140,6 +143,15 @@ def score(run: CalibrationRun, iteration: int) -> None:
     """Stage 3: compare every sample's candidates with the R-Scorer."""
     samples, adaptive = run.samples_of(iteration), AdaptivePairs.of(run.config.scorer)
 
+    def ask(stage: StageRun) -> dict[str, Any]:
+        groups, log_file = run.artifacts.candidates(iteration).rest(), run.directory.path / "judge" / "answers.jsonl"
+        asked = scores_by_endpoint(run.config, samples, groups, log_file, stage.progress)
+        if asked is None:  # not on rank 0, which writes
+            return {}
+        rows, report = asked
+        write_shards(run.artifacts.shards(iteration, "scores"), rows)
+        return {"endpoint": report}
+
     def work(stage: StageRun) -> dict[str, Any]:
         scorer, scorer_hash = run.load_scorer()
         chunks, groups = stage.chunks(scorer=scorer_hash), partial(run.artifacts.candidates, iteration)
@@ -149,7 +161,8 @@ def score(run: CalibrationRun, iteration: int) -> None:
         result = {"calibration": errors} if errors else {}
         return result if adaptive is None else {**result, "adaptive": replace(adaptive, counts=files.counts()).report()}
 
-    run.stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), work)
+    by_endpoint = run.config.scorer.endpoint is not None
+    run.stage(f"iteration-{iteration}/scores", ("scorer",), len(samples), ask if by_endpoint else work)
 
 
 def curate(run: CalibrationRun, iteration: int) -> None:

@@ -49,6 +49,7 @@ from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.candidates import search_candidates
 from srcfast.stages.datasets import draw, read_evaluation_sets, read_vocabulary
 from srcfast.stages.dpo import tune_preferences
+from srcfast.stages.endpoint_scoring import scores_by_endpoint
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.local_teaching import draws_in_chunks, taught_by
 from srcfast.stages.logprobs import logprob_chunks, logprobs_in_chunks, logprobs_of
@@ -202,6 +203,8 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
     output = require_option(output, "--output", "a folder for the scores")
     check_output(config, output, source.paths, candidates)
     directory, adaptive = require_option(candidates, "--candidates", "a folder"), AdaptivePairs.of(config.scorer)
+    if config.scorer.endpoint is not None:
+        return score_by_endpoint(config, source, directory, output)
     with rejected_records(output) as rejected:
         samples, scorer = read_all(config, source, "calibration", rejected), load_scorer_for(config)
         longest = fitting.longest_candidates(scorer, read_candidates(directory).rest())
@@ -215,6 +218,20 @@ def score(config: Config, source: Source, candidates: Path | None, output: Path 
         if adaptive is not None:
             report = replace(adaptive, counts=files.counts()).report()
             distributed.run_on_rank_zero(lambda: write_json(output / "adaptive.json", report))
+
+
+def score_by_endpoint(config: Config, source: Source, candidates: Path, output: Path) -> None:
+    """Have an endpoint's model compare candidates, and write the scores into shards in `output`."""
+    with rejected_records(output) as rejected:
+        samples = read_all(config, source, "calibration", rejected)
+    made_of = InputRecord(output, {COMMAND: samples})
+    distributed.run_on_rank_zero(lambda: made_of.check_made_of(candidates))
+    with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
+        groups, log_file = read_candidates(candidates).rest(), output / "judge" / "answers.jsonl"
+        asked = scores_by_endpoint(config, samples, groups, log_file, stage.progress)
+        if asked is not None:  # on rank 0
+            write_outputs(made_of, asked[0])
+            write_json(output / "endpoint.json", asked[1])
 
 
 def write_outputs(made_of: InputRecord, rows: Iterable[dict[str, Any]]) -> None:

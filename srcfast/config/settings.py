@@ -24,7 +24,7 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
 YOUNGER = {
     "model": ("backbone",),
-    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight", "prompt"),
+    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight", "prompt", "endpoint_model"),
     "lora": ("projector", "tower_layers"),
     "rationale": ("updates",),
     "candidates": ("plain_samples",),
@@ -95,6 +95,15 @@ class ScorerConfig(Section):
     finalists: int = Field(0, ge=0, le=128)
     """Rate each candidate alone first, then compare only so many that are rated highest, and as many that are rated lowest; 0 =
     no selection. For samples of many candidates; the measurement of headroom selects likewise"""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server whose model judges instead of an R-Scorer, as http://HOST:PORT/v1; the key is that
+    of OPENAI_API_KEY"""
+    endpoint_model: str | None = None
+    """Name that the server has for the model"""
+    endpoint_concurrency: int = Field(8, ge=1, le=1024)
+    """Requests at the same time"""
+    endpoint_tokens: int = Field(0, ge=0, le=10**15)
+    """Tokens of all prompts and answers at most, those of earlier processes of the run included; 0 = no limit"""
     likelihood_weight: float = Field(0.0, ge=0, le=100)
     """With finalists: the highest are those by log rating + this times the log-probability, as in `curation.likelihood_weight`"""
 
@@ -105,6 +114,21 @@ class ScorerConfig(Section):
         if self.finalists and (self.pairs == "adaptive" or self.mode == "independent"):
             other = "pairs adaptive" if self.pairs == "adaptive" else "mode independent"
             raise ValueError(f"finalists: expected 0 with {other}, found {self.finalists}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> Self:
+        if (self.endpoint is None) != (self.endpoint_model is None):
+            raise ValueError("endpoint_model: expected it together with endpoint, found one without the other")
+        if self.endpoint is not None and (self.mode, self.verdict, self.pairs, self.finalists) != (
+            "pairwise",
+            "choice",
+            "all",
+            0,
+        ):
+            raise ValueError(
+                "endpoint: expected mode pairwise, verdict choice, pairs all and no finalists beside it, found others"
+            )
         return self
 
 
@@ -483,10 +507,13 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings as JSON values by section, by which unfinished work is known again.
 
-        A setting that is younger than work which may have to be continued is left out while it has its default.
+        A setting that is younger than work which may have to be continued is left out while it has its default. Where an endpoint
+        is and how much it is asked decides nothing; its model does.
         """
         values = self.model_dump(mode="json")
         del values["trackers"]  # which change no result
+        for name in ("endpoint", "endpoint_concurrency", "endpoint_tokens"):
+            del values["scorer"][name]
         for section, names in YOUNGER.items():
             settings = getattr(self, section)
             for name in names:

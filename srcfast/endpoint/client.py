@@ -63,7 +63,10 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls, url: str, model: str, timeout: float, option: str = "--endpoint") -> Endpoint:
-        """Check an address, which `option` names, and read the key from the environment.
+        """Check an address, and read the key from the environment.
+
+        Args:
+            option: that names the address in errors.
 
         Raises:
             ConfigError: the address is none of HTTP, or has a name and password in it; or the key can't be sent.

@@ -14,6 +14,7 @@ from srcfast import distributed
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import file_hash, json_hash, write_jsonl
 from srcfast.data.records import Sample
+from srcfast.errors import ConfigError
 from srcfast.memory.measure import measured
 from srcfast.memory.model_sizes import release_unused
 from srcfast.memory.out_of_memory import explain_out_of_memory
@@ -71,6 +72,9 @@ class CalibrationRun:
 
     def __init__(self, config: Config, profile: range | None = None, trackers: Trackers | None = None) -> None:
         self.config, self.profile, self.trackers = config, profile, Trackers({}) if trackers is None else trackers
+        if config.scorer.endpoint is not None and config.iterations and (found := config.evaluation.headroom_samples):
+            expected = "expected 0 with scorer.endpoint, whose requests are for the rounds' scores alone"
+            raise ConfigError(f"evaluation.headroom_samples: {expected}, found {found}. Fix: set it to 0")
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()
@@ -82,7 +86,7 @@ class CalibrationRun:
             for use in ("rationale", "calibration")
         )
         self.evaluation_sets = read_evaluation_sets(config.data.evaluation, config, images, rejected)
-        if config.iterations:
+        if config.iterations and config.scorer.endpoint is None:
             self._check_judged(rejected)
         # A model's images are those of all records, as they were before some were set aside.
         groups = [self.rationale_samples, self.calibration_samples, *(each.samples for each in self.evaluation_sets)]
@@ -246,7 +250,7 @@ class CalibrationRun:
                 hashes["rationale.teacher"] = partial(file_hash, teacher)
         if kind != "scores":
             hashes["model.path"] = partial(checkpoint_hash, checkpoint_directory(self.config.model.path, "base"))
-        if kind in ("scores", "headroom"):
+        if kind in ("scores", "headroom") and self.config.scorer.endpoint is None:
             hashes["scorer.path"] = partial(checkpoint_hash, checkpoint_directory(self.config.scorer.path, "scorer"))
         for stage in earlier.get(kind, []):
             hashes[f"files of {stage}"] = partial(self._hash_of_files, stage)

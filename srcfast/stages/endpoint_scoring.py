@@ -1,0 +1,156 @@
+"""Stage 3 by a language model behind an endpoint: it compares every sample's candidates instead of an R-Scorer.
+
+Rank 0 asks, and the others wait. All answers are in a log, by the content of the request: a stopped stage asks only what is
+missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srcfast import distributed
+from srcfast.config.settings import Config
+from srcfast.data.records import Candidate, Sample
+from srcfast.data.verdicts import Shares
+from srcfast.endpoint.answer_log import AnswerLog
+from srcfast.endpoint.budget import Budget, Limit
+from srcfast.endpoint.client import Endpoint
+from srcfast.errors import Interrupted, SrcfastError
+from srcfast.run.progress import StageProgress, track
+from srcfast.stages.endpoint_verdicts import Verdicts, ask_verdicts
+from srcfast.stages.judged_pairs import RunPair
+
+MAX_TOKENS = 8  # of an answer
+TIMEOUT = 120.0  # seconds until an attempt counts as failed
+
+
+def scores_by_endpoint(
+    config: Config,
+    samples: Sequence[Sample],
+    groups: Iterable[tuple[str, Sequence[Candidate]]],
+    log_file: Path,
+    progress: StageProgress,
+) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """Ask the endpoint of `scorer.endpoint` for all pairs of each sample's candidates, in both orders, on rank 0.
+
+    Args:
+        groups: sample ids with their candidates; those of other samples are passed over.
+        log_file: of the answers.
+
+    Returns:
+        The rows, those of `scored_rows` without `alone`, and what the manifest says: verdicts that are missing by reason, sources
+        of the others, tokens. On other ranks None.
+
+    Raises:
+        SrcfastError: the limit of tokens is reached, or verdicts are missing that the same command may get.
+    """
+    error: BaseException | None = None
+    result = None
+    if distributed.is_rank_zero():
+        try:
+            result = _ask(config, samples, groups, log_file, progress)
+        except (Exception, Interrupted) as failure:
+            error = failure
+    distributed.barrier_with_heartbeat()  # asking takes longer than ranks wait for each other
+
+    def check() -> None:
+        if error is not None:
+            raise error
+
+    distributed.run_on_rank_zero(check)
+    return result
+
+
+def _ask(
+    config: Config,
+    samples: Sequence[Sample],
+    groups: Iterable[tuple[str, Sequence[Candidate]]],
+    log_file: Path,
+    progress: StageProgress,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    settings = config.scorer
+    server = Endpoint.from_environment(
+        settings.endpoint or "", settings.endpoint_model or "", TIMEOUT, "scorer.endpoint"
+    )
+    by_id = {sample.id: sample for sample in samples}
+    judged = [(by_id[name], list(group)) for name, group in groups if name in by_id]
+    texts = [list(dict.fromkeys(candidate.text for candidate in group)) for _, group in judged]
+    indices = [(n, i, j) for n, distinct in enumerate(texts) for i, j in combinations(range(len(distinct)), 2)]
+    pairs = [RunPair(judged[n][0], texts[n][i], texts[n][j], "random", None) for n, i, j in indices]
+    verdicts = Verdicts()
+    log = AnswerLog(log_file)
+    limits = [Limit("tokens", settings.endpoint_tokens)] if settings.endpoint_tokens else []
+    budget = Budget(limits, log.prompt_tokens, log.completion_tokens)
+    spent = budget.prompt_tokens + budget.completion_tokens
+    try:
+        with track("verdicts", 2 * len(pairs), "verdicts", quiet=config.quiet) as asking:
+            asking.on_advance = distributed.heartbeat
+            if pairs:
+                concurrency = settings.endpoint_concurrency
+                ask_verdicts(server, pairs, MAX_TOKENS, log, budget, concurrency, asking, verdicts, settings.reference)
+    finally:
+        log.close()
+    reasons = Counter(verdicts.reasons.values())
+    if unanswered := reasons["unanswered"]:
+        raise SrcfastError(f"{unanswered} verdicts were not answered. Fix: the same command asks them again")
+    of_samples: list[dict[tuple[int, int], tuple[Shares, Shares]]] = [{} for _ in judged]
+    for index, (n, i, j) in enumerate(indices):
+        there, back = (verdicts.shares.get((index, order)) for order in (0, 1))
+        if there is not None and back is not None:
+            of_samples[n][i, j] = there, back
+    rows = [
+        score_row(sample, group, distinct, given)
+        for (sample, group), distinct, given in zip(judged, texts, of_samples, strict=True)
+    ]
+    tokens = budget.prompt_tokens + budget.completion_tokens - spent
+    progress.advance(len(judged), tokens=tokens)
+    return rows, {"without_verdict": dict(reasons), "sources": dict(verdicts.sources), "tokens": tokens}
+
+
+def score_row(
+    sample: Sample,
+    candidates: Sequence[Candidate],
+    texts: Sequence[str],
+    given: Mapping[tuple[int, int], tuple[Shares, Shares]],
+) -> dict[str, Any]:
+    """Compute a row of scores by the formulas of `srcfast_kernels.pairwise_verdict`.
+
+    Args:
+        texts: the candidates' distinct texts, n.
+        given: of pairs (i, j) of them, i < j, the shares with i first and those with j first; others have no weight.
+    """
+    n = len(texts)
+    p = np.full((n, n), 0.5)
+    compared = np.zeros((n, n), dtype=bool)
+    flips = ties = 0
+    for (i, j), (there, back) in given.items():
+        p[i, j], p[j, i] = (shares[0] + 0.5 * shares[1] for shares in (there, back))
+        compared[i, j] = compared[j, i] = True
+        says = [int(np.argmax(shares)) - 1 for shares in (there, back)]  # -1 the first, 0 a tie, 1 the second
+        flips += says[0] * says[1] > 0
+        ties += says.count(0)
+    q = 0.5 * (p + 1.0 - p.T)
+    u = np.where(compared, np.abs(2.0 * q - 1.0) * (1.0 - np.abs(p + p.T - 1.0)), 0.0)
+    weight = u.sum(1)
+    scores = np.divide((u * q).sum(1), weight, out=np.full(n, 0.5), where=weight > 0.0)
+    index_of = {text: index for index, text in enumerate(texts)}
+    indices = np.array([index_of[candidate.text] for candidate in candidates])
+    grid = np.ix_(indices, indices)
+    return {
+        "sample_id": sample.id,
+        "candidate_ids": [candidate.id for candidate in candidates],
+        "scores": scores[indices].tolist(),
+        "win_probability": q[grid].tolist(),
+        "confidence": u[grid].tolist(),
+        "raw": p[grid].tolist(),
+        "flip_rate": flips / len(given) if given else 0.0,
+        "tie_rate": ties / (2 * len(given)) if given else 0.0,
+        "pairs": len(given),
+        "verdicts": 2 * len(given),
+    }
