@@ -62,8 +62,8 @@ from srcfast.stages.scoring import scores_in_chunks
 from srcfast.stages.stage_inputs import COMMAND, InputRecord
 from srcfast.stages.stage_run import sampling_stage, training_stage
 from srcfast.stages.teaching import Drawing, instructed, needs_no_teacher
-from srcfast.trackers.tracking import check_installed
 from srcfast.stages.verdict_examples import with_verdicts
+from srcfast.trackers.tracking import check_installed
 
 
 @contextmanager
