@@ -197,7 +197,7 @@ def test_a_file_larger_than_the_limit_is_named(command: str, tmp_path: Path) -> 
 def test_an_error_of_the_last_rename_names_the_file_and_not_a_temporary_one(tmp_path: Path) -> None:
     import torch
 
-    from srcfast.cli.app import report_disk_errors
+    from srcfast.cli.disk_errors import report_disk_errors
     from srcfast.errors import SrcfastError
     from srcfast.models.checkpoint import save_tensors
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from srcfast.cli.app import DISK_FIXES, report_disk_errors
+from srcfast.cli.disk_errors import DISK_FIXES, report_disk_errors
 from srcfast.errors import SrcfastError
 
 
