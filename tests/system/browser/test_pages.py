@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from helpers.browser import SCHEMES, SIZES, browser, look_at
 from helpers.made_up_run import make_run
 
 from srcfast.report.gallery import embedded_image
+from srcfast.report.label_page import write_label_page
+from srcfast.report.live_page import render_live
 from srcfast.report.page import templates, write_report
+from srcfast.stages.judged_pairs import RunPair
 from srcfast.study.page import Example
 from srcfast.world.samples import world_samples
 
@@ -55,7 +60,30 @@ def write_study_page(folder: Path) -> Path:
     return file
 
 
-PAGES = {"run": write_run_page, "study": write_study_page}
+def write_live_page(folder: Path) -> Path:
+    """The live page of a run in the middle, with the bar of a stage."""
+    pytest.importorskip("matplotlib")
+    run = make_run(folder / "a-run-with-quite-a-long-name", gallery=3)
+    stage = run / "checkpoint" / "iteration-2" / "dpo"
+    stage.mkdir(parents=True)
+    counters = {"stage": "iteration-2/dpo", "done": 30, "total": 90, "unit": "steps", "tokens": 9000, "seconds": 12.0}
+    (stage / "progress.json").write_text(json.dumps(counters | {"written": time.time()}))
+    file = folder / "live.html"
+    file.write_text(render_live(run), encoding="utf-8")
+    return file
+
+
+def write_page_to_label(folder: Path) -> Path:
+    """A page of two pairs, one with a long word."""
+    samples = world_samples("test", 2, 0, image_dir=folder)
+    tagged = "<see> There is a small red circle. </see> <think> So there is one. </think> <answer> 1 </answer>"
+    pairs = [RunPair(sample, tagged, f"Untagged {'w' * 200}.", "random", None) for sample in samples]
+    file = folder / "label.html"
+    write_label_page(file, pairs, "a run")
+    return file
+
+
+PAGES = {"run": write_run_page, "study": write_study_page, "live": write_live_page, "label": write_page_to_label}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +109,8 @@ def test_a_page_is_whole_readable_and_asks_for_nothing(page: Path, opened: Any, 
     assert look.messages == []
     assert look.requests == []  # no font, script or picture beside the file
     assert look.overflow <= 0, "the page scrolls sideways"
-    assert look.broken == [] and look.pictures > 0
-    assert look.faint == [] and look.texts > 30
+    assert look.broken == [] and (look.pictures > 0 or page.stem == "live")  # which shows text and curves
+    assert look.faint == [] and look.texts > 15
 
 
 @pytest.fixture(scope="module")
