@@ -13,7 +13,7 @@ NATIVE := kernels/srcfast_kernels/_native.so
 demo: $(NATIVE)
 	$(BIN)/python -m srcfast rationale srcfast/world/demo.yaml --output runs/demo-teacher
 	$(BIN)/python -m srcfast teach srcfast/world/from_answers.yaml --adapter runs/demo-teacher --output runs/demo-taught.jsonl
-	$(BIN)/python -m srcfast scorer srcfast/world/from_answers.yaml --output runs/demo-r-scorer
+	$(BIN)/python -m srcfast scorer srcfast/world/from_answers.yaml --scorer embedded --output runs/demo-r-scorer
 	$(BIN)/python -m srcfast calibrate srcfast/world/from_answers.yaml
 
 test: $(NATIVE)

@@ -27,7 +27,7 @@ WORLD = "srcfast/world"
 COMMANDS = (
     f"rationale {WORLD}/demo.yaml --output runs/demo-teacher",
     f"teach {WORLD}/from_answers.yaml --adapter runs/demo-teacher --output runs/demo-taught.jsonl",
-    f"scorer {WORLD}/from_answers.yaml --output runs/demo-r-scorer",
+    f"scorer {WORLD}/from_answers.yaml --scorer embedded --output runs/demo-r-scorer",
     f"calibrate {WORLD}/from_answers.yaml",
 )
 STORED = ("seconds", "peak_rss_bytes", "stages", "evaluations")

@@ -48,6 +48,8 @@ def teach(
         SrcfastError: the budget is spent, or samples remain unanswered.
     """
     output = require_option(output, "--output", "a file for the rationales")
+    # What it writes may be the teacher's file of the settings, which it does not read.
+    config = config.replace(rationale=config.rationale.replace(teacher=None))
     for path in (output, rejected_file(output)):
         check_output(config, path, *source.paths, adapter, is_file=True)
     check_output(config, asked_directory(output), *source.paths, adapter)

@@ -229,6 +229,13 @@ def test_options_that_are_refused(tmp_path: Path, more: list[str], word: str) ->
     assert result.exit_code == 2 and word in result.output and not (tmp_path / "out").exists()
 
 
+def test_the_file_that_the_settings_name_for_the_teacher_may_be_written(tmp_path: Path) -> None:
+    data = write_samples(tmp_path, 1)
+    with chat_server(lambda body, before: Reply(response(number_of(body)))) as server:
+        result = run(data, server.url, f"rationale.teacher={data.parent / 'out' / 'taught.jsonl'}")
+    assert result.exit_code == 0 and len(taught(data)) == 1
+
+
 def test_an_output_that_would_replace_the_data_is_refused(tmp_path: Path) -> None:
     data = write_samples(tmp_path, 1)
     result = run(data, "http://127.0.0.1:1/v1", "--output", str(data))
