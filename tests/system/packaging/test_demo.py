@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,3 +38,14 @@ def test_what_a_command_writes_is_what_the_next_one_reads() -> None:
     assert [config.rationale.teacher, config.scorer.path] == written[1:]
     assert f"--adapter {written[0]} " in COMMANDS[1]
     assert all(dataset.rationales == "none" for dataset in config.data.train), "the demo begins without rationales"
+
+
+def test_the_pages_say_what_the_measurement_says() -> None:
+    result = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    assert list(result["commands"]) == [f"srcfast {words}" for words in COMMANDS]
+    took = f"{result['wall_seconds'] / 60:.1f} minutes and {result['peak_rss_bytes'] / 2**30:.1f} GiB"
+    for page in ("README.md", "docs/results.md"):
+        assert took in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
+    results = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+    assert f"the gold answer on {result['taught']['taught']:,} of them" in results
+    assert f"in {100 * result['r_scorer']['preference_accuracy']:.0f} % of held-out pairs" in results
