@@ -3,7 +3,7 @@
     python benchmarks/demo.py
 
 Runs the commands of `make demo` from nothing, each in a process, and writes `benchmarks/results/demo.json`; then the calibration
-of `srcfast/world/demo.yaml` alone, and writes `benchmarks/results/demo_calibration.json`, the yardstick of first contact.
+of `srcfast/world/demo.yaml` alone, and writes `benchmarks/results/demo_calibration.json`, which `first_contact.py` reads.
 """
 
 from __future__ import annotations

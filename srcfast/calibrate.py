@@ -24,7 +24,7 @@ from srcfast.stages.adaptive_pairs import AdaptivePairs
 from srcfast.stages.calibration_run import CalibrationRun
 from srcfast.stages.candidates import diversity, search_candidates
 from srcfast.stages.dpo import tune_preferences
-from srcfast.stages.endpoint_scoring import scores_by_endpoint
+from srcfast.stages.endpoint_scoring import check_endpoints, scores_by_endpoint
 from srcfast.stages.evaluation import answers_in_chunks, write_evaluation
 from srcfast.stages.fitting import pair_fits
 from srcfast.stages.headroom import measure_headroom
@@ -48,6 +48,7 @@ def calibrate(config: Config, profile: range | None = None) -> Path:
         Interrupted: a signal stopped the run; the same call continues.
         InputError: data that can't be used, by file, line and field.
     """
+    check_endpoints(config)
     check_installed(config, config.run_path)
     with exclusive_lock(config.run_path, whole=True), tracking(config, config.run_path) as trackers:
         with explain_out_of_memory(config, "evaluation"):  # the first stage that needs the model

@@ -111,7 +111,8 @@ def calibrate(config: Config, profile: range | None = None) -> None:
     """
     check_output(config, config.run_path, option="output and name")
     with on_all_ranks(config) as local:
-        models: tuple[Model, ...] = ("model", "scorer") if config.iterations else ("model",)
+        judged = config.iterations and config.scorer.endpoint is None
+        models: tuple[Model, ...] = ("model", "scorer") if judged else ("model",)
         local = pinned(local, config.run_path, models=models, data=("train", "evaluation"))
         page = calibration.calibrate(local, profile)
         if not distributed.is_rank_zero():
@@ -375,8 +376,10 @@ def scorer(config: Config, source: Source, output: Path | None, profile: range |
                 {name: evaluate_scorer(model, of, loop.token_budget, config.seed) for name, of in by_quality.items()}
                 for by_quality in (held_out, judged)
             )
+            # Verdicts are shares of a side, and no grades: a temperature of grades is not fitted on them beside corruptions.
+            fitted = {} if config.scorer.verdict == "graded" and held_out else judged
             both: dict[str, list[ScorerExample]] = {
-                name: [*held_out.get(name, ()), *judged.get(name, ())] for name in settings.qualities
+                name: [*held_out.get(name, ()), *fitted.get(name, ())] for name in settings.qualities
             }
             calibration = calibrate_confidence(model, both, loop.token_budget)
             write_json(output / CALIBRATION, calibration)

@@ -20,6 +20,7 @@ from srcfast.hub.upload import (
 )
 from srcfast.hub.upload import push as upload_files
 from srcfast.report.model_card import Subject, last_adapter, model_card, shown_value
+from srcfast.run.directory import iteration_of
 
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # the Hub's identifiers are such
 OUTPUTS_OF_A_RUN = 2  # levels below a run at which its adapters lie: iteration-1/adapter
@@ -113,7 +114,8 @@ def _choose(source: Path, merged: Path | None) -> _Chosen:
         inside = [parent for parent in source.resolve().parents[:OUTPUTS_OF_A_RUN] if _is_run(parent)]
         if inside:
             run = inside[0]
-            model = source.resolve().relative_to(run.resolve()).parts[0]
+            of = source.resolve().relative_to(run.resolve()).parts[0]
+            model = of if of == "rationale" or iteration_of(of) else ""
     if merged is not None:
         return _Chosen(merged, "merged", run, model)
     kind = "adapter" if (directory / ADAPTER_FILES[0]).is_file() else "merged"
@@ -128,7 +130,7 @@ def _base_of(chosen: _Chosen) -> tuple[str, HubName | None]:
     """Return what the base of the files is called, and its name on the Hub if it has one."""
     if chosen.run is not None:
         text = load_config(chosen.run / "config.yaml").model.path
-        name = model_name(text) or name_of(text)
+        name = model_name(text) if text.startswith("hf://") else name_of(text)  # a run records names so
     elif chosen.kind == "adapter":
         stated, name = base_of_adapter(chosen.directory)
         text = stated or "a base that its settings don't name"

@@ -24,14 +24,22 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 # Settings that are younger than version 0.1, whose runs and checkpoints still continue.
 YOUNGER = {
     "model": ("backbone",),
-    "scorer": ("finalists", "reference", "adaptive_confidence", "likelihood_weight", "prompt", "endpoint_model"),
+    "scorer": (
+        "finalists",
+        "reference",
+        "adaptive_confidence",
+        "likelihood_weight",
+        "prompt",
+        "endpoint_model",
+        "endpoint_max_tokens",
+    ),
     "lora": ("projector", "tower_layers"),
     "rationale": ("updates",),
     "candidates": ("plain_samples",),
     "curation": ("left_out_negatives", "likelihood_weight", "rationale_pairs", "right_answer"),
     "dpo": ("updates", "preference_weight", "credit", "quality_weight"),
     "scorer_training": ("updates", "qualities", "verdicts", "verdict_share"),
-    "evaluation": ("judge_endpoint", "judge_model", "judge_concurrency", "judge_max_tokens", "judge_token_limit"),
+    "evaluation": ("judge_model", "judge_max_tokens"),
 }
 
 
@@ -100,6 +108,8 @@ class ScorerConfig(Section):
     of OPENAI_API_KEY"""
     endpoint_model: str | None = None
     """Name that the server has for the model"""
+    endpoint_max_tokens: int = Field(8, ge=1, le=MOST_NEW_TOKENS)
+    """Maximum number of tokens of an answer; more for a model that thinks before it replies"""
     endpoint_concurrency: int = Field(8, ge=1, le=1024)
     """Requests at the same time"""
     endpoint_tokens: int = Field(0, ge=0, le=10**15)
@@ -514,6 +524,8 @@ class Config(Section):
         del values["trackers"]  # which change no result
         for name in ("endpoint", "endpoint_concurrency", "endpoint_tokens"):
             del values["scorer"][name]
+        for name in ("judge_endpoint", "judge_concurrency", "judge_token_limit"):
+            del values["evaluation"][name]
         for section, names in YOUNGER.items():
             settings = getattr(self, section)
             for name in names:

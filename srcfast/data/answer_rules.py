@@ -31,8 +31,8 @@ TEXTS: dict[str, str] = {
     "relaxed": "relaxed accuracy: numbers within 5 % of a gold one, without % and currency signs, other answers exact; "
     "pix2struct: by the reference code, in which 5% is 0.05 and a number with commas a text",
     "yes_no": "yes or no: an answer with one of the two words; yes is positive",
-    "judge": "free answers: accuracy: scored at least as high as the reference's answer; relative: the answers' scores by "
-    "those of the references, from 1 to 10, means over both orders of the two; unscored: without scores of the judge",
+    "judge": "free answers: accuracy: scored at least as high as the reference's answer; relative: the answers' scores divided "
+    "by those of the references, from 1 to 10, means over both orders of the two; unscored: without scores of the judge",
     "anls": "accuracy: equal to a gold answer; ANLS: normalised Levenshtein similarity to the nearest one, 0 below 0.5",
 }
 TOLERANCE = 0.05  # of `relaxed`

@@ -16,6 +16,9 @@ _ALONE = r"(?<![\w'\u2019\u00b0.-])(?:[B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'\u2019-]|
 _LETTER_ALONE = re.compile(_ALONE)
 _BEFORE_LETTER = "answer|option|choice|choose|select|pick|is"
 _LETTER_IN_SENTENCE = re.compile(rf"(?:\(|\b(?i:{_BEFORE_LETTER})\b[\s:*\"']*){_ALONE}")
+_NOT_LETTER = re.compile(rf"(?i:\bnot|n['\u2019]t)\s+(?:\(|(?i:option)\s+)?{_ALONE}")
+_LETTERS_ALONE = re.compile(r"(?:(?:or|and|[,/&;])?\s*\(?[A-Z]\)?[.,:;)\s]*)+")  # "or B.", "B, C"
+_MARKED = re.compile(r"\(([A-Z])\)|(?<![\w'\u2019.-])([A-Z])[.):]\s+\w")
 _NUMBER = re.compile(
     r"([+-]?)[$\u20ac\u00a3\u00a5]? ?((?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})?(?:\.[0-9]{1,15})?) ?[%$\u20ac\u00a3\u00a5]?"
 )
@@ -59,19 +62,29 @@ def chosen_option(options: Mapping[str, str], answer: str) -> str | None:
     answer is B.").
     """
     text = answer.strip(" *\"'")
+    normal = normalise_answer(text)
+    said = [letter for letter, option in options.items() if normalise_answer(option) == normal]
+    if text[:1].islower() and len(said) == 1:
+        return said[0]  # "a" is an option's text rather than its letter, where both can be meant
     if (match := _LETTER.fullmatch(text)) and (letter := match["letter"].upper()) in options:
         rest = match["rest"].strip()
         # "A red car" is no letter with a text, unless option A says "red car".
         if not rest or normalise_answer(rest) == normalise_answer(options[letter]):
             return letter
         if match["mark"]:
-            return letter if _letters_alone(options, rest) <= {letter} else None
-    normal = normalise_answer(text)
-    said = [letter for letter, option in options.items() if normalise_answer(option) == normal]
+            return None if _names_another(options, letter, rest) else letter
     if said:
         return said[0] if len(said) == 1 else None
-    letters = _letters_alone(options, text)
+    letters = set() if _NOT_LETTER.search(text) else _letters_alone(options, text)
     return letters.pop() if len(letters) == 1 and _LETTER_IN_SENTENCE.search(text) else None
+
+
+def _names_another(options: Mapping[str, str], letter: str, rest: str) -> bool:
+    """Return whether what follows a marked letter names another option: "or B.", "B", "red, (B) blue"."""
+    others = options.keys() - {letter}
+    if _LETTERS_ALONE.fullmatch(rest):
+        return bool({*_LETTER_ALONE.findall(rest)} & others)
+    return any(other in others for pair in _MARKED.findall(rest) for other in pair)
 
 
 def _letters_alone(options: Mapping[str, str], text: str) -> set[str]:

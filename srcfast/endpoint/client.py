@@ -75,7 +75,9 @@ class Endpoint:
         if parts.username is not None or parts.password is not None:
             raise ConfigError(f"{option}: expected no name or password in the address, found some. Fix: set {KEY}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"{option}: expected http://HOST:PORT/v1, found {url!r}")
+            shown = parts._replace(query="", fragment="").geturl()  # a query may be a key
+            more = " with a query" if parts.query or parts.fragment else ""
+            raise ConfigError(f"{option}: expected http://HOST:PORT/v1, found {shown!r}{more}")
         key = os.environ.get(KEY, "").strip()
         if not all("!" <= character <= "~" for character in key):
             raise ConfigError(f"{KEY}: expected a key of visible ASCII characters, found others")
@@ -134,6 +136,8 @@ def read_answer(reply: bytes) -> Answer:
         row = parse_object(reply)
         choice = row["choices"][0]
         text, usage = choice["message"]["content"], row.get("usage") or {}
+        if text is None and choice.get("finish_reason") == "length":
+            text = ""  # all of its tokens were thoughts, which the server sets apart
         if not isinstance(text, str):
             raise TypeError(f"a content of type {type(text).__name__}")
         counts = [usage.get(f"{part}_tokens") for part in ("prompt", "completion")]

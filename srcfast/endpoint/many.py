@@ -62,6 +62,8 @@ def ask_many(
         EndpointError: the endpoint refuses all requests, or FAILURES of them failed one after the other.
         Interrupted: a signal.
     """
+    from srcfast import distributed  # here, since commands that need no PyTorch read settings of judges, too
+
     jobs: queue.SimpleQueue[Request[Owner] | None] = queue.SimpleQueue()
     outcomes: queue.SimpleQueue[tuple[Request[Owner], Outcome | BaseException]] = queue.SimpleQueue()
     stop = threading.Event()  # no further request is sent
@@ -86,6 +88,7 @@ def ask_many(
                     under_way += 1
                 if not under_way:
                     break
+                distributed.heartbeat()  # other ranks may wait while an attempt is repeated
                 try:
                     job, outcome = outcomes.get(timeout=0.2)
                 except queue.Empty:

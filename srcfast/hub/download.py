@@ -66,15 +66,23 @@ def fetch(name: HubName, commit: str, quiet: bool = False, weights: bool = True)
     if name.kind == "model":
         suffixes = [suffix for suffix in SUFFIXES if weights or suffix != ".safetensors"]
         _snapshot(name, commit, quiet, [f"*{suffix}" for suffix in suffixes], list(LEFT_OUT), None)
+        _note_commit(name, commit)
         return
     folder = name.file.rstrip("/")
     directory = dataset_folder(name.repository) / commit
     # Files, no links into a cache: images have to lie below their root.
     _snapshot(name, commit, quiet, [folder, *(f"{folder}/{files}" for files in IN_FOLDERS)], [], directory)
+    _note_commit(name, commit)
     if not any(directory.glob(folder)):
         raise SrcfastError(
             f"{name.text}: expected a file of the repository, or a folder of images, found none. Fix: correct the path"
         )
+
+
+def _note_commit(name: HubName, commit: str) -> None:
+    """Write to the cache which commit a branch has now, for commands without a network."""
+    if not name.is_pinned and not is_offline():
+        write_text(reference_file(name), commit)
 
 
 def commit_of(name: HubName) -> str:
@@ -134,10 +142,6 @@ def _snapshot(
             return
     work = lambda: snapshot_download(name.repository, revision=commit, **options)  # noqa: E731
     asked(name.label, lambda: _with_heartbeat(work, stopped))
-    if not name.is_pinned:
-        write_text(
-            reference_file(name), commit
-        )  # so that the cache knows the branch's commit where there is no network
 
 
 def _trees(name: HubName, directory: Path | None) -> Path:

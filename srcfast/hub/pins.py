@@ -118,7 +118,9 @@ def _fetch_all(names: Sequence[HubName], directory: Path | None, quiet: bool, we
             write_json(directory / RECORD, commits)
     commits = new | commits
     for name in dict.fromkeys(names):
-        fetch(name, commits[name.label], quiet, weights)
+        commit = commits[name.label]
+        # A recorded commit may not be the branch's any more, and the cache, which others share, is not to say so.
+        fetch(name if new.get(name.label) == commit else replace(name, revision=commit), commit, quiet, weights)
     return {name.label: commits[name.label] for name in names}
 
 

@@ -12,14 +12,24 @@ from typing import Any
 from srcfast.data.jsonl import parse_object, regular
 from srcfast.errors import InputError, SrcfastError
 from srcfast.hub.download import SUFFIXES, asked, endpoint, is_offline, token
-from srcfast.hub.names import RECORD, HubName, model_name, name_of
+from srcfast.hub.names import HubName, model_name, name_of
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD = "README.md"
-# JSON files that commands write beside a checkpoint, and that name paths of this machine.
-OF_COMMANDS = (RECORD, "summary.json", "environment.json", "manifest.json", "gallery.json", "adaptive.json")
 BASE = "base_model_name_or_path"
 ORIGINS = ("_name_or_path", "name_or_path")  # where transformers notes the directory that a file was read from
+# A checkpoint's files; others may be anything, such as a key.
+OF_CHECKPOINT = (
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.*"),
+    *(
+        "tokenizer*",
+        "*.model",
+        "*processor_config.json",
+        "chat_template.*",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -60,17 +70,29 @@ def checkpoint_upload(directory: Path) -> Upload:
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         expected = "a checkpoint (config.json and safetensors), an adapter, or a run that has trained one"
         raise InputError(file=directory, expected=expected, found="none", fix="name the directory of one")
+    if "vision_config" not in _object(directory / "config.json"):
+        expected = "a model that sees images, with a vision_config"
+        raise InputError(file=directory / "config.json", expected=expected, found="none: a text model, or an R-Scorer")
     files: dict[str, Path | bytes] = {}
     for file in sorted(directory.iterdir()):
-        if not file.is_file() or file.suffix not in SUFFIXES or file.name in OF_COMMANDS or file.name.startswith("."):
+        if not file.is_file() or file.suffix not in SUFFIXES or not any(map(file.match, OF_CHECKPOINT)):
             continue
         files[file.name] = regular(file)
-        if file.suffix == ".json" and not file.name.endswith(".index.json"):
+        if file.name.endswith("config.json"):
             values = _object(file)
-            paths = [key for key in ORIGINS if key in values and model_name(str(values[key])) is None]
-            if paths:
-                files[file.name] = _json_bytes({key: value for key, value in values.items() if key not in paths})
+            if (shown := _without_origins(values)) != values:
+                files[file.name] = _json_bytes(shown)
     return Upload(files, _others(directory, files))
+
+
+def _without_origins(value: Any) -> Any:
+    """Return JSON values without the paths that transformers notes, at any depth."""
+    if isinstance(value, list):
+        return [_without_origins(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    is_path = {key: key in ORIGINS and model_name(str(each)) is None for key, each in value.items()}
+    return {key: _without_origins(each) for key, each in value.items() if not is_path[key]}
 
 
 def base_of_adapter(directory: Path) -> tuple[str | None, HubName | None]:

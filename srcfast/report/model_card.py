@@ -185,7 +185,7 @@ def shown_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(shown_value, value))
     text = str(value)
-    if model_name(text) is not None or dataset_name(text) is not None:
+    if text.startswith("hf://") and (model_name(text) or dataset_name(text)) is not None:
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
 

@@ -121,7 +121,7 @@ def _texts_of(files: list[Path], samples: set[str]) -> dict[str, list[tuple[str,
     texts: dict[str, list[tuple[str, str]]] = {}
     searched = 0
     for file in reversed(files):
-        texts |= _texts(row for row in _rows(file) if row.get("sample_id") in samples)
+        texts |= _texts(row for row in _rows(file) if isinstance(name := row.get("sample_id"), str) and name in samples)
         try:
             searched += file.stat().st_size
         except OSError:

@@ -67,7 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with the page, or refuse."""
         port = self.connection.getsockname()[1]
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or hosts[0] not in (f"{ADDRESS}:{port}", f"localhost:{port}"):
+        names = [f"{name}{end}" for name in (ADDRESS, "localhost") for end in (f":{port}", *[""] * (port == 80))]
+        if len(hosts) != 1 or hosts[0] not in names:
             self._answer(HTTPStatus.FORBIDDEN, b"expected this server's address as Host\n")
         elif self.path != "/":
             self._answer(HTTPStatus.NOT_FOUND, b"expected the path /\n")

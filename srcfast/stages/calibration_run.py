@@ -212,6 +212,7 @@ class CalibrationRun:
         if self.trackers:
             for row in self.directory.metrics(name):
                 self.trackers.log(name, row["step"], row)
+                distributed.heartbeat()  # logged one by one, thousands of steps take long
             self.trackers.log(*results_of(name, self.directory.manifest()[name]))
 
     def _is_finished(self, name: str, settings: dict[str, Any]) -> bool:

@@ -21,13 +21,36 @@ from srcfast.data.verdicts import Shares
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget, Limit
 from srcfast.endpoint.client import Endpoint
-from srcfast.errors import Interrupted, SrcfastError
+from srcfast.errors import ConfigError, Interrupted, SrcfastError
 from srcfast.run.progress import StageProgress, track
 from srcfast.stages.endpoint_verdicts import Verdicts, ask_verdicts
+from srcfast.stages.free_answers import judge_endpoint
 from srcfast.stages.judged_pairs import RunPair
 
-MAX_TOKENS = 8  # of an answer
 TIMEOUT = 120.0  # seconds until an attempt counts as failed
+
+
+def check_endpoints(config: Config) -> None:
+    """Check what a run asks endpoints for, before their addresses are written anywhere, and long before they are asked.
+
+    Raises:
+        ConfigError: an address or the key can't be used, or curation needs ratings, which an endpoint does not give.
+    """
+    if config.evaluation.judge_endpoint is not None:
+        judge_endpoint(config)
+    if config.scorer.endpoint is None or not config.iterations:
+        return
+    scoring_endpoint(config)
+    if config.curation.pairing == "score" and (least := config.curation.min_rating):
+        expected = "0 with scorer.endpoint, which rates no candidate alone"
+        raise ConfigError(f"curation.min_rating: expected {expected}, found {least}. Fix: set it to 0")
+
+
+def scoring_endpoint(config: Config) -> Endpoint:
+    """Return the server of `scorer.endpoint`. Raises ConfigError."""
+    settings = config.scorer
+    url, model = settings.endpoint or "", settings.endpoint_model or ""
+    return Endpoint.from_environment(url, model, TIMEOUT, "scorer.endpoint")
 
 
 def scores_by_endpoint(
@@ -75,9 +98,7 @@ def _ask(
     progress: StageProgress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = config.scorer
-    server = Endpoint.from_environment(
-        settings.endpoint or "", settings.endpoint_model or "", TIMEOUT, "scorer.endpoint"
-    )
+    server = scoring_endpoint(config)
     by_id = {sample.id: sample for sample in samples}
     judged = [(by_id[name], list(group)) for name, group in groups if name in by_id]
     texts = [list(dict.fromkeys(candidate.text for candidate in group)) for _, group in judged]
@@ -92,13 +113,16 @@ def _ask(
         with track("verdicts", 2 * len(pairs), "verdicts", quiet=config.quiet) as asking:
             asking.on_advance = distributed.heartbeat
             if pairs:
-                concurrency = settings.endpoint_concurrency
-                ask_verdicts(server, pairs, MAX_TOKENS, log, budget, concurrency, asking, verdicts, settings.reference)
+                limit, concurrency = settings.endpoint_max_tokens, settings.endpoint_concurrency
+                ask_verdicts(server, pairs, limit, log, budget, concurrency, asking, verdicts, settings.reference)
     finally:
         log.close()
     reasons = Counter(verdicts.reasons.values())
     if unanswered := reasons["unanswered"]:
         raise SrcfastError(f"{unanswered} verdicts were not answered. Fix: the same command asks them again")
+    if pairs and not verdicts.shares:
+        fix = "raise scorer.endpoint_max_tokens for a model that thinks first, or take another model"
+        raise SrcfastError(f"scorer.endpoint: expected a verdict on some pair, found none: {dict(reasons)}. Fix: {fix}")
     of_samples: list[dict[tuple[int, int], tuple[Shares, Shares]]] = [{} for _ in judged]
     for index, (n, i, j) in enumerate(indices):
         there, back = (verdicts.shares.get((index, order)) for order in (0, 1))

@@ -63,7 +63,8 @@ def ask_verdicts(
 ) -> None:
     """Ask for verdicts on pairs in both orders, and put what comes of them into `verdicts`, also where it ends early.
 
-    The first request asks for log-probabilities. If the server refuses it, no other does.
+    Requests ask for log-probabilities. One that is refused is sent again without them; where that is answered, no later one
+    asks for them.
 
     Args:
         max_tokens: of an answer.
@@ -73,24 +74,29 @@ def ask_verdicts(
         LimitReached, EndpointError, Interrupted: see `ask_many`.
     """
     with_logprobs = True
+    without: set[Slot] = set()  # requests without log-probabilities
 
-    def following(slot: Slot, outcome: Outcome) -> None:
+    def following(slot: Slot, outcome: Outcome) -> Request[Slot] | None:
         nonlocal with_logprobs
-        if isinstance(outcome, Refused) and with_logprobs and not verdicts.shares and slot == (0, 0):
+        if isinstance(outcome, Refused) and slot not in without:
+            without.add(slot)
+            return request(slot)
+        if isinstance(outcome, Answer) and slot in without:
             with_logprobs = False
-            return
         take_verdict(verdicts, slot, outcome)
         progress.advance(1, budget.prompt_tokens + budget.completion_tokens - progress.tokens)
+        return None
 
     def request(slot: Slot) -> Request[Slot]:
         pair = pairs[slot[0]]
         texts = (pair.first, pair.second) if slot[1] == 0 else (pair.second, pair.first)
-        return Request(slot, partial(build_body, pair.sample, *texts, max_tokens, with_logprobs, quality))
+        if not with_logprobs:
+            without.add(slot)
+        return Request(slot, partial(build_body, pair.sample, *texts, max_tokens, slot not in without, quality))
 
     slots = [(index, order) for index in range(len(pairs)) for order in (0, 1)]
     ask_many(endpoint, iter([request(slots[0])]), following, log, budget, 1)
-    left = slots[1:] if with_logprobs else slots
-    ask_many(endpoint, (request(slot) for slot in left), following, log, budget, concurrency)
+    ask_many(endpoint, (request(slot) for slot in slots[1:]), following, log, budget, concurrency)
 
 
 def build_body(
@@ -105,9 +111,11 @@ def build_body(
     text = PROMPT.instruction + sample_reference(sample, quality) + PROMPT.first.format(text=first)
     text += PROMPT.second.format(text=second, replies=SPELLING.replies)
     request: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "temperature": 0.0}
+    # What a server answers to either form counts: another one may give log-probabilities, or refuse them.
+    content = {**request, "max_tokens": max_tokens}
     if with_logprobs:
         request |= {"logprobs": True, "top_logprobs": ALTERNATIVES}
-    return Body(lambda: request, {**request, "max_tokens": max_tokens}, len(text) / 3 + 1, max_tokens)
+    return Body(lambda: request, content, len(text) / 3 + 1, max_tokens)
 
 
 def take_verdict(verdicts: Verdicts, slot: Slot, outcome: Outcome) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def load_scorer_for(config: Config, to_train: bool = False) -> Scorer:
     """Load the R-Scorer of the settings; one that is to be trained reads a trained R-Scorer's prompt."""
     _set_up_device(config)
     settings = config.scorer
-    return load_scorer(
+    scorer = load_scorer(
         settings.path,
         verdict_form=settings.verdict,
         quality=settings.reference,
@@ -152,6 +153,12 @@ def load_scorer_for(config: Config, to_train: bool = False) -> Scorer:
         dtype=getattr(torch, settings.dtype),
         device=config.model.device,
     )
+    if scorer.prompt_kind == "instructions" and settings.prompt == "auto" and distributed.is_rank_zero():
+        text = "no record of training is beside it, so it gets instructions in its chat template"
+        warnings.warn(
+            f"scorer.path: {settings.path}: {text}. scorer.prompt says otherwise, and silences this", stacklevel=2
+        )
+    return scorer
 
 
 def _set_up_device(config: Config) -> None:

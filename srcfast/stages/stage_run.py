@@ -154,6 +154,7 @@ class StageRun:
         self.metrics.restart(history)
         for metrics in history:  # a tracker may lack some of them
             self.trackers.log(self.name, metrics["step"], metrics)
+            distributed.heartbeat()
         self.progress.resume(len(history), sum(metrics["tokens"] for metrics in history), seconds)
 
 

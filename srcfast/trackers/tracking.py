@@ -120,6 +120,8 @@ def _import_all(names: Sequence[str], directory: Path) -> None:
     for name in names:
         try:
             IMPORTS[name](directory)
+        except ValueError as error:  # it can be imported, but not for this folder
+            _warn(name, error)
         except Exception as error:  # as a foreign library, it may raise anything
             raise ConfigError(
                 f"trackers: expected {name}, which can be imported, found {type(error).__name__}: {error}. "
@@ -180,7 +182,7 @@ def results_of(name: str, result: Mapping[str, Any]) -> tuple[str, int, dict[str
         step = number if kind == "headroom" else {"base": 0, "rationale": 1}.get(of, number + 1)
         sets = {
             f"{entry['dataset']}-{entry['split']}": {
-                key: value for key, value in entry.items() if key not in ("iteration", "by_ability")
+                key: value for key, value in entry.items() if key not in ("iteration", "by_ability", "by_category")
             }
             for entry in result["entries"]
         }

@@ -30,7 +30,7 @@ def finished_run(path: Path, base: str, words: tuple[str, ...] = ()) -> Path:
     for number in (0, 1):
         write_adapter(run.adapter(number), base, number + 1.0)
     for name, entry in stages.items():
-        run.finish_stage(name, {}, 1.0, **entry)
+        run.finish_stage(name, {}, 1.0, peak_rss_bytes=1 << 30, **entry)
     return path
 
 

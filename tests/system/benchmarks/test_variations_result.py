@@ -51,11 +51,11 @@ def test_the_table_has_each_arm_as_it_came_out(summary: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        ("candidates_16 - candidates_3", "16 less 3 is {} points of alignment {}"),
-        ("candidates_16 - candidates_8", "16 less 8 is {} {}"),
+        ("candidates_16 - candidates_3", "16 minus 3 is {} points of alignment {}"),
+        ("candidates_16 - candidates_8", "16 minus 8 is {} {}"),
         ("rounds_2 - candidates_16", "{} points for the second {}"),
         ("rounds_3 - rounds_2", "{} for the third {}"),
-        ("reference_complete - reference_complete_independent", "one by one**: {} {} with complete"),
+        ("reference_complete - reference_complete_independent", "individual rating**: {} {} with complete"),
         ("reference_noisy - reference_noisy_independent", "{} {} with noisy ones"),
         ("candidates_16 - independent", "{} {} with half of the objects"),
         ("reference_answer - reference_answer_independent", "{} {} with the answer alone"),

@@ -104,7 +104,7 @@ def test_an_adapter_is_merged_by_names_and_uploaded_as_a_checkpoint(hub: Hub, tm
     weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
     assert weights == (tmp_path / "local" / "model.safetensors").read_bytes()
     done = srcfast("push", tmp_path / "merged", "someone/merged", "--public")
-    assert done.exit_code == 0 and "left out: .lock, hub.json" in done.output
+    assert done.exit_code == 0 and "left out: .lock, TRAINING.json, hub.json" in done.output
     files = head(hub, "someone/merged")
     assert (
         files["model.safetensors"] == weights and "tokenizer.json" in files and not hub.models["someone/merged"].private

@@ -39,6 +39,7 @@ DEFAULTS = {
     "scorer.endpoint": None,
     "scorer.endpoint_model": None,
     "scorer.endpoint_concurrency": 8,
+    "scorer.endpoint_max_tokens": 8,
     "scorer.endpoint_tokens": 0,
     "data.train": [],
     "data.evaluation": [],

@@ -70,12 +70,22 @@ def sample(answer: str, id: str = "s", **extra: Any) -> Sample:
         ("B. or C.", None),
         ("The answer is B or C", None),
         ("BC", None),
+        ("B. A car of kind C is larger", "B"),  # an explanation
+        ("B. blue, (A) red", None),
+        ("not (B)", None),
+        ("It isn't (B).", None),
+        ("The answer is not B", None),
         ("green", None),
         ("", None),
     ],
 )
 def test_the_option_that_an_answer_names(answer: str, letter: str | None) -> None:
     assert chosen_option(OPTIONS, answer) == letter
+
+
+def test_a_small_letter_is_an_option_s_text_before_it_is_a_letter() -> None:
+    variables = {"A": "c", "B": "d", "C": "a", "D": "b"}
+    assert [chosen_option(variables, answer) for answer in ("c", "a", "(b)", "C")] == ["A", "C", "B", "C"]
 
 
 def test_a_text_of_two_options_names_none() -> None:

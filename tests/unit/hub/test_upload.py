@@ -14,13 +14,23 @@ from srcfast.errors import InputError, SrcfastError
 from srcfast.hub.names import HubName
 from srcfast.hub.upload import Upload, adapter_upload, base_of_adapter, checkpoint_upload, push
 
+OTHERS = ["credentials.json", "hub.json", "pytorch_model.bin", "run.log", "summary.json", "token.txt"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def checkpoint(directory: Path) -> Path:
     directory.mkdir()
     files = {
-        "config.json": json.dumps({"model_type": "llava", "_name_or_path": "/home/someone/base"}),
+        "config.json": json.dumps(
+            {
+                "model_type": "llava",
+                "_name_or_path": "/home/someone/base",
+                "text_config": {"_name_or_path": "/home/someone/llm", "vocab_size": 3},
+                "vision_config": {},
+            }
+        ),
+        "credentials.json": "[]",
+        "token.txt": "secret",
         "tokenizer_config.json": json.dumps({"name_or_path": "owner/base"}),
         "model.safetensors": "weights",
         "vocab.txt": "words",
@@ -47,10 +57,20 @@ def head(hub: Hub, branch: str = "main") -> dict[str, bytes]:
 def test_of_a_checkpoint_safetensors_and_text_are_uploaded_without_local_paths(tmp_path: Path) -> None:
     upload = checkpoint_upload(checkpoint(tmp_path / "merged"))
     assert {*upload.files} == {"config.json", "tokenizer_config.json", "model.safetensors", "vocab.txt"}
-    assert upload.left_out == ["checkpoint/", "hub.json", "pytorch_model.bin", "run.log", "summary.json"]
+    assert upload.left_out == ["checkpoint/", *OTHERS]
     config, other = upload.files["config.json"], upload.files["tokenizer_config.json"]
-    assert isinstance(config, bytes) and json.loads(config) == {"model_type": "llava"}
+    assert isinstance(config, bytes) and json.loads(config) == {
+        "model_type": "llava",
+        "text_config": {"vocab_size": 3},
+        "vision_config": {},
+    }
     assert other == tmp_path / "merged" / "tokenizer_config.json"
+
+
+def test_a_text_model_is_refused(tmp_path: Path) -> None:
+    (checkpoint(tmp_path / "judge") / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="expected a model that sees images"):
+        checkpoint_upload(tmp_path / "judge")
 
 
 @pytest.mark.parametrize("lacking", ["config.json", "model.safetensors"])

@@ -138,6 +138,35 @@ def test_a_run_does_not_measure_headroom_by_an_endpoint(tmp_path: Path, srcfast:
     assert result.exit_code == 2 and "evaluation.headroom_samples: expected 0 with scorer.endpoint" in result.output
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["scorer.endpoint=http://user:secret@h/v1"], "scorer.endpoint: expected no name or password"),
+        (["scorer.endpoint=http://h/v1?key=secret"], "scorer.endpoint: expected http://HOST:PORT/v1"),
+        (["scorer.endpoint=http://h/v1", "curation.min_rating=0.5"], "curation.min_rating: expected 0"),
+        (["scorer.endpoint=http://h/v1", "evaluation.judge_endpoint=h", "evaluation.judge_model=m"], "judge_endpoint"),
+    ],
+)
+def test_what_an_endpoint_can_not_do_is_said_before_anything_is_written(
+    tmp_path: Path, srcfast: Srcfast, more: list[str], expected: str
+) -> None:
+    (tmp_path / "small.yaml").write_text(SETTINGS)
+    words = ["calibrate", tmp_path / "small.yaml", f"output={tmp_path / 'runs'}", "evaluation.headroom_samples=0"]
+    result = srcfast(*words, "scorer.endpoint_model=large", *more)
+    assert result.exit_code == 2 and expected in result.output and "secret" not in result.output
+    assert not any("secret" in file.read_text() for file in (tmp_path / "runs").rglob("*.yaml"))
+
+
+def test_a_model_without_any_verdict_ends_the_stage(tmp_path: Path, srcfast: Srcfast) -> None:
+    run = write_judged_run(tmp_path, 1, texts=("long text", "short"))
+    words = ["score", "--data", tmp_path / "data.jsonl", "--candidates", run / "iteration-1" / "candidates"]
+    with chat_server(lambda body, before: Reply("<think> Well", truncated=True)) as server:
+        words += ["--output", tmp_path / "scores", "quiet=true", f"scorer.endpoint={server.url}"]
+        result = srcfast(*words, "scorer.endpoint_model=large")
+    assert result.exit_code == 1 and "raise scorer.endpoint_max_tokens" in result.output
+    assert server.requests[0]["max_tokens"] == 8
+
+
 def test_where_the_endpoint_is_and_how_much_it_is_asked_identifies_no_run() -> None:
     words = ["scorer.endpoint_model=m"]
     a, b, c = (

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.chat_server import Reply, chat_server, question_of
 
 from srcfast.data.records import Sample
-from srcfast.endpoint.client import Answer, Refused, Unanswered
+from srcfast.endpoint.answer_log import AnswerLog
+from srcfast.endpoint.budget import Budget
+from srcfast.endpoint.client import Answer, Endpoint, Refused, Unanswered
+from srcfast.run.progress import track
 from srcfast.stages.endpoint_verdicts import (
     Verdicts,
+    ask_verdicts,
     build_body,
     read_verdict,
     take_verdict,
@@ -57,8 +64,34 @@ def test_the_request_has_the_instructions_the_reference_and_both_candidates() ->
         " or 0 if they are equally good, and nothing else."
     )
     assert body.body()["temperature"] == 0.0 and body.body()["logprobs"] is True and body.body()["top_logprobs"] == 5
-    assert body.content == {**body.body(), "max_tokens": 8} and body.max_tokens == 8
-    assert "logprobs" not in build_body(SAMPLE, "a", "b", 8, False).body()
+    assert "logprobs" not in body.content and body.content["max_tokens"] == body.max_tokens == 8
+    plain = build_body(SAMPLE, "It is {red}.", "It is blue.", 8, False)
+    assert "logprobs" not in plain.body() and plain.content == body.content  # an answer to either counts
+
+
+@pytest.mark.parametrize("odd", [0, 3])
+def test_a_server_without_log_probabilities_is_asked_without_wherever_it_says_so(odd: int, tmp_path: Path) -> None:
+    """The first answers are of another server, which gave them, or one request alone is refused in either form."""
+    pairs = [RunPair(Sample(f"s{n}", (), f"Colour {n}?", "red"), "a", "b", "random", None) for n in range(4)]
+    log = tmp_path / "answers.jsonl"
+
+    def ask(url: str, of: list[RunPair]) -> Verdicts:
+        verdicts, answers = Verdicts(), AnswerLog(log)
+        with track("verdicts", 2 * len(of), quiet=True) as progress:
+            ask_verdicts(Endpoint(url, "m", attempts=1), of, 8, answers, Budget([], 0, 0), 1, progress, verdicts)
+        answers.close()
+        return verdicts
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        return Reply(status=400) if "logprobs" in body or f"Colour {odd}?" in question_of(body) else Reply("1")
+
+    with chat_server(lambda body, before: Reply("2", first_token={"2": -0.1})) as server:
+        assert len(ask(server.url, pairs[1:2]).shares) == 2
+    with chat_server(reply) as server:
+        verdicts = ask(server.url, [pairs[1], pairs[0], *pairs[2:]])
+        assert verdicts.reasons == {slot: "refused" for slot in [(1 if odd == 0 else 3, 0), (1 if odd == 0 else 3, 1)]}
+        assert len(verdicts.shares) == 6 and verdicts.sources == {"logprobs": 2, "text": 4}
+        assert sum("logprobs" in body for body in server.requests) <= 3, "later requests do not ask for them"
 
 
 def test_the_report_and_the_records_by_hand() -> None:

@@ -254,6 +254,8 @@ def test_trackio_has_each_step_once_in_one_run(trackio: StandIns, tmp_path: Path
 
 
 def test_trackio_does_not_write_into_another_run(trackio: StandIns, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="Fix: set TRACKIO_DIR"):
+        check_installed(config_of("trackio"), tmp_path / "other")  # as an arm of a study does, which goes on
     with pytest.warns(RuntimeWarning, match="Fix: set TRACKIO_DIR"), tracking(config_of("trackio"), tmp_path / "other"):
         pass
     assert trackio.calls == []
