@@ -29,6 +29,9 @@ def finished_run(path: Path, base: str, words: tuple[str, ...] = ()) -> Path:
     }
     for number in (0, 1):
         write_adapter(run.adapter(number), base, number + 1.0)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["stages"] = [{"name": name, "seconds": 1.0, "tokens_per_second": 1.0, "memory": None} for name in stages]
+    (path / "summary.json").write_text(json.dumps(summary))  # of this run's end
     for name, entry in stages.items():
         run.finish_stage(name, {}, 1.0, peak_rss_bytes=1 << 30, **entry)
     return path
