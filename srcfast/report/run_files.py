@@ -92,7 +92,7 @@ def read_run(path: Path, live: bool = False) -> RunFiles:
         ConfigError: `config.yaml` is not YAML of settings.
     """
     summary_file, manifest_file, config = path / "summary.json", path / "manifest.json", path / "config.yaml"
-    if not live and not any(os.path.isfile(file) for file in (summary_file, manifest_file, config)):
+    if not live and not any(os.path.lexists(file) for file in (summary_file, manifest_file, config)):
         raise InputError(
             file=summary_file,
             expected="the summary of a run, or its manifest.json or config.yaml",
@@ -146,7 +146,7 @@ def _read_progress(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _json_if_there(file: Path, shape: Any, otherwise: Any) -> Any:
     """Read a JSON file and check its shape, where there is one."""
-    return _json(file, shape) if file.is_file() else otherwise
+    return _json(file, shape) if os.path.lexists(file) else otherwise
 
 
 def _json(file: Path, shape: Any) -> Any:

@@ -144,7 +144,7 @@ def test_a_disk_without_inodes_is_told_by_file_and_the_run_goes_on(
 @pytest.mark.parametrize(
     "point",
     [
-        "open checkpoint/iteration-1/candidates/",
+        "open checkpoint/iteration-1/candidates/.00000.jsonl",
         *(
             pytest.param(point, marks=pytest.mark.fault)
             for point in (

@@ -446,7 +446,8 @@ RUN_SETTINGS: dict[str, tuple[bytes | str, str]] = {
 
 
 def _gone(path: Path) -> None:
-    (path / "summary.json").unlink()
+    for name in ("summary.json", "config.yaml", "manifest.json"):
+        (path / name).unlink(missing_ok=True)
     read_page(path)
 
 
@@ -511,5 +512,5 @@ def cases() -> list[Case]:
     ]
     for name in ("summary.json", "gallery.json", "environment.json"):
         found.append(Case(page, f"{name}: a number", page_of({name: "7"}), read_page, (name,)))
-    found.append(Case(page, "summary.json: none", page_of({}), _gone, ("the summary of a run",)))
+    found.append(Case(page, "neither summary, settings nor manifest", page_of({}), _gone, ("the summary of a run",)))
     return found
