@@ -117,6 +117,11 @@ class CategoryTable:
     has_chance: bool
     rows: list[tuple[str, int, float | None, list[dict[str, Any]]]]  # value, samples, chance, entries
 
+    @property
+    def measures(self) -> list[str]:
+        """The headings of accuracy and the scores."""
+        return [f"{words(name)}, %" for name in ("accuracy", *self.scores)]
+
 
 @dataclass(frozen=True)
 class TrainingStage:
