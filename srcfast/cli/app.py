@@ -129,6 +129,19 @@ ScorerPath = Annotated[
     str | None,
     typer.Option("--scorer", help="R-Scorer checkpoint directory, name on the Hub, or 'embedded' (scorer.path)"),
 ]
+ENDPOINT = typer.Option(
+    help="address of an OpenAI-compatible server, as http://HOST:PORT/v1; the key is that of OPENAI_API_KEY"
+)
+ENDPOINT_MODEL = typer.Option(help="name that the server has for the model")
+Concurrency = Annotated[int, typer.Option(min=1, max=1024, help="requests at the same time")]
+MaxTokens = Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")]
+MaxTokensTotal = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=10**15, help="tokens of all prompts and answers at most, those of earlier processes included"
+    ),
+]
+Timeout = Annotated[float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")]
 Data = Annotated[
     list[Path] | None,
     typer.Option(help="file of records, or a quoted glob, used instead of the config's datasets; may be given again"),
@@ -242,29 +255,17 @@ def teach(
     source: Source,
     adapter: Adapter = None,
     output: Output = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="address of an OpenAI-compatible server, as http://HOST:PORT/v1; the key is that of OPENAI_API_KEY"
-        ),
-    ] = None,
-    endpoint_model: Annotated[str | None, typer.Option(help="name that the server has for the model")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="requests at the same time")] = 8,
+    endpoint: Annotated[str | None, ENDPOINT] = None,
+    endpoint_model: Annotated[str | None, ENDPOINT_MODEL] = None,
+    concurrency: Concurrency = 8,
     draws: Annotated[int, typer.Option(min=1, max=1024, help="how often a sample is asked at most")] = 4,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="of the draws")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")] = 768,
-    max_tokens_total: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10**15, help="tokens of all prompts and answers at most, those of earlier processes included"
-        ),
-    ] = None,
+    max_tokens: MaxTokens = 768,
+    max_tokens_total: MaxTokensTotal = None,
     prompt_price: Annotated[float, typer.Option(min=0, max=1e9, help="price of a million tokens of prompts")] = 0.0,
     completion_price: Annotated[float, typer.Option(min=0, max=1e9, help="price of a million tokens of answers")] = 0.0,
     max_cost: Annotated[float | None, typer.Option(min=0, max=1e12, help="cost at most, by these prices")] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
-    ] = 120.0,
+    timeout: Timeout = 120.0,
 ) -> None:
     """Have rationales written for samples without one, by an endpoint's model or by --model; for rationale.teacher."""
 
@@ -438,26 +439,14 @@ def scorer(config: Config, source: Source, output: Output = None, profile: Profi
 def verdicts(
     run: Annotated[Path, typer.Argument(help="run directory, such as runs/demo")],
     output: Annotated[Path, typer.Option(help="file of verdicts to write, for scorer_training.verdicts")],
-    endpoint: Annotated[
-        str,
-        typer.Option(
-            help="address of an OpenAI-compatible server, as http://HOST:PORT/v1; the key is that of OPENAI_API_KEY"
-        ),
-    ],
-    endpoint_model: Annotated[str, typer.Option(help="name that the server has for the model")],
+    endpoint: Annotated[str, ENDPOINT],
+    endpoint_model: Annotated[str, ENDPOINT_MODEL],
     pairs: Annotated[int, typer.Option(min=1, max=10**7, help="pairs at most, each asked in both orders")] = 500,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the choice of pairs")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="requests at the same time")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="tokens of an answer at most")] = 8,
-    max_tokens_total: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10**15, help="tokens of all prompts and answers at most, those of earlier processes included"
-        ),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.01, max=86400, help="seconds until an attempt counts as failed")
-    ] = 120.0,
+    concurrency: Concurrency = 8,
+    max_tokens: MaxTokens = 8,
+    max_tokens_total: MaxTokensTotal = None,
+    timeout: Timeout = 120.0,
     quiet: Quiet = False,
 ) -> None:
     """Have pairs of a run's candidates judged by an endpoint's model, in both orders; for scorer_training.verdicts."""
