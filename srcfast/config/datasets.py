@@ -62,6 +62,16 @@ class DatasetConfig(Section):
         """The name of the dataset's files and directories in a run."""
         return f"{self.name}-{self.split}"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files and globs of `path`."""
+        return _listed(self.path)
+
+    @property
+    def image_roots(self) -> tuple[str, ...]:
+        """The directories of `image_root`."""
+        return _listed(self.image_root)
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if self.format not in (*DRAWN, "easy_vqa") and not self.path:
@@ -69,6 +79,10 @@ class DatasetConfig(Section):
         if self.format in DRAWN and not self.limit:
             raise ValueError(f"the dataset {self.name!r} of format {self.format} has no end: set its limit")
         return self
+
+
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
 
 
 class DataConfig(Section):

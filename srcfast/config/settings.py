@@ -41,6 +41,11 @@ YOUNGER = {
     "scorer_training": ("updates", "qualities", "verdicts", "verdict_share"),
     "evaluation": ("judge_model", "judge_max_tokens"),
 }
+# Settings on which no result depends: where a server is, and how much it is asked.
+NO_RESULT: dict[str, tuple[str, ...]] = {
+    "scorer": ("endpoint", "endpoint_concurrency", "endpoint_tokens"),
+    "evaluation": ("judge_endpoint", "judge_concurrency", "judge_token_limit"),
+}
 
 
 class ModelConfig(Section):
@@ -522,10 +527,9 @@ class Config(Section):
         """
         values = self.model_dump(mode="json")
         del values["trackers"]  # which change no result
-        for name in ("endpoint", "endpoint_concurrency", "endpoint_tokens"):
-            del values["scorer"][name]
-        for name in ("judge_endpoint", "judge_concurrency", "judge_token_limit"):
-            del values["evaluation"][name]
+        for section, names in NO_RESULT.items():
+            for name in names:
+                del values[section][name]
         for section, names in YOUNGER.items():
             settings = getattr(self, section)
             for name in names:

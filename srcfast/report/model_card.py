@@ -133,14 +133,12 @@ def _base(subject: Subject) -> str:
 
 
 def _names_of(dataset: DatasetConfig) -> list[HubName]:
-    paths = (dataset.path,) if isinstance(dataset.path, str) else dataset.path or ()
-    return [name for path in paths if (name := dataset_name(path)) is not None]
+    return [name for path in dataset.paths if (name := dataset_name(path)) is not None]
 
 
 def _files(dataset: DatasetConfig) -> str:
     """Return a dataset's files: names of the Hub, and the last parts of local paths."""
-    paths = (dataset.path,) if isinstance(dataset.path, str) else dataset.path or ()
-    return ", ".join(shown_value(path) for path in paths)
+    return ", ".join(shown_value(path) for path in dataset.paths)
 
 
 def _data(config: Config | None, manifest: Mapping[str, Any], model: str) -> str:

@@ -66,12 +66,10 @@ def _read_samples(dataset: DatasetConfig, image_dir: Path, rejected: list[dict[s
         return _DRAW[dataset.format](dataset.split, dataset.limit, dataset.seed, image_dir=image_dir)
     if dataset.format == "easy_vqa":
         return read_easy_vqa(dataset.split, dataset.limit or None, dataset.seed)
-    roots = [dataset.image_root] if isinstance(dataset.image_root, str) else dataset.image_root
-    paths = [dataset.path] if isinstance(dataset.path, str) else dataset.path or [""]
     samples = read_samples(
-        [local_data(path) for path in paths],
+        list(map(local_data, dataset.paths)),
         format=dataset.format,
-        image_root=None if roots is None else [Path(local_data(root)) for root in roots],
+        image_root=[Path(local_data(root)) for root in dataset.image_roots] or None,
         rejected=rejected,
         check_images=dataset.check_images,
         follow_links=dataset.follow_links,
