@@ -146,12 +146,8 @@ def score(run: CalibrationRun, iteration: int) -> None:
 
     def ask(stage: StageRun) -> dict[str, Any]:
         groups, log_file = run.artifacts.candidates(iteration).rest(), run.directory.path / "judge" / "answers.jsonl"
-        asked = scores_by_endpoint(run.config, samples, groups, log_file, stage.progress)
-        if asked is None:  # not on rank 0, which writes
-            return {}
-        rows, report = asked
-        write_shards(run.artifacts.shards(iteration, "scores"), rows)
-        return {"endpoint": report}
+        write = partial(write_shards, run.artifacts.shards(iteration, "scores"))
+        return {"endpoint": scores_by_endpoint(run.config, samples, groups, log_file, stage.progress, write)}
 
     def work(stage: StageRun) -> dict[str, Any]:
         scorer, scorer_hash = run.load_scorer()

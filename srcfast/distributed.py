@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -189,6 +190,23 @@ def run_on_rank_zero(work: Callable[[], Result]) -> Result:
         raise
     broadcast({"value": value})
     return value
+
+
+def run_long_on_rank_zero(work: Callable[[], Result]) -> Result:
+    """As `run_on_rank_zero`, for work that may take longer than ranks wait for each other, and that calls `heartbeat`."""
+    outcome: Callable[[], Result] = work
+    if is_rank_zero():
+        try:
+            value = work()
+            outcome = lambda: value  # noqa: E731
+        except (Exception, Interrupted) as error:
+            outcome = partial(_raise, error)
+    barrier_with_heartbeat()
+    return run_on_rank_zero(outcome)
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def next_index(name: str) -> int:

@@ -71,13 +71,22 @@ def pairwise_verdict(
     p[sample, first, second] = wins
     judged = torch.zeros_like(p, dtype=torch.bool)
     judged[sample, first, second] = True
-    both = judged & judged.mT  # a pair counts when both of its orders were judged
+    output = verdict_scores(p, judged)
+    return output if sample_ids is not None else VerdictOutput(*(tensor[0] for tensor in output))
+
+
+def verdict_scores(p: Tensor, judged: Tensor) -> VerdictOutput:
+    """Compute q, S and u from the wins of whoever was shown first.
+
+    Args:
+        p: [..., N, N], p_ij the share of a win of i, shown before j.
+        judged: [..., N, N] bool, which ordered pairs were judged; a pair counts when both of its orders were.
+    """
+    both = judged & judged.mT
     q = (0.5 * (p + 1.0 - p.mT)).where(both, 0.5)
     u = ((2.0 * q - 1.0).abs() * (1.0 - (p + p.mT - 1.0).abs())).where(both, 0.0)
     total = u.sum(-1)
     scores = ((u * q).sum(-1) / total).where(total != 0.0, 0.5)
-    if sample_ids is None:
-        return VerdictOutput(q[0], scores[0], u[0])
     return VerdictOutput(q, scores, u)
 
 

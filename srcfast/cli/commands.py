@@ -73,10 +73,21 @@ def on_all_ranks(config: Config) -> Iterator[Config]:
         yield config if distributed.is_rank_zero() else config.replace(quiet=True)
 
 
-def on_ranks(stage: str, reads: Model = "model") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def on_ranks(
+    stage: str,
+    reads: Model = "model",
+    data: Data | None = "train",
+    record: Callable[[Path], Path | None] = lambda output: output,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command, whose first argument is the settings, to run on all ranks and to explain errors of memory.
 
-    What settings and options name of the Hub is downloaded first; `reads`: the model that the command loads.
+    What settings and options name of the Hub is downloaded first.
+
+    Args:
+        stage: whose memory errors explain.
+        reads: the model of the settings that the command loads.
+        data: the datasets of the settings that it reads where it is given no --data; None: none.
+        record: returns the directory for the commits, by the command's output; None: they are not recorded.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,12 +95,8 @@ def on_ranks(stage: str, reads: Model = "model") -> Callable[[Callable[..., None
         def run(config: Config, **options: Any) -> None:
             with on_all_ranks(config) as local, explain_out_of_memory(local, stage):
                 output: Path | None = options.get("output")
-                if output is not None and "drawing" in options:  # a file of `teach`, whose draws are beside it
-                    output = asked_directory(output)
-                elif stage == "preferences":  # a file of `logprob`, whose chunks name the weights that they are of
-                    output = None
-                data: Data | None = {"evaluation": "evaluation", "dpo": None}.get(stage, "train")
-                local, options = from_hub(local, options, models=[reads], data=data, directory=output)
+                directory = None if output is None else record(output)
+                local, options = from_hub(local, options, models=[reads], data=data, directory=directory)
                 command(local, **options)
 
         return run
@@ -166,7 +173,7 @@ def candidates(config: Config, source: Source, adapter: Path | None, output: Pat
         distributed.run_on_rank_zero(lambda: write_outputs(made_of, files.rows()))
 
 
-@on_ranks("candidates")
+@on_ranks("candidates", record=asked_directory)
 def teach_here(config: Config, source: Source, adapter: Path | None, output: Path, drawing: Drawing) -> None:
     """Sample rationales of each sample that has none, and write those that reach its answer to `output`."""
     directory = asked_directory(output)
@@ -229,10 +236,8 @@ def score_by_endpoint(config: Config, source: Source, candidates: Path, output: 
     distributed.run_on_rank_zero(lambda: made_of.check_made_of(candidates))
     with sampling_stage("score", config, output, len(samples), ("scorer",), made_of) as stage:
         groups, log_file = read_candidates(candidates).rest(), output / "judge" / "answers.jsonl"
-        asked = scores_by_endpoint(config, samples, groups, log_file, stage.progress)
-        if asked is not None:  # on rank 0
-            write_outputs(made_of, asked[0])
-            write_json(output / "endpoint.json", asked[1])
+        report = scores_by_endpoint(config, samples, groups, log_file, stage.progress, partial(write_outputs, made_of))
+        distributed.run_on_rank_zero(lambda: write_json(output / "endpoint.json", report))
 
 
 def write_outputs(made_of: InputRecord, rows: Iterable[dict[str, Any]]) -> None:
@@ -241,7 +246,7 @@ def write_outputs(made_of: InputRecord, rows: Iterable[dict[str, Any]]) -> None:
     write_shards(made_of.directory, rows)
 
 
-@on_ranks("dpo")
+@on_ranks("dpo", data=None)
 def dpo(
     config: Config, source: Source, adapter: Path | None, output: Path | None, profile: range | None = None
 ) -> None:
@@ -276,7 +281,7 @@ def dpo(
         stage.result = {"model": shown_model(policy.model.path), "pairs": len(pairs), "references_computed": missing}
 
 
-@on_ranks("evaluation")
+@on_ranks("evaluation", data="evaluation")
 def evaluate(config: Config, source: Source, adapter: Path | None, output: Path | None) -> None:
     """Answer each evaluation dataset greedily, and write `predictions/` and `summary.json` in `output`."""
     output = require_option(output, "--output", "a folder for predictions and summary")
@@ -313,7 +318,7 @@ def evaluate(config: Config, source: Source, adapter: Path | None, output: Path 
         print(json.dumps(entries, indent=2))
 
 
-@on_ranks("preferences")
+@on_ranks("preferences", data=None, record=lambda output: None)  # a file, whose chunks name the weights
 def logprob(
     config: Config, adapter: Path | None, data: Path | None, image_root: Path | None, output: Path | None
 ) -> None:

@@ -106,6 +106,14 @@ class Candidate:
         )
 
 
+def first_of_texts(candidates: Iterable[Candidate]) -> dict[str, int]:
+    """Return the distinct texts of candidates, in order, each with the index of the first candidate that has it."""
+    first_of: dict[str, int] = {}
+    for index, candidate in enumerate(candidates):
+        first_of.setdefault(candidate.text, index)
+    return first_of
+
+
 CREDITS = (None, "response", "sentence", "answer")
 SPAN_FIELDS = ("credit", "reference_chosen_span_logprob", "reference_rejected_span_logprob")
 

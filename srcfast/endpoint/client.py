@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -28,6 +29,7 @@ MAX_REPLY = 16 << 20  # bytes
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 529)  # statuses that may pass
 THIS_REQUEST = (400, 413, 415, 422)  # what is asked can't be answered; another request can
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between two attempts
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -147,6 +149,11 @@ def read_answer(reply: bytes) -> Answer:
     return Answer(
         text, choice.get("finish_reason") == "length", prompt, completion, _first_token(choice.get("logprobs"))
     )
+
+
+def without_thoughts(text: str) -> str:
+    """Return an answer without what a model that thinks before it replies has written first."""
+    return _THOUGHTS.sub("", text)
 
 
 def _first_token(logprobs: Any) -> dict[str, float] | None:

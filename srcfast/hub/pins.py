@@ -5,16 +5,15 @@ The commits that `hub.json` holds are used again: a branch that moves changes no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from srcfast.config.datasets import DatasetConfig
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import parse_object, regular, write_json
-from srcfast.errors import InputError, Interrupted
+from srcfast.errors import InputError
 from srcfast.hub.download import commit_of, fetch
 from srcfast.hub.names import RECORD, HubName, dataset_name, is_commit, local_data, local_model, model_name
 from srcfast.run.lock import lock_directory
@@ -89,19 +88,7 @@ def commits_of(
     """
     from srcfast import distributed  # here, since commands that need no PyTorch read names, too
 
-    # Not within `run_on_rank_zero`, whose wait has a limit: a large model may take hours.
-    outcome: Callable[[], dict[str, str]] = dict
-    if distributed.is_rank_zero():
-        try:
-            outcome = partial(dict, _fetch_all(names, directory, quiet, weights))
-        except (Exception, Interrupted) as error:
-            outcome = partial(_raise, error)
-    distributed.barrier_with_heartbeat()
-    return distributed.run_on_rank_zero(outcome)
-
-
-def _raise(error: BaseException) -> dict[str, str]:
-    raise error
+    return distributed.run_long_on_rank_zero(lambda: _fetch_all(names, directory, quiet, weights))
 
 
 def _fetch_all(names: Sequence[HubName], directory: Path | None, quiet: bool, weights: bool) -> dict[str, str]:
@@ -146,13 +133,9 @@ def _at_commit(name: HubName, commits: Mapping[str, str]) -> str:
     return replace(name, revision=commits[name.label]).text
 
 
-def _paths(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
 def _names_of(dataset: DatasetConfig) -> list[HubName]:
     """List the names among a dataset's files and image roots."""
-    paths = [*_paths(dataset.path), *_paths(dataset.image_root)]
+    paths = (*dataset.paths, *dataset.image_roots)
     return [name for path in paths if (name := dataset_name(path)) is not None]
 
 

@@ -14,7 +14,6 @@ from srcfast import distributed
 from srcfast.config.settings import Config
 from srcfast.data.jsonl import file_hash, json_hash, write_jsonl
 from srcfast.data.records import Sample
-from srcfast.errors import ConfigError
 from srcfast.memory.measure import measured
 from srcfast.memory.model_sizes import release_unused
 from srcfast.memory.out_of_memory import explain_out_of_memory
@@ -72,9 +71,6 @@ class CalibrationRun:
 
     def __init__(self, config: Config, profile: range | None = None, trackers: Trackers | None = None) -> None:
         self.config, self.profile, self.trackers = config, profile, Trackers({}) if trackers is None else trackers
-        if config.scorer.endpoint is not None and config.iterations and (found := config.evaluation.headroom_samples):
-            expected = "expected 0 with scorer.endpoint, whose requests are for the rounds' scores alone"
-            raise ConfigError(f"evaluation.headroom_samples: {expected}, found {found}. Fix: set it to 0")
         self.directory = RunDirectory(config.run_path)
         distributed.run_on_rank_zero(self._write_config)
         images, rejected = Path(config.output) / "images", list[dict[str, Any]]()

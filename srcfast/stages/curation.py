@@ -28,7 +28,7 @@ from srcfast.data.gc_pauses import pause_full_collections
 from srcfast.data.in_order import InOrder
 from srcfast.data.rationale_format import parse_response
 from srcfast.data.rationale_pairs import build_raps
-from srcfast.data.records import Candidate, Preference, Sample
+from srcfast.data.records import Candidate, Preference, Sample, first_of_texts
 from srcfast.errors import InputError
 from srcfast.stages.adaptive_pairs import SMALLEST_SCORE
 from srcfast.stages.derived_pairs import derived_pairs
@@ -204,10 +204,7 @@ class ScorerStatistics:
         self.pairs += row["pairs"]
         self.ties += row["tie_rate"] * row["verdicts"]
         self.verdicts += row["verdicts"]
-        first_of: dict[str, int] = {}
-        for index, candidate in enumerate(candidates):
-            first_of.setdefault(candidate.text, index)
-        distinct = list(first_of.values())
+        distinct = list(first_of_texts(candidates).values())
         raw = np.array(row.get("raw", 0.5), dtype=np.float64)
         if raw.ndim == 2:  # of pairs; 1/2 where there is no comparison
             shifts = raw[np.ix_(distinct, distinct)] - 0.5

@@ -7,12 +7,13 @@ missing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from srcfast import distributed
 from srcfast.config.settings import Config
@@ -21,11 +22,13 @@ from srcfast.data.verdicts import Shares
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget, Limit
 from srcfast.endpoint.client import Endpoint
-from srcfast.errors import ConfigError, Interrupted, SrcfastError
+from srcfast.errors import ConfigError, SrcfastError
 from srcfast.run.progress import StageProgress, track
 from srcfast.stages.endpoint_verdicts import Verdicts, ask_verdicts
 from srcfast.stages.free_answers import judge_endpoint
 from srcfast.stages.judged_pairs import RunPair
+from srcfast.stages.scoring import expand_row
+from srcfast_kernels.pairwise_verdict import verdict_scores
 
 TIMEOUT = 120.0  # seconds until an attempt counts as failed
 
@@ -34,13 +37,16 @@ def check_endpoints(config: Config) -> None:
     """Check what a run asks endpoints for, before their addresses are written anywhere, and long before they are asked.
 
     Raises:
-        ConfigError: an address or the key can't be used, or curation needs ratings, which an endpoint does not give.
+        ConfigError: an address or the key can't be used, or a stage needs ratings or comparisons that an endpoint does not give.
     """
     if config.evaluation.judge_endpoint is not None:
         judge_endpoint(config)
     if config.scorer.endpoint is None or not config.iterations:
         return
     scoring_endpoint(config)
+    if samples := config.evaluation.headroom_samples:
+        expected = "expected 0 with scorer.endpoint, whose requests are for the rounds' scores alone"
+        raise ConfigError(f"evaluation.headroom_samples: {expected}, found {samples}. Fix: set it to 0")
     if config.curation.pairing == "score" and (least := config.curation.min_rating):
         expected = "0 with scorer.endpoint, which rates no candidate alone"
         raise ConfigError(f"curation.min_rating: expected {expected}, found {least}. Fix: set it to 0")
@@ -59,35 +65,28 @@ def scores_by_endpoint(
     groups: Iterable[tuple[str, Sequence[Candidate]]],
     log_file: Path,
     progress: StageProgress,
-) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    write: Callable[[list[dict[str, Any]]], object],
+) -> dict[str, Any]:
     """Ask the endpoint of `scorer.endpoint` for all pairs of each sample's candidates, in both orders, on rank 0.
 
     Args:
         groups: sample ids with their candidates; those of other samples are passed over.
         log_file: of the answers.
+        write: called on rank 0 with the rows, those of `scored_rows` without `alone`.
 
     Returns:
-        The rows, those of `scored_rows` without `alone`, and what the manifest says: verdicts that are missing by reason, sources
-        of the others, tokens. On other ranks None.
+        On every rank what the manifest says: verdicts that are missing by reason, sources of the others, tokens.
 
     Raises:
         SrcfastError: the limit of tokens is reached, or verdicts are missing that the same command may get.
     """
-    error: BaseException | None = None
-    result = None
-    if distributed.is_rank_zero():
-        try:
-            result = _ask(config, samples, groups, log_file, progress)
-        except (Exception, Interrupted) as failure:
-            error = failure
-    distributed.barrier_with_heartbeat()  # asking takes longer than ranks wait for each other
 
-    def check() -> None:
-        if error is not None:
-            raise error
+    def work() -> dict[str, Any]:
+        rows, report = _ask(config, samples, groups, log_file, progress)
+        write(rows)
+        return report
 
-    distributed.run_on_rank_zero(check)
-    return result
+    return distributed.run_long_on_rank_zero(work)
 
 
 def _ask(
@@ -143,15 +142,14 @@ def score_row(
     texts: Sequence[str],
     given: Mapping[tuple[int, int], tuple[Shares, Shares]],
 ) -> dict[str, Any]:
-    """Compute a row of scores by the formulas of `srcfast_kernels.pairwise_verdict`.
+    """Compute a row of scores from verdicts, by the formulas that are an R-Scorer's, too.
 
     Args:
         texts: the candidates' distinct texts, n.
         given: of pairs (i, j) of them, i < j, the shares with i first and those with j first; others have no weight.
     """
     n = len(texts)
-    p = np.full((n, n), 0.5)
-    compared = np.zeros((n, n), dtype=bool)
+    p, compared = torch.full((n, n), 0.5, dtype=torch.float64), torch.zeros(n, n, dtype=torch.bool)
     flips = ties = 0
     for (i, j), (there, back) in given.items():
         p[i, j], p[j, i] = (shares[0] + 0.5 * shares[1] for shares in (there, back))
@@ -159,22 +157,15 @@ def score_row(
         says = [int(np.argmax(shares)) - 1 for shares in (there, back)]  # -1 the first, 0 a tie, 1 the second
         flips += says[0] * says[1] > 0
         ties += says.count(0)
-    q = 0.5 * (p + 1.0 - p.T)
-    u = np.where(compared, np.abs(2.0 * q - 1.0) * (1.0 - np.abs(p + p.T - 1.0)), 0.0)
-    weight = u.sum(1)
-    scores = np.divide((u * q).sum(1), weight, out=np.full(n, 0.5), where=weight > 0.0)
-    index_of = {text: index for index, text in enumerate(texts)}
-    indices = np.array([index_of[candidate.text] for candidate in candidates])
-    grid = np.ix_(indices, indices)
-    return {
-        "sample_id": sample.id,
-        "candidate_ids": [candidate.id for candidate in candidates],
-        "scores": scores[indices].tolist(),
-        "win_probability": q[grid].tolist(),
-        "confidence": u[grid].tolist(),
-        "raw": p[grid].tolist(),
+    output = verdict_scores(p, compared)
+    result = {
+        "scores": output.scores.numpy(),
+        "win_probability": output.win_probability.numpy(),
+        "confidence": output.confidence.numpy(),
+        "raw": p.numpy(),
         "flip_rate": flips / len(given) if given else 0.0,
         "tie_rate": ties / (2 * len(given)) if given else 0.0,
         "pairs": len(given),
         "verdicts": 2 * len(given),
     }
+    return expand_row(sample, candidates, texts, result)

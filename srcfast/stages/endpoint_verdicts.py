@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,11 +18,11 @@ from srcfast.data.records import ReferenceQuality, Sample
 from srcfast.data.verdicts import Shares, mean_shares, pair_row, reversed_shares
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget
-from srcfast.endpoint.client import Answer, Endpoint, Refused
+from srcfast.endpoint.client import Answer, Endpoint, Refused, without_thoughts
 from srcfast.endpoint.many import Body, Outcome, Request, ask_many
 from srcfast.models.judge_prompt import PROMPTS
 from srcfast.run.progress import StageProgress
-from srcfast.stages.judged_pairs import RunPair
+from srcfast.stages.judged_pairs import RunPair, same_side
 from srcfast.stages.scoring import sample_reference
 
 PROMPT = PROMPTS["instructions"]
@@ -30,7 +30,6 @@ PROMPT = PROMPTS["instructions"]
 SPELLING = next(spelling for spelling in PROMPT.spellings["choice"] if spelling.words == ("1", "0", "2"))
 ALTERNATIVES = 5  # of the first token that are asked for
 LEAST_SHARE = 0.5  # of the first token that the verdicts have together, for it to be one
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of a model that thinks before it replies
 _WORDS = re.compile(r"(?<![\d.])[012](?![\d.]*\d)")
 Slot = tuple[int, int]  # a pair's index, and 0 for its order or 1 for the other
 
@@ -147,7 +146,7 @@ def read_verdict(answer: Answer) -> tuple[Shares | None, str]:
         if total >= LEAST_SHARE:
             first, tie, second = (sums[word] / total for word in SPELLING.words)
             return (first, tie, second), "logprobs"
-    said = set(_WORDS.findall(_THOUGHTS.sub("", answer.text)))
+    said = set(_WORDS.findall(without_thoughts(answer.text)))
     if len(said) != 1:
         return None, "text"
     first, tie, second = (float(word in said) for word in SPELLING.words)
@@ -185,6 +184,7 @@ def verdict_report(pairs: Sequence[RunPair], verdicts: Verdicts) -> dict[str, An
         if (index, 0) in verdicts.shares and (index, 1) in verdicts.shares
     ]
     leads = [(_lead(there), _lead(back)) for _, there, back in both]
+    of_pairs = list(zip(both, leads, strict=True))
     dropped: dict[int, str] = {}
     for (index, _), reason in sorted(verdicts.reasons.items()):
         dropped.setdefault(index, reason)
@@ -195,20 +195,13 @@ def verdict_report(pairs: Sequence[RunPair], verdicts: Verdicts) -> dict[str, An
         "sources": dict(verdicts.sources),
         "order_flip_rate": sum(a * b > 0 for a, b in leads) / len(leads) if leads else None,
         "order_shift": sum(a + b for a, b in leads) / (4 * len(leads)) if leads else None,
-        "scorer": {chosen: _with_scorer(both, chosen) for chosen in ("unsure", "random")},
+        "scorer": {
+            chosen: same_side((pair.scorer, a - b) for (pair, _, _), (a, b) in of_pairs if pair.chosen == chosen)
+            for chosen in ("unsure", "random")
+        },
     }
 
 
 def _lead(shares: Shares) -> float:
     """Return the share of the first less that of the second: 2 p - 1."""
     return shares[0] - shares[2]
-
-
-def _with_scorer(both: Sequence[tuple[RunPair, Shares, Shares]], chosen: str) -> Mapping[str, Any]:
-    """Compare verdicts with the R-Scorer over the pairs that were chosen in one way."""
-    same = []
-    for pair, there, back in both:
-        lead = _lead(there) - _lead(back)
-        if pair.chosen == chosen and pair.scorer is not None and lead:
-            same.append(lead * (pair.scorer - 0.5) > 0)
-    return {"pairs": len(same), "same_side": sum(same) / len(same) if same else None}

@@ -21,7 +21,7 @@ from srcfast.data.records import Sample
 from srcfast.data.vlmeval import QUESTION_KEY
 from srcfast.endpoint.answer_log import AnswerLog
 from srcfast.endpoint.budget import Budget, Limit
-from srcfast.endpoint.client import Answer, Endpoint, Unanswered
+from srcfast.endpoint.client import Answer, Endpoint, Unanswered, without_thoughts
 from srcfast.endpoint.many import Body, Outcome, Request, ask_many
 from srcfast.errors import ConfigError, SrcfastError
 
@@ -46,7 +46,6 @@ Write two numbers alone in the first line of your reply, the score of Assistant 
 Explain the scores in the lines below."""
 SAMPLING = {"temperature": 0.0, "seed": 0}
 _SCORES = re.compile(r"(\d{1,2}(?:\.\d{1,4})?)(?: |, ?)(\d{1,2}(?:\.\d{1,4})?)", re.ASCII)
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 Judgements = dict[str, JudgeScores | str]  # sample id -> its scores, or why the judge gave none
 
@@ -140,7 +139,7 @@ def read_judgement(outcome: Outcome, swapped: Outcome) -> JudgeScores | str:
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
     """Read the two numbers of a reply's first line, each from 1 to 10, and nothing else there; None: they are not there."""
-    first_line = _THOUGHTS.sub("", reply).strip().partition("\n")[0].strip()
+    first_line = without_thoughts(reply).strip().partition("\n")[0].strip()
     match = _SCORES.fullmatch(first_line)
     scores = (float(match[1]), float(match[2])) if match else None
     return scores if scores is not None and all(1 <= score <= 10 for score in scores) else None

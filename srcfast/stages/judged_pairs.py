@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from srcfast.config.load import load_config
 from srcfast.data.jsonl import is_complete
-from srcfast.data.records import Candidate, Sample
+from srcfast.data.records import Candidate, Sample, first_of_texts
 from srcfast.errors import InputError
 from srcfast.run.artifacts import RunArtifacts
 from srcfast.run.directory import RunDirectory
@@ -54,6 +54,20 @@ class RunPair:
     scorer: float | None
 
 
+def same_side(leads: Iterable[tuple[float | None, float]]) -> dict[str, Any]:
+    """Count in how many pairs the R-Scorer is on a judge's side.
+
+    Args:
+        leads: the R-Scorer's share of a win of the first, None where it has not compared the pair; and by how much the first
+            leads with the judge, 0 where neither does.
+
+    Returns:
+        pairs: those that both decide; same_side: the share of them, None without one; a share of 1/2 is on neither side.
+    """
+    same = [lead * (share - 0.5) > 0 for share, lead in leads if share is not None and lead]
+    return {"pairs": len(same), "same_side": sum(same) / len(same) if same else None}
+
+
 def read_judged(directory: Path) -> list[Judged]:
     """Read the candidates of a run's last round, their samples with complete references, and scores where the run has them.
 
@@ -86,9 +100,7 @@ def read_judged(directory: Path) -> list[Judged]:
 
 def judged_of(sample: Sample, candidates: Sequence[Candidate], row: Mapping[str, Any] | None) -> Judged:
     """Take a sample's distinct texts and what a row of scores says of them. Raises InputError: it is of other candidates."""
-    first_of: dict[str, int] = {}
-    for index, candidate in enumerate(candidates):
-        first_of.setdefault(candidate.text, index)
+    first_of = first_of_texts(candidates)
     texts = list(first_of)
     if row is None or "win_probability" not in row:
         return Judged(sample, texts)

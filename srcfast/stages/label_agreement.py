@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +13,7 @@ from srcfast.data.jsonl import read_jsonl
 from srcfast.data.records import Fields, Sample
 from srcfast.data.verdicts import VERDICTS, mean_shares, pair_key, pair_row, read_pair
 from srcfast.errors import InputError
+from srcfast.stages.judged_pairs import same_side
 
 Answers = dict[str, dict[str, str]]  # by pair, by person: one of VERDICTS
 
@@ -96,7 +97,11 @@ def agreement(shown: Mapping[str, ShownPair], answers: Answers) -> dict[str, Any
         "first_share": decided.count("first") / len(decided) if decided else None,
         "people": [{"between": [a, b], **_between(answers, a, b)} for a, b in combinations(people, 2)],
         "scorer": {
-            chosen: _with_scorer([(pair, answers[key]) for key, pair in shown.items() if key in answers], chosen)
+            chosen: same_side(
+                (pair.scorer, _lead(answers[key].values()))
+                for key, pair in shown.items()
+                if key in answers and pair.chosen == chosen
+            )
             for chosen in ("unsure", "random")
         },
     }
@@ -121,12 +126,7 @@ def _between(answers: Answers, a: str, b: str) -> dict[str, Any]:
     }
 
 
-def _with_scorer(answered: Sequence[tuple[ShownPair, dict[str, str]]], chosen: str) -> dict[str, Any]:
-    """Compare people with the R-Scorer over the pairs that were chosen in one way."""
-    same = []
-    for pair, of_pair in answered:
-        counts = Counter(of_pair.values())
-        lead = counts["first"] - counts["second"]
-        if pair.chosen == chosen and pair.scorer is not None and lead:
-            same.append(lead * (pair.scorer - 0.5) > 0)
-    return {"pairs": len(same), "same_side": sum(same) / len(same) if same else None}
+def _lead(verdicts: Iterable[str]) -> int:
+    """Return by how many answers the first candidate leads."""
+    counts = Counter(verdicts)
+    return counts["first"] - counts["second"]

@@ -152,7 +152,7 @@ def _score_block(
 
     def rows_and_tokens() -> tuple[list[dict[str, Any]], int]:
         of_samples = [_single() for _ in samples] if results is None else results()
-        return [_expand(*row) for row in zip(samples, candidates, texts, of_samples, strict=True)], tokens
+        return [expand_row(*row) for row in zip(samples, candidates, texts, of_samples, strict=True)], tokens
 
     return rows_and_tokens
 
@@ -444,7 +444,7 @@ def _single() -> dict[str, Any]:
     return {"scores": half[0], "win_probability": half, "confidence": zero, "raw": half, "alone": half[0], **rates}
 
 
-def _expand(
+def expand_row(
     sample: Sample, candidates: Sequence[Candidate], distinct: Sequence[str], result: dict[str, Any]
 ) -> dict[str, Any]:
     """Expand a result over distinct texts to a row over all candidates; equal texts are an even match of no weight."""
@@ -459,7 +459,7 @@ def _expand(
         "win_probability": _fill_diagonal(result["win_probability"], 0.5)[grid].tolist(),
         "confidence": _fill_diagonal(result["confidence"], 0.0)[grid].tolist(),
         "raw": (raw[indices] if raw.ndim == 1 else raw[grid]).tolist(),
-        "alone": result["alone"][indices].tolist(),
+        **({"alone": result["alone"][indices].tolist()} if "alone" in result else {}),
         **{name: result[name] for name in ("flip_rate", "tie_rate", "pairs", "verdicts")},
     }
 

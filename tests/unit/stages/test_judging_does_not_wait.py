@@ -66,9 +66,9 @@ def test_judging_waits_for_a_block_s_numbers_alone(scorer_directory, dtype, mode
 def test_a_block_is_read_behind_the_next_one(scorer_directory, monkeypatch):
     samples, groups = world(6, [3, 2, 3, 2, 3, 2])
     order = []
-    judge, finish = scoring._score_block, scoring._expand
+    judge, finish = scoring._score_block, scoring.expand_row
     monkeypatch.setattr(scoring, "_score_block", lambda *args: order.append("queued") or judge(*args))
-    monkeypatch.setattr(scoring, "_expand", lambda *args: order.append("read") or finish(*args))
+    monkeypatch.setattr(scoring, "expand_row", lambda *args: order.append("read") or finish(*args))
     assert len(list(scored_rows(load_scorer(scorer_directory, device="cuda"), samples, groups, 4096))) == 6
     assert order == ["queued", "queued", "read", "read", "queued", "read", "read", "read", "read"]
 
